@@ -1,0 +1,45 @@
+"""A batch size that grows (McCandlish et al. 2018, https://arxiv.org/abs/1812.06162; GPT-3, section 2.3)."""
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from enum import Enum
+from itertools import pairwise
+
+from llmtrain.accumulation import Accumulation
+from llmtrain.checks import positive
+
+
+class Unit(Enum):
+    """What the starts of the stages count."""
+
+    steps = "steps"
+    tokens = "tokens"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """``batch_size`` sequences an optimizer step once ``start`` steps or tokens are done."""
+
+    start: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class RampedBatch(Accumulation):
+    """The batch size of the last stage that has started; ``micro_batch_size`` sequences at once."""
+
+    stages: list[Stage]
+    unit: Unit
+    micro_batch_size: int
+
+    def __post_init__(self) -> None:
+        positive(micro_batch_size=self.micro_batch_size)
+        for i, stage in enumerate(self.stages):
+            positive(**{f"stages[{i}].batch_size": stage.batch_size})
+        starts = [stage.start for stage in self.stages]
+        if starts[:1] != [0] or any(later <= earlier for earlier, later in pairwise(starts)):
+            raise ValueError(f"stages: start={starts}: the starts must begin at 0 and increase")
+
+    def batch_size_at(self, step: int, tokens: int) -> int:
+        done = step if self.unit is Unit.steps else tokens
+        return self.stages[bisect_right(self.stages, done, key=lambda stage: stage.start) - 1].batch_size

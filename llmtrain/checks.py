@@ -1,0 +1,55 @@
+"""Checks of configured values: one form of message, ``key=value: what is wrong; what would work``.
+
+Comparisons are written so that NaN fails them.  ``None`` means that the user left the value out, and passes.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+
+def positive(**values: float | None) -> None:
+    """Raise ValueError unless every value is positive and finite."""
+    for key, value in values.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{key}={value}: must be positive")
+
+
+def non_negative(**values: float | None) -> None:
+    """Raise ValueError unless every value is zero or positive, and finite."""
+    for key, value in values.items():
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{key}={value}: must not be negative")
+
+
+def fraction(**values: float | None) -> None:
+    """Raise ValueError unless every value lies in [0, 1]."""
+    for key, value in values.items():
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{key}={value}: must lie between 0 and 1")
+
+
+def pattern(key: str, value: str) -> None:
+    """Raise ValueError unless ``value`` is a regular expression."""
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{key}={value!r}: not a regular expression ({error})") from error
+
+
+def pattern_matches(key: str, value: str, names: Iterable[str]) -> None:
+    """Raise ValueError, with the nearest of ``names``, unless ``re.search`` finds ``value`` in one of them."""
+    names = list(names)
+    if not any(re.search(value, name) for name in names):
+        raise ValueError(f"{key}={value!r}: matches no parameter; the nearest are {', '.join(_nearest(value, names))}")
+
+
+def _nearest(value: str, names: Sequence[str], count: int = 3) -> list[str]:
+    """The names most like ``value``, as a whole or in one dotted part, and one for all layers: not also blocks.1."""
+
+    def likeness(name: str) -> float:
+        return max(difflib.SequenceMatcher(None, value, part).ratio() for part in (name, *name.split(".")))
+
+    distinct = {re.sub(r"\d+", "*", name): name for name in reversed(names)}
+    return sorted(distinct.values(), key=likeness, reverse=True)[:count]

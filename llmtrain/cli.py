@@ -1,0 +1,335 @@
+"""The dispatcher: verb -> conf/<verb>.yaml -> Hydra -> commands/<verb>.py.
+
+Nothing heavy is imported before it is known what is asked for: ``--help`` imports no Hydra, ``--cfg job`` no torch.
+"""
+
+import difflib
+import importlib
+import os
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtrain import __version__
+from llmtrain.commands import FAILED, FINISHED, USAGE_ERROR, Invocation
+
+if TYPE_CHECKING:
+    from llmtrain.sweep import Job
+
+VERBS = {
+    "train": "compose a run and train it",
+    "resume": "continue a run exactly where it stopped",
+    "plan": "parameters, FLOPs, tokens and steps of a run, without training it",
+    "generate": "text from a run or a checkpoint",
+    "report": "table and curves of runs and sweeps",
+}
+TARGETS = {"train": (0, 0), "resume": (1, 1), "plan": (0, 0), "generate": (1, 1), "report": (1, 1000)}
+VALUE_FLAGS = {
+    "--cfg": "--cfg", "-c": "--cfg", "--config-dir": "--config-dir", "-cd": "--config-dir",
+    "--config-name": "--config-name", "-cn": "--config-name", "--config-path": "--config-path", "-cp": "--config-path",
+    "--package": "--package", "-p": "--package", "--info": "--info", "-i": "--info",
+}  # fmt: skip
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+
+HELP = f"""llmtrain {__version__}: config-driven training of language models
+
+  llmtrain VERB [TARGET] [group=option] [key=value] [flags]
+
+{{verbs}}
+
+Examples
+  llmtrain train model=gpt124m schedule=warmup_cosine
+  llmtrain train -m optimizer.lr=1e-4,3e-4,1e-3
+  llmtrain resume runs/2026-11-21/gpt124m-k3v9
+  llmtrain generate runs/2026-11-21/gpt124m-k3v9 prompt="Once upon a time"
+
+Flags
+  -m, --multirun     a sweep: every combination of comma-separated values, each in a process of its own
+  --cfg job          show the composed config and do nothing
+  --info             show where the config comes from
+  --config-dir DIR   a folder of your own with config groups, as in DIR/model/mine.yaml
+  --debug            show the traceback of an error
+  llmtrain VERB --help shows the groups, their options and every key of a verb.
+
+Shell completion: eval "$(llmtrain -sc install=bash)"   (or zsh, fish)
+"""
+
+
+class UsageError(ValueError):
+    """The command line itself is wrong."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status: 0, 1 failed, 2 usage, 75 stopped by a signal after saving."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if any(argument in ("-sc", "--shell_completion", "--shell-completion") for argument in arguments):
+        return complete(arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP.format(verbs="\n".join(f"  {verb:<10}{text}" for verb, text in VERBS.items())))
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"llmtrain {__version__}")
+        return FINISHED
+    debug = "--debug" in arguments
+    command = ["llmtrain", *arguments]
+    try:
+        verb, *rest = [argument for argument in arguments if argument != "--debug"] or [""]
+        if verb not in VERBS:
+            raise UsageError(unknown("verb", verb, list(VERBS)))
+        flags, targets, overrides = split(verb, rest)
+        return dispatch(verb, flags, targets, overrides, command)
+    except KeyboardInterrupt:
+        print("llmtrain: stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        message, status = explain(error)
+        if status == FAILED and message is None and not debug:
+            traceback.print_exc()
+            print("llmtrain: this is a bug; the traceback above says where", file=sys.stderr)
+        elif message is not None:
+            print(f"llmtrain: {message}", file=sys.stderr)
+        return status
+
+
+# --- the command line --------------------------------------------------------------------------------------------
+
+
+def split(verb: str, arguments: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
+    """Sort arguments that come in any order into Hydra's flags, targets and overrides.
+
+    Hydra 1.3 rejects flags after overrides, so they are put first, each with its value in one word.
+    """
+    flags: list[str] = []
+    targets: list[Path] = []
+    overrides: list[str] = []
+    queue = list(arguments)
+    while queue:
+        argument = queue.pop(0)
+        if argument.startswith("-") and argument != "-":
+            name, equals, value = argument.partition("=")
+            if name == "--experimental-rerun":
+                raise UsageError(f"{name}: not supported; it would unpickle a file, which runs whatever is in it")
+            if name not in VALUE_FLAGS:
+                flags.append(argument)
+                continue
+            if not equals:
+                needs_value = name not in ("--info", "-i")
+                if needs_value and not queue:
+                    raise UsageError(f"{name}: needs a value")
+                value = queue.pop(0) if needs_value or (queue and queue[0] in INFO) else "all"
+            flags.append(f"{VALUE_FLAGS[name]}={value}")
+        elif TARGETS[verb][1] and ("=" not in argument or Path(argument).exists()) and argument[0] not in "~+":
+            targets.append(Path(argument))
+        else:
+            overrides.append(argument)
+    for override in overrides:
+        if "=" not in override and not override.startswith("~"):
+            raise UsageError(f"{override}: neither key=value nor group=option nor a flag")
+    return flags, targets, overrides
+
+
+def dispatch(verb: str, flags: list[str], targets: list[Path], overrides: list[str], command: list[str]) -> int:
+    """Compose the verb's config and hand it to the verb's module."""
+    only_shows = any(flag.startswith(("--cfg", "--info", "--help", "-h", "--hydra-help")) for flag in flags)
+    if verb == "resume" and any(flag in ("-m", "--multirun") for flag in flags):
+        raise UsageError("resume continues one run; a sweep goes on when its own command is given again")
+    least, most = TARGETS[verb]
+    if (len(targets) < least and not (only_shows and verb != "resume")) or len(targets) > most:
+        wanted = {0: "no directory", 1: "one directory: a run's"}.get(most, "directories of runs or sweeps")
+        raise UsageError(f"{verb} takes {wanted}, as in: llmtrain {verb}{' RUN_DIR' * bool(most)}")
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
+    from llmtrain import config
+
+    stored: dict[str, Any] | None = None
+    if verb == "resume":
+        stored = config.load_run(targets[0])
+        config.register_stored(stored)
+    multirun = verb == "train" and any(flag in ("-m", "--multirun") for flag in flags)
+    sweep_dir, overrides = take(overrides, "hydra.sweep.dir=")
+    status = FINISHED
+    jobs: list[Job] = []
+
+    def task(composed: Any) -> float | None:
+        """Called by Hydra: once, or for every job of a sweep."""
+        from hydra.core.hydra_config import HydraConfig
+
+        nonlocal status
+        hydra_config = HydraConfig.get()
+        values = config.resolve(composed, hydra_config.runtime.choices)
+        prepare_plugins(values)
+        if multirun:
+            from llmtrain.sweep import Job, run_alone
+
+            job = Job.check(values, [str(override) for override in hydra_config.overrides.task])
+            if hydra_config.launcher._target_.endswith(".BasicLauncher") and hydra_config.sweeper._target_.endswith(
+                ".BasicSweeper"
+            ):
+                jobs.append(job)  # all are checked before the first one runs
+                return None
+            return run_alone(job, sweep_dir)  # another launcher wants each job to run when it is called
+        status = execute(verb, values, targets, command, stored)
+        return None
+
+    run_hydra(verb, flags, overrides, task)
+    if jobs:
+        from llmtrain.sweep import run_sweep
+
+        return run_sweep(jobs, sweep_dir, overrides)
+    return status
+
+
+def execute(verb: str, values: dict[str, Any], targets: list[Path], command: list[str], stored: Any) -> int:
+    """Build the config's dataclass and give it to the verb's module."""
+    from llmtrain import config
+    from llmtrain.runtime import prepare_environment
+
+    prepare_environment()
+    module = importlib.import_module(f"llmtrain.commands.{verb}")
+    changes = config.differences(stored, values) if stored is not None else []
+    changes = [change for change in changes if change[0].split(".")[0] not in config.NOT_RUN_KEYS]
+    built = config.build(values, object, plugins=values.get("plugins") or ())
+    return module.main(built, Invocation(targets=targets, command=command, changes=changes))
+
+
+def run_hydra(verb: str, flags: list[str], overrides: list[str], task: Any) -> None:
+    """Run Hydra's own command line on ours, put in its order."""
+    import hydra
+
+    from llmtrain import config
+
+    with tempfile.TemporaryDirectory() as scratch:  # for what Hydra writes of a sweep, secrets included
+        ours = [
+            "hydra.run.dir=.", "hydra.output_subdir=null", f"hydra.sweep.dir={scratch}", "hydra.sweep.subdir=.",
+            "hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.job.name=llmtrain",
+            f"hydra.help.app_name=llmtrain {verb}",
+        ]  # fmt: skip
+        before, sys.argv = sys.argv, ["llmtrain", *flags, *ours, *overrides]
+        try:
+            hydra.main(config_path=str(config.conf_dir()), config_name=verb, **config.VERSION_BASE)(task)()
+        except SystemExit as error:  # argparse, --cfg, --help
+            if error.code:
+                raise UsageError("the flags are not Hydra's; see llmtrain --help") from error
+        finally:
+            sys.argv = before
+
+
+def take(overrides: list[str], prefix: str) -> tuple[Path | None, list[str]]:
+    """The value of the last override that starts with ``prefix``, and the other overrides."""
+    values = [override.removeprefix(prefix) for override in overrides if override.startswith(prefix)]
+    others = [override for override in overrides if not override.startswith(prefix)]
+    return (Path(values[-1]) if values else None), others
+
+
+def prepare_plugins(values: dict[str, Any]) -> None:
+    """Let packages that the user named be imported from the working directory, as ``python -m`` would."""
+    if values.get("plugins") and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+
+
+# --- errors ------------------------------------------------------------------------------------------------------
+
+
+def explain(error: BaseException, depth: int = 0) -> tuple[str | None, int]:
+    """One message for the user and the exit status; no message for what is a bug of ours."""
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, option = (error.missing_cfg_file or "").rpartition("/")
+        return f"{group}={option}: {unknown('option', option, list(error.options))}", USAGE_ERROR
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        key = find_key(error)
+        if key is not None:
+            return f"{key}: no such key{suggest_key(key)}", USAGE_ERROR
+        return str(error).strip().splitlines()[0], USAGE_ERROR
+    if type(error).__name__ == "TrainingFailed":
+        return str(error), FAILED
+    if type(error).__name__ == "OutOfMemoryError":
+        remedy = "a smaller accumulation.micro_batch_size keeps the batch and needs less memory"
+        return f"out of memory on the device: {str(error).splitlines()[0]} ({remedy})", FAILED
+    if isinstance(error, OSError):
+        return str(error), FAILED
+    if isinstance(error, ValueError) and raised_by_us(error):
+        return str(error), USAGE_ERROR
+    return None, FAILED
+
+
+def raised_by_us(error: BaseException) -> bool:
+    """Whether this package or a plugin raised ``error``: another library's ValueError is no user's mistake."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    name = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
+    return name.split(".")[0] not in ("torch", "numpy", "safetensors", "tiktoken", "rich", "matplotlib", "json")
+
+
+def find_key(error: BaseException | None) -> str | None:
+    """The key that Hydra or OmegaConf did not find."""
+    while error is not None:
+        if match := re.search(r"Key '([^']+)' is not in struct(?:.*?full_key: (\S+))?", str(error), re.DOTALL):
+            return match[2] or match[1]
+        if match := re.search(r"Could not override '([^']+)'", str(error)):
+            return match[1]
+        error = error.__cause__
+    return None
+
+
+def suggest_key(key: str) -> str:
+    """The nearest key of the train config, wherever it is; else those beside it."""
+    from llmtrain import config
+
+    known = flatten(config.compose("train", []))
+    last = key.rsplit(".", 1)[-1]
+    same_name = [name for name in known if name.rsplit(".", 1)[-1] == last]
+    siblings = [name for name in known if name.rsplit(".", 1)[0] == key.rsplit(".", 1)[0]] if "." in key else []
+    nearest = same_name or difflib.get_close_matches(key, siblings, n=1) or difflib.get_close_matches(key, known, n=1)
+    if nearest:
+        return f"; did you mean {nearest[0]}?"
+    groups = sorted({name.split(".")[0] for name in known})
+    return f"; there are: {', '.join(siblings or groups)}"
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> list[str]:
+    """The dotted keys of a nested config, groups included."""
+    keys = []
+    for key, value in values.items():
+        if key != "_target_":
+            keys.append(prefix + key)
+            keys += flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else []
+    return keys
+
+
+def unknown(kind: str, name: str, known: Sequence[str]) -> str:
+    """ "no such option; did you mean adamw? there are: …" """
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    return f"no such {kind}{hint or ';'} there are: {', '.join(sorted(known))}".replace("?;", "?")
+
+
+# --- shell completion --------------------------------------------------------------------------------------------
+
+
+def complete(arguments: Sequence[str]) -> int:
+    """Hydra's completion, with verbs before it: ``-sc install=bash``, ``-sc query=bash``."""
+    line = os.environ.get("COMP_LINE", "")
+    request = arguments[-1]
+    words = line.split()
+    verb = "train"
+    if request.startswith("query="):
+        typed_verb = len(words) > 2 or (len(words) == 2 and line.endswith(" "))
+        if not typed_verb:
+            print(" ".join(name for name in VERBS if name.startswith(words[1] if len(words) == 2 else "")))
+            return 0
+        verb = words[1]
+        if verb not in VERBS or (verb in ("generate", "report") and not words[-1]):
+            return 0
+        os.environ["COMP_LINE"] = line.replace(f" {verb}", "", 1)  # Hydra knows of no verbs
+    run_hydra("train" if verb == "resume" else verb, ["-sc"], [request], lambda _: None)
+    return 0

@@ -1,0 +1,31 @@
+"""Gradient clipping: in place, on the device, never waiting for it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class Clipped(NamedTuple):
+    """What clipping saw; 0-dimensional tensors on the gradients' device."""
+
+    norm: Tensor  # fp32, global L2 norm of all gradients before clipping
+    largest: Tensor  # fp32, largest absolute value of a single gradient element before clipping
+    clipped: Tensor  # bool, whether any gradient was changed
+
+
+class Clipping(ABC):
+    """Contract of ``clipping=...``: called once a step, after accumulation and unscaling."""
+
+    start_step: int  # steps before this one (0-based) are measured, not clipped
+
+    @abstractmethod
+    def __call__(self, parameters: Sequence[tuple[str, nn.Parameter]], step: int) -> Clipped:
+        """Clip the gradients of the named ``parameters`` in place; parameters without gradient are passed over.
+
+        A gradient that is not finite yields a norm that is not finite; the loop then refuses the step.
+        """
+
+    def check_parameters(self, names: Sequence[str]) -> None:  # noqa: B027 - most options have nothing to check
+        """Raise ValueError before training if the option names parameters that do not exist."""

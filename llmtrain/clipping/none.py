@@ -1,0 +1,23 @@
+"""No clipping."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from llmtrain.clipping import Clipped, Clipping
+from llmtrain.clipping.measured import measure
+
+
+@dataclass(frozen=True)
+class NoClipping(Clipping):
+    """The gradients are measured and left as they are."""
+
+    start_step = 0
+
+    @torch.no_grad()
+    def __call__(self, parameters: Sequence[tuple[str, nn.Parameter]], step: int) -> Clipped:
+        gradients = measure(parameters)
+        clipped = torch.zeros_like(gradients.norm, dtype=torch.bool)
+        return Clipped(gradients.norm.float(), gradients.largest.float(), clipped)

@@ -1,0 +1,44 @@
+"""Clipping of each tensor by its own norm."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmtrain.checks import pattern, pattern_matches, positive
+from llmtrain.clipping.measured import Gradients, MeasuredClipping
+
+
+@dataclass(frozen=True)
+class PerParameterClipping(MeasuredClipping):
+    """A gradient times ``threshold / norm`` where its own L2 norm exceeds its threshold.
+
+    The threshold of a parameter is that of the first pattern in ``thresholds`` that ``re.search`` finds in its name,
+    else ``max_norm``.
+    """
+
+    max_norm: float
+    thresholds: dict[str, float]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(max_norm=self.max_norm)
+        for key, threshold in self.thresholds.items():
+            pattern("thresholds", key)
+            positive(**{f"thresholds[{key!r}]": threshold})
+
+    def check_parameters(self, names: Sequence[str]) -> None:
+        for key in self.thresholds:
+            pattern_matches("thresholds", key, names)
+
+    def clip(self, gradients: Gradients) -> Tensor:
+        excesses = list(torch._foreach_div(gradients.norms, [self.threshold(name) for name in gradients.names]))
+        torch._foreach_clamp_min_(excesses, 1.0)  # divided by exactly 1, a gradient keeps its bits
+        torch._foreach_div_(gradients.tensors, excesses)
+        return (torch.stack(excesses) > 1).any()
+
+    def threshold(self, name: str) -> float:
+        """The largest norm allowed to the gradient of the parameter ``name``."""
+        return next((limit for key, limit in self.thresholds.items() if re.search(key, name)), self.max_norm)

@@ -1,0 +1,25 @@
+"""Clipping of each gradient element."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmtrain.checks import positive
+from llmtrain.clipping.measured import Gradients, MeasuredClipping
+
+
+@dataclass(frozen=True)
+class ValueClipping(MeasuredClipping):
+    """Every element is limited to ``[-max_value, max_value]``."""
+
+    max_value: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(max_value=self.max_value)
+
+    def clip(self, gradients: Gradients) -> Tensor:
+        torch._foreach_clamp_min_(gradients.tensors, -self.max_value)
+        torch._foreach_clamp_max_(gradients.tensors, self.max_value)
+        return gradients.largest > self.max_value

@@ -1,0 +1,20 @@
+"""The verbs: a module each, with ``main(config, invocation) -> exit status``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# Exit statuses
+FINISHED = 0
+FAILED = 1
+USAGE_ERROR = 2
+INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving; resume goes on
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What the command line says besides the config."""
+
+    targets: Sequence[Path]  # run or checkpoint directories
+    command: Sequence[str]  # the whole command line, for the record
+    changes: Sequence[tuple] = ()  # resume: (key, stored value, new value)

@@ -1,0 +1,52 @@
+"""``llmtrain report DIR…``: a ranked table of runs and sweeps, and their curves."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from llmtrain.commands import Invocation
+from llmtrain.format import visible
+from llmtrain.report.curves import draw_comparison, draw_run
+from llmtrain.report.runs import find_runs, summarise
+from llmtrain.report.table import comparison
+
+UNWRAPPED = 1000  # columns; a table in a pipe or file is as wide as it needs
+
+
+@dataclass(frozen=True)
+class Report:
+    """The settings of ``conf/report.yaml``."""
+
+    output: str | None
+    plot: bool
+
+    def comparison_path(self, targets: list[Path], runs: list[Path]) -> Path:
+        """Where the picture of several runs goes: ``output``, else into the sweep, else next to the first run."""
+        if self.output is not None:
+            path = Path(self.output)
+            if path.suffix.lower() != ".png":
+                raise ValueError(f"output={self.output}: the picture is a PNG file; name it {path.name}.png")
+            if not path.parent.is_dir():
+                raise ValueError(f"output={self.output}: there is no directory {path.parent}")
+            return path
+        return (targets[0] if len(targets) == 1 else runs[0].parent) / "report.png"
+
+
+def main(report: Report, invocation: Invocation) -> int:
+    """Print the table, draw each run's ``loss.png`` and, for more than one, the comparison."""
+    targets = list(invocation.targets)
+    runs = find_runs(targets)
+    path = report.comparison_path(targets, runs)
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else UNWRAPPED)
+    summaries = [summarise(run) for run in runs]
+    console.print(comparison(summaries))
+    begun = [summary.path for summary in summaries if summary.state != "pending"]
+    if report.plot and begun:
+        written = [draw_run(run) for run in begun]
+        if len(begun) > 1:  # the runs' own pictures are where one expects them: loss.png in each
+            written = [draw_comparison(begun, path)]
+        console.print(Text("\ncurves: " + ", ".join(visible(str(picture)) for picture in written)), soft_wrap=True)
+    return 0

@@ -1,0 +1,10 @@
+"""``llmtrain train``: train a composed run from step 0."""
+
+from llmtrain.commands import FINISHED, INTERRUPTED, Invocation
+from llmtrain.run import Run
+
+
+def main(run: Run, invocation: Invocation) -> int:
+    """Train ``run``; the exit status says how it ended."""
+    result = run.train(command=invocation.command)
+    return FINISHED if result.exit_reason == "finished" else INTERRUPTED

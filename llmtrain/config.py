@@ -1,0 +1,301 @@
+"""The door between Hydra and the program: a composed config comes in, checked dataclasses go on.
+
+A node's ``_target_`` names a frozen dataclass of ours.  The node is merged into that dataclass' schema, so every key
+and type is checked and errors name ``group.key``.  ``hydra.utils.instantiate`` is never called: it runs whatever a
+config names, and run directories travel.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import hydra
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+
+T = TypeVar("T")
+
+VERSION_BASE: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__ < "1.4" else {}
+SECRET = re.compile(r"(^|[_.])(api_?)?(key|secret|token|passw(or)?d|credentials?)$", re.IGNORECASE)
+REDACTED = "<redacted>"
+NOT_RUN_KEYS = ("run_dir", "output_dir", "plugins")  # where and with what code, not what
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message names key, value and remedy."""
+
+
+def conf_dir() -> Path:
+    """The directory of the config groups: installed with the package, or beside it in a checkout."""
+    try:
+        return Path(next(iter(importlib.import_module("llmtrain.conf").__path__))).resolve()
+    except ModuleNotFoundError:
+        return Path(__file__).resolve().parent.parent / "conf"
+
+
+# --- composing ---------------------------------------------------------------------------------------------------
+
+
+def compose(verb: str, overrides: Sequence[str], config_dir: str | Path | None = None) -> dict[str, Any]:
+    """Compose ``conf/<verb>.yaml`` with Hydra's overrides; the result is plain and resolved.
+
+    Raises Hydra's and OmegaConf's own errors, as the command line does, and :class:`ConfigError`.
+    """
+    extra = [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
+    with _fresh_hydra(), hydra.initialize_config_dir(str(conf_dir()), job_name="llmtrain", **VERSION_BASE):
+        config = hydra.compose(verb, [*overrides, *extra], return_hydra_config=True)
+        choices = OmegaConf.to_container(config.hydra.runtime.choices)
+        assert isinstance(choices, dict)
+        OmegaConf.set_struct(config, False)
+        del config["hydra"]
+        return resolve(config, choices)
+
+
+@contextmanager
+def _fresh_hydra() -> Iterator[None]:
+    """Hydra's global state set aside, so that composing works inside of another Hydra program."""
+    before = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().clear()
+        GlobalHydra.instance().hydra = before
+
+
+def resolve(config: DictConfig, choices: Mapping[str, Any]) -> dict[str, Any]:
+    """A composed config as plain values; ``name`` defaults to the chosen recipe's or model's."""
+    if "name" in config and config["name"] is None:
+        config["name"] = choices.get("experiment") or choices.get("model") or "run"
+    try:
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        key = getattr(error, "full_key", None) or str(error).rsplit(" ", 1)[-1]
+        raise ConfigError(f"{key}: a value is required; give it as {key}=…") from error
+    except InterpolationResolutionError as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(plain, dict)
+    _check_secrets(OmegaConf.to_container(config, resolve=False))
+    return plain
+
+
+def _check_secrets(value: Any, key: str = "") -> None:
+    """Refuse a secret of the environment in a key that would be stored, and one that was not stored."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            _check_secrets(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for item in value:
+            _check_secrets(item, key)
+    elif isinstance(value, str):
+        names = [name.strip() for name in re.findall(r"\$\{\s*oc\.env:([^,}]+)", value)]
+        if any(SECRET.search(name) for name in names) and not SECRET.search(key):
+            raise ConfigError(f"{key}={value}: a secret, and config.yaml would hold it; only keys named like *_key, "
+                              "*_token, *_secret or *_password are kept out")  # fmt: skip
+        if value == REDACTED:
+            raise ConfigError(f"{key}: it is a secret and was not stored; give it again: {key}=…")
+
+
+def register_stored(config: Mapping[str, Any]) -> None:
+    """Make a stored config the primary config ``resume``, every group an option named ``stored``.
+
+    So ``resume RUN_DIR optimizer.lr=1e-4`` changes a value and ``resume RUN_DIR schedule=constant`` an option, with
+    Hydra's own grammar.
+    """
+    store = ConfigStore.instance()
+    groups = {key: value for key, value in config.items() if isinstance(value, dict) and "_target_" in value}
+    for group, node in groups.items():
+        store.store(group=group, name="stored", node=_escape(node))
+    values = {key: _escape(value) for key, value in config.items() if key not in groups}
+    defaults = [*({group: "stored"} for group in groups), "_self_"]
+    store.store(name="resume", node={"defaults": defaults, **values})
+
+
+# --- building ----------------------------------------------------------------------------------------------------
+
+
+def build(node: Mapping[str, Any], base: type[T], *, path: str = "", plugins: Sequence[str] = ()) -> T:
+    """Build the dataclass that ``node["_target_"]`` names, a ``base``, with everything below it.
+
+    ``node`` is plain and resolved.  ``path`` is the dotted key of the node, for messages.  Targets outside of this
+    package and of ``plugins`` are refused, and so is anything but a dataclass defined there.
+    """
+    cls = _find_class(node.get("_target_"), base, path, plugins)
+    hints = get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls) if field.init]
+    dotted = f"{path}." if path else ""
+    for key in node:
+        if key != "_target_" and key not in names:
+            raise ConfigError(f"{dotted}{key}: no such key{suggest(str(key), names, dotted)}")
+    required = [f.name for f in dataclasses.fields(cls) if f.init and f.default is f.default_factory]
+    if missing := [name for name in required if name not in node]:
+        raise ConfigError(f"{dotted}{missing[0]}: missing; {cls.__name__} needs it")
+    parts = {name: hints[name] for name in names if _is_component(hints[name])}
+    values: dict[str, Any] = {
+        name: _build_part(node[name], hint, f"{dotted}{name}", plugins) for name, hint in parts.items() if name in node
+    }
+    plain = {key: value for key, value in node.items() if key in names and key not in parts}
+    values |= _check_types({name: hints[name] for name in plain}, plain, dotted)
+    try:
+        return cls(**values)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{dotted}{error}") from error
+
+
+def _build_part(node: Any, base: type, path: str, plugins: Sequence[str]) -> Any:
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{path}={node!r}: an option of this group is needed, with its _target_")
+    return build(node, base, path=path, plugins=plugins)
+
+
+def _is_component(hint: Any) -> bool:
+    return isinstance(hint, type) and (inspect.isabstract(hint) or dataclasses.is_dataclass(hint))
+
+
+def _find_class(target: Any, base: type[T], path: str, plugins: Sequence[str]) -> type[T]:
+    if not isinstance(target, str) or "." not in target:
+        raise ConfigError(f"{path or 'config'}._target_={target!r}: must name a dataclass, as in package.module.Class")
+    allowed = ("llmtrain", *plugins)
+    if target.split(".")[0] not in allowed:
+        raise ConfigError(
+            f"{path or 'config'}._target_={target}: not a class of llmtrain; "
+            f"if you trust it, name its package: plugins=[{target.split('.')[0]}]"
+        )
+    module_name, _, class_name = target.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and not module_name.startswith(error.name):  # it exists, and needs something that does not
+            raise
+        raise ConfigError(f"{path or 'config'}._target_={target}: there is no module {module_name}") from error
+    cls = getattr(module, class_name, None)
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__module__ == module_name):
+        raise ConfigError(f"{path or 'config'}._target_={target}: not a dataclass defined in {module_name}")
+    if not issubclass(cls, base):
+        raise ConfigError(
+            f"{path or 'config'}._target_={target}: not a {base.__module__}.{base.__name__}, which this place needs"
+        )
+    return cls
+
+
+def _check_types(hints: Mapping[str, Any], values: Mapping[str, Any], dotted: str) -> dict[str, Any]:
+    """``values`` converted to their annotated types."""
+    schema = dataclasses.make_dataclass("Schema", [(name, hint, dataclasses.MISSING) for name, hint in hints.items()])
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), _escape(dict(values)))
+        built = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or getattr(error, "key", None) or ""
+        reason = str(error).splitlines()[0]
+        top = re.split(r"[.\[]", str(key))[0]
+        shown = f"={values[top]!r}" if top in values else ""
+        raise ConfigError(f"{dotted}{key}{shown}: {reason}") from error
+    except ValueError as error:  # a nested dataclass' own check
+        raise ConfigError(f"{dotted.rstrip('.')}: {error}" if dotted else str(error)) from error
+    return {name: getattr(built, name) for name in hints}
+
+
+def suggest(key: str, known: Sequence[str], dotted: str = "") -> str:
+    """What to append to "no such key": the nearest name, or all of them."""
+    if nearest := difflib.get_close_matches(key, known, n=1, cutoff=0.5):
+        return f"; did you mean {dotted}{nearest[0]}?"
+    return f"; there are: {', '.join(known)}" if known else ""
+
+
+# --- storing -----------------------------------------------------------------------------------------------------
+
+
+def to_plain(value: Any, *, in_list: bool = False) -> Any:
+    """Built dataclasses as plain, typed values: the inverse of :func:`build`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        target = {} if in_list else {"_target_": f"{type(value).__module__}.{type(value).__qualname__}"}
+        return target | {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item, in_list=True) for item in value]
+    return value
+
+
+def redact(value: Any, key: str = "") -> Any:
+    """``value`` with everything under a key that names a secret replaced."""
+    if isinstance(value, Mapping):
+        return {name: redact(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list):
+        return [redact(item, key) for item in value]
+    return REDACTED if value is not None and SECRET.search(key) else value
+
+
+def redact_arguments(arguments: Sequence[str]) -> list[str]:
+    """A command line with the values of secret keys replaced."""
+    shown = []
+    for argument in arguments:
+        key, equals, _ = argument.partition("=")
+        shown.append(f"{key}={REDACTED}" if equals and SECRET.search(key) else argument)
+    return shown
+
+
+def dump(run: Any) -> str:
+    """``config.yaml``: every value of ``run``, typed, without secrets."""
+    return yaml.safe_dump(redact(to_plain(run)), sort_keys=False, allow_unicode=True, width=120)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A stored config.  It is data: nothing in it is interpolated or run.  Raises :class:`ConfigError`."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: not a config (a mapping of keys is needed)")
+    return config
+
+
+def load_run(run_dir: Path) -> dict[str, Any]:
+    """The stored config of a run.  It may name classes of a plugin; whoever resumes it has to name the plugin again."""
+    if not run_dir.is_dir():
+        raise ConfigError(f"{run_dir}: no such run directory")
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir}: not a run directory (it has no config.yaml)")
+    return untrusted(load(path))
+
+
+def untrusted(values: dict[str, Any], plugins: Sequence[str] = ()) -> dict[str, Any]:
+    """A stored config with the ``plugins`` that the user names now in place of those that it names itself."""
+    return values | {"plugins": list(plugins)}
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """The values that differ, as (dotted key, before, after); None where there is none."""
+    rows: list[tuple[str, Any, Any]] = []
+    for key in [*before, *(key for key in after if key not in before)]:
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            rows += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            rows.append((f"{prefix}{key}", old, new))
+    return rows
+
+
+def _escape(value: Any) -> Any:
+    """Resolved values for OmegaConf: a literal ``${`` stays literal."""
+    if isinstance(value, Mapping):
+        return {key: _escape(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escape(item) for item in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value

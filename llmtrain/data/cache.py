@@ -1,0 +1,143 @@
+"""Text is tokenised once: a cache of token shards, keyed by the text's content and the tokenizer.
+
+An entry is written in a temporary folder, synced and renamed, so it is whole or absent.  A lock that dies with its
+process makes a second process wait for the first instead of doing the same work.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmtrain.data.documents import Piece
+from llmtrain.data.encode import dtype_of, encode_documents
+from llmtrain.data.index import FORMAT, SHARD_TOKENS, Index, PartWriter, sync
+from llmtrain.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+TEMPORARY = ".tmp-"
+REPORT_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents to be tokenised."""
+
+    name: str  # for people
+    content: str  # changes whenever the documents do
+    pieces: Callable[[], Iterator[Piece]]  # the documents, in order; raises ValueError where they cannot be read
+
+
+def prepare(
+    source: Source,
+    tokenizer: Tokenizer,
+    validation_fraction: float,
+    cache_dir: Path,
+    *,
+    shard_tokens: int = SHARD_TOKENS,
+) -> tuple[Path, Index]:
+    """The folder of ``source``'s shards and its index, from the cache, or made now.
+
+    Every ``1 / validation_fraction``-th document is for validation, if there are as many; else none is.  Raises
+    ValueError if the source cannot be read or has no text, or the cache cannot be written.
+    """
+    parts = [FORMAT, source.content, validation_fraction, tokenizer.fingerprint]
+    folder = cache_dir / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    if index := _find(folder):
+        return folder, index
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with _lock(folder):
+            index = _find(folder)  # another process may have made it while this one waited
+            if index is None:
+                _sweep(cache_dir)
+                index = _make(folder, source, tokenizer, validation_fraction, shard_tokens)
+            return folder, index
+    except OSError as error:
+        raise ValueError(
+            f"data.cache_dir={cache_dir}: {error.strerror}; name a writable place with room: data.cache_dir=DIR"
+        ) from error
+
+
+def _find(folder: Path) -> Index | None:
+    if not folder.exists():
+        return None
+    try:
+        return Index.read(folder)
+    except ValueError as error:
+        log.warning("data cache: %s; the text is tokenised again", error)
+        return None
+
+
+def _make(folder: Path, source: Source, tokenizer: Tokenizer, validation_fraction: float, shard_tokens: int) -> Index:
+    log.info("tokenising %s into %s", source.name, folder)
+    temporary = _temporary(folder)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a writer that died
+    temporary.mkdir()
+    try:
+        train = PartWriter(temporary, "train", shard_tokens)
+        validation = PartWriter(temporary, "validation", shard_tokens)
+        tokens, reported = 0, time.monotonic()
+        for encoded in encode_documents(source.pieces(), tokenizer, validation_fraction):
+            (validation if encoded.is_validation else train).write(encoded.ids, encoded.documents)
+            tokens += len(encoded.ids)
+            if time.monotonic() - reported > REPORT_SECONDS:
+                log.info("tokenising %s: %.1f M tokens so far", source.name, tokens / 1e6)
+                reported = time.monotonic()
+        if not tokens:
+            raise ValueError(f"{source.name}: there is no text in it")
+        dtype = dtype_of(tokenizer.vocab_size).str
+        index = Index(FORMAT, dtype, tokenizer.fingerprint, train.close(), validation.close())
+        index.write(temporary)
+        _sync_folder(temporary)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        temporary.rename(folder)
+        _sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return index
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- one writer at a time ----------------------------------------------------------------------------------------
+
+
+def _temporary(folder: Path) -> Path:
+    return folder.with_name(TEMPORARY + folder.name)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    with folder.with_suffix(".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for another process, which makes %s", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _sweep(cache_dir: Path) -> None:
+    """Remove what writers that died have left: temporary folders whose lock nobody holds."""
+    for temporary in cache_dir.glob(f"{TEMPORARY}*"):
+        folder = temporary.with_name(temporary.name.removeprefix(TEMPORARY))
+        with folder.with_suffix(".lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            shutil.rmtree(temporary, ignore_errors=True)

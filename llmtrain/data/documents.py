@@ -1,0 +1,124 @@
+"""Text files as documents, streamed: a corpus is never whole in memory, however large its files."""
+
+import codecs
+import gzip
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import zstandard
+
+PIECE = 1 << 20  # characters of a document that are encoded at once
+LONGEST_PIECE = 16 * PIECE  # where a document offers no place to cut
+BLOCK = 1 << 20  # bytes read at once
+COMPRESSED_BLOCK = 1 << 16  # small, since what comes out can be a thousand times larger
+
+# Cuts between a letter or digit and a character that cannot go on with its word.  The patterns of GPT-2, cl100k and
+# o200k all end a match there and none of them looks back, so both sides split as the whole text would.  Spaces come
+# first: any tokenizer that splits text by words ends one there.  The greedy start finds the last place.
+CUTS = [
+    re.compile(r".*[^\W_](?=\s)", re.DOTALL),
+    re.compile(r".*[^\W_](?=[!-&(-/:-@[-^`{-~—…、。！（），：；？])", re.DOTALL),
+]
+
+
+class Piece(NamedTuple):
+    """A stretch of a document that is encoded by itself, with the same ids as in the whole."""
+
+    text: str
+    ends_document: bool
+
+
+def split_documents(blocks: Iterable[str], separator: str) -> Iterator[Piece]:
+    """Cut a text, given in blocks, into documents at ``separator`` (empty: one document) and those into pieces.
+
+    Joined, the pieces of a document are its exact text.  Documents of nothing but white space are left out.
+    """
+    rest = ""
+    is_open = False  # whether pieces of the present document are out already
+    for block in blocks:
+        rest += block
+        *documents, rest = rest.split(separator) if separator else [rest]
+        for document in documents:
+            if is_open or not _is_blank(document):
+                yield Piece(document, ends_document=True)
+            is_open = False
+        while cut := _find_cut(rest, len(separator)):
+            yield Piece(rest[:cut], ends_document=False)
+            rest = rest[cut:]
+            is_open = True
+    if is_open or not _is_blank(rest):
+        yield Piece(rest, ends_document=True)
+
+
+def _is_blank(text: str) -> bool:
+    return not text or text.isspace()
+
+
+def _find_cut(text: str, separator_length: int) -> int:
+    """Where to cut ``text`` if it is long enough for a piece, else 0.
+
+    What may be the beginning of a separator stays with the rest.
+    """
+    if len(text) < PIECE:
+        return 0
+    end = len(text) - max(separator_length - 1, 0)
+    for pattern in CUTS:
+        if match := pattern.match(text, 0, end):
+            return match.end()
+    return end if len(text) >= LONGEST_PIECE else 0
+
+
+def read_text(path: Path) -> Iterator[str]:
+    """The text of a UTF-8 file in blocks, decompressed if its name ends in ``.gz`` or ``.zst``.
+
+    Raises ValueError, naming the file, if it is missing, unreadable, damaged, binary or not UTF-8 (with the offset
+    of the byte in the decompressed file).
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    position = 0
+    for block in _read_bytes(path):
+        if (nul := block.find(0)) >= 0:
+            raise ValueError(f"{path}: byte {position + nul} is NUL: a binary file (or UTF-16), not UTF-8 text")
+        start = position - len(decoder.getstate()[0])  # of the bytes that are decoded now
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}: byte {start + error.start} is not UTF-8 ({error.reason}); convert the file, for instance "
+                "with iconv -t UTF-8"
+            ) from error
+        yield text.removeprefix("\ufeff") if position == 0 else text  # a byte order mark is no text
+        position += len(block)
+
+
+def _read_bytes(path: Path) -> Iterator[bytes]:
+    """The bytes of a file in blocks, and an empty one at its end."""
+    try:
+        if path.suffix == ".zst":
+            yield from _read_zstd(path)
+        else:
+            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+                while block := file.read(BLOCK):
+                    yield block
+        yield b""
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        raise ValueError(f"{path}: damaged or cut: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+
+
+def _read_zstd(path: Path) -> Iterator[bytes]:
+    # Not stream_reader: it takes a cut file for a whole one.
+    frame = None
+    with path.open("rb") as file:
+        while data := file.read(COMPRESSED_BLOCK):
+            while data:
+                frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+                if block := frame.decompress(data):
+                    yield block
+                data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame:
+        raise EOFError("the last frame has no end")

@@ -1,0 +1,138 @@
+"""A folder of token shards: little-endian ids in ``train-00000.bin`` …, and ``index.json``, which describes them."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+
+FORMAT = 1
+INDEX = "index.json"
+SHARD_TOKENS = 128_000_000  # of a shard; the last of a part is shorter
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of token ids."""
+
+    name: str
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """The shards of training or of validation, one stream of documents."""
+
+    documents: int
+    shards: list[Shard]
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class Index:
+    """What ``index.json`` says of its folder."""
+
+    format: int
+    dtype: str  # numpy's name of the ids' type: <u2 or <u4
+    tokenizer: str  # fingerprint of the tokenizer that made the ids
+    train: Part
+    validation: Part  # without shards where no document was set aside
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The index of ``folder``, all of whose shards are there in full length.  Raises ValueError otherwise."""
+        path = folder / INDEX
+        try:
+            stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if stored["format"] != FORMAT:
+                raise ValueError(f"{path}: format {stored['format']}, this version of the program reads {FORMAT}")
+            parts = {
+                name: Part(stored[name]["documents"], [Shard(**shard) for shard in stored[name]["shards"]])
+                for name in ("train", "validation")
+            }
+            index = cls(FORMAT, np.dtype(stored["dtype"]).str, stored["tokenizer"], **parts)
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from error
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+        for shard in index.train.shards + index.validation.shards:
+            file, expected = folder / shard.name, shard.tokens * np.dtype(index.dtype).itemsize
+            found = file.stat().st_size if file.exists() else None
+            if found != expected:
+                state = "missing" if found is None else f"has {found} bytes, not {expected}"
+                raise ValueError(f"{file}: {state}")
+        return index
+
+    def write(self, folder: Path) -> None:
+        with (folder / INDEX).open("w", encoding="utf-8") as file:
+            json.dump(dataclasses.asdict(self), file, indent=1)
+            sync(file.fileno())
+
+    def open(self, folder: Path, part: Part) -> list[np.ndarray]:
+        """The ids of a part, memory-mapped, an array a shard."""
+        return [open_ids(folder / shard.name, np.dtype(self.dtype)) for shard in part.shards]
+
+
+def open_ids(path: Path, dtype: np.dtype, offset: int = 0) -> np.ndarray:
+    """The ids in a file from byte ``offset`` on, memory-mapped."""
+    return np.memmap(path, dtype, mode="r", offset=offset).view(np.ndarray)
+
+
+def sync(descriptor: int) -> None:
+    """Have what was written on the disk."""
+    os.fsync(descriptor)
+
+
+class PartWriter:
+    """Writes the shards of one part."""
+
+    def __init__(self, folder: Path, name: str, shard_tokens: int = SHARD_TOKENS) -> None:
+        self.folder = folder
+        self.name = name
+        self.shard_tokens = shard_tokens
+        self.documents = 0
+        self.shards: list[Shard] = []
+        self._file: BinaryIO | None = None
+        self._digest = hashlib.sha256()
+        self._tokens = 0
+
+    def write(self, ids: np.ndarray, documents: int) -> None:
+        """Append ``ids``, in which ``documents`` documents end."""
+        self.documents += documents
+        while len(ids):
+            if self._file is None:
+                self._file = self._path.open("wb")
+            here = ids[: self.shard_tokens - self._tokens]
+            data = np.ascontiguousarray(here).data
+            self._file.write(data)
+            self._digest.update(data)
+            self._tokens += len(here)
+            ids = ids[len(here) :]
+            if self._tokens == self.shard_tokens:
+                self._finish_shard()
+
+    def close(self) -> Part:
+        """Finish the last shard."""
+        if self._file is not None:
+            self._finish_shard()
+        return Part(self.documents, self.shards)
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / f"{self.name}-{len(self.shards):05d}.bin"
+
+    def _finish_shard(self) -> None:
+        assert self._file is not None
+        self._file.flush()
+        sync(self._file.fileno())
+        self._file.close()
+        self.shards.append(Shard(self._path.name, self._tokens, self._digest.hexdigest()))
+        self._file, self._digest, self._tokens = None, hashlib.sha256(), 0

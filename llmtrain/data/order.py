@@ -1,0 +1,48 @@
+"""The order in which sequences are visited: computed, not stored.
+
+Each epoch visits every sequence once, by a keyed permutation of their numbers: a Feistel network over the next
+power of two (Luby and Rackoff 1988), walked along its cycle until it lands on a sequence that exists (Black and
+Rogaway 2002, "Ciphers with Arbitrary Finite Domains").  It takes no memory, whatever the size of the corpus, and
+the order depends on nothing but ``(seed, epoch)``.
+"""
+
+import numpy as np
+
+ROUNDS = 8  # four are enough for large domains; small halves mix less a round.  Even, so that the halves end in place
+GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, the increment of SplitMix64 (Steele et al. 2014)
+
+
+def order(positions: np.ndarray, n: int, seed: int, shuffle: bool) -> np.ndarray:
+    """Which of ``n`` sequences is visited at each of ``positions``, int64.
+
+    Position ``epoch * n + offset`` is the ``offset``-th visit of its epoch; positions may lie in several epochs.
+    """
+    epochs, offsets = np.divmod(positions.astype(np.int64), n)
+    if not shuffle or n == 1:
+        return offsets
+    keys = _mix(epochs.astype(np.uint64) + _mix(np.array([seed % 2**64], np.uint64)))
+    visited = _permute(offsets.astype(np.uint64), keys, n)
+    while (beyond := np.flatnonzero(visited >= n)).size:
+        visited[beyond] = _permute(visited[beyond], keys[beyond], n)
+    return visited.astype(np.int64)
+
+
+def _permute(values: np.ndarray, keys: np.ndarray, n: int) -> np.ndarray:
+    """A permutation of ``[0, 2**bits)``, the smallest such range with ``n`` numbers, for each key; uint64."""
+    bits = (n - 1).bit_length()
+    low_bits, high_bits = bits - bits // 2, bits // 2
+    high, low = values >> np.uint64(low_bits), values & np.uint64(2**low_bits - 1)
+    for i in range(ROUNDS):
+        noise = _mix(low ^ _mix(keys + np.uint64((i + 1) * GOLDEN % 2**64)))
+        # the halves differ by a bit in width where ``bits`` is odd, and change places every round
+        high, low = low, high ^ (noise & np.uint64(2**high_bits - 1))
+        low_bits, high_bits = high_bits, low_bits
+    return high << np.uint64(low_bits) | low
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """A bijection of uint64 whose output bits each depend on all input bits: the finaliser of SplitMix64."""
+    values = values + np.uint64(GOLDEN)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

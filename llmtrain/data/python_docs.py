@@ -1,0 +1,29 @@
+"""The Python language reference, which CPython ships for ``help()``: about 0.46 MB of English on every machine."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llmtrain.data.cache import Source
+from llmtrain.data.corpus import TextData
+from llmtrain.data.documents import Piece
+
+
+@dataclass(frozen=True)
+class PythonDocs(TextData):
+    """A document for each topic of :mod:`pydoc_data.topics`, in alphabetical order."""
+
+    def source(self) -> Source:
+        topics = _read_topics()
+        digest = hashlib.sha256("\0".join(topics).encode()).hexdigest()
+
+        def pieces() -> Iterator[Piece]:
+            return (Piece(text, ends_document=True) for text in topics)
+
+        return Source("python_docs", digest, pieces)
+
+
+def _read_topics() -> list[str]:
+    from pydoc_data.topics import topics
+
+    return [text for _, text in sorted(topics.items())]

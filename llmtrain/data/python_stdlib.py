@@ -1,0 +1,42 @@
+"""The sources of Python's standard library: about 12 MB of code and English on every machine."""
+
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmtrain.data.cache import Source
+from llmtrain.data.corpus import TextData
+from llmtrain.data.documents import Piece
+from llmtrain.data.files import remember, sha256
+
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # not the library, or its tests
+
+
+@dataclass(frozen=True)
+class PythonStdlib(TextData):
+    """A document for each ``.py`` file of the running Python's library, sorted by path."""
+
+    def source(self) -> Source:
+        folder = Path(sysconfig.get_path("stdlib"))
+        files = [path for path in sorted(folder.rglob("*.py")) if not LEFT_OUT & set(path.relative_to(folder).parts)]
+        if not files:
+            raise ValueError(f"data=python_stdlib: there are no sources in {folder}; take data=python_docs")
+        hashes = remember(Path(self.cache_dir).expanduser() / "sha256.json", files, sha256)
+
+        def pieces() -> Iterator[Piece]:
+            return (Piece(text, ends_document=True) for path in files if (text := _read(path)))
+
+        return Source("python_stdlib", "python-source " + " ".join(hashes), pieces)
+
+
+def _read(path: Path) -> str:
+    """The source, decoded as Python would; empty if it is not meant to be decoded, as some test data is not."""
+    try:
+        with tokenize.open(path) as file:
+            return file.read()
+    except (SyntaxError, UnicodeDecodeError):
+        return ""
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error

@@ -1,0 +1,41 @@
+"""Text files of the user's own."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmtrain.data.cache import Source
+from llmtrain.data.corpus import TextData
+from llmtrain.data.documents import Piece, read_text, split_documents
+from llmtrain.data.files import find_files, remember, sha256, stamp
+
+SUFFIXES = (".txt", ".md", ".text")
+COMPRESSIONS = (".gz", ".zst")
+
+
+@dataclass(frozen=True)
+class Text(TextData):
+    """A document for each file, or several of a file where ``separator`` stands between them."""
+
+    path: str
+    separator: str
+
+    def source(self) -> Source:
+        files = find_files(self.path, _is_text, f"text ({', '.join(SUFFIXES)}, also {' and '.join(COMPRESSIONS)})")
+        before = [stamp(file) for file in files]
+        hashes = remember(Path(self.cache_dir).expanduser() / "sha256.json", files, sha256)
+        suffixes = [file.suffix if file.suffix in COMPRESSIONS else "" for file in files]
+
+        def pieces() -> Iterator[Piece]:
+            for file, was in zip(files, before, strict=True):
+                yield from split_documents(read_text(file), self.separator)
+                if stamp(file) != was:
+                    raise ValueError(f"{file}: changed while it was read; start again when it is complete")
+
+        return Source(f"text {self.path}", json.dumps([self.separator, hashes, suffixes]), pieces)
+
+
+def _is_text(file: Path) -> bool:
+    name = Path(file.stem) if file.suffix in COMPRESSIONS else file
+    return name.suffix in SUFFIXES

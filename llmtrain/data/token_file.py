@@ -1,0 +1,100 @@
+"""Files of token ids as other programs and this one write them."""
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import numpy as np
+
+from llmtrain.data.index import INDEX, Index, open_ids
+
+HEADER = np.dtype(("<i4", 256))
+LLMC_VERSIONS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version): ids; GPT-2's and Llama 3's
+LLMC_MAGICS = {magic for magic, _ in LLMC_VERSIONS}
+
+
+class Format(Enum):
+    """The layout of a token file."""
+
+    auto = "from the content: a header of llm.c, an index.json beside the file, else nanogpt"
+    llmtrain = "this program's shards, with their index.json"
+    nanogpt = "ids as uint16, nothing else"
+    llmc = "llm.c's and modded-nanogpt's: 256 int32 (magic, version, number of tokens), then ids as uint16 or uint32"
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """Where the ids are in a file, and how wide."""
+
+    path: Path
+    dtype: str
+    offset: int  # bytes before the first id
+    tokenizer: str | None  # fingerprint of the tokenizer that made them, if the file says
+
+    def open(self) -> np.ndarray:
+        """The ids, memory-mapped."""
+        return open_ids(self.path, np.dtype(self.dtype), self.offset)
+
+
+def recognise(path: Path, form: Format) -> TokenFile:
+    """How to read a token file.  Raises ValueError, naming the file, if it is empty, cut or not of the format."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(HEADER.itemsize)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    if not size:
+        raise ValueError(f"{path}: an empty file")
+    magic, version, tokens = np.frombuffer(head[:12].ljust(12, b"\0"), "<i4").tolist()
+    if form is Format.llmtrain or (form is Format.auto and _is_indexed(path)):
+        return _read_indexed(path)
+    if form is Format.llmc or (form is Format.auto and magic in LLMC_MAGICS):
+        if (magic, version) not in LLMC_VERSIONS:
+            known = ", ".join(f"{m} version {v}" for m, v in LLMC_VERSIONS)
+            raise ValueError(f"{path}: its header has magic {magic} version {version}; llm.c's are {known}")
+        file_dtype = LLMC_VERSIONS[magic, version]
+        expected = HEADER.itemsize + tokens * np.dtype(file_dtype).itemsize
+        if size != expected or tokens <= 0:
+            raise ValueError(
+                f"{path}: cut or damaged: {size:,} bytes, where its header says {tokens:,} tokens ({expected:,} bytes)"
+            )
+        return TokenFile(path, file_dtype, HEADER.itemsize, None)
+    if size % 2:
+        raise ValueError(f"{path}: cut or no token file: {size:,} bytes is no whole number of uint16 ids")
+    return TokenFile(path, "<u2", 0, None)
+
+
+def _is_indexed(path: Path) -> bool:
+    if not (path.parent / INDEX).exists():
+        return False
+    index = Index.read(path.parent)
+    return path.name in {shard.name for shard in index.train.shards + index.validation.shards}
+
+
+def _read_indexed(path: Path) -> TokenFile:
+    index = Index.read(path.parent)
+    return TokenFile(path, index.dtype, 0, index.tokenizer)
+
+
+def check_ids(file: TokenFile, largest: int, vocab_size: int) -> None:
+    """Raise ValueError, naming file and position, if the ``largest`` id of ``file`` is not in the vocabulary."""
+    if largest < vocab_size:
+        return
+    ids = file.open()
+    for start in range(0, len(ids), SCAN):
+        if (beyond := np.flatnonzero(ids[start : start + SCAN] >= vocab_size)).size:
+            position = start + int(beyond[0])
+            raise ValueError(
+                f"{file.path}: token {position:,} is {ids[position]}, beyond the tokenizer's vocabulary of "
+                f"{vocab_size:,}; take the tokenizer that made the file, or another data.format"
+            )
+
+
+def find_largest(file: TokenFile) -> int:
+    """The largest id, by reading the whole file."""
+    ids = file.open()
+    return max(int(ids[start : start + SCAN].max()) for start in range(0, len(ids), SCAN))
+
+
+SCAN = 1 << 24  # ids looked at together

@@ -1,0 +1,132 @@
+"""What a person sees of a run: a live display on a terminal, plain lines elsewhere, and ``train.log`` always.
+
+Everything shown is a rich ``Text``, never a markup string, and whatever comes from outside (generated text, prompts,
+names, paths) goes through ``format.visible`` first: what a terminal would obey is shown instead.
+"""
+
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from llmtrain.display import lines
+from llmtrain.display.progress import Progress
+from llmtrain.metrics import Row
+
+
+class Display(ABC):
+    """What the loop tells.  A context manager: leaving it, also by an exception, gives the terminal back.
+
+    :meth:`close` may be called from a signal handler, and more than once.
+    """
+
+    def __init__(self, run_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self.run_dir = run_dir
+        self.progress = Progress(clock)
+        self._log = (run_dir / "train.log").open("a", encoding="utf-8")
+
+    def header(self, rows: list[tuple[str, str]]) -> None:
+        """Say what is about to be trained, as (name, value) pairs."""
+        self._tell(lines.header(rows))
+
+    def start(self, step: int, max_steps: int) -> None:
+        """Training begins: ``step`` steps are done, ``max_steps`` is the end."""
+        self.progress.start(step, max_steps)
+
+    def step(self, step: int) -> None:
+        """``step`` steps have left the host.  Called each step, so it only takes a note."""
+        self.progress.advance(step)
+
+    def row(self, row: Row) -> None:
+        """A train row, as it goes to the metrics."""
+        self._tell(lines.train(row, self.progress))
+
+    def validation(self, row: Row) -> None:
+        """A validation row, as it goes to the metrics."""
+        self._tell(lines.validation(row, self.progress))
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """``text`` is how the model went on after ``prompt``."""
+        self._tell(lines.sample_title(step, self.progress))
+        self._tell(lines.indented(lines.sample(prompt, text)))
+
+    def event(self, row: Row) -> None:
+        """An event row, as it goes to the metrics."""
+        self._tell(lines.event(row, self.progress))
+
+    def warn(self, text: str) -> None:
+        """Something that the user should know."""
+        self._tell(lines.warning(text))
+
+    def summary(self, summary: Row) -> None:
+        """The run's end, from the keys of ``summary.json``."""
+        self._tell(lines.summary(summary, self.run_dir))
+
+    def close(self) -> None:
+        """Give the terminal back and close the log."""
+        self._log.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _tell(self, text: Text, drawn: RenderableType | None = None) -> None:
+        """Log ``text`` and show it; ``drawn`` is the same in the shape for a terminal, where that differs.
+
+        If the reader is gone (a closed pipe or terminal), the run goes on and speaks to the log alone.
+        """
+        self._write_log(text)
+        try:
+            self._show(text, drawn)
+        except OSError as error:
+            self._detach()
+            self._write_log(lines.warning(f"the output cannot be written ({error}); only train.log goes on"))
+
+    def _write_log(self, text: Text) -> None:
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._log.write("".join(f"{now}  {line}".rstrip() + "\n" for line in text.plain.split("\n")))
+        self._log.flush()
+
+    @abstractmethod
+    def _show(self, text: Text, drawn: RenderableType | None) -> None:
+        """Put ``text`` (one or more lines, without the last newline), or ``drawn``, before the reader."""
+
+    @abstractmethod
+    def _detach(self) -> None:
+        """Never write to the reader again."""
+
+
+class PlainDisplay(Display):
+    """A line each, no control codes, never wrapped: for pipes, files, CI and notebooks."""
+
+    def __init__(self, run_dir: Path, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(run_dir, clock)
+        self._stream: TextIO | None = stream
+
+    def _show(self, text: Text, drawn: RenderableType | None) -> None:
+        if self._stream is not None:
+            encoding = self._stream.encoding or "utf-8"
+            plain = text.plain.encode(encoding, errors="backslashreplace").decode(encoding)
+            self._stream.write(plain + "\n")
+            self._stream.flush()
+
+    def _detach(self) -> None:
+        self._stream = None
+
+
+def open_display(run_dir: Path, stream: TextIO | None = None) -> Display:
+    """The display on ``stream`` (default: stdout): live if it is a terminal that can be drawn on, else plain."""
+    from llmtrain.display.live import LiveDisplay, can_draw
+
+    stream = stream or sys.stdout
+    return LiveDisplay(run_dir, stream) if can_draw(stream) else PlainDisplay(run_dir, stream)

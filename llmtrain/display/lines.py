@@ -1,0 +1,148 @@
+"""Each message of a run as rich text: the plain lines, and what scrolls by above the live display."""
+
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from llmtrain import format
+from llmtrain.display.progress import Progress
+from llmtrain.format import visible
+from llmtrain.metrics import Row
+
+EXPECTED_EVENTS = ("save", "resume")  # others are worth a look
+EXIT_STYLES = {"finished": "bold green", "interrupted": "bold yellow"}
+
+
+def header(rows: list[tuple[str, str]]) -> Text:
+    """Names and values in two aligned columns."""
+    width = max((len(name) for name, _ in rows), default=0)
+    return Text("\n").join(
+        Text.assemble((f"{visible(name):<{width}}  ", "dim"), visible(value).replace("\n", " ")) for name, value in rows
+    )
+
+
+def train(row: Row, progress: Progress) -> Text:
+    """One train row; columns of the same width in every row."""
+    parts = [_step(row["step"], progress), Text(f"loss {format.loss(row['loss']):>7}", style=loss_style(row["loss"]))]
+    if row.get("learning_rate") is not None:
+        parts.append(Text(f"lr {format.learning_rate(row['learning_rate'])}"))
+    if row.get("grad_norm") is not None:
+        parts.append(Text(f"grad norm {format.significant(row['grad_norm']):>8}", loss_style(row["grad_norm"])))
+    if row.get("tokens_per_second") is not None:
+        parts.append(Text(f"{format.count(row['tokens_per_second']):>5} tok/s"))
+    if row.get("mfu") is not None:
+        parts.append(Text(f"mfu {format.percent(row['mfu']):>5}"))
+    if row.get("memory_bytes") is not None:
+        parts.append(Text(f"{format.size(row['memory_bytes']):>7}"))
+    if progress.remaining_seconds is not None:
+        parts.append(Text(f"{format.duration(round(progress.remaining_seconds))} left"))
+    return Text("  ").join(parts)
+
+
+def validation(row: Row, progress: Progress) -> Text:
+    """A validation loss, with the perplexity that it means."""
+    value = row["val_loss"]
+    line = Text.assemble(
+        _step(row["step"], progress), "  ", ("validation", "bold cyan"), " loss ", (format.loss(value), "bold")
+    )
+    if value < 20:  # beyond it exp() says nothing to anyone
+        line.append(f"  perplexity {format.significant(math.exp(value))}")
+    return line
+
+
+def sample_title(step: int, progress: Progress) -> Text:
+    """The line above a sample."""
+    return Text.assemble(_step(step, progress), "  ", ("sample", "bold magenta"))
+
+
+def sample(prompt: str, text: str) -> Text:
+    """The prompt, told apart, and the model's continuation."""
+    return Text.assemble((visible(prompt), "bold"), visible(text))
+
+
+def indented(text: Text, by: int = 4) -> Text:
+    """``text`` with each of its lines moved to the right."""
+    margin = Text(" " * by)
+    return Text("\n").join(margin + line for line in text.split("\n", allow_blank=True))
+
+
+def event(row: Row, progress: Progress) -> Text:
+    """An event by its name and whatever it carries."""
+    name = row["event"]
+    details = "  ".join(
+        f"{_label(key)}{_value(key, value)}"
+        for key, value in row.items()
+        if key not in ("event", "step") and value not in (None, [])
+    )
+    style = "bold green" if name in EXPECTED_EVENTS else "bold yellow"
+    return Text.assemble(_step(row["step"], progress), "  ", (visible(name), style), "  " if details else "", details)
+
+
+def warning(text: str) -> Text:
+    """Something that the user should know."""
+    return Text.assemble(("warning: ", "bold yellow"), (visible(text), "yellow"))
+
+
+def summary(summary: Row, run_dir: Path) -> Text:
+    """How the run ended, what it reached, where it is and what can be done with it."""
+    reason = str(summary["exit_reason"])
+    parts = [
+        Text.assemble(
+            (visible(reason), EXIT_STYLES.get(reason, "bold red")),
+            f" at step {summary['step']:,} of {summary['max_steps']:,}",
+        ),
+        *(Text.assemble((f"  {name:<16} ", "dim"), value) for name, value in _results(summary)),
+        Text.assemble(("  run directory    ", "dim"), visible(str(run_dir))),
+        Text("next", style="bold"),
+    ]
+    target = visible(shlex.quote(str(run_dir)))
+    if reason != "finished":
+        parts.append(Text(f"  llmtrain resume {target}"))
+    parts.append(Text(f'  llmtrain generate {target} prompt="Once upon a time"'))
+    parts.append(Text(f"  llmtrain report {target}"))
+    return Text("\n").join(parts)
+
+
+def _results(summary: Row) -> list[tuple[str, str]]:
+    results = []
+    if summary.get("final_loss") is not None:
+        results.append(("train loss", format.loss(summary["final_loss"])))
+    if summary.get("final_val_loss") is not None:
+        value = format.loss(summary["final_val_loss"])
+        if summary.get("best_val_loss") is not None and summary.get("best_val_step") is not None:
+            value += f" (best {format.loss(summary['best_val_loss'])} at step {summary['best_val_step']:,})"
+        results.append(("validation loss", value))
+    if summary.get("tokens") is not None:
+        results.append(("tokens", format.count(summary["tokens"])))
+    if summary.get("train_seconds") is not None:
+        results.append(("time", format.duration(summary["train_seconds"])))
+    if summary.get("tokens_per_second") is not None:
+        results.append(("throughput", f"{format.count(summary['tokens_per_second'])} tok/s"))
+    if summary.get("refused_steps"):
+        results.append(("refused steps", f"{summary['refused_steps']:,} (loss or gradient not finite)"))
+    return results
+
+
+def loss_style(value: float) -> str:
+    """Red for what is not a number any more."""
+    return "" if math.isfinite(value) else "bold red"
+
+
+def _step(step: int, progress: Progress) -> Text:
+    return Text(f"step {progress.label(step)}", style="dim")
+
+
+def _value(key: str, value: Any) -> str:
+    """The value for people; the changed settings of a resumed run as ``key: before -> after``."""
+    if key == "changes":
+        return visible(", ".join(f"{name}: {before} -> {after}" for name, before, after in value))
+    return format.quantity(key, value)
+
+
+def _label(key: str) -> str:
+    """The key in words, without the unit that its value shows; nothing is left of ``bytes`` and ``seconds``."""
+    words = [word for word in key.split("_") if word not in ("bytes", "seconds")]
+    return visible(" ".join([*words, ""]))

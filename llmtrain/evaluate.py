@@ -1,0 +1,49 @@
+"""Loss on the validation split."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from llmtrain.data import IGNORE
+from llmtrain.data.sequences import Sequences
+from llmtrain.precision import Precision
+
+
+@torch.no_grad()
+def evaluate(
+    loss_sum: Callable[[Tensor, Tensor], Tensor],
+    model: nn.Module,
+    sequences: Sequences,
+    *,
+    batch_size: int,
+    max_batches: int | None,
+    precision: Precision,
+    device: torch.device,
+    stop: Callable[[], bool] = lambda: False,
+) -> float | None:
+    """Mean loss a target token over the first ``max_batches`` batches of ``sequences`` (None: all).
+
+    The same sequences in the same order every time.  Draws no random number.  Returns None if ``stop`` asked to
+    leave off.
+    """
+    end = len(sequences) if max_batches is None else min(len(sequences), max_batches * batch_size)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    targets_seen = 0
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, end, batch_size):
+            if stop():
+                return None
+            inputs, targets = sequences.gather(np.arange(start, min(start + batch_size, end)))
+            targets_seen += int((targets != IGNORE).sum())
+            with precision.autocast():
+                total += loss_sum(
+                    torch.from_numpy(inputs).to(device, non_blocking=True),
+                    torch.from_numpy(targets).to(device, non_blocking=True),
+                )
+    finally:
+        model.train(was_training)
+    return total.item() / max(targets_seen, 1)

@@ -1,0 +1,85 @@
+"""Sampling text from a model."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmtrain.model import LanguageModel
+from llmtrain.precision import Precision
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float  # 0: the most likely token
+    top_k: int  # sample among so many of the most likely tokens; 0: among all
+    top_p: float  # … among the most likely tokens that together have this probability; 1: among all
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature}: must be 0 (greedy) or more")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k}: must be 0 (off) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1 (off)")
+
+    def choose(self, logits: Tensor, generator: torch.Generator) -> int:
+        """A token id from ``logits`` ``(vocabulary,)``.
+
+        Temperature, then top-k, then top-p (nucleus sampling, Holtzman et al. 2020) over what is left.
+        """
+        if self.temperature == 0:
+            return int(logits.argmax())
+        logits = logits.float() / self.temperature
+        if 0 < self.top_k < logits.numel():
+            threshold = logits.topk(self.top_k).values[-1]
+            logits = logits.masked_fill(logits < threshold, -torch.inf)
+        if self.top_p < 1:
+            ordered, order = logits.sort(descending=True)
+            probabilities = ordered.softmax(0)
+            before = probabilities.cumsum(0) - probabilities  # the most likely token always stays
+            logits = logits.index_fill(0, order[before >= self.top_p], -torch.inf)
+        return int(torch.multinomial(logits.softmax(0), 1, generator=generator))
+
+
+@torch.no_grad()
+def generate(
+    model: LanguageModel,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    generator: torch.Generator,
+    precision: Precision,
+    end_of_text: int,
+) -> Iterator[int]:
+    """Yield up to ``max_tokens`` ids that go on from ``prompt``; stops after ``end_of_text``, which is not yielded.
+
+    Draws from ``generator`` alone.  Past the model's context the last half of it is read again and generation goes
+    on from there, so length is not limited.
+    """
+    device = next(model.parameters()).device
+    ids = list(prompt) or [end_of_text]
+    was_training = model.training
+    model.eval()
+    try:
+        cache = None
+        for _ in range(max_tokens):
+            if cache is None or cache.length + 1 > cache.capacity:
+                keep = model.context_length if cache is None else max(model.context_length // 2, 1)
+                unread = ids[-keep:]
+                cache = model.new_cache(1, precision.dtype)
+            else:
+                unread = ids[-1:]
+            with precision.autocast():
+                logits = model(torch.tensor([unread], device=device), cache)[0, -1, : model.vocab_size]
+            token = sampling.choose(logits, generator)
+            if token == end_of_text:
+                return
+            ids.append(token)
+            yield token
+    finally:
+        model.train(was_training)

@@ -1,0 +1,57 @@
+"""Where the numbers of a run go: a stream of rows, each a flat dictionary.
+
+Three kinds of rows, told apart by their keys:
+
+- train, each ``log_every`` steps: step, tokens, epoch, loss, learning_rate, grad_norm, grad_max, clipped,
+  tokens_per_second, mfu, step_seconds, memory_bytes, batch_size, and loss_scale under fp16;
+- validation: step, tokens, epoch, val_loss;
+- events: event ("save", "refused", "resume", ...), step, and what belongs to the event.
+
+``step`` is the number of optimizer steps done when the row was made, ``tokens`` the number trained on.
+"""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from llmtrain.metrics.jsonl import Row, drop_rows, read_metrics
+
+__all__ = ["Metrics", "MetricsConfig", "Row", "drop_rows", "read_metrics"]
+
+
+class Metrics(ABC):
+    """An open sink of rows; a context manager that closes itself."""
+
+    @abstractmethod
+    def row(self, row: Row) -> None:
+        """Record ``row``.  It has left the process when this returns: a kill afterwards does not lose it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the sink; a second call does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class MetricsConfig(ABC):
+    """Contract of ``metrics=...``."""
+
+    log_every: int  # optimizer steps between two train rows
+
+    @abstractmethod
+    def build(self, run_dir: Path, *, resume_step: int | None) -> Metrics:
+        """Open the sink of the run in ``run_dir``.
+
+        ``resume_step`` is None for a new run; for one that goes on from a checkpoint it is that checkpoint's step:
+        rows that the run will write again, identically, are dropped.
+        """
+
+    def check(self) -> None:  # noqa: B027 - most options have nothing to check
+        """Raise ValueError, before a run directory exists, if the option cannot work on this machine."""

@@ -1,0 +1,86 @@
+"""Rows in a file, one JSON object a line: written as they come, readable while the run goes on.
+
+JSON has no number that is not finite, and dropping one would hide that a run went wrong: nan and the infinities are
+written as the strings "nan", "inf" and "-inf", and :func:`read_metrics` turns them back into floats.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]  # values are str, bool, int, float (also nan and infinite), None, or lists and dicts of these
+
+_NON_FINITE = ("nan", "inf", "-inf")
+
+
+def to_line(row: Row) -> str:
+    """``row`` as its line in the file, newline included."""
+    return json.dumps(_encode(row), ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """All rows of the file at ``path``, in the order in which they were written.
+
+    A last line without its newline, as a kill or a running process leaves it, is no row yet and is left out.
+    Raises ValueError that names file and line where another line is not a JSON object with a step.
+    """
+    return [row for _, row in _lines(path)]
+
+
+def drop_rows(path: Path, drop: Callable[[Row], bool]) -> None:
+    """Remove the rows for which ``drop`` is true, and a torn last line, from the file at ``path``.
+
+    The file is replaced by a whole new one: a kill leaves the old or the new.  One that is not there is left so.
+    """
+    if not path.exists():
+        return
+    text = "".join(line for line, row in _lines(path) if not drop(row)).encode("utf-8")
+    if len(text) == path.stat().st_size:
+        return
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Row]]:
+    """Each whole line of the file, with the row that it holds."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if not raw.endswith(b"\n"):  # only the last line can be so
+                return
+            try:
+                line = raw.decode("utf-8")
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error}); remove the line to go on") from error
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError(f"{path}, line {number}: not an object with a step; remove the line to go on")
+            yield line, _decode(row)
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _encode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_encode(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    assert value not in _NON_FINITE, f"the string {value!r} would be read back as a number"
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _decode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    return float(value) if value in _NON_FINITE else value

@@ -1,0 +1,54 @@
+"""``metrics=local``: the rows in ``RUN/metrics.jsonl``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmtrain.metrics import Metrics, MetricsConfig
+from llmtrain.metrics.jsonl import Row, drop_rows, to_line
+
+FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Local(MetricsConfig):
+    """``metrics=local``."""
+
+    log_every: int
+
+    def __post_init__(self) -> None:
+        if self.log_every < 1:
+            raise ValueError(f"log_every={self.log_every}: must be 1 or more steps")
+
+    def build(self, run_dir: Path, *, resume_step: int | None) -> "LocalMetrics":
+        """Open ``run_dir/metrics.jsonl``."""
+        path = run_dir / FILE
+        if resume_step is not None:
+            drop_rows(path, lambda row: _comes_again(row, resume_step))
+        return LocalMetrics(path, new=resume_step is None)
+
+
+class LocalMetrics(Metrics):
+    """Appends rows to a file."""
+
+    def __init__(self, path: Path, *, new: bool) -> None:
+        self._file = path.open("x" if new else "a", encoding="utf-8")
+
+    def row(self, row: Row) -> None:
+        """Write ``row`` as one line and hand it to the operating system."""
+        self._file.write(to_line(row))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _comes_again(row: Row, resume_step: int) -> bool:
+    """Whether a run that goes on from ``resume_step`` writes ``row`` again.
+
+    A checkpoint is saved before its step is evaluated, so the validation row of that very step does.  An event does
+    not: that a checkpoint was saved or a step refused remains true.
+    """
+    if "event" in row:
+        return False
+    return row["step"] > resume_step or (row["step"] == resume_step and "val_loss" in row)

@@ -1,0 +1,68 @@
+"""``metrics.jsonl``, and the same numbers as TensorBoard event files under ``tensorboard/``."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmtrain.metrics import Metrics, MetricsConfig, Row
+from llmtrain.metrics.local import Local
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+FOLDER = "tensorboard"
+
+
+@dataclass(frozen=True)
+class TensorBoard(MetricsConfig):
+    """``metrics=tensorboard``; look at it with ``tensorboard --logdir RUN``."""
+
+    log_every: int
+
+    def __post_init__(self) -> None:
+        Local(self.log_every)  # checks the shared field
+
+    def check(self) -> None:
+        """Raise ValueError if the package is not installed."""
+        if importlib.util.find_spec("tensorboard") is None:
+            raise ValueError(
+                "metrics=tensorboard: the tensorboard package is not installed; "
+                "pip install 'llmtrain[tensorboard]', or choose metrics=local"
+            )
+
+    def build(self, run_dir: Path, *, resume_step: int | None) -> "TensorBoardMetrics":
+        """Open both; on resume TensorBoard is told to forget the points after ``resume_step``."""
+        self.check()
+        from torch.utils.tensorboard import SummaryWriter
+
+        local = Local(self.log_every).build(run_dir, resume_step=resume_step)
+        purge_step = None if resume_step is None else resume_step + 1
+        return TensorBoardMetrics(local, SummaryWriter(str(run_dir / FOLDER), purge_step=purge_step))
+
+
+class TensorBoardMetrics(Metrics):
+    """Writes every row to ``local``, its numbers as scalars, and events as text."""
+
+    def __init__(self, local: Metrics, writer: "SummaryWriter") -> None:
+        self._local = local
+        self._writer = writer
+
+    def row(self, row: Row) -> None:
+        """Record ``row`` in both places; scalars are tagged ``train/loss``, ``validation/val_loss`` and so on."""
+        self._local.row(row)
+        step = row.get("step")
+        if "event" in row:
+            details = "  \n".join(f"{key}: {value}" for key, value in row.items() if key not in ("event", "step"))
+            self._writer.add_text(f"event/{row['event']}", details, step)
+        else:
+            group = "validation" if "val_loss" in row else "train"
+            for key, value in row.items():
+                if key != "step" and isinstance(value, int | float):  # a bool too, as 0 or 1
+                    self._writer.add_scalar(f"{group}/{key}", value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close both."""
+        self._writer.close()
+        self._local.close()

@@ -1,0 +1,76 @@
+"""Language models: single-device modules, built on the meta device and initialised in place."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.model.cache import KVCache
+
+
+class LanguageModel(nn.Module, ABC):
+    """What the program knows of a model.
+
+    The vocabulary is padded inside to a multiple of 64 for the sake of the matrix kernels.  Outside nothing of it
+    is seen: the state dict holds ``vocab_size`` rows, :meth:`num_parameters` does not count the rest, and padded
+    logits are ``-inf``, so that they have no probability and no gradient.
+    """
+
+    vocab_size: int
+    padded_vocab_size: int
+    context_length: int
+    num_layers: int
+
+    @abstractmethod
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits ``(batch, sequence, padded_vocab_size)`` for the token after each of ``ids`` ``(batch, sequence)``.
+
+        With a ``cache``, ``ids`` continue the sequences that the cache holds.
+        """
+
+    @abstractmethod
+    def initialise(self, generator: torch.Generator) -> None:
+        """Fill every parameter in place with its initial value."""
+
+    @abstractmethod
+    def new_cache(self, batch_size: int, dtype: torch.dtype) -> KVCache:
+        """An empty key-value cache for ``context_length`` tokens."""
+
+    @abstractmethod
+    def layer_index(self, name: str) -> int:
+        """Depth of the parameter ``name``: 0 embeddings, i + 1 block i, ``num_layers + 1`` final norm and head."""
+
+    @abstractmethod
+    def num_parameters(self) -> int:
+        """Parameters, shared ones once, vocabulary padding not counted."""
+
+    @abstractmethod
+    def parameters_by_part(self) -> dict[str, int]:
+        """The same count split into named parts."""
+
+    @abstractmethod
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Floating-point operations of forward and backward for one token.
+
+        ``6 N + 12 layers hidden sequence``: N parameters in matrix products (2 forward, 4 backward each) and the
+        two attention products (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B).
+        """
+
+
+class ModelConfig(ABC):
+    """Contract of ``model=...``."""
+
+    context_length: int
+    vocab_size: int | None  # None: the tokenizer's
+
+    @abstractmethod
+    def build(self, vocab_size: int) -> LanguageModel:
+        """Construct the module for ``vocab_size`` tokens on torch's current default device."""
+
+    def create(self, vocab_size: int, device: torch.device, generator: torch.Generator) -> LanguageModel:
+        """Build on meta, allocate once on ``device``, initialise there."""
+        with torch.device("meta"):
+            model = self.build(vocab_size)
+        model.to_empty(device=device)
+        model.initialise(generator)
+        return model

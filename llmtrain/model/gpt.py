@@ -1,0 +1,190 @@
+"""GPT-2: a decoder with learned positions and pre-norm blocks.
+
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmtrain.model import LanguageModel, ModelConfig
+from llmtrain.model.cache import KVCache
+from llmtrain.model.vocabulary import hide_padding, logit_bias, padded_size
+
+
+@dataclass(frozen=True)
+class GPTConfig(ModelConfig):
+    """Sizes of a GPT-2; the defaults of each size are in ``conf/model``."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    context_length: int
+    vocab_size: int | None
+    dropout: float
+    qkv_bias: bool
+    tie_embeddings: bool
+
+    def __post_init__(self) -> None:
+        for key in ("num_layers", "hidden_size", "num_heads", "context_length"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"vocab_size={self.vocab_size}: must be at least 1, or null for the tokenizer's")
+        if self.hidden_size % self.num_heads:
+            divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
+            nearest = min(divisors, key=lambda n: abs(n - self.num_heads))
+            raise ValueError(
+                f"hidden_size={self.hidden_size}: must be divisible by num_heads={self.num_heads}; "
+                f"num_heads={nearest} would do"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
+
+    def build(self, vocab_size: int) -> "GPT":
+        return GPT(self, vocab_size)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention, one matrix for queries, keys and values."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.dropout = config.dropout
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.projection = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, layer: int, cache: KVCache | None) -> Tensor:
+        """``x`` and the result: ``(batch, sequence, hidden)``."""
+        batch, length, hidden = x.shape
+        heads = self.qkv(x).view(batch, length, 3, self.num_heads, hidden // self.num_heads)
+        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each (batch, heads, sequence, head_size)
+        mask, causal = None, True
+        if cache is not None:
+            key, value = cache.update(layer, key, value)
+            if cache.length:  # row i sees the cached tokens and the new ones up to itself
+                causal = False
+                if length > 1:
+                    mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=x.device).tril(cache.length)
+        y = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal, dropout_p=self.dropout if self.training else 0.0
+        )
+        return self.projection(y.transpose(1, 2).reshape(batch, length, hidden))
+
+
+class MLP(nn.Module):
+    """The position-wise feed-forward network, with GELU in GPT-2's tanh form."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, 4 * config.hidden_size)
+        self.down = nn.Linear(4 * config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``, the residual stream in fp32."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, layer: int, cache: KVCache | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), layer, cache))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class GPT(LanguageModel):
+    """A GPT-2 of any size."""
+
+    def __init__(self, config: GPTConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.padded_vocab_size = padded_size(vocab_size)
+        self.context_length = config.context_length
+        self.num_layers = config.num_layers
+        self.token_embedding = nn.Embedding(self.padded_vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.context_length, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm = nn.LayerNorm(config.hidden_size)
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.hidden_size, self.padded_vocab_size, bias=False)
+        self.register_buffer("logit_bias", None, persistent=False)
+        hide_padding(self, ("token_embedding.weight", "head.weight"), vocab_size)
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        start = cache.length if cache is not None else 0
+        positions = torch.arange(start, start + ids.shape[1], device=ids.device)
+        x = self.dropout(self.token_embedding(ids) + self.position_embedding(positions))
+        for layer, block in enumerate(self.blocks):
+            x = block(x, layer, cache)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        return F.linear(self.final_norm(x), self.head_weight, self.logit_bias)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output layer's matrix ``(padded_vocab_size, hidden)``."""
+        return self.token_embedding.weight if self.config.tie_embeddings else self.head.weight
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """GPT-2's: N(0, 0.02), residual projections scaled by 1/sqrt(2 layers), biases 0, norms 1."""
+        std = 0.02
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                residual = name.endswith(("attention.projection.weight", "mlp.down.weight"))
+                parameter.normal_(0.0, std / math.sqrt(2 * self.num_layers) if residual else std, generator=generator)
+        self.token_embedding.weight[self.vocab_size :] = 0.0
+        self.head_weight[self.vocab_size :] = 0.0
+        self.logit_bias = logit_bias(self.vocab_size, self.head_weight.device)
+
+    def new_cache(self, batch_size: int, dtype: torch.dtype) -> KVCache:
+        c = self.config
+        device = self.token_embedding.weight.device
+        head_size = c.hidden_size // c.num_heads
+        return KVCache(c.num_layers, batch_size, c.num_heads, c.context_length, head_size, device=device, dtype=dtype)
+
+    def layer_index(self, name: str) -> int:
+        if match := re.match(r"blocks\.(\d+)\.", name):
+            return int(match[1]) + 1
+        return 0 if "embedding" in name else self.num_layers + 1
+
+    def parameters_by_part(self) -> dict[str, int]:
+        hidden = self.config.hidden_size
+        parts = {
+            "token embedding": self.vocab_size * hidden,
+            "position embedding": self.position_embedding.weight.numel(),
+            "attention": sum(p.numel() for b in self.blocks for p in b.attention.parameters()),
+            "mlp": sum(p.numel() for b in self.blocks for p in b.mlp.parameters()),
+            "norms": sum(p.numel() for n, p in self.named_parameters() if "norm" in n),
+        }
+        return parts if self.config.tie_embeddings else parts | {"head": self.vocab_size * hidden}
+
+    def num_parameters(self) -> int:
+        return sum(self.parameters_by_part().values())
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        parts = self.parameters_by_part()
+        lookups = parts["position embedding"]
+        if not self.config.tie_embeddings:  # a tied embedding is also the head's matrix
+            lookups += parts["token embedding"]
+        attention = 12 * self.num_layers * self.config.hidden_size * sequence_length
+        return 6 * (self.num_parameters() - lookups) + attention

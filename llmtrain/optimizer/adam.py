@@ -1,0 +1,45 @@
+"""Adam (Kingma & Ba 2015, https://arxiv.org/abs/1412.6980)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmtrain.checks import non_negative
+from llmtrain.optimizer.groups import GroupedOptimizer, check_betas, has_fused_kernel, parameter_groups
+
+
+@dataclass(frozen=True)
+class Adam(GroupedOptimizer):
+    """``weight_decay`` is an L2 penalty here: it is added to the gradient and passes through both moments."""
+
+    betas: list[float]
+    eps: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_betas(self.betas)
+        non_negative(eps=self.eps)
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        groups = parameter_groups(self.members(model), self.lr)
+        return build_adam(torch.optim.Adam, groups, betas=self.betas, eps=self.eps)
+
+
+def build_adam(
+    kind: type[torch.optim.Adam], groups: list[dict[str, Any]], *, betas: list[float], eps: float
+) -> torch.optim.Adam:
+    """torch's Adam or AdamW over ``groups``, fused where there is a kernel, with the state of step 0."""
+    beta1, beta2 = betas
+    fused = has_fused_kernel(groups)
+    optimizer = kind(groups, betas=(beta1, beta2), eps=eps, fused=fused)
+    for group in groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                # the fused kernel counts on its device, the others on the host
+                "step": torch.zeros((), device=parameter.device if fused else "cpu"),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
+    return optimizer

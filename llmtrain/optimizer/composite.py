@@ -1,0 +1,46 @@
+"""Several optimizers that act as one."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from llmtrain.optimizer import step
+
+
+class Composite(torch.optim.Optimizer):
+    """One optimizer made of ``parts`` with disjoint parameters.
+
+    ``param_groups`` holds the parts' own group dictionaries, so that what is set on a group (its learning rate)
+    reaches the part, and all parts keep their state in the one dictionary ``state``.
+    """
+
+    # a step is refused part by part, on the device where the part knows how
+    _step_supports_amp_scaling = True
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = parts
+        for part in parts:
+            self.state.update(part.state)
+        self._share()
+
+    def _share(self) -> None:
+        """Give every part its share of the groups and the common state."""
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+
+    def step(self) -> None:  # type: ignore[override]  # no closures
+        """Step every part; what the attribute ``found_inf`` refuses is refused by all."""
+        for part in self.parts:
+            if hasattr(self, "found_inf"):
+                step(part, self.found_inf)
+            else:
+                part.step()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, for all parts at once."""
+        super().load_state_dict(state_dict)
+        self._share()

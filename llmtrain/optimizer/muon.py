@@ -1,0 +1,86 @@
+"""Muon for the matrices of the blocks, AdamW for everything else.
+
+Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Liu et al. 2025, https://arxiv.org/abs/2502.16982.
+"""
+
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import cast
+
+import torch
+from torch import nn
+
+from llmtrain.checks import non_negative, positive
+from llmtrain.optimizer.adam import build_adam
+from llmtrain.optimizer.composite import Composite
+from llmtrain.optimizer.groups import GroupedOptimizer, Layered, Member, check_betas, parameter_groups
+
+
+class AdjustLR(Enum):
+    """How Muon's learning rate depends on the shape (rows, columns) of a matrix."""
+
+    original = "original"  # sqrt(max(1, rows / columns)), Jordan et al.
+    match_rms_adamw = "match_rms_adamw"  # 0.2 * sqrt(max(rows, columns)): the update size of AdamW, Liu et al.
+
+
+@dataclass(frozen=True)
+class Muon(GroupedOptimizer):
+    """The momentum of a matrix, orthogonalised by Newton-Schulz iterations, is its update.
+
+    ``lr`` is the rate of the two-dimensional parameters of the blocks.  Embeddings, head, norms and biases are
+    trained by AdamW at ``adamw_lr``, which follows the same schedule: their groups' ``lr_multiplier`` contains
+    ``adamw_lr / lr``.
+    """
+
+    momentum: float
+    nesterov: bool
+    ns_steps: int
+    adjust_lr_fn: AdjustLR
+    adamw_lr: float
+    betas: list[float]
+    eps: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum}: must be at least 0 and below 1")
+        if not 1 <= self.ns_steps < 100:
+            raise ValueError(f"ns_steps={self.ns_steps}: must be at least 1 and below 100; 5 is usual")
+        positive(adamw_lr=self.adamw_lr)
+        check_betas(self.betas)
+        non_negative(eps=self.eps)
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        members = self.members(model)
+        matrices: list[Member] = []
+        rest: list[Member] = []
+        for member in members:
+            if is_hidden_matrix(member, cast(Layered, model)):
+                matrices.append(member)
+            else:
+                rest.append(replace(member, lr_multiplier=member.lr_multiplier * self.adamw_lr / self.lr))
+        if not matrices:
+            raise ValueError("optimizer=muon: no matrix of a block is trainable; optimizer=adamw trains the rest")
+        parts: list[torch.optim.Optimizer] = [self._build_muon(matrices)]
+        if rest:
+            groups = parameter_groups(rest, self.lr)
+            parts.append(build_adam(torch.optim.AdamW, groups, betas=self.betas, eps=self.eps))
+        return Composite(parts)
+
+    def _build_muon(self, matrices: list[Member]) -> torch.optim.Muon:
+        optimizer = torch.optim.Muon(
+            parameter_groups(matrices, self.lr),
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            ns_steps=self.ns_steps,
+            adjust_lr_fn=self.adjust_lr_fn.value,
+        )
+        for member in matrices:
+            buffer = torch.zeros_like(member.parameter, memory_format=torch.preserve_format)
+            optimizer.state[member.parameter] = {"momentum_buffer": buffer}
+        return optimizer
+
+
+def is_hidden_matrix(member: Member, model: Layered) -> bool:
+    """Whether the parameter is a matrix that maps hidden units to hidden units: within a block, two-dimensional."""
+    return member.parameter.dim() == 2 and 1 <= model.layer_index(member.name) <= model.num_layers

@@ -1,0 +1,66 @@
+"""Reading a step's numbers from the device without waiting for it."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class StepRecord:
+    """A step as the host knows it, and the numbers that the device has yet to deliver."""
+
+    step: int  # 1-based: steps done
+    tokens: int  # target tokens of this step
+    total_tokens: int  # target tokens of the run up to and with this step
+    batch_size: int
+    learning_rate: float
+    values: dict[str, float] = field(default_factory=dict)  # filled when the device is through
+
+
+class Readback:
+    """A queue of records whose numbers are copied to the host behind the device's back.
+
+    On a GPU each record's scalars are copied to pinned memory with an event after them; :meth:`ready` returns those
+    whose event has passed.  At most ``depth`` steps are under way, which keeps the host from running off without
+    ever letting the device run dry.  On a CPU a record is ready at once.
+    """
+
+    def __init__(self, device: torch.device, depth: int = 2) -> None:
+        self.device = device
+        self.depth = depth
+        self.pending: deque[tuple[StepRecord, tuple[str, ...], Tensor, torch.cuda.Event | None]] = deque()
+
+    def push(self, record: StepRecord, scalars: dict[str, Tensor]) -> None:
+        """Queue ``record`` with its 0-dimensional tensors."""
+        stacked = torch.stack([scalar.detach().float() for scalar in scalars.values()])
+        event = None
+        if self.device.type == "cuda":
+            host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
+            host.copy_(stacked, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            stacked = host
+        self.pending.append((record, tuple(scalars), stacked, event))
+
+    def ready(self) -> list[StepRecord]:
+        """Records whose numbers have arrived, in order; waits only for those more than ``depth`` steps back."""
+        return self._take(wait_for=len(self.pending) - self.depth)
+
+    def drain(self) -> list[StepRecord]:
+        """All records; waits for the device."""
+        return self._take(wait_for=len(self.pending))
+
+    def _take(self, wait_for: int) -> list[StepRecord]:
+        records: list[StepRecord] = []
+        while self.pending:
+            record, names, tensor, event = self.pending[0]
+            if event is not None and not event.query():
+                if len(records) >= wait_for:
+                    break
+                event.synchronize()
+            self.pending.popleft()
+            record.values = dict(zip(names, tensor.tolist(), strict=True))
+            records.append(record)
+        return records

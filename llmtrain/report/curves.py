@@ -1,0 +1,196 @@
+"""Loss curves as PNG files."""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import colormaps, style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from llmtrain import format
+from llmtrain.format import visible
+from llmtrain.metrics import Row, read_metrics
+from llmtrain.metrics.smoothing import EMA
+from llmtrain.report.runs import METRICS, RunSummary, differences, ranked, summarise
+from llmtrain.report.table import setting
+
+TRAIN, VALIDATION, RATE = "#3b6ea8", "#d1603d", "#6b6b6b"
+Curve = tuple[list[float], list[float]]  # x, y; nan leaves a gap
+MAX_LABELS = 12  # runs in a legend
+STYLE: list[Any] = [
+    "default",  # not what a matplotlibrc says: LaTeX, for one, would take names for commands
+    {
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#888888",
+        "axes.grid": True,
+        "grid.color": "#e6e6e6",
+        "grid.linewidth": 0.8,
+        "axes.axisbelow": True,
+        "xtick.color": "#555555",
+        "ytick.color": "#555555",
+        "axes.labelcolor": "#333333",
+        "legend.frameon": False,
+        "lines.solid_capstyle": "round",
+    },
+]
+
+
+def draw_run(run_dir: Path) -> Path:
+    """Write ``run_dir/loss.png``: training and validation loss, and below them the learning rate."""
+    summary = summarise(run_dir)
+    train, validation = _read(run_dir)
+    path = run_dir / "loss.png"
+    with style.context(STYLE):
+        figure = Figure(figsize=(8, 5.4), layout="constrained")
+        loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+        steps, losses = _column(train, "loss")
+        few = "o" if len(steps) == 1 else None
+        loss_axes.plot(steps, losses, color=TRAIN, alpha=0.3, linewidth=1, marker=few, markersize=4)
+        loss_axes.plot(steps, _smooth(losses), color=TRAIN, linewidth=1.8, label="training (faint: as measured)")
+        if validation:
+            points, values = _column(validation, "val_loss")
+            best = f", best {format.loss(summary.best_val_loss)}" if summary.best_val_loss is not None else ""
+            size = 4 if len(points) <= 40 else 0
+            loss_axes.plot(
+                points, values, "o-", color=VALIDATION, linewidth=1.6, markersize=size, label="validation" + best
+            )
+        loss_axes.set_ylabel("loss (nats per token)")
+        loss_axes.set_title(visible(run_dir.name), loc="left", weight="bold", parse_math=False)
+        if train or validation:
+            loss_axes.legend(loc="upper right")
+        rate_axes.plot(*_column(train, "learning_rate"), color=RATE, linewidth=1.5)
+        rate_axes.set_ylabel("learning rate")
+        rate_axes.set_ylim(bottom=0)
+        rate_axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.1e}" if value else "0"))
+        rate_axes.yaxis.set_major_locator(MaxNLocator(3))
+        _count_axis(rate_axes, "step")
+        figure.align_ylabels()
+        _write(figure, path)
+    return path
+
+
+def draw_comparison(runs: Sequence[Path], path: Path) -> Path:
+    """Write to ``path`` the validation and training curves of several runs, a colour each, the best first."""
+    summaries = ranked([summarise(run) for run in runs])
+    read = [(label, _read(summary.path)) for label, summary in zip(_labels(summaries), summaries, strict=True)]
+    labels = [label for label, (train, validation) in read if train or validation]
+    curves = [rows for _, rows in read if any(rows)]
+    colours = _colours(len(curves))
+    x = "tokens" if _differ_in_batch([train for train, _ in curves]) else "step"
+    panels = [("validation loss", 1, "val_loss"), ("training loss (smoothed)", 0, "loss")]
+    if not any(validation for _, validation in curves):
+        del panels[0]
+    with style.context(STYLE):
+        figure = Figure(figsize=(6 * len(panels) + 0.5, 5.2), layout="constrained")
+        grid = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (title, kind, key) in zip(grid, panels, strict=True):
+            _draw_panel(axes, [_column(curve[kind], key, x) for curve in curves], colours, smooth=key == "loss")
+            axes.set_title(title, loc="left", weight="bold")
+            _count_axis(axes, x)
+        lines = grid[0].lines[::-1][:MAX_LABELS]  # they were drawn in the other order
+        legend = figure.legend(lines, labels[:MAX_LABELS], loc="outside lower center", ncols=max(min(len(lines), 3), 1))
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+        if len(labels) > MAX_LABELS:
+            legend.set_title(f"the best {MAX_LABELS} of {len(labels)} runs")
+        _write(figure, path)
+    return path
+
+
+def _draw_panel(axes: Axes, curves: Sequence[Curve], colours: Sequence[Any], *, smooth: bool) -> None:
+    """One curve a run; the first, which is the best, on top."""
+    shown = [_smooth(values) if smooth else values for _, values in curves]
+    for (at, _), values, colour in reversed(list(zip(curves, shown, colours, strict=True))):
+        axes.plot(at, values, color=colour, linewidth=1.6, marker="o" if len(at) == 1 else None, markersize=4)
+    _cut_divergence(axes, shown)
+
+
+def _read(run_dir: Path) -> tuple[list[Row], list[Row]]:
+    """The train rows and the validation rows of a run; both empty before the first."""
+    path = run_dir / METRICS
+    rows = [row for row in read_metrics(path) if "event" not in row] if path.exists() else []
+    return [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
+
+
+def _column(rows: Sequence[Row], key: str, x: str = "step") -> Curve:
+    """``key`` over ``x``; what is not finite leaves a gap."""
+    values = [row.get(key) for row in rows]
+    return [row[x] for row in rows], [v if v is not None and math.isfinite(v) else math.nan for v in values]
+
+
+def _smooth(losses: Sequence[float]) -> list[float]:
+    """The mean of a moving average from the left and one from the right, so that the curve does not lag behind.
+
+    It looks about a fiftieth of the run to each side, and at most 50 points.  Gaps stay.
+    """
+    beta = 1 - 1 / min(max(len(losses) / 50, 2), 50)
+    left, right = EMA(beta), EMA(beta)
+    from_left = [left.update(loss) for loss in losses]
+    from_right = [right.update(loss) for loss in reversed(losses)][::-1]
+    return [
+        (before + after) / 2 if math.isfinite(loss) else math.nan
+        for before, after, loss in zip(from_left, from_right, losses, strict=True)
+    ]
+
+
+def _differ_in_batch(runs: Sequence[Sequence[Row]]) -> bool:
+    """Whether equal steps are not equal work, so that curves over steps could not be compared."""
+    return len({round(rows[-1]["tokens"] / rows[-1]["step"]) for rows in runs if rows and rows[-1]["step"]}) > 1
+
+
+def _cut_divergence(axes: Axes, curves: Sequence[Sequence[float]]) -> None:
+    """Do not let a run that blew up flatten all others: nothing far above the losses at the start is shown."""
+    starts = [next((v for v in values if not math.isnan(v)), math.nan) for values in curves]
+    starts = [start for start in starts if not math.isnan(start)]
+    known = [v for values in curves for v in values if not math.isnan(v)]
+    if starts and max(known) > 1.5 * max(starts):
+        top, bottom = 1.1 * max(starts), min(known)
+        axes.set_ylim(bottom - 0.05 * (top - bottom), top)
+
+
+def _labels(runs: Sequence[RunSummary]) -> list[str]:
+    """Each run by the settings in which it differs from the others, else by its directory's name."""
+    settings = differences(runs)
+    labels = [
+        ", ".join(f"{key}={setting(values[index])}" for key, values in list(settings.items())[:3])
+        for index in range(len(runs))
+    ]
+    if len(set(labels)) < len(labels):
+        labels = [f"{visible(run.path.name)} {label}".rstrip() for run, label in zip(runs, labels, strict=True)]
+    return [f" {label}" if label.startswith("_") else label for label in labels]  # matplotlib hides those with "_"
+
+
+def _colours(number: int) -> list[Any]:
+    if number <= 10:
+        return [colormaps["tab10"](index) for index in range(number)]
+    return [colormaps["viridis"](0.95 * index / (number - 1)) for index in range(number)]
+
+
+def _count_axis(axes: Axes, label: str) -> None:
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+    axes.margins(x=0.02)
+
+
+def _tick(value: float) -> str:
+    text = format.count(value) if abs(value) >= 10_000 else f"{value:,.0f}"
+    number, unit = (text[:-1], text[-1]) if text[-1].isalpha() else (text, "")
+    return (number.rstrip("0").rstrip(".") if "." in number else number) + unit
+
+
+def _write(figure: Figure, path: Path) -> None:
+    """Save as PNG; a reader sees the old picture or the new one, never a part."""
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        FigureCanvasAgg(figure).print_png(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,186 @@
+"""Find run directories and read what they came to."""
+
+import fcntl
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmtrain.metrics import Row, read_metrics
+
+CONFIG, METRICS, SUMMARY, LOCK = "config.yaml", "metrics.jsonl", "summary.json", ".lock"
+CHECKPOINT_MARK = "manifest.json"  # a checkpoint has a config.yaml too
+PLACES = ("name", "output_dir", "run_dir")  # keys that say what a run is called and where it is, not what it does
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run, finished or not; None is not known (yet)."""
+
+    path: Path
+    name: str
+    state: str  # finished, interrupted, failed, running, or pending
+    step: int
+    max_steps: int | None
+    tokens: int
+    tokens_per_second: float | None  # over the whole run, training steps only
+    train_seconds: float | None
+    final_loss: float | None
+    final_val_loss: float | None
+    best_val_loss: float | None
+    best_val_step: int | None
+    config: dict[str, Any]  # dotted key -> value
+
+
+def find_runs(targets: Sequence[Path]) -> list[Path]:
+    """The run directories that ``targets`` are or contain, at most two levels down; each once, in a stable order.
+
+    Raises ValueError for a target that has none.
+    """
+    runs: dict[Path, Path] = {}
+    for target in targets:
+        if not target.is_dir():
+            raise ValueError(f"{target}: no such directory")
+        found = list(_runs_within(target, depth=2))
+        if not found:
+            hint = " (it is a checkpoint; name the run that has it)" if (target / CHECKPOINT_MARK).exists() else ""
+            raise ValueError(
+                f"{target}: neither a run nor a sweep{hint}; a run directory holds {CONFIG}, "
+                "a sweep directory holds run directories"
+            )
+        runs |= {run.resolve(): run for run in found}
+    return list(dict.fromkeys(runs.values()))
+
+
+def _runs_within(path: Path, depth: int) -> Iterator[Path]:
+    if (path / CONFIG).is_file() and not (path / CHECKPOINT_MARK).exists():
+        yield path
+    elif depth:
+        for child in sorted(path.iterdir()):
+            if child.is_dir() and not child.name.startswith("."):
+                yield from _runs_within(child, depth - 1)
+
+
+def summarise(run_dir: Path) -> RunSummary:
+    """Read ``config.yaml``, ``summary.json`` and ``metrics.jsonl`` of a run, whichever there are.
+
+    ``summary.json`` counts while nothing has happened since; a run that goes on, or was killed, is read from its
+    metrics alone.  The losses always come from the metrics.  Raises ValueError naming a file that cannot be read.
+    """
+    config = _read_config(run_dir / CONFIG)
+    rows = read_metrics(run_dir / METRICS) if (run_dir / METRICS).exists() else []
+    end = _read_summary(run_dir / SUMMARY)
+    trained = [row for row in rows if "loss" in row and "event" not in row]
+    validated = [row for row in rows if "val_loss" in row]
+    running = is_locked(run_dir)
+    if running or (rows and rows[-1]["step"] > end.get("step", -1)):
+        end = {}
+    state = "running" if running else end.get("exit_reason", "interrupted" if rows else "pending")
+    last: Row = trained[-1] if trained else {"step": 0, "tokens": 0, "loss": None}
+    best: Row = min(validated, key=lambda row: _order(row["val_loss"]), default={})
+    seconds = _train_seconds(trained)
+    facts: dict[str, Any] = {
+        "name": config.get("name"),
+        "step": last["step"],
+        "max_steps": config.get("loop.max_steps") if config.get("loop.epochs") is None else None,
+        "tokens": last["tokens"],
+        "train_seconds": seconds,
+        "tokens_per_second": last["tokens"] / seconds if seconds else None,
+    } | end
+    return RunSummary(
+        path=run_dir,
+        name=str(facts["name"] or run_dir.name),
+        state=state,
+        step=facts["step"],
+        max_steps=facts["max_steps"],
+        tokens=facts["tokens"],
+        tokens_per_second=facts["tokens_per_second"],
+        train_seconds=facts["train_seconds"],
+        final_loss=last["loss"],
+        final_val_loss=validated[-1]["val_loss"] if validated else None,
+        best_val_loss=best.get("val_loss"),
+        best_val_step=best.get("step"),
+        config=config,
+    )
+
+
+def ranked(runs: Sequence[RunSummary]) -> list[RunSummary]:
+    """Best first: by lowest validation loss, then last training loss; unknown and not finite ones last."""
+    return sorted(runs, key=lambda run: (_order(run.best_val_loss), _order(run.final_loss)))
+
+
+def differences(runs: Sequence[RunSummary]) -> dict[str, list[Any]]:
+    """The settings in which ``runs`` differ: dotted key -> the value of each run.
+
+    Another option of a group shows as the group's name with the class it stands for; keys that only some of
+    the options have are left out, as they follow from it.
+    """
+    keys = [key for key in runs[0].config if key not in PLACES and all(key in run.config for run in runs)]
+    result: dict[str, list[Any]] = {}
+    for key in keys:
+        values = [run.config[key] for run in runs]
+        if any(value != values[0] for value in values):
+            if key.endswith("._target_"):
+                key, values = key.removesuffix("._target_"), [str(value).rpartition(".")[2] for value in values]
+            result[key] = values
+    return result
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether a process works in the run: it holds the lock that dies with it."""
+    try:
+        with (run_dir / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back as the file closes
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _order(value: float | None) -> float:
+    return math.inf if value is None or not math.isfinite(value) else value
+
+
+def _train_seconds(rows: Sequence[Row]) -> float | None:
+    """Time spent in training steps: each row's tokens over its speed, which is the mean since the row before."""
+    seconds, tokens = 0.0, 0
+    for row in rows:
+        if row.get("tokens_per_second"):
+            seconds += (row["tokens"] - tokens) / row["tokens_per_second"]
+        tokens = row["tokens"]
+    return seconds or None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: not a run's config (a mapping of keys)")
+    return dict(_flatten(values, ""))
+
+
+def _flatten(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: not a run's summary (a JSON object)")
+    return values

@@ -1,0 +1,209 @@
+"""The process that trains: its device, threads, seeds and allocator.  The only place that reads the environment.
+
+Importing this module does not import torch: :func:`prepare_environment` has to come before that.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def prepare_environment() -> None:
+    """Set what torch reads while it is imported.
+
+    Transparent huge pages for its CPU allocator: freshly mapped memory otherwise costs a page fault every 4 KiB,
+    a third of a training step.  And expandable segments for the CUDA allocator, against fragmentation.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+class Device(Enum):
+    """Where to train."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The ``runtime`` group."""
+
+    device: Device
+    seed: int
+    deterministic: bool
+    compile: bool
+    num_threads: int | None
+
+    def __post_init__(self) -> None:
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ValueError(f"num_threads={self.num_threads}: must be at least 1, or null for one a physical core")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed}: must be between 0 and 2**63 - 1")
+
+    def torch_device(self) -> torch.device:
+        """The device.  Raises ValueError if it is not there."""
+        import torch
+
+        if self.device is Device.cuda and not torch.cuda.is_available():
+            raise ValueError("device=cuda: torch sees no CUDA device here; take runtime.device=cpu or auto")
+        use_cuda = self.device is not Device.cpu and torch.cuda.is_available()
+        return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
+
+    @contextmanager
+    def session(self) -> Iterator[torch.device]:
+        """Threads and determinism for the duration of a run; yields the device."""
+        import torch
+
+        device = self.torch_device()
+        threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+        torch.set_num_threads(self.num_threads or physical_cores())
+        if self.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS makes its first handle
+            torch.use_deterministic_algorithms(True)
+        try:
+            yield device
+        finally:
+            torch.set_num_threads(threads)
+            torch.use_deterministic_algorithms(deterministic)
+
+    def seed_everything(self) -> None:
+        """Seed every global generator (Python, NumPy, torch on all devices)."""
+        import random
+
+        import numpy as np
+        import torch
+
+        random.seed(self.seed)
+        np.random.seed(self.seed % 2**32)
+        torch.manual_seed(self.seed)
+
+
+def physical_cores() -> int:
+    """Physical cores this process may run on: hyper-threads only get in one another's way in matrix products."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in allowed:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text() if siblings.is_file() else str(cpu))
+    return len(cores)
+
+
+def device_name(device: torch.device) -> str:
+    """For people: "NVIDIA H100 80GB HBM3", "CPU, AMD EPYC …, 2 threads"."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        models = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = models[0] if models else name
+    return f"CPU, {name}, {torch.get_num_threads()} threads"
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held so far: allocated on a GPU, resident in this process on a CPU."""
+    import resource
+
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# Dense bf16 matrix products without sparsity, FLOP/s, from the makers' data sheets.
+DATASHEET_BF16 = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12,
+    "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that 100% MFU stands for: the data sheet's for a GPU in bf16 or fp16, else measured on the spot."""
+    import torch
+
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        name = torch.cuda.get_device_name(device)
+        for key, flops in DATASHEET_BF16.items():
+            if key in name:
+                return flops
+    return measure_matmul_flops(device, dtype)
+
+
+def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of a few matrix products; some tens of milliseconds."""
+    import torch
+
+    m, k, n = (8192, 8192, 8192) if device.type == "cuda" else (1024, 768, 3072)
+    generator = torch.Generator(device).manual_seed(0)  # zeros would run faster than data does
+    a = torch.randn(m, k, device=device, generator=generator).to(dtype)
+    b = torch.randn(k, n, device=device, generator=generator).to(dtype)
+    seconds = []
+    for _ in range(6):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * m * k * n / min(seconds[1:])
+
+
+def describe_environment(device: torch.device, command: list[str]) -> dict[str, Any]:
+    """What ``environment.json`` records, so that a run can be understood and repeated elsewhere."""
+    import importlib.metadata as metadata
+
+    packages = ("llmtrain", "torch", "numpy", "safetensors", "tiktoken", "hydra-core", "omegaconf")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": command,
+        "git_commit": git_commit(Path.cwd()),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "device": device_name(device),
+        "cpus": os.cpu_count(),
+    }
+
+
+def git_commit(directory: Path) -> str | None:
+    """The commit that ``directory`` is a checkout of, with "+changes" if it was edited since; None outside of git."""
+    import subprocess
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=directory, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if not commit:
+        return None
+    return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")

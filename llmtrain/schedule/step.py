@@ -1,0 +1,33 @@
+"""Step decay: the learning rate is multiplied by a factor now and then."""
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import pairwise
+
+from llmtrain.checks import fraction, positive
+from llmtrain.schedule.warmup import Warmup
+
+
+@dataclass(frozen=True)
+class StepDecay(Warmup):
+    """``peak * factor ** n``, n the milestones reached, or the times that ``every`` steps have passed.
+
+    Steps are counted from the start of the run, warm-up included.  torch's ``MultiStepLR`` and ``StepLR``.
+    """
+
+    milestones: list[int]
+    every: int | None
+    factor: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(every=self.every)
+        fraction(factor=self.factor)
+        if bool(self.milestones) == (self.every is not None):
+            raise ValueError(f"milestones={self.milestones}, every={self.every}: give one and leave the other [] or null")
+        if any(later <= earlier for earlier, later in pairwise([0, *self.milestones])):
+            raise ValueError(f"milestones={self.milestones}: must be steps after 0 that increase")
+
+    def after_warmup(self, step: int, *, peak: float, warmup: int, total: int) -> float:
+        times = bisect_right(self.milestones, step) if self.every is None else step // self.every
+        return peak * self.factor**times

@@ -1,0 +1,60 @@
+"""The linear warm-up that schedules begin with."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+from llmtrain.checks import fraction, non_negative
+from llmtrain.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Warmup(Schedule):
+    """``lr = initial_lr + step * (peak - initial_lr) / warmup`` for ``step < warmup``, then :meth:`after_warmup`.
+
+    ``warmup`` is ``warmup_steps`` if that is given, else ``round(warmup_ratio * total)``.  A warm-up longer than
+    the run is cut off by the run's end.
+    """
+
+    initial_lr: float
+    warmup_steps: int | None
+    warmup_ratio: float
+
+    def __post_init__(self) -> None:
+        non_negative(initial_lr=self.initial_lr, warmup_steps=self.warmup_steps)
+        fraction(warmup_ratio=self.warmup_ratio)
+
+    def __call__(self, step: int, *, peak: float, total: int) -> float:
+        step = min(step, total - 1)
+        warmup = self.warmup(total)
+        if step < warmup:
+            return self.initial_lr + step * (peak - self.initial_lr) / warmup
+        return self.after_warmup(step, peak=peak, warmup=warmup, total=total)
+
+    def warmup(self, total: int) -> int:
+        return round(self.warmup_ratio * total) if self.warmup_steps is None else self.warmup_steps
+
+    @abstractmethod
+    def after_warmup(self, step: int, *, peak: float, warmup: int, total: int) -> float:
+        """The learning rate of ``step``, where ``warmup <= step < total``."""
+
+    def check_peak(self, peak: float) -> None:
+        self._check_below_peak(peak, "initial_lr")
+
+    def _check_below_peak(self, peak: float, key: str) -> None:
+        if (value := getattr(self, key)) > peak:
+            raise ValueError(f"{key}={value}: above the peak, optimizer.lr={peak}; lower it or raise optimizer.lr")
+
+
+@dataclass(frozen=True)
+class WarmupDecay(Warmup):
+    """A warm-up followed by a decay that ends at ``min_lr``."""
+
+    min_lr: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        non_negative(min_lr=self.min_lr)
+
+    def check_peak(self, peak: float) -> None:
+        super().check_peak(peak)
+        self._check_below_peak(peak, "min_lr")

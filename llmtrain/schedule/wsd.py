@@ -1,0 +1,55 @@
+"""Warm-up, stable, decay (Hu et al. 2024, https://arxiv.org/abs/2404.06395).
+
+The peak is held until the decay begins, so one long run can be decayed at several lengths.  The shapes are those
+compared by Hägele et al. 2024, https://arxiv.org/abs/2405.18392, who found ``sqrt`` the best.
+"""
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+from llmtrain.checks import fraction, non_negative
+from llmtrain.schedule.warmup import WarmupDecay
+
+
+class Shape(Enum):
+    """How the learning rate falls from the peak to ``min_lr``."""
+
+    linear = "linear"
+    cosine = "cosine"
+    sqrt = "sqrt"
+
+    def __call__(self, progress: float) -> float:
+        """The share of ``peak - min_lr`` that is left at ``progress`` in [0, 1) of the decay."""
+        match self:
+            case Shape.linear:
+                return 1 - progress
+            case Shape.cosine:
+                return 0.5 * (1 + math.cos(math.pi * progress))
+            case Shape.sqrt:
+                return 1 - math.sqrt(progress)
+
+
+@dataclass(frozen=True)
+class WSD(WarmupDecay):
+    """The peak after the warm-up; over the last steps ``min_lr + (peak - min_lr) * shape(progress)``.
+
+    The decay takes ``decay_steps`` if that is given, else ``round(decay_ratio * total)``; it never begins before the
+    warm-up has ended.
+    """
+
+    decay_steps: int | None
+    decay_ratio: float
+    decay_shape: Shape
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        non_negative(decay_steps=self.decay_steps)
+        fraction(decay_ratio=self.decay_ratio)
+
+    def after_warmup(self, step: int, *, peak: float, warmup: int, total: int) -> float:
+        decay = round(self.decay_ratio * total) if self.decay_steps is None else self.decay_steps
+        start = max(warmup, total - decay)
+        if step < start:
+            return peak
+        return self.min_lr + (peak - self.min_lr) * self.decay_shape((step - start) / (total - start))

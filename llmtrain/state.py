@@ -1,0 +1,71 @@
+"""Every resumable fact of a run that is not a tensor of the model or the optimizer."""
+
+import base64
+import random
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+FORMAT = 1
+
+
+@dataclass
+class TrainState:
+    """Where a run is.  Saved as ``state.json`` in each checkpoint."""
+
+    step: int = 0  # optimizer steps done, refused ones included
+    position: int = 0  # sequences consumed, over all epochs: the one integer behind the data order
+    tokens: int = 0  # target tokens consumed
+    refused_steps: int = 0  # steps whose loss or gradient was not finite
+    refused_in_a_row: int = 0
+    best_val_loss: float | None = None
+    best_val_step: int | None = None
+    train_seconds: float = 0.0  # spent in steps, over all sessions
+    scaler: dict[str, float] = field(default_factory=dict)
+    rng: dict[str, Any] = field(default_factory=dict)
+
+    def capture_rng(self, device: torch.device) -> None:
+        """Take the state of every random number generator that training draws from."""
+        version, internal, gauss = random.getstate()
+        name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+        self.rng = {
+            "python": [version, list(internal), gauss],
+            "numpy": [name, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+            "torch": _encode(torch.get_rng_state()),
+        }
+        if device.type == "cuda":
+            self.rng["cuda"] = _encode(torch.cuda.get_rng_state(device))
+
+    def restore_rng(self, device: torch.device) -> None:
+        """Continue every generator where :meth:`capture_rng` left it."""
+        if not self.rng:
+            return
+        version, internal, gauss = self.rng["python"]
+        random.setstate((version, tuple(internal), gauss))
+        name, keys, position, has_gauss, cached = self.rng["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+        torch.set_rng_state(_decode(self.rng["torch"]))
+        if device.type == "cuda" and "cuda" in self.rng:
+            torch.cuda.set_rng_state(_decode(self.rng["cuda"]), device)
+
+    def to_json(self) -> dict[str, Any]:
+        """A value for ``json.dump``."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "TrainState":
+        """The inverse of :meth:`to_json`.  Raises ValueError for a format this version does not know."""
+        value = dict(value)
+        if (found := value.pop("format", None)) != FORMAT:
+            raise ValueError(f"format {found!r} of the training state is not known here (this version: {FORMAT})")
+        return cls(**value)
+
+
+def _encode(state: torch.Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
+
+
+def _decode(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

@@ -1,0 +1,13 @@
+"""Where the weights come from at step 0."""
+
+from abc import ABC, abstractmethod
+
+from llmtrain.model import LanguageModel
+
+
+class Weights(ABC):
+    """Contract of ``weights=...``: called once, on the initialised model, before a run's first step."""
+
+    @abstractmethod
+    def load(self, model: LanguageModel) -> None:
+        """Fill ``model`` in place.  Raises ValueError naming file and tensor; never skips one in silence."""

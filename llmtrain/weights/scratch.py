@@ -1,0 +1,14 @@
+"""The model's own initialisation."""
+
+from dataclasses import dataclass
+
+from llmtrain.model import LanguageModel
+from llmtrain.weights import Weights
+
+
+@dataclass(frozen=True)
+class Scratch(Weights):
+    """Nothing to load: the model keeps its initial values."""
+
+    def load(self, model: LanguageModel) -> None:
+        pass

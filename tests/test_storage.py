@@ -1,0 +1,131 @@
+"""Checkpoint directories: whole or absent, and every damaged file named."""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmtrain.storage import (
+    MANIFEST,
+    CheckpointError,
+    find_checkpoints,
+    locate_checkpoint,
+    sweep_leftovers,
+    verify_checkpoint,
+    write_atomically,
+    write_checkpoint,
+)
+
+
+def write(path: Path, value: float = 1.0) -> Path:
+    tensors = {"w": torch.full((100,), value)}
+    write_checkpoint(path, model=tensors, optimizer={"w/m": torch.zeros(100)}, state={"step": 3}, config="name: x\n")
+    return path
+
+
+def test_a_written_checkpoint_verifies(tmp_path: Path) -> None:
+    path = write(tmp_path / "checkpoints" / "step-00000003")
+    verify_checkpoint(path)
+    assert find_checkpoints(tmp_path) == [path]
+    assert locate_checkpoint(tmp_path) == locate_checkpoint(path) == path
+    assert not list(path.parent.glob(".tmp*"))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "state.json", "config.yaml", "manifest.json"]
+)
+def test_damage_is_named(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / "step-00000003")
+    original = (path / name).read_bytes()
+    changed = bytearray(original)
+    changed[len(changed) // 2] ^= 0x41
+    damages = {"truncated": original[:-1], "missing": None, "flipped": bytes(changed)}
+    for content in damages.values():
+        (path / name).unlink(missing_ok=True)
+        if content is not None:
+            (path / name).write_bytes(content)
+        if name == MANIFEST and content == damages["truncated"]:
+            continue  # its last byte is a newline
+        with pytest.raises(CheckpointError, match=r"\.json|\.safetensors" if name == MANIFEST else name):
+            verify_checkpoint(path)
+
+
+def test_names_in_the_manifest_stay_in_the_folder(tmp_path: Path) -> None:
+    path = write(tmp_path / "step-00000003")
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["files"]["../../etc/passwd"] = {"bytes": 1, "sha256": ""}
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="not a plain file name"):
+        verify_checkpoint(path)
+
+
+def test_no_space_leaves_nothing_and_keeps_the_old(tmp_path: Path) -> None:
+    old = write(tmp_path / "step-00000001")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"step-00000002|File too large"):
+            write(tmp_path / "step-00000002")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    verify_checkpoint(old)
+
+
+def test_rewriting_a_step_replaces_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "step-00000003", 1.0)
+    write(path, 2.0)
+    verify_checkpoint(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_leftovers_are_swept(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-step-1-99").mkdir()
+    (tmp_path / ".tmp-step-1-99" / "x").touch()
+    (tmp_path / ".tmp-config.yaml-99").touch()
+    keep = write(tmp_path / "step-00000003")
+    sweep_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == [keep]
+
+
+def test_atomic_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_atomically(path, "one")
+    write_atomically(path, "two")
+    assert path.read_text() == "two"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.slow
+def test_killed_writers_leave_whole_checkpoints(tmp_path: Path) -> None:
+    """SIGKILL at arbitrary moments: whatever is named a checkpoint verifies."""
+    program = (
+        "import sys, torch, itertools; from pathlib import Path; from llmtrain.storage import write_checkpoint\n"
+        "w = {'w': torch.zeros(500_000)}; print('ready', flush=True)\n"
+        "for i in itertools.count():\n"
+        "    path = Path(sys.argv[1]) / f'step-{i:08d}'\n"
+        "    write_checkpoint(path, model=w, optimizer=w, state={'step': i}, config='x')\n"
+    )
+    process = None
+    for attempt in range(8):
+        folder = tmp_path / str(attempt)
+        process = subprocess.Popen([sys.executable, "-c", program, str(folder)], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            process.wait(timeout=0.01 + 0.02 * attempt)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.wait()
+        process.stdout.close()
+        for path in folder.glob("step-*") if folder.exists() else ():
+            verify_checkpoint(path)
+    assert process is not None
+    assert any(tmp_path.rglob("step-*"))
