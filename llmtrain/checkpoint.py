@@ -62,10 +62,9 @@ def restore(path: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) 
     Everything is checked against the manifest first.  Raises :class:`CheckpointError` naming the file.
     """
     verify_checkpoint(path)
-    device = next(model.parameters()).device
     load_model(model, path / MODEL)
     try:
-        load_state_tensors(optimizer, read_tensors(path / OPTIMIZER, device))
+        load_state_tensors(optimizer, read_tensors(path / OPTIMIZER))
         return TrainState.from_json(read_state(path))
     except (ValueError, TypeError, KeyError) as error:
         if isinstance(error, CheckpointError):

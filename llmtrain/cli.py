@@ -155,9 +155,17 @@ def dispatch(verb: str, flags: list[str], targets: list[Path], overrides: list[s
     sweep_dir, overrides = take(overrides, "hydra.sweep.dir=")
     status = FINISHED
     jobs: list[Job] = []
+    errors: list[Exception] = []
 
     def task(composed: Any) -> float | None:
-        """Called by Hydra: once, or for every job of a sweep."""
+        """Called by Hydra: once, or for every job of a sweep.  Hydra would print an error of its own about ours."""
+        try:
+            return job_or_run(composed)
+        except Exception as error:
+            errors.append(error)
+            return None
+
+    def job_or_run(composed: Any) -> float | None:
         from hydra.core.hydra_config import HydraConfig
 
         nonlocal status
@@ -178,6 +186,8 @@ def dispatch(verb: str, flags: list[str], targets: list[Path], overrides: list[s
         return None
 
     run_hydra(verb, flags, overrides, task)
+    if errors:
+        raise errors[0]
     if jobs:
         from llmtrain.sweep import run_sweep
 

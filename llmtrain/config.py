@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import hydra
 import yaml
@@ -54,8 +54,7 @@ def compose(verb: str, overrides: Sequence[str], config_dir: str | Path | None =
     extra = [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
     with _fresh_hydra(), hydra.initialize_config_dir(str(conf_dir()), job_name="llmtrain", **VERSION_BASE):
         config = hydra.compose(verb, [*overrides, *extra], return_hydra_config=True)
-        choices = OmegaConf.to_container(config.hydra.runtime.choices)
-        assert isinstance(choices, dict)
+        choices: Any = OmegaConf.to_container(config.hydra.runtime.choices)
         OmegaConf.set_struct(config, False)
         del config["hydra"]
         return resolve(config, choices)
@@ -78,13 +77,12 @@ def resolve(config: DictConfig, choices: Mapping[str, Any]) -> dict[str, Any]:
     if "name" in config and config["name"] is None:
         config["name"] = choices.get("experiment") or choices.get("model") or "run"
     try:
-        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or str(error).rsplit(" ", 1)[-1]
         raise ConfigError(f"{key}: a value is required; give it as {key}=…") from error
     except InterpolationResolutionError as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(plain, dict)
     _check_secrets(OmegaConf.to_container(config, resolve=False))
     return plain
 
@@ -130,13 +128,11 @@ def build(node: Mapping[str, Any], base: type[T], *, path: str = "", plugins: Se
     ``node`` is plain and resolved.  ``path`` is the dotted key of the node, for messages.  Targets outside of this
     package and of ``plugins`` are refused, and so is anything but a dataclass defined there.
     """
-    cls = _find_class(node.get("_target_"), base, path, plugins)
+    cls: Any = _find_class(node.get("_target_"), base, path, plugins)
     hints = get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls) if field.init]
     dotted = f"{path}." if path else ""
-    for key in node:
-        if key != "_target_" and key not in names:
-            raise ConfigError(f"{dotted}{key}: no such key{suggest(str(key), names, dotted)}")
+    _check_keys(node, [*names, "_target_"], dotted)
     required = [f.name for f in dataclasses.fields(cls) if f.init and f.default is f.default_factory]
     if missing := [name for name in required if name not in node]:
         raise ConfigError(f"{dotted}{missing[0]}: missing; {cls.__name__} needs it")
@@ -145,6 +141,12 @@ def build(node: Mapping[str, Any], base: type[T], *, path: str = "", plugins: Se
         name: _build_part(node[name], hint, f"{dotted}{name}", plugins) for name, hint in parts.items() if name in node
     }
     plain = {key: value for key, value in node.items() if key in names and key not in parts}
+    for name, value in plain.items():
+        for element in get_args(hints[name]):  # list[Rule] and the like
+            if dataclasses.is_dataclass(element) and isinstance(value, list):
+                for index, item in enumerate(value):
+                    known = [field.name for field in dataclasses.fields(element)]
+                    _check_keys(item if isinstance(item, Mapping) else {}, known, f"{dotted}{name}[{index}].")
     values |= _check_types({name: hints[name] for name in plain}, plain, dotted)
     try:
         return cls(**values)
@@ -152,6 +154,24 @@ def build(node: Mapping[str, Any], base: type[T], *, path: str = "", plugins: Se
         raise
     except ValueError as error:
         raise ConfigError(f"{dotted}{error}") from error
+
+
+def _check_keys(node: Mapping[str, Any], known: Sequence[str], dotted: str) -> None:
+    for key in node:
+        if key not in known:
+            names = [name for name in known if name != "_target_"]
+            raise ConfigError(f"{dotted}{key}: no such key{suggest(str(key), names, dotted)}")
+
+
+@contextmanager
+def naming(group: str) -> Iterator[None]:
+    """Put ``group.`` before an error that starts with a bare key, as a component's own checks make them."""
+    try:
+        yield
+    except ValueError as error:
+        if re.match(rf"(?!{group}\b)\w+(\[\d+\])?(\.\w+)?=", str(error)):
+            raise ConfigError(f"{group}.{error}") from error
+        raise
 
 
 def _build_part(node: Any, base: type, path: str, plugins: Sequence[str]) -> Any:

@@ -103,6 +103,7 @@ class Run:
                 f"data.sequence_length={self.data.sequence_length}: longer than model.context_length="
                 f"{self.model.context_length}; shorten the one or lengthen the other"
             )
+        self.schedule.check_peak(self.optimizer.lr)
 
     # --- making one ---------------------------------------------------------------------------------------------
 
@@ -182,8 +183,10 @@ class Run:
         generator = torch.Generator(device).manual_seed(self.runtime.seed)
         model = self.model.create(vocab_size, device, generator)
         self.lora.apply(model)
-        optimizer = self.optimizer.build(model)
-        self.clipping.check_parameters([name for name, p in model.named_parameters() if p.requires_grad])
+        with config.naming("optimizer"):
+            optimizer = self.optimizer.build(model)
+        with config.naming("clipping"):
+            self.clipping.check_parameters([name for name, p in model.named_parameters() if p.requires_grad])
         loss_sum: Callable[[Tensor, Tensor], Tensor] = partial(self.objective, model)
         if self.runtime.compile:
             loss_sum = compiled(loss_sum, device)

@@ -1,13 +1,10 @@
 """What a run shows: plain lines exactly, the live display on a real pseudo-terminal."""
 
-import fcntl
 import io
 import math
 import os
 import re
 import signal
-import struct
-import termios
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,16 +43,12 @@ class Clock:
 class Terminal:
     """A pseudo-terminal whose output is kept."""
 
-    def __init__(self, columns: int, rows: int = 24) -> None:
+    def __init__(self) -> None:
         self.master, slave = os.openpty()
         self.stream = os.fdopen(slave, "w", encoding="utf-8")
-        self.resize(columns, rows)
         self._read = bytearray()
         self._reader = threading.Thread(target=self._drain)
         self._reader.start()
-
-    def resize(self, columns: int, rows: int = 24) -> None:
-        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def _drain(self) -> None:
         try:
@@ -76,7 +69,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
     monkeypatch.setenv("TERM", "xterm-256color")
     for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
-    terminal = Terminal(columns=80)
+    terminal = Terminal()
     yield terminal
     terminal.output()
     os.close(terminal.master)
@@ -120,13 +113,13 @@ def test_plain_lines(tmp_path: Path) -> None:
     assert stream.getvalue() == PLAIN
 
 
-def test_the_log_has_the_same_lines_with_the_time(tmp_path: Path, terminal: Terminal) -> None:
-    for display in (PlainDisplay(tmp_path, io.StringIO(), Clock()), LiveDisplay(tmp_path, terminal.stream, Clock())):
-        with display:
-            say_everything(display, display.progress._clock)
-        log = (tmp_path / "train.log").read_text(encoding="utf-8")
-        assert re.sub(r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ", "", log) == PLAIN
-        (tmp_path / "train.log").unlink()
+@pytest.mark.parametrize("kind", [PlainDisplay, LiveDisplay])
+def test_the_log_has_the_same_lines_with_the_time(tmp_path: Path, terminal: Terminal, kind: type) -> None:
+    clock = Clock()
+    with kind(tmp_path, terminal.stream, clock) as display:
+        say_everything(display, clock)
+    log = (tmp_path / "train.log").read_text(encoding="utf-8")
+    assert re.sub(r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ", "", log) == PLAIN
 
 
 def test_summary_of_an_interrupted_run(tmp_path: Path) -> None:
@@ -179,8 +172,7 @@ def test_a_closed_pipe_does_not_end_the_run(tmp_path: Path) -> None:
     assert "warning: one" in log
     assert "Broken pipe" in log
     assert "warning: two" in log
-    with pytest.raises(BrokenPipeError):
-        stream.close()
+    stream.close()  # does not raise: what was in the buffer went nowhere
 
 
 def test_progress_leaves_the_first_step_out_of_the_estimate() -> None:
@@ -237,9 +229,13 @@ def test_live_shows_all_and_obeys_nothing(tmp_path: Path, terminal: Terminal) ->
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_an_exception_gives_the_terminal_back(tmp_path: Path, terminal: Terminal, error: type[BaseException]) -> None:
-    with pytest.raises(error), LiveDisplay(tmp_path, terminal.stream) as display:
-        display.start(0, 10)
-        raise error
+    def train() -> None:
+        with LiveDisplay(tmp_path, terminal.stream) as display:
+            display.start(0, 10)
+            raise error
+
+    with pytest.raises(error):
+        train()
     output = terminal.output()
     assert output.rindex(SHOW_CURSOR) > output.rindex(HIDE_CURSOR)
 
@@ -281,7 +277,7 @@ def test_a_narrower_terminal_is_cleared_completely(tmp_path: Path, terminal: Ter
         wrapped = sum(math.ceil(line / 30) for line in lines)
         assert wrapped > len(lines)
         with display._live._lock:  # not to be redrawn in between
-            terminal.resize(columns=30)
+            display._console.width = 30
             codes = render.position_cursor().segment.text
         assert codes.count("\x1b[1A") == wrapped - 1
 
@@ -294,11 +290,17 @@ def test_a_loss_that_is_not_finite_stays_out_of_the_average(tmp_path: Path, term
     assert cells["smoothed"].plain == "4.0000"
 
 
-def test_a_terminal_that_goes_away_does_not_end_the_run(tmp_path: Path, terminal: Terminal) -> None:
+def test_a_terminal_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, terminal: Terminal) -> None:
+    number = terminal.stream.fileno()
     with LiveDisplay(tmp_path, terminal.stream) as display:
-        hole = os.open("/dev/full", os.O_WRONLY)
-        os.dup2(hole, terminal.stream.fileno())
-        os.close(hole)
+        kept, full = os.dup(number), os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, number)
         display.warn("one")
         display.warn("two")
-    assert "warning: two" in (tmp_path / "train.log").read_text()
+    os.dup2(kept, number)
+    os.close(kept)
+    os.close(full)
+    log = (tmp_path / "train.log").read_text()
+    assert "No space left" in log
+    assert "warning: two" in log
+    assert "two" not in terminal.output()

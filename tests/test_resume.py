@@ -146,7 +146,9 @@ def test_resume_shows_and_records_changes(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["step"] == 5
 
 
-@pytest.mark.parametrize("override", ["model.hidden_size=64", "tokenizer=gpt2", "data.sequence_length=16", "runtime.seed=5"])
+@pytest.mark.parametrize(
+    "override", ["model.hidden_size=64", "tokenizer=gpt2", "data.sequence_length=16", "runtime.seed=5"]
+)
 def test_resume_refuses_what_cannot_continue(tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str) -> None:
     from llmtrain.cli import main
 

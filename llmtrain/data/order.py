@@ -9,6 +9,7 @@ the order depends on nothing but ``(seed, epoch)``.
 import numpy as np
 
 ROUNDS = 8  # four are enough for large domains; small halves mix less a round.  Even, so that the halves end in place
+MIN_BITS = 6  # in smaller domains the network reaches too few permutations for the order to look random
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, the increment of SplitMix64 (Steele et al. 2014)
 
 
@@ -29,11 +30,11 @@ def order(positions: np.ndarray, n: int, seed: int, shuffle: bool) -> np.ndarray
 
 def _permute(values: np.ndarray, keys: np.ndarray, n: int) -> np.ndarray:
     """A permutation of ``[0, 2**bits)``, the smallest such range with ``n`` numbers, for each key; uint64."""
-    bits = (n - 1).bit_length()
+    bits = max((n - 1).bit_length(), MIN_BITS)
     low_bits, high_bits = bits - bits // 2, bits // 2
     high, low = values >> np.uint64(low_bits), values & np.uint64(2**low_bits - 1)
     for i in range(ROUNDS):
-        noise = _mix(low ^ _mix(keys + np.uint64((i + 1) * GOLDEN % 2**64)))
+        noise = _mix(low ^ (keys + np.uint64(i * GOLDEN % 2**64)))
         # the halves differ by a bit in width where ``bits`` is odd, and change places every round
         high, low = low, high ^ (noise & np.uint64(2**high_bits - 1))
         low_bits, high_bits = high_bits, low_bits

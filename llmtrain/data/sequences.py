@@ -19,6 +19,7 @@ class Sequences:
         assert sequence_length > 0
         self.sequence_length = sequence_length
         self.tokens = sum(map(len, shards))
+        self._dtype = np.result_type(*shards) if shards else np.dtype(np.int64)
         self._length = max(self.tokens - 1, 0) // sequence_length
         self.unused_tokens = self.tokens - self._length * sequence_length - (self._length > 0)
         self._segments: list[np.ndarray] = []  # each (rows, sequence_length + 1)
@@ -36,7 +37,7 @@ class Sequences:
         if len(touched) == 1:
             rows = self._take(touched[0], indices)
         else:
-            rows = np.empty((len(indices), self.sequence_length + 1), np.int64)
+            rows = np.empty((len(indices), self.sequence_length + 1), self._dtype)
             for each in touched:
                 rows[segment == each] = self._take(each, indices[segment == each])
         return rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)

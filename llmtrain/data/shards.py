@@ -9,18 +9,19 @@ import numpy as np
 from llmtrain.data import Corpus, DataConfig
 from llmtrain.data.corpus import check_options, make_corpus
 from llmtrain.data.files import find_files, remember
-from llmtrain.data.index import INDEX, Index
 from llmtrain.data.token_file import Format, check_ids, find_largest, recognise
 from llmtrain.tokenizer import Tokenizer
+
+# train.bin and val.bin (nanoGPT), fineweb_val_000000.bin (llm.c), validation-00000.bin (ours)
+VALIDATION = re.compile(r"(?<![a-z])val(id(ation)?)?(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Shards(DataConfig):
     """The token files that ``path`` names, one stream in the order of their names.
 
-    Validation is, in this order: ``validation_path``; of a folder, its files for validation (those of this program's
-    index, else those with ``val`` or ``validation`` as a word of their name, as nanoGPT and llm.c call them); the last
-    ``validation_fraction`` of the tokens.
+    Validation is ``validation_path``; else, of a folder or a glob, the files with ``val`` or ``validation`` as a word
+    of their name; else the last ``validation_fraction`` of the tokens.  A file is never in both parts.
     """
 
     path: str
@@ -43,3 +44,37 @@ class Shards(DataConfig):
             sequence_length=self.sequence_length,
             name=f"shards {self.path}, {len(train)} file{'s' * (len(train) != 1)}",
         )
+
+    def _find_parts(self) -> tuple[list[Path], list[Path]]:
+        files = _find(self.path)
+        if self.validation_path is not None:
+            others = set(validation := _find(self.validation_path))
+            train = [file for file in files if file not in others]
+        elif files == [Path(self.path).expanduser()]:
+            train, validation = files, []
+        else:
+            train = [file for file in files if not VALIDATION.search(file.stem)]
+            validation = [file for file in files if VALIDATION.search(file.stem)]
+            if not self.validation_fraction:
+                validation = []
+        if not train:
+            raise ValueError(f"data.path={self.path}: all of its files are for validation; name some for training")
+        return train, validation
+
+    def _open(self, paths: list[Path], tokenizer: Tokenizer) -> list[np.ndarray]:
+        files = {path: recognise(path, self.format) for path in paths}
+        for file in files.values():
+            if file.tokenizer not in (None, tokenizer.fingerprint):
+                raise ValueError(
+                    f"{file.path}: made by another tokenizer, as its index says; set tokenizer=… to that one"
+                )
+        memo = Path(self.cache_dir).expanduser() / f"largest-id-{self.format.name}.json"
+        for file, largest in zip(
+            files.values(), remember(memo, paths, lambda path: find_largest(files[path])), strict=True
+        ):
+            check_ids(file, largest, tokenizer.vocab_size)
+        return [file.open() for file in files.values()]
+
+
+def _find(path: str) -> list[Path]:
+    return find_files(path, lambda file: file.suffix == ".bin", "token file (.bin)")

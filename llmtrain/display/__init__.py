@@ -4,6 +4,7 @@ Everything shown is a rich ``Text``, never a markup string, and whatever comes f
 names, paths) goes through ``format.visible`` first: what a terminal would obey is shown instead.
 """
 
+import os
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -26,8 +27,9 @@ class Display(ABC):
     :meth:`close` may be called from a signal handler, and more than once.
     """
 
-    def __init__(self, run_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, run_dir: Path, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self.run_dir = run_dir
+        self._stream = stream
         self.progress = Progress(clock)
         self._log = (run_dir / "train.log").open("a", encoding="utf-8")
 
@@ -89,7 +91,7 @@ class Display(ABC):
         try:
             self._show(text, drawn)
         except OSError as error:
-            self._detach()
+            self._silence()
             self._write_log(lines.warning(f"the output cannot be written ({error}); only train.log goes on"))
 
     def _write_log(self, text: Text) -> None:
@@ -101,27 +103,21 @@ class Display(ABC):
     def _show(self, text: Text, drawn: RenderableType | None) -> None:
         """Put ``text`` (one or more lines, without the last newline), or ``drawn``, before the reader."""
 
-    @abstractmethod
-    def _detach(self) -> None:
-        """Never write to the reader again."""
+    def _silence(self) -> None:
+        """Send all further output nowhere, also what is still in a buffer and would fail when Python exits."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
 
 
 class PlainDisplay(Display):
     """A line each, no control codes, never wrapped: for pipes, files, CI and notebooks."""
 
-    def __init__(self, run_dir: Path, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__(run_dir, clock)
-        self._stream: TextIO | None = stream
-
     def _show(self, text: Text, drawn: RenderableType | None) -> None:
-        if self._stream is not None:
-            encoding = self._stream.encoding or "utf-8"
-            plain = text.plain.encode(encoding, errors="backslashreplace").decode(encoding)
-            self._stream.write(plain + "\n")
-            self._stream.flush()
-
-    def _detach(self) -> None:
-        self._stream = None
+        encoding = self._stream.encoding or "utf-8"
+        plain = text.plain.encode(encoding, errors="backslashreplace").decode(encoding)
+        self._stream.write(plain + "\n")
+        self._stream.flush()
 
 
 def open_display(run_dir: Path, stream: TextIO | None = None) -> Display:

@@ -40,7 +40,7 @@ class LiveDisplay(Display):
     """Redrawn four times a second by rich's thread, so that the clock runs also during a long step."""
 
     def __init__(self, run_dir: Path, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__(run_dir, clock)
+        super().__init__(run_dir, stream, clock)
         self._console = _console(stream)
         self._latest: Row = {}
         self._smoothed = EMA()
@@ -59,7 +59,7 @@ class LiveDisplay(Display):
     def start(self, step: int, max_steps: int) -> None:
         """Begin to draw."""
         super().start(step, max_steps)
-        self._live.start(refresh=True)
+        self._or_silence(lambda: self._live.start(refresh=True))
 
     def row(self, row: Row) -> None:
         """The numbers at the bottom change; only the log gets a line."""
@@ -82,12 +82,12 @@ class LiveDisplay(Display):
 
     def summary(self, summary: Row) -> None:
         """The live part goes, the summary stays."""
-        self._live.stop()
+        self._or_silence(self._live.stop)
         super().summary(summary)
 
     def close(self) -> None:
         """Show the cursor again."""
-        self._live.stop()
+        self._or_silence(self._live.stop)
         super().close()
 
     def _show(self, text: Text, drawn: RenderableType | None) -> None:
@@ -96,8 +96,12 @@ class LiveDisplay(Display):
         else:
             self._console.print(drawn)
 
-    def _detach(self) -> None:
-        self._console.quiet = True
+    def _or_silence(self, draw: Callable[[], None]) -> None:
+        """Call ``draw``; a terminal that has gone must not end the run."""
+        try:
+            draw()
+        except OSError:
+            self._silence()
 
     def _panel(self) -> RenderableType:
         return Group(

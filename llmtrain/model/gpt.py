@@ -172,11 +172,14 @@ class GPT(LanguageModel):
         parts = {
             "token embedding": self.vocab_size * hidden,
             "position embedding": self.position_embedding.weight.numel(),
-            "attention": sum(p.numel() for b in self.blocks for p in b.attention.parameters()),
-            "mlp": sum(p.numel() for b in self.blocks for p in b.mlp.parameters()),
-            "norms": sum(p.numel() for n, p in self.named_parameters() if "norm" in n),
+            "attention": self._count(".attention."),
+            "mlp": self._count(".mlp."),
+            "norms": self._count("norm."),
         }
         return parts if self.config.tie_embeddings else parts | {"head": self.vocab_size * hidden}
+
+    def _count(self, part: str) -> int:
+        return sum(parameter.numel() for name, parameter in self.named_parameters() if part in name)
 
     def num_parameters(self) -> int:
         return sum(self.parameters_by_part().values())

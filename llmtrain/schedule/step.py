@@ -24,7 +24,9 @@ class StepDecay(Warmup):
         positive(every=self.every)
         fraction(factor=self.factor)
         if bool(self.milestones) == (self.every is not None):
-            raise ValueError(f"milestones={self.milestones}, every={self.every}: give one and leave the other [] or null")
+            raise ValueError(
+                f"milestones={self.milestones}, every={self.every}: give one and leave the other [] or null"
+            )
         if any(later <= earlier for earlier, later in pairwise([0, *self.milestones])):
             raise ValueError(f"milestones={self.milestones}: must be steps after 0 that increase")
 

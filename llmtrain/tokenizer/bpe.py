@@ -69,7 +69,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     """
     try:
         fields = path.read_bytes().split()
-        tokens = list(map(binascii.a2b_base64, fields[::2]))
+        tokens = [binascii.a2b_base64(token, strict_mode=True) for token in fields[::2]]
         values = list(map(int, fields[1::2]))
         ranks = dict(zip(tokens, values, strict=True))
     except OSError as error:

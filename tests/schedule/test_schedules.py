@@ -149,7 +149,13 @@ def test_a_warmup_longer_than_the_run_is_cut_off():
 
 def test_the_decay_of_wsd_waits_for_the_warmup():
     schedule = WSD(
-        initial_lr=0.0, warmup_steps=6, warmup_ratio=0.0, decay_steps=None, decay_ratio=1.0, decay_shape=Shape.linear, min_lr=0.0
+        initial_lr=0.0,
+        warmup_steps=6,
+        warmup_ratio=0.0,
+        decay_steps=None,
+        decay_ratio=1.0,
+        decay_shape=Shape.linear,
+        min_lr=0.0,
     )
     rates = [schedule(step, peak=1.0, total=10) for step in range(10)]
     assert rates == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1, 0.75, 0.5, 0.25])
@@ -169,10 +175,16 @@ def test_the_decay_of_wsd_waits_for_the_warmup():
         (lambda: StepDecay(**WARMUP, milestones=[5, 5], every=None, factor=0.1), r"milestones=\[5, 5\]: .* increase"),
         (lambda: StepDecay(**WARMUP, milestones=[], every=0, factor=0.1), "every=0: must be positive"),
         (lambda: StepDecay(**WARMUP, milestones=[], every=3, factor=1.1), "factor=1.1: must lie between 0 and 1"),
-        (lambda: Exponential(**WARMUP, decay_rate=0.9, decay_steps=None, min_lr=0.0), "decay_rate=0.9, decay_steps=None"),
+        (
+            lambda: Exponential(**WARMUP, decay_rate=0.9, decay_steps=None, min_lr=0.0),
+            "decay_rate=0.9, decay_steps=None",
+        ),
         (lambda: Exponential(**WARMUP, decay_rate=1.2, decay_steps=9, min_lr=0.0), "decay_rate=1.2: must lie"),
         (lambda: Exponential(**WARMUP, decay_rate=None, decay_steps=None, min_lr=0.0), "min_lr=0.0: an exponential"),
-        (lambda: LinearWarmupCosineLR(**LAVIS | {"min_lr": 1.0}, lr_decay_rate=1.0), "min_lr=1.0: must not exceed init"),
+        (
+            lambda: LinearWarmupCosineLR(**LAVIS | {"min_lr": 1.0}, lr_decay_rate=1.0),
+            "min_lr=1.0: must not exceed",
+        ),
         (lambda: LinearWarmupCosineLR(**LAVIS, lr_decay_rate=1.5), "lr_decay_rate=1.5: must not exceed 1"),
         (lambda: LinearWarmupCosineLR(**LAVIS, lr_decay_rate=0.0), "lr_decay_rate=0.0: must be positive"),
     ],

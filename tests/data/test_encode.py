@@ -1,0 +1,67 @@
+"""Encoding on threads: order, split and memory."""
+
+import gzip
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmtrain.data import encode as module
+from llmtrain.data.documents import Piece, read_text, split_documents
+from llmtrain.data.encode import dtype_of, encode_documents, is_validation
+from llmtrain.tokenizer import Tokenizer
+
+
+def test_dtype() -> None:
+    assert [dtype_of(n).str for n in (257, 65536, 65537)] == ["<u2", "<u2", "<u4"]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.001, 0.1, 0.25, 1 / 3, 0.5, 0.9])
+def test_validation_documents_are_evenly_spread(fraction: float) -> None:
+    chosen = [i for i in range(10_000) if is_validation(i, fraction)]
+    assert len(chosen) == int(10_000 * fraction)
+    assert 0 not in chosen
+    if len(chosen) > 1:
+        assert np.diff(chosen).max() - np.diff(chosen).min() <= 1
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_documents_keep_their_order(byte: Tokenizer, monkeypatch: pytest.MonkeyPatch, num_threads: int) -> None:
+    monkeypatch.setattr(module, "PIECE", 50)
+    documents = [f"document {i} " + "x" * (i % 90) for i in range(200)]
+    pieces = [Piece(part, ends) for text in documents for part, ends in ((text[:9], False), (text[9:], True))]
+    found: dict[bool, list[int]] = {False: [], True: []}
+    counts = {False: 0, True: 0}
+    for encoded in encode_documents(pieces, byte, 0.25, num_threads=num_threads):
+        assert encoded.ids.dtype == np.dtype("<u2")
+        found[encoded.is_validation] += encoded.ids.tolist()
+        counts[encoded.is_validation] += encoded.documents
+    for part in (False, True):
+        expected = [text for i, text in enumerate(documents) if (i % 4 == 3) == part]
+        assert byte.decode(found[part]) == "".join(text + "<|endoftext|>" for text in expected)
+        assert counts[part] == len(expected)
+
+
+def test_an_error_of_the_tokenizer_arrives(byte: Tokenizer) -> None:
+    with pytest.raises(UnicodeEncodeError, match="surrogates"):
+        list(encode_documents([Piece("a\ud800", True)], byte, 0))
+
+
+def test_memory_is_bounded(byte: Tokenizer, tmp_path: Path) -> None:
+    """One document, far larger than what is in memory at a time: 4 jobs of 1 MB of text and 7 MB of ids each."""
+    path = tmp_path / "large.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(96):
+            file.write(b"0123456 " * (1 << 17))
+    tracemalloc.start()
+    try:
+        tokens = sum(
+            len(encoded.ids)
+            for encoded in encode_documents(split_documents(read_text(path), "<|x|>"), byte, 0.1, num_threads=2)
+        )
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert tokens == 96 * (1 << 20) + 1
+    assert peak < 40 << 20

@@ -1,0 +1,207 @@
+"""Prepared token files: every layout reads as what was written, and what is wrong is found before training."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmtrain.data import Corpus
+from llmtrain.data import token_file as token_file_module
+from llmtrain.data.cache import Source, prepare
+from llmtrain.data.documents import Piece
+from llmtrain.data.shards import Shards
+from llmtrain.data.token_file import Format
+from llmtrain.tokenizer import Tokenizer
+from llmtrain.tokenizer.byte import Byte
+
+IDS = np.arange(101) % 257
+
+
+def nanogpt(ids: np.ndarray) -> bytes:
+    return ids.astype("<u2").tobytes()
+
+
+def llmc(
+    ids: np.ndarray, magic: int = 20240520, version: int = 1, dtype: str = "<u2", tokens: int | None = None
+) -> bytes:
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(ids) if tokens is None else tokens
+    return header.tobytes() + ids.astype(dtype).tobytes()
+
+
+def llama3(ids: np.ndarray) -> bytes:
+    return llmc(ids, 20240801, 7, "<u4")
+
+
+@pytest.fixture
+def common(tmp_path: Path) -> dict[str, Any]:
+    return {
+        "validation_path": None,
+        "format": Format.auto,
+        "sequence_length": 10,
+        "validation_fraction": 0.0,
+        "shuffle": True,
+        "cache_dir": str(tmp_path / "cache"),
+    }
+
+
+@pytest.fixture
+def ours(tmp_path: Path, byte: Tokenizer) -> Path:
+    """Shards of this program: 40 documents of 5 tokens, 4 of them for validation, in several files."""
+    pieces = [Piece(f"{i:04d}", ends_document=True) for i in range(40)]
+    return prepare(Source("a test", "x", lambda: iter(pieces)), byte, 0.1, tmp_path / "made", shard_tokens=64)[0]
+
+
+def build(path: Path | str, common: dict[str, Any], tokenizer: Tokenizer | None = None) -> Corpus:
+    return Shards(path=str(path), **common).build(tokenizer or Byte().build())
+
+
+def inputs(sequences: Any) -> list[int]:
+    return sequences.gather(np.arange(len(sequences)))[0].ravel().tolist()
+
+
+# --- layouts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", [nanogpt, llmc, llama3])
+def test_layouts(tmp_path: Path, common: dict[str, Any], write: Any) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(write(IDS))
+    explicit = Format.nanogpt if write is nanogpt else Format.llmc
+    for form in (Format.auto, explicit):
+        corpus = build(path, common | {"format": form})
+        assert inputs(corpus.train) == IDS[:100].tolist()
+        assert corpus.validation is None
+        assert "1 file, 101 tokens" in corpus.description
+
+
+def test_ours(ours: Path, common: dict[str, Any], byte: Tokenizer) -> None:
+    for form in (Format.auto, Format.llmtrain):
+        corpus = build(ours, common | {"format": form, "sequence_length": 5, "validation_fraction": 0.5})
+        assert byte.decode(inputs(corpus.train)).startswith("0000<|endoftext|>0001<|endoftext|>")
+        assert corpus.train.tokens == 36 * 5
+        assert corpus.validation is not None
+        assert byte.decode(inputs(corpus.validation)) == "0009<|endoftext|>0019<|endoftext|>0029<|endoftext|>"
+    assert build(ours, common).validation is None  # validation_fraction=0
+
+
+def test_nanogpts_folder(tmp_path: Path, common: dict[str, Any]) -> None:
+    (tmp_path / "train.bin").write_bytes(nanogpt(IDS))
+    (tmp_path / "val.bin").write_bytes(nanogpt(IDS[50:]))
+    corpus = build(tmp_path, common | {"validation_fraction": 0.1})
+    assert inputs(corpus.train) == IDS[:100].tolist()
+    assert corpus.validation is not None
+    assert inputs(corpus.validation) == IDS[50:100].tolist()
+
+
+def test_llmcs_folder_by_glob(tmp_path: Path, common: dict[str, Any]) -> None:
+    (tmp_path / "fineweb_train_000001.bin").write_bytes(llmc(IDS[:57]))
+    (tmp_path / "fineweb_train_000002.bin").write_bytes(llmc(IDS[57:]))
+    (tmp_path / "fineweb_val_000000.bin").write_bytes(llmc(IDS[:21]))
+    corpus = build(tmp_path / "*.bin", common | {"validation_fraction": 0.1})
+    assert inputs(corpus.train) == IDS[:100].tolist()  # a sequence runs across the files' edge
+    assert corpus.validation is not None
+    assert corpus.validation.tokens == 21
+
+
+def test_validation_path(tmp_path: Path, common: dict[str, Any]) -> None:
+    for name, ids in [("a.bin", IDS), ("b.bin", IDS[:41]), ("val.bin", IDS[:11])]:
+        (tmp_path / name).write_bytes(nanogpt(ids))
+    corpus = build(tmp_path, common | {"validation_path": str(tmp_path / "b.bin")})
+    assert corpus.train.tokens == 101 + 11  # what is for validation is not trained on
+    assert corpus.validation is not None
+    assert corpus.validation.tokens == 41
+
+
+def test_validation_by_position(tmp_path: Path, common: dict[str, Any]) -> None:
+    path = tmp_path / "val.bin"  # a file that is named is what to train on, whatever its name
+    path.write_bytes(nanogpt(IDS))
+    corpus = build(path, common | {"validation_fraction": 0.2})
+    assert corpus.validation is not None
+    assert inputs(corpus.train) == IDS[:80].tolist()
+    assert inputs(corpus.validation) == IDS[81:91].tolist()
+
+
+# --- what is wrong -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "form", "message"),
+    [
+        (b"", Format.auto, "an empty file"),
+        (nanogpt(IDS)[:-1], Format.auto, "cut or no token file: 201 bytes"),
+        (llmc(IDS)[:-2], Format.auto, r"cut or damaged: 1,224 bytes, where its header says 101 tokens \(1,226 bytes\)"),
+        (llmc(IDS) + b"\0\0", Format.auto, "cut or damaged: 1,228 bytes"),
+        (llama3(IDS)[:500], Format.auto, "cut or damaged: 500 bytes"),
+        (llmc(IDS[:0]), Format.auto, "cut or damaged: 1,024 bytes, where its header says 0 tokens"),
+        (llmc(IDS, tokens=-5), Format.auto, "cut or damaged"),
+        (
+            llmc(IDS, version=3),
+            Format.auto,
+            "magic 20240520 version 3; llm.c's are 20240520 version 1, 20240801 version 7",
+        ),
+        (nanogpt(IDS), Format.llmc, "its header has magic 65536 version 196610"),
+        (nanogpt(IDS), Format.llmtrain, r"index\.json: No such file"),
+    ],
+)
+def test_damaged_files(tmp_path: Path, common: dict[str, Any], content: bytes, form: Format, message: str) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        build(path, common | {"format": form})
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("write", [nanogpt, llmc, llama3])
+def test_ids_beyond_the_vocabulary(
+    tmp_path: Path, common: dict[str, Any], monkeypatch: pytest.MonkeyPatch, write: Any
+) -> None:
+    monkeypatch.setattr(token_file_module, "SCAN", 16)
+    good, bad = tmp_path / "a.bin", tmp_path / "b.bin"
+    good.write_bytes(write(IDS))
+    bad.write_bytes(write(np.where(np.arange(101) == 77, 257, IDS)))
+    for _ in range(2):  # the second time from memory
+        with pytest.raises(ValueError, match=r"b\.bin: token 77 is 257, beyond the tokenizer's vocabulary of 257"):
+            build(tmp_path / "*.bin", common)
+
+
+def test_a_file_is_scanned_once(tmp_path: Path, common: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(nanogpt(IDS))
+    build(path, common)
+    monkeypatch.setattr(token_file_module, "SCAN", 0)  # a scan would fail now
+    build(path, common)
+    path.write_bytes(nanogpt(np.append(IDS, 0)))
+    with pytest.raises(ValueError, match="must not be zero"):
+        build(path, common)
+
+
+def test_shards_of_another_tokenizer(ours: Path, common: dict[str, Any], gpt2: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"train-00000\.bin: made by another tokenizer"):
+        build(ours, common, gpt2)
+
+
+def test_ours_cut_or_gone(ours: Path, common: dict[str, Any]) -> None:
+    shard = ours / "train-00001.bin"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(ValueError, match=r"train-00001\.bin: has 126 bytes, not 128"):
+        build(ours, common)
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"train-00001\.bin: missing"):
+        build(ours, common)
+    shutil.rmtree(ours)
+    with pytest.raises(ValueError, match=r"data\.path=.*: no such file or folder"):
+        build(ours, common)
+
+
+def test_nothing_to_train_on(tmp_path: Path, common: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"there is no token file \(\.bin\) in this folder"):
+        build(tmp_path, common)
+    (tmp_path / "val.bin").write_bytes(nanogpt(IDS))
+    with pytest.raises(ValueError, match="all of its files are for validation"):
+        build(tmp_path, common)
+    (tmp_path / "a.bin").write_bytes(nanogpt(IDS[:5]))
+    with pytest.raises(ValueError, match="5 tokens for training make no sequence, which takes 11"):
+        build(tmp_path / "a.bin", common)

@@ -1,0 +1,93 @@
+"""A refused step changes nothing, bit for bit; an allowed one is a plain step."""
+
+import math
+
+import pytest
+import torch
+
+from llmtrain.optimizer import step
+from llmtrain.optimizer.state import state_tensors
+
+REFUSE, ALLOW = torch.tensor(1.0), torch.tensor(0.0)
+
+
+def snapshot(model, optimizer):
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return weights | {key: value.clone() for key, value in state_tensors(optimizer).items()}
+
+
+def assert_same_bits(one, other):
+    assert one.keys() == other.keys()
+    for key in one:
+        assert one[key].numpy().tobytes() == other[key].numpy().tobytes(), key
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("steps_before", [0, 3])
+def test_a_refused_step_changes_no_bit(option, new_model, bad, steps_before):
+    model = new_model()
+    optimizer = option().build(model)
+    for i in range(steps_before):
+        model.set_gradients(i)
+        step(optimizer, ALLOW)
+    before = snapshot(model, optimizer)
+    model.set_gradients(steps_before, fill=bad)
+    step(optimizer, REFUSE)
+    assert_same_bits(snapshot(model, optimizer), before)
+
+
+@pytest.mark.parametrize("refused", [0, 2])
+def test_training_goes_on_as_if_the_refused_step_had_not_been(option, new_model, refused):
+    disturbed, plain = new_model(), new_model()
+    optimizer, reference = option().build(disturbed), option().build(plain)
+    for i in range(5):
+        if i == refused:
+            disturbed.set_gradients(99, fill=math.nan)
+            step(optimizer, REFUSE)
+        disturbed.set_gradients(i)
+        step(optimizer, ALLOW)
+        plain.set_gradients(i)
+        reference.step()
+    assert_same_bits(snapshot(disturbed, optimizer), snapshot(plain, reference))
+
+
+def test_lion_is_exact_in_lower_and_higher_precision(options, new_model):
+    for dtype in (torch.bfloat16, torch.float64):
+        allowed, plain = new_model(dtype=dtype), new_model(dtype=dtype)
+        optimizer, reference = options["lion"]().build(allowed), options["lion"]().build(plain)
+        for i in range(3):
+            allowed.set_gradients(i)
+            step(optimizer, ALLOW)
+            plain.set_gradients(i)
+            reference.step()
+        for ours, theirs in zip(allowed.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_an_optimizer_that_knows_nothing_of_refusal(new_model):
+    model = new_model()
+    optimizer = torch.optim.RMSprop(model.parameters())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.set_gradients(0, fill=math.nan)
+    step(optimizer, REFUSE)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    model.set_gradients(0)
+    step(optimizer, ALLOW)
+    assert not torch.equal(model.norm.weight, before["norm.weight"])
+
+
+@pytest.mark.gpu
+def test_the_host_does_not_wait_for_the_device(options, new_model):
+    for option in ("adamw", "adam", "sgd", "lion"):
+        model = new_model().cuda()
+        optimizer = options[option]().build(model)
+        for p in model.parameters():
+            p.grad = torch.full_like(p, math.nan)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        found_inf = REFUSE.cuda()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(optimizer, found_inf)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

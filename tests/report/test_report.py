@@ -1,0 +1,310 @@
+"""Reading runs, ranking them, drawing them: from the files alone."""
+
+import contextlib
+import fcntl
+import io
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from matplotlib.image import imread
+from rich.console import Console
+
+from llmtrain.commands import Invocation
+from llmtrain.commands.report import Report, main
+from llmtrain.metrics.local import Local
+from llmtrain.report.curves import _labels, _smooth, draw_comparison, draw_run
+from llmtrain.report.runs import differences, find_runs, ranked, summarise
+from llmtrain.report.table import comparison, sweep_table
+
+
+def make_run(
+    path: Path,
+    *,
+    lr: float = 1e-3,
+    losses: tuple[float, ...] = (4.0, 3.0),
+    val_losses: tuple[float, ...] = (),
+    exit_reason: str | None = "finished",
+    **config: Any,
+) -> Path:
+    path.mkdir(parents=True)
+    values = {
+        "name": "tiny",
+        "run_dir": str(path),
+        "optimizer": {"_target_": "llmtrain.optimizer.adamw.AdamW", "lr": lr},
+    }
+    values |= {"loop": {"max_steps": 100, "epochs": None}} | config
+    (path / "config.yaml").write_text(yaml.safe_dump(values))
+    with Local(log_every=1).build(path, resume_step=None) as metrics:
+        for step, loss in enumerate(losses, start=1):
+            metrics.row(
+                {"step": step, "tokens": 64 * step, "loss": loss, "learning_rate": lr, "tokens_per_second": 32.0}
+            )
+        for index, val_loss in enumerate(val_losses):
+            metrics.row({"step": index + 1, "tokens": 64 * (index + 1), "val_loss": val_loss})
+    if exit_reason is not None:
+        summary = {"exit_reason": exit_reason, "name": "tiny", "step": len(losses), "max_steps": len(losses)}
+        summary |= {"tokens": 64 * len(losses), "train_seconds": 8.0, "tokens_per_second": 16.0}
+        (path / "summary.json").write_text(json.dumps(summary))
+    return path
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    with (run / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def show(table: Any, width: int = 300) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table)
+    return console.file.getvalue()
+
+
+def size_of(picture: Path) -> tuple[int, int]:
+    height, width, _ = imread(picture).shape
+    return width, height
+
+
+# --- finding -----------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_found_two_levels_down_and_once(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "runs" / day / name) for day, name in (("d1", "a"), ("d1", "b"), ("d2", "c"))]
+    (runs[0] / "checkpoints" / "step-1").mkdir(parents=True)
+    (runs[0] / "checkpoints" / "step-1" / "config.yaml").write_text("name: tiny")
+    (tmp_path / "runs" / "d2" / ".hydra").mkdir()
+    (tmp_path / "runs" / "d2" / ".hydra" / "config.yaml").write_text("name: foreign")
+    assert find_runs([tmp_path / "runs"]) == runs
+    assert find_runs([tmp_path / "runs" / "d1", runs[0]]) == runs[:2]
+    assert find_runs([runs[2]]) == [runs[2]]
+
+
+def test_a_foreign_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"missing: no such directory"):
+        find_runs([tmp_path / "missing"])
+    with pytest.raises(ValueError, match=r"neither a run nor a sweep; a run directory holds config\.yaml"):
+        find_runs([tmp_path])
+    checkpoint = make_run(tmp_path / "run" / "checkpoints" / "step-1")
+    (checkpoint / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"it is a checkpoint; name the run that has it"):
+        find_runs([checkpoint])
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run(tmp_path: Path) -> None:
+    run = summarise(make_run(tmp_path / "a", losses=(4.0, 3.0, 2.0), val_losses=(3.5, 2.5, 2.75)))
+    assert (run.state, run.step, run.max_steps, run.tokens) == ("finished", 3, 3, 192)
+    assert (run.tokens_per_second, run.train_seconds) == (16.0, 8.0)
+    assert (run.final_loss, run.final_val_loss, run.best_val_loss, run.best_val_step) == (2.0, 2.75, 2.5, 2)
+
+
+def test_states(tmp_path: Path) -> None:
+    failed = make_run(tmp_path / "failed", exit_reason="failed")
+    killed = make_run(tmp_path / "killed", exit_reason=None)
+    pending = make_run(tmp_path / "pending", losses=(), exit_reason=None)
+    going_on = make_run(tmp_path / "going on", exit_reason="interrupted")
+    assert summarise(failed).state == "failed"
+    assert summarise(killed).state == "interrupted"
+    assert summarise(pending).state == "pending"
+    with locked(going_on):
+        assert summarise(going_on).state == "running"
+    assert summarise(going_on).state == "interrupted"
+
+
+def test_a_run_without_summary_is_read_from_its_metrics(tmp_path: Path) -> None:
+    run = summarise(make_run(tmp_path / "a", losses=(4.0, 3.0, 2.0), exit_reason=None))
+    assert (run.step, run.max_steps, run.tokens) == (3, 100, 192)
+    assert run.train_seconds == pytest.approx(192 / 32)
+    assert run.tokens_per_second == pytest.approx(32)
+
+
+def test_a_summary_older_than_the_metrics_does_not_count(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "a", exit_reason="interrupted")
+    with Local(log_every=1).build(path, resume_step=2) as metrics:
+        metrics.row({"step": 9, "tokens": 576, "loss": 1.0, "tokens_per_second": 32.0})
+    run = summarise(path)
+    assert (run.state, run.step, run.max_steps, run.tokens, run.final_loss) == ("interrupted", 9, 100, 576, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.yaml", "a: [", r"config\.yaml: not YAML"),
+        ("config.yaml", "!!python/object/apply:os.system [echo]", r"config\.yaml: not YAML"),
+        ("config.yaml", "- a", r"config\.yaml: not a run's config"),
+        ("summary.json", "{", r"summary\.json: not JSON"),
+        ("summary.json", "[]", r"summary\.json: not a run's summary"),
+        ("metrics.jsonl", "x\n", r"metrics\.jsonl, line 1: not JSON"),
+    ],
+)
+def test_a_corrupt_file_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
+    path = make_run(tmp_path / "a")
+    (path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        summarise(path)
+
+
+# --- comparing ---------------------------------------------------------------------------------------------------
+
+
+def test_ranking(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", val_losses=(math.nan,), losses=(1.0,))
+    make_run(tmp_path / "b", losses=(math.nan,))
+    make_run(tmp_path / "c", val_losses=(3.0, math.nan), losses=(9.0,))
+    make_run(tmp_path / "d", val_losses=(2.0, 5.0))
+    make_run(tmp_path / "e", losses=(0.5,))
+    runs = ranked([summarise(run) for run in find_runs([tmp_path])])
+    assert [run.path.name for run in runs] == ["d", "c", "e", "a", "b"]
+
+
+def test_what_differs(tmp_path: Path) -> None:
+    other = {"_target_": "llmtrain.optimizer.lion.Lion", "lr": 1e-3, "beta": 0.9}
+    a, b = make_run(tmp_path / "a", lr=3e-4), make_run(tmp_path / "b", optimizer=other)
+    assert differences([summarise(a), summarise(b)]) == {"optimizer": ["AdamW", "Lion"], "optimizer.lr": [3e-4, 1e-3]}
+    assert differences([summarise(a)]) == {}
+
+
+def test_the_table_of_a_sweep(tmp_path: Path) -> None:
+    make_run(tmp_path / "job-1", lr=1e-3, val_losses=(3.0,))
+    make_run(tmp_path / "job-2", lr=3e-3, val_losses=(2.5,), exit_reason="failed")
+    make_run(tmp_path / "job-3 [red]\x1b[2J", lr=1e-2, losses=(), exit_reason=None)
+    heading, *rows = [" ".join(line.split()) for line in show(sweep_table(tmp_path)).splitlines()]
+    assert heading == "run optimizer.lr val loss at step train loss step tokens tok/s time state"
+    assert rows[0] == "job-2 0.003 2.5000 1 3.0000 2/2 128 16.0 8.0 s failed"
+    assert rows[1] == "job-1 0.001 3.0000 1 3.0000 2/2 128 16.0 8.0 s finished"
+    assert rows[2] == r"job-3 [red]\x1b[2J 0.01 - - - 0/100 0 - - pending"
+
+
+def test_many_differing_settings_are_all_told(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        make_run(tmp_path / name, model={f"key{index}": f"{name}{index}" for index in range(7)})
+    text = show(sweep_table(tmp_path))
+    for index in range(7):
+        assert f"model.key{index}" in text
+
+
+# --- drawing -----------------------------------------------------------------------------------------------------
+
+
+def test_draw_run(tmp_path: Path) -> None:
+    losses = tuple(10 * 0.9**step for step in range(50))
+    run = make_run(tmp_path / "$a_1 & \\frac[bold]", losses=(*losses, math.nan, 1.0), val_losses=(9.0, 5.0, math.inf))
+    picture = draw_run(run)
+    assert picture == run / "loss.png"
+    width, height = size_of(picture)
+    assert width >= 600
+    assert height >= 400
+    assert not list(run.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize(("losses", "val_losses"), [((), ()), ((3.0,), ()), ((), (3.0,)), ((math.nan,), (math.nan,))])
+def test_draw_run_with_next_to_nothing(tmp_path: Path, losses: tuple, val_losses: tuple) -> None:
+    assert draw_run(make_run(tmp_path / "a", losses=losses, val_losses=val_losses)).stat().st_size > 0
+
+
+def test_the_curves_are_in_the_picture(tmp_path: Path) -> None:
+    """Not by its look: the picture of a run has ink in each colour, the one of an empty run has none of them."""
+
+    def ink(picture: Path) -> list[int]:
+        pixels = (imread(picture)[:, :, :3] * 255).round().astype(int)
+        colours = np.array([(0x3B, 0x6E, 0xA8), (0xD1, 0x60, 0x3D), (0x6B, 0x6B, 0x6B)])
+        return [int((abs(pixels - colour).sum(-1) == 0).sum()) for colour in colours]
+
+    full = ink(draw_run(make_run(tmp_path / "a", losses=(4.0, 3.0, 2.0), val_losses=(4.0, 3.5, 3.0))))
+    empty = ink(draw_run(make_run(tmp_path / "b", losses=())))
+    assert min(full) > 100
+    assert max(empty) < min(full) / 10
+
+
+def test_smoothing_does_not_lag(tmp_path: Path) -> None:
+    line = [float(value) for value in range(200)]
+    assert _smooth(line)[50:150] == pytest.approx(line[50:150], abs=0.1)
+    gap = _smooth([1.0, math.nan, 3.0])
+    assert math.isnan(gap[1])
+    assert gap[0] < gap[2]
+
+
+@pytest.mark.parametrize("number", [2, 14])
+def test_draw_comparison(tmp_path: Path, number: int) -> None:
+    runs = [
+        make_run(tmp_path / f"_job{index}", lr=index * 1e-4, losses=(4.0 + index, 3.0, 1e6 if index == 1 else 2.0))
+        for index in range(number)
+    ]
+    narrow = size_of(draw_comparison(runs, tmp_path / "narrow.png"))
+    for run in runs:
+        with Local(log_every=1).build(run, resume_step=3) as metrics:
+            metrics.row({"step": 3, "tokens": 192, "val_loss": 3.0})
+    wide = size_of(draw_comparison(runs, tmp_path / "wide.png"))
+    assert wide[0] > narrow[0]  # a panel more: the validation loss
+
+
+def test_labels_tell_runs_apart(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a", lr=1e-3), make_run(tmp_path / "b", lr=3e-4)]
+    assert _labels([summarise(run) for run in runs]) == ["optimizer.lr=0.001", "optimizer.lr=0.0003"]
+    runs.append(make_run(tmp_path / "_c", lr=3e-4))
+    assert _labels([summarise(run) for run in runs]) == [
+        "a optimizer.lr=0.001",
+        "b optimizer.lr=0.0003",
+        " _c optimizer.lr=0.0003",
+    ]
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+def test_report_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for index in range(2):
+        make_run(tmp_path / f"job-{index}", lr=1e-3 * (index + 1), val_losses=(3.0 - index,))
+    make_run(tmp_path / "job-2", lr=1.0, losses=(), exit_reason=None)
+    assert main(Report(output=None, plot=True), Invocation([tmp_path], [])) == 0
+    output = capsys.readouterr().out
+    assert output.index("job-1") < output.index("job-0") < output.index("job-2")
+    assert f"curves: {tmp_path / 'report.png'}" in output
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")) == [
+        "job-0/loss.png",
+        "job-1/loss.png",
+        "report.png",
+    ]
+
+
+def test_report_of_runs_named_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [make_run(tmp_path / "x" / "a"), make_run(tmp_path / "y" / "b", lr=1.0)]
+    assert main(Report(output=None, plot=True), Invocation(runs, [])) == 0
+    assert (tmp_path / "x" / "report.png").exists()
+    assert main(Report(output=None, plot=False), Invocation(runs[:1], [])) == 0
+    assert not (runs[0] / "report.png").exists()
+    assert main(Report(output=str(tmp_path / "mine.png"), plot=True), Invocation(runs, [])) == 0
+    assert (tmp_path / "mine.png").exists()
+    assert "mine.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("curves.pdf", r"^output=curves\.pdf: the picture is a PNG"),
+        ("no/where.png", r"^output=no/where\.png: there is no"),
+    ],
+)
+def test_report_refuses_an_output_that_cannot_be(tmp_path: Path, output: str, message: str) -> None:
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
+    with pytest.raises(ValueError, match=message):
+        main(Report(output=output, plot=True), Invocation(runs, []))
+
+
+def test_a_wide_table_is_not_wrapped_in_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / ("long-name-" * 10))
+    main(Report(output=None, plot=False), Invocation([tmp_path], []))
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_a_single_run_has_no_settings_column(tmp_path: Path) -> None:
+    assert "optimizer.lr" not in show(comparison([summarise(make_run(tmp_path / "a"))]))
