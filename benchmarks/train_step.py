@@ -67,9 +67,9 @@ def result(step_seconds: list[float], tokens: int, extra: dict[str, Any]) -> dic
 
 def measure_llmtrain(arguments: argparse.Namespace) -> dict[str, Any]:
     """A real run of ours, read from its metrics."""
-    from llmtrain.runtime import prepare_environment
+    from llmtrain.runtime import prepare_process
 
-    prepare_environment()  # as the command does
+    prepare_process()  # as the command does
     from llmtrain import Run
     from llmtrain.metrics.local import read_metrics
 

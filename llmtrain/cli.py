@@ -5,6 +5,7 @@ Nothing heavy is imported before it is known what is asked for: ``--help`` impor
 
 import difflib
 import importlib
+import logging
 import os
 import re
 import sys
@@ -33,6 +34,7 @@ VALUE_FLAGS = {
     "--config-name": "--config-name", "-cn": "--config-name", "--config-path": "--config-path", "-cp": "--config-path",
     "--package": "--package", "-p": "--package", "--info": "--info", "-i": "--info",
 }  # fmt: skip
+FLAGS = ("--help", "-h", "--hydra-help", "--multirun", "-m", "--run", "-r", "--resolve")
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 HELP = f"""llmtrain {__version__}: config-driven training of language models
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         verb, *rest = [argument for argument in arguments if argument != "--debug"] or [""]
         if verb not in VERBS:
-            raise UsageError(unknown("verb", verb, list(VERBS)))
+            raise UsageError(f"{verb}: no such verb{nearest(verb, list(VERBS))}")
         flags, targets, overrides = split(verb, rest)
         return dispatch(verb, flags, targets, overrides, command)
     except KeyboardInterrupt:
@@ -115,9 +117,11 @@ def split(verb: str, arguments: Sequence[str]) -> tuple[list[str], list[Path], l
             name, equals, value = argument.partition("=")
             if name == "--experimental-rerun":
                 raise UsageError(f"{name}: not supported; it would unpickle a file, which runs whatever is in it")
-            if name not in VALUE_FLAGS:
+            if name in FLAGS:
                 flags.append(argument)
                 continue
+            if name not in VALUE_FLAGS:
+                raise UsageError(f"{name}: no such flag{nearest(name, [*FLAGS, *VALUE_FLAGS, '--debug'])}")
             if not equals:
                 needs_value = name not in ("--info", "-i")
                 if needs_value and not queue:
@@ -198,9 +202,14 @@ def dispatch(verb: str, flags: list[str], targets: list[Path], overrides: list[s
 def execute(verb: str, values: dict[str, Any], targets: list[Path], command: list[str], stored: Any) -> int:
     """Build the config's dataclass and give it to the verb's module."""
     from llmtrain import config
-    from llmtrain.runtime import prepare_environment
+    from llmtrain.runtime import prepare_process
 
-    prepare_environment()
+    prepare_process()
+    notes = logging.StreamHandler()  # to stderr: data being prepared, another process waited for
+    notes.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("llmtrain")
+    logger.handlers = [notes]
+    logger.setLevel(logging.INFO)
     module = importlib.import_module(f"llmtrain.commands.{verb}")
     changes = config.differences(stored, values) if stored is not None else []
     changes = [change for change in changes if change[0].split(".")[0] not in config.NOT_RUN_KEYS]
@@ -223,9 +232,9 @@ def run_hydra(verb: str, flags: list[str], overrides: list[str], task: Any) -> N
         before, sys.argv = sys.argv, ["llmtrain", *flags, *ours, *overrides]
         try:
             hydra.main(config_path=str(config.conf_dir()), config_name=verb, **config.VERSION_BASE)(task)()
-        except SystemExit as error:  # argparse, --cfg, --help
+        except SystemExit as error:  # after --help, or argparse has shown what is wrong with a flag's value
             if error.code:
-                raise UsageError("the flags are not Hydra's; see llmtrain --help") from error
+                raise UsageError("see llmtrain --help") from error
         finally:
             sys.argv = before
 
@@ -253,12 +262,12 @@ def explain(error: BaseException, depth: int = 0) -> tuple[str | None, int]:
 
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
-        return f"{group}={option}: {unknown('option', option, list(error.options))}", USAGE_ERROR
+        return f"{group}={option}: no such option{nearest(option, sorted(error.options))}", USAGE_ERROR
     if isinstance(error, HydraException | OmegaConfBaseException):
         key = find_key(error)
         if key is not None:
             return f"{key}: no such key{suggest_key(key)}", USAGE_ERROR
-        return str(error).strip().splitlines()[0], USAGE_ERROR
+        return f"{str(error).strip().splitlines()[0]} (in: {' '.join(sys.argv[1:])})", USAGE_ERROR
     if type(error).__name__ == "TrainingFailed":
         return str(error), FAILED
     if type(error).__name__ == "OutOfMemoryError":
@@ -299,9 +308,9 @@ def suggest_key(key: str) -> str:
     last = key.rsplit(".", 1)[-1]
     same_name = [name for name in known if name.rsplit(".", 1)[-1] == last]
     siblings = [name for name in known if name.rsplit(".", 1)[0] == key.rsplit(".", 1)[0]] if "." in key else []
-    nearest = same_name or difflib.get_close_matches(key, siblings, n=1) or difflib.get_close_matches(key, known, n=1)
-    if nearest:
-        return f"; did you mean {nearest[0]}?"
+    best = same_name or difflib.get_close_matches(key, siblings, n=1) or difflib.get_close_matches(key, known, n=1)
+    if best:
+        return f"; did you mean {best[0]}?"
     groups = sorted({name.split(".")[0] for name in known})
     return f"; there are: {', '.join(siblings or groups)}"
 
@@ -316,11 +325,11 @@ def flatten(values: dict[str, Any], prefix: str = "") -> list[str]:
     return keys
 
 
-def unknown(kind: str, name: str, known: Sequence[str]) -> str:
-    """ "no such option; did you mean adamw? there are: …" """
-    nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {nearest[0]}?" if nearest else ""
-    return f"no such {kind}{hint or ';'} there are: {', '.join(sorted(known))}".replace("?;", "?")
+def nearest(name: str, known: Sequence[str]) -> str:
+    """What to say after "no such option": "; did you mean adamw? there are: …"."""
+    matches = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {matches[0]}?" if matches else ""
+    return f"{hint or ';'} there are: {', '.join(known)}"
 
 
 # --- shell completion --------------------------------------------------------------------------------------------

@@ -103,7 +103,8 @@ class Run:
                 f"data.sequence_length={self.data.sequence_length}: longer than model.context_length="
                 f"{self.model.context_length}; shorten the one or lengthen the other"
             )
-        self.schedule.check_peak(self.optimizer.lr)
+        with config.naming("schedule"):
+            self.schedule.check_peak(self.optimizer.lr)
 
     # --- making one ---------------------------------------------------------------------------------------------
 
@@ -134,7 +135,7 @@ class Run:
             directory = self.create_directory()
             with directory.lock():
                 self.describe(directory, device, command)
-                return self.execute(parts, directory, TrainState())
+                return self.execute(parts, directory, TrainState(data=parts.corpus.fingerprint))
 
     def resume(self, directory: RunDirectory, *, command: Sequence[str] = (), changes: Sequence[tuple] = ()) -> Result:
         """Continue the run in ``directory`` from its newest checkpoint, or start it if it has none.
@@ -151,8 +152,13 @@ class Run:
                 parts.precision.load_state_dict(state.scaler)
                 state.restore_rng(device)
             else:
-                state = TrainState()
+                state = TrainState(data=parts.corpus.fingerprint)
                 self.weights.load(parts.model)
+            if state.data != parts.corpus.fingerprint:
+                raise ValueError(
+                    f"data: not what this run was started on ({parts.corpus.description}); it was edited, moved or "
+                    "prepared otherwise, and step and position mean nothing in it; restore it, or start a new run"
+                )
             if state.step > parts.max_steps:
                 raise ValueError(f"loop.max_steps={parts.max_steps}: the run is at step {state.step} already")
             drop_rows(directory.samples, lambda row: row["step"] >= state.step)

@@ -23,6 +23,7 @@ class TrainState:
     best_val_loss: float | None = None
     best_val_step: int | None = None
     train_seconds: float = 0.0  # spent in steps, over all sessions
+    data: str = ""  # fingerprint of the data that ``position`` counts in
     scaler: dict[str, float] = field(default_factory=dict)
     rng: dict[str, Any] = field(default_factory=dict)
 

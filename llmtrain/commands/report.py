@@ -11,7 +11,7 @@ from llmtrain.commands import Invocation
 from llmtrain.format import visible
 from llmtrain.report.curves import draw_comparison, draw_run
 from llmtrain.report.runs import find_runs, summarise
-from llmtrain.report.table import comparison
+from llmtrain.report.table import Comparison
 
 UNWRAPPED = 1000  # columns; a table in a pipe or file is as wide as it needs
 
@@ -42,7 +42,7 @@ def main(report: Report, invocation: Invocation) -> int:
     path = report.comparison_path(targets, runs)
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else UNWRAPPED)
     summaries = [summarise(run) for run in runs]
-    console.print(comparison(summaries))
+    console.print(Comparison(summaries))
     begun = [summary.path for summary in summaries if summary.state != "pending"]
     if report.plot and begun:
         written = [draw_run(run) for run in begun]

@@ -23,6 +23,8 @@ FIXED = (
     "name",
 )
 
+MOVABLE = ("data.path", "data.validation_path", "data.cache_dir")  # the data's fingerprint is compared instead
+
 
 def main(run: Run, invocation: Invocation) -> int:
     """Continue the run at the target; overrides are shown, checked and recorded."""
@@ -41,7 +43,7 @@ def main(run: Run, invocation: Invocation) -> int:
 def check_changes(changes: Sequence[tuple]) -> None:
     """Refuse what cannot continue.  Raises ValueError naming the key."""
     for key, before, after in changes:
-        if key.startswith(FIXED):
+        if key.startswith(FIXED) and key not in MOVABLE:
             raise ValueError(
                 f"{key}={after}: this run was started with {before}, and cannot go on with another; "
                 "start a new run, from its weights with: weights=checkpoint weights.path=RUN_DIR"

@@ -32,6 +32,7 @@ class Corpus:
     train: Sequences
     validation: Sequences | None  # None where the option was told to keep nothing aside
     description: str  # one line for the run's header: documents, tokens, where from
+    fingerprint: str  # changes whenever the sequences do; a run resumes on the data that it was started with
 
 
 class DataConfig(ABC):

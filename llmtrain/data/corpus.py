@@ -39,6 +39,7 @@ class TextData(DataConfig):
             validation_fraction=self.validation_fraction,
             sequence_length=self.sequence_length,
             name=f"{source.name}, {documents:,} document{'s' * (documents != 1)}",
+            fingerprint=folder.name,
         )
 
 
@@ -57,6 +58,7 @@ def make_corpus(
     validation_fraction: float,
     sequence_length: int,
     name: str,
+    fingerprint: str,
 ) -> Corpus:
     """Sequences over streams of token ids.
 
@@ -73,7 +75,7 @@ def make_corpus(
             f"{max(training.tokens - 1, 1)} or less"
         )
     if not validation_fraction and not validation:
-        return Corpus(training, None, f"{name}, {training.tokens:,} tokens")
+        return Corpus(training, None, f"{name}, {training.tokens:,} tokens", fingerprint)
     held_out = Sequences(validation, sequence_length)
     if not held_out:
         raise ValueError(
@@ -82,7 +84,7 @@ def make_corpus(
             f"or data.sequence_length={max(held_out.tokens - 1, 1)} or less"
         )
     tokens = f"{training.tokens:,} tokens for training, {held_out.tokens:,} for validation"
-    return Corpus(training, held_out, f"{name}, {tokens}")
+    return Corpus(training, held_out, f"{name}, {tokens}", fingerprint)
 
 
 def _split(shards: Sequence[np.ndarray], fraction: float) -> tuple[list[np.ndarray], list[np.ndarray]]:

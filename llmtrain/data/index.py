@@ -71,7 +71,13 @@ class Index:
                 raise ValueError(f"{file}: {state}")
         return index
 
+    @property
+    def names(self) -> set[str]:
+        """Of all shards."""
+        return {shard.name for shard in self.train.shards + self.validation.shards}
+
     def write(self, folder: Path) -> None:
+        """Write ``index.json`` into ``folder``, the last of its files."""
         with (folder / INDEX).open("w", encoding="utf-8") as file:
             json.dump(dataclasses.asdict(self), file, indent=1)
             sync(file.fileno())

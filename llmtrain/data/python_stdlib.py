@@ -1,5 +1,6 @@
 """The sources of Python's standard library: about 12 MB of code and English on every machine."""
 
+import os
 import sysconfig
 import tokenize
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ class PythonStdlib(TextData):
 
     def source(self) -> Source:
         folder = Path(sysconfig.get_path("stdlib"))
-        files = [path for path in sorted(folder.rglob("*.py")) if not LEFT_OUT & set(path.relative_to(folder).parts)]
+        files = sorted(_find_sources(folder))
         if not files:
             raise ValueError(f"data=python_stdlib: there are no sources in {folder}; take data=python_docs")
         hashes = remember(Path(self.cache_dir).expanduser() / "sha256.json", files, sha256)
@@ -29,6 +30,12 @@ class PythonStdlib(TextData):
             return (Piece(text, ends_document=True) for path in files if (text := _read(path)))
 
         return Source("python_stdlib", "python-source " + " ".join(hashes), pieces)
+
+
+def _find_sources(folder: Path) -> Iterator[Path]:
+    for root, folders, names in os.walk(folder):
+        folders[:] = set(folders) - LEFT_OUT  # os.walk goes only into what is left
+        yield from (Path(root, name) for name in names if name.endswith(".py"))
 
 
 def _read(path: Path) -> str:

@@ -1,5 +1,6 @@
 """Token files that are already prepared: by this program, by nanoGPT, by llm.c or modded-nanogpt."""
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,8 @@ import numpy as np
 from llmtrain.data import Corpus, DataConfig
 from llmtrain.data.corpus import check_options, make_corpus
 from llmtrain.data.files import find_files, remember
-from llmtrain.data.token_file import Format, check_ids, find_largest, recognise
+from llmtrain.data.index import INDEX
+from llmtrain.data.token_file import Format, TokenFile, check_ids, find_largest, read_indices, recognise
 from llmtrain.tokenizer import Tokenizer
 
 # train.bin and val.bin (nanoGPT), fineweb_val_000000.bin (llm.c), validation-00000.bin (ours)
@@ -43,13 +45,15 @@ class Shards(DataConfig):
             validation_fraction=self.validation_fraction,
             sequence_length=self.sequence_length,
             name=f"shards {self.path}, {len(train)} file{'s' * (len(train) != 1)}",
+            fingerprint=sampled_digest([*train, *validation]),
         )
 
     def _find_parts(self) -> tuple[list[Path], list[Path]]:
         files = _find(self.path)
         if self.validation_path is not None:
-            others = set(validation := _find(self.validation_path))
-            train = [file for file in files if file not in others]
+            validation = _find(self.validation_path)
+            set_aside = {file.resolve() for file in validation}
+            train = [file for file in files if file.resolve() not in set_aside]
         elif files == [Path(self.path).expanduser()]:
             train, validation = files, []
         else:
@@ -62,18 +66,31 @@ class Shards(DataConfig):
         return train, validation
 
     def _open(self, paths: list[Path], tokenizer: Tokenizer) -> list[np.ndarray]:
-        files = {path: recognise(path, self.format) for path in paths}
-        for file in files.values():
-            if file.tokenizer not in (None, tokenizer.fingerprint):
-                raise ValueError(
-                    f"{file.path}: made by another tokenizer, as its index says; set tokenizer=… to that one"
-                )
-        memo = Path(self.cache_dir).expanduser() / f"largest-id-{self.format.name}.json"
-        for file, largest in zip(
-            files.values(), remember(memo, paths, lambda path: find_largest(files[path])), strict=True
-        ):
-            check_ids(file, largest, tokenizer.vocab_size)
-        return [file.open() for file in files.values()]
+        indices = read_indices({path.parent for path in paths}, self.format)
+        files = [recognise(path, self.format, indices.get(path.parent)) for path in paths]
+        for file in files:
+            self._check(file, tokenizer)
+        return [file.open() for file in files]
+
+    def _check(self, file: TokenFile, tokenizer: Tokenizer) -> None:
+        if file.tokenizer not in (None, tokenizer.fingerprint):
+            raise ValueError(f"{file.path}: made by another tokenizer, as {INDEX} says; set tokenizer=… to that one")
+        memo = Path(self.cache_dir).expanduser() / f"largest-id-{file.dtype[1:]}-{file.offset}.json"
+        (largest,) = remember(memo, [file.path], lambda _: find_largest(file))
+        check_ids(file, largest, tokenizer.vocab_size)
+
+
+def sampled_digest(files: list[Path]) -> str:
+    """Stands for the files' sizes and 64 blocks of each: another file is told from them without reading them whole."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{size};".encode())
+        with path.open("rb") as file:
+            for block in range(64):
+                file.seek(size * block // 64)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:32]
 
 
 def _find(path: str) -> list[Path]:

@@ -1,5 +1,6 @@
 """Files of token ids as other programs and this one write them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -11,6 +12,7 @@ from llmtrain.data.index import INDEX, Index, open_ids
 HEADER = np.dtype(("<i4", 256))
 LLMC_VERSIONS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version): ids; GPT-2's and Llama 3's
 LLMC_MAGICS = {magic for magic, _ in LLMC_VERSIONS}
+SCAN = 1 << 24  # ids looked at together
 
 
 class Format(Enum):
@@ -36,8 +38,21 @@ class TokenFile:
         return open_ids(self.path, np.dtype(self.dtype), self.offset)
 
 
-def recognise(path: Path, form: Format) -> TokenFile:
-    """How to read a token file.  Raises ValueError, naming the file, if it is empty, cut or not of the format."""
+def read_indices(folders: Iterable[Path], form: Format) -> dict[Path, Index]:
+    """The indices of those ``folders`` that have one.  Raises ValueError if one is damaged or its shards are."""
+    if form not in (Format.auto, Format.llmtrain):
+        return {}
+    try:
+        return {folder: Index.read(folder) for folder in folders if (folder / INDEX).exists()}
+    except ValueError as error:
+        raise ValueError(f"{error}; if these shards are not llmtrain's, name their data.format") from error
+
+
+def recognise(path: Path, form: Format, index: Index | None) -> TokenFile:
+    """How to read a token file; ``index`` is its folder's.
+
+    Raises ValueError, naming the file, if it is empty, cut or not of the format.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -46,9 +61,11 @@ def recognise(path: Path, form: Format) -> TokenFile:
         raise ValueError(f"{path}: {error.strerror}") from error
     if not size:
         raise ValueError(f"{path}: an empty file")
+    if index is not None and path.name in index.names:
+        return TokenFile(path, index.dtype, 0, index.tokenizer)
+    if form is Format.llmtrain:
+        raise ValueError(f"{path}: no {INDEX} beside it names it; take data.format=auto")
     magic, version, tokens = np.frombuffer(head[:12].ljust(12, b"\0"), "<i4").tolist()
-    if form is Format.llmtrain or (form is Format.auto and _is_indexed(path)):
-        return _read_indexed(path)
     if form is Format.llmc or (form is Format.auto and magic in LLMC_MAGICS):
         if (magic, version) not in LLMC_VERSIONS:
             known = ", ".join(f"{m} version {v}" for m, v in LLMC_VERSIONS)
@@ -63,18 +80,6 @@ def recognise(path: Path, form: Format) -> TokenFile:
     if size % 2:
         raise ValueError(f"{path}: cut or no token file: {size:,} bytes is no whole number of uint16 ids")
     return TokenFile(path, "<u2", 0, None)
-
-
-def _is_indexed(path: Path) -> bool:
-    if not (path.parent / INDEX).exists():
-        return False
-    index = Index.read(path.parent)
-    return path.name in {shard.name for shard in index.train.shards + index.validation.shards}
-
-
-def _read_indexed(path: Path) -> TokenFile:
-    index = Index.read(path.parent)
-    return TokenFile(path, index.dtype, 0, index.tokenizer)
 
 
 def check_ids(file: TokenFile, largest: int, vocab_size: int) -> None:
@@ -95,6 +100,3 @@ def find_largest(file: TokenFile) -> int:
     """The largest id, by reading the whole file."""
     ids = file.open()
     return max(int(ids[start : start + SCAN].max()) for start in range(0, len(ids), SCAN))
-
-
-SCAN = 1 << 24  # ids looked at together

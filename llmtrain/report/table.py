@@ -1,9 +1,10 @@
 """Runs side by side, the best first."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -13,41 +14,69 @@ from llmtrain.report.runs import RunSummary, differences, find_runs, ranked, sum
 
 MAX_SETTINGS = 5  # columns for the settings that differ
 STATE_STYLES = {"finished": "green", "running": "cyan", "failed": "bold red", "interrupted": "yellow"}
+UNLIMITED = 10_000  # columns
+
+FIGURES: dict[str, Callable[[RunSummary], str]] = {
+    "val loss": lambda run: _shown(run.best_val_loss, format.loss),
+    "at step": lambda run: _shown(run.best_val_step, "{:,}".format),
+    "train loss": lambda run: _shown(run.final_loss, format.loss),
+    "step": lambda run: f"{run.step:,}" + ("" if run.max_steps is None else f"/{run.max_steps:,}"),
+    "tokens": lambda run: format.count(run.tokens),
+    "tok/s": lambda run: _shown(run.tokens_per_second, format.count),
+    "time": lambda run: _shown(run.train_seconds, format.duration),
+}
+DISPENSABLE = ("at step", "tokens", "tok/s", "time", "step")  # in this order, where there is little room
 
 
-def comparison(runs: Sequence[RunSummary]) -> Table:
-    """A table of ``runs`` ranked by best validation loss, with a column for each setting in which they differ."""
-    runs = ranked(runs)
-    settings = differences(runs)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", caption_justify="left")
-    table.add_column("run", overflow="fold")
-    shown = list(settings)[:MAX_SETTINGS]
-    for key in shown:
-        table.add_column(Text(visible(key)), overflow="fold")
-    for heading in ("val loss", "at step", "train loss", "step", "tokens", "tok/s", "time"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    for index, run in enumerate(runs):
-        table.add_row(
-            Text(visible(run.path.name), style="bold" if index == 0 and len(runs) > 1 else ""),
-            *(Text(setting(settings[key][index])) for key in shown),
-            _shown(run.best_val_loss, format.loss),
-            _shown(run.best_val_step, "{:,}".format),
-            _shown(run.final_loss, format.loss),
-            f"{run.step:,}/{run.max_steps:,}" if run.max_steps is not None else f"{run.step:,}",
-            _shown(run.tokens, format.count),
-            _shown(run.tokens_per_second, format.count),
-            _shown(run.train_seconds, format.duration),
-            Text(visible(run.state), style=STATE_STYLES.get(run.state, "dim")),
-        )
-    if len(settings) > MAX_SETTINGS:
-        table.caption = Text("they also differ in " + ", ".join(visible(key) for key in list(settings)[MAX_SETTINGS:]))
-    return table
+class Comparison:
+    """A table of runs ranked by best validation loss, with a column for each setting in which they differ.
+
+    Printed by rich to fit: where the console is too narrow it leaves columns out, and says which.
+    """
+
+    def __init__(self, runs: Sequence[RunSummary]) -> None:
+        self.runs = ranked(runs)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        unlimited = options.update(width=UNLIMITED)
+        for number in range(len(DISPENSABLE) + 1):
+            table = self.table(left_out=DISPENSABLE[:number])
+            if console.measure(table, options=unlimited).maximum <= options.max_width:
+                break
+        yield table
+
+    def table(self, left_out: Sequence[str]) -> Table:
+        """The table without the columns ``left_out``."""
+        settings = differences(self.runs)
+        figures = {heading: show for heading, show in FIGURES.items() if heading not in left_out}
+        shown = list(settings)[:MAX_SETTINGS]
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", caption_justify="left")
+        table.add_column("run", overflow="fold", min_width=8)
+        for key in shown:
+            table.add_column(Text(visible(key)), overflow="fold")
+        for heading in figures:
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("state", no_wrap=True)
+        for index, run in enumerate(self.runs):
+            table.add_row(
+                Text(visible(run.path.name), style="bold" if index == 0 and len(self.runs) > 1 else ""),
+                *(Text(setting(settings[key][index])) for key in shown),
+                *(show(run) for show in figures.values()),
+                Text(visible(run.state), style=STATE_STYLES.get(run.state, "dim")),
+            )
+        remarks = []
+        if len(settings) > MAX_SETTINGS:
+            remarks.append("they also differ in " + ", ".join(visible(key) for key in list(settings)[MAX_SETTINGS:]))
+        if left_out:
+            remarks.append("no room for " + ", ".join(left_out))
+        if remarks:
+            table.caption = Text("\n".join(remarks))
+        return table
 
 
-def sweep_table(sweep: Path) -> Table:
-    """The :func:`comparison` of all runs in a sweep's directory.  Raises ValueError if it has none."""
-    return comparison([summarise(run) for run in find_runs([sweep])])
+def sweep_table(sweep: Path) -> Comparison:
+    """The :class:`Comparison` of all runs in a sweep's directory.  Raises ValueError if it has none."""
+    return Comparison([summarise(run) for run in find_runs([sweep])])
 
 
 def setting(value: Any) -> str:
@@ -57,5 +86,5 @@ def setting(value: Any) -> str:
     return visible(str(value))
 
 
-def _shown(value: Any, show: Any) -> str:
+def _shown(value: Any, show: Callable[[Any], str]) -> str:
     return "-" if value is None else show(value)

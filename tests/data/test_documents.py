@@ -135,65 +135,10 @@ def test_pieces_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(solid) == 5000
 
 
-FRAGMENTS = [
-    *[
-        "the",
-        " The",
-        "123",
-        "4567",
-        " x1",
-        "été",
-        "Ñ",
-        "世界",
-        "日本語",
-        "русский",
-        "ﬁ",
-        "ǅ",
-        "²",
-        "Ⅷ",
-        "e\u0301",
-        "\u0301",
-    ],
-    *[
-        "'s",
-        "'ll",
-        "'",
-        "’s",
-        " 'RE",
-        "_",
-        " _x_",
-        "-",
-        "/",
-        "//",
-        "...",
-        "!?",
-        "。",
-        "、",
-        "，",
-        "「",
-        "」",
-        "$",
-        "+=",
-        "🙂",
-    ],
-    *[
-        " ",
-        "  ",
-        "\n",
-        "\n\n",
-        "\r\n",
-        "\t",
-        "\u00a0",
-        "\u2003",
-        "\u2028",
-        "\v",
-        "\x1c",
-        "\a",
-        "\u200b",
-        "\ufeff",
-        " /",
-    ],
-]
+WORDS = "the The 123 4567 été Ñ 世界 日本語 русский ﬁ ǅ ² Ⅷ e\u0301 \u0301 's 'll ' ’s 'RE _ x_"
+SYMBOLS = "- / // ... !? 。 、 ， 「 」 $ += 🙂 \a \u200b \ufeff"
+SPACES = " |  |\n|\n\n|\r\n|\t|\v|\x1c|\u00a0|\u2003|\u2028"
+FRAGMENTS = [*WORDS.split(" "), *SYMBOLS.split(" "), *SPACES.split("|")]
 
 
 @pytest.mark.parametrize("pattern", ["gpt2", "cl100k", "o200k"])

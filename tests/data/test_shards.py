@@ -143,7 +143,7 @@ def test_validation_by_position(tmp_path: Path, common: dict[str, Any]) -> None:
             "magic 20240520 version 3; llm.c's are 20240520 version 1, 20240801 version 7",
         ),
         (nanogpt(IDS), Format.llmc, "its header has magic 65536 version 196610"),
-        (nanogpt(IDS), Format.llmtrain, r"index\.json: No such file"),
+        (nanogpt(IDS), Format.llmtrain, r"a\.bin: no index\.json beside it names it; take data\.format=auto"),
     ],
 )
 def test_damaged_files(tmp_path: Path, common: dict[str, Any], content: bytes, form: Format, message: str) -> None:
@@ -176,6 +176,16 @@ def test_a_file_is_scanned_once(tmp_path: Path, common: dict[str, Any], monkeypa
     path.write_bytes(nanogpt(np.append(IDS, 0)))
     with pytest.raises(ValueError, match="must not be zero"):
         build(path, common)
+
+
+def test_an_index_of_another_program(tmp_path: Path, common: dict[str, Any]) -> None:
+    (tmp_path / "a.bin").write_bytes(nanogpt(IDS))
+    (tmp_path / "index.json").write_text('{"chunks": []}')
+    with pytest.raises(
+        ValueError, match=r"index\.json: damaged: .*; if these shards are not llmtrain's, name their data"
+    ):
+        build(tmp_path, common)
+    assert build(tmp_path, common | {"format": Format.nanogpt}).train.tokens == 101
 
 
 def test_shards_of_another_tokenizer(ours: Path, common: dict[str, Any], gpt2: Tokenizer) -> None:

@@ -181,8 +181,8 @@ def test_python_stdlib(common: dict[str, Any]) -> None:
         (
             "a.txt",
             b"abc",
-            r"data\.sequence_length=4: text .*a\.txt, 1 document: 4 tokens for training make no sequence, which takes 5; "
-            r"give more text, or data\.sequence_length=3 or less",
+            r"data\.sequence_length=4: text .*a\.txt, 1 document: 4 tokens for training make no sequence, "
+            r"which takes 5; give more text, or data\.sequence_length=3 or less",
         ),
     ],
 )

@@ -20,7 +20,7 @@ from llmtrain.commands.report import Report, main
 from llmtrain.metrics.local import Local
 from llmtrain.report.curves import _labels, _smooth, draw_comparison, draw_run
 from llmtrain.report.runs import differences, find_runs, ranked, summarise
-from llmtrain.report.table import comparison, sweep_table
+from llmtrain.report.table import Comparison, sweep_table
 
 
 def make_run(
@@ -307,4 +307,14 @@ def test_a_wide_table_is_not_wrapped_in_a_pipe(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_single_run_has_no_settings_column(tmp_path: Path) -> None:
-    assert "optimizer.lr" not in show(comparison([summarise(make_run(tmp_path / "a"))]))
+    assert "optimizer.lr" not in show(Comparison([summarise(make_run(tmp_path / "a"))]))
+
+
+def test_a_narrow_terminal_keeps_what_matters(tmp_path: Path) -> None:
+    make_run(tmp_path / "first-run", lr=1e-3, val_losses=(3.25,))
+    make_run(tmp_path / "second-run", lr=3e-3, val_losses=(2.5,), exit_reason="failed")
+    text = show(sweep_table(tmp_path), width=70)
+    for expected in ("first-run", "second-run", "optimizer.lr", "3.2500", "2.5000", "failed", "no room for at step"):
+        assert expected in text
+    assert "…" not in text
+    assert "no room" not in show(sweep_table(tmp_path), width=120)
