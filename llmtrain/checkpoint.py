@@ -70,8 +70,3 @@ def restore(path: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) 
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: {error}") from error
-
-
-def estimated_bytes(model: LanguageModel, state_tensors_per_parameter: int) -> int:
-    """Size on disk of one checkpoint: fp32 weights and that many fp32 optimizer tensors a parameter."""
-    return 4 * model.num_parameters() * (1 + state_tensors_per_parameter)

@@ -11,7 +11,8 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ VALUE_FLAGS = {
     "--config-name": "--config-name", "-cn": "--config-name", "--config-path": "--config-path", "-cp": "--config-path",
     "--package": "--package", "-p": "--package", "--info": "--info", "-i": "--info",
 }  # fmt: skip
+TEXT_KEYS = ("prompt", "loop.sample_prompt")
 FLAGS = ("--help", "-h", "--hydra-help", "--multirun", "-m", "--run", "-r", "--resolve")
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
@@ -87,6 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("llmtrain: stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read our output has seen enough, as in: llmtrain train --cfg job | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -132,10 +137,21 @@ def split(verb: str, arguments: Sequence[str]) -> tuple[list[str], list[Path], l
             targets.append(Path(argument))
         else:
             overrides.append(argument)
+    overrides = [quoted(override) for override in overrides]
     for override in overrides:
         if "=" not in override and not override.startswith("~"):
             raise UsageError(f"{override}: neither key=value nor group=option nor a flag")
     return flags, targets, overrides
+
+
+def quoted(override: str) -> str:
+    """A free text is taken as it is: Hydra's grammar would trip over its commas, brackets and apostrophes."""
+    key, equals, value = override.partition("=")
+    if key not in TEXT_KEYS or not equals or value[:1] in ("'", '"'):
+        return override
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
+    return f"{key}='{escaped}'"
 
 
 def dispatch(verb: str, flags: list[str], targets: list[Path], overrides: list[str], command: list[str]) -> int:
@@ -205,16 +221,25 @@ def execute(verb: str, values: dict[str, Any], targets: list[Path], command: lis
     from llmtrain.runtime import prepare_process
 
     prepare_process()
-    notes = logging.StreamHandler()  # to stderr: data being prepared, another process waited for
-    notes.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("llmtrain")
-    logger.handlers = [notes]
-    logger.setLevel(logging.INFO)
     module = importlib.import_module(f"llmtrain.commands.{verb}")
     changes = config.differences(stored, values) if stored is not None else []
     changes = [change for change in changes if change[0].split(".")[0] not in config.NOT_RUN_KEYS]
     built = config.build(values, object, plugins=values.get("plugins") or ())
-    return module.main(built, Invocation(targets=targets, command=command, changes=changes))
+    with notes_to_stderr():
+        return module.main(built, Invocation(targets=targets, command=command, changes=changes))
+
+
+@contextmanager
+def notes_to_stderr() -> Iterator[None]:
+    """Show what the program notes on the way: text being tokenised, another process waited for."""
+    handler = logging.StreamHandler()
+    logger = logging.getLogger("llmtrain")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def run_hydra(verb: str, flags: list[str], overrides: list[str], task: Any) -> None:
@@ -267,7 +292,11 @@ def explain(error: BaseException, depth: int = 0) -> tuple[str | None, int]:
         key = find_key(error)
         if key is not None:
             return f"{key}: no such key{suggest_key(key)}", USAGE_ERROR
-        return f"{str(error).strip().splitlines()[0]} (in: {' '.join(sys.argv[1:])})", USAGE_ERROR
+        message = str(error).strip().splitlines()[0]
+        if match := re.match(r"Ambiguous value for argument '([^=']+)=", message):
+            remedy = "for a sweep add -m; for one value that has a comma, quote it twice"
+            return f"{match[1]}: several values; {remedy}, as in '{match[1]}=\"a,b\"'", USAGE_ERROR
+        return message, USAGE_ERROR
     if type(error).__name__ == "TrainingFailed":
         return str(error), FAILED
     if type(error).__name__ == "OutOfMemoryError":

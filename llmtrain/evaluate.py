@@ -1,4 +1,4 @@
-"""Loss on the validation split."""
+"""Loss on a split of the data, without training on it."""
 
 from collections.abc import Callable
 
@@ -18,32 +18,29 @@ def evaluate(
     sequences: Sequences,
     *,
     batch_size: int,
-    max_batches: int | None,
+    max_sequences: int | None,
     precision: Precision,
     device: torch.device,
     stop: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """Mean loss a target token over the first ``max_batches`` batches of ``sequences`` (None: all).
+    """Mean loss a target token over the first ``max_sequences`` of ``sequences`` (None: all), without dropout.
 
-    The same sequences in the same order every time.  Draws no random number.  Returns None if ``stop`` asked to
-    leave off.
+    The same sequences in the same order every time, ``batch_size`` at once.  Draws no random number.  Returns None
+    if ``stop`` asked to leave off.
     """
-    end = len(sequences) if max_batches is None else min(len(sequences), max_batches * batch_size)
+    end = len(sequences) if max_sequences is None else min(len(sequences), max_sequences)
     total = torch.zeros((), dtype=torch.float64, device=device)
     targets_seen = 0
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, end, batch_size):
-            if stop():
-                return None
-            inputs, targets = sequences.gather(np.arange(start, min(start + batch_size, end)))
-            targets_seen += int((targets != IGNORE).sum())
-            with precision.autocast():
-                total += loss_sum(
-                    torch.from_numpy(inputs).to(device, non_blocking=True),
-                    torch.from_numpy(targets).to(device, non_blocking=True),
-                )
+        with precision.autocast():  # around all batches: the weights are cast once
+            for start in range(0, end, batch_size):
+                if stop():
+                    return None
+                inputs, targets = sequences.gather(np.arange(start, min(start + batch_size, end)))
+                targets_seen += int((targets != IGNORE).sum())
+                total += loss_sum(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
     finally:
         model.train(was_training)
     return total.item() / max(targets_seen, 1)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from llmtrain.model import LanguageModel
-from llmtrain.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,14 @@ def generate(
     max_tokens: int,
     sampling: Sampling,
     generator: torch.Generator,
-    precision: Precision,
+    dtype: torch.dtype,
     end_of_text: int,
 ) -> Iterator[int]:
     """Yield up to ``max_tokens`` ids that go on from ``prompt``; stops after ``end_of_text``, which is not yielded.
 
-    Draws from ``generator`` alone.  Past the model's context the last half of it is read again and generation goes
-    on from there, so length is not limited.
+    ``dtype`` is that of the model's keys and values.  Call it, and take its tokens, under the precision's autocast:
+    around all of them, so that the weights are cast once.  Draws from ``generator`` alone.  Past the model's context
+    the last half of it is read again and generation goes on from there, so length is not limited.
     """
     device = next(model.parameters()).device
     ids = list(prompt) or [end_of_text]
@@ -71,11 +71,10 @@ def generate(
             if cache is None or cache.length + 1 > cache.capacity:
                 keep = model.context_length if cache is None else max(model.context_length // 2, 1)
                 unread = ids[-keep:]
-                cache = model.new_cache(1, precision.dtype)
+                cache = model.new_cache(1, dtype)
             else:
                 unread = ids[-1:]
-            with precision.autocast():
-                logits = model(torch.tensor([unread], device=device), cache)[0, -1, : model.vocab_size]
+            logits = model(torch.tensor([unread], device=device), cache)[0, -1, : model.vocab_size]
             token = sampling.choose(logits, generator)
             if token == end_of_text:
                 return

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from llmtrain.checkpoint import Checkpoint
 from llmtrain.clipping import Clipping
 from llmtrain.data import Batch, Corpus
 from llmtrain.data.loader import Loader
+from llmtrain.data.sequences import Sequences
 from llmtrain.display import Display
 from llmtrain.evaluate import evaluate
 from llmtrain.inference import Sampling, generate
@@ -44,6 +46,7 @@ class LoopConfig:
     epochs: float | None
     eval_every: int
     eval_batches: int | None
+    eval_train_batches: int
     sample_every: int
     sample_prompt: str
     sample_tokens: int
@@ -59,7 +62,7 @@ class LoopConfig:
             raise ValueError(f"epochs={self.epochs}: must be above 0")
         if self.eval_batches is not None and self.eval_batches < 1:
             raise ValueError(f"eval_batches={self.eval_batches}: must be at least 1, or null for the whole split")
-        for key in ("eval_every", "sample_every", "sample_tokens"):
+        for key in ("eval_every", "eval_train_batches", "sample_every", "sample_tokens"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key}={getattr(self, key)}: must be 0 (never) or more")
         try:
@@ -116,11 +119,14 @@ class Loop:
 
     last_loss: float | None = field(default=None, init=False)
     last_val_loss: float | None = field(default=None, init=False)
+    last_train_loss: float | None = field(default=None, init=False)  # evaluated as the validation loss is
 
     def __post_init__(self) -> None:
         self.readback = Readback(self.device)
         self.parameters = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         self.saved_step: int | None = None
+        self.evaluated_step: int | None = None
+        self.sampled_step: int | None = None
         self.mark = self.clock()  # since when the running stretch of training has not been accounted for
         self.since_log = [0, 0, 0.0]  # steps, tokens, seconds since the last row
 
@@ -285,8 +291,9 @@ class Loop:
         step, config = self.state.step, self.config
         at_end = step == self.max_steps
         evaluating = self.corpus.validation is not None and config.eval_every > 0
-        evaluating = evaluating and (at_end or step % config.eval_every == 0)
+        evaluating = evaluating and (at_end or step % config.eval_every == 0) and step != self.evaluated_step
         sampling = config.sample_every > 0 and step > 0 and (at_end or step % config.sample_every == 0)
+        sampling = sampling and step != self.sampled_step
         if not (evaluating or sampling) or self.stop():
             return
         self.handle(self.readback.drain())
@@ -298,27 +305,42 @@ class Loop:
         self.mark = self.clock()
 
     def evaluate(self) -> None:
-        """The validation loss, into metrics and state."""
+        """The validation loss, and that of some training data if asked for, into metrics and state."""
         assert self.corpus.validation is not None
-        loss = evaluate(
+        state = self.state
+        loss = self.loss_on(self.corpus.validation, self.config.eval_batches)
+        if loss is None:
+            return
+        row = {"step": state.step, "tokens": state.tokens, "epoch": self.epoch(state.tokens), "val_loss": loss}
+        if self.config.eval_train_batches:
+            train_loss = self.loss_on(self.corpus.train, self.config.eval_train_batches)
+            if train_loss is None:
+                return
+            row["train_loss"] = train_loss
+        self.note_validation(row)
+        self.metrics.row(row)
+        self.display.validation(row)
+
+    def loss_on(self, sequences: Sequences, batches: int | None) -> float | None:
+        """Mean loss over so many batches of the first step's size; None if asked to stop."""
+        batch_size = self.accumulation.batch_size_at(0, 0)
+        return evaluate(
             self.loss_sum,
             self.model,
-            self.corpus.validation,
-            batch_size=self.accumulation.micro_batch_size,
-            max_batches=self.config.eval_batches,
+            sequences,
+            batch_size=min(self.accumulation.micro_batch_size, batch_size),
+            max_sequences=None if batches is None else batches * batch_size,
             precision=self.precision,
             device=self.device,
             stop=self.stop,
         )
-        if loss is None:
-            return
-        state = self.state
-        self.last_val_loss = loss
-        if state.best_val_loss is None or loss < state.best_val_loss:
-            state.best_val_loss, state.best_val_step = loss, state.step
-        row = {"step": state.step, "tokens": state.tokens, "epoch": self.epoch(state.tokens), "val_loss": loss}
-        self.metrics.row(row)
-        self.display.validation(row)
+
+    def note_validation(self, row: dict[str, Any]) -> None:
+        """Take account of a validation row, of this session or of one before."""
+        self.evaluated_step = row["step"]
+        self.last_val_loss, self.last_train_loss = row["val_loss"], row.get("train_loss")
+        if self.state.best_val_loss is None or row["val_loss"] < self.state.best_val_loss:
+            self.state.best_val_loss, self.state.best_val_step = row["val_loss"], row["step"]
 
     def sample(self) -> None:
         """A sample of text, into ``samples.jsonl``.  Training's random numbers are not touched."""
@@ -329,10 +351,12 @@ class Loop:
             max_tokens=config.sample_tokens,
             sampling=config.sampling(),
             generator=torch.Generator(self.device).manual_seed(self.seed + step),
-            precision=self.precision,
+            dtype=self.precision.dtype,
             end_of_text=self.tokenizer.end_of_text,
         )
-        text = self.tokenizer.decode(list(ids))
+        with self.precision.autocast():
+            text = self.tokenizer.decode(list(ids))
+        self.sampled_step = step
         append_json(self.directory.samples, {"step": step, "prompt": config.sample_prompt, "text": text})
         self.display.sample(step, config.sample_prompt, text)
 

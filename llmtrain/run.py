@@ -29,12 +29,12 @@ from llmtrain.format import count, duration, rate, size
 from llmtrain.loop import Loop, LoopConfig
 from llmtrain.lora import Lora
 from llmtrain.metrics import MetricsConfig
-from llmtrain.metrics.jsonl import drop_rows
+from llmtrain.metrics.jsonl import drop_rows, read_metrics
 from llmtrain.model import LanguageModel, ModelConfig
 from llmtrain.objective import Objective
 from llmtrain.optimizer import OptimizerConfig
+from llmtrain.optimizer.state import state_tensors
 from llmtrain.precision import Precision, PrecisionConfig
-from llmtrain.report.curves import draw_run
 from llmtrain.run_directory import RunDirectory
 from llmtrain.runtime import Runtime, describe_environment, device_name, peak_flops
 from llmtrain.schedule import Schedule
@@ -161,7 +161,7 @@ class Run:
                 )
             if state.step > parts.max_steps:
                 raise ValueError(f"loop.max_steps={parts.max_steps}: the run is at step {state.step} already")
-            drop_rows(directory.samples, lambda row: row["step"] >= state.step)
+            drop_rows(directory.samples, lambda row: row["step"] > state.step)
             if changes or not directory.environment.exists():
                 self.describe(directory, device, command)
             return self.execute(parts, directory, state, resumed=True, changes=changes)
@@ -215,9 +215,9 @@ class Run:
         place = Path(self.run_dir or self.output_dir).absolute()
         while not place.exists():
             place = place.parent
-        # fp32 weights with AdamW's two moments; one checkpoint more than is kept exists while it is written
-        checkpoint = 4 * parts.model.num_parameters() * 3
-        needed = checkpoint * (min(self.checkpoint.keep_last or 1, 2) + 1)
+        tensors = [*parts.model.state_dict().values(), *state_tensors(parts.optimizer).values()]
+        checkpoint = sum(tensor.nbytes for tensor in tensors)
+        needed = checkpoint * (max(self.checkpoint.keep_last, 1) + 1)  # one more than is kept, while it is written
         free = shutil.disk_usage(place).free
         if free < needed:
             raise ValueError(
@@ -247,6 +247,7 @@ class Run:
             peak = peak_flops(parts.device, parts.precision.dtype)
             flops_per_token = parts.model.flops_per_token(self.data.sequence_length)
             display.header(list(self.header(parts, directory, state, peak)))
+            display.start(start, parts.max_steps)
             if start or changes:
                 row = {"event": "resume", "step": start, "changes": [list(change) for change in changes]}
                 metrics.row(row)
@@ -261,7 +262,8 @@ class Run:
                 log_every=self.metrics.log_every, display=display, stop=lambda: bool(stop),
                 flops_per_token=flops_per_token, peak_flops=peak,
             )  # fmt: skip
-            display.start(start, parts.max_steps)
+            if resumed:
+                remember_looks(loop, directory)
             reason = "failed"
             try:
                 reason = loop.run()
@@ -273,6 +275,8 @@ class Run:
                 summary = self.summarise(loop, reason)
                 write_atomically(directory.summary, json.dumps(summary, indent=1) + "\n")
                 if reason != "failed":
+                    from llmtrain.report.curves import draw_run  # matplotlib takes a while to import
+
                     draw_run(directory.path)
                 display.summary(summary)
         return Result(directory.path, summary, parts.model)
@@ -309,14 +313,11 @@ class Run:
         yield "batch", f"{batch} × {sequence} = {batch * sequence:,} tokens a step{split}"
         yield "length", f"{steps_left:,} steps, {count(tokens)} tokens, {epochs:.2f} epochs, {flops:.2e} FLOPs"
         warmup = self.schedule.warmup(parts.max_steps)
-        name = type(self.optimizer).__name__
-        yield (
-            "optimizer",
-            f"{name}, peak learning rate {self.optimizer.lr:g}, "
-            f"{type(self.schedule).__name__} with {warmup} warm-up steps",
-        )
+        optimizer, schedule = (type(part).__module__.rpartition(".")[2] for part in (self.optimizer, self.schedule))
+        warming = f", {warmup} warm-up steps" if warmup else ""
+        yield "optimizer", f"{optimizer}, learning rate {self.optimizer.lr:g}; schedule {schedule}{warming}"
         yield "device", f"{device_name(parts.device)}, {parts.precision.name}, {rate(peak, 'FLOP/s')} at most"
-        yield "time", f"{duration(flops / (0.3 * peak))} at 30% of that"
+        yield "time", f"{duration(flops / (0.3 * peak))} at 30% of that, evaluations and saves not counted"
 
     def summarise(self, loop: Loop, reason: str) -> dict[str, Any]:
         """``summary.json``."""
@@ -330,12 +331,23 @@ class Run:
             "train_seconds": round(state.train_seconds, 3),
             "tokens_per_second": round(state.tokens / state.train_seconds, 1) if state.train_seconds else None,
             "final_loss": finite(loop.last_loss),
+            "final_train_loss": finite(loop.last_train_loss),
             "final_val_loss": finite(loop.last_val_loss),
             "best_val_loss": finite(state.best_val_loss),
             "best_val_step": state.best_val_step,
             "refused_steps": state.refused_steps,
             "parameters": loop.model.num_parameters(),
         }
+
+
+def remember_looks(loop: Loop, directory: RunDirectory) -> None:
+    """Tell a resumed loop what was evaluated and sampled before: a checkpoint is written ahead of either."""
+    if directory.metrics.exists():
+        for row in read_metrics(directory.metrics):
+            if "val_loss" in row:
+                loop.note_validation(row)
+    if directory.samples.exists():
+        loop.sampled_step = max((row["step"] for row in read_metrics(directory.samples)), default=None)
 
 
 def finite(value: float | None) -> float | None:

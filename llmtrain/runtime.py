@@ -28,6 +28,9 @@ def prepare_process() -> None:
     gets huge pages, and glibc's malloc neither maps big blocks one by one nor gives freed memory back: from the
     second step on, no new page is touched.  On a GPU, expandable segments keep the allocator from fragmenting.
     """
+    # OpenMP's threads wait actively; too long where another process wants the cores as well: two small runs at once
+    # were 20 times slower each.  So they go to sleep after some 0.1 ms.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if platform.libc_ver()[0] == "glibc":

@@ -62,7 +62,8 @@ def run_sweep(jobs: Sequence[Job], sweep_dir: Path | None, overrides: Sequence[s
     """
     first = jobs[0].run
     sweep = sweep_dir or Path(first.output_dir) / "sweeps" / f"{slug(first.name)}-{short_hash(*sorted(overrides))}"
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)  # no columns lost in a pipe
+    console = Console(highlight=False)
+    wide = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)  # no columns lost in a pipe
     statuses = []
     directories = [job.directory(sweep, varied_overrides(job, jobs)) for job in jobs]
     for number, (job, directory) in enumerate(zip(jobs, directories, strict=True), start=1):
@@ -79,7 +80,7 @@ def run_sweep(jobs: Sequence[Job], sweep_dir: Path | None, overrides: Sequence[s
         if statuses[-1]:
             console.print(Text(f"this job failed with exit status {statuses[-1]}; the sweep goes on", style="red"))
     console.rule("sweep", align="left")
-    console.print(sweep_table(sweep))
+    wide.print(sweep_table(sweep))
     console.print(Text(f"curves: llmtrain report {sweep}"))
     return FAILED if any(statuses) else FINISHED
 

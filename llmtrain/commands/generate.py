@@ -57,7 +57,7 @@ def main(settings: Generate, invocation: Invocation) -> int:
         model = load(run, tokenizer, checkpoint, device)
         seed = secrets.randbits(63) if settings.seed is None else settings.seed
         generator = torch.Generator(device).manual_seed(seed)
-        with precision.arithmetic():
+        with precision.arithmetic(), precision.autocast():
             for index in range(settings.num_samples):
                 if index:
                     print("\n" + "-" * 20)
@@ -67,7 +67,7 @@ def main(settings: Generate, invocation: Invocation) -> int:
                     max_tokens=settings.max_tokens,
                     sampling=settings.sampling(),
                     generator=generator,
-                    precision=precision,
+                    dtype=precision.dtype,
                     end_of_text=tokenizer.end_of_text,
                 )
                 write(settings.prompt)

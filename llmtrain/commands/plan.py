@@ -38,7 +38,7 @@ def main(run: Run, invocation: Invocation) -> int:
     batch = run.accumulation.batch_size_at(0, 0)
     work = table("work")
     attention = flops_per_token - model.flops_per_token(0)
-    work.add_row("data", Text(corpus.description), "")
+    work.add_row("data", "", Text(corpus.description))
     at_first = " at first" if sequences != batch * steps else ""
     work.add_row("tokens a step", f"{batch * sequence:,}", f"{batch} × {sequence}{at_first}")
     work.add_row("steps", f"{steps:,}", f"{run.schedule.warmup(steps):,} of them warm-up")

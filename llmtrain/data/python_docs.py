@@ -1,6 +1,7 @@
 """The Python language reference, which CPython ships for ``help()``: about 0.46 MB of English on every machine."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,4 +27,10 @@ class PythonDocs(TextData):
 def _read_topics() -> list[str]:
     from pydoc_data.topics import topics
 
-    return [text for _, text in sorted(topics.items())]
+    return [_as_prose(text) for _, text in sorted(topics.items())]
+
+
+def _as_prose(text: str) -> str:
+    """``text`` without its tables and indentation: a quarter of its tokens would be white space."""
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(line for line in lines if not line.startswith(("|", "+-"))))

@@ -50,6 +50,8 @@ def validation(row: Row, progress: Progress) -> Text:
     )
     if value < 20:  # beyond it exp() says nothing to anyone
         line.append(f"  perplexity {format.significant(math.exp(value))}")
+    if row.get("train_loss") is not None:
+        line.append(f"  training loss {format.loss(row['train_loss'])}")
     return line
 
 
@@ -101,7 +103,7 @@ def summary(summary: Row, run_dir: Path) -> Text:
     target = visible(shlex.quote(str(run_dir)))
     if reason != "finished":
         parts.append(Text(f"  llmtrain resume {target}"))
-    parts.append(Text(f'  llmtrain generate {target} prompt="Once upon a time"'))
+    parts.append(Text(f'  llmtrain generate {target} prompt="…"'))
     parts.append(Text(f"  llmtrain report {target}"))
     return Text("\n").join(parts)
 
@@ -110,6 +112,8 @@ def _results(summary: Row) -> list[tuple[str, str]]:
     results = []
     if summary.get("final_loss") is not None:
         results.append(("train loss", format.loss(summary["final_loss"])))
+    if summary.get("final_train_loss") is not None:
+        results.append(("train, evaluated", format.loss(summary["final_train_loss"])))
     if summary.get("final_val_loss") is not None:
         value = format.loss(summary["final_val_loss"])
         if summary.get("best_val_loss") is not None and summary.get("best_val_step") is not None:

@@ -46,9 +46,6 @@ class LocalMetrics(Metrics):
 def _comes_again(row: Row, resume_step: int) -> bool:
     """Whether a run that goes on from ``resume_step`` writes ``row`` again.
 
-    A checkpoint is saved before its step is evaluated, so the validation row of that very step does.  An event does
-    not: that a checkpoint was saved or a step refused remains true.
+    An event does not come again: that a checkpoint was saved or a step refused remains true.
     """
-    if "event" in row:
-        return False
-    return row["step"] > resume_step or (row["step"] == resume_step and "val_loss" in row)
+    return "event" not in row and row["step"] > resume_step

@@ -6,6 +6,7 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 import math
 import re
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,13 @@ from torch import Tensor, nn
 from llmtrain.model import LanguageModel, ModelConfig
 from llmtrain.model.cache import KVCache
 from llmtrain.model.vocabulary import hide_padding, logit_bias, padded_size
+
+
+class Initialisation(Enum):
+    """Where the weights start."""
+
+    gpt2 = "gpt2"  # N(0, 0.02), residual projections scaled by 1/sqrt(2 layers), biases 0
+    torch = "torch"  # torch's own: embeddings N(0, 1), linear layers U(-1, 1) / sqrt(inputs), their biases too
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class GPTConfig(ModelConfig):
     dropout: float
     qkv_bias: bool
     tie_embeddings: bool
+    initialisation: Initialisation
 
     def __post_init__(self) -> None:
         for key in ("num_layers", "hidden_size", "num_heads", "context_length"):
@@ -142,19 +151,32 @@ class GPT(LanguageModel):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """GPT-2's: N(0, 0.02), residual projections scaled by 1/sqrt(2 layers), biases 0, norms 1."""
-        std = 0.02
+        """As ``initialisation`` says; norms are the identity in either case."""
+        fill = self._fill_as_gpt2 if self.config.initialisation is Initialisation.gpt2 else self._fill_as_torch
         for name, parameter in self.named_parameters():
             if "norm" in name:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-            elif name.endswith("bias"):
-                parameter.zero_()
             else:
-                residual = name.endswith(("attention.projection.weight", "mlp.down.weight"))
-                parameter.normal_(0.0, std / math.sqrt(2 * self.num_layers) if residual else std, generator=generator)
+                fill(name, parameter, generator)
         self.token_embedding.weight[self.vocab_size :] = 0.0
         self.head_weight[self.vocab_size :] = 0.0
         self.logit_bias = logit_bias(self.vocab_size, self.head_weight.device)
+
+    def _fill_as_gpt2(self, name: str, parameter: nn.Parameter, generator: torch.Generator) -> None:
+        if name.endswith("bias"):
+            parameter.zero_()
+            return
+        residual = name.endswith(("attention.projection.weight", "mlp.down.weight"))
+        parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.num_layers) if residual else 0.02, generator=generator)
+
+    def _fill_as_torch(self, name: str, parameter: nn.Parameter, generator: torch.Generator) -> None:
+        if "embedding" in name:
+            parameter.normal_(generator=generator)
+        else:
+            inputs = self.get_parameter(name.removesuffix("bias") + "weight" if name.endswith("bias") else name).shape[
+                1
+            ]
+            parameter.uniform_(-1 / math.sqrt(inputs), 1 / math.sqrt(inputs), generator=generator)
 
     def new_cache(self, batch_size: int, dtype: torch.dtype) -> KVCache:
         c = self.config

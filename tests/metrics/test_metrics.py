@@ -85,11 +85,11 @@ def test_a_resumed_run_has_every_row_once(tmp_path: Path) -> None:
     ]
     path = write(tmp_path, *first)
     path.write_text(path.read_text() + '{"step":7,"tok')
-    again = [{"event": "resume", "step": 4}, first[3], train(5), train(6), first[7], train(7)]
+    again = [{"event": "resume", "step": 4}, train(5), train(6), first[7], train(7)]
     write(tmp_path, *again, resume_step=4)
     rows = read_metrics(path)
-    assert rows[:4] == [*first[:3], first[5]]
-    assert rows[4:] == again
+    assert rows[:5] == [*first[:4], first[5]]
+    assert rows[5:] == again
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 

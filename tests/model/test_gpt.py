@@ -7,12 +7,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from llmtrain.model.gpt import GPT, GPTConfig
+from llmtrain.model.gpt import GPT, GPTConfig, Initialisation
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 SMALL = {
     "num_layers": 3, "hidden_size": 48, "num_heads": 4, "context_length": 32, "vocab_size": None, "dropout": 0.0,
-    "qkv_bias": True, "tie_embeddings": True,
+    "qkv_bias": True, "tie_embeddings": True, "initialisation": Initialisation.gpt2,
 }  # fmt: skip
 
 
@@ -77,6 +77,7 @@ def test_full_size_logits_equal_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     values = yaml.safe_load((CONF / "gpt124m.yaml").read_text())
     values.pop("_target_")
+    values["initialisation"] = Initialisation.gpt2
     config = GPTConfig(**values)
     ours = config.create(50257, torch.device("cpu"), torch.Generator().manual_seed(0)).eval()
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
@@ -183,6 +184,19 @@ def test_flops_per_token_counts_the_matrix_products() -> None:
             model(ids).sum().backward()
         # the formula counts norms and biases, which are no matrix products: 2% at this size
         assert model.flops_per_token(32) * 64 == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_torch_initialisation_is_torchs() -> None:
+    """The same ranges as freshly made torch modules have."""
+    torch.manual_seed(0)
+    state = make(hidden_size=256, vocab_size=1024, initialisation=Initialisation.torch).state_dict()
+    assert state["token_embedding.weight"].std().item() == pytest.approx(1.0, rel=0.02)
+    reference = torch.nn.Linear(1024, 256)
+    for ours, theirs in (("weight", reference.weight), ("bias", reference.bias)):
+        tensor = state[f"blocks.0.mlp.down.{ours}"]
+        assert tensor.std().item() == pytest.approx(theirs.std().item(), rel=0.15)
+        assert tensor.abs().max() <= 1 / 32
+    assert (state["blocks.0.mlp_norm.weight"] == 1).all()
 
 
 @pytest.mark.parametrize(

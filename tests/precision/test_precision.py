@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from llmtrain.model.gpt import GPTConfig
+from llmtrain.model.gpt import GPTConfig, Initialisation
 from llmtrain.objective.causal import Causal
 from llmtrain.precision import LossScaler, Precision
 from llmtrain.precision.auto import Auto, has_native_bf16
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def tiny() -> nn.Module:
-    config = GPTConfig(2, 32, 2, 16, None, 0.0, True, True)
+    config = GPTConfig(2, 32, 2, 16, None, 0.0, True, True, Initialisation.gpt2)
     return config.create(64, CPU, torch.Generator().manual_seed(0))
 
 

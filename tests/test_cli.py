@@ -1,0 +1,255 @@
+"""The command line: errors that help, flags in any order, nothing left behind."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cli import TINY, environment, llmtrain, only_run
+
+from llmtrain import Run
+from llmtrain.cli import main, split
+from llmtrain.run_directory import RunDirectory
+
+Failing = Callable[..., str]
+QUICK = (*TINY, "loop.max_steps=2")
+
+
+@pytest.fixture
+def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Failing:
+    """Run a command line that must end with status 2, one message, no traceback and nothing left in the folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        assert main(arguments) == 2
+        error = capfd.readouterr().err
+        assert "Traceback" not in error
+        (message,) = (line for line in error.splitlines() if not line.startswith("tokenising "))
+        assert message.startswith("llmtrain: ")
+        assert sorted(tmp_path.rglob("*")) == before
+        return message
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "no such verb; did you mean train?"),
+        (["train", "optimizer.lrr=1"], "optimizer.lrr: no such key; did you mean optimizer.lr?"),
+        (["train", "optimizer.warmup_steps=1"], "did you mean schedule.warmup_steps?"),
+        (["train", "optimzer=adam"], "optimzer: no such key; did you mean optimizer?"),
+        (["train", "optimizer=adamm"], "optimizer=adamm: no such option; did you mean adam?"),
+        (["train", "optimizer=foo"], "there are: adafactor, adam, adamw, lion, muon, sgd"),
+        (["train", "optimizer.lr=abc"], "optimizer.lr='abc'"),
+        (["train", "+optimizer.lrr=1"], "optimizer.lrr: no such key"),
+        (["train", "+nobody.reads=1"], "nobody: no such key"),
+        (["train", "loop.max_steps=-5"], "loop.max_steps=-5: must be at least 1"),
+        (["train", "model.hidden_size=100"], "model.hidden_size=100: must be divisible by num_heads=12"),
+        (["train", "optimizer._target_=os.system"], "not a class of llmtrain"),
+        (["train", "optimizer._target_=llmtrain.config.load"], "not a dataclass defined in llmtrain.config"),
+        (["train", "weights=checkpoint"], "weights.path: a value is required"),
+        (["train", "weights=checkpoint", "weights.path=nowhere", *QUICK], "nowhere: no such directory"),
+        (["train", "model.vocab_size=10", *QUICK], "model.vocab_size=10: the tokenizer has 257 ids"),
+        (["train", "schedule.min_lr=1"], "schedule.min_lr=1.0: above the peak"),
+        (
+            ["train", "optimizer.rules=[{pattern:nothing,lr_multiplier:2}]", *QUICK],
+            "optimizer.rules[0].pattern='nothing'",
+        ),
+        (["train", "loop.max_steps=["], "no viable alternative"),
+        (["train", "--multirum"], "--multirum: no such flag; did you mean --multirun?"),
+        (["train", "--experimental-rerun=x.pkl"], "not supported; it would unpickle"),
+        (["train", "stray"], "stray: neither key=value nor group=option nor a flag"),
+        (["train", "--config-dir"], "--config-dir: needs a value"),
+        (["train", "--config-dir", "nowhere"], "nowhere"),
+        (["resume"], "resume takes one directory"),
+        (["resume", "nowhere"], "nowhere: no such run directory"),
+        (["resume", "."], "not a run directory (it has no config.yaml)"),
+        (["resume", "-m", "."], "resume continues one run"),
+        (["generate", "nowhere"], "nowhere: no such directory"),
+        (["generate", "nowhere", "temperature=-1"], "temperature=-1.0: must be 0 (greedy) or more"),
+        (["report", "nowhere"], "nowhere"),
+        (["report"], "report takes directories"),
+    ],
+)
+def test_mistakes(failing: Failing, arguments: list[str], message: str) -> None:
+    assert message in failing(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "text.txt: no such file"),
+        (b"", "text.txt"),
+        (b"PK\x03\x04\x00\x00\x00binary", "binary"),
+        (b"caf\xe9 au lait " * 100, "text.txt: byte 3"),
+        (b"short", "make no sequence"),
+    ],
+)
+def test_text_that_cannot_be_trained_on(failing: Failing, tmp_path: Path, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "text.txt").write_bytes(content)
+    assert message in failing("train", *QUICK, "data=text", "data.path=text.txt")
+
+
+def test_ids_beyond_the_vocabulary(failing: Failing, tmp_path: Path) -> None:
+    (tmp_path / "train.bin").write_bytes(b"\x01\x00\xff\xff" * 500)
+    message = failing("train", *QUICK, "data=shards", "data.path=train.bin")
+    assert "train.bin: token 1 is 65535" in message
+
+
+def test_a_run_of_another_process(failing: Failing, tmp_path: Path) -> None:
+    run = Run.compose(*QUICK, f"run_dir={tmp_path / 'run'}").train().run_dir
+    with RunDirectory(run).lock():
+        assert "is working in this run" in failing("resume", str(run), "loop.max_steps=5")
+
+
+def test_a_corrupt_checkpoint(failing: Failing, tmp_path: Path) -> None:
+    run = Run.compose(*QUICK, f"run_dir={tmp_path / 'run'}").train().run_dir
+    weights = run / "checkpoints" / "step-00000002" / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    for arguments in (["resume", str(run), "loop.max_steps=5"], ["generate", str(run)]):
+        assert f"{weights}: its sha256 is not the manifest's" in failing(*arguments)
+
+
+def test_data_that_changed(failing: Failing, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Some words to train on. " * 50)
+    run = Run.compose(*QUICK, "data=text", f"data.path={text}", f"run_dir={tmp_path / 'run'}").train().run_dir
+    text.write_text("Other words to train on. " * 50)
+    assert "data: not what this run was started on" in failing("resume", str(run), "loop.max_steps=5")
+
+
+def test_no_space_for_the_checkpoints(failing: Failing, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    real = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=10_000))
+    assert "free, the checkpoints of this run need" in failing("train", *QUICK)
+
+
+def test_an_existing_run_dir(failing: Failing, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    assert "run_dir=there: exists already" in failing("train", *QUICK, "run_dir=there")
+
+
+def test_disk_full_in_the_run(tmp_path: Path) -> None:
+    """The run fails with a message; what was saved before is whole, and resume goes on once there is room."""
+    limit = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, resource.RLIM_INFINITY)); "
+    limit += "from llmtrain.cli import main; sys.exit(main())"
+    arguments = (*TINY, "loop.max_steps=4", "run_dir=run", "checkpoint.every_steps=2")
+    env = environment(LLMTRAIN_CACHE=str(tmp_path / "cache"))
+    llmtrain("train", *TINY, "loop.max_steps=1", cwd=tmp_path, env=env)  # the data cache is made without the limit
+    command = [sys.executable, "-c", limit, "train", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert "the checkpoint could not be written" in done.stderr
+    assert "llmtrain resume run" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    llmtrain("resume", "run", cwd=tmp_path, env=env)
+    assert (tmp_path / "run" / "checkpoints" / "step-00000004" / "manifest.json").is_file()
+
+
+def test_not_finite_three_times_ends_the_run(tmp_path: Path) -> None:
+    done = llmtrain("train", *TINY, "loop.max_steps=9", "optimizer.lr=1e30", "schedule=constant", "precision=fp32",
+                    "clipping=none", "run_dir=run", cwd=tmp_path, check=1)  # fmt: skip
+    assert "3rd step in a row that is not finite" in done.stderr
+    assert "optimizer.lr" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_secrets_stay_out_of_the_run_directory(tmp_path: Path) -> None:
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(
+        "from dataclasses import dataclass\n"
+        "from llmtrain.metrics.local import Local\n"
+        "@dataclass(frozen=True)\n"
+        "class Keyed(Local):\n"
+        "    api_key: str\n"
+    )
+    arguments = ("plugins=[mine]", "metrics._target_=mine.Keyed", "+metrics.api_key=${oc.env:SOME_KEY}")
+    llmtrain("train", *QUICK, *arguments, "run_dir=run", cwd=tmp_path, env=environment(SOME_KEY="hush-hush"))
+    for path in (tmp_path / "run").rglob("*"):
+        assert not path.is_file() or b"hush-hush" not in path.read_bytes(), path
+    resumed = llmtrain("resume", "run", "loop.max_steps=3", "plugins=[mine]", cwd=tmp_path, check=2)
+    assert "metrics.api_key: it is a secret and was not stored" in resumed.stderr
+    llmtrain("resume", "run", "loop.max_steps=3", "plugins=[mine]", "metrics.api_key=x", cwd=tmp_path)
+
+
+def test_plugins_of_a_stored_run_must_be_named_again(tmp_path: Path) -> None:
+    """A run directory that came from elsewhere cannot name code to run."""
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from llmtrain.schedule import Schedule\n"
+        "@dataclass(frozen=True)\n"
+        "class Flat(Schedule):\n"
+        "    share: float\n"
+        "    def __call__(self, step, *, peak, total):\n"
+        "        return self.share * peak\n"
+    )
+    conf = tmp_path / "conf" / "schedule"
+    conf.mkdir(parents=True)
+    (conf / "flat.yaml").write_text("_target_: mine.Flat\nshare: 0.5  # of optimizer.lr\n")
+    llmtrain("train", *QUICK, "schedule=flat", "--config-dir", "conf", "plugins=[mine]", "run_dir=run", cwd=tmp_path)
+    refused = llmtrain("resume", "run", "loop.max_steps=3", cwd=tmp_path, check=2)
+    assert "plugins=[mine]" in refused.stderr
+    llmtrain("resume", "run", "loop.max_steps=3", "plugins=[mine]", cwd=tmp_path)
+
+
+def test_a_model_of_the_users_own(tmp_path: Path) -> None:
+    model = tmp_path / "conf" / "model"
+    model.mkdir(parents=True)
+    (model / "mine.yaml").write_text("defaults:\n  - tiny\nnum_layers: 1\n")
+    quick = [override for override in QUICK if not override.startswith("model=")]
+    done = llmtrain("train", "model=mine", *quick, "--config-dir", "conf", cwd=tmp_path)
+    assert "mine" in done.stdout
+    assert only_run(tmp_path / "runs").name.startswith("mine-")
+    assert "mine" in llmtrain("train", "--config-dir=conf", "--help", cwd=tmp_path).stdout
+
+
+def test_flags_in_any_order(tmp_path: Path) -> None:
+    orders = (
+        ["train", "model=tiny", "--cfg", "job", "loop.max_steps=3"],
+        ["train", "--cfg=job", "model=tiny", "loop.max_steps=3"],
+        ["train", "model=tiny", "loop.max_steps=3", "-c", "job"],
+    )
+    outputs = {llmtrain(*order, cwd=tmp_path).stdout for order in orders}
+    assert len(outputs) == 1
+    assert "max_steps: 3" in outputs.pop()
+    assert not list(tmp_path.iterdir())
+
+
+def test_split_sorts_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b").mkdir()
+    assert split("report", ["x", "plot=false", "-c", "job", "a=b"]) == (
+        ["--cfg=job"], [Path("x"), Path("a=b")], ["plot=false"],
+    )  # fmt: skip
+    assert split("train", ["--info", "searchpath", "-m", "a=1"])[0] == ["--info=searchpath", "-m"]
+    assert split("train", ["--info", "a=1"]) == (["--info=all"], [], ["a=1"])
+
+
+def test_completion(tmp_path: Path) -> None:
+    def complete(line: str) -> list[str]:
+        env = environment(COMP_LINE=line, COMP_POINT=str(len(line)))
+        return llmtrain("-sc", "query=bash", cwd=tmp_path, env=env).stdout.split()
+
+    assert complete("llmtrain ") == ["train", "resume", "plan", "generate", "report"]
+    assert complete("llmtrain re") == ["resume", "report"]
+    assert "optimizer=adamw" in complete("llmtrain train optimizer=a")
+    assert "optimizer=lion" in complete("llmtrain plan model=tiny optimizer=")
+    assert "optimizer.lr=" in " ".join(complete("llmtrain train optimizer.l"))
+    assert "complete" in llmtrain("-sc", "install=bash", cwd=tmp_path).stdout
+
+
+def test_bare_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["--help"], ["-h"]):
+        assert main(arguments) == 0
+        assert "llmtrain VERB" in capsys.readouterr().out
+    assert main(["--version"]) == 0
