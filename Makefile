@@ -21,7 +21,7 @@ train: setup
 	$(BIN)/llmtrain train experiment=laptop
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -145,7 +145,7 @@ def test_secrets_are_not_stored() -> None:
 
 def test_a_secret_of_the_environment_is_not_stored_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_API_KEY", "hush")
-    with pytest.raises(ConfigError, match="name=.*a secret"):
+    with pytest.raises(ConfigError, match=r"name=.*a secret"):
         Run.compose("name='${oc.env:MY_API_KEY}'")
 
 

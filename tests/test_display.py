@@ -139,7 +139,7 @@ def test_summary_of_an_interrupted_run(tmp_path: Path) -> None:
         f"  run directory    {run_dir}\n"
         "next\n"
         f"  llmtrain resume {quoted}\n"
-        f'  llmtrain generate {quoted} prompt="Once upon a time"\n'
+        f'  llmtrain generate {quoted} prompt="…"\n'
         f"  llmtrain report {quoted}\n"
     )
 

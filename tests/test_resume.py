@@ -27,7 +27,11 @@ VARIANTS = {
     "dropout": ("model.dropout=0.2",),
     "unshuffled": ("data.shuffle=false",),
     "micro_batches": ("accumulation.batch_size=3", "accumulation.micro_batch_size=2"),
-    "ramp": ("accumulation=ramp", "accumulation.micro_batch_size=2"),
+    "ramp": (
+        "accumulation=ramp",
+        "accumulation.micro_batch_size=2",
+        "accumulation.stages=[{start:0,batch_size:2},{start:3,batch_size:4},{start:6,batch_size:5}]",
+    ),
     "bf16": ("precision=bf16",),
     "fp16": ("precision=fp16", "precision.initial_scale=65536", "precision.growth_interval=2"),
     "adam": ("optimizer=adam",),

@@ -138,7 +138,7 @@ def test_tensorboard_writes_the_same_numbers(tmp_path: Path) -> None:
         metrics.row({"step": 2, "tokens": 200, "val_loss": 1.5})
     with config.build(tmp_path, resume_step=2) as metrics:
         metrics.row(train(3, loss=7.0))
-    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 2, 3]
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 2, 2, 3]
 
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()

@@ -1,0 +1,85 @@
+"""plan, generate and report through the command line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from cli import TINY
+
+from llmtrain import Run
+from llmtrain.cli import main, quoted
+from llmtrain.storage import MODEL, locate_checkpoint, read_tensors
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return Run.compose(*TINY, "loop.max_steps=3", "loop.eval_every=2", f"run_dir={tmp_path / 'run'}").train().run_dir
+
+
+def test_plan_of_a_large_model_allocates_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert main(["plan", "model=gpt1558m", "loop.max_steps=100", f"output_dir={tmp_path}"]) == 0
+    output = capfd.readouterr().out
+    assert "1,557,611,200" in output
+    assert "819,200" in output  # 100 steps of 8 sequences of 1024 tokens
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # kB; the weights alone take 6 GB
+    assert not list(tmp_path.iterdir())
+
+
+def test_plan_counts_the_steps_of_epochs(capfd: pytest.CaptureFixture[str]) -> None:
+    overrides = ("model=tiny", "tokenizer=byte", "loop.max_steps=null", "loop.epochs=1", "accumulation=ramp")
+    assert main(["plan", *overrides]) == 0
+    output = capfd.readouterr().out
+    assert "at first" in output
+    assert "1.0" in output
+
+
+def test_generate_is_reproducible(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for target in (run_dir, run_dir, run_dir / "checkpoints" / "step-00000003"):
+        assert main(["generate", str(target), "prompt=It's a lamp, [at] night", "max_tokens=30", "device=cpu"]) == 0
+        texts.append(capfd.readouterr().out)
+    assert texts[0].startswith("It's a lamp, [at] night")
+    assert len(texts[0]) > 30
+    assert texts[0] == texts[1] == texts[2]
+    assert main(["generate", str(run_dir), "prompt=It's a lamp, [at] night", "max_tokens=30", "seed=2"]) == 0
+    assert capfd.readouterr().out != texts[0]
+
+
+def test_several_samples(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(run_dir), "prompt=Sea", "num_samples=3", "max_tokens=5", "temperature=1"]) == 0
+    assert capfd.readouterr().out.count("Sea") == 3
+
+
+@pytest.mark.parametrize(
+    "text", ["plain", "a, b", "It's", "[x]", "{y: 1}", "back\\slash", "end\\", 'say "hi"', "it\\'s", "a=b", " spaces "]
+)
+def test_free_text_reaches_the_program_as_typed(text: str) -> None:
+    run = Run.compose(*TINY, quoted(f"loop.sample_prompt={text}"))
+    assert run.loop.sample_prompt == text
+
+
+def test_report_of_a_run(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(run_dir)]) == 0
+    output = capfd.readouterr().out
+    assert "finished" in output
+    assert "run" in output
+
+
+def test_weights_of_another_run(run_dir: Path, tmp_path: Path) -> None:
+    run = Run.compose(*TINY, "weights=checkpoint", f"weights.path={run_dir}", "runtime.seed=9")
+    model = run.assemble(torch.device("cpu")).model
+    run.weights.load(model)
+    source = read_tensors(locate_checkpoint(run_dir) / MODEL)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in source.items())
+    result = Run.compose(*TINY, "weights=checkpoint", f"weights.path={run_dir}", "loop.max_steps=1",
+                         f"run_dir={tmp_path / 'next'}").train()  # fmt: skip
+    assert result.summary["step"] == 1
+
+
+def test_weights_that_do_not_fit_are_named(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *TINY, "model.hidden_size=64", "weights=checkpoint", f"weights.path={run_dir}"]) == 2
+    assert "does not fit the model: token_embedding.weight is (257, 32)" in capfd.readouterr().err

@@ -1,0 +1,103 @@
+"""Sampling: the distribution is the one asked for, and the cache changes nothing."""
+
+import pytest
+import torch
+
+from llmtrain.inference import Sampling, generate
+from llmtrain.model.gpt import GPT, GPTConfig, Initialisation
+
+END = 50
+
+
+def model() -> GPT:
+    config = GPTConfig(2, 32, 4, 16, None, 0.1, True, True, Initialisation.torch)
+    made = config.create(51, torch.device("cpu"), torch.Generator().manual_seed(3))
+    assert isinstance(made, GPT)
+    return made
+
+
+def sample(made: GPT, prompt: list[int], tokens: int, sampling: Sampling, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = generate(
+        made, prompt, max_tokens=tokens, sampling=sampling, generator=generator, dtype=torch.float32, end_of_text=END
+    )
+    return list(ids)
+
+
+GREEDY = Sampling(0.0, 0, 1.0)
+
+
+def test_greedy_with_the_cache_is_the_argmax_without_it() -> None:
+    made, ids = model().eval(), [1, 2, 3]
+    with torch.no_grad():
+        while len(ids) < 16:
+            token = int(made(torch.tensor([ids]))[0, -1].argmax())
+            if token == END:
+                break
+            ids.append(token)
+    assert sample(made, [1, 2, 3], 13, GREEDY) == ids[3:]
+
+
+def test_goes_on_past_the_context_window() -> None:
+    made = model()
+    ids = sample(made, [1, 2, 3], 60, Sampling(1.0, 0, 1.0), seed=1)
+    assert len(ids) > 20 or END in ids
+    assert all(0 <= token < 51 for token in ids)
+
+
+def test_the_model_is_left_in_its_mode_and_torchs_generator_untouched() -> None:
+    made = model().train()
+    before = torch.get_rng_state()
+    sample(made, [1], 5, Sampling(1.0, 10, 0.9))
+    assert made.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_same_seed_gives_the_same_text() -> None:
+    made, hot = model(), Sampling(1.5, 0, 1.0)
+    assert sample(made, [1], 12, hot, seed=5) == sample(made, [1], 12, hot, seed=5)
+    assert sample(made, [1], 12, hot, seed=5) != sample(made, [1], 12, hot, seed=6)
+
+
+def test_the_end_of_text_ends_it() -> None:
+    made = model()
+    with torch.no_grad():
+        made.final_norm.weight.zero_()
+        made.final_norm.bias.copy_(made.token_embedding.weight[END])
+    assert sample(made, [1], 12, GREEDY) == []
+
+
+def frequencies(sampling: Sampling, logits: torch.Tensor, draws: int = 4000) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.tensor([sampling.choose(logits, generator) for _ in range(draws)])
+    return torch.bincount(chosen, minlength=logits.numel()) / draws
+
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -3.0])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_temperature(temperature: float) -> None:
+    expected = (LOGITS / temperature).softmax(0)
+    torch.testing.assert_close(frequencies(Sampling(temperature, 0, 1.0), LOGITS), expected, atol=0.03, rtol=0)
+
+
+def test_top_k_keeps_the_k_most_likely() -> None:
+    expected = torch.cat([LOGITS[:2].softmax(0), torch.zeros(3)])
+    torch.testing.assert_close(frequencies(Sampling(1.0, 2, 1.0), LOGITS), expected, atol=0.03, rtol=0)
+
+
+def test_top_p_keeps_the_smallest_set_that_has_it() -> None:
+    probabilities = LOGITS.softmax(0)  # 0.56 0.21 0.13 0.08 0.004
+    for top_p, kept in ((0.5, 1), (0.6, 2), (0.85, 3), (1.0, 5)):
+        expected = torch.cat([probabilities[:kept] / probabilities[:kept].sum(), torch.zeros(5 - kept)])
+        torch.testing.assert_close(frequencies(Sampling(1.0, 0, top_p), LOGITS), expected, atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [((-0.1, 0, 1.0), "temperature=-0.1"), ((1.0, -1, 1.0), "top_k=-1"), ((1.0, 0, 0.0), "top_p=0.0")],
+)
+def test_bad_settings(values: tuple[float, int, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampling(*values)

@@ -1,0 +1,113 @@
+"""The step: accumulation that is equivalent, refusals that leave no trace."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from cli import TINY, rows
+from safetensors.torch import load_file
+
+from llmtrain import Run
+from llmtrain.data import IGNORE, Batch
+from llmtrain.loop import Loop
+from llmtrain.run import Parts
+from llmtrain.run_directory import RunDirectory
+from llmtrain.state import TrainState
+
+
+def parts_of(run: Run) -> Parts:
+    return run.assemble(torch.device("cpu"))
+
+
+def loop_of(run: Run, parts: Parts, micro_batch_size: int) -> Loop:
+    """A loop of which only ``accumulate`` is used."""
+    loop = object.__new__(Loop)
+    loop.accumulation = type(run.accumulation)(batch_size=12, micro_batch_size=micro_batch_size)  # type: ignore[call-arg]
+    loop.device, loop.precision, loop.loss_sum = parts.device, parts.precision, parts.loss_sum
+    return loop
+
+
+def test_every_split_of_a_batch_gives_the_same_gradient() -> None:
+    """In float64, with random masks: relative difference below 1e-12, and the same loss."""
+    run = Run.compose(*TINY, "precision=fp32")
+    parts = parts_of(run)
+    parts.model.double()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 257, (12, 33), generator=generator)
+    targets = tokens[:, 1:].clone()
+    targets[torch.rand(targets.shape, generator=generator) < 0.6] = IGNORE
+    targets[4:7] = IGNORE  # whole micro-batches without a target
+    batch = Batch(tokens[:, :-1], targets, int((targets != IGNORE).sum()))
+    gradients, losses = [], []
+    for micro_batch_size in (12, 1, 2, 3, 5, 7, 100):
+        parts.model.zero_grad()
+        losses.append(loop_of(run, parts, micro_batch_size).accumulate(batch).item())
+        gradients.append(torch.cat([p.grad.flatten() for p in parts.model.parameters() if p.grad is not None]))
+    logits = parts.model(batch.inputs)[..., :257]
+    parts.model.zero_grad()
+    reference = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())  # the mean, by torch
+    reference.backward()
+    exact = torch.cat([p.grad.flatten() for p in parts.model.parameters() if p.grad is not None])
+    for gradient, loss in zip(gradients, losses, strict=True):
+        assert (gradient - exact).norm() / exact.norm() < 1e-12
+        assert loss == pytest.approx(reference.item(), rel=1e-6)  # the logged loss is summed in fp32
+    assert max(losses) - min(losses) < 1e-5
+
+
+def test_micro_batches_change_no_curve(tmp_path: Path) -> None:
+    losses = []
+    for micro_batch_size in (6, 4, 1):
+        overrides = ("precision=fp32", "accumulation.batch_size=6", f"accumulation.micro_batch_size={micro_batch_size}")
+        run = Run.compose(*TINY[:-4], *overrides, "loop.max_steps=8", "loop.eval_every=4", "metrics.log_every=1",
+                          "loop.sample_every=0", f"run_dir={tmp_path / str(micro_batch_size)}")  # fmt: skip
+        losses.append([row.get("loss", row.get("val_loss")) for row in rows(run.train().run_dir) if "event" not in row])
+    for curve in losses[1:]:
+        assert curve == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon", "lion", "adafactor"])
+def test_a_step_that_is_not_finite_reaches_no_weight(tmp_path: Path, optimizer: str) -> None:
+    every = ("checkpoint.every_steps=1", "checkpoint.keep_last=0", "loop.max_steps=4")
+    run = Run.compose(*TINY, *every, f"optimizer={optimizer}", "schedule=constant", f"run_dir={tmp_path / 'run'}")
+    parts = parts_of(run)
+    before = {name: tensor.clone() for name, tensor in parts.model.state_dict().items()}
+    calls = 0
+
+    def poisoned(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return parts.loss_sum(inputs, targets) * (float("nan") if calls <= 2 else 1.0)
+
+    directory = run.create_directory()
+    run.describe(directory, parts.device, [])
+    result = run.execute(dataclasses.replace(parts, loss_sum=poisoned), directory, TrainState())
+    states = [load_file(path / "model.safetensors") for path in directory.find_checkpoints()]
+    for state in states[:2]:
+        assert all(torch.equal(state[name], before[name]) for name in before)
+    assert any(not torch.equal(states[2][name], before[name]) for name in before)
+    assert result.summary["refused_steps"] == 2
+    assert [row["step"] for row in rows(result.run_dir) if row.get("event") == "refused"] == [1, 2]
+    assert all(tensor.isfinite().all() for tensor in states[-1].values())
+
+
+def test_the_api_trains_and_returns_the_model(tmp_path: Path) -> None:
+    result = Run.compose(*TINY, "loop.max_steps=3", f"output_dir={tmp_path}").train()
+    assert result.exit_reason == "finished"
+    assert result.summary["step"] == 3
+    assert RunDirectory.open(result.run_dir).is_finished()
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "train.log", "loss.png", "summary.json"):
+        assert (result.run_dir / name).stat().st_size > 0
+    assert sum(p.numel() for p in result.model.parameters()) > 10_000
+
+
+def test_epochs_and_max_steps_whichever_ends_first() -> None:
+    run = Run.compose(*TINY, "loop.max_steps=null", "loop.epochs=2")
+    assert run.loop.total_steps(run.accumulation, 10, 32) == 5
+    assert run.loop.total_steps(run.accumulation, 11, 32) == 6  # every sequence at least twice
+    both = Run.compose(*TINY, "loop.max_steps=3", "loop.epochs=2")
+    assert both.loop.total_steps(both.accumulation, 10, 32) == 3
+    ramp = Run.compose(*TINY[:4], "accumulation=ramp", "loop.max_steps=null", "loop.epochs=1")
+    sizes = [ramp.accumulation.batch_size_at(step, 0) for step in range(2000)]
+    steps = ramp.loop.total_steps(ramp.accumulation, 1000, 32)
+    assert sum(sizes[: steps - 1]) < 1000 <= sum(sizes[:steps])
