@@ -31,6 +31,11 @@ def _read_topics() -> list[str]:
 
 
 def _as_prose(text: str) -> str:
-    """``text`` without its tables and indentation: a quarter of its tokens would be white space."""
-    lines = (" ".join(line.split()) for line in text.splitlines())
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(line for line in lines if not line.startswith(("|", "+-"))))
+    """``text`` as paragraphs of a line each, without tables and rules: a quarter of its tokens would be white space."""
+    paragraphs = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        lines = [line.strip() for line in paragraph.splitlines()]
+        kept = [line for line in lines if re.search(r"\w", line) and not line.startswith(("|", "+-"))]
+        if kept:
+            paragraphs.append(" ".join(" ".join(kept).split()))
+    return "\n\n".join(paragraphs) + "\n"
