@@ -71,7 +71,7 @@ def measure_llmtrain(arguments: argparse.Namespace) -> dict[str, Any]:
 
     prepare_process()  # as the command does
     from llmtrain import Run
-    from llmtrain.metrics.local import read_metrics
+    from llmtrain.metrics import read_metrics
 
     precision, _, compiled = arguments.mode.partition("-")
     with tempfile.TemporaryDirectory() as folder:
