@@ -6,10 +6,11 @@ written as the strings "nan", "inf" and "-inf", and :func:`read_metrics` turns t
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from llmtrain.storage import write_atomically
 
 Row = dict[str, Any]  # values are str, bool, int, float (also nan and infinite), None, or lists and dicts of these
 
@@ -37,18 +38,9 @@ def drop_rows(path: Path, drop: Callable[[Row], bool]) -> None:
     """
     if not path.exists():
         return
-    text = "".join(line for line, row in _lines(path) if not drop(row)).encode("utf-8")
-    if len(text) == path.stat().st_size:
-        return
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = "".join(line for line, row in _lines(path) if not drop(row))
+    if len(text.encode("utf-8")) != path.stat().st_size:
+        write_atomically(path, text)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Row]]:
