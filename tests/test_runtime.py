@@ -1,0 +1,47 @@
+"""The process that trains: device, threads, compilation."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cli import TINY, rows
+
+from llmtrain import Run
+from llmtrain.runtime import Device, Runtime, measure_matmul_flops, physical_cores
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_run_has_the_same_curve(tmp_path: Path) -> None:
+    losses = []
+    for compiled in ("false", "true"):
+        run = Run.compose(*TINY, "loop.max_steps=5", "precision=fp32", f"runtime.compile={compiled}",
+                          "loop.eval_every=4", f"run_dir={tmp_path / compiled}")  # fmt: skip
+        values = [row.get("loss", row.get("val_loss")) for row in rows(run.train().run_dir) if "event" not in row]
+        losses.append(values)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_session_leaves_torch_as_it_was() -> None:
+    threads = torch.get_num_threads()
+    runtime = Runtime(Device.cpu, seed=1, deterministic=True, compile=False, num_threads=1)
+    with runtime.session() as device:
+        assert device.type == "cpu"
+        assert torch.get_num_threads() == 1
+        assert torch.are_deterministic_algorithms_enabled()
+    assert torch.get_num_threads() == threads
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_cuda_that_is_not_there_is_named() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    runtime = Runtime(Device.cuda, seed=1, deterministic=False, compile=False, num_threads=None)
+    with pytest.raises(ValueError, match="device=cuda: torch sees no CUDA device here"):
+        runtime.torch_device()
+
+
+def test_what_is_measured_is_plausible() -> None:
+    assert 1 <= physical_cores() <= 4096
+    assert 1e8 < measure_matmul_flops(torch.device("cpu"), torch.float32) < 1e14
