@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        message, status = explain(error)
+        message, status = explain(error, next((verb for verb in arguments if verb in VERBS), "train"))
         if status == FAILED and message is None and not debug:
             traceback.print_exc()
             print("llmtrain: this is a bug; the traceback above says where", file=sys.stderr)
@@ -280,7 +280,7 @@ def prepare_plugins(values: dict[str, Any]) -> None:
 # --- errors ------------------------------------------------------------------------------------------------------
 
 
-def explain(error: BaseException, depth: int = 0) -> tuple[str | None, int]:
+def explain(error: BaseException, verb: str) -> tuple[str | None, int]:
     """One message for the user and the exit status; no message for what is a bug of ours."""
     from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
@@ -291,7 +291,7 @@ def explain(error: BaseException, depth: int = 0) -> tuple[str | None, int]:
     if isinstance(error, HydraException | OmegaConfBaseException):
         key = find_key(error)
         if key is not None:
-            return f"{key}: no such key{suggest_key(key)}", USAGE_ERROR
+            return f"{key}: no such key{suggest_key(key, verb)}", USAGE_ERROR
         message = str(error).strip().splitlines()[0]
         if match := re.match(r"Ambiguous value for argument '([^=']+)=", message):
             remedy = "for a sweep add -m; for one value that has a comma, quote it twice"
@@ -329,11 +329,11 @@ def find_key(error: BaseException | None) -> str | None:
     return None
 
 
-def suggest_key(key: str) -> str:
-    """The nearest key of the train config, wherever it is; else those beside it."""
+def suggest_key(key: str, verb: str) -> str:
+    """The nearest key of the verb's config, wherever it is; else those beside it."""
     from llmtrain import config
 
-    known = flatten(config.compose("train", []))
+    known = flatten(config.compose("train" if verb == "resume" else verb, []))
     last = key.rsplit(".", 1)[-1]
     same_name = [name for name in known if name.rsplit(".", 1)[-1] == last]
     siblings = [name for name in known if name.rsplit(".", 1)[0] == key.rsplit(".", 1)[0]] if "." in key else []

@@ -317,7 +317,7 @@ class Run:
         warming = f", {warmup} warm-up steps" if warmup else ""
         yield "optimizer", f"{optimizer}, learning rate {self.optimizer.lr:g}; schedule {schedule}{warming}"
         yield "device", f"{device_name(parts.device)}, {parts.precision.name}, {rate(peak, 'FLOP/s')} at most"
-        yield "time", f"{duration(flops / (0.3 * peak))} at 30% of that, evaluations and saves not counted"
+        yield "time", f"at best {duration(flops / (0.6 * peak))}, at 60% of that; an estimate follows with the steps"
 
     def summarise(self, loop: Loop, reason: str) -> dict[str, Any]:
         """``summary.json``."""

@@ -70,6 +70,7 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         (["resume", "-m", "."], "resume continues one run"),
         (["generate", "nowhere"], "nowhere: no such directory"),
         (["generate", "nowhere", "temperature=-1"], "temperature=-1.0: must be 0 (greedy) or more"),
+        (["generate", "nowhere", "max_token=5"], "max_token: no such key; did you mean max_tokens?"),
         (["report", "nowhere"], "nowhere"),
         (["report"], "report takes directories"),
     ],

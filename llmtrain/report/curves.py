@@ -22,6 +22,7 @@ from llmtrain.report.table import setting
 TRAIN, VALIDATION, RATE = "#3b6ea8", "#d1603d", "#6b6b6b"
 Curve = tuple[list[float], list[float]]  # x, y; nan leaves a gap
 MAX_LABELS = 12  # runs in a legend
+LEGEND_CHARACTERS = 150  # in a line of it, some
 STYLE: list[Any] = [
     "default",  # not what a matplotlibrc says: LaTeX, for one, would take names for commands
     {
@@ -95,7 +96,10 @@ def draw_comparison(runs: Sequence[Path], path: Path) -> Path:
             axes.set_title(title, loc="left", weight="bold")
             _count_axis(axes, x)
         lines = grid[0].lines[::-1][:MAX_LABELS]  # they were drawn in the other order
-        legend = figure.legend(lines, labels[:MAX_LABELS], loc="outside lower center", ncols=max(min(len(lines), 3), 1))
+        shown = labels[:MAX_LABELS]
+        longest = max(map(len, shown), default=1)
+        columns = max(min(len(lines), 3, LEGEND_CHARACTERS // (longest + 6)), 1)
+        legend = figure.legend(lines, shown, loc="outside lower center", ncols=columns)
         for text in legend.get_texts():
             text.set_parse_math(False)
         if len(labels) > MAX_LABELS:
