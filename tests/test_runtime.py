@@ -34,9 +34,8 @@ def test_a_session_leaves_torch_as_it_was() -> None:
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_that_is_not_there_is_named() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
     runtime = Runtime(Device.cuda, seed=1, deterministic=False, compile=False, num_threads=None)
     with pytest.raises(ValueError, match="device=cuda: torch sees no CUDA device here"):
         runtime.torch_device()
