@@ -1,8 +1,9 @@
 """Token sequences for training and validation.
 
-The chain: documents (text, or Python's own) -> tokenised once, in parallel, into memory-mapped shards in a cache
-(``cache.py``) -> cut into sequences of ``sequence_length`` (``sequences.py``) -> visited in an order that is
-computed, not stored (``order.py``) -> batches made ahead of need by a thread (``loader.py``).
+The chain: documents (text, or Python's own) -> tokenised once, in parallel, into shards in a cache (``cache.py``) ->
+every file compared with its sha256 (``integrity.py``) -> cut into sequences of ``sequence_length``
+(``sequences.py``) -> visited in an order that is computed, not stored (``order.py``) -> batches made ahead of need by
+a thread (``loader.py``), which reads the shards by position (``reader.py``).
 """
 
 from abc import ABC, abstractmethod
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llmtrain.data.reader import DataFailed as DataFailed
 from llmtrain.data.sequences import Sequences
 from llmtrain.tokenizer import Tokenizer
 
@@ -43,4 +45,15 @@ class DataConfig(ABC):
 
     @abstractmethod
     def build(self, tokenizer: Tokenizer) -> Corpus:
-        """Prepare (or find in the cache) and open the data.  Raises ValueError with the path and the remedy."""
+        """Prepare (or find in the cache), check and open the data.
+
+        Raises ValueError with the path and the remedy, :class:`DataFailed` for text that cannot be tokenised.
+        """
+
+    def verify(self, tokenizer: Tokenizer) -> Corpus:
+        """As ``build``, but every byte is read again, whatever is remembered of it, and nothing damaged is mended.
+
+        The fingerprint is that of the data as they are now.  Raises ValueError naming the file that is damaged, or
+        whose bytes have changed while its size and modification time have not.
+        """
+        return self.build(tokenizer)

@@ -1,7 +1,8 @@
 """Text is tokenised once: a cache of token shards, keyed by the text's content and the tokenizer.
 
 An entry is written in a temporary folder, synced and renamed, so it is whole or absent.  A lock that dies with its
-process makes a second process wait for the first instead of doing the same work.
+process makes a second process wait for the first instead of doing the same work.  Every shard is compared with its
+sha256 before it is used; an entry that is damaged is made again.
 """
 
 import fcntl
@@ -15,10 +16,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from llmtrain.data.documents import Piece
 from llmtrain.data.encode import dtype_of, encode_documents
 from llmtrain.data.index import FORMAT, SHARD_TOKENS, Index, PartWriter, sync
+from llmtrain.data.integrity import open_checked
+from llmtrain.data.reader import DataFailed, Tokens
+from llmtrain.data.token_file import TokenFile
 from llmtrain.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -35,6 +40,25 @@ class Source:
     pieces: Callable[[], Iterator[Piece]]  # the documents, in order; raises ValueError where they cannot be read
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A whole entry of the cache, every byte of it as it was written."""
+
+    folder: Path  # its name stands for text, tokenizer and split
+    index: Index
+    train: list[Tokens]
+    validation: list[Tokens]
+
+    @classmethod
+    def open(cls, folder: Path, tokenizer: Tokenizer, *, verify: bool = False) -> Self:
+        """Open and check the entry ``folder``.  Raises ValueError, naming the file, if it is missing or damaged."""
+        index = Index.read(folder)
+        files = [TokenFile.of_index(folder, index, shard) for shard in index.shards]
+        tokens = open_checked(files, tokenizer.vocab_size, folder.parent, verify=verify)
+        train = len(index.train.shards)
+        return cls(folder, index, tokens[:train], tokens[train:])
+
+
 def prepare(
     source: Source,
     tokenizer: Tokenizer,
@@ -42,41 +66,41 @@ def prepare(
     cache_dir: Path,
     *,
     shard_tokens: int = SHARD_TOKENS,
-) -> tuple[Path, Index]:
-    """The folder of ``source``'s shards and its index, from the cache, or made now.
+    verify: bool = False,
+) -> Entry:
+    """The shards of ``source``, from the cache, or made now.
 
-    Every ``1 / validation_fraction``-th document is for validation, if there are as many; else none is.  Raises
-    ValueError if the source cannot be read or has no text, or the cache cannot be written.
+    Every ``1 / validation_fraction``-th document is for validation, if there are as many; else none is.  With
+    ``verify`` every byte of an entry is read again, and a damaged one stays as it is.  Raises ValueError if the
+    source cannot be read or has no text, the cache cannot be written, or ``verify`` finds damage;
+    :class:`DataFailed` if a document cannot be tokenised.
     """
     parts = [FORMAT, source.content, validation_fraction, tokenizer.fingerprint]
     folder = cache_dir / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-    if index := _find(folder):
-        return folder, index
+    if folder.exists():
+        try:
+            return Entry.open(folder, tokenizer, verify=verify)
+        except ValueError as error:
+            if verify:
+                raise ValueError(f"{error}; remove {folder}, and the next start tokenises the text again") from error
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with _lock(folder):
-            index = _find(folder)  # another process may have made it while this one waited
-            if index is None:
-                _sweep(cache_dir)
-                index = _make(folder, source, tokenizer, validation_fraction, shard_tokens)
-            return folder, index
+            if folder.exists():  # damaged, if another process has not made it while this one waited
+                try:
+                    return Entry.open(folder, tokenizer)
+                except ValueError as error:
+                    log.warning("data cache: %s; the text is tokenised again", error)
+            _sweep(cache_dir)
+            _make(folder, source, tokenizer, validation_fraction, shard_tokens)
+            return Entry.open(folder, tokenizer)
     except OSError as error:
         raise ValueError(
             f"data.cache_dir={cache_dir}: {error.strerror}; name a writable place with room: data.cache_dir=DIR"
         ) from error
 
 
-def _find(folder: Path) -> Index | None:
-    if not folder.exists():
-        return None
-    try:
-        return Index.read(folder)
-    except ValueError as error:
-        log.warning("data cache: %s; the text is tokenised again", error)
-        return None
-
-
-def _make(folder: Path, source: Source, tokenizer: Tokenizer, validation_fraction: float, shard_tokens: int) -> Index:
+def _make(folder: Path, source: Source, tokenizer: Tokenizer, validation_fraction: float, shard_tokens: int) -> None:
     log.info("tokenising %s into %s", source.name, folder)
     temporary = _temporary(folder)
     shutil.rmtree(temporary, ignore_errors=True)  # of a writer that died
@@ -100,9 +124,10 @@ def _make(folder: Path, source: Source, tokenizer: Tokenizer, validation_fractio
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         temporary.rename(folder)
         _sync_folder(folder.parent)
+    except DataFailed as error:
+        raise DataFailed(f"tokenising {source.name}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return index
 
 
 def _sync_folder(folder: Path) -> None:
@@ -133,7 +158,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 def _sweep(cache_dir: Path) -> None:
     """Remove what writers that died have left: temporary folders whose lock nobody holds."""
-    for temporary in cache_dir.glob(f"{TEMPORARY}*"):
+    for temporary in cache_dir.glob(f"{TEMPORARY}*/"):
         folder = temporary.with_name(temporary.name.removeprefix(TEMPORARY))
         with folder.with_suffix(".lock").open("a") as file:
             try:

@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from llmtrain.data import Corpus, DataConfig
 from llmtrain.data.cache import Source, prepare
-from llmtrain.data.sequences import Sequences, slice_stream
+from llmtrain.data.sequences import Sequences, Shard, slice_stream
 from llmtrain.tokenizer import Tokenizer
 
 
@@ -26,20 +24,30 @@ class TextData(DataConfig):
         check_options(self.sequence_length, self.validation_fraction)
 
     @abstractmethod
-    def source(self) -> Source:
-        """The documents.  Raises ValueError where there are none."""
+    def source(self, *, verify: bool = False) -> Source:
+        """The documents; with ``verify`` whatever is remembered of them is read again.
+
+        Raises ValueError where there are none, or a file that is verified is not what it was.
+        """
 
     def build(self, tokenizer: Tokenizer) -> Corpus:
-        source = self.source()
-        folder, index = prepare(source, tokenizer, self.validation_fraction, Path(self.cache_dir).expanduser())
-        documents = index.train.documents + index.validation.documents
+        return self._open(tokenizer, verify=False)
+
+    def verify(self, tokenizer: Tokenizer) -> Corpus:
+        return self._open(tokenizer, verify=True)
+
+    def _open(self, tokenizer: Tokenizer, *, verify: bool) -> Corpus:
+        source = self.source(verify=verify)
+        cache_dir = Path(self.cache_dir).expanduser()
+        entry = prepare(source, tokenizer, self.validation_fraction, cache_dir, verify=verify)
+        documents = entry.index.train.documents + entry.index.validation.documents
         return make_corpus(
-            index.open(folder, index.train),
-            index.open(folder, index.validation),
+            entry.train,
+            entry.validation,
             validation_fraction=self.validation_fraction,
             sequence_length=self.sequence_length,
             name=f"{source.name}, {documents:,} document{'s' * (documents != 1)}",
-            fingerprint=folder.name,
+            fingerprint=entry.folder.name,
         )
 
 
@@ -52,8 +60,8 @@ def check_options(sequence_length: int, validation_fraction: float) -> None:
 
 
 def make_corpus(
-    train: Sequence[np.ndarray],
-    validation: Sequence[np.ndarray],
+    train: Sequence[Shard],
+    validation: Sequence[Shard],
     *,
     validation_fraction: float,
     sequence_length: int,
@@ -87,7 +95,7 @@ def make_corpus(
     return Corpus(training, held_out, f"{name}, {tokens}", fingerprint)
 
 
-def _split(shards: Sequence[np.ndarray], fraction: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _split(shards: Sequence[Shard], fraction: float) -> tuple[list[Shard], list[Shard]]:
     tokens = sum(map(len, shards))
     cut = tokens - int(tokens * fraction)
     return slice_stream(shards, 0, cut), slice_stream(shards, cut, tokens)

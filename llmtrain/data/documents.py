@@ -29,9 +29,10 @@ class Piece(NamedTuple):
 
     text: str
     ends_document: bool
+    origin: str = ""  # the file, or what else the document is known by, for people
 
 
-def split_documents(blocks: Iterable[str], separator: str) -> Iterator[Piece]:
+def split_documents(blocks: Iterable[str], separator: str, origin: str = "") -> Iterator[Piece]:
     """Cut a text, given in blocks, into documents at ``separator`` (empty: one document) and those into pieces.
 
     Joined, the pieces of a document are its exact text.  Documents of nothing but white space are left out.
@@ -43,14 +44,14 @@ def split_documents(blocks: Iterable[str], separator: str) -> Iterator[Piece]:
         *documents, rest = rest.split(separator) if separator else [rest]
         for document in documents:
             if is_open or not _is_blank(document):
-                yield Piece(document, ends_document=True)
+                yield Piece(document, True, origin)
             is_open = False
         while cut := _find_cut(rest, len(separator)):
-            yield Piece(rest[:cut], ends_document=False)
+            yield Piece(rest[:cut], False, origin)
             rest = rest[cut:]
             is_open = True
     if is_open or not _is_blank(rest):
-        yield Piece(rest, ends_document=True)
+        yield Piece(rest, True, origin)
 
 
 def _is_blank(text: str) -> bool:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llmtrain.data.documents import PIECE, Piece
+from llmtrain.data.reader import DataFailed
 from llmtrain.tokenizer import Tokenizer
 
 MAX_THREADS = 32  # one thread reads for all of them, and each holds a few MB
@@ -39,7 +40,8 @@ def encode_documents(
     """Encode documents on threads (tokenizers of native code let go of Python's lock).
 
     Results keep the order of the documents within each part, whatever the number of threads (None: one a core).
-    At most two jobs a thread of about ``PIECE`` characters are in memory.
+    At most two jobs a thread of about ``PIECE`` characters are in memory.  Raises :class:`DataFailed`, naming the
+    document, if one cannot be encoded.
     """
     num_threads = num_threads or min(getattr(os, "process_cpu_count", os.cpu_count)() or 1, MAX_THREADS)
     dtype = dtype_of(tokenizer.vocab_size)
@@ -47,11 +49,23 @@ def encode_documents(
 
     def encode(job: "_Job") -> Encoded:
         arrays = []
-        for piece in job.pieces:
-            arrays.append(tokenizer.encode(piece.text).astype(dtype))
-            if piece.ends_document:
-                arrays.append(end_of_text)
-        return Encoded(job.is_validation, np.concatenate(arrays), sum(p.ends_document for p in job.pieces))
+        at = job.pieces[0]
+        try:
+            for at in job.pieces:
+                _, piece = at
+                ids = tokenizer.encode(piece.text)
+                if (largest := ids.max(initial=0)) >= tokenizer.vocab_size:
+                    raise DataFailed(f"id {largest} is beyond the tokenizer's vocabulary of {tokenizer.vocab_size:,}")
+                arrays.append(ids.astype(dtype))
+                if piece.ends_document:
+                    arrays.append(end_of_text)
+            ended = sum(piece.ends_document for _, piece in job.pieces)
+            return Encoded(job.is_validation, np.concatenate(arrays), ended)
+        except BaseException as error:  # what a tokenizer of native code raises may be no Exception
+            what = str(error) if isinstance(error, DataFailed) else f"{type(error).__name__}: {error}".rstrip(": ")
+            document, piece = at
+            origin = f" ({piece.origin})" if piece.origin else ""
+            raise DataFailed(f"document {document:,}{origin} cannot be encoded: {what}") from error
 
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="encode")
     waiting: deque[Future[Encoded]] = deque()
@@ -68,18 +82,18 @@ def encode_documents(
 
 class _Job(NamedTuple):
     is_validation: bool
-    pieces: list[Piece]
+    pieces: list[tuple[int, Piece]]  # each with the number of its document, from 1
 
 
 def _make_jobs(pieces: Iterable[Piece], validation_fraction: float) -> Iterator[_Job]:
     """Collect pieces of the same part to about ``PIECE`` characters: a job for a small document is all overhead."""
-    collected: dict[bool, list[Piece]] = {False: [], True: []}
+    collected: dict[bool, list[tuple[int, Piece]]] = {False: [], True: []}
     sizes = {False: 0, True: 0}
     document = 0
     for piece in pieces:
         part = is_validation(document, validation_fraction)
+        collected[part].append((document + 1, piece))
         document += piece.ends_document
-        collected[part].append(piece)
         sizes[part] += len(piece.text)
         if sizes[part] >= PIECE:
             yield _Job(part, collected[part])

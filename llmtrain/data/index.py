@@ -35,6 +35,17 @@ class Part:
     def tokens(self) -> int:
         return sum(shard.tokens for shard in self.shards)
 
+    @classmethod
+    def parse(cls, stored: dict[str, Any]) -> Self:
+        """A part as JSON has it.  Raises KeyError, TypeError or ValueError if it is none."""
+        shards = [Shard(**shard) for shard in stored["shards"]]
+        for shard in shards:
+            if Path(shard.name).name != shard.name:
+                raise ValueError(f"{shard.name!r} is not a plain file name")
+            if not (isinstance(shard.tokens, int) and isinstance(shard.sha256, str)):
+                raise TypeError(f"{shard.name}: tokens {shard.tokens!r}, sha256 {shard.sha256!r}")
+        return cls(int(stored["documents"]), shards)
+
 
 @dataclass(frozen=True)
 class Index:
@@ -52,18 +63,17 @@ class Index:
         path = folder / INDEX
         try:
             stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if stored["format"] != FORMAT:
-                raise ValueError(f"{path}: format {stored['format']}, this version of the program reads {FORMAT}")
-            parts = {
-                name: Part(stored[name]["documents"], [Shard(**shard) for shard in stored[name]["shards"]])
-                for name in ("train", "validation")
-            }
-            index = cls(FORMAT, np.dtype(stored["dtype"]).str, stored["tokenizer"], **parts)
+            found = stored["format"]
+            if found == FORMAT:
+                parts = {name: Part.parse(stored[name]) for name in ("train", "validation")}
+                index = cls(FORMAT, _parse_dtype(stored["dtype"]), stored["tokenizer"], **parts)
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}") from error
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: damaged: {type(error).__name__}: {error}") from error
-        for shard in index.train.shards + index.validation.shards:
+        if found != FORMAT:
+            raise ValueError(f"{path}: format {found}, this version of the program reads {FORMAT}")
+        for shard in index.shards:
             file, expected = folder / shard.name, shard.tokens * np.dtype(index.dtype).itemsize
             found = file.stat().st_size if file.exists() else None
             if found != expected:
@@ -72,9 +82,9 @@ class Index:
         return index
 
     @property
-    def names(self) -> set[str]:
-        """Of all shards."""
-        return {shard.name for shard in self.train.shards + self.validation.shards}
+    def shards(self) -> list[Shard]:
+        """Of both parts."""
+        return self.train.shards + self.validation.shards
 
     def write(self, folder: Path) -> None:
         """Write ``index.json`` into ``folder``, the last of its files."""
@@ -82,14 +92,11 @@ class Index:
             json.dump(dataclasses.asdict(self), file, indent=1)
             sync(file.fileno())
 
-    def open(self, folder: Path, part: Part) -> list[np.ndarray]:
-        """The ids of a part, memory-mapped, an array a shard."""
-        return [open_ids(folder / shard.name, np.dtype(self.dtype)) for shard in part.shards]
 
-
-def open_ids(path: Path, dtype: np.dtype, offset: int = 0) -> np.ndarray:
-    """The ids in a file from byte ``offset`` on, memory-mapped."""
-    return np.memmap(path, dtype, mode="r", offset=offset).view(np.ndarray)
+def _parse_dtype(name: str) -> str:
+    if name not in ("<u2", "<u4"):
+        raise ValueError(f"ids of type {name!r}")
+    return name
 
 
 def sync(descriptor: int) -> None:

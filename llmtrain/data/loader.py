@@ -1,6 +1,8 @@
 """Training batches, made ahead of need by a thread."""
 
+import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
@@ -9,12 +11,15 @@ from typing import Self
 import numpy as np
 import torch
 
-from llmtrain.data import IGNORE, Batch
+from llmtrain.data import IGNORE, Batch, DataFailed
 from llmtrain.data.order import order
 from llmtrain.data.sequences import Sequences
 
+log = logging.getLogger(__name__)
 PREFETCH = 2  # batches ready or in the making
 WATCH_SECONDS = 5.0  # between two looks whether the thread still lives
+PATIENCE_SECONDS = 60.0  # until a caller that waits for a batch is told of it
+CLOSE_SECONDS = 10.0  # that closing waits for a thread that is held up
 
 
 class Loader:
@@ -57,18 +62,29 @@ class Loader:
         self._error: BaseException | None = None
         self._closed = False
         self._changed = threading.Condition()  # guards the three above
+        self._making = ""  # what the thread is at, for people
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
         self._thread.start()
 
     def next(self) -> Batch:
-        """The batch of the next step.  Raises what the thread has raised, after the batches made before."""
+        """The batch of the next step.
+
+        Raises :class:`llmtrain.data.DataFailed`, which says where, if the thread could not make it; the batches made
+        before come first.
+        """
         with self._changed:
+            told = time.monotonic() + PATIENCE_SECONDS
             while not self._ready:
                 if self._error is not None:
                     raise self._error
-                if self._closed or not self._thread.is_alive():
-                    raise RuntimeError("the loader is closed, or its thread did not survive a fork")
+                if self._closed:
+                    raise RuntimeError("the loader is closed")
+                if not self._thread.is_alive():
+                    raise DataFailed(f"loader thread, {self._making}: it is gone, and has left no error")
                 self._changed.wait(WATCH_SECONDS)
+                if time.monotonic() > told:
+                    log.warning("still waiting for the loader thread, %s; is its disk in order?", self._making)
+                    told += PATIENCE_SECONDS
             batch, copied = self._ready.popleft()
             self._changed.notify_all()
         if copied is not None:
@@ -79,12 +95,18 @@ class Loader:
         return batch
 
     def close(self) -> None:
-        """End the thread; it finishes at most the batch that it is making."""
+        """End the thread; it finishes at most the batch that it is making.
+
+        A thread that the system holds up (a network disk that does not answer) is left behind after CLOSE_SECONDS; it
+        keeps nobody from going on or leaving, and ends when it is let go.
+        """
         with self._changed:
             self._closed = True
             self._ready.clear()
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            log.warning("left behind: the loader thread, %s, which does not come back", self._making)
 
     def __enter__(self) -> Self:
         return self
@@ -101,12 +123,22 @@ class Loader:
             while self._wait_for_room():
                 made = self._make()
                 with self._changed:
-                    self._ready.append(made)
+                    if not self._closed:
+                        self._ready.append(made)
                     self._changed.notify_all()
         except BaseException as error:
             with self._changed:
-                self._error = error
+                self._error = self._explain(error)
                 self._changed.notify_all()
+
+    def _explain(self, error: BaseException) -> BaseException:
+        """The error with what the thread was at.  Of memory of the device others know what to say."""
+        if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
+            return error
+        what = str(error) if isinstance(error, DataFailed) else f"{type(error).__name__}: {error}".rstrip(": ")
+        failed = DataFailed(f"loader thread, {self._making}: {what}")
+        failed.__cause__ = error
+        return failed
 
     def _wait_for_room(self) -> bool:
         """Wait until a batch is wanted; False if none ever will be."""
@@ -115,7 +147,11 @@ class Loader:
             return not self._closed
 
     def _make(self) -> tuple[Batch, torch.cuda.Event | None]:
+        self._making = f"step {self._step:,}, from sequence {self._position:,} of the order on"
         size = self._batch_size(self._step, self._tokens)
+        self._making = (
+            f"step {self._step:,}, sequences {self._position:,} to {self._position + size - 1:,} of the order"
+        )
         positions = np.arange(self._position, self._position + size)
         indices = order(positions, len(self._sequences), self._seed, self._shuffle)
         inputs, targets = self._sequences.gather(indices)

@@ -14,20 +14,20 @@ from llmtrain.data.documents import Piece
 class PythonDocs(TextData):
     """A document for each topic of :mod:`pydoc_data.topics`, in alphabetical order."""
 
-    def source(self) -> Source:
+    def source(self, *, verify: bool = False) -> Source:  # nothing is remembered of the topics
         topics = _read_topics()
-        digest = hashlib.sha256("\0".join(topics).encode()).hexdigest()
+        digest = hashlib.sha256("\0".join(topics.values()).encode()).hexdigest()
 
         def pieces() -> Iterator[Piece]:
-            return (Piece(text, ends_document=True) for text in topics)
+            return (Piece(text, True, f"topic {name}") for name, text in topics.items())
 
         return Source("python_docs", digest, pieces)
 
 
-def _read_topics() -> list[str]:
+def _read_topics() -> dict[str, str]:
     from pydoc_data.topics import topics
 
-    return [_as_prose(text) for _, text in sorted(topics.items())]
+    return {name: _as_prose(text) for name, text in sorted(topics.items())}
 
 
 def _as_prose(text: str) -> str:

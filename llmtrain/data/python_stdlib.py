@@ -19,15 +19,15 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # n
 class PythonStdlib(TextData):
     """A document for each ``.py`` file of the running Python's library, sorted by path."""
 
-    def source(self) -> Source:
+    def source(self, *, verify: bool = False) -> Source:
         folder = Path(sysconfig.get_path("stdlib"))
         files = sorted(_find_sources(folder))
         if not files:
             raise ValueError(f"data=python_stdlib: there are no sources in {folder}; take data=python_docs")
-        hashes = remember(Path(self.cache_dir).expanduser() / "sha256.json", files, sha256)
+        hashes = remember(Path(self.cache_dir).expanduser() / "sha256.json", files, sha256, verify=verify)
 
         def pieces() -> Iterator[Piece]:
-            return (Piece(text, ends_document=True) for path in files if (text := _read(path)))
+            return (Piece(text, True, str(path)) for path in files if (text := _read(path)))
 
         return Source("python_stdlib", "python-source " + " ".join(hashes), pieces)
 

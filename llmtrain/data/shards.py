@@ -1,17 +1,18 @@
 """Token files that are already prepared: by this program, by nanoGPT, by llm.c or modded-nanogpt."""
 
 import hashlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from llmtrain.data import Corpus, DataConfig
 from llmtrain.data.corpus import check_options, make_corpus
-from llmtrain.data.files import find_files, remember
+from llmtrain.data.files import find_files
 from llmtrain.data.index import INDEX
-from llmtrain.data.token_file import Format, TokenFile, check_ids, find_largest, read_indices, recognise
+from llmtrain.data.integrity import DamagedFile, open_checked
+from llmtrain.data.reader import Tokens
+from llmtrain.data.token_file import Format, TokenFile, read_indices, recognise
 from llmtrain.tokenizer import Tokenizer
 
 # train.bin and val.bin (nanoGPT), fineweb_val_000000.bin (llm.c), validation-00000.bin (ours)
@@ -38,14 +39,26 @@ class Shards(DataConfig):
         check_options(self.sequence_length, self.validation_fraction)
 
     def build(self, tokenizer: Tokenizer) -> Corpus:
+        return self._open(tokenizer, verify=False)
+
+    def verify(self, tokenizer: Tokenizer) -> Corpus:
+        return self._open(tokenizer, verify=True)
+
+    def _open(self, tokenizer: Tokenizer, *, verify: bool) -> Corpus:
         train, validation = self._find_parts()
+        files = self._recognise([*train, *validation], tokenizer)
+        cache_dir = Path(self.cache_dir).expanduser()
+        try:
+            tokens = open_checked(files, tokenizer.vocab_size, cache_dir, verify=verify)
+        except DamagedFile as error:
+            raise ValueError(f"{error}; restore it from a copy or prepare the shards again") from error
         return make_corpus(
-            self._open(train, tokenizer),
-            self._open(validation, tokenizer),
+            tokens[: len(train)],
+            tokens[len(train) :],
             validation_fraction=self.validation_fraction,
             sequence_length=self.sequence_length,
             name=f"shards {self.path}, {len(train)} file{'s' * (len(train) != 1)}",
-            fingerprint=sampled_digest([*train, *validation]),
+            fingerprint=fingerprint(tokens, len(train)),
         )
 
     def _find_parts(self) -> tuple[list[Path], list[Path]]:
@@ -65,32 +78,21 @@ class Shards(DataConfig):
             raise ValueError(f"data.path={self.path}: all of its files are for validation; name some for training")
         return train, validation
 
-    def _open(self, paths: list[Path], tokenizer: Tokenizer) -> list[np.ndarray]:
+    def _recognise(self, paths: list[Path], tokenizer: Tokenizer) -> list[TokenFile]:
         indices = read_indices({path.parent for path in paths}, self.format)
         files = [recognise(path, self.format, indices.get(path.parent)) for path in paths]
         for file in files:
-            self._check(file, tokenizer)
-        return [file.open() for file in files]
-
-    def _check(self, file: TokenFile, tokenizer: Tokenizer) -> None:
-        if file.tokenizer not in (None, tokenizer.fingerprint):
-            raise ValueError(f"{file.path}: made by another tokenizer, as {INDEX} says; set tokenizer=… to that one")
-        memo = Path(self.cache_dir).expanduser() / f"largest-id-{file.dtype[1:]}-{file.offset}.json"
-        (largest,) = remember(memo, [file.path], lambda _: find_largest(file))
-        check_ids(file, largest, tokenizer.vocab_size)
+            if file.tokenizer not in (None, tokenizer.fingerprint):
+                raise ValueError(
+                    f"{file.path}: made by another tokenizer, as {INDEX} says; set tokenizer=… to that one"
+                )
+        return files
 
 
-def sampled_digest(files: list[Path]) -> str:
-    """Stands for the files' sizes and 64 blocks of each: another file is told from them without reading them whole."""
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{size};".encode())
-        with path.open("rb") as file:
-            for block in range(64):
-                file.seek(size * block // 64)
-                digest.update(file.read(4096))
-    return digest.hexdigest()[:32]
+def fingerprint(tokens: list[Tokens], train: int) -> str:
+    """Stands for every byte of the files, how they are read, and which of them (the first ``train``) train."""
+    parts = [[each.file.sha256, each.dtype.str, len(each)] for each in tokens]
+    return hashlib.sha256(json.dumps([train, parts]).encode()).hexdigest()[:32]
 
 
 def _find(path: str) -> list[Path]:

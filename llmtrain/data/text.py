@@ -21,15 +21,15 @@ class Text(TextData):
     path: str
     separator: str
 
-    def source(self) -> Source:
+    def source(self, *, verify: bool = False) -> Source:
         files = find_files(self.path, _is_text, f"text ({', '.join(SUFFIXES)}, also {' and '.join(COMPRESSIONS)})")
         before = [stamp(file) for file in files]
-        hashes = remember(Path(self.cache_dir).expanduser() / "sha256.json", files, sha256)
+        hashes = remember(Path(self.cache_dir).expanduser() / "sha256.json", files, sha256, verify=verify)
         suffixes = [file.suffix if file.suffix in COMPRESSIONS else "" for file in files]
 
         def pieces() -> Iterator[Piece]:
             for file, was in zip(files, before, strict=True):
-                yield from split_documents(read_text(file), self.separator)
+                yield from split_documents(read_text(file), self.separator, str(file))
                 if stamp(file) != was:
                     raise ValueError(f"{file}: changed while it was read; start again when it is complete")
 

@@ -4,15 +4,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
-from llmtrain.data.index import INDEX, Index, open_ids
+from llmtrain.data.index import INDEX, Index, Shard
 
 HEADER = np.dtype(("<i4", 256))
 LLMC_VERSIONS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version): ids; GPT-2's and Llama 3's
 LLMC_MAGICS = {magic for magic, _ in LLMC_VERSIONS}
-SCAN = 1 << 24  # ids looked at together
 
 
 class Format(Enum):
@@ -31,11 +31,13 @@ class TokenFile:
     path: Path
     dtype: str
     offset: int  # bytes before the first id
-    tokenizer: str | None  # fingerprint of the tokenizer that made them, if the file says
+    tokenizer: str | None = None  # fingerprint of the tokenizer that made them, if the file says
+    sha256: str | None = None  # what the content should have, if the file says
 
-    def open(self) -> np.ndarray:
-        """The ids, memory-mapped."""
-        return open_ids(self.path, np.dtype(self.dtype), self.offset)
+    @classmethod
+    def of_index(cls, folder: Path, index: Index, shard: Shard) -> Self:
+        """One of this program's shards."""
+        return cls(folder / shard.name, index.dtype, 0, index.tokenizer, shard.sha256)
 
 
 def read_indices(folders: Iterable[Path], form: Format) -> dict[Path, Index]:
@@ -45,7 +47,10 @@ def read_indices(folders: Iterable[Path], form: Format) -> dict[Path, Index]:
     try:
         return {folder: Index.read(folder) for folder in folders if (folder / INDEX).exists()}
     except ValueError as error:
-        raise ValueError(f"{error}; if these shards are not llmtrain's, name their data.format") from error
+        raise ValueError(
+            f"{error}; restore it from a copy or prepare the shards again (if they are not llmtrain's, name their "
+            "data.format)"
+        ) from error
 
 
 def recognise(path: Path, form: Format, index: Index | None) -> TokenFile:
@@ -61,8 +66,10 @@ def recognise(path: Path, form: Format, index: Index | None) -> TokenFile:
         raise ValueError(f"{path}: {error.strerror}") from error
     if not size:
         raise ValueError(f"{path}: an empty file")
-    if index is not None and path.name in index.names:
-        return TokenFile(path, index.dtype, 0, index.tokenizer)
+    for shard in index.shards if index is not None else ():
+        if shard.name == path.name:
+            assert index is not None
+            return TokenFile.of_index(path.parent, index, shard)
     if form is Format.llmtrain:
         raise ValueError(f"{path}: no {INDEX} beside it names it; take data.format=auto")
     magic, version, tokens = np.frombuffer(head[:12].ljust(12, b"\0"), "<i4").tolist()
@@ -76,27 +83,7 @@ def recognise(path: Path, form: Format, index: Index | None) -> TokenFile:
             raise ValueError(
                 f"{path}: cut or damaged: {size:,} bytes, where its header says {tokens:,} tokens ({expected:,} bytes)"
             )
-        return TokenFile(path, file_dtype, HEADER.itemsize, None)
+        return TokenFile(path, file_dtype, HEADER.itemsize)
     if size % 2:
         raise ValueError(f"{path}: cut or no token file: {size:,} bytes is no whole number of uint16 ids")
-    return TokenFile(path, "<u2", 0, None)
-
-
-def check_ids(file: TokenFile, largest: int, vocab_size: int) -> None:
-    """Raise ValueError, naming file and position, if the ``largest`` id of ``file`` is not in the vocabulary."""
-    if largest < vocab_size:
-        return
-    ids = file.open()
-    for start in range(0, len(ids), SCAN):
-        if (beyond := np.flatnonzero(ids[start : start + SCAN] >= vocab_size)).size:
-            position = start + int(beyond[0])
-            raise ValueError(
-                f"{file.path}: token {position:,} is {ids[position]}, beyond the tokenizer's vocabulary of "
-                f"{vocab_size:,}; take the tokenizer that made the file, or another data.format"
-            )
-
-
-def find_largest(file: TokenFile) -> int:
-    """The largest id, by reading the whole file."""
-    ids = file.open()
-    return max(int(ids[start : start + SCAN].max()) for start in range(0, len(ids), SCAN))
+    return TokenFile(path, "<u2", 0)

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import logging
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harm import flip_unnoticed
 
-from llmtrain.data.cache import Source, prepare
+from llmtrain.data.cache import Entry, Source, prepare
 from llmtrain.data.documents import Piece
 from llmtrain.data.index import INDEX, Index
+from llmtrain.data.reader import Tokens
 from llmtrain.tokenizer import Tokenizer
 
 TEXTS = [f"document {i}" for i in range(40)]
@@ -38,18 +42,28 @@ class Documents:
             yield Piece(text, ends_document=True)
 
 
-def decode(folder: Path, index: Index, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
+def ids_of(part: list[Tokens]) -> list[int]:
+    """All of them, in one list."""
+    ids: list[int] = []
+    for tokens in part:
+        out = np.empty(len(tokens), tokens.dtype)
+        tokens.read(0, out)
+        ids += out.tolist()
+    return ids
+
+
+def decode(entry: Entry, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
     train, validation = (
-        tokenizer.decode([i for shard in index.open(folder, part) for i in shard.tolist()]).split("<|endoftext|>")
-        for part in (index.train, index.validation)
+        tokenizer.decode(ids_of(part)).split("<|endoftext|>") for part in (entry.train, entry.validation)
     )
     assert train.pop() == validation.pop() == ""  # every document is ended
     return train, validation
 
 
 def test_what_is_in_an_entry(tmp_path: Path, byte: Tokenizer) -> None:
-    folder, index = prepare(Documents(TEXTS).source(), byte, 0.25, tmp_path, shard_tokens=100)
-    assert decode(folder, index, byte) == ([t for i, t in enumerate(TEXTS) if i % 4 != 3], TEXTS[3::4])
+    entry = prepare(Documents(TEXTS).source(), byte, 0.25, tmp_path, shard_tokens=100)
+    folder, index = entry.folder, entry.index
+    assert decode(entry, byte) == ([t for i, t in enumerate(TEXTS) if i % 4 != 3], TEXTS[3::4])
     assert (index.train.documents, index.validation.documents) == (30, 10)
     assert (index.dtype, index.tokenizer) == ("<u2", byte.fingerprint)
     names = sorted(path.name for path in folder.iterdir())
@@ -64,55 +78,148 @@ def test_what_is_in_an_entry(tmp_path: Path, byte: Tokenizer) -> None:
 
 def test_large_vocabularies_take_32_bits(tmp_path: Path, byte: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(byte, "vocab_size", 100_000)
-    folder, index = prepare(Documents(TEXTS).source(), byte, 0.25, tmp_path)
-    assert index.dtype == "<u4"
-    assert decode(folder, index, byte)[1] == TEXTS[3::4]
+    entry = prepare(Documents(TEXTS).source(), byte, 0.25, tmp_path)
+    assert entry.index.dtype == "<u4"
+    assert decode(entry, byte)[1] == TEXTS[3::4]
 
 
 def test_an_entry_is_found_again(tmp_path: Path, byte: Tokenizer, gpt2: Tokenizer) -> None:
     documents = Documents(TEXTS)
     first = prepare(documents.source(), byte, 0.1, tmp_path)
-    assert prepare(documents.source(), byte, 0.1, tmp_path) == first
+    assert prepare(documents.source(), byte, 0.1, tmp_path).folder == first.folder
     assert documents.reads == 1
     others = [
         prepare(documents.source(), byte, 0.2, tmp_path),
         prepare(documents.source(), gpt2, 0.1, tmp_path),
         prepare(Documents([*TEXTS, "one more"]).source(), byte, 0.1, tmp_path),
     ]
-    assert len({folder for folder, _ in [first, *others]}) == 4
+    assert len({entry.folder for entry in [first, *others]}) == 4
 
 
 def test_too_few_documents_leave_validation_empty(tmp_path: Path, byte: Tokenizer) -> None:
-    _, index = prepare(Documents(TEXTS[:9]).source(), byte, 0.1, tmp_path)
+    index = prepare(Documents(TEXTS[:9]).source(), byte, 0.1, tmp_path).index
     assert (index.train.documents, index.validation.documents, index.validation.shards) == (9, 0, [])
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "no index", "other format", "no json", "no key"])
+def damage_entry(entry: Entry, damage: str) -> Path:
+    """Harm a file of the entry; returns which."""
+    shard, other, stored = (entry.folder / name for name in ("train-00000.bin", "train-00001.bin", INDEX))
+    content, text = shard.read_bytes(), stored.read_text()
+    match damage:
+        case "cut":
+            shard.write_bytes(content[:-2])
+        case "gone":
+            shard.unlink()
+        case "one bit":
+            shard.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        case "exchanged":
+            shard.rename(entry.folder / "aside")
+            other.rename(shard)
+            (entry.folder / "aside").rename(other)
+            for file in (shard, other):  # as alike as can be
+                os.utime(file, ns=(0, 0))
+        case "no index":
+            stored.unlink()
+        case "other format":
+            stored.write_text(text.replace('"format": 1', '"format": 99'))
+        case "no json":
+            stored.write_text("{")
+        case "no text":
+            stored.write_bytes(b"\xff")
+        case "no key":
+            stored.write_text('{"format": 1}')
+        case "a list":
+            stored.write_text("[]")
+        case "a path":
+            stored.write_text(text.replace("train-00000.bin", "../train-00000.bin"))
+        case "odd numbers":
+            stored.write_text(text.replace('"tokens": 100', '"tokens": "100"'))
+        case "odd type":
+            stored.write_text(text.replace('"<u2"', '"object"'))
+    return shard if damage in ("cut", "gone", "one bit", "exchanged") else stored
+
+
+SHARD_DAMAGE = {
+    "cut": "has 198 bytes, not 200",
+    "gone": "missing",
+    "one bit": "its sha256 is not the one in index.json: its content has been changed",
+    "exchanged": "its sha256 is not the one in index.json: its content is that of train-00001.bin",
+}
+INDEX_DAMAGE = [
+    "no index",
+    "other format",
+    "no json",
+    "no text",
+    "no key",
+    "a list",
+    "a path",
+    "odd numbers",
+    "odd type",
+]
+
+
+@pytest.mark.parametrize("damage", [*SHARD_DAMAGE, *INDEX_DAMAGE])
 def test_damaged_entries_are_made_again(
     tmp_path: Path, byte: Tokenizer, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     documents = Documents(TEXTS)
-    folder, index = prepare(documents.source(), byte, 0.1, tmp_path)
-    shard, stored = folder / "train-00000.bin", folder / INDEX
-    match damage:
-        case "cut":
-            shard.write_bytes(shard.read_bytes()[:-2])
-        case "gone":
-            shard.unlink()
-        case "no index":
-            stored.unlink()
-        case "other format":
-            stored.write_text(stored.read_text().replace('"format": 1', '"format": 99'))
-        case "no json":
-            stored.write_text("{")
-        case "no key":
-            stored.write_text('{"format": 1}')
+    entry = prepare(documents.source(), byte, 0.1, tmp_path, shard_tokens=100)
+    harmed = damage_entry(entry, damage)
+    with pytest.raises(ValueError, match=re.escape(f"{harmed}: {SHARD_DAMAGE.get(damage, '')}")) as error:
+        prepare(documents.source(), byte, 0.1, tmp_path, verify=True)
+    assert str(error.value).endswith(f"; remove {entry.folder}, and the next start tokenises the text again")
+    assert documents.reads == 1  # what is verified is not mended
     with caplog.at_level(logging.WARNING):
-        assert prepare(documents.source(), byte, 0.1, tmp_path) == (folder, index)
+        again = prepare(documents.source(), byte, 0.1, tmp_path, shard_tokens=100)
+    assert again.index == entry.index
     assert documents.reads == 2
-    assert str(shard if damage in ("cut", "gone") else stored) in caplog.text
-    assert "tokenised again" in caplog.text
-    assert decode(folder, index, byte)[1] == TEXTS[9::10]
+    (warning,) = [record.getMessage() for record in caplog.records if "tokenised again" in record.getMessage()]
+    assert f"{harmed}: {SHARD_DAMAGE.get(damage, '')}" in warning
+    assert decode(again, byte)[1] == TEXTS[9::10]
+
+
+@pytest.mark.parametrize("place", [*range(0, 900, 37)])
+def test_no_flipped_bit_of_the_index_goes_into_training(tmp_path: Path, byte: Tokenizer, place: int) -> None:
+    entry = prepare(Documents(TEXTS).source(), byte, 0.1, tmp_path, shard_tokens=100)
+    expected = decode(entry, byte)
+    stored = bytearray((entry.folder / INDEX).read_bytes())
+    stored[place % len(stored)] ^= 1
+    (entry.folder / INDEX).write_bytes(stored)
+    assert decode(prepare(Documents(TEXTS).source(), byte, 0.1, tmp_path), byte) == expected
+
+
+def test_ids_beyond_the_vocabulary_are_damage(
+    tmp_path: Path, byte: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An entry whose sums are right, and which another program wrote."""
+    entry = prepare(Documents(TEXTS).source(), byte, 0.1, tmp_path)
+    shard = entry.folder / "train-00000.bin"
+    content = shard.read_bytes()[:-2] + b"\xff\xff"
+    shard.write_bytes(content)
+    stored = (entry.folder / INDEX).read_text()
+    (entry.folder / INDEX).write_text(
+        stored.replace(entry.index.train.shards[0].sha256, hashlib.sha256(content).hexdigest())
+    )
+    tokens = entry.index.train.tokens
+    with caplog.at_level(logging.WARNING):
+        assert decode(prepare(Documents(TEXTS).source(), byte, 0.1, tmp_path), byte)[1] == TEXTS[9::10]
+    assert f"{shard}: token {tokens - 1} is 65535, beyond the tokenizer's vocabulary of 257" in caplog.text
+
+
+def test_shards_are_read_whole_once(tmp_path: Path, byte: Tokenizer) -> None:
+    """A bit that flips on the disk changes no time: a start trusts what it remembers, ``verify`` does not."""
+    entry = prepare(Documents(TEXTS).source(), byte, 0.1, tmp_path)
+    shard = entry.folder / "train-00000.bin"
+    flip_unnoticed(shard, 0, tmp_path / "tokens-u2-0.json")
+    assert decode(prepare(Documents(TEXTS).source(), byte, 0.1, tmp_path), byte)[0][0] == "eocument 0"
+    message = f"{shard}: its content has changed, its size and modification time have not; restore it from a copy"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        prepare(Documents(TEXTS).source(), byte, 0.1, tmp_path, verify=True)
+    with pytest.raises(ValueError, match=re.escape(message)):  # nothing wrong was remembered
+        prepare(Documents(TEXTS).source(), byte, 0.1, tmp_path, verify=True)
+    (tmp_path / "tokens-u2-0.json").unlink()
+    with pytest.raises(ValueError, match=re.escape(f"{shard}: its sha256 is not the one in index.json")):
+        prepare(Documents(TEXTS).source(), byte, 0.1, tmp_path, verify=True)
 
 
 def test_nothing_remains_of_a_failure(tmp_path: Path, byte: Tokenizer) -> None:
@@ -157,10 +264,10 @@ except ValueError as error:
 
 
 def test_a_cache_that_can_only_be_read_serves_what_it_has(tmp_path: Path, byte: Tokenizer) -> None:
-    folder, index = prepare(Documents(TEXTS).source(), byte, 0.1, tmp_path)
+    folder = prepare(Documents(TEXTS).source(), byte, 0.1, tmp_path).folder
     for lock in tmp_path.glob("*.lock"):  # a found entry takes no lock, writes nothing
         lock.unlink()
-    assert prepare(Documents(TEXTS).source(), byte, 0.1, tmp_path) == (folder, index)
+    assert prepare(Documents(TEXTS).source(), byte, 0.1, tmp_path).folder == folder
     assert not list(tmp_path.glob("*.lock"))
 
 
@@ -178,7 +285,7 @@ def test_several_at_once_do_the_work_once(tmp_path: Path, byte: Tokenizer) -> No
         thread.join(30)
     assert documents.reads == 1
     assert len(results) == 4
-    assert all(result == results[0] for result in results)
+    assert all(result.index == results[0].index for result in results)
 
 
 def test_a_killed_writer_is_waited_for_and_swept_away(tmp_path: Path, byte: Tokenizer) -> None:
@@ -208,12 +315,10 @@ prepare(Source("a test", {json.dumps(TEXTS)!r}, pieces), Byte().build(), 0.1, Pa
         assert left.exists()
         writer.kill()
         thread.join(30)
-    folder, index = results[0]
-    assert decode(folder, index, byte)[1] == TEXTS[9::10]
+    assert decode(results[0], byte)[1] == TEXTS[9::10]
     assert not list(tmp_path.glob(".tmp-*"))
 
 
 def test_sequences_of_shards_are_those_of_the_whole(tmp_path: Path, byte: Tokenizer) -> None:
     small, few = (prepare(Documents(TEXTS).source(), byte, 0, tmp_path / str(n), shard_tokens=n) for n in (7, 10**6))
-    ids = [np.concatenate(index.open(folder, index.train)) for folder, index in (small, few)]
-    np.testing.assert_array_equal(ids[0], ids[1])
+    assert ids_of(small.train) == ids_of(few.train)

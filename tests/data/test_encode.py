@@ -1,16 +1,19 @@
 """Encoding on threads: order, split and memory."""
 
 import gzip
+import threading
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from llmtrain.data import DataFailed
 from llmtrain.data import encode as module
 from llmtrain.data.documents import Piece, read_text, split_documents
 from llmtrain.data.encode import dtype_of, encode_documents, is_validation
 from llmtrain.tokenizer import Tokenizer
+from llmtrain.tokenizer.byte import ByteTokenizer
 
 
 def test_dtype() -> None:
@@ -43,9 +46,38 @@ def test_documents_keep_their_order(byte: Tokenizer, monkeypatch: pytest.MonkeyP
         assert counts[part] == len(expected)
 
 
-def test_an_error_of_the_tokenizer_arrives(byte: Tokenizer) -> None:
-    with pytest.raises(UnicodeEncodeError, match="surrogates"):
-        list(encode_documents([Piece("a\ud800", True)], byte, 0))
+class Broken(ByteTokenizer):
+    """Fails at a text that says how."""
+
+    def encode(self, text: str) -> np.ndarray:
+        match text:
+            case "no memory":
+                raise MemoryError
+            case "panic":
+                raise Panic("index out of bounds")
+            case "beyond":
+                return np.array([65, 300], np.uint32)
+        return super().encode(text)
+
+
+class Panic(BaseException):
+    """As native code raises it through pyo3: no Exception."""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no memory", "MemoryError"),
+        ("panic", "Panic: index out of bounds"),
+        ("beyond", "id 300 is beyond the tokenizer's vocabulary of 257"),
+        ("a\ud800", "UnicodeEncodeError: 'utf-8' codec can't encode character .* surrogates not allowed"),
+    ],
+)
+def test_a_document_that_cannot_be_encoded_is_named(text: str, message: str) -> None:
+    documents = [Piece("good", True, "a.txt"), Piece("so far ", False, "b.txt"), Piece(text, True, "b.txt")]
+    with pytest.raises(DataFailed, match=rf"^document 2 \(b\.txt\) cannot be encoded: {message}$"):
+        list(encode_documents([*documents, *documents], Broken(), 0.5))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("encode")]
 
 
 def test_memory_is_bounded(byte: Tokenizer, tmp_path: Path) -> None:

@@ -1,11 +1,15 @@
 """What is remembered of files, and when it is learnt again."""
 
+import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from harm import flip, flip_unnoticed
 
-from llmtrain.data.files import remember, sha256
+from llmtrain.data.files import read_memo, remember, sha256
 
 
 def test_facts_are_remembered_until_the_file_changes(tmp_path: Path) -> None:
@@ -29,9 +33,69 @@ def test_facts_are_remembered_until_the_file_changes(tmp_path: Path) -> None:
     assert remember(memo, files, learn) == [0, 1, 2]
     assert learnt == ["a", "b", "c", "b"]
 
-    memo.write_text("{")  # damaged
-    assert remember(memo, files, learn) == [0, 1, 2]
+    assert remember(memo, files, learn, verify=True) == [0, 1, 2]
     assert learnt[4:] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("damage", [b"{", b"[]", b'{"files": {}}', b"\xff", None])
+def test_a_damaged_memo_is_forgotten(tmp_path: Path, damage: bytes | None) -> None:
+    memo, file = tmp_path / "memo.json", tmp_path / "file"
+    file.write_text("content")
+    (fact,) = remember(memo, [file], sha256)
+    if damage is None:  # one digit of what is remembered
+        damage = memo.read_bytes().replace(fact.encode(), b"0" + fact[1:].encode())
+    memo.write_bytes(damage)
+    assert remember(memo, [file], sha256) == [fact]
+    assert read_memo(memo)[str(file)][1] == fact
+
+
+def test_content_that_changes_by_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    memo, file = tmp_path / "memo.json", tmp_path / "file"
+    file.write_text("content")
+    before = remember(memo, [file], sha256)
+    flip_unnoticed(file, 0, memo)
+    assert remember(memo, [file], sha256) == before  # it was not read
+    assert not caplog.records
+    with pytest.raises(ValueError, match="file: its content has changed, its size and modification time have not; res"):
+        remember(memo, [file], sha256, verify=True)
+    assert remember(memo, [file], sha256) == before  # what is wrong is not remembered
+
+
+def test_a_time_that_was_set_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The inode's own time tells."""
+    memo, file = tmp_path / "memo.json", tmp_path / "file"
+    file.write_text("content")
+    os.utime(file, ns=(0, 0))
+    before = remember(memo, [file], sha256)
+    flip(file, 0)
+    os.utime(file, ns=(0, 0))
+    with caplog.at_level(logging.WARNING):
+        after = remember(memo, [file], sha256)
+    assert after == [sha256(file)] != before
+    assert f"{file}: its content has changed, its size and modification time have not" in caplog.text
+
+
+def test_what_was_learnt_before_a_failure_stays(tmp_path: Path) -> None:
+    memo = tmp_path / "memo.json"
+    (tmp_path / "a").write_text("content")
+    with pytest.raises(ValueError, match="nowhere: No such file"):
+        remember(memo, [tmp_path / "a", tmp_path / "nowhere"], sha256)
+    assert list(read_memo(memo)) == [str(tmp_path / "a")]
+
+
+def test_processes_that_learn_at_once_lose_nothing(tmp_path: Path) -> None:
+    script = f"""
+import sys
+from pathlib import Path
+from llmtrain.data.files import remember, sha256
+for i in range(200):
+    file = Path({str(tmp_path)!r}) / f"{{sys.argv[1]}}-{{i}}"
+    file.write_text("content")
+    remember(Path({str(tmp_path)!r}) / "memo.json", [file], sha256)
+"""
+    both = [subprocess.Popen([sys.executable, "-c", script, name]) for name in "ab"]
+    assert [process.wait() for process in both] == [0, 0]
+    assert len(read_memo(tmp_path / "memo.json")) == 400
 
 
 def test_a_memo_that_cannot_be_written_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,18 +1,26 @@
 """The loader: the right batches, the same after a resume, and no hanging."""
 
+import logging
+import os
+import re
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from harm import flip
 
-from llmtrain.data import Batch
+from llmtrain.data import Batch, DataFailed
+from llmtrain.data import loader as module
+from llmtrain.data.integrity import open_checked
 from llmtrain.data.loader import Loader
 from llmtrain.data.order import order
 from llmtrain.data.sequences import Sequences
+from llmtrain.data.token_file import TokenFile
 
 CPU = torch.device("cpu")
 SEQUENCES = Sequences([np.arange(0, 61, dtype="<u2"), np.arange(61, 101, dtype="<u2")], 4)  # 25 of them
@@ -88,19 +96,36 @@ class Failing(Sequences):
 
 
 def test_an_error_in_the_thread_reaches_the_caller() -> None:
-    with open_loader(sequences=Failing([np.arange(101)], 4)) as loader:
+    with open_loader(sequences=Failing([np.arange(101)], 4), step=7, position=1000) as loader:
         loader.next()
         loader.next()
         for _ in range(2):  # however often one asks
-            with pytest.raises(OSError, match="the disk is gone"):
+            with pytest.raises(
+                DataFailed,
+                match=r"^loader thread, step 9, sequences 1,006 to 1,008 of the order: OSError: the disk is gone$",
+            ) as error:
                 loader.next()
+            assert isinstance(error.value.__cause__, OSError)
 
 
 def test_an_error_in_batch_size_reaches_the_caller() -> None:
     def broken(step: int, tokens: int) -> int:
         raise ZeroDivisionError("broken")
 
-    with open_loader(broken) as loader, pytest.raises(ZeroDivisionError, match="broken"):
+    with (
+        open_loader(broken) as loader,
+        pytest.raises(
+            DataFailed, match=r"^loader thread, step 0, from sequence 0 of the order on: ZeroDivisionError: b"
+        ),
+    ):
+        loader.next()
+
+
+def test_memory_of_the_device_is_reported_as_such() -> None:
+    def broken(step: int, tokens: int) -> int:
+        raise torch.OutOfMemoryError("of the device")
+
+    with open_loader(broken) as loader, pytest.raises(torch.OutOfMemoryError, match="of the device"):
         loader.next()
 
 
@@ -146,6 +171,140 @@ def test_close_wakes_a_waiting_caller() -> None:
     release.set()
     closing.join(5)
     assert not closing.is_alive()
+
+
+def test_closing_does_not_wait_for_a_thread_that_is_held_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "CLOSE_SECONDS", 0.2)
+    held, reached = threading.Event(), threading.Event()
+
+    def hold(step: int, tokens: int) -> int:
+        if step == 2:
+            reached.set()
+            held.wait(30)
+        return 3
+
+    loader = open_loader(hold)
+    loader.next()
+    assert reached.wait(10)
+    began = time.monotonic()
+    with caplog.at_level(logging.WARNING):
+        loader.close()
+    assert time.monotonic() - began < 2
+    assert "left behind: the loader thread, step 2, from sequence 6 of the order on" in caplog.text
+    held.set()
+    loader._thread.join(5)
+    assert not loader._thread.is_alive()
+
+
+def test_a_caller_who_waits_long_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(module, "WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.1)
+    with caplog.at_level(logging.WARNING), open_loader(lambda step, tokens: time.sleep(0.35) or 1) as loader:
+        loader.next()
+    assert len(caplog.records) == 3
+    assert "still waiting for the loader thread, step 0, from sequence 0 of the order on" in caplog.text
+
+
+def test_loaders_are_opened_at_other_positions_again_and_again() -> None:
+    """As a run does that skips some of its data."""
+    before = threading.active_count()
+    whole = take(open_loader(fixed(3)), 100)
+    for step in (0, 50, 20, 21, 99) * 4:
+        began = time.monotonic()
+        with open_loader(fixed(3), position=3 * step, step=step, tokens=12 * step) as loader:
+            assert same([loader.next()], [whole[step]])
+        assert time.monotonic() - began < 1  # whatever the thread was at: making, or waiting for room
+        assert threading.active_count() == before
+
+
+# --- files that are harmed while they are read -------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    """Three shards of 1,000 tokens: 187 sequences of 16."""
+    for i in range(3):
+        (tmp_path / f"{i}.bin").write_bytes(np.arange(1000 * i, 1000 * i + 1000).astype("<u2").tobytes())
+    return sorted(tmp_path.glob("*.bin"))
+
+
+def open_files(files: list[Path]) -> Sequences:
+    tokens = open_checked([TokenFile(file, "<u2", 0) for file in files], 3000, files[0].parent / "cache")
+    return Sequences(tokens, 16)
+
+
+def next_but(loader: Loader, number: int) -> list[Batch]:
+    return [loader.next() for _ in range(number)]
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, 100)
+
+
+def empty(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+def lengthen(file: Path) -> None:
+    with file.open("ab") as stream:
+        stream.write(b"xx")
+
+
+def rewrite(file: Path) -> None:
+    flip(file, 1999)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (cut, "cut while in use: it ends before byte|changed while in use: it has 100 bytes, and had 2,000"),
+        (empty, "cut while in use: it ends before byte|changed while in use: it has 0 bytes, and had 2,000"),
+        (lengthen, "changed while in use: it has 2,002 bytes, and had 2,000 when it was checked"),
+        (rewrite, "changed while in use: it was written to, and its content is another"),
+    ],
+)
+def test_a_shard_that_is_harmed_ends_the_run(files: list[Path], harm: Callable[[Path], None], message: str) -> None:
+    sequences = open_files(files)
+    with open_loader(sequences=sequences) as loader:
+        next_but(loader, 5)
+        harm(files[1])
+        with pytest.raises(DataFailed) as error:
+            next_but(loader, 100)
+    where = r"loader thread, step \d+, sequences \d+ to \d+ of the order"
+    assert re.fullmatch(rf"{where}: {re.escape(str(files[1]))}: ({message}).*", str(error.value))
+    with pytest.raises(DataFailed, match=rf"^{re.escape(str(files[1]))}: ({message})"):
+        sequences.gather(np.arange(187))  # as an evaluation does
+
+
+def test_both_sides_of_an_edge_are_watched(files: list[Path]) -> None:
+    sequences = open_files(files)
+    across = np.array([62])  # tokens 992 to 1008
+    assert sequences.gather(across)[1].tolist() == [list(range(993, 1009))]
+    flip(files[1], 0)
+    sequences.gather(np.array([61]))
+    with pytest.raises(DataFailed, match=r"1\.bin: changed while in use"):
+        sequences.gather(across)
+
+
+@pytest.mark.parametrize("harm", ["touched", "replaced", "removed"])
+def test_a_shard_whose_content_stays_does_not(files: list[Path], harm: str, caplog: pytest.LogCaptureFixture) -> None:
+    expected = take(open_loader(sequences=open_files(files)), 100)
+    with open_loader(sequences=open_files(files)) as loader:
+        batches = next_but(loader, 5)
+        match harm:
+            case "touched":
+                os.utime(files[1], ns=(0, 0))
+            case "replaced":  # by name; who has it open still reads the old one
+                (files[0].parent / "new").write_bytes(b"other")
+                (files[0].parent / "new").rename(files[1])
+            case "removed":
+                files[1].unlink()
+        batches += next_but(loader, 95)
+    assert same(batches, expected)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ([f"{files[1]}: touched while in use; its content is the same"] if harm == "touched" else [])
 
 
 @pytest.mark.gpu

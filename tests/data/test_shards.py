@@ -1,16 +1,22 @@
 """Prepared token files: every layout reads as what was written, and what is wrong is found before training."""
 
+import hashlib
+import os
+import resource
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from harm import flip, flip_unnoticed
 
 from llmtrain.data import Corpus
-from llmtrain.data import token_file as token_file_module
 from llmtrain.data.cache import Source, prepare
 from llmtrain.data.documents import Piece
+from llmtrain.data.files import read_memo
+from llmtrain.data.reader import BLOCK
 from llmtrain.data.shards import Shards
 from llmtrain.data.token_file import Format
 from llmtrain.tokenizer import Tokenizer
@@ -51,11 +57,21 @@ def common(tmp_path: Path) -> dict[str, Any]:
 def ours(tmp_path: Path, byte: Tokenizer) -> Path:
     """Shards of this program: 40 documents of 5 tokens, 4 of them for validation, in several files."""
     pieces = [Piece(f"{i:04d}", ends_document=True) for i in range(40)]
-    return prepare(Source("a test", "x", lambda: iter(pieces)), byte, 0.1, tmp_path / "made", shard_tokens=64)[0]
+    return prepare(Source("a test", "x", lambda: iter(pieces)), byte, 0.1, tmp_path / "made", shard_tokens=64).folder
 
 
 def build(path: Path | str, common: dict[str, Any], tokenizer: Tokenizer | None = None) -> Corpus:
     return Shards(path=str(path), **common).build(tokenizer or Byte().build())
+
+
+def verify(path: Path | str, common: dict[str, Any]) -> Corpus:
+    return Shards(path=str(path), **common).verify(Byte().build())
+
+
+def gpt2_sized() -> Tokenizer:
+    tokenizer = Byte().build()
+    tokenizer.vocab_size = 1 << 16
+    return tokenizer
 
 
 def inputs(sequences: Any) -> list[int]:
@@ -155,34 +171,75 @@ def test_damaged_files(tmp_path: Path, common: dict[str, Any], content: bytes, f
 
 
 @pytest.mark.parametrize("write", [nanogpt, llmc, llama3])
-def test_ids_beyond_the_vocabulary(
-    tmp_path: Path, common: dict[str, Any], monkeypatch: pytest.MonkeyPatch, write: Any
-) -> None:
-    monkeypatch.setattr(token_file_module, "SCAN", 16)
+def test_ids_beyond_the_vocabulary(tmp_path: Path, common: dict[str, Any], write: Any) -> None:
     good, bad = tmp_path / "a.bin", tmp_path / "b.bin"
     good.write_bytes(write(IDS))
-    bad.write_bytes(write(np.where(np.arange(101) == 77, 257, IDS)))
+    ids = np.tile(IDS, BLOCK // 100)  # more than one block
+    ids[BLOCK] = 257
+    bad.write_bytes(write(ids))
     for _ in range(2):  # the second time from memory
-        with pytest.raises(ValueError, match=r"b\.bin: token 77 is 257, beyond the tokenizer's vocabulary of 257"):
+        with pytest.raises(
+            ValueError, match=rf"b\.bin: token {BLOCK:,} is 257, beyond the tokenizer's vocabulary of 257"
+        ):
             build(tmp_path / "*.bin", common)
 
 
-def test_a_file_is_scanned_once(tmp_path: Path, common: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("write", [nanogpt, llmc, llama3])
+def test_files_are_read_whole_once(tmp_path: Path, common: dict[str, Any], write: Any) -> None:
+    """A bit that flips on the disk changes no time: a start trusts what it remembers, ``verify`` does not."""
     path = tmp_path / "a.bin"
-    path.write_bytes(nanogpt(IDS))
-    build(path, common)
-    monkeypatch.setattr(token_file_module, "SCAN", 0)  # a scan would fail now
-    build(path, common)
-    path.write_bytes(nanogpt(np.append(IDS, 0)))
-    with pytest.raises(ValueError, match="must not be zero"):
-        build(path, common)
+    path.write_bytes(write(IDS))
+    first = build(path, common)
+    ((memo, facts),) = ((memo, read_memo(memo)[str(path)][1]) for memo in (tmp_path / "cache").glob("tokens-*.json"))
+    assert facts == [hashlib.sha256(path.read_bytes()).hexdigest(), 100]  # one reading gave both
+    assert verify(path, common).fingerprint == first.fingerprint
+    flip_unnoticed(path, path.stat().st_size - 1, memo)
+    assert build(path, common).fingerprint == first.fingerprint
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"a\.bin: its content has changed, its size and modification time have n"):
+            verify(path, common)
+    os.utime(path, ns=(0, 0))  # the change is meant
+    with pytest.raises(ValueError, match=r"a\.bin: token 100 is"):
+        verify(path, common)
+
+
+def test_a_changed_byte_anywhere_changes_the_fingerprint(tmp_path: Path, common: dict[str, Any]) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(nanogpt(np.tile(IDS, 30_000)))
+    before = build(path, common).fingerprint
+    flip(path, 3_000_000)
+    after = build(path, common).fingerprint
+    assert after != before
+    flip(path, 3_000_000)
+    assert build(path, common).fingerprint == before
+
+
+def test_what_the_fingerprint_stands_for(tmp_path: Path, common: dict[str, Any]) -> None:
+    for name in ("a.bin", "b.bin"):
+        (tmp_path / name).write_bytes(nanogpt(IDS))
+    (tmp_path / "c.bin").write_bytes(nanogpt(IDS[::-1]))
+    (tmp_path / "d.bin").write_bytes(llmc(IDS))
+    both = str(tmp_path / "[ac].bin")
+    prints = [
+        build(tmp_path / "a.bin", common).fingerprint,
+        build(both, common).fingerprint,
+        build(both, common | {"validation_path": str(tmp_path / "c.bin")}).fingerprint,  # another split
+        build(tmp_path / "d.bin", common).fingerprint,
+        build(tmp_path / "d.bin", common | {"format": Format.nanogpt}, gpt2_sized()).fingerprint,
+    ]
+    assert len(set(prints)) == len(prints)
+    assert build(tmp_path / "b.bin", common).fingerprint == prints[0]  # by content, not by name
+    (tmp_path / "a.bin").rename(tmp_path / "aside")
+    (tmp_path / "c.bin").rename(tmp_path / "a.bin")
+    (tmp_path / "aside").rename(tmp_path / "c.bin")
+    assert build(both, common).fingerprint not in prints  # exchanged
 
 
 def test_an_index_of_another_program(tmp_path: Path, common: dict[str, Any]) -> None:
     (tmp_path / "a.bin").write_bytes(nanogpt(IDS))
     (tmp_path / "index.json").write_text('{"chunks": []}')
     with pytest.raises(
-        ValueError, match=r"index\.json: damaged: .*; if these shards are not llmtrain's, name their data"
+        ValueError, match=r"index\.json: damaged: .* \(if they are not llmtrain's, name their data\.format\)"
     ):
         build(tmp_path, common)
     assert build(tmp_path, common | {"format": Format.nanogpt}).train.tokens == 101
@@ -196,7 +253,7 @@ def test_shards_of_another_tokenizer(ours: Path, common: dict[str, Any], gpt2: T
 def test_ours_cut_or_gone(ours: Path, common: dict[str, Any]) -> None:
     shard = ours / "train-00001.bin"
     shard.write_bytes(shard.read_bytes()[:-2])
-    with pytest.raises(ValueError, match=r"train-00001\.bin: has 126 bytes, not 128"):
+    with pytest.raises(ValueError, match=r"train-00001\.bin: has 126 bytes, not 128; restore it from a copy or prep"):
         build(ours, common)
     shard.unlink()
     with pytest.raises(ValueError, match=r"train-00001\.bin: missing"):
@@ -204,6 +261,65 @@ def test_ours_cut_or_gone(ours: Path, common: dict[str, Any]) -> None:
     shutil.rmtree(ours)
     with pytest.raises(ValueError, match=r"data\.path=.*: no such file or folder"):
         build(ours, common)
+
+
+def test_ours_changed(ours: Path, common: dict[str, Any]) -> None:
+    flip(ours / "train-00001.bin", 64)
+    with pytest.raises(
+        ValueError,
+        match=r"train-00001\.bin: its sha256 is not the one in index\.json: its content has been changed; "
+        "restore it from a copy or prepare the shards again",
+    ):
+        build(ours, common)
+    flip(ours / "train-00001.bin", 64)
+    build(ours, common)  # what was remembered is not in the way
+
+
+def test_ours_exchanged(ours: Path, common: dict[str, Any]) -> None:
+    build(ours, common)
+    one, other = ours / "train-00000.bin", ours / "train-00001.bin"
+    assert one.stat().st_size == other.stat().st_size
+    for file in (one, other):
+        os.utime(file, ns=(0, 0))
+    build(ours, common)
+    one.rename(ours / "aside")
+    other.rename(one)
+    (ours / "aside").rename(other)
+    with pytest.raises(
+        ValueError, match=r"train-00000\.bin: its sha256 .* its content is that of train-00001\.bin: shards were exch"
+    ):
+        build(ours, common)
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path, common: dict[str, Any]) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(nanogpt(np.tile(IDS, 100_000)))
+    done = threading.Event()
+
+    def change() -> None:
+        while not done.is_set():
+            flip(path, 0)
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    try:
+        with pytest.raises(ValueError, match=r"a\.bin: changed while it was read; start again when it is complete"):
+            build(path, common)
+    finally:
+        done.set()
+        changing.join()
+
+
+def test_more_files_than_may_be_open(tmp_path: Path, common: dict[str, Any]) -> None:
+    for i in range(40):
+        (tmp_path / f"{i:02d}.bin").write_bytes(nanogpt(IDS))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 20, hard))
+    try:
+        with pytest.raises(ValueError, match=r"\.bin: Too many open files; allow more with: ulimit -n 65536"):
+            build(tmp_path, common)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_nothing_to_train_on(tmp_path: Path, common: dict[str, Any]) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
+from harm import flip_unnoticed
 
 from llmtrain.data import Corpus
+from llmtrain.data.files import read_memo, write_memo
 from llmtrain.data.python_docs import PythonDocs
 from llmtrain.data.python_stdlib import PythonStdlib
 from llmtrain.data.text import Text
@@ -167,6 +169,50 @@ def test_python_stdlib(common: dict[str, Any]) -> None:
     assert (library / "argparse.py").read_text(encoding="utf-8") in texts
     assert 5e6 < sum(map(len, texts)) < 30e6
     assert PythonStdlib(**common).source().content == source.content
+
+
+# --- verification ------------------------------------------------------------------------------------------------
+
+
+def test_verify_reads_the_documents_again(
+    tmp_path: Path, folder: Path, common: dict[str, Any], byte: Tokenizer
+) -> None:
+    option = Text(path=str(folder), separator=SEPARATOR, **common)
+    first = option.build(byte)
+    assert option.verify(byte).fingerprint == first.fingerprint
+    flip_unnoticed(folder / "a.md", 0, tmp_path / "cache" / "sha256.json")
+    assert option.build(byte).fingerprint == first.fingerprint
+    with pytest.raises(ValueError, match=r"a\.md: its content has changed, its size and modification time have not"):
+        option.verify(byte)
+
+
+def test_verify_reads_the_shards_again(tmp_path: Path, common: dict[str, Any], byte: Tokenizer) -> None:
+    option = PythonDocs(**common)
+    option.build(byte)
+    ((shard, entry),) = ((path, path.parent) for path in (tmp_path / "cache").glob("*/train-00000.bin"))
+    flip_unnoticed(shard, 10, tmp_path / "cache" / "tokens-u2-0.json")
+    option.build(byte)
+    with pytest.raises(ValueError, match=rf"{shard}: its content has changed, .*; remove {entry}, and the next start"):
+        option.verify(byte)
+
+
+def test_verify_reads_pythons_sources_again(tmp_path: Path, common: dict[str, Any]) -> None:
+    option = PythonStdlib(**common)
+    content = option.source().content
+    assert option.source(verify=True).content == content
+    memo = tmp_path / "cache" / "sha256.json"
+    known = read_memo(memo)
+    (module,) = (name for name in known if name.endswith("/argparse.py"))
+    known[module][1] = "0" * 64
+    write_memo(memo, known)
+    assert option.source().content != content  # the memo is trusted
+    with pytest.raises(ValueError, match=r"argparse\.py: its content has changed"):
+        option.source(verify=True)
+
+
+def test_verify_makes_what_is_not_there(common: dict[str, Any], byte: Tokenizer) -> None:
+    option = PythonDocs(**common)
+    assert option.verify(byte).fingerprint == option.build(byte).fingerprint
 
 
 # --- errors ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,123 @@
+"""Token ids read from files by position, while the files may be harmed."""
+
+import hashlib
+import logging
+import os
+import threading
+import weakref
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+BLOCK = 1 << 22  # bytes read at once when a whole file is
+
+
+class DataFailed(RuntimeError):
+    """Data that cannot be read or made on the way; the message names where.  The run fails, the user did nothing."""
+
+
+class OpenFile:
+    """A file that is read by position and must stay what it was when it was checked.
+
+    Not a memory map: where a mapped file is cut or its disk fails, the system kills the process without a word.  A
+    file that is replaced or removed by name is still read as it was; one that is written to is noticed.
+
+    Args:
+        path: the file.
+        sha256: of its content, as checked.
+
+    Raises OSError if it cannot be opened.
+    """
+
+    def __init__(self, path: Path, sha256: str) -> None:
+        self.path = path
+        self.sha256 = sha256
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor)
+        self.stamp = self._stamp()
+        self._checking = threading.Lock()
+
+    def read(self, position: int, out: np.ndarray) -> None:
+        """Fill ``out``, contiguous uint8, with the bytes from ``position`` on.  Raises :class:`DataFailed`."""
+        count = self._read(position, out)
+        while count < len(out):  # seldom: a file system that gives less than it was asked for
+            more = self._read(position + count, out[count:])
+            if not more:
+                raise DataFailed(
+                    f"{self.path}: cut while in use: it ends before byte {position + len(out):,}; it had "
+                    f"{self.stamp[0]:,} bytes when it was checked"
+                )
+            count += more
+
+    def check(self) -> None:
+        """Raise :class:`DataFailed` if the content is no longer what it was.  Cheap while nobody touches the file."""
+        if self._stamp() == self.stamp:
+            return
+        with self._checking:
+            now = self._stamp()
+            if now == self.stamp:
+                return
+            if now[0] != self.stamp[0]:
+                what = f"it has {now[0]:,} bytes, and had {self.stamp[0]:,} when it was checked"
+                raise DataFailed(f"{self.path}: changed while in use: {what}")
+            if self._digest() != self.sha256 or self._stamp() != now:
+                raise DataFailed(f"{self.path}: changed while in use: it was written to, and its content is another")
+            log.warning("%s: touched while in use; its content is the same", self.path)
+            self.stamp = now
+
+    def _stamp(self) -> tuple[int, int]:
+        try:
+            stat = os.fstat(self._descriptor)
+        except OSError as error:
+            raise DataFailed(f"{self.path}: {error.strerror}") from error
+        return stat.st_size, stat.st_mtime_ns
+
+    def _read(self, position: int, out: np.ndarray) -> int:
+        try:
+            return os.preadv(self._descriptor, [out.data], position)
+        except OSError as error:
+            raise DataFailed(f"{self.path}: byte {position:,}: {error.strerror}") from error
+
+    def _digest(self) -> str:
+        digest, block, position = hashlib.sha256(), np.empty(BLOCK, np.uint8), 0
+        while count := self._read(position, block):
+            digest.update(block.data[:count])
+            position += count
+        return digest.hexdigest()
+
+
+class Tokens:
+    """A stretch of the token ids of a file: ``length`` ids of ``dtype`` from byte ``offset`` on.
+
+    Slices as an array does, without reading anything.
+    """
+
+    def __init__(self, file: OpenFile, dtype: np.dtype, offset: int, length: int) -> None:
+        self.file = file
+        self.dtype = dtype
+        self._offset = offset
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, stretch: slice) -> Self:
+        begin, end, step = stretch.indices(self._length)
+        assert step == 1
+        offset = self._offset + begin * self.dtype.itemsize
+        return type(self)(self.file, self.dtype, offset, max(end - begin, 0))
+
+    def read(self, begin: int, out: np.ndarray) -> None:
+        """Fill ``out``, contiguous, with the ids from ``begin`` on.  Raises :class:`DataFailed`."""
+        if out.dtype != self.dtype:  # the stream has wider ids
+            ids = np.empty(len(out), self.dtype)
+            self.read(begin, ids)
+            out[:] = ids
+            return
+        self.file.read(self._offset + begin * self.dtype.itemsize, out.view(np.uint8))
+
+    def check(self) -> None:
+        """Raise :class:`DataFailed` if the file is no longer what it was."""
+        self.file.check()
