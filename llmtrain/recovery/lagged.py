@@ -1,0 +1,58 @@
+"""What every option shares: the steps that are known and wait for their turn to be decided upon."""
+
+import math
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from llmtrain.recovery import LAG, Action, GiveUp, Recovery, RollBack, Verdict
+
+
+class Lagged(Recovery):
+    """A recovery that :meth:`consider` defines: it sees each step ``LAG`` steps after its launch, in order."""
+
+    def __init__(self) -> None:
+        self.pending: deque[Verdict] = deque()
+        self.newest: int | None = None  # the last step noted
+
+    @abstractmethod
+    def consider(self, verdict: Verdict, step: int) -> list[Action]:
+        """What to do about the step of ``verdict``, now that ``step`` has been launched."""
+
+    def note(self, verdict: Verdict) -> None:
+        assert self.newest is None or verdict.step == self.newest + 1, (verdict.step, self.newest)
+        self.pending.append(verdict)
+        self.newest = verdict.step
+
+    def decide(self, step: int) -> list[Action]:
+        assert self.newest is None or self.newest >= step - LAG, "the readback is behind"
+        actions: list[Action] = []
+        while self.pending and self.pending[0].step <= step - LAG:
+            actions += self.consider(self.pending.popleft(), step)
+            if any(isinstance(action, RollBack | GiveUp) for action in actions):
+                break  # whatever comes after depends on how that goes
+        return actions
+
+    def forget_pending(self) -> None:
+        """Drop the steps not decided upon: they have been undone."""
+        self.pending.clear()
+        self.newest = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"pending": [{key: _encode(value) for key, value in asdict(v).items()} for v in self.pending]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.forget_pending()
+        for row in state.get("pending", []):
+            self.note(Verdict(**{key: _decode(value) for key, value in row.items()}))
+
+
+def _encode(value: Any) -> Any:
+    """JSON has no number that is not finite: "nan", "inf" and "-inf" stand for them."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _decode(value: Any) -> Any:
+    return float(value) if isinstance(value, str) else value

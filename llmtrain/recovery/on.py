@@ -1,0 +1,292 @@
+"""A ladder against spikes: refuse the update, leave out data, go back, lower the rate, give up."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmtrain.checks import fraction, non_negative, positive
+from llmtrain.recovery import Action, GiveUp, LowerRate, RecoveryConfig, RollBack, Skip, Verdict
+from llmtrain.recovery.lagged import Lagged
+from llmtrain.recovery.window import Window
+
+
+@dataclass(frozen=True)
+class On(RecoveryConfig):
+    """When a step is refused, and which rungs there are; every key is explained in ``conf/recovery/on.yaml``."""
+
+    window_steps: int
+    min_window_steps: int
+    loss_deviations: float
+    loss_floor: float
+    grad_norm_deviations: float
+    grad_norm_floor: float
+    calm_steps: int
+    skip_after: int
+    skip_batches: int
+    max_skips: int
+    rollback_after: int
+    rollback_steps: int
+    rollback_skip_batches: int
+    max_rollbacks: int
+    lower_rate_at: int
+    lower_rate_factor: float
+    lower_rate_steps: int
+    max_refused: int
+    forget_steps: int
+    examples: int
+
+    def __post_init__(self) -> None:
+        at_least_one = (
+            "window_steps", "min_window_steps", "calm_steps", "skip_batches", "max_skips", "max_rollbacks",
+            "lower_rate_factor", "lower_rate_steps", "max_refused",
+        )  # fmt: skip
+        positive(**{key: getattr(self, key) for key in at_least_one})
+        others = (field.name for field in fields(self) if field.name not in at_least_one)
+        non_negative(**{key: getattr(self, key) for key in others})
+        fraction(lower_rate_factor=self.lower_rate_factor)
+        if self.min_window_steps > self.window_steps:
+            raise ValueError(
+                f"min_window_steps={self.min_window_steps}: never reached, the window holds "
+                f"window_steps={self.window_steps}; take at most that"
+            )
+        if 0 < self.rollback_after <= self.skip_after:
+            raise ValueError(
+                f"skip_after={self.skip_after}: not reached before rollback_after={self.rollback_after}; "
+                "take less, or 0 to leave out no data"
+            )
+        if self.max_refused <= max(self.rollback_after, self.skip_after):
+            raise ValueError(
+                f"max_refused={self.max_refused}: reached before skip_after={self.skip_after} and "
+                f"rollback_after={self.rollback_after} have been tried; take more"
+            )
+
+    def build(self, device: torch.device) -> "Ladder":
+        return Ladder(self, device)
+
+
+@dataclass
+class Episode:
+    """A stretch of steps that began with a refused one and has not been calm since."""
+
+    first_step: int
+    first_position: int  # in the data, sequences
+    refused: int = 0  # steps
+    accepted: int = 0  # steps
+    calm: int = 0  # accepted steps since the last refused one
+    skips: int = 0  # times that data was left out
+    skipped_at: int = 0  # the step launched when it last was
+    since_skip: int = 0  # refused steps launched after that
+
+
+@dataclass
+class Tried:
+    """What has been done since the ladder was last forgotten."""
+
+    setbacks: int = 0  # times that ``rollback_after`` was reached, with or without a checkpoint to go back to
+    last_setback: int = 0  # the furthest step of one
+    skips: int = 0
+    rollbacks: int = 0
+    lowerings: int = 0
+
+
+class Ladder(Lagged):
+    """``recovery=on`` at work.
+
+    A step is refused where loss or gradient norm is not finite or above the limit of the :class:`Window` of accepted
+    steps.  Refused steps that are close together make an episode, and the ladder is climbed by their number.  After
+    ``skip_after`` of them data is left out, twice as much if that many follow again, and so on: a bad stretch of the
+    data has an end, and the weights are still good.  After ``rollback_after`` the run goes back, from the
+    ``lower_rate_at``-th time on at a lower rate.  The next episode starts at the bottom again; how often the upper
+    rungs were used is forgotten once the run is ``forget_steps`` past the place.
+
+    A level that stays too high is an episode too: as long as nothing is accepted, the window does not follow.  Where
+    going back is not possible the rate is lowered and the window restarted, as the updates that could lead down again
+    would be refused otherwise.
+    """
+
+    def __init__(self, config: On, device: torch.device) -> None:
+        super().__init__()
+        self.config = config
+        self.window = Window(
+            device,
+            config.window_steps,
+            config.min_window_steps,
+            (config.loss_deviations, config.grad_norm_deviations),
+            (config.loss_floor, config.grad_norm_floor),
+        )
+        self.episode: Episode | None = None
+        self.tried = Tried()
+        self.factor = 1.0  # of the learning rate, before the 0-based step lowered_until
+        self.lowered_until = 0
+        self.passed_over = 0  # steps up to this one were judged by a window that has been given up since
+        self.batch_size: int | None = None  # of the step last considered
+        self.asked: tuple[Verdict, int] | None = None  # a RollBack's refused step, and the step launched by then
+
+    # --- every step ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def judge(self, loss: Tensor, norm: Tensor) -> dict[str, Tensor]:
+        observed = torch.stack([loss, norm]).float()
+        limits = self.window.limits()
+        finite = observed.isfinite().all()
+        accepted = finite & (observed <= limits).all()
+        self.window.add(observed, accepted)
+        loss_limit, grad_norm_limit = limits.unbind()
+        refused, non_finite = (~accepted).float(), (~finite).float()
+        return {
+            "refused": refused,
+            "non_finite": non_finite,
+            "loss_limit": loss_limit,
+            "grad_norm_limit": grad_norm_limit,
+        }
+
+    def rate_factor(self, step: int) -> float:
+        return self.factor if step < self.lowered_until else 1.0
+
+    def consider(self, verdict: Verdict, step: int) -> list[Action]:
+        if self.batch_size is not None and verdict.batch_size < self.batch_size:
+            self.start_over(step)  # smaller batches are noisier than what the window knows
+        self.batch_size = verdict.batch_size
+        if verdict.scaler_overflow or verdict.step <= self.passed_over:
+            return []
+        if verdict.refused:
+            return self.climb(verdict, step)
+        if self.episode is not None:
+            self.episode.accepted += 1
+            self.episode.calm += 1
+            if self.episode.calm >= self.config.calm_steps:
+                self.episode = None
+        return []
+
+    # --- the rungs ----------------------------------------------------------------------------------------------
+
+    def climb(self, verdict: Verdict, step: int) -> list[Action]:
+        """The rung that one more refused step leads to."""
+        config = self.config
+        if self.episode is None:
+            self.episode = Episode(verdict.step, verdict.position)
+            if config.forget_steps and verdict.step > self.tried.last_setback + config.forget_steps:
+                self.tried = Tried()
+        episode = self.episode
+        episode.refused += 1
+        episode.calm = 0
+        episode.since_skip += verdict.step > episode.skipped_at  # not those of data that was about to be left
+        if config.rollback_after and episode.refused >= config.rollback_after:
+            return self.go_back(verdict, step)
+        if episode.refused >= config.max_refused:
+            return self.last_resort(verdict, step)
+        if 0 < config.skip_after <= episode.since_skip and episode.skips < config.max_skips:
+            batches = config.skip_batches * 2**episode.skips
+            episode.skips += 1
+            episode.skipped_at, episode.since_skip = step, 0
+            self.tried.skips += 1
+            return [Skip(batches)]
+        return []
+
+    def go_back(self, verdict: Verdict, step: int) -> list[Action]:
+        """Ask for a rollback, unless there have been enough of them."""
+        assert self.episode is not None
+        if self.tried.setbacks >= self.config.max_rollbacks:
+            return self.give_up(verdict)
+        self.tried.setbacks += 1
+        self.tried.last_setback = max(self.tried.last_setback, verdict.step)
+        self.asked = verdict, step
+        first = self.episode.first_step
+        before = max(first - self.config.rollback_steps, 0)
+        return [RollBack(before, self.config.rollback_skip_batches, first)]
+
+    def rolled_back(self, to_step: int | None, stored: Mapping[str, Any] | None) -> list[Action]:
+        assert self.asked is not None, "no RollBack was asked for"
+        verdict, step = self.asked
+        self.asked = None
+        if to_step is None:
+            return self.last_resort(verdict, step)
+        self.forget_pending()
+        self.window.load_state_dict((stored or {}).get("window", {}))
+        self.episode = None
+        self.passed_over = 0
+        self.batch_size = None
+        self.tried.rollbacks += 1
+        if 0 < self.config.lower_rate_at <= self.tried.setbacks:
+            return self.lower_rate(to_step)
+        return []
+
+    def last_resort(self, verdict: Verdict, step: int) -> list[Action]:
+        """Go on from here at a lower rate, and judge by what comes; or give up where that cannot help."""
+        assert self.episode is not None
+        stuck = not verdict.finite and not self.episode.accepted  # no update gets through, at whatever rate
+        if not self.config.lower_rate_at or stuck or step < self.lowered_until:
+            return self.give_up(verdict)
+        self.start_over(step)
+        return self.lower_rate(step)
+
+    def start_over(self, step: int) -> None:
+        """Learn anew what is usual, from the steps after ``step``."""
+        self.episode = None
+        self.window.restart()
+        self.passed_over = step
+
+    def lower_rate(self, step: int) -> list[Action]:
+        """Lower the rate for the steps from the 0-based ``step`` on; further if it is lowered already."""
+        self.factor = self.rate_factor(step) * self.config.lower_rate_factor
+        self.lowered_until = step + self.config.lower_rate_steps
+        self.tried.lowerings += 1
+        return [LowerRate(self.factor, self.config.lower_rate_steps)]
+
+    def give_up(self, verdict: Verdict) -> list[Action]:
+        """The end, explained."""
+        episode, tried = self.episode, self.tried
+        assert episode is not None
+        counted = (
+            (tried.skips, "left out data"),
+            (tried.rollbacks, "went back to a checkpoint"),
+            (tried.setbacks - tried.rollbacks, "found no checkpoint old enough"),
+            (tried.lowerings, "lowered the learning rate"),
+        )
+        did = ", ".join(f"{what} {_times(number)}" for number, what in counted if number)
+        unwanted = "; if the data is meant to change here: recovery=off, or larger recovery.loss_deviations and "
+        unwanted += "recovery.grad_norm_deviations"
+        return [
+            GiveUp(
+                f"step {verdict.step}: {verdict.reason}; {_steps(episode.refused)} refused since step "
+                f"{episode.first_step}, none of which reached the weights. Tried before: {did or 'nothing'}. "
+                "Usual remedies: a lower optimizer.lr, a longer schedule.warmup_steps, clipping=norm with a smaller "
+                "clipping.max_norm, precision=fp32; a look at the data, positions "
+                f"{episode.first_position} to {verdict.position + verdict.batch_size - 1} of its order"
+                f"{unwanted if verdict.finite else ''}."
+            )
+        ]
+
+    # --- resuming -----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.asked is None, "a RollBack waits for its answer"
+        return super().state_dict() | {
+            "window": self.window.state_dict(),
+            "episode": None if self.episode is None else asdict(self.episode),
+            "tried": asdict(self.tried),
+            "factor": self.factor,
+            "lowered_until": self.lowered_until,
+            "passed_over": self.passed_over,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.window.load_state_dict(state.get("window", {}))
+        self.episode = Episode(**state["episode"]) if state.get("episode") else None
+        self.tried = Tried(**state.get("tried", {}))
+        self.factor = state.get("factor", 1.0)
+        self.lowered_until = state.get("lowered_until", 0)
+        self.passed_over = state.get("passed_over", 0)
+        self.batch_size = None  # the pending steps tell
+
+
+def _times(number: int) -> str:
+    return {1: "once", 2: "twice"}.get(number, f"{number} times")
+
+
+def _steps(number: int) -> str:
+    return "1 step" if number == 1 else f"{number} steps"

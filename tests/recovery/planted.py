@@ -1,0 +1,23 @@
+"""A plugin for tests: next-token prediction whose loss is NaN wherever the marker stands in a sequence."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmtrain.model import LanguageModel
+from llmtrain.objective import Objective
+from llmtrain.objective.causal import Causal
+
+MARKER = b"<<planted NaN>>"
+
+
+@dataclass(frozen=True)
+class Poisonable(Objective):
+    """``Causal``, and NaN for the marker, as an overflow in one layer would give it."""
+
+    def __call__(self, model: LanguageModel, inputs: Tensor, targets: Tensor) -> Tensor:
+        loss = Causal()(model, inputs, targets)
+        marker = torch.tensor(list(MARKER), device=inputs.device)
+        found = (inputs.unfold(1, len(marker), 1) == marker).all(-1).any()
+        return torch.where(found, torch.nan, loss)

@@ -1,0 +1,182 @@
+"""The worst sequences of a batch are found, by their own losses, and the place in them."""
+
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmtrain.data import IGNORE
+from llmtrain.data.sequences import Sequences
+from llmtrain.metrics.jsonl import to_line
+from llmtrain.model.gpt import GPTConfig, Initialisation
+from llmtrain.objective.causal import Causal
+from llmtrain.offenders import find_offenders
+from llmtrain.tokenizer.byte import Byte
+from llmtrain.tokenizer.gpt2 import GPT2
+
+CPU = torch.device("cpu")
+BYTE = Byte().build()
+LENGTH = 256
+
+
+class Bytes(nn.Module):
+    """Finds every byte after an ``a`` or a ``b`` likely but ``z``; reading a ``!``, it has no numbers from there on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        table = torch.zeros(256, 256)
+        table[:, ord("z")] = -9.0
+        self.table = nn.Parameter(table)
+        poison = torch.zeros(256)
+        poison[ord("!")] = math.nan
+        self.register_buffer("poison", poison)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table[ids] + self.poison[ids].cumsum(dim=1)[..., None]
+
+
+def loss_sum(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def sequences_of(*texts: str) -> Sequences:
+    """Each text, of LENGTH characters, a sequence: its bytes are the targets."""
+    data = np.frombuffer((" " + "".join(texts)).encode(), np.uint8).astype(np.uint16)
+    made = Sequences([data], LENGTH)
+    assert len(made) == len(texts)
+    return made
+
+
+def find(sequences: Sequences, count: int, indices: list[int] | None = None) -> list[dict]:
+    model = Bytes()
+    numbers = np.arange(len(sequences)) if indices is None else np.array(indices)
+    return find_offenders(partial(loss_sum, model), model, BYTE, sequences, numbers, count, CPU)
+
+
+def planted(at: int, what: str) -> str:
+    """A harmless text with ``what`` in it."""
+    text = ("ab" * LENGTH)[:LENGTH]
+    return text[:at] + what + text[at + len(what) :]
+
+
+TEXTS = [planted(0, ""), planted(100, "z" * 40), planted(200, "zz"), planted(150, "!"), planted(10, "z" * 60)]
+
+
+def test_the_worst_come_first_with_the_place_where_they_are_bad() -> None:
+    found = find(sequences_of(*TEXTS), 4)
+    assert [each["sequence"] for each in found] == [3, 4, 1, 2]
+    assert math.isnan(found[0]["loss"])
+    likely = math.log(255 + math.exp(-9))
+    assert [each["loss"] for each in found[1:]] == pytest.approx([likely + 9 * n / 256 for n in (60, 40, 2)], rel=1e-5)
+    assert (
+        [each["text"] for each in found]
+        == [
+            "…" + TEXTS[3][127:160] + "…",  # an eighth of the sequence, and the character before
+            "…" + "z" * 33 + "…",
+            "…b" + "abab" + "z" * 28 + "…",
+            "…" + TEXTS[2][191:224] + "…",
+        ]
+    )
+
+
+def test_what_poisons_all_that_follows_is_shown() -> None:
+    found = find(sequences_of(*(planted(at, "!") for at in range(154, 165))), 11)
+    assert all("!" in each["text"] for each in found)
+    assert all(math.isnan(each["loss"]) for each in found)
+
+
+def test_only_what_was_in_the_batch_and_no_more_than_asked_for() -> None:
+    sequences = sequences_of(*TEXTS)
+    assert [each["sequence"] for each in find(sequences, 2, [2, 0, 0, 2])] == [2, 0]
+    assert [each["sequence"] for each in find(sequences, 1, [0, 1, 2])] == [1]
+    assert find(sequences, 0) == []
+
+
+def test_what_is_found_can_be_logged() -> None:
+    found = find(sequences_of(*TEXTS), 5)
+    assert json.loads(to_line({"event": "refused", "step": 1, "examples": found}))["examples"][0]["loss"] == "nan"
+
+
+@pytest.mark.parametrize("length", [1, 3, 63, 64, 65, 100, 1000, 5000])
+def test_excerpts_are_short_at_any_length(length: int) -> None:
+    data = np.full(2 * length + 1, ord("a"), np.uint16)
+    data[length + 1 + length // 2] = ord("z")  # a target of the second sequence
+    model = Bytes()
+    found = find_offenders(partial(loss_sum, model), model, BYTE, Sequences([data], length), np.array([0, 1]), 1, CPU)
+    assert found[0]["sequence"] == 1
+    assert "z" in found[0]["text"]
+    assert len(found[0]["text"]) <= 67  # 64 targets, the input before them, two marks
+
+
+def test_long_words_are_cut() -> None:
+    gpt2 = GPT2().build()
+    ids = gpt2.encode(" internationally" * 65).astype(np.uint16)
+    assert len(ids) == 65
+    model = GPTConfig(1, 32, 2, 64, None, 0.0, True, True, Initialisation.gpt2).create(
+        gpt2.vocab_size, CPU, torch.Generator().manual_seed(0)
+    )
+    (found,) = find_offenders(partial(Causal(), model), model, gpt2, Sequences([ids], 64), np.array([0]), 1, CPU)
+    assert len(found["text"]) == 300
+    assert found["text"].startswith("… internationally internationally")
+
+
+class Masked(Sequences):
+    """Only every fourth target counts, and none of sequence 0."""
+
+    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        inputs, targets = super().gather(indices)
+        targets[:, np.arange(targets.shape[1]) % 4 != 0] = IGNORE
+        targets[indices == 0] = IGNORE
+        return inputs, targets
+
+
+def test_targets_that_carry_no_loss_do_not_count() -> None:
+    text = "".join("z" if i % 4 else "a" for i in range(LENGTH))
+    data = np.frombuffer((" " + text * 2 + planted(128, "zzzz")).encode(), np.uint8).astype(np.uint16)
+    found = find(Masked([data], LENGTH), 5)
+    likely = math.log(255 + math.exp(-9))
+    assert [each["sequence"] for each in found] == [2, 1]
+    assert [each["loss"] for each in found] == pytest.approx([likely + 9 / 64, likely], rel=1e-5)
+    assert "z" in found[0]["text"]
+    assert "z" not in found[1]["text"][2:]  # after the input that its first target follows
+
+
+def real_model(dropout: float) -> nn.Module:
+    config = GPTConfig(2, 32, 4, LENGTH, None, dropout, True, True, Initialisation.torch)
+    return config.create(257, CPU, torch.Generator().manual_seed(3))
+
+
+def test_a_real_model_is_evaluated_without_dropout_and_left_as_it_was() -> None:
+    sequences = sequences_of(*TEXTS)
+    model = real_model(0.5).train()
+    random = torch.get_rng_state()
+    found = find_offenders(partial(Causal(), model), model, BYTE, sequences, np.arange(5), 5, CPU)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    inputs, targets = (torch.from_numpy(rows) for rows in sequences.gather(np.arange(5)))
+    with torch.no_grad():
+        logits = model.eval()(inputs)
+    means = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(dim=1)
+    assert [each["sequence"] for each in found] == means.argsort(descending=True).tolist()
+    assert [each["loss"] for each in found] == pytest.approx(means.sort(descending=True).values.tolist(), rel=1e-5)
+
+
+def test_the_mode_is_restored_after_an_error() -> None:
+    model = real_model(0.5).train()
+
+    def failing(inputs: Tensor, targets: Tensor) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    call: Callable[[], object] = partial(
+        find_offenders, failing, model, BYTE, sequences_of(*TEXTS), np.arange(5), 1, CPU
+    )
+    with pytest.raises(RuntimeError, match="out of memory"):
+        call()
+    assert model.training
