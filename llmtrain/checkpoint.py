@@ -1,14 +1,14 @@
-"""When checkpoints are written, what is in them, and how a run comes back from one."""
+"""When checkpoints are written, which are kept, and how a run comes back from one."""
 
-import shutil
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from llmtrain.checks import non_negative
 from llmtrain.model import LanguageModel
-from llmtrain.optimizer.state import load_state_tensors, state_tensors
-from llmtrain.run_directory import RunDirectory
+from llmtrain.optimizer.state import load_state_tensors
 from llmtrain.state import TrainState
 from llmtrain.storage import (
     MODEL,
@@ -16,8 +16,8 @@ from llmtrain.storage import (
     CheckpointError,
     read_state,
     read_tensors,
+    step_of,
     verify_checkpoint,
-    write_checkpoint,
 )
 from llmtrain.weights.checkpoint import load_model
 
@@ -27,46 +27,83 @@ class Checkpoint:
     """The ``checkpoint`` group."""
 
     every_steps: int
+    every_minutes: float
+    before_evaluation: bool
+    asynchronous: bool
     keep_last: int
+    keep_best: int
+    keep_every: int
+    step: int | None
 
     def __post_init__(self) -> None:
-        if self.every_steps < 0:
-            raise ValueError(f"every_steps={self.every_steps}: must be 0 (only at the end) or more")
-        if self.keep_last < 0:
-            raise ValueError(f"keep_last={self.keep_last}: must be 0 (keep all) or more")
-
-    def is_due(self, step: int) -> bool:
-        """Whether to save after ``step`` steps."""
-        return self.every_steps > 0 and step % self.every_steps == 0
-
-    def save(
-        self, run: RunDirectory, model: LanguageModel, optimizer: torch.optim.Optimizer, state: TrainState, config: str
-    ) -> Path:
-        """Write a checkpoint of this moment, then remove those that ``keep_last`` no longer keeps.
-
-        Raises OSError (no space, …) with the older checkpoints untouched.
-        """
-        path = run.checkpoints / f"step-{state.step:08d}"
-        write_checkpoint(
-            path, model=model.state_dict(), optimizer=state_tensors(optimizer), state=state.to_json(), config=config
+        non_negative(
+            every_steps=self.every_steps,
+            every_minutes=self.every_minutes,
+            keep_last=self.keep_last,
+            keep_best=self.keep_best,
+            keep_every=self.keep_every,
+            step=self.step,
         )
-        if self.keep_last:
-            for old in run.find_checkpoints()[: -self.keep_last]:
-                shutil.rmtree(old)
-        return path
+
+    def is_due(self, step: int, seconds: float) -> bool:
+        """Whether to save after ``step`` steps, ``seconds`` after the last save."""
+        by_steps = self.every_steps > 0 and step % self.every_steps == 0
+        return by_steps or 0 < 60 * self.every_minutes <= seconds
+
+    def kept(self) -> int:
+        """How many checkpoints are on the disk in the long run, apart from those of ``keep_every``; at least 1."""
+        return max(self.keep_last, 1) + self.keep_best
+
+    def superfluous(self, steps: Sequence[int], val_losses: Mapping[int, float]) -> set[int]:
+        """Which of the whole checkpoints at ``steps`` need not be kept.
+
+        ``val_losses`` are the validation losses by step.  ``keep_last=0`` keeps all.
+        """
+        if not self.keep_last:
+            return set()
+        kept = set(sorted(steps)[-self.keep_last :])
+        judged = sorted((val_losses[step], step) for step in steps if step in val_losses)
+        kept |= {step for _, step in judged[: self.keep_best]}
+        if self.keep_every:
+            kept |= {step for step in steps if step % self.keep_every == 0}
+        return set(steps) - kept
 
 
-def restore(path: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> TrainState:
+def restore(
+    path: Path, model: LanguageModel, optimizer: torch.optim.Optimizer, *, fresh_optimizer: bool = False
+) -> TrainState:
     """Fill ``model`` and ``optimizer`` from the checkpoint at ``path`` and return the state.
 
+    With ``fresh_optimizer`` the optimizer keeps the state that it has: it is another one than the checkpoint's.
     Everything is checked against the manifest first.  Raises :class:`CheckpointError` naming the file.
     """
     verify_checkpoint(path)
     load_model(model, path / MODEL)
     try:
-        load_state_tensors(optimizer, read_tensors(path / OPTIMIZER))
+        if not fresh_optimizer:
+            load_state_tensors(optimizer, read_tensors(path / OPTIMIZER))
         return TrainState.from_json(read_state(path))
     except (ValueError, TypeError, KeyError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def newest_whole(
+    checkpoints: Sequence[Path], *, at_most: int | None = None, known: Collection[Path] = ()
+) -> tuple[Path | None, list[CheckpointError]]:
+    """The newest of ``checkpoints`` that agrees with its manifest, and what is wrong with those passed over.
+
+    ``at_most`` leaves out later steps; those in ``known`` are whole already.  None where there is no whole one.
+    """
+    damaged: list[CheckpointError] = []
+    for path in sorted(checkpoints, reverse=True):
+        if at_most is not None and step_of(path) > at_most:
+            continue
+        try:
+            if path not in known:
+                verify_checkpoint(path)
+            return path, damaged
+        except CheckpointError as error:
+            damaged.append(error)
+    return None, damaged

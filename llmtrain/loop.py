@@ -1,89 +1,45 @@
 """The training loop: the step, and what is done once in a while."""
 
-import json
-import math
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llmtrain.accumulation import Accumulation
-from llmtrain.checkpoint import Checkpoint
+from llmtrain.checkpoint import Checkpoint, newest_whole, restore
 from llmtrain.clipping import Clipping
-from llmtrain.data import Batch, Corpus
+from llmtrain.data import Batch
 from llmtrain.data.loader import Loader
-from llmtrain.data.sequences import Sequences
 from llmtrain.display import Display
-from llmtrain.evaluate import evaluate
-from llmtrain.inference import Sampling, generate
+from llmtrain.looks import Looks
+from llmtrain.loop_config import LoopConfig
+from llmtrain.memory import halved_on_out_of_memory
 from llmtrain.metrics import Metrics
 from llmtrain.model import LanguageModel
+from llmtrain.offenders import find_offenders
 from llmtrain.optimizer import step as optimizer_step
+from llmtrain.optimizer.state import state_tensors
 from llmtrain.precision import Precision
 from llmtrain.readback import Readback, StepRecord
+from llmtrain.recovery import Action, GiveUp, LowerRate, Recovery, RollBack, Skip, Verdict
 from llmtrain.run_directory import RunDirectory
 from llmtrain.runtime import peak_memory
+from llmtrain.saver import Saved, Saver
 from llmtrain.schedule import Schedule
 from llmtrain.state import TrainState
-from llmtrain.tokenizer import Tokenizer
+from llmtrain.storage import CheckpointError, remove_checkpoint, step_of
 
-MAX_REFUSED_IN_A_ROW = 3
+MAX_REFUSED_AT_END = 3  # steps in a row; a run that ends with as many has not come to anything
 
 
 class TrainingFailed(RuntimeError):
     """Training cannot go on; the message explains.  What was saved before is whole."""
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """The ``loop`` group."""
-
-    max_steps: int | None
-    epochs: float | None
-    eval_every: int
-    eval_batches: int | None
-    eval_train_batches: int
-    sample_every: int
-    sample_prompt: str
-    sample_tokens: int
-    sample_temperature: float
-    sample_top_k: int
-
-    def __post_init__(self) -> None:
-        if self.max_steps is None and self.epochs is None:
-            raise ValueError("max_steps=null and epochs=null: give one of them")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"max_steps={self.max_steps}: must be at least 1")
-        if self.epochs is not None and not 0 < self.epochs < math.inf:
-            raise ValueError(f"epochs={self.epochs}: must be above 0")
-        if self.eval_batches is not None and self.eval_batches < 1:
-            raise ValueError(f"eval_batches={self.eval_batches}: must be at least 1, or null for the whole split")
-        for key in ("eval_every", "eval_train_batches", "sample_every", "sample_tokens"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"{key}={getattr(self, key)}: must be 0 (never) or more")
-        try:
-            self.sampling()
-        except ValueError as error:
-            raise ValueError(f"sample_{error}") from None
-
-    def sampling(self) -> Sampling:
-        """How samples are drawn."""
-        return Sampling(self.sample_temperature, self.sample_top_k, 1.0)
-
-    def total_steps(self, accumulation: Accumulation, sequences: int, sequence_length: int) -> int:
-        """Optimizer steps of the run: ``max_steps``, or fewer where ``epochs`` passes over ``sequences`` end first."""
-        if self.epochs is None:
-            assert self.max_steps is not None
-            return self.max_steps
-        target, position, steps = math.ceil(self.epochs * sequences), 0, 0
-        while position < target and (self.max_steps is None or steps < self.max_steps):
-            position += accumulation.batch_size_at(steps, position * sequence_length)
-            steps += 1
-        return steps
 
 
 @dataclass
@@ -94,8 +50,6 @@ class Loop:
     state: TrainState
     max_steps: int
     device: torch.device
-    tokenizer: Tokenizer
-    corpus: Corpus
     model: LanguageModel
     loss_sum: Callable[[Tensor, Tensor], Tensor]  # (inputs, targets) -> sum of the token losses
     optimizer: torch.optim.Optimizer
@@ -104,64 +58,106 @@ class Loop:
     precision: Precision
     clipping: Clipping
     accumulation: Accumulation
+    recovery: Recovery
+    examples: int  # offending examples that an event of the recovery shows
+    open_loader: Callable[[TrainState], Loader]
+    sequences_at: Callable[[int, int], np.ndarray]  # (position, count) -> numbers of the training sequences there
+    looks: Looks
     checkpoint: Checkpoint
-    seed: int
-    loader: Loader
+    saver: Saver
     directory: RunDirectory
     config_text: str  # config.yaml, for the checkpoints
     metrics: Metrics
     log_every: int
     display: Display
-    stop: Callable[[], bool]
+    stop: Callable[[], str | None]  # why to stop, once there is a reason
     flops_per_token: int
     peak_flops: float
+    can_restore: Callable[[Path], bool]  # whether a checkpoint's optimizer state is of this run's kind of optimizer
     clock: Callable[[], float] = time.perf_counter
 
     last_loss: float | None = field(default=None, init=False)
-    last_val_loss: float | None = field(default=None, init=False)
-    last_train_loss: float | None = field(default=None, init=False)  # evaluated as the validation loss is
 
     def __post_init__(self) -> None:
         self.readback = Readback(self.device)
         self.parameters = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        self.saved_step: int | None = None
-        self.evaluated_step: int | None = None
-        self.sampled_step: int | None = None
-        self.mark = self.clock()  # since when the running stretch of training has not been accounted for
+        self.loader = self.open_loader(self.state)
+        self.saved_step: int | None = self.state.step or None  # a resumed run starts from what is already saved
+        self.refused_in_a_row = 0
+        self.save_error: Exception | None = None  # of the last save, if it failed
+        self.started = self.mark = self.saved_at = self.clock()  # mark: training is accounted for up to here
         self.since_log = [0, 0, 0.0]  # steps, tokens, seconds since the last row
 
+    def close(self) -> None:
+        """End the loader, close the samples."""
+        self.loader.close()
+        self.looks.samples.close()
+
     def run(self) -> str:
-        """Train to the end, or until asked to stop; returns ``"finished"`` or ``"interrupted"``.
+        """Train to the end, or until there is a reason to stop; returns ``"finished"`` or ``"interrupted"``.
 
         A checkpoint is written in either case.  Raises :class:`TrainingFailed`.
         """
-        self.saved_step = self.state.step or None  # a resumed run starts from what is already saved
         self.model.train()
         self.look()
-        self.mark = self.clock()
-        while self.state.step < self.max_steps and not self.stop():
-            self.train_step()
-            self.handle(self.readback.ready())
-            if self.checkpoint.is_due(self.state.step) or self.state.step == self.max_steps or self.stop():
+        self.mark = self.saved_at = self.clock()
+        while self.state.step < self.max_steps and not self.stop_reason():
+            self.advance()
+            if self.is_save_due():
                 self.save()
             self.look()
-        finished = self.state.step >= self.max_steps
+        self.save()
+        self.settle(wait=True)
         if self.saved_step != self.state.step:
-            self.save()
-        return "finished" if finished else "interrupted"
+            raise TrainingFailed(
+                f"step {self.state.step}: the checkpoint could not be written: {self.save_error}. Older checkpoints "
+                f"are untouched; make room, then go on with: llmtrain resume {self.directory.path}"
+            ) from self.save_error
+        if self.state.step < self.max_steps:
+            return "interrupted"
+        if self.refused_in_a_row >= MAX_REFUSED_AT_END:
+            raise TrainingFailed(
+                f"the run is through, but none of its last {self.refused_in_a_row} steps reached the weights (see the "
+                f"events in {self.directory.metrics}). Usual remedies: a lower optimizer.lr, a longer "
+                f"schedule.warmup_steps, clipping=norm, precision=fp32; to train on: llmtrain resume "
+                f"{self.directory.path} loop.max_steps=N"
+            )
+        return "finished"
+
+    def stop_reason(self) -> str | None:
+        """Why to save and leave now: a signal, or the end of ``loop.max_minutes``."""
+        if reason := self.stop():
+            return reason
+        limit = self.config.max_minutes
+        if limit is not None and self.clock() - self.started >= 60 * limit:
+            return f"loop.max_minutes={limit:g}"
+        return None
+
+    # --- the step ---------------------------------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """One optimizer step, and what follows from the numbers of earlier ones."""
+        self.train_step()
+        self.settle(wait=False)
+        self.handle(self.readback.ready())
+        self.act(self.recovery.decide(self.state.step))
 
     def train_step(self) -> None:
         """One optimizer step.  The host only launches work here; it never waits for the device."""
         state = self.state
         learning_rate = self.schedule(state.step, peak=self.peak_lr, total=self.max_steps)
+        learning_rate *= self.recovery.rate_factor(state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_multiplier"]
         batch = self.loader.next()
-        loss = self.accumulate(batch)
+        loss = halved_on_out_of_memory(
+            lambda size: self.accumulate(batch, size), self.micro_batch_size(len(batch.inputs)), self.note_halved
+        )
         self.precision.unscale([p for _, p in self.parameters])
         gradient = self.clipping(self.parameters, state.step)
-        found_inf = (~(loss.isfinite() & gradient.norm.isfinite())).float()
-        optimizer_step(self.optimizer, found_inf)
+        verdict = self.recovery.judge(loss, gradient.norm)
+        self.saver.before_update()
+        optimizer_step(self.optimizer, verdict["refused"])
         self.optimizer.zero_grad(set_to_none=True)
 
         scalars = {
@@ -169,64 +165,62 @@ class Loop:
             "grad_norm": gradient.norm,
             "grad_max": gradient.largest,
             "clipped": gradient.clipped,
-            "refused": found_inf,
+            **verdict,
         }
         if self.precision.scaler is not None:
             scalars["loss_scale"] = self.precision.scaler.scale
-            self.precision.scaler.update(found_inf)
+            self.precision.scaler.update(verdict["non_finite"])
+        record = StepRecord(
+            state.step + 1, state.position, batch.num_targets, state.tokens + batch.num_targets, len(batch.inputs),
+            learning_rate,
+        )  # fmt: skip
         state.step += 1
         state.position += len(batch.inputs)
         state.tokens += batch.num_targets
-        record = StepRecord(state.step, batch.num_targets, state.tokens, len(batch.inputs), learning_rate)
         self.readback.push(record, scalars)
         self.display.step(state.step)
 
-    def accumulate(self, batch: Batch) -> Tensor:
+    def accumulate(self, batch: Batch, micro_batch_size: int) -> Tensor:
         """Forward and backward of every micro-batch; returns the step's loss.
 
         Each micro-batch adds (its sum of token losses) / (valid targets of the whole step), so any split of the
         batch gives the gradient of the whole.
         """
-        size = self.accumulation.micro_batch_size
         loss = torch.zeros((), device=self.device)
-        for inputs, targets in zip(batch.inputs.split(size), batch.targets.split(size), strict=True):
+        pieces = zip(batch.inputs.split(micro_batch_size), batch.targets.split(micro_batch_size), strict=True)
+        for inputs, targets in pieces:
             with self.precision.autocast():
                 part = self.loss_sum(inputs, targets) / max(batch.num_targets, 1)
             self.precision.scale(part).backward()
             loss = loss + part.detach()
         return loss
 
+    def micro_batch_size(self, batch_size: int) -> int:
+        """Sequences of a forward pass: the config's, or what has been found to fit."""
+        return min(self.state.micro_batch_size or self.accumulation.micro_batch_size, batch_size)
+
+    def note_halved(self, size: int, message: str) -> None:
+        """The step is done again, on the same data, in smaller micro-batches, and so are all that follow."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.micro_batch_size = size
+        self.event("out_of_memory", self.state.step + 1, micro_batch_size=size, message=message)
+
+    # --- what has come back -----------------------------------------------------------------------------------------
+
     def handle(self, records: list[StepRecord]) -> None:
-        """Account for steps whose numbers have come back: log them, count refusals, give up after too many."""
+        """Account for steps whose numbers have come back: log them, and tell the recovery."""
         for record in records:
-            values = record.values
             self.since_log[0] += 1
             self.since_log[1] += record.tokens
-            if values["refused"]:
-                self.refuse(record)
-            else:
-                self.state.refused_in_a_row = 0
-            self.last_loss = values["loss"]
+            verdict = Verdict.of(record.step, record.position, record.batch_size, record.values)
+            self.recovery.note(verdict)
+            self.refused_in_a_row = self.refused_in_a_row + 1 if verdict.refused else 0
+            if verdict.refused:
+                self.state.refused_steps += 1
+                self.report_refusal(record, verdict)
+            self.last_loss = record.values["loss"]
             if record.step == 1 or record.step % self.log_every == 0 or record.step == self.max_steps:
                 self.log(record)
-
-    def refuse(self, record: StepRecord) -> None:
-        """Count a step that never reached the weights."""
-        values, state = record.values, self.state
-        state.refused_steps += 1
-        # With loss scaling an overflow only means that the scale is still too large.
-        harmless = math.isfinite(values["loss"]) and values.get("loss_scale", 0.0) > 1.0
-        state.refused_in_a_row = 0 if harmless else state.refused_in_a_row + 1
-        row = {"event": "refused", "step": record.step, "loss": values["loss"], "grad_norm": values["grad_norm"]}
-        self.metrics.row(row)
-        self.display.event(row)
-        if state.refused_in_a_row >= MAX_REFUSED_IN_A_ROW:
-            raise TrainingFailed(
-                f"step {record.step}: loss {values['loss']:g} and gradient norm {values['grad_norm']:g}, the "
-                f"{MAX_REFUSED_IN_A_ROW}rd step in a row that is not finite. None of them reached the weights. "
-                f"Usual remedies: a lower optimizer.lr, a longer schedule.warmup_steps, clipping=norm, "
-                f"precision=fp32; go on from the last checkpoint with: llmtrain resume {self.directory.path}"
-            )
 
     def log(self, record: StepRecord) -> None:
         """Write the metrics row of a step; speeds are means since the last row."""
@@ -237,7 +231,7 @@ class Loop:
         row = {
             "step": record.step,
             "tokens": record.total_tokens,
-            "epoch": self.epoch(record.total_tokens),
+            "epoch": self.looks.epoch(record.total_tokens),
             "loss": record.values["loss"],
             "learning_rate": record.learning_rate,
             "grad_norm": record.values["grad_norm"],
@@ -254,10 +248,6 @@ class Loop:
         self.metrics.row(row)
         self.display.row(row)
 
-    def epoch(self, tokens: int) -> float:
-        """Passes over the training data after ``tokens`` target tokens."""
-        return round(tokens / max(self.corpus.train.tokens, 1), 4)
-
     def account(self) -> None:
         """Book the time since the mark as training time."""
         now = self.clock()
@@ -265,103 +255,159 @@ class Loop:
         self.since_log[2] += now - self.mark
         self.mark = now
 
-    def save(self) -> None:
-        """Write a checkpoint of this moment.  Raises :class:`TrainingFailed` with the older ones untouched."""
+    def event(self, name: str, step: int, **details: Any) -> None:
+        """Record something out of the ordinary, in the metrics and before the user."""
+        row = {"event": name, "step": step, **details}
+        self.metrics.row(row)
+        self.display.event(row)
+
+    # --- recovery ---------------------------------------------------------------------------------------------------
+
+    def act(self, actions: Sequence[Action]) -> None:
+        """Carry out what the recovery has decided."""
+        queue = deque(actions)
+        while queue:
+            action = queue.popleft()
+            if isinstance(action, Skip):
+                self.skip(action.batches)
+                self.event("skip", self.state.step, batches=action.batches, position=self.state.position)
+            elif isinstance(action, RollBack):
+                queue.extend(self.roll_back(action))
+            elif isinstance(action, LowerRate):
+                self.event("lower_rate", self.state.step, factor=action.factor, steps=action.steps)
+            elif isinstance(action, GiveUp):
+                raise TrainingFailed(
+                    f"{action.reason} Resumed as it is, the run would come to the same end; go on from its last "
+                    f"checkpoint with a change: llmtrain resume {self.directory.path} KEY=VALUE"
+                )
+
+    def report_refusal(self, record: StepRecord, verdict: Verdict) -> None:
+        """Say which step never reached the weights, why, and on which text."""
+        examples = []
+        if self.examples and not verdict.scaler_overflow:
+            with self.precision.autocast():
+                examples = find_offenders(
+                    self.looks.plain_loss_sum, self.model, self.looks.tokenizer, self.looks.corpus.train,
+                    self.sequences_at(record.position, record.batch_size), self.examples, self.device,
+                )  # fmt: skip
+        values = {key: record.values[key] for key in ("loss", "grad_norm")}
+        self.event("refused", record.step, position=record.position, **values, reason=verdict.reason, examples=examples)
+
+    def skip(self, batches: int) -> None:
+        """Leave out the data of so many steps."""
+        state = self.state
+        sequences = batches * self.accumulation.batch_size_at(state.step, state.tokens)
+        state.position += sequences
+        state.skipped_sequences += sequences
+        self.loader.close()
+        self.loader = self.open_loader(state)
+
+    def roll_back(self, action: RollBack) -> Sequence[Action]:
+        """Go back to a checkpoint before the trouble, but on with the data behind it.
+
+        Returns what the recovery wants next, where there is no such checkpoint.
+        """
         self.handle(self.readback.drain())
         self.account()
+        self.settle(wait=True)
+        checkpoints = [path for path in self.directory.find_checkpoints() if self.can_restore(path)]
+        path, damaged = newest_whole(checkpoints, at_most=action.before_step, known=self.saver.whole)
+        for error in damaged:
+            self.event("damaged", self.state.step, message=str(error))
+        if path is None:
+            return self.recovery.rolled_back(None, None)
+        now = self.state
+        self.state = state = restore(path, self.model, self.optimizer)
+        assert state.step <= action.before_step
+        state.restore_rng(self.device)
+        self.precision.load_state_dict(state.scaler)
+        for kept in ("position", "skipped_sequences", "refused_steps", "train_seconds", "micro_batch_size"):
+            setattr(state, kept, getattr(now, kept))
+        self.forget_after(state.step)
+        self.skip(action.batches)
+        more = self.recovery.rolled_back(state.step, state.recovery)
+        self.event("roll_back", now.step, to_step=state.step, batches=action.batches, position=state.position)
+        # The checkpoint of this step gets the new position before anything else can go wrong.
+        for later in sorted((path for path in checkpoints if step_of(path) > state.step), reverse=True):
+            remove_checkpoint(later)
+            self.saver.whole.discard(later)
+        self.saved_step = None
+        self.save()
+        self.settle(wait=True)
+        return more
+
+    def forget_after(self, step: int) -> None:
+        """Drop what was logged, sampled and evaluated after ``step``: it will be again, and differently."""
+        self.metrics.rewind(step)
+        self.looks.forget_after(self.state)
+        self.since_log = [0, 0, 0.0]
+        self.display.start(step, self.max_steps)
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def is_save_due(self) -> bool:
+        """Whether to save after this step."""
+        at_end = self.state.step == self.max_steps or self.stop_reason() is not None
+        return at_end or self.checkpoint.is_due(self.state.step, self.clock() - self.saved_at)
+
+    def save(self) -> None:
+        """Begin to write a checkpoint of this moment, unless there is one; an earlier one comes to its end first."""
+        self.handle(self.readback.drain())
+        self.account()
+        self.settle(wait=True)
         if self.saved_step != self.state.step:
-            self.state.capture_rng(self.device)
-            self.state.scaler = self.precision.state_dict()
-            try:
-                path = self.checkpoint.save(self.directory, self.model, self.optimizer, self.state, self.config_text)
-            except OSError as error:
-                raise TrainingFailed(
-                    f"step {self.state.step}: the checkpoint could not be written: {error}. Older checkpoints are "
-                    f"untouched; make room, then go on with: llmtrain resume {self.directory.path}"
-                ) from error
+            self.capture_state()
+            model, optimizer = self.model.state_dict(), state_tensors(self.optimizer)
+            self.saver.begin(model, optimizer, self.state.to_json(), self.config_text, self.looks.val_losses)
             self.saved_step = self.state.step
-            row = {"event": "save", "step": self.state.step, "path": str(path.relative_to(self.directory.path))}
-            row["seconds"] = round(self.clock() - self.mark, 3)
-            self.metrics.row(row)
-            self.display.event(row)
-        self.mark = self.clock()
+        self.mark = self.saved_at = self.clock()
+
+    def capture_state(self) -> None:
+        """Bring ``state`` up to this moment, with what others keep of it."""
+        self.handle(self.readback.drain())
+        self.state.capture_rng(self.device)
+        self.state.scaler = self.precision.state_dict()
+        self.state.recovery = self.recovery.state_dict()
+
+    def settle(self, *, wait: bool) -> None:
+        """Take note of what has become of the save under way, if it is through or is to be waited for."""
+        saved = self.saver.collect(wait=wait)
+        if saved is None:
+            return
+        for message in saved.damaged:
+            self.event("damaged", saved.step, message=message)
+        self.save_error = saved.error
+        if saved.error is None:
+            path = str(saved.path.relative_to(self.directory.path))
+            seconds, held = round(saved.seconds, 3), round(saved.held_seconds, 3)
+            self.event("save", saved.step, path=path, seconds=seconds, held_seconds=held, removed=saved.removed)
+        else:
+            self.note_failed_save(saved, saved.error)
+
+    def note_failed_save(self, saved: Saved, error: Exception) -> None:
+        """A full disk must not end a run: the older checkpoints are whole, and there is a next time."""
+        if not isinstance(error, OSError | CheckpointError):
+            raise TrainingFailed(
+                f"step {saved.step}: saving failed: {type(error).__name__}: {error}. Older checkpoints are untouched"
+            ) from error
+        if self.saved_step == saved.step:
+            self.saved_step = None
+        message = f"not saved: {error}; older checkpoints are whole, the next save is tried as usual"
+        self.event("save_failed", saved.step, message=message)
+
+    # --- looking ----------------------------------------------------------------------------------------------------
 
     def look(self) -> None:
-        """Evaluate and sample where it is time to; after the save, so that neither can lose anything."""
-        step, config = self.state.step, self.config
-        at_end = step == self.max_steps
-        evaluating = self.corpus.validation is not None and config.eval_every > 0
-        evaluating = evaluating and (at_end or step % config.eval_every == 0) and step != self.evaluated_step
-        sampling = config.sample_every > 0 and step > 0 and (at_end or step % config.sample_every == 0)
-        sampling = sampling and step != self.sampled_step
-        if not (evaluating or sampling) or self.stop():
+        """Evaluate and sample where it is time to; after a save, so that neither can lose anything."""
+        step, at_end = self.state.step, self.state.step == self.max_steps
+        due = self.looks.evaluates(step, at_end=at_end) or self.looks.samples_at(step, at_end=at_end)
+        if not due or self.stop_reason():
             return
+        if self.checkpoint.before_evaluation and step > 0:
+            self.save()
+            self.settle(wait=True)
         self.handle(self.readback.drain())
         self.account()
-        if evaluating:
-            self.evaluate()
-        if sampling and not self.stop():
-            self.sample()
+        size = self.micro_batch_size(self.accumulation.micro_batch_size)
+        self.looks.look(self.state, at_end=at_end, micro_batch_size=size, stop=self.stop_reason)
         self.mark = self.clock()
-
-    def evaluate(self) -> None:
-        """The validation loss, and that of some training data if asked for, into metrics and state."""
-        assert self.corpus.validation is not None
-        state = self.state
-        loss = self.loss_on(self.corpus.validation, self.config.eval_batches)
-        if loss is None:
-            return
-        row = {"step": state.step, "tokens": state.tokens, "epoch": self.epoch(state.tokens), "val_loss": loss}
-        if self.config.eval_train_batches:
-            train_loss = self.loss_on(self.corpus.train, self.config.eval_train_batches)
-            if train_loss is None:
-                return
-            row["train_loss"] = train_loss
-        self.note_validation(row)
-        self.metrics.row(row)
-        self.display.validation(row)
-
-    def loss_on(self, sequences: Sequences, batches: int | None) -> float | None:
-        """Mean loss over so many batches of the first step's size; None if asked to stop."""
-        batch_size = self.accumulation.batch_size_at(0, 0)
-        return evaluate(
-            self.loss_sum,
-            self.model,
-            sequences,
-            batch_size=min(self.accumulation.micro_batch_size, batch_size),
-            max_sequences=None if batches is None else batches * batch_size,
-            precision=self.precision,
-            device=self.device,
-            stop=self.stop,
-        )
-
-    def note_validation(self, row: dict[str, Any]) -> None:
-        """Take account of a validation row, of this session or of one before."""
-        self.evaluated_step = row["step"]
-        self.last_val_loss, self.last_train_loss = row["val_loss"], row.get("train_loss")
-        if self.state.best_val_loss is None or row["val_loss"] < self.state.best_val_loss:
-            self.state.best_val_loss, self.state.best_val_step = row["val_loss"], row["step"]
-
-    def sample(self) -> None:
-        """A sample of text, into ``samples.jsonl``.  Training's random numbers are not touched."""
-        config, step = self.config, self.state.step
-        ids = generate(
-            self.model,
-            self.tokenizer.encode(config.sample_prompt).tolist(),
-            max_tokens=config.sample_tokens,
-            sampling=config.sampling(),
-            generator=torch.Generator(self.device).manual_seed(self.seed + step),
-            dtype=self.precision.dtype,
-            end_of_text=self.tokenizer.end_of_text,
-        )
-        with self.precision.autocast():
-            text = self.tokenizer.decode(list(ids))
-        self.sampled_step = step
-        append_json(self.directory.samples, {"step": step, "prompt": config.sample_prompt, "text": text})
-        self.display.sample(step, config.sample_prompt, text)
-
-
-def append_json(path: Path, row: dict) -> None:
-    """Add a line to a JSON-lines file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")

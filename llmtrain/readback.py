@@ -12,6 +12,7 @@ class StepRecord:
     """A step as the host knows it, and the numbers that the device has yet to deliver."""
 
     step: int  # 1-based: steps done
+    position: int  # of its first sequence in the data
     tokens: int  # target tokens of this step
     total_tokens: int  # target tokens of the run up to and with this step
     batch_size: int

@@ -141,6 +141,19 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def available_memory() -> int | None:
+    """Bytes of host memory that this process can still take, by the kernel and its control group; None if unknown."""
+    found = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        kilobytes = [line.split()[1] for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")]
+        found += [1024 * int(number) for number in kilobytes]
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()) != "max":
+        found.append(int(limit) - int((group / "memory.current").read_text()))
+    return min(found) if found else None
+
+
 # Dense bf16 matrix products without sparsity, FLOP/s, from the makers' data sheets.
 DATASHEET_BF16 = {
     "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12,

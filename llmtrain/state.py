@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -18,13 +18,15 @@ class TrainState:
     step: int = 0  # optimizer steps done, refused ones included
     position: int = 0  # sequences consumed, over all epochs: the one integer behind the data order
     tokens: int = 0  # target tokens consumed
-    refused_steps: int = 0  # steps whose loss or gradient was not finite
-    refused_in_a_row: int = 0
+    refused_steps: int = 0  # steps whose update was refused: not finite, or far out of the ordinary
+    skipped_sequences: int = 0  # left out by the recovery; ``position`` counts them as consumed
+    micro_batch_size: int | None = None  # smaller than the config's since the device ran out of memory
     best_val_loss: float | None = None
     best_val_step: int | None = None
     train_seconds: float = 0.0  # spent in steps, over all sessions
     data: str = ""  # fingerprint of the data that ``position`` counts in
     scaler: dict[str, float] = field(default_factory=dict)
+    recovery: dict[str, Any] = field(default_factory=dict)
     rng: dict[str, Any] = field(default_factory=dict)
 
     def capture_rng(self, device: torch.device) -> None:

@@ -5,21 +5,28 @@ parent fsynced: a kill at any moment leaves either no checkpoint or a whole one 
 writer sweeps away).  Tensors are safetensors, everything else JSON or YAML; nothing is pickled.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 MODEL, OPTIMIZER, STATE, CONFIG = "model.safetensors", "optimizer.safetensors", "state.json", "config.yaml"
+REPLACED = ".tmp-replaced-"  # a checkpoint that a new one of its name is taking the place of
+CHUNK = 1 << 22  # bytes compared at once
 
 
 class CheckpointError(ValueError):
@@ -35,8 +42,60 @@ def write_atomically(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class AppendedFile:
+    """Lines at the end of a file; each has left the process when :meth:`append` returns.
+
+    Where the disk is full, what does not fit waits in memory and goes first the next time: a run does not die of its
+    log, and no line is torn or lost unless the process ends before there is room.  The next process leaves a torn line
+    as a line of its own.  The file is made by the first line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+        self._waiting = b""  # from the beginning of a line on
+        self._written = 0  # bytes of it that are in the file already: the line there is torn
+
+    def append(self, text: str) -> None:
+        """Write ``text``, which ends with a newline.  Raises OSError for anything but a full disk."""
+        self._waiting += text.encode("utf-8", errors="backslashreplace")
+        try:
+            if self._descriptor is None:
+                self._descriptor = self._open()
+            while self._written < len(self._waiting):
+                self._written += os.write(self._descriptor, self._waiting[self._written :])
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+        whole = self._waiting.rfind(b"\n", 0, self._written) + 1
+        self._waiting, self._written = self._waiting[whole:], self._written - whole
+
+    def _open(self) -> int:
+        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        size = os.fstat(descriptor).st_size
+        if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
+            self._written = 0  # if a line was torn, it went when the file was rewritten
+        elif self._written == 0:  # torn by a process that ended before there was room
+            self._waiting = b"\n" + self._waiting
+        return descriptor
+
+    def rewrite(self, change: Callable[[], None]) -> None:
+        """Call ``change()``, which may replace the file, and go on at the end of what is there then."""
+        self.close()
+        change()
+
+    def close(self) -> None:
+        """Close the file; the next line opens it again."""
+        if self._waiting:
+            self.append("")
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def write_checkpoint(
@@ -44,7 +103,10 @@ def write_checkpoint(
 ) -> None:
     """Write the checkpoint directory ``path``.  On any error (no space, …) nothing of it remains; OSError."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _fsync(path.parent.parent)
+    check_room(path.parent, sum(tensor.nbytes for tensors in (model, optimizer) for tensor in tensors.values()))
     try:
         temporary.mkdir()
         save_file({k: v.contiguous() for k, v in model.items()}, temporary / MODEL)
@@ -56,7 +118,7 @@ def write_checkpoint(
             _fsync(temporary / name)
             files[name] = {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)}
         manifest = {"format": FORMAT, "step": state["step"], "files": files}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        (temporary / MANIFEST).write_text(_render_manifest(manifest), encoding="utf-8")
         _fsync(temporary / MANIFEST)
         _fsync(temporary)
         _replace_directory(temporary, path)
@@ -66,10 +128,29 @@ def write_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_room(folder: Path, needed_bytes: int) -> None:
+    """Raise OSError if the disk of ``folder`` has less room than that."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise OSError(errno.ENOSPC, f"{needed_bytes:,} bytes are needed and {free:,} are free", str(folder))
+
+
+def _render_manifest(manifest: dict[str, Any]) -> str:
+    """The manifest's text, its own sha256 in it: a change of any byte of it shows."""
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(body, indent=1).encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest}, indent=1) + "\n"
+
+
 def _replace_directory(new: Path, path: Path) -> None:
-    """Rename ``new`` to ``path``; an older directory of that name makes room, and comes back if that fails."""
-    old = path.with_name(f".tmp-old-{path.name}-{os.getpid()}")
+    """Rename ``new`` to ``path``.
+
+    An older directory of that name makes room first.  It comes back if the renaming fails, and, after a kill between
+    the two, when leftovers are swept.
+    """
+    old = path.with_name(f"{REPLACED}{path.name}")
     if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
     try:
         new.rename(path)
@@ -81,31 +162,107 @@ def _replace_directory(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def verify_checkpoint(path: Path) -> None:
-    """Compare every file of the checkpoint with the manifest.  Raises :class:`CheckpointError` naming the file."""
-    manifest_path = path / MANIFEST
-    if not manifest_path.is_file():
-        raise CheckpointError(f"{path}: not a checkpoint (no {MANIFEST})")
+def copy_checkpoint(source: Path, path: Path) -> None:
+    """Make ``path`` the checkpoint that ``source`` is, whole or not at all: hard links where the disk has them.
+
+    A checkpoint's files are replaced, never changed in place, so two runs can share them.  Raises OSError, and
+    :class:`CheckpointError` if a copy is not what the manifest says.
+    """
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        found = manifest["format"]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{manifest_path}: damaged ({error})") from error
-    if found != FORMAT:
-        raise CheckpointError(f"{manifest_path}: format {found!r} is not known here (this version: {FORMAT})")
-    if missing := {MODEL, OPTIMIZER, STATE, CONFIG} - files.keys():
-        raise CheckpointError(f"{manifest_path}: does not list {', '.join(sorted(missing))}")
+        temporary.mkdir()
+        for name in (*_read_manifest(source), MANIFEST):
+            try:
+                os.link(source / name, temporary / name)
+            except OSError:  # another disk, or a file system without links
+                shutil.copyfile(source / name, temporary / name)
+                _fsync(temporary / name)
+        verify_checkpoint(temporary)
+        _fsync(temporary)
+        _replace_directory(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint: a kill on the way leaves it whole, or leftovers to be swept."""
+    doomed = path.with_name(f".tmp-removed-{path.name}-{os.getpid()}")
+    path.rename(doomed)
+    _fsync(path.parent)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def confirm_checkpoint(path: Path, *, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+    """Read a checkpoint back and compare it with the tensors that it was written from, byte by byte.
+
+    Raises :class:`CheckpointError` naming the file and the tensor.
+    """
+    for name, tensors in ((MODEL, model), (OPTIMIZER, optimizer)):
+        with safe_open(path / name, framework="pt") as file:
+            if set(file.keys()) != tensors.keys():
+                raise CheckpointError(f"{path / name}: holds other tensors than were written")
+            for key, tensor in tensors.items():
+                if not _same_bytes(file.get_tensor(key), tensor):
+                    raise CheckpointError(f"{path / name}: {key} reads back differently from what was written")
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    left, right = (_bytes(tensor.contiguous()) for tensor in (one, other.cpu()))
+    pieces = range(0, len(left), CHUNK)
+    return len(left) == len(right) and all(np.array_equal(left[i : i + CHUNK], right[i : i + CHUNK]) for i in pieces)
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def verify_checkpoint(path: Path, *, only: str | None = None) -> None:
+    """Compare every file of the checkpoint, or ``only`` one, with the manifest.
+
+    Raises :class:`CheckpointError` naming the file.
+    """
+    files = _read_manifest(path)
     for name, (size, digest) in files.items():
-        if Path(name).name != name:
-            raise CheckpointError(f"{manifest_path}: {name!r} is not a plain file name")
+        if only not in (None, name):
+            continue
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file}: missing")
         if file.stat().st_size != size:
             raise CheckpointError(f"{file}: {file.stat().st_size} bytes, the manifest says {size}")
-        if sha256(file) != digest:
+        try:
+            found = sha256(file)
+        except OSError as error:  # a bad block of the disk
+            raise CheckpointError(f"{file}: {error.strerror}") from error
+        if found != digest:
             raise CheckpointError(f"{file}: its sha256 is not the manifest's; the file was changed or damaged")
+    if extra := sorted(entry.name for entry in path.iterdir() if entry.name not in (*files, MANIFEST)):
+        raise CheckpointError(f"{path / extra[0]}: not of this checkpoint; its manifest does not list it")
+
+
+def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
+    """Size and sha256 of every file of a checkpoint.  Raises :class:`CheckpointError` for a damaged manifest."""
+    manifest_path = path / MANIFEST
+    if not manifest_path.is_file():
+        raise CheckpointError(f"{path}: not a checkpoint (no {MANIFEST})")
+    try:
+        text = manifest_path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        found = manifest["format"]
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{manifest_path}: damaged ({type(error).__name__}: {error})") from error
+    if found != FORMAT:
+        raise CheckpointError(f"{manifest_path}: format {found!r} is not known here (this version: {FORMAT})")
+    for name in files:
+        if Path(name).name != name or name in (".", ".."):
+            raise CheckpointError(f"{manifest_path}: {name!r} is not a plain file name")
+    if text != _render_manifest(manifest):
+        raise CheckpointError(f"{manifest_path}: it does not have the sha256 that it names; changed or damaged")
+    if missing := {MODEL, OPTIMIZER, STATE, CONFIG} - files.keys():
+        raise CheckpointError(f"{manifest_path}: does not list {', '.join(sorted(missing))}")
+    return files
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -126,7 +283,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def find_checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoint directories of a run, oldest first."""
-    return sorted(p for p in (run_dir / "checkpoints").glob("step-*") if p.is_dir())
+    folders = (run_dir / "checkpoints").glob("step-*")
+    return sorted(path for path in folders if re.fullmatch(r"step-\d+", path.name) and path.is_dir())
 
 
 def locate_checkpoint(target: Path) -> Path:
@@ -142,8 +300,16 @@ def locate_checkpoint(target: Path) -> Path:
     raise CheckpointError(f"{target}: neither a run directory (no {CONFIG}) nor a checkpoint (no {MANIFEST})")
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def sweep_leftovers(directory: Path) -> None:
     """Remove what killed writers left in ``directory``.  Only the holder of the run's lock may call this."""
+    for replaced in directory.glob(f"{REPLACED}*"):
+        with contextlib.suppress(OSError):  # the new one is in place: the old one is left over
+            replaced.rename(replaced.with_name(replaced.name.removeprefix(REPLACED)))
     for leftover in directory.glob(".tmp-*"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)

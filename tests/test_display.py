@@ -87,8 +87,10 @@ def say_everything(display: Any, clock: Clock) -> None:
     display.event(
         {"event": "save", "step": 10, "path": "checkpoints/step-00000010", "bytes": 2_000_000, "seconds": 0.42}
     )
-    display.event({"event": "refused", "step": 10, "loss": math.nan})
-    display.event({"event": "resume", "step": 10, "changes": [["optimizer.lr", 0.001, 0.0003]]})
+    examples = [{"sequence": 1234, "loss": 9.5, "text": "bad\x1b[2J\ntext"}]
+    display.event({"event": "refused", "step": 10, "loss": math.nan, "examples": examples})
+    changes = [["optimizer.lr", 0.001, 0.0003]]
+    display.event({"event": "resume", "step": 10, "changes": changes, "rates": [0.001, 0.0003]})
     display.warn(HOSTILE)
 
 
@@ -99,9 +101,13 @@ step    10/5,000  validation loss 3.4012  perplexity 30.0
 step    10/5,000  sample
     Every effort moves \x1b[2Jgone [bold red]loud[/]\x07
     {tab}on, café
-step    10/5,000  save  path checkpoints/step-00000010  2.00 MB  420 ms
+step    10/5,000  save  checkpoints/step-00000010  2.00 MB  420 ms
 step    10/5,000  refused  loss nan
-step    10/5,000  resume  changes optimizer.lr: 0.001 -> 0.0003
+    sequence 1,234, loss 9.5000: bad\x1b[2J text
+step    10/5,000  resume
+    key           stored  now
+    optimizer.lr  0.001   0.0003
+    learning rate at step 11: 1.00e-03 -> 3.00e-04
 warning: \x1b[2Jgone [bold red]loud[/]\x07
 """.replace("{tab}", "\t")
 
@@ -135,7 +141,7 @@ def test_summary_of_an_interrupted_run(tmp_path: Path) -> None:
         "  tokens           246k\n"
         "  time             1h 02m\n"
         "  throughput       66.0 tok/s\n"
-        "  refused steps    2 (loss or gradient not finite)\n"
+        "  refused steps    2 (not finite, or far out of the ordinary)\n"
         f"  run directory    {run_dir}\n"
         "next\n"
         f"  llmtrain resume {quoted}\n"

@@ -13,8 +13,10 @@ import torch
 from llmtrain.storage import (
     MANIFEST,
     CheckpointError,
+    confirm_checkpoint,
     find_checkpoints,
     locate_checkpoint,
+    remove_checkpoint,
     sweep_leftovers,
     verify_checkpoint,
     write_atomically,
@@ -49,8 +51,6 @@ def test_damage_is_named(tmp_path: Path, name: str) -> None:
         (path / name).unlink(missing_ok=True)
         if content is not None:
             (path / name).write_bytes(content)
-        if name == MANIFEST and content == damages["truncated"]:
-            continue  # its last byte is a newline
         with pytest.raises(CheckpointError, match=r"\.json|\.safetensors" if name == MANIFEST else name):
             verify_checkpoint(path)
 
@@ -62,6 +62,83 @@ def test_names_in_the_manifest_stay_in_the_folder(tmp_path: Path) -> None:
     (path / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="not a plain file name"):
         verify_checkpoint(path)
+
+
+def test_every_byte_of_the_manifest_counts(tmp_path: Path) -> None:
+    """Also white space, a counter, or a key that nobody reads."""
+    path = write(tmp_path / "step-00000003")
+    original = (path / MANIFEST).read_bytes()
+    for position in range(len(original)):
+        for bit in (0x01, 0x10):
+            changed = bytearray(original)
+            changed[position] ^= bit
+            (path / MANIFEST).write_bytes(changed)
+            with pytest.raises(CheckpointError, match=r"manifest\.json|step-00000003"):
+                verify_checkpoint(path)
+    (path / MANIFEST).write_bytes(original)
+    verify_checkpoint(path)
+
+
+def test_an_extra_file_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "step-00000003")
+    (path / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"notes\.txt: not of this checkpoint"):
+        verify_checkpoint(path)
+
+
+def test_reading_back_tells_other_tensors(tmp_path: Path) -> None:
+    path = write(tmp_path / "step-00000003")
+    model, optimizer = {"w": torch.full((100,), 1.0)}, {"w/m": torch.zeros(100)}
+    confirm_checkpoint(path, model=model, optimizer=optimizer)
+    model["w"][57] = 1.0000001
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: w reads back differently"):
+        confirm_checkpoint(path, model=model, optimizer=optimizer)
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: holds other tensors"):
+        confirm_checkpoint(path, model={"w": torch.full((100,), 1.0)}, optimizer={})
+
+
+def test_replacing_is_undone_after_a_kill_between_the_renames(tmp_path: Path) -> None:
+    path = write(tmp_path / "step-00000003", 1.0)
+    path.rename(tmp_path / ".tmp-replaced-step-00000003")  # as far as the killed process came
+    sweep_leftovers(tmp_path)
+    verify_checkpoint(path)
+    write(tmp_path / "step-00000003", 2.0)
+    (tmp_path / ".tmp-replaced-step-00000003").mkdir()  # of a process killed one step later
+    (tmp_path / ".tmp-replaced-step-00000003" / "model.safetensors").write_text("old")
+    sweep_leftovers(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000003"]
+    verify_checkpoint(path)
+
+
+def test_removing_leaves_no_half(tmp_path: Path) -> None:
+    path = write(tmp_path / "step-00000003")
+    remove_checkpoint(path)
+    assert not list(tmp_path.iterdir())
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from llmtrain.storage import AppendedFile
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+file = AppendedFile(Path(sys.argv[1]))
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+file.append("one\\n")
+resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+for line in ("two\\n", "three\\n", "four\\n"):
+    file.append(line)
+print(repr(Path(sys.argv[1]).read_text()))
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+file.append("five\\n")
+file.close()
+"""
+
+
+def test_lines_wait_for_room_on_a_full_disk(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    done = subprocess.run([sys.executable, "-c", FULL, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout == repr("one\ntwo\nth") + "\n"
+    assert path.read_text() == "one\ntwo\nthree\nfour\nfive\n"
 
 
 def test_no_space_leaves_nothing_and_keeps_the_old(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from rich.text import Text
 from llmtrain.display import lines
 from llmtrain.display.progress import Progress
 from llmtrain.metrics import Row
+from llmtrain.storage import AppendedFile
 
 
 class Display(ABC):
@@ -31,7 +32,7 @@ class Display(ABC):
         self.run_dir = run_dir
         self._stream = stream
         self.progress = Progress(clock)
-        self._log = (run_dir / "train.log").open("a", encoding="utf-8")
+        self._log = AppendedFile(run_dir / "train.log")
 
     def header(self, rows: list[tuple[str, str]]) -> None:
         """Say what is about to be trained, as (name, value) pairs."""
@@ -96,8 +97,7 @@ class Display(ABC):
 
     def _write_log(self, text: Text) -> None:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        self._log.write("".join(f"{now}  {line}".rstrip() + "\n" for line in text.plain.split("\n")))
-        self._log.flush()
+        self._log.append("".join(f"{now}  {line}".rstrip() + "\n" for line in text.plain.split("\n")))
 
     @abstractmethod
     def _show(self, text: Text, drawn: RenderableType | None) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from llmtrain.format import visible
 from llmtrain.metrics import Row
 
 EXPECTED_EVENTS = ("save", "resume")  # others are worth a look
+SELF_EXPLAINING = ("path", "message", "reason", "from")  # keys of an event whose values need no label
 EXIT_STYLES = {"finished": "bold green", "interrupted": "bold yellow"}
 
 
@@ -72,20 +74,44 @@ def indented(text: Text, by: int = 4) -> Text:
 
 
 def event(row: Row, progress: Progress) -> Text:
-    """An event by its name and whatever it carries."""
+    """An event by its name and whatever it carries; offending examples, and what a resume changes, in lines below."""
     name = row["event"]
     details = "  ".join(
-        f"{_label(key)}{_value(key, value)}"
+        f"{_label(key)}{format.quantity(key, value)}"
         for key, value in row.items()
-        if key not in ("event", "step") and value not in (None, [])
+        if key not in ("event", "step", "examples", "changes", "rates") and value not in (None, [])
     )
     style = "bold green" if name in EXPECTED_EVENTS else "bold yellow"
-    return Text.assemble(_step(row["step"], progress), "  ", (visible(name), style), "  " if details else "", details)
+    title = visible(name.replace("_", " "))
+    line = Text.assemble(_step(row["step"], progress), "  ", (title, style), "  " if details else "", details)
+    below = [*(_example(example) for example in row.get("examples") or []), *_changes(row)]
+    return Text("\n").join([line, *map(indented, below)])
+
+
+def _example(example: dict[str, Any]) -> Text:
+    text = visible(example["text"]).replace("\n", " ")
+    return Text.assemble(f"sequence {example['sequence']:,}, loss {format.loss(example['loss'])}: ", (text, "italic"))
+
+
+def _changes(row: Row) -> Iterator[Text]:
+    """The changed settings of a resumed run as a table, and what becomes of its learning rate."""
+    table = [("key", "stored", "now")] if row.get("changes") else []
+    table += [(key, format.setting(stored), format.setting(now)) for key, stored, now in row.get("changes") or []]
+    widths = [max((len(cells[column]) for cells in table), default=0) for column in (0, 1)]
+    for number, (key, stored, now) in enumerate(table):
+        yield Text(f"{visible(key):<{widths[0]}}  {stored:<{widths[1]}}  {now}", style="" if number else "bold")
+    if rates := row.get("rates"):
+        yield Text(f"learning rate at step {row['step'] + 1:,}: {rates[0]:.2e} -> {rates[1]:.2e}")
 
 
 def warning(text: str) -> Text:
     """Something that the user should know."""
     return Text.assemble(("warning: ", "bold yellow"), (visible(text), "yellow"))
+
+
+def error(text: str) -> Text:
+    """Something that training would be refused for."""
+    return Text.assemble(("error: ", "bold red"), (visible(text), "red"))
 
 
 def summary(summary: Row, run_dir: Path) -> Text:
@@ -126,7 +152,7 @@ def _results(summary: Row) -> list[tuple[str, str]]:
     if summary.get("tokens_per_second") is not None:
         results.append(("throughput", f"{format.count(summary['tokens_per_second'])} tok/s"))
     if summary.get("refused_steps"):
-        results.append(("refused steps", f"{summary['refused_steps']:,} (loss or gradient not finite)"))
+        results.append(("refused steps", f"{summary['refused_steps']:,} (not finite, or far out of the ordinary)"))
     return results
 
 
@@ -139,14 +165,9 @@ def _step(step: int, progress: Progress) -> Text:
     return Text(f"step {progress.label(step)}", style="dim")
 
 
-def _value(key: str, value: Any) -> str:
-    """The value for people; the changed settings of a resumed run as ``key: before -> after``."""
-    if key == "changes":
-        return visible(", ".join(f"{name}: {before} -> {after}" for name, before, after in value))
-    return format.quantity(key, value)
-
-
 def _label(key: str) -> str:
     """The key in words, without the unit that its value shows; nothing is left of ``bytes`` and ``seconds``."""
+    if key in SELF_EXPLAINING:
+        return ""
     words = [word for word in key.split("_") if word not in ("bytes", "seconds")]
     return visible(" ".join([*words, ""]))

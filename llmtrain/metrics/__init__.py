@@ -25,7 +25,14 @@ class Metrics(ABC):
 
     @abstractmethod
     def row(self, row: Row) -> None:
-        """Record ``row``.  It has left the process when this returns: a kill afterwards does not lose it."""
+        """Record ``row``.  It has left the process when this returns: a kill afterwards does not lose it.
+
+        On a full disk it waits in memory for the next one.
+        """
+
+    @abstractmethod
+    def rewind(self, step: int) -> None:
+        """Forget the rows after ``step``, except events: the run went back there and goes on from it."""
 
     @abstractmethod
     def close(self) -> None:

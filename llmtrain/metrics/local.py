@@ -5,6 +5,7 @@ from pathlib import Path
 
 from llmtrain.metrics import Metrics, MetricsConfig
 from llmtrain.metrics.jsonl import Row, drop_rows, to_line
+from llmtrain.storage import AppendedFile
 
 FILE = "metrics.jsonl"
 
@@ -31,12 +32,18 @@ class LocalMetrics(Metrics):
     """Appends rows to a file."""
 
     def __init__(self, path: Path, *, new: bool) -> None:
-        self._file = path.open("x" if new else "a", encoding="utf-8")
+        if new:
+            path.open("x").close()
+        self._path = path
+        self._file = AppendedFile(path)
 
     def row(self, row: Row) -> None:
         """Write ``row`` as one line and hand it to the operating system."""
-        self._file.write(to_line(row))
-        self._file.flush()
+        self._file.append(to_line(row))
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after ``step`` that the run will write again."""
+        self._file.rewrite(lambda: drop_rows(self._path, lambda row: _comes_again(row, step)))
 
     def close(self) -> None:
         """Close the file."""

@@ -34,19 +34,21 @@ class TensorBoard(MetricsConfig):
     def build(self, run_dir: Path, *, resume_step: int | None) -> "TensorBoardMetrics":
         """Open both; on resume TensorBoard is told to forget the points after ``resume_step``."""
         self.check()
-        from torch.utils.tensorboard import SummaryWriter
-
-        local = Local(self.log_every).build(run_dir, resume_step=resume_step)
-        purge_step = None if resume_step is None else resume_step + 1
-        return TensorBoardMetrics(local, SummaryWriter(str(run_dir / FOLDER), purge_step=purge_step))
+        return TensorBoardMetrics(Local(self.log_every).build(run_dir, resume_step=resume_step), run_dir, resume_step)
 
 
 class TensorBoardMetrics(Metrics):
     """Writes every row to ``local``, its numbers as scalars, and events as text."""
 
-    def __init__(self, local: Metrics, writer: "SummaryWriter") -> None:
+    def __init__(self, local: Metrics, run_dir: Path, resume_step: int | None) -> None:
         self._local = local
-        self._writer = writer
+        self._folder = str(run_dir / FOLDER)
+        self._writer = self._open(resume_step)
+
+    def _open(self, resume_step: int | None) -> "SummaryWriter":
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(self._folder, purge_step=None if resume_step is None else resume_step + 1)
 
     def row(self, row: Row) -> None:
         """Record ``row`` in both places; scalars are tagged ``train/loss``, ``validation/val_loss`` and so on."""
@@ -61,6 +63,12 @@ class TensorBoardMetrics(Metrics):
                 if key != "step" and isinstance(value, int | float):  # a bool too, as 0 or 1
                     self._writer.add_scalar(f"{group}/{key}", value, step)
         self._writer.flush()
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after ``step``, and have TensorBoard forget their points."""
+        self._local.rewind(step)
+        self._writer.close()
+        self._writer = self._open(step)
 
     def close(self) -> None:
         """Close both."""

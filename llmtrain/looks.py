@@ -1,0 +1,150 @@
+"""Looks at the model on the way: evaluation and samples.  They change nothing that training depends on."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmtrain.data import Corpus
+from llmtrain.data.sequences import Sequences
+from llmtrain.display import Display
+from llmtrain.evaluate import evaluate
+from llmtrain.inference import generate
+from llmtrain.loop_config import LoopConfig
+from llmtrain.memory import halved_on_out_of_memory, is_out_of_memory
+from llmtrain.metrics import Metrics
+from llmtrain.metrics.jsonl import drop_rows
+from llmtrain.model import LanguageModel
+from llmtrain.precision import Precision
+from llmtrain.state import TrainState
+from llmtrain.storage import AppendedFile
+from llmtrain.tokenizer import Tokenizer
+
+Stop = Callable[[], str | None]  # why to leave off, once there is a reason
+
+
+@dataclass
+class Looks:
+    """What a run is looked at with, and what was seen last."""
+
+    config: LoopConfig
+    corpus: Corpus
+    tokenizer: Tokenizer
+    model: LanguageModel
+    loss_sum: Callable[[Tensor, Tensor], Tensor]
+    plain_loss_sum: Callable[[Tensor, Tensor], Tensor]  # not compiled, for batches of any shape
+    precision: Precision
+    device: torch.device
+    seed: int
+    batch_size: int  # sequences that one of ``eval_batches`` stands for
+    metrics: Metrics
+    display: Display
+    samples: AppendedFile
+
+    val_losses: dict[int, float] = field(default_factory=dict, init=False)  # by step
+    last_val_loss: float | None = field(default=None, init=False)
+    last_train_loss: float | None = field(default=None, init=False)  # evaluated as the validation loss is
+    evaluated_step: int | None = field(default=None, init=False)
+    sampled_step: int | None = field(default=None, init=False)
+
+    def evaluates(self, step: int, *, at_end: bool) -> bool:
+        """Whether to evaluate after ``step`` steps."""
+        every = self.config.eval_every
+        if self.corpus.validation is None or every == 0 or step == self.evaluated_step:
+            return False
+        return at_end or step % every == 0
+
+    def samples_at(self, step: int, *, at_end: bool) -> bool:
+        """Whether to sample after ``step`` steps."""
+        every = self.config.sample_every
+        return every > 0 and step > 0 and step != self.sampled_step and (at_end or step % every == 0)
+
+    def look(self, state: TrainState, *, at_end: bool, micro_batch_size: int, stop: Stop) -> None:
+        """Evaluate and sample, whichever is due; leaves off when ``stop`` gives a reason."""
+        if self.evaluates(state.step, at_end=at_end):
+            self.evaluate(state, min(micro_batch_size, self.batch_size), stop)
+        if self.samples_at(state.step, at_end=at_end) and not stop():
+            self.sample(state.step)
+
+    def evaluate(self, state: TrainState, micro_batch_size: int, stop: Stop) -> None:
+        """The validation loss, and that of some training data if asked for, into metrics and state."""
+        assert self.corpus.validation is not None
+        parts = {"val_loss": (self.corpus.validation, self.config.eval_batches)}
+        if self.config.eval_train_batches:
+            parts["train_loss"] = (self.corpus.train, self.config.eval_train_batches)
+        row: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "epoch": self.epoch(state.tokens)}
+        for name, (sequences, batches) in parts.items():
+            loss = self.loss_on(sequences, batches, micro_batch_size, stop)
+            if loss is None:
+                return
+            row[name] = loss
+        self.note(row, state)
+        self.metrics.row(row)
+        self.display.validation(row)
+
+    def loss_on(self, sequences: Sequences, batches: int | None, micro_batch_size: int, stop: Stop) -> float | None:
+        """Mean loss over so many batches (None: all there is); None if asked to leave off."""
+        max_sequences = None if batches is None else batches * self.batch_size
+
+        def at(size: int) -> float | None:
+            return evaluate(
+                self.loss_sum, self.model, sequences, batch_size=size, max_sequences=max_sequences,
+                precision=self.precision, device=self.device, stop=lambda: stop() is not None,
+            )  # fmt: skip
+
+        return halved_on_out_of_memory(at, micro_batch_size)
+
+    def epoch(self, tokens: int) -> float:
+        """Passes over the training data after ``tokens`` target tokens."""
+        return round(tokens / max(self.corpus.train.tokens, 1), 4)
+
+    def sample(self, step: int) -> None:
+        """A sample of text, into ``samples.jsonl``; its random numbers follow from seed and step alone."""
+        config = self.config
+        try:
+            ids = generate(
+                self.model,
+                self.tokenizer.encode(config.sample_prompt).tolist(),
+                max_tokens=config.sample_tokens,
+                sampling=config.sampling(),
+                generator=torch.Generator(self.device).manual_seed(self.seed + step),
+                dtype=self.precision.dtype,
+                end_of_text=self.tokenizer.end_of_text,
+            )
+            with self.precision.autocast():
+                text = self.tokenizer.decode(list(ids))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            row = {"event": "no_sample", "step": step, "message": str(error).splitlines()[0]}
+            self.metrics.row(row)
+            self.display.event(row)
+            return
+        self.sampled_step = step
+        row = {"step": step, "prompt": config.sample_prompt, "text": text}
+        self.samples.append(json.dumps(row, ensure_ascii=False) + "\n")
+        self.display.sample(step, config.sample_prompt, text)
+
+    # --- what was seen ----------------------------------------------------------------------------------------------
+
+    def note(self, row: dict[str, Any], state: TrainState) -> None:
+        """Take account of a validation row, of this session or of one before."""
+        self.evaluated_step = row["step"]
+        self.last_val_loss, self.last_train_loss = row["val_loss"], row.get("train_loss")
+        self.val_losses[row["step"]] = row["val_loss"]
+        if state.best_val_loss is None or row["val_loss"] < state.best_val_loss:
+            state.best_val_loss, state.best_val_step = row["val_loss"], row["step"]
+
+    def forget_after(self, state: TrainState) -> None:
+        """Drop what was seen after the step of ``state``, which the run went back to: it will be seen again."""
+        step = state.step
+        self.samples.rewrite(lambda: drop_rows(self.samples.path, lambda row: row["step"] > step))
+        self.val_losses = {at: loss for at, loss in self.val_losses.items() if at <= step}
+        self.evaluated_step = step if step in self.val_losses else None
+        self.sampled_step = step
+        self.last_val_loss = self.last_train_loss = None
+        best = min(self.val_losses, key=self.val_losses.__getitem__, default=None)
+        state.best_val_step, state.best_val_loss = best, None if best is None else self.val_losses[best]

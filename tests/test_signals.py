@@ -1,0 +1,58 @@
+"""Signals: the first asks to stop, handlers that were there before come after; a second one ends at once."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from llmtrain.signals import stop_on_signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_the_first_is_noted_and_the_handlers_come_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with stop_on_signals() as stop:
+        assert not stop
+        signal.raise_signal(number)
+        assert stop.signal_name == number.name
+    assert signal.getsignal(number) == before
+
+
+def test_a_handler_of_before_is_called_after_the_save() -> None:
+    order = []
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: order.append(signal.Signals(number).name))
+    try:
+        with stop_on_signals():
+            signal.raise_signal(signal.SIGUSR2)
+            order.append("saved")
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert order == ["saved", "SIGUSR2"]
+
+
+TWO = """
+import signal, sys
+from llmtrain.signals import stop_on_signals
+with stop_on_signals() as stop:
+    for name in sys.argv[1:]:
+        signal.raise_signal(getattr(signal, name))
+    print("still here", stop.signal_name)
+"""
+
+
+@pytest.mark.parametrize(
+    ("names", "status"),
+    [
+        (("SIGTERM", "SIGTERM"), 143),
+        (("SIGTERM", "SIGINT"), 130),
+        (("SIGINT", "SIGUSR1"), 138),
+        (("SIGUSR1", "SIGUSR1"), 138),
+        (("SIGUSR1", "SIGTERM"), 0),  # the SIGTERM that the warning announced: the save goes on
+        (("SIGUSR1", "SIGTERM", "SIGTERM"), 143),
+    ],
+)
+def test_a_second_one_ends_at_once(names: tuple[str, ...], status: int) -> None:
+    done = subprocess.run([sys.executable, "-c", TWO, *names], capture_output=True, text=True)
+    assert done.returncode == status
+    assert ("still here" in done.stdout) == (status == 0)
