@@ -1,0 +1,141 @@
+"""``llmtrain verify RUN_DIR``: the checkpoints byte by byte, then the resume proven by replaying steps.
+
+The replay starts from the last checkpoint but one (or from step 0, where there is only one) as a resumed run would,
+trains up to the last one in a temporary directory, and compares every loss and gradient norm with the run's metrics
+and every tensor, counter and random number generator with what the last checkpoint holds: bit for bit where the
+arithmetic is reproducible, within ``tolerance`` where it is not.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from llmtrain import config
+from llmtrain.checks import positive
+from llmtrain.commands import FAILED, FINISHED, Invocation
+from llmtrain.format import size, visible
+from llmtrain.metrics import read_metrics
+from llmtrain.replay import Comparison, Replay, compare
+from llmtrain.run import Run
+from llmtrain.run_directory import RunDirectory
+from llmtrain.runtime import Device
+from llmtrain.storage import CONFIG, MANIFEST, CheckpointError, find_checkpoints, step_of, verify_checkpoint
+
+
+@dataclass(frozen=True)
+class Verify:
+    """The settings of ``conf/verify.yaml``."""
+
+    replay_steps: int | None
+    tolerance: float
+    device: Device
+    plugins: list[str]
+
+    def __post_init__(self) -> None:
+        if self.replay_steps is not None and self.replay_steps < 0:
+            raise ValueError(f"replay_steps={self.replay_steps}: must be 0 (files alone) or more, or null for all")
+        positive(tolerance=self.tolerance)
+
+
+def main(settings: Verify, invocation: Invocation) -> int:
+    """Check, replay, tell; 0 if all of it is as it was, else 1."""
+    target = invocation.targets[0]
+    console = Console(highlight=False)
+    if (target / MANIFEST).is_file():
+        return FINISHED if check_files(console, [target]) else FAILED
+    directory = RunDirectory.open(target)
+    checkpoints = find_checkpoints(target)
+    if not checkpoints:
+        raise ValueError(f"{target}: this run has no checkpoint yet")
+    with directory.lock():
+        if not check_files(console, checkpoints):
+            return FAILED
+        if settings.replay_steps == 0:
+            console.print("files checked; nothing replayed (replay_steps=0)")
+            return FINISHED
+        return replay(console, settings, directory, checkpoints)
+
+
+def check_files(console: Console, checkpoints: Sequence[Path]) -> bool:
+    """Compare every file with its manifest; whether all are whole."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("checkpoint")
+    table.add_column("size", justify="right")
+    table.add_column("state")
+    errors = []
+    for path in checkpoints:
+        total = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+        try:
+            verify_checkpoint(path)
+            state = Text("whole", style="green")
+        except CheckpointError as error:
+            errors.append(str(error))
+            state = Text("damaged", style="bold red")
+        table.add_row(Text(visible(path.name)), size(total), state)
+    console.print(table)
+    for message in errors:
+        fail(console, message)
+    return not errors
+
+
+def fail(console: Console, message: str) -> int:
+    """Say what is wrong."""
+    console.print(Text(f"failed: {visible(message)}", style="bold red"), soft_wrap=True)
+    return FAILED
+
+
+def replay(console: Console, settings: Verify, directory: RunDirectory, checkpoints: Sequence[Path]) -> int:
+    """Replay up to the last checkpoint, compare and tell."""
+    first, last = (checkpoints[-2] if len(checkpoints) > 1 else None), checkpoints[-1]
+    start, end = (step_of(first) if first else 0), step_of(last)
+    settled = last
+    if changed := [step for step in changed_at(directory) if start < step < end]:
+        end, settled = changed[0], first or last  # what came after was trained with other settings
+    if settings.replay_steps is not None:
+        end = min(end, start + settings.replay_steps)
+    run = Run.from_config(config.untrusted(config.load(settled / CONFIG), settings.plugins))
+    run = dataclasses.replace(run, runtime=dataclasses.replace(run.runtime, device=settings.device))
+    run.runtime.torch_device()  # an error in the settings is none of the run's
+    console.print(f"\nreplaying {end - start:,} steps from {f'step {start:,}' if first else 'the start'}")
+    with tempfile.TemporaryDirectory(prefix="llmtrain-verify-") as scratch, Progress(console=console) as progress:
+        task = progress.add_task("", total=end - start, visible=console.is_terminal)
+        try:
+            replayed = Replay.of(run, directory, Path(scratch), first, end, lambda: progress.advance(task))
+        except ValueError as error:  # the data are damaged, or others
+            return fail(console, str(error))
+        found = compare(replayed, directory, last if end == step_of(last) else None)
+    return report(console, found, replayed.inexact, settings.tolerance)
+
+
+def changed_at(directory: RunDirectory) -> list[int]:
+    """The steps from which the run was resumed with other settings."""
+    rows = read_metrics(directory.metrics)
+    return [row["step"] for row in rows if row.get("event") == "resume" and row.get("changes")]
+
+
+def report(console: Console, found: Comparison, inexact: str | None, tolerance: float) -> int:
+    """Print what was compared; 0 if it agrees.  ``inexact`` says why bits may differ, None if they must not."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("compared", "number", "equal", "largest relative difference"):
+        table.add_column(heading, justify="left" if heading == "compared" else "right")
+    for kind in found.kinds:
+        table.add_row(kind.name, f"{kind.count:,}", f"{kind.equal:,}", f"{kind.worst:.2g}" if kind.worst else "0")
+    console.print(table)
+    allowed = 0.0 if inexact is None else tolerance
+    bad = [kind for kind in found.kinds if kind.equal < kind.count and not kind.worst <= allowed]
+    for kind in bad:
+        fail(console, kind.first_difference)
+    if bad:
+        return FAILED
+    how = "bit for bit" if found.equal else f"within {tolerance:g} ({inexact})"
+    console.print(Text(f"verified, {how}: from its checkpoints the run goes on as it went", style="bold green"))
+    if found.note:
+        console.print(Text(visible(found.note)), soft_wrap=True)
+    return FINISHED
