@@ -95,3 +95,10 @@ def quantity(key: str, value: Any) -> str:
     if key in ("lr", "learning_rate"):
         return learning_rate(value)
     return f"{value:,}" if isinstance(value, int) else significant(value, 4)
+
+
+def setting(value: Any) -> str:
+    """A config value as one would type it."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    return visible(str(value))

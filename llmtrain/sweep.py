@@ -101,6 +101,7 @@ def run_process(job: Job, directory: RunDirectory) -> int:
     """
     if not directory.config.exists():
         directory.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(directory.overrides, json.dumps(config.redact_arguments(job.overrides)) + "\n")
         write_atomically(directory.config, config.dump(job.run))
     plugins = [f"plugins=[{','.join(job.run.plugins)}]"] if job.run.plugins else []
     command = [sys.executable, "-m", "llmtrain", "resume", str(directory.path), *plugins]

@@ -12,13 +12,18 @@ LAYERS = [
     "cli",
     "sweep",
     "commands",
+    "replay",
     "run",
+    "resumption",
+    "lint",
     "config",
     "loop",
-    "checkpoint display evaluate inference report",
-    "accumulation clipping data lora metrics model objective optimizer precision schedule tokenizer weights",
+    "looks saver",
+    "loop_config",
+    "checkpoint display evaluate inference offenders report",
+    "accumulation clipping data lora metrics model objective optimizer precision recovery schedule tokenizer weights",
     "run_directory",
-    "checks format readback runtime signals state storage",
+    "checks format memory readback runtime signals state storage",
 ]
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names.split()}
 

@@ -1,17 +1,36 @@
 """``llmtrain plan``: what a run would be, without training it."""
 
+from dataclasses import dataclass
+
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmtrain.commands import Invocation
+from llmtrain.commands import FINISHED, USAGE_ERROR, Invocation
+from llmtrain.data import Corpus
+from llmtrain.display import lines
 from llmtrain.format import count
+from llmtrain.lint import lint, overrides_of
+from llmtrain.model import LanguageModel
 from llmtrain.run import Run
+from llmtrain.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Planned:
+    """As much of a run's parts as a plan builds."""
+
+    tokenizer: Tokenizer
+    corpus: Corpus
+    model: LanguageModel  # on the meta device
+    max_steps: int
+    device: torch.device | None = None
+    optimizer: torch.optim.Optimizer | None = None
 
 
 def main(run: Run, invocation: Invocation) -> int:
-    """Print parameters, FLOPs per token, tokens and steps."""
+    """Print parameters, FLOPs per token, tokens, steps and what looks wrong; 2 if training would be refused."""
     tokenizer = run.tokenizer.build()
     corpus = run.data.build(tokenizer)
     with torch.device("meta"):  # sizes only: nothing is allocated
@@ -48,7 +67,13 @@ def main(run: Run, invocation: Invocation) -> int:
     work.add_row("FLOPs per token", f"{flops_per_token:,}", formula)
     work.add_row("FLOPs", f"{flops_per_token * tokens:.3e}", "")
     console.print(work)
-    return 0
+    findings = lint(run, Planned(tokenizer, corpus, model, steps), overrides_of(invocation.command))
+    if findings:
+        console.print()
+    for finding in findings:
+        show = lines.error if finding.level == "error" else lines.warning
+        console.print(show(finding.message), soft_wrap=True)
+    return USAGE_ERROR if any(finding.level == "error" for finding in findings) else FINISHED
 
 
 def table(title: str) -> Table:

@@ -1,0 +1,119 @@
+"""Checks of what training and evaluation will see of the data."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from llmtrain.data import IGNORE
+from llmtrain.data.order import order
+from llmtrain.data.sequences import Sequences
+from llmtrain.format import percent
+from llmtrain.lint.case import Case, Finding, error, option, warning
+from llmtrain.lint.overlap import spread
+from llmtrain.weights.scratch import Scratch
+
+SAMPLE_SEQUENCES = 256  # of the first batches, and as many of the rest
+SAMPLE_TOKENS = 1 << 19  # the same in tokens, where sequences are long
+EMPTY_SHARE = 0.1  # sequences without a target that are worth a word
+EPOCHS = 4  # beyond, repeated data are worth less and less: Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264
+
+
+def masked_targets(case: Case) -> Iterator[Finding]:
+    """Targets that are masked: without any there is no loss."""
+    data, corpus = case.run.data, case.parts.corpus
+    key, name = "data", f"data={option(data)}"
+    remedy = (
+        "make the tokens that are to be predicted targets; if sequences are cut off before them, raise "
+        f"data.sequence_length={data.sequence_length}"
+    )
+    visits = sample(case.sequences, data.sequence_length)
+    counts = count_targets(corpus.train, order(visits, len(corpus.train), case.run.runtime.seed, data.shuffle))
+    if not counts.any():
+        yield error(
+            key,
+            f"{name}: every target of the {len(counts):,} training sequences looked at is masked ({IGNORE}): the loss "
+            f"would be 0.0 and nothing would be learnt; {remedy}",
+        )
+    elif (share := float((counts == 0).mean())) > EMPTY_SHARE:
+        yield warning(
+            key,
+            f"{name}: {percent(share)} of the {len(counts):,} training sequences looked at have no target (all are "
+            f"masked, {IGNORE}): they take time and teach nothing; {remedy}, or leave such sequences out",
+        )
+    if corpus.validation is None or not case.evaluates:
+        return
+    batches = case.run.loop.eval_batches
+    evaluated = len(corpus.validation)
+    if batches is not None:
+        evaluated = min(evaluated, batches * case.run.accumulation.batch_size_at(0, 0))
+    counts = count_targets(corpus.validation, sample(evaluated, data.sequence_length))
+    if not counts.any():
+        yield error(
+            key,
+            f"{name}: every target of the {len(counts):,} validation sequences looked at is masked ({IGNORE}): the "
+            f"validation loss would be 0.0 from the start and always the best; {remedy}, or do without: "
+            "loop.eval_every=0",
+        )
+
+
+def sample(number: int, sequence_length: int) -> np.ndarray:
+    """Positions among ``number`` sequences: the first ones, and others spread over the rest."""
+    most = max(1, min(SAMPLE_SEQUENCES, SAMPLE_TOKENS // sequence_length))
+    return np.unique(np.concatenate([np.arange(min(most, number)), spread(number, most)]))
+
+
+def count_targets(sequences: Sequences, indices: np.ndarray) -> np.ndarray:
+    """How many targets each of the sequences ``indices`` has that are not masked."""
+    _, targets = sequences.gather(indices)
+    return (targets != IGNORE).sum(axis=1)
+
+
+def repetition(case: Case) -> Iterator[Finding]:
+    """The same data again and again, where nobody has asked for it by naming ``loop.epochs``."""
+    loop = case.run.loop
+    if case.epochs <= EPOCHS or loop.epochs is not None:
+        return
+    enough = max(1, int(case.steps * EPOCHS / case.epochs))
+    yield warning(
+        "loop.max_steps",
+        f"loop.max_steps={loop.max_steps}: goes {case.epochs:.3g} times through {case.parts.corpus.train.tokens:,} "
+        f"training tokens: beyond {EPOCHS} epochs repeated text is worth less and less, and is learnt by heart; more "
+        f"text, loop.max_steps={enough}, or, if it is meant, loop.max_steps=null loop.epochs={math.ceil(case.epochs)}",
+    )
+
+
+def batch_beyond_data(case: Case) -> Iterator[Finding]:
+    """An optimizer step that holds the same sequence more than once."""
+    sequences, batch = len(case.parts.corpus.train), case.largest_batch
+    if batch > sequences:
+        key = case.batch_key
+        yield warning(
+            key,
+            f"{key}: a step of {batch} sequences holds the same ones several times, since there are {sequences:,} for "
+            f"training; {max(1, sequences // 8)} sequences a step, shorter ones "
+            f"(data.sequence_length={case.run.data.sequence_length}), or more text",
+        )
+
+
+def untrained_positions(case: Case) -> Iterator[Finding]:
+    """Positions of the context that no training sequence reaches, and that ``generate`` would use."""
+    length, context = case.run.data.sequence_length, case.run.model.context_length
+    if 2 * length < context and isinstance(case.run.weights, Scratch):
+        yield warning(
+            "model.context_length",
+            f"model.context_length={context}: training sequences have data.sequence_length={length}, so positions "
+            f"from {length} on are never trained, and text generated beyond them is noise; "
+            f"model.context_length={length}, or longer sequences",
+        )
+
+
+def unused_vocabulary(case: Case) -> Iterator[Finding]:
+    """Rows of the embedding for ids that the tokenizer never gives."""
+    rows, ids = case.run.model.vocab_size, case.parts.tokenizer.vocab_size
+    if rows is not None and rows > 1.1 * ids + 64 and isinstance(case.run.weights, Scratch):
+        yield warning(
+            "model.vocab_size",
+            f"model.vocab_size={rows}: the tokenizer gives {ids:,} ids; the other {rows - ids:,} rows of the "
+            "embedding take memory and time and learn nothing but not to be chosen; model.vocab_size=null",
+        )

@@ -1,0 +1,173 @@
+"""Checks of the learning rate: its schedule, its size, and the batch that it was chosen for."""
+
+import logging
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from llmtrain import config
+from llmtrain.format import percent
+from llmtrain.lint.case import Case, Finding, error, option, warning
+from llmtrain.optimizer import OptimizerConfig
+from llmtrain.optimizer.adafactor import Adafactor
+from llmtrain.optimizer.adam import Adam
+from llmtrain.optimizer.lion import Lion
+from llmtrain.optimizer.muon import AdjustLR, Muon
+from llmtrain.optimizer.sgd import SGD
+from llmtrain.schedule.linear_warmup_cosine_lr import LinearWarmupCosineLR
+from llmtrain.weights.scratch import Scratch
+
+log = logging.getLogger(__name__)
+SAMPLED_STEPS = 1000
+NEXT_TO_NOTHING = 1e-3  # of the peak
+
+# Peak learning rates of AdamW by number of parameters.
+ADAMW = {
+    4e4: 1.8e-3,  # Kaplan et al. 2020, https://arxiv.org/abs/2001.08361, appendix D.6: 0.003239 - 0.0001395 ln N
+    1e7: 1e-3,  # nanoGPT, config/train_shakespeare_char.py
+    1.25e8: 6e-4,  # from here on Brown et al. 2020 (GPT-3), https://arxiv.org/abs/2005.14165, table 2.1
+    3.5e8: 3e-4,
+    7.6e8: 2.5e-4,
+    1.3e9: 2e-4,
+    2.7e9: 1.6e-4,
+    6.7e9: 1.2e-4,
+    1.3e10: 1e-4,
+    1.75e11: 6e-5,
+}
+LION = 1 / math.sqrt(3 * 10)  # times AdamW's: 3 to 10 times smaller, Chen et al. 2023, section 5
+MUON = 0.02  # with adjust_lr_fn=original: Jordan et al. 2024
+ADAFACTOR = 1e-2  # relative to the size of a parameter: Shazeer & Stern 2018, algorithm 6; PaLM
+SGD_TOTAL = 1.0  # times 1 - momentum: 0.1 with a momentum of 0.9, He et al. 2016, https://arxiv.org/abs/1512.03385
+FACTOR = 10  # beyond the usual, up and down
+FINE_TUNING = 100  # … and down for weights that have been trained before
+
+CHANGES_BATCH = re.compile(r"accumulation(?!\.micro_batch_size).*|data\.sequence_length|model|model\.context_length")
+NAMES_INPUT = re.compile(r"(data|tokenizer|weights|lora|objective|hydra\.searchpath)\b")
+
+
+def schedule(case: Case) -> Iterator[Finding]:
+    """A learning rate that never arrives, or is gone before the run is."""
+    rule, steps, peak = case.run.schedule, case.steps, case.run.optimizer.lr
+    sampled = np.unique(np.linspace(0, steps - 1, min(steps, SAMPLED_STEPS)).astype(int)).tolist()
+    rates = np.array([rule(step, peak=peak, total=steps) for step in sampled])
+    warmup = rule.warmup(steps)
+    highest = float(rates.max())
+    if warmup >= steps:
+        given_steps = getattr(rule, "warmup_steps", None)
+        key = "schedule.warmup_ratio" if given_steps is None else "schedule.warmup_steps"
+        value = getattr(rule, key.removeprefix("schedule."), warmup)
+        better = steps // 20 if given_steps is not None else 0.05
+        intended = getattr(rule, "init_lr", peak)
+        if highest <= NEXT_TO_NOTHING * intended:
+            yield error(
+                key,
+                f"{key}={value}: the run ends after {steps:,} steps, deep in the warm-up, with a learning rate of at "
+                f"most {highest:.2g} instead of {intended:g}: it would learn next to nothing; {key}={better}, or more "
+                "loop.max_steps",
+            )
+        else:
+            yield warning(
+                key,
+                f"{key}={value}: the warm-up takes all {steps:,} steps of the run: the learning rate gets to "
+                f"{highest:.2g} of {intended:g} and is never lowered again; {key}={better}, or more loop.max_steps",
+            )
+    elif highest == 0:
+        yield error(
+            "schedule",
+            f"schedule={option(rule)}: the learning rate is 0 in every step, nothing would be learnt; give it a peak "
+            "above 0",
+        )
+    elif (share := float((rates[warmup <= np.array(sampled)] < NEXT_TO_NOTHING * highest).mean())) > 0.5:
+        yield warning(
+            "schedule",
+            f"schedule={option(rule)}: for {percent(share)} of the run the learning rate is below a thousandth of its "
+            f"peak, {highest:g}, so that these steps change next to nothing; a slower decay, or fewer loop.max_steps",
+        )
+
+
+def learning_rate(case: Case) -> Iterator[Finding]:
+    """A peak far from what others take for such a model and optimizer."""
+    parameters = case.parts.model.num_parameters()
+    lowest = 1 / FACTOR if isinstance(case.run.weights, Scratch) else 1 / (FACTOR * FINE_TUNING)
+    for key, rate, usual in peaks(case, parameters):
+        if rate and not lowest <= rate / usual <= FACTOR:
+            danger = "training may be unstable" if rate > usual else "training may hardly move"
+            yield warning(
+                key,
+                f"{key}={rate:g}: {far(rate / usual)} what is usual with optimizer={option(case.run.optimizer)} and "
+                f"{parameters:,} parameters, about {usual:.1g}: {danger}; {key}={usual:.1g}",
+            )
+
+
+def peaks(case: Case, parameters: int) -> Iterator[tuple[str, float, float]]:
+    """Each peak learning rate of the run: its key, its value and the usual value."""
+    optimizer, rule = case.run.optimizer, case.run.schedule
+    usual = usual_rate(optimizer, parameters)
+    if usual is not None:
+        if isinstance(rule, LinearWarmupCosineLR):
+            yield "schedule.init_lr", rule.init_lr, usual
+        else:
+            yield "optimizer.lr", optimizer.lr, usual
+    if isinstance(optimizer, Muon) and (optimizer.adamw_lr != optimizer.lr or usual == MUON):
+        yield "optimizer.adamw_lr", optimizer.adamw_lr, adamw_rate(parameters)
+
+
+def usual_rate(optimizer: OptimizerConfig, parameters: int) -> float | None:
+    """The usual peak learning rate; None for an optimizer that is not ours."""
+    match optimizer:
+        case Muon(adjust_lr_fn=AdjustLR.original):
+            return MUON
+        case Adam() | Muon():
+            return adamw_rate(parameters)
+        case Lion():
+            return adamw_rate(parameters) * LION
+        case Adafactor():
+            return ADAFACTOR
+        case SGD(momentum=momentum):
+            return SGD_TOTAL * (1 - momentum)
+    return None
+
+
+def adamw_rate(parameters: int) -> float:
+    """The usual peak of AdamW: between the points of the table along straight lines in the logarithms."""
+    sizes, rates = np.log(list(ADAMW)), np.log(list(ADAMW.values()))
+    return float(np.exp(np.interp(math.log(max(parameters, 1)), sizes, rates)))
+
+
+def far(ratio: float) -> str:
+    """``ratio`` in words."""
+    return f"{ratio:,.0f} times" if ratio > 1 else f"1/{1 / ratio:,.0f} of"
+
+
+def batch_of_recipe(case: Case) -> Iterator[Finding]:
+    """Another number of tokens a step than the recipe's, at the recipe's learning rate."""
+    recipe = case.given.get("experiment")
+    if not recipe or "optimizer.lr" in case.given or "optimizer" in case.given:
+        return
+    changed = [key for key in case.given if CHANGES_BATCH.fullmatch(key)]
+    if not changed:
+        return
+    kept = [o for o in case.overrides if NAMES_INPUT.match(o) and not o.startswith("data.sequence_length=")]
+    try:
+        values = config.compose("train", [f"experiment={recipe}", *kept])
+        accumulation: Any = config.build(values["accumulation"], object, path="accumulation", plugins=case.run.plugins)
+    except Exception as problem:  # Hydra's errors have no common class here; a comparison is not worth the run
+        log.info("the batch is not compared with the recipe %s: %s", recipe, problem)
+        return
+    intended = accumulation.batch_size_at(0, 0) * values["data"]["sequence_length"]
+    tokens = case.run.accumulation.batch_size_at(0, 0) * case.run.data.sequence_length
+    ratio = tokens / intended
+    if 0.8 <= ratio <= 1.25:
+        return
+    rate = case.run.optimizer.lr
+    # Goyal et al. 2017, https://arxiv.org/abs/1706.02677; for Adam and its kin Malladi et al. 2022, arXiv:2205.10287
+    scaled = rate * (ratio if isinstance(case.run.optimizer, SGD) else math.sqrt(ratio))
+    key = case.batch_key if any(key.startswith("accumulation") for key in changed) else "data.sequence_length"
+    yield warning(
+        key,
+        f"{key}: a step takes {tokens:,} tokens, in the recipe {recipe} {intended:,}, and optimizer.lr={rate:g} was "
+        f"chosen for those; optimizer.lr={scaled:.2g} goes with this batch, or keep it: optimizer.lr={rate:g}",
+    )

@@ -1,0 +1,86 @@
+"""Checks of what is trained, in which arithmetic, and what a kill would cost."""
+
+from collections.abc import Iterator
+
+from llmtrain import config
+from llmtrain.lint.case import Case, Finding, error, option, warning
+from llmtrain.optimizer.groups import GroupedOptimizer
+from llmtrain.precision.auto import has_native_bf16
+from llmtrain.precision.bf16 import BF16
+from llmtrain.precision.fp16 import FP16
+
+LONG_RUN = 1000  # steps that are worth a checkpoint on the way
+
+
+def nothing_trainable(case: Case) -> Iterator[Finding]:
+    """Parameters that are frozen, or that no learning rate moves."""
+    trainable = {name: p for name, p in case.parts.model.named_parameters() if p.requires_grad}
+    if not trainable:
+        lora = option(case.run.lora)
+        yield error("lora", f"lora={lora}: every parameter of the model is frozen, nothing would be learnt; lora=none")
+        return
+    optimizer = case.run.optimizer
+    with config.naming("optimizer"):
+        members = optimizer.members(case.parts.model) if isinstance(optimizer, GroupedOptimizer) else None
+    if members is not None and not any(member.lr_multiplier for member in members):
+        yield error(
+            "optimizer.rules",
+            "optimizer.rules: they multiply the learning rate of every parameter by 0, nothing would be learnt; "
+            "optimizer.rules=[], or a pattern that leaves some parameters out",
+        )
+    if case.parts.optimizer is not None:
+        moved = {id(p) for group in case.parts.optimizer.param_groups for p in group["params"]}
+        left = [name for name, p in trainable.items() if id(p) not in moved]
+        if left:
+            name = option(optimizer)
+            yield warning(
+                "optimizer",
+                f"optimizer={name}: {len(left)} of {len(trainable)} parameters are in none of its groups and "
+                f"keep their values: {', '.join(left[:3])}{', …' * (len(left) > 3)}; give them one, or freeze them",
+            )
+
+
+def clipping_too_late(case: Case) -> Iterator[Finding]:
+    """Clipping that begins when the run has ended."""
+    start = case.run.clipping.start_step
+    if start >= case.steps:
+        yield warning(
+            "clipping.start_step",
+            f"clipping.start_step={start}: the run ends after {case.steps:,} steps, so that no gradient is ever "
+            "clipped; clipping.start_step=0, or clipping=none if that is meant",
+        )
+
+
+def slow_arithmetic(case: Case) -> Iterator[Finding]:
+    """A precision that the device only imitates."""
+    precision, device = case.run.precision, case.parts.device
+    if device is None:
+        return
+    if isinstance(precision, BF16) and not has_native_bf16(device):
+        yield warning(
+            "precision",
+            f"precision=bf16: this {device.type} does not compute in bf16 but imitates it, which is slower than fp32 "
+            "and less exact; precision=auto",
+        )
+    elif isinstance(precision, FP16) and device.type == "cpu":
+        yield warning(
+            "precision",
+            "precision=fp16: made for GPUs that have no bf16; on a CPU precision=auto is as fast, and does not lose "
+            "steps to fp16's narrow range; precision=auto",
+        )
+
+
+def lost_work(case: Case) -> Iterator[Finding]:
+    """A long run without a checkpoint on the way."""
+    checkpoint, loop = case.run.checkpoint, case.run.loop
+    intervals = [checkpoint.every_steps]
+    if checkpoint.before_evaluation:
+        intervals += [loop.eval_every * case.evaluates, loop.sample_every]
+    saves = any(0 < interval < case.steps for interval in intervals) or checkpoint.every_minutes
+    if case.steps >= LONG_RUN and not saves:
+        yield warning(
+            "checkpoint.every_steps",
+            f"checkpoint.every_steps={checkpoint.every_steps}: the only checkpoint is that of the end, and a kill or a "
+            f"crash loses up to {case.steps:,} steps; checkpoint.every_steps={case.steps // 20}, or "
+            "checkpoint.every_minutes=15",
+        )

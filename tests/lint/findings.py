@@ -1,0 +1,41 @@
+"""Looking for findings in runs of any size."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from llmtrain import Run
+from llmtrain.commands.plan import Planned
+from llmtrain.data.sequences import Sequences
+from llmtrain.lint import Finding, lint
+from llmtrain.run import Parts
+
+QUIET = ("model=tiny", "tokenizer=byte", "loop.max_steps=200")  # less than an epoch
+
+
+def parts_of(run: Run) -> Parts:
+    return run.assemble(torch.device("cpu"))
+
+
+def find(*overrides: str, change: Callable[[Parts], Parts] = lambda parts: parts) -> dict[str, Finding]:
+    """The findings of a small run by key; ``change`` has a hand in its parts."""
+    run = Run.compose(*QUIET, *overrides)
+    return {finding.key: finding for finding in lint(run, change(parts_of(run)), run.overrides)}
+
+
+def with_corpus(**changes: Sequences | None) -> Callable[[Parts], Parts]:
+    """Other data."""
+    return lambda parts: dataclasses.replace(parts, corpus=dataclasses.replace(parts.corpus, **changes))
+
+
+def find_in(*overrides: str) -> dict[str, Finding]:
+    """The findings of a run of any size by key: nothing of the model is allocated."""
+    run = Run.compose(*overrides)
+    tokenizer = run.tokenizer.build()
+    corpus = run.data.build(tokenizer)
+    with torch.device("meta"):
+        model = run.model.build(run.vocab_size(tokenizer))
+    steps = run.loop.total_steps(run.accumulation, len(corpus.train), run.data.sequence_length)
+    parts = Planned(tokenizer, corpus, model, steps, torch.device("cpu"), run.optimizer.build(model))
+    return {finding.key: finding for finding in lint(run, parts, run.overrides)}

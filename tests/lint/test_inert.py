@@ -1,0 +1,139 @@
+"""Keys that nothing reads: each row of the table with runs in which it holds and in which it does not."""
+
+import re
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from findings import QUIET, find, parts_of
+
+from llmtrain import Run
+from llmtrain.lint import lint
+from llmtrain.lint.case import Case, overrides_of
+from llmtrain.lint.inert import TABLE, inert_keys
+
+STEP = ("schedule=step", "schedule.every=null")
+WSD = ("schedule=wsd",)
+RAMP = ("accumulation=ramp",)
+LAVIS = ("schedule=linear_warmup_cosine_lr",)
+
+# (what makes the key inert, the key with its value, what the message names, what makes it be read)
+CASES = [
+    (("loop.max_steps=9",), "loop.epochs=2", "loop.max_steps=9 ends the run first, after 0.0128 epochs",
+     ("loop.max_steps=null",)),
+    (("loop.epochs=0.01",), "loop.max_steps=50", "loop.epochs=0.01 ends the run first, after 8 steps",
+     ("loop.epochs=null",)),
+    (("data.validation_fraction=0",), "loop.eval_every=50", "there are no validation data", ()),
+    (("loop.eval_every=0",), "loop.eval_batches=3", "nothing is evaluated with loop.eval_every=0", ()),
+    ((), "loop.eval_every=201", "the run ends after 200 steps", ("loop.max_steps=201",)),
+    (("loop.sample_every=0",), "loop.sample_prompt=Sea", "no text is sampled", ("loop.sample_every=9",)),
+    (("loop.sample_temperature=0",), "loop.sample_top_k=5", "always the most likely token", ()),
+    ((), "loop.sample_every=201", "the run ends after 200 steps", ("loop.max_steps=201",)),
+    ((), "metrics.log_every=300", "the first and the last are logged", ("loop.max_steps=300",)),
+    (("schedule.warmup_steps=5",), "schedule.warmup_ratio=0.1", "schedule.warmup_steps=5 wins", ()),
+    (("schedule=constant",), "schedule.initial_lr=1e-5", "there is none", ("schedule.warmup_steps=5",)),
+    ((*WSD, "schedule.decay_steps=9"), "schedule.decay_ratio=0.1", "schedule.decay_steps=9 wins", WSD),
+    ((*WSD, "schedule.decay_ratio=0"), "schedule.min_lr=1e-5", "never lowered", WSD),
+    ((*STEP,), "schedule.milestones=[200,300]", "before the learning rate drops", (*STEP, "loop.max_steps=201")),
+    (("schedule=step",), "schedule.factor=0.1", "before the learning rate drops",
+     ("schedule=step", "schedule.every=9")),
+    ((*LAVIS, "schedule.init_lr=1e-3"), "optimizer.lr=5e-4", "schedule.init_lr=0.001 is the peak", LAVIS),
+    (("precision=fp16",), "precision.growth_interval=300", "before the loss scale can grow",
+     ("precision=fp16", "loop.max_steps=300")),
+    ((), "accumulation.micro_batch_size=32", "beyond 8, which is all that a step takes; a larger step is "
+     "accumulation.batch_size", ("accumulation.batch_size=32",)),
+    ((), "accumulation=ramp", "before the batch grows", ("loop.max_steps=600",)),
+    (RAMP, "accumulation.stages=[{start:0,batch_size:2},{start:9,batch_size:4},{start:200,batch_size:8}]",
+     "before the last stage", (*RAMP, "loop.max_steps=201")),
+    ((*RAMP, "accumulation.unit=tokens"), "accumulation.stages=[{start:0,batch_size:2},{start:25600,batch_size:4}]",
+     "before the last stage", (*RAMP, "accumulation.unit=tokens", "loop.max_steps=201")),
+    (("recovery.skip_after=0",), "recovery.skip_batches=5", "no data are left out", ()),
+    (("recovery.rollback_after=0",), "recovery.rollback_steps=5", "the run never goes back", ()),
+    (("recovery.lower_rate_at=0",), "recovery.lower_rate_steps=5", "the rate is never lowered", ()),
+    (("recovery.loss_deviations=0",), "recovery.loss_floor=0.1", "the loss is not judged", ()),
+    (("recovery.grad_norm_deviations=0",), "recovery.grad_norm_floor=0.3", "gradient norms are not judged", ()),
+    (("loop.max_steps=32", "loop.eval_every=9"), "recovery.loss_deviations=9", "recovery.min_window_steps=32", ()),
+    (("weights=checkpoint", "weights.path=x"), "model.initialisation=torch", "every weight is loaded", ()),
+    (("run_dir=here",), "output_dir=there", "run_dir=here is the directory", ()),
+    ((), "checkpoint.every_steps=500", "where one is written in any case", ("loop.max_steps=500",)),
+    (("checkpoint.keep_last=0",), "checkpoint.keep_best=1", "checkpoint.keep_last=0 keeps all", ()),
+    (("data.validation_fraction=0",), "checkpoint.keep_best=1", "there are no validation data", ()),
+    (("loop.eval_every=0",), "checkpoint.keep_best=1", "nothing is evaluated", ()),
+    ((), "checkpoint.keep_every=400", "no step is a multiple", ("loop.max_steps=400",)),
+]  # fmt: skip
+
+
+@cache
+def case_of(*overrides: str) -> Case:
+    run = Run.compose(*QUIET, *overrides)
+    return Case(run, parts_of(run), run.overrides)
+
+
+@pytest.mark.parametrize(("inert", "override", "text", "read"), CASES, ids=[case[1].split("=[")[0] for case in CASES])
+def test_rows(inert: tuple[str, ...], override: str, text: str, read: tuple[str, ...]) -> None:
+    key = override.partition("=")[0]
+    case = case_of(*inert, override)
+    (message,) = (finding.message for finding in inert_keys(case) if finding.key == key)
+    assert message.startswith(f"{override}: has no effect: ")
+    assert text in message
+    assert re.search(r"; \S+", message)  # what would work
+    assert not list(inert_keys(Case(case.run, case.parts, ())))  # what the user has not set is nobody's concern
+    assert key not in find(*read, override)
+
+
+def write(path: Path, tokens: int) -> None:
+    path.parent.mkdir(exist_ok=True)
+    np.random.default_rng(tokens).integers(0, 256, tokens).astype(np.uint16).tofile(path)
+
+
+def test_validation_in_files_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path / "tokens" / "train.bin", 200_000)
+    write(tmp_path / "tokens" / "val.bin", 20_000)
+    shards, fraction = ("data=shards", f"data.path={tmp_path / 'tokens'}"), "data.validation_fraction=0.2"
+    assert (
+        "named val or validation are the validation data" in find(*shards, fraction)["data.validation_fraction"].message
+    )
+    assert find(*shards) == {}
+    alone = ("data=shards", f"data.path={tmp_path / 'tokens' / 'train.bin'}")
+    assert find(*alone, fraction) == {}
+    named = (*alone, f"data.validation_path={tmp_path / 'tokens' / 'val.bin'}")
+    assert "val.bin is the validation data" in find(*named, fraction)["data.validation_fraction"].message
+
+
+def test_every_row_has_a_case() -> None:
+    """So that none is a typing error."""
+    missing = set(TABLE)
+    for inert, override, _, _ in CASES:
+        case, key = case_of(*inert, override), override.partition("=")[0]
+        missing -= {row for row in missing if re.fullmatch(row.keys, key) and row.is_unread(case)}
+    assert {row.keys for row in missing} == {r"data\.validation_fraction"}  # the test above has these two
+
+
+def test_the_tables_keys_exist() -> None:
+    """Every row names a key that some option has."""
+    keys = {"output_dir"}
+    for path in (Path(__file__).parents[2] / "conf").glob("*/*.yaml"):
+        text = path.read_text()
+        keys |= {path.parent.name, *(f"{path.parent.name}.{key}" for key in re.findall(r"^(\w+):", text, re.MULTILINE))}
+    for row in TABLE:
+        assert [key for key in keys if re.fullmatch(row.keys, key)], row.keys
+
+
+def test_overrides_of_a_command() -> None:
+    command = ["llmtrain", "train", "-m", "model=tiny", "+plugins=[x]", "--config-dir", "/mine",
+               "optimizer.lr=1e-4,1e-3", "loop.sample_prompt=a=b", "~lora", "--debug"]  # fmt: skip
+    overrides = overrides_of(command)
+    assert overrides == ["model=tiny", "+plugins=[x]", "optimizer.lr=1e-4,1e-3", "loop.sample_prompt=a=b",
+                         "hydra.searchpath=[file:///mine]"]  # fmt: skip
+    case = case_of()
+    given = Case(case.run, case.parts, overrides).given
+    assert given["plugins"] == "[x]"
+    assert given["loop.sample_prompt"] == "a=b"
+
+
+def test_python_knows_what_compose_was_given(tmp_path: Path) -> None:
+    run = Run.compose(*QUIET, "loop.eval_every=0", "loop.eval_batches=3", config_dir=tmp_path)
+    assert run.overrides[-1] == f"hydra.searchpath=[file://{tmp_path}]"
+    assert [finding.key for finding in lint(run, parts_of(run), run.overrides)] == ["loop.eval_batches"]
+    assert lint(run, parts_of(run)) == []
