@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtrain import __version__
 from llmtrain.commands import FAILED, FINISHED, USAGE_ERROR, Invocation
+from llmtrain.format import visible
 
 if TYPE_CHECKING:
     from llmtrain.sweep import Job
@@ -27,9 +28,13 @@ VERBS = {
     "resume": "continue a run exactly where it stopped",
     "plan": "parameters, FLOPs, tokens and steps of a run, without training it",
     "generate": "text from a run or a checkpoint",
+    "verify": "check every byte of a run's checkpoints, then prove its resume by replaying steps",
     "report": "table and curves of runs and sweeps",
 }
-TARGETS = {"train": (0, 0), "resume": (1, 1), "plan": (0, 0), "generate": (1, 1), "report": (1, 1000)}
+TARGETS = {
+    "train": (0, 0), "resume": (1, 1), "plan": (0, 0), "generate": (1, 1), "verify": (1, 1),
+    "report": (1, 1000),
+}  # fmt: skip
 VALUE_FLAGS = {
     "--cfg": "--cfg", "-c": "--cfg", "--config-dir": "--config-dir", "-cd": "--config-dir",
     "--config-name": "--config-name", "-cn": "--config-name", "--config-path": "--config-path", "-cp": "--config-path",
@@ -94,14 +99,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            complain(traceback.format_exc())
         message, status = explain(error, next((verb for verb in arguments if verb in VERBS), "train"))
         if status == FAILED and message is None and not debug:
-            traceback.print_exc()
-            print("llmtrain: this is a bug; the traceback above says where", file=sys.stderr)
+            complain(traceback.format_exc() + "llmtrain: this is a bug; the traceback above says where")
         elif message is not None:
-            print(f"llmtrain: {message}", file=sys.stderr)
+            notes = getattr(error, "__notes__", [])
+            complain("; ".join([f"llmtrain: {message}", *notes]))
         return status
+
+
+def complain(text: str) -> None:
+    """To stderr; control characters, as a file name or a run from elsewhere may have, are shown and not obeyed."""
+    print(visible(text), file=sys.stderr)
 
 
 # --- the command line --------------------------------------------------------------------------------------------
@@ -167,10 +177,10 @@ def dispatch(verb: str, flags: list[str], targets: list[Path], overrides: list[s
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
     from llmtrain import config
 
-    stored: dict[str, Any] | None = None
+    step: int | None = None
     if verb == "resume":
-        stored = config.load_run(targets[0])
-        config.register_stored(stored)
+        targets[0], step, overrides = named_checkpoint(targets[0], overrides)
+        config.register_stored(config.load_run(targets[0], step))
     multirun = verb == "train" and any(flag in ("-m", "--multirun") for flag in flags)
     sweep_dir, overrides = take(overrides, "hydra.sweep.dir=")
     status = FINISHED
@@ -202,7 +212,7 @@ def dispatch(verb: str, flags: list[str], targets: list[Path], overrides: list[s
                 jobs.append(job)  # all are checked before the first one runs
                 return None
             return run_alone(job, sweep_dir)  # another launcher wants each job to run when it is called
-        status = execute(verb, values, targets, command, stored)
+        status = execute(verb, values, Invocation(targets, command, step))
         return None
 
     run_hydra(verb, flags, overrides, task)
@@ -215,24 +225,28 @@ def dispatch(verb: str, flags: list[str], targets: list[Path], overrides: list[s
     return status
 
 
-def execute(verb: str, values: dict[str, Any], targets: list[Path], command: list[str], stored: Any) -> int:
+def execute(verb: str, values: dict[str, Any], invocation: Invocation) -> int:
     """Build the config's dataclass and give it to the verb's module."""
     from llmtrain import config
     from llmtrain.runtime import prepare_process
 
     prepare_process()
     module = importlib.import_module(f"llmtrain.commands.{verb}")
-    changes = config.differences(stored, values) if stored is not None else []
-    changes = [change for change in changes if change[0].split(".")[0] not in config.NOT_RUN_KEYS]
     built = config.build(values, object, plugins=values.get("plugins") or ())
     with notes_to_stderr():
-        return module.main(built, Invocation(targets=targets, command=command, changes=changes))
+        return module.main(built, invocation)
+
+
+class _Notes(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 @contextmanager
 def notes_to_stderr() -> Iterator[None]:
     """Show what the program notes on the way: text being tokenised, another process waited for."""
     handler = logging.StreamHandler()
+    handler.setFormatter(_Notes())
     logger = logging.getLogger("llmtrain")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -271,6 +285,27 @@ def take(overrides: list[str], prefix: str) -> tuple[Path | None, list[str]]:
     return (Path(values[-1]) if values else None), others
 
 
+def named_checkpoint(target: Path, overrides: list[str]) -> tuple[Path, int | None, list[str]]:
+    """The run that ``resume`` is given, the step of its checkpoint if one is named, and the other overrides.
+
+    ``RUN_DIR/checkpoints/step-00000800`` says the same as ``RUN_DIR checkpoint.step=800``.  The step is no part of the
+    config that is composed: it says where to begin, once.
+    """
+    matches = [re.fullmatch(r"\+{0,2}checkpoint\.step=(.*)", override) for override in overrides]
+    given = [match[1].strip("'\"") for match in matches if match]
+    others = [override for override, match in zip(overrides, matches, strict=True) if not match]
+    if given and not re.fullmatch(r"\d+|null", given[-1]):
+        raise UsageError(f"checkpoint.step={given[-1]}: must be the step of a checkpoint, as in checkpoint.step=800")
+    step = int(given[-1]) if given and given[-1] != "null" else None
+    path = target.absolute()
+    if path.parent.name == "checkpoints" and (match := re.fullmatch(r"step-(\d+)", path.name)):
+        if step not in (None, int(match[1])):
+            raise UsageError(f"checkpoint.step={step}: the target is the checkpoint of step {int(match[1])}; name one")
+        run_dir = path.parent.parent
+        return run_dir if target.is_absolute() else Path(os.path.relpath(run_dir)), int(match[1]), others
+    return target, step, others
+
+
 def prepare_plugins(values: dict[str, Any]) -> None:
     """Let packages that the user named be imported from the working directory, as ``python -m`` would."""
     if values.get("plugins") and str(Path.cwd()) not in sys.path:
@@ -297,7 +332,7 @@ def explain(error: BaseException, verb: str) -> tuple[str | None, int]:
             remedy = "for a sweep add -m; for one value that has a comma, quote it twice"
             return f"{match[1]}: several values; {remedy}, as in '{match[1]}=\"a,b\"'", USAGE_ERROR
         return message, USAGE_ERROR
-    if type(error).__name__ == "TrainingFailed":
+    if type(error).__name__ in ("TrainingFailed", "DataFailed"):
         return str(error), FAILED
     if type(error).__name__ == "OutOfMemoryError":
         remedy = "a smaller accumulation.micro_batch_size keeps the batch and needs less memory"

@@ -264,8 +264,10 @@ def redact_arguments(arguments: Sequence[str]) -> list[str]:
     """A command line with the values of secret keys replaced."""
     shown = []
     for argument in arguments:
-        key, equals, _ = argument.partition("=")
-        shown.append(f"{key}={REDACTED}" if equals and SECRET.search(key) else argument)
+        key, equals, value = argument.partition("=")
+        within = re.findall(r"([\w.]+)['\"]?\s*:", value) if "{" in value else []  # the keys of a dictionary
+        is_secret = any(SECRET.search(name) for name in (key, *within))
+        shown.append(f"{key}={REDACTED}" if equals and is_secret else argument)
     return shown
 
 
@@ -282,17 +284,71 @@ def load(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: not a config (a mapping of keys is needed)")
+    _check_plain(config, path)
     return config
 
 
-def load_run(run_dir: Path) -> dict[str, Any]:
-    """The stored config of a run.  It may name classes of a plugin; whoever resumes it has to name the plugin again."""
-    if not run_dir.is_dir():
-        raise ConfigError(f"{run_dir}: no such run directory")
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{run_dir}: not a run directory (it has no config.yaml)")
-    return untrusted(load(path))
+def _check_plain(config: Mapping[Any, Any], path: Path) -> None:
+    """Refuse keys that mean something to Hydra: with ``hydra.callbacks`` a stored config could run what it likes."""
+    nodes = {"": config} | {f"{key}.": node for key, node in config.items() if isinstance(node, Mapping)}
+    for prefix, node in nodes.items():
+        for key in node:
+            if not isinstance(key, str) or not key.isidentifier() or key in ("hydra", "defaults"):
+                raise ConfigError(f"{path}: {prefix}{key}: no key of a run's config")
+
+
+def load_run(run_dir: Path, step: int | None = None) -> dict[str, Any]:
+    """The stored config that going on from ``step`` (None: the newest checkpoint) of a run starts from.
+
+    It may name classes of a plugin; whoever resumes the run has to name the plugin again.  Where the run was made is
+    left out: it may have been moved.
+    """
+    from llmtrain.run_directory import RunDirectory  # imports torch
+    from llmtrain.storage import verify_checkpoint
+
+    directory = RunDirectory.open(run_dir)
+    path = directory.config_at(step)
+    if path != directory.config:
+        verify_checkpoint(path.parent, only=path.name)
+    return complete(untrusted(load(path))) | {"run_dir": None}
+
+
+def complete(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """``stored`` with what it lacks since an older version wrote it, as today's defaults have it.
+
+    A group comes from ``conf/train.yaml``, a key of an option from the YAML of that option.  Where several YAMLs name
+    its class and do not agree (the sizes of a model), the key stays missing: :func:`build` names it.
+    """
+    values = dict(stored)
+    for group, node in stored.items():
+        if isinstance(node, Mapping) and "_target_" in node:
+            values[group] = {**node, **_defaults_for(group, node, stored)}
+    path = conf_dir() / "train.yaml"
+    train: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False) if path.is_file() else {}
+    groups = [group for entry in train.get("defaults", []) if isinstance(entry, dict) for group, name in entry.items()
+              if name is not None]  # fmt: skip
+    if missing := [key for key in (*groups, *train) if key not in values and key not in ("defaults", "_target_")]:
+        defaults = compose("train", [])
+        values |= {key: defaults[key] for key in missing}
+    return values
+
+
+def _defaults_for(group: str, node: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that ``node`` lacks, from the YAMLs of its group that name its class."""
+    found: dict[str, list[Any]] = {}
+    for path in sorted((conf_dir() / group).glob("*.yaml")):
+        if str(node["_target_"]) not in path.read_text(encoding="utf-8"):  # spares reading YAML, which is slow
+            continue
+        option: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        if option.get("_target_") == node["_target_"]:
+            for key in option.keys() - node.keys() - {"defaults"}:
+                found.setdefault(key, []).append(option[key])
+    agreed = {key: options[0] for key, options in found.items() if all(value == options[0] for value in options)}
+    if not agreed:
+        return {}
+    whole = OmegaConf.create({**_escape(stored), group: {**_escape(node), **agreed}})
+    resolved: Any = OmegaConf.to_container(whole, resolve=True)
+    return {key: resolved[group][key] for key in agreed}
 
 
 def untrusted(values: dict[str, Any], plugins: Sequence[str] = ()) -> dict[str, Any]:
@@ -318,4 +374,6 @@ def _escape(value: Any) -> Any:
         return {key: _escape(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_escape(item) for item in value]
-    return value.replace("${", "\\${") if isinstance(value, str) else value
+    if isinstance(value, str):  # backslashes before it would escape ours
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", value)
+    return value

@@ -6,41 +6,61 @@ result = run.train()
 
 import contextlib
 import json
-import math
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llmtrain import config
 from llmtrain.accumulation import Accumulation
-from llmtrain.checkpoint import Checkpoint, restore
+from llmtrain.checkpoint import Checkpoint
 from llmtrain.clipping import Clipping
 from llmtrain.data import Corpus, DataConfig
 from llmtrain.data.loader import Loader
-from llmtrain.display import open_display
-from llmtrain.format import count, duration, rate, size
-from llmtrain.loop import Loop, LoopConfig
+from llmtrain.data.order import order
+from llmtrain.display import Display, open_display
+from llmtrain.format import size
+from llmtrain.lint import Finding, lint, lint_changes, overrides_of, refuse, search_path
+from llmtrain.looks import Looks
+from llmtrain.loop import Loop
+from llmtrain.loop_config import LoopConfig
 from llmtrain.lora import Lora
-from llmtrain.metrics import MetricsConfig
-from llmtrain.metrics.jsonl import drop_rows, read_metrics
+from llmtrain.metrics import Metrics, MetricsConfig
+from llmtrain.metrics.jsonl import drop_rows
 from llmtrain.model import LanguageModel, ModelConfig
 from llmtrain.objective import Objective
 from llmtrain.optimizer import OptimizerConfig
 from llmtrain.optimizer.state import state_tensors
 from llmtrain.precision import Precision, PrecisionConfig
+from llmtrain.recovery import RecoveryConfig
+from llmtrain.resumption import (
+    Origin,
+    Resumption,
+    Seen,
+    changes,
+    check_changes,
+    check_length,
+    come_back,
+    find_origin,
+    has_optimizer_of,
+    make_child,
+    rates,
+    since_older_version,
+)
 from llmtrain.run_directory import RunDirectory
-from llmtrain.runtime import Runtime, describe_environment, device_name, peak_flops
+from llmtrain.runtime import Runtime, compiled, describe_environment, peak_flops
+from llmtrain.saver import Saver
 from llmtrain.schedule import Schedule
 from llmtrain.signals import stop_on_signals
 from llmtrain.state import TrainState
-from llmtrain.storage import sweep_leftovers, write_atomically
+from llmtrain.storage import AppendedFile, sweep_leftovers, write_atomically
+from llmtrain.summary import header, summarise
 from llmtrain.tokenizer import Tokenizer, TokenizerConfig
 from llmtrain.weights import Weights
 
@@ -68,6 +88,7 @@ class Parts:
     corpus: Corpus
     model: LanguageModel
     loss_sum: Callable[[Tensor, Tensor], Tensor]
+    plain_loss_sum: Callable[[Tensor, Tensor], Tensor]  # the same, not compiled
     optimizer: torch.optim.Optimizer
     precision: Precision
     max_steps: int
@@ -93,9 +114,11 @@ class Run:
     clipping: Clipping
     accumulation: Accumulation
     checkpoint: Checkpoint
+    recovery: RecoveryConfig
     metrics: MetricsConfig
     runtime: Runtime
     loop: LoopConfig
+    overrides: tuple[str, ...] = field(default=(), init=False, compare=False, repr=False)  # what ``compose`` was given
 
     def __post_init__(self) -> None:
         if self.data.sequence_length > self.model.context_length:
@@ -105,13 +128,22 @@ class Run:
             )
         with config.naming("schedule"):
             self.schedule.check_peak(self.optimizer.lr)
+        if (step := self.checkpoint.step) is not None:
+            raise ValueError(
+                f"checkpoint.step={step}: a new run has no checkpoint; go on from one with: llmtrain resume RUN_DIR "
+                f"checkpoint.step={step}; or take its weights alone: weights=checkpoint "
+                f"weights.path=RUN_DIR/checkpoints/step-{step:08d}"
+            )
 
     # --- making one ---------------------------------------------------------------------------------------------
 
     @classmethod
     def compose(cls, *overrides: str, config_dir: str | Path | None = None) -> Self:
         """Compose a run from Hydra overrides, as ``llmtrain train`` does.  Raises ValueError for a bad one."""
-        return cls.from_config(config.compose("train", overrides, config_dir))
+        run = cls.from_config(config.compose("train", overrides, config_dir))
+        given = overrides if config_dir is None else (*overrides, search_path(config_dir))
+        object.__setattr__(run, "overrides", given)  # frozen, but this is no part of the config
+        return run
 
     @classmethod
     def from_config(cls, values: dict[str, Any]) -> Self:
@@ -132,39 +164,105 @@ class Run:
             self.weights.load(parts.model)
             self.metrics.check()
             self.check_space(parts)
+            findings = lint(self, parts, overrides_of(command) or self.overrides)
+            refuse(findings)
             directory = self.create_directory()
             with directory.lock():
                 self.describe(directory, device, command)
-                return self.execute(parts, directory, TrainState(data=parts.corpus.fingerprint))
+                return self.execute(parts, directory, TrainState(data=parts.corpus.fingerprint), findings=findings)
 
-    def resume(self, directory: RunDirectory, *, command: Sequence[str] = (), changes: Sequence[tuple] = ()) -> Result:
-        """Continue the run in ``directory`` from its newest checkpoint, or start it if it has none.
+    def resume(self, directory: RunDirectory, *, step: int | None = None, command: Sequence[str] = ()) -> Result:
+        """Continue the run in ``directory`` from its newest whole checkpoint, or start it if it has none yet.
 
-        ``changes`` are the values that differ from the stored config; they are recorded.
+        What differs from the stored config is told and recorded.  With ``step`` the newest checkpoint must be that of
+        this step, and whole.  Until all is checked nothing is written: raises ValueError for what cannot go on.
         """
+        if directory.is_older(step):
+            raise ValueError(f"checkpoint.step={step}: not the newest of {directory.path}; branch off from it instead")
         with self.runtime.session() as device, directory.lock():
             for folder in (directory.path, directory.checkpoints):
                 sweep_leftovers(folder)
-            self.runtime.seed_everything()
-            parts = self.assemble(device)
-            if checkpoints := directory.find_checkpoints():
-                state = restore(checkpoints[-1], parts.model, parts.optimizer)
-                parts.precision.load_state_dict(state.scaler)
-                state.restore_rng(device)
-            else:
-                state = TrainState(data=parts.corpus.fingerprint)
-                self.weights.load(parts.model)
-            if state.data != parts.corpus.fingerprint:
-                raise ValueError(
-                    f"data: not what this run was started on ({parts.corpus.description}); it was edited, moved or "
-                    "prepared otherwise, and step and position mean nothing in it; restore it, or start a new run"
-                )
-            if state.step > parts.max_steps:
-                raise ValueError(f"loop.max_steps={parts.max_steps}: the run is at step {state.step} already")
+            parts, state, resumption = self.come_back(find_origin(directory, step), device, command)
+            now = describe_environment(device, config.redact_arguments(command))
+            history = resumption.history(directory.read_environment(), now)
             drop_rows(directory.samples, lambda row: row["step"] > state.step)
-            if changes or not directory.environment.exists():
-                self.describe(directory, device, command)
-            return self.execute(parts, directory, state, resumed=True, changes=changes)
+            directory.write_environment(history)
+            if resumption.changes:
+                made = config.load(directory.config)
+                run = replace(self, run_dir=made.get("run_dir"), output_dir=made.get("output_dir", self.output_dir))
+                write_atomically(directory.config, config.dump(run))
+            return self.execute(parts, directory, state, resumption=resumption)
+
+    def branch(self, parent: RunDirectory, *, step: int | None = None, command: Sequence[str] = ()) -> Result:
+        """Go on from the checkpoint of ``step`` (None: the newest) of ``parent`` in a new run directory.
+
+        Of the parent, which may be at work, everything is read and nothing written.  The child has the parent's
+        checkpoint and, up to it, metrics and samples.  Raises as :meth:`train` and :meth:`resume` do.
+        """
+        with self.runtime.session() as device:
+            origin = find_origin(parent, step)
+            if origin.checkpoint is None:
+                raise ValueError(f"{parent.path}: has no checkpoint yet to branch off from")
+            parts, state, resumption = self.come_back(origin, device, command, parent=parent)
+            self.check_space(parts)
+            child = self.create_directory()
+            with child.lock():
+                now = describe_environment(device, config.redact_arguments(command))
+                make_child(child, resumption, now, config.dump(self))
+                return self.execute(parts, child, state, resumption=resumption)
+
+    def come_back(
+        self, origin: Origin, device: torch.device, command: Sequence[str], *, parent: RunDirectory | None = None
+    ) -> tuple[Parts, TrainState, Resumption]:
+        """Everything as it was at ``origin``, and what differs from then; ``parent``: the run that a branch leaves.
+
+        Writes nothing.  Raises ValueError for changes that cannot go on.
+        """
+        stored = config.untrusted(config.load(origin.config), self.plugins)
+        completed = config.complete(stored)
+        check_changes(changes(completed, self), branching=parent is not None)
+        before = type(self).from_config(completed)
+        self.metrics.check()
+        self.runtime.seed_everything()
+        parts = self.assemble(device)
+        seen = Seen.of(origin.directory, origin.step)
+        reset = None
+        if origin.checkpoint is None:
+            state = TrainState(data=parts.corpus.fingerprint)
+            self.weights.load(parts.model)
+        else:
+            state, reset = self.restore(origin.checkpoint, parts)
+        self.check_data(state, parts)
+        steps = before.loop.total_steps(before.accumulation, len(parts.corpus.train), before.data.sequence_length)
+        check_length(before, self, parts.max_steps, state, len(parts.corpus.train))
+        all_changes = since_older_version(changes(stored, self), stored)
+        findings: list[Finding] = []
+        if not origin.directory.environment.exists():  # a job of a sweep starts by being resumed
+            findings = lint(self, parts, origin.directory.read_overrides())
+        elif all_changes:
+            findings = lint_changes(before, replace(parts, max_steps=steps), self, parts, overrides_of(command))
+        refuse(findings)
+        learning_rate = rates(before, steps, self, parts.max_steps, state.step)
+        return parts, state, Resumption(origin, parent, all_changes, learning_rate, reset, seen, findings)
+
+    def restore(self, checkpoint: Path, parts: Parts) -> tuple[TrainState, tuple[str, str] | None]:
+        """Bring ``parts`` and every random number generator to where they were at ``checkpoint``.
+
+        Returns the state, and, if the checkpoint's optimizer is of another kind than this run's, which then starts
+        afresh, the names of both.
+        """
+        state, reset = come_back(checkpoint, self, parts.model, parts.optimizer)
+        parts.precision.load_state_dict(state.scaler)
+        state.restore_rng(parts.device)
+        return state, reset
+
+    def check_data(self, state: TrainState, parts: Parts) -> None:
+        """Raise ValueError if the data are not those that ``state`` counts in."""
+        if state.data != parts.corpus.fingerprint:
+            raise ValueError(
+                f"data: not what this run was started on ({parts.corpus.description}); it was edited, moved or "
+                "prepared otherwise, and step and position mean nothing in it; restore it, or start a new run"
+            )
 
     def create_directory(self) -> RunDirectory:
         """The new run's directory."""
@@ -173,19 +271,21 @@ class Run:
         return RunDirectory.create(Path(self.output_dir), self.name)
 
     def describe(self, directory: RunDirectory, device: torch.device, command: Sequence[str]) -> None:
-        """Write ``config.yaml`` and ``environment.json``."""
+        """Write ``environment.json`` and ``config.yaml`` of a new run."""
+        directory.write_environment(describe_environment(device, config.redact_arguments(command)))
         write_atomically(directory.config, config.dump(self))
-        environment = describe_environment(device, config.redact_arguments(command))
-        write_atomically(directory.environment, json.dumps(environment, indent=1) + "\n")
 
     # --- assembling ---------------------------------------------------------------------------------------------
 
-    def assemble(self, device: torch.device) -> Parts:
-        """Build everything that training needs, on ``device``; writes nothing but the data cache."""
+    def assemble(self, device: torch.device, *, verify_data: bool = False) -> Parts:
+        """Build everything that training needs, on ``device``; writes nothing but the data cache.
+
+        With ``verify_data`` every byte of the data is read and checked again, whatever is remembered of it.
+        """
         precision = self.precision.build(device)
         tokenizer = self.tokenizer.build()
         vocab_size = self.vocab_size(tokenizer)
-        corpus = self.data.build(tokenizer)
+        corpus = self.data.verify(tokenizer) if verify_data else self.data.build(tokenizer)
         generator = torch.Generator(device).manual_seed(self.runtime.seed)
         model = self.model.create(vocab_size, device, generator)
         self.lora.apply(model)
@@ -193,11 +293,10 @@ class Run:
             optimizer = self.optimizer.build(model)
         with config.naming("clipping"):
             self.clipping.check_parameters([name for name, p in model.named_parameters() if p.requires_grad])
-        loss_sum: Callable[[Tensor, Tensor], Tensor] = partial(self.objective, model)
-        if self.runtime.compile:
-            loss_sum = compiled(loss_sum, device)
+        plain_loss_sum: Callable[[Tensor, Tensor], Tensor] = partial(self.objective, model)
+        loss_sum = compiled(plain_loss_sum, device) if self.runtime.compile else plain_loss_sum
         max_steps = self.loop.total_steps(self.accumulation, len(corpus.train), self.data.sequence_length)
-        return Parts(device, tokenizer, corpus, model, loss_sum, optimizer, precision, max_steps)
+        return Parts(device, tokenizer, corpus, model, loss_sum, plain_loss_sum, optimizer, precision, max_steps)
 
     def vocab_size(self, tokenizer: Tokenizer) -> int:
         """The model's vocabulary.  Raises ValueError if the tokenizer has ids beyond it."""
@@ -215,15 +314,18 @@ class Run:
         place = Path(self.run_dir or self.output_dir).absolute()
         while not place.exists():
             place = place.parent
-        tensors = [*parts.model.state_dict().values(), *state_tensors(parts.optimizer).values()]
-        checkpoint = sum(tensor.nbytes for tensor in tensors)
-        needed = checkpoint * (max(self.checkpoint.keep_last, 1) + 1)  # one more than is kept, while it is written
+        needed = self.checkpoint_bytes(parts) * (self.checkpoint.kept() + 1)  # one more, while it is written
         free = shutil.disk_usage(place).free
         if free < needed:
             raise ValueError(
                 f"{place}: {size(free)} free, the checkpoints of this run need {size(needed)}; "
                 "make room, or name another place: output_dir=DIR"
             )
+
+    def checkpoint_bytes(self, parts: Parts) -> int:
+        """What a checkpoint takes, of disk and of host memory while it is written."""
+        tensors = [*parts.model.state_dict().values(), *state_tensors(parts.optimizer).values()]
+        return sum(tensor.nbytes for tensor in tensors)
 
     # --- running ------------------------------------------------------------------------------------------------
 
@@ -233,53 +335,100 @@ class Run:
         directory: RunDirectory,
         state: TrainState,
         *,
-        resumed: bool = False,
-        changes: Sequence[tuple] = (),
+        resumption: Resumption | None = None,
+        findings: Sequence[Finding] = (),
     ) -> Result:
         """Train ``parts`` from ``state`` in ``directory``, and leave its plot and summary."""
         start = state.step
+        resume_step = None if resumption is None else start
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(stop_on_signals())
             stack.enter_context(parts.precision.arithmetic())
-            metrics = stack.enter_context(self.metrics.build(directory.path, resume_step=start if resumed else None))
+            metrics = stack.enter_context(self.metrics.build(directory.path, resume_step=resume_step))
             display = stack.enter_context(open_display(directory.path))
-            loader = stack.enter_context(self.open_loader(parts, state))
+            saver = stack.enter_context(Saver(self.checkpoint, directory, parts.device))
             peak = peak_flops(parts.device, parts.precision.dtype)
-            flops_per_token = parts.model.flops_per_token(self.data.sequence_length)
-            display.header(list(self.header(parts, directory, state, peak)))
+            display.header(list(header(self.name, self, parts, directory.path, state, peak)))
+            for finding in findings if resumption is None else resumption.findings:
+                display.warn(finding.message)
+                metrics.row({"event": "warning", "step": start, "key": finding.key, "message": finding.message})
             display.start(start, parts.max_steps)
-            if start or changes:
-                row = {"event": "resume", "step": start, "changes": [list(change) for change in changes]}
+            for row in () if resumption is None else resumption.events():
                 metrics.row(row)
                 display.event(row)
-            loop = Loop(
-                config=self.loop, state=state, max_steps=parts.max_steps, device=parts.device,
-                tokenizer=parts.tokenizer, corpus=parts.corpus, model=parts.model, loss_sum=parts.loss_sum,
-                optimizer=parts.optimizer, schedule=self.schedule, peak_lr=self.optimizer.lr,
-                precision=parts.precision, clipping=self.clipping, accumulation=self.accumulation,
-                checkpoint=self.checkpoint, seed=self.runtime.seed, loader=loader, directory=directory,
-                config_text=directory.config.read_text(encoding="utf-8"), metrics=metrics,
-                log_every=self.metrics.log_every, display=display, stop=lambda: bool(stop),
-                flops_per_token=flops_per_token, peak_flops=peak,
+            if warning := saver.check_memory(self.checkpoint_bytes(parts)):
+                display.warn(warning)
+            loop = self.make_loop(
+                parts, directory, state, metrics=metrics, display=display, saver=saver, peak_flops=peak,
+                stop=lambda: stop.signal_name,
             )  # fmt: skip
-            if resumed:
-                remember_looks(loop, directory)
+            stack.enter_context(contextlib.closing(loop))
+            if resumption is not None:
+                remember(loop, resumption)
             reason = "failed"
             try:
                 reason = loop.run()
-                if stop:
-                    row = {"event": "stop", "step": state.step, "signal": stop.signal_name}
-                    metrics.row(row)
-                    display.event(row)
+                if reason == "interrupted":
+                    loop.event("stop", loop.state.step, reason=loop.stop_reason())
+            except Exception as error:
+                if "llmtrain resume" not in str(error):
+                    error.add_note(f"what was saved is whole; go on with: llmtrain resume {directory.path}")
+                raise
             finally:
-                summary = self.summarise(loop, reason)
-                write_atomically(directory.summary, json.dumps(summary, indent=1) + "\n")
-                if reason != "failed":
-                    from llmtrain.report.curves import draw_run  # matplotlib takes a while to import
+                self.conclude(loop, directory, display, reason)
+        return Result(directory.path, summarise(self.name, loop, reason), parts.model)
 
-                    draw_run(directory.path)
-                display.summary(summary)
-        return Result(directory.path, summary, parts.model)
+    def make_loop(
+        self,
+        parts: Parts,
+        directory: RunDirectory,
+        state: TrainState,
+        *,
+        metrics: Metrics,
+        display: Display,
+        saver: Saver,
+        peak_flops: float,
+        stop: Callable[[], str | None],
+        log_every: int | None = None,
+    ) -> Loop:
+        """The loop over ``parts`` from ``state`` on."""
+        recovery = self.recovery.build(parts.device)
+        recovery.load_state_dict(state.recovery)
+        looks = Looks(
+            config=self.loop, corpus=parts.corpus, tokenizer=parts.tokenizer, model=parts.model,
+            loss_sum=parts.loss_sum, plain_loss_sum=parts.plain_loss_sum, precision=parts.precision,
+            device=parts.device, seed=self.runtime.seed, batch_size=self.accumulation.batch_size_at(0, 0),
+            metrics=metrics, display=display, samples=AppendedFile(directory.samples),
+        )  # fmt: skip
+        return Loop(
+            config=self.loop, state=state, max_steps=parts.max_steps, device=parts.device, model=parts.model,
+            loss_sum=parts.loss_sum, optimizer=parts.optimizer, schedule=self.schedule, peak_lr=self.optimizer.lr,
+            precision=parts.precision, clipping=self.clipping, accumulation=self.accumulation, recovery=recovery,
+            examples=self.recovery.examples, open_loader=partial(self.open_loader, parts),
+            sequences_at=partial(self.sequences_at, parts.corpus), looks=looks, checkpoint=self.checkpoint,
+            saver=saver, directory=directory, config_text=directory.config.read_text(encoding="utf-8"),
+            metrics=metrics, log_every=log_every or self.metrics.log_every, display=display, stop=stop,
+            flops_per_token=parts.model.flops_per_token(self.data.sequence_length), peak_flops=peak_flops,
+            can_restore=partial(has_optimizer_of, run=self),
+        )  # fmt: skip
+
+    def conclude(self, loop: Loop, directory: RunDirectory, display: Display, reason: str) -> None:
+        """Leave the run's summary and plot, however it ended."""
+        summary = summarise(self.name, loop, reason)
+        try:
+            write_atomically(directory.summary, json.dumps(summary, indent=1) + "\n")
+            if reason != "failed":
+                from llmtrain.report.curves import draw_run  # matplotlib takes a while to import
+
+                draw_run(directory.path)
+        except OSError as error:  # a full disk; why the run ended must not be lost over it
+            display.warn(f"the run's summary and plot could not be written: {error}")
+        display.summary(summary)
+
+    def sequences_at(self, corpus: Corpus, position: int, count: int) -> np.ndarray:
+        """Numbers of the training sequences at ``count`` positions from ``position`` on."""
+        positions = np.arange(position, position + count)
+        return order(positions, len(corpus.train), self.runtime.seed, self.data.shuffle)
 
     def open_loader(self, parts: Parts, state: TrainState) -> Loader:
         """The training batches from ``state`` on."""
@@ -294,71 +443,11 @@ class Run:
             tokens=state.tokens,
         )
 
-    def header(
-        self, parts: Parts, directory: RunDirectory, state: TrainState, peak: float
-    ) -> Iterator[tuple[str, str]]:
-        """What is trained, on what, how long it will take."""
-        model, corpus = parts.model, parts.corpus
-        sequence = self.data.sequence_length
-        batch = self.accumulation.batch_size_at(state.step, state.tokens)
-        micro = min(self.accumulation.micro_batch_size, batch)
-        steps_left = parts.max_steps - state.step
-        tokens = steps_left * batch * sequence
-        flops = tokens * model.flops_per_token(sequence)
-        yield "run", str(directory.path)
-        yield "model", f"{self.name}, {count(model.num_parameters())} parameters, context {model.context_length}"
-        yield "data", corpus.description
-        epochs = tokens / max(corpus.train.tokens, 1)
-        split = f" in micro-batches of {micro}" if micro < batch else ""
-        yield "batch", f"{batch} × {sequence} = {batch * sequence:,} tokens a step{split}"
-        yield "length", f"{steps_left:,} steps, {count(tokens)} tokens, {epochs:.2f} epochs, {flops:.2e} FLOPs"
-        warmup = self.schedule.warmup(parts.max_steps)
-        optimizer, schedule = (type(part).__module__.rpartition(".")[2] for part in (self.optimizer, self.schedule))
-        warming = f", {warmup} warm-up steps" if warmup else ""
-        yield "optimizer", f"{optimizer}, learning rate {self.optimizer.lr:g}; schedule {schedule}{warming}"
-        yield "device", f"{device_name(parts.device)}, {parts.precision.name}, {rate(peak, 'FLOP/s')} at most"
-        yield "time", f"at best {duration(flops / (0.6 * peak))}, at 60% of that; an estimate follows with the steps"
 
-    def summarise(self, loop: Loop, reason: str) -> dict[str, Any]:
-        """``summary.json``."""
-        state = loop.state
-        return {
-            "exit_reason": reason,
-            "name": self.name,
-            "step": state.step,
-            "max_steps": loop.max_steps,
-            "tokens": state.tokens,
-            "train_seconds": round(state.train_seconds, 3),
-            "tokens_per_second": round(state.tokens / state.train_seconds, 1) if state.train_seconds else None,
-            "final_loss": finite(loop.last_loss),
-            "final_train_loss": finite(loop.last_train_loss),
-            "final_val_loss": finite(loop.last_val_loss),
-            "best_val_loss": finite(state.best_val_loss),
-            "best_val_step": state.best_val_step,
-            "refused_steps": state.refused_steps,
-            "parameters": loop.model.num_parameters(),
-        }
-
-
-def remember_looks(loop: Loop, directory: RunDirectory) -> None:
-    """Tell a resumed loop what was evaluated and sampled before: a checkpoint is written ahead of either."""
-    if directory.metrics.exists():
-        for row in read_metrics(directory.metrics):
-            if "val_loss" in row:
-                loop.note_validation(row)
-    if directory.samples.exists():
-        loop.sampled_step = max((row["step"] for row in read_metrics(directory.samples)), default=None)
-
-
-def finite(value: float | None) -> float | None:
-    """``value``, or None where there is no number to speak of: JSON has no NaN."""
-    return value if value is not None and math.isfinite(value) else None
-
-
-def compiled(function: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """``function`` through ``torch.compile``.  Raises ValueError where there is no compiler for it."""
-    if device.type == "cpu" and not any(shutil.which(compiler) for compiler in ("g++", "clang++")):
-        raise ValueError("runtime.compile=true: torch.compile needs a C++ compiler on a CPU (g++); take false")
-    if sys.version_info >= (3, 15):
-        raise ValueError("runtime.compile=true: torch.compile does not know this Python yet; take false")
-    return torch.compile(function, dynamic=False)
+def remember(loop: Loop, resumption: Resumption) -> None:
+    """Tell a resumed loop what was evaluated and sampled before, and which checkpoints are known not to be whole."""
+    for row in resumption.seen.validations:
+        loop.looks.note(row, loop.state)
+    loop.looks.sampled_step, loop.last_loss = resumption.seen.sampled_step, resumption.seen.loss
+    if resumption.parent is None:
+        loop.saver.damaged.update(path for path, _ in resumption.origin.passed_over)

@@ -9,8 +9,9 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from llmtrain.storage import CONFIG, find_checkpoints
+from llmtrain.storage import CONFIG, MANIFEST, find_checkpoints, step_of, write_atomically
 
 ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"  # no characters that are mistaken for one another
 
@@ -22,6 +23,7 @@ class RunDirectory:
         self.path = path
         self.config = path / CONFIG
         self.environment = path / "environment.json"
+        self.overrides = path / "overrides.json"  # of a sweep's job: what its command line said
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"
         self.summary = path / "summary.json"
@@ -57,6 +59,11 @@ class RunDirectory:
         run = cls(path)
         if not path.is_dir():
             raise ValueError(f"{path}: no such run directory")
+        if (path / MANIFEST).is_file():
+            raise ValueError(
+                f"{path}: a checkpoint without its run; name the run, RUN_DIR/checkpoints/{path.name} in it, or start "
+                f"a new run from its weights: weights=checkpoint weights.path={path}"
+            )
         if not run.config.is_file():
             raise ValueError(f"{path}: not a run directory (it has no {CONFIG})")
         return run
@@ -64,6 +71,42 @@ class RunDirectory:
     def find_checkpoints(self) -> list[Path]:
         """The checkpoints there are, oldest first."""
         return find_checkpoints(self.path)
+
+    def is_older(self, step: int | None) -> bool:
+        """Whether there are newer checkpoints than that of ``step``."""
+        return step is not None and any(step_of(path) > step for path in self.find_checkpoints())
+
+    def config_at(self, step: int | None) -> Path:
+        """The config that going on from the checkpoint of ``step`` (None: the newest) starts from.
+
+        The run's own; from an older checkpoint the one that was trained with then, as what has been changed since
+        belongs to another continuation.
+        """
+        older = [path for path in self.find_checkpoints() if step_of(path) == step] if self.is_older(step) else []
+        return older[0] / CONFIG if older else self.config
+
+    def read_environment(self) -> dict[str, Any] | None:
+        """``environment.json``; None if there is none.  Raises ValueError naming it if it cannot be read."""
+        if not self.environment.exists():
+            return None
+        try:
+            environment = json.loads(self.environment.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{self.environment}: not JSON ({error}); restore it, or remove it to go on") from error
+        if not isinstance(environment, dict) or not isinstance(environment.get("resumes", []), list):
+            raise ValueError(f"{self.environment}: not a run's environment; restore it, or remove it to go on")
+        return environment
+
+    def write_environment(self, environment: dict[str, Any]) -> None:
+        """Replace ``environment.json``: the facts of the start, ``resumes`` (one entry each) and ``parent``."""
+        write_atomically(self.environment, json.dumps(environment, indent=1) + "\n")
+
+    def read_overrides(self) -> list[str]:
+        """What the command line of a sweep's job said; empty for another run.  Hydra's own settings are left out."""
+        if not self.overrides.exists():
+            return []
+        overrides = json.loads(self.overrides.read_text(encoding="utf-8"))
+        return [override for override in overrides if not override.startswith("hydra")]
 
     def is_finished(self) -> bool:
         """Whether the run came to its end, as its summary has it."""
@@ -75,7 +118,8 @@ class RunDirectory:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run.  Raises ValueError if another process does; the lock dies with its process."""
-        with (self.path / ".lock").open("a+") as file:
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # a link in a run from elsewhere leads anywhere
+        with os.fdopen(os.open(self.path / ".lock", flags, 0o666), "a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

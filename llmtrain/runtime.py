@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -111,6 +111,19 @@ def physical_cores() -> int:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores.add(siblings.read_text() if siblings.is_file() else str(cpu))
     return len(cores)
+
+
+def compiled(function: Callable[..., torch.Tensor], device: torch.device) -> Callable[..., torch.Tensor]:
+    """``function`` through ``torch.compile``.  Raises ValueError where there is no compiler for it."""
+    import shutil
+
+    import torch
+
+    if device.type == "cpu" and not any(shutil.which(compiler) for compiler in ("g++", "clang++")):
+        raise ValueError("runtime.compile=true: torch.compile needs a C++ compiler on a CPU (g++); take false")
+    if sys.version_info >= (3, 15):
+        raise ValueError("runtime.compile=true: torch.compile does not know this Python yet; take false")
+    return torch.compile(function, dynamic=False)
 
 
 def device_name(device: torch.device) -> str:

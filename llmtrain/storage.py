@@ -76,7 +76,8 @@ class AppendedFile:
         self._waiting, self._written = self._waiting[whole:], self._written - whole
 
     def _open(self) -> int:
-        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        # Not through a link: that of a run from elsewhere may lead to any file of the user's.
+        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         size = os.fstat(descriptor).st_size
         if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
             self._written = 0  # if a line was torn, it went when the file was rewritten

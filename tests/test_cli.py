@@ -159,9 +159,16 @@ def test_disk_full_in_the_run(tmp_path: Path) -> None:
 
 def test_not_finite_three_times_ends_the_run(tmp_path: Path) -> None:
     done = llmtrain("train", *TINY, "loop.max_steps=9", "optimizer.lr=1e30", "schedule=constant", "precision=fp32",
-                    "clipping=none", "run_dir=run", cwd=tmp_path, check=1)  # fmt: skip
+                    "clipping=none", "recovery=off", "run_dir=run", cwd=tmp_path, check=1)  # fmt: skip
     assert "3rd step in a row that is not finite" in done.stderr
     assert "optimizer.lr" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_whose_last_steps_were_all_refused_has_failed(tmp_path: Path) -> None:
+    done = llmtrain("train", *TINY, "loop.max_steps=9", "optimizer.lr=1e30", "schedule=constant", "precision=fp32",
+                    "clipping=none", "run_dir=run", cwd=tmp_path, check=1)  # fmt: skip
+    assert "none of its last 8 steps reached the weights" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -176,11 +183,12 @@ def test_secrets_stay_out_of_the_run_directory(tmp_path: Path) -> None:
     )
     arguments = ("plugins=[mine]", "metrics._target_=mine.Keyed", "+metrics.api_key=${oc.env:SOME_KEY}")
     llmtrain("train", *QUICK, *arguments, "run_dir=run", cwd=tmp_path, env=environment(SOME_KEY="hush-hush"))
-    for path in (tmp_path / "run").rglob("*"):
-        assert not path.is_file() or b"hush-hush" not in path.read_bytes(), path
     resumed = llmtrain("resume", "run", "loop.max_steps=3", "plugins=[mine]", cwd=tmp_path, check=2)
     assert "metrics.api_key: it is a secret and was not stored" in resumed.stderr
-    llmtrain("resume", "run", "loop.max_steps=3", "plugins=[mine]", "metrics.api_key=x", cwd=tmp_path)
+    llmtrain("resume", "run", "loop.max_steps=3", "plugins=[mine]", "metrics.api_key=hush-hush", cwd=tmp_path)
+    assert "metrics.api_key" not in (tmp_path / "run" / "metrics.jsonl").read_text()  # given again, not changed
+    for path in (tmp_path / "run").rglob("*"):
+        assert not path.is_file() or b"hush-hush" not in path.read_bytes(), path
 
 
 def test_plugins_of_a_stored_run_must_be_named_again(tmp_path: Path) -> None:
@@ -241,7 +249,7 @@ def test_completion(tmp_path: Path) -> None:
         env = environment(COMP_LINE=line, COMP_POINT=str(len(line)))
         return llmtrain("-sc", "query=bash", cwd=tmp_path, env=env).stdout.split()
 
-    assert complete("llmtrain ") == ["train", "resume", "plan", "generate", "report"]
+    assert complete("llmtrain ") == ["train", "resume", "plan", "generate", "verify", "report"]
     assert complete("llmtrain re") == ["resume", "report"]
     assert "optimizer=adamw" in complete("llmtrain train optimizer=a")
     assert "optimizer=lion" in complete("llmtrain plan model=tiny optimizer=")

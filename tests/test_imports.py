@@ -14,7 +14,7 @@ LAYERS = [
     "commands",
     "replay",
     "run",
-    "resumption",
+    "resumption summary",
     "lint",
     "config",
     "loop",

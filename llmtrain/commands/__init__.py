@@ -17,4 +17,4 @@ class Invocation:
 
     targets: Sequence[Path]  # run or checkpoint directories
     command: Sequence[str]  # the whole command line, for the record
-    changes: Sequence[tuple] = ()  # resume: (key, stored value, new value)
+    step: int | None = None  # resume: of the checkpoint that is named

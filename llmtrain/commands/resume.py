@@ -1,60 +1,35 @@
-"""``llmtrain resume RUN_DIR``: go on exactly where a run stopped."""
+"""``llmtrain resume RUN_DIR``: go on exactly where a run stopped, or branch off from one of its checkpoints."""
 
-from collections.abc import Sequence
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
+from llmtrain import config
 from llmtrain.commands import FINISHED, INTERRUPTED, Invocation
+from llmtrain.format import visible
+from llmtrain.resumption import changes, check_changes, find_origin
 from llmtrain.run import Run
 from llmtrain.run_directory import RunDirectory
 
-# Values whose change would make it another run: the tensors would not fit, or the data come in another order.
-FIXED = (
-    "model.",
-    "tokenizer.",
-    "objective.",
-    "data.",
-    "lora.",
-    "weights.",
-    "runtime.seed",
-    "optimizer._target_",
-    "name",
-)
-
-MOVABLE = ("data.path", "data.validation_path", "data.cache_dir")  # the data's fingerprint is compared instead
-
 
 def main(run: Run, invocation: Invocation) -> int:
-    """Continue the run at the target; overrides are shown, checked and recorded."""
-    directory = RunDirectory.open(invocation.targets[0])
-    check_changes(invocation.changes)
-    console = Console(highlight=False)
-    if invocation.changes:
-        console.print(changes_table(invocation.changes))
-    if not invocation.changes and directory.is_finished():
-        console.print(Text(f"{directory.path}: finished already; to train on: loop.max_steps=N"))
+    """Continue the run at the target.
+
+    From a checkpoint that is not its newest, or with ``run_dir=…``, that is done in a run directory of its own.
+    """
+    directory, step = RunDirectory.open(invocation.targets[0]), invocation.step
+    branching = run.run_dir is not None or directory.is_older(step)
+    stored = config.complete(config.load(directory.config_at(step)))
+    changed = changes(stored, run)
+    check_changes(changed, branching=branching)  # ahead of all that takes time
+    if branching:
+        result = run.branch(directory, step=step, command=invocation.command)
+        return FINISHED if result.exit_reason == "finished" else INTERRUPTED
+    if run.output_dir != stored["output_dir"]:
+        raise ValueError(
+            f"output_dir={run.output_dir}: this run goes on in {directory.path}; to branch off into another directory: "
+            "run_dir=DIR, or an older checkpoint: checkpoint.step=N"
+        )
+    if directory.is_finished() and not changed:
+        if step is not None:
+            find_origin(directory, step)  # raises if it is not there, or damaged
+        print(visible(f"{directory.path}: finished already; to train on: loop.max_steps=N"))
         return FINISHED
-    result = run.resume(directory, command=invocation.command, changes=invocation.changes)
+    result = run.resume(directory, step=step, command=invocation.command)
     return FINISHED if result.exit_reason == "finished" else INTERRUPTED
-
-
-def check_changes(changes: Sequence[tuple]) -> None:
-    """Refuse what cannot continue.  Raises ValueError naming the key."""
-    for key, before, after in changes:
-        if key.startswith(FIXED) and key not in MOVABLE:
-            raise ValueError(
-                f"{key}={after}: this run was started with {before}, and cannot go on with another; "
-                "start a new run, from its weights with: weights=checkpoint weights.path=RUN_DIR"
-            )
-
-
-def changes_table(changes: Sequence[tuple]) -> Table:
-    """What differs from the stored config."""
-    table = Table(title="changes to the stored config", title_justify="left", box=None, pad_edge=False)
-    for heading in ("key", "stored", "now"):
-        table.add_column(heading)
-    for row in changes:
-        table.add_row(*(Text(str(value)) for value in row))
-    return table

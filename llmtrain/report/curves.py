@@ -10,14 +10,14 @@ from matplotlib import colormaps, style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from llmtrain import format
-from llmtrain.format import visible
+from llmtrain.format import setting, visible
 from llmtrain.metrics import Row, read_metrics
 from llmtrain.metrics.smoothing import EMA
 from llmtrain.report.runs import METRICS, RunSummary, differences, ranked, summarise
-from llmtrain.report.table import setting
 
 TRAIN, VALIDATION, RATE = "#3b6ea8", "#d1603d", "#6b6b6b"
 Curve = tuple[list[float], list[float]]  # x, y; nan leaves a gap
@@ -63,7 +63,8 @@ def draw_run(run_dir: Path) -> Path:
                 points, values, "o-", color=VALIDATION, linewidth=1.6, markersize=size, label="validation" + best
             )
         loss_axes.set_ylabel("loss (nats per token)")
-        loss_axes.set_title(visible(run_dir.name), loc="left", weight="bold", parse_math=False)
+        title = visible(run_dir.name + (f", from {summary.lineage}" if summary.parent else ""))
+        loss_axes.set_title(title, loc="left", weight="bold", parse_math=False)
         if train or validation:
             loss_axes.legend(loc="upper right")
         rate_axes.plot(*_column(train, "learning_rate"), color=RATE, linewidth=1.5)
@@ -78,11 +79,18 @@ def draw_run(run_dir: Path) -> Path:
 
 
 def draw_comparison(runs: Sequence[Path], path: Path) -> Path:
-    """Write to ``path`` the validation and training curves of several runs, a colour each, the best first."""
+    """Write to ``path`` the validation and training curves of several runs, a colour each, the best first.
+
+    A branch has the rows of its parent up to where it left it, which a diamond marks.
+    """
     summaries = ranked([summarise(run) for run in runs])
-    read = [(label, _read(summary.path)) for label, summary in zip(_labels(summaries), summaries, strict=True)]
-    labels = [label for label, (train, validation) in read if train or validation]
-    curves = [rows for _, rows in read if any(rows)]
+    read = [
+        (label, _read(summary.path), summary.parent)
+        for label, summary in zip(_labels(summaries), summaries, strict=True)
+    ]
+    labels = [label for label, rows, _ in read if any(rows)]
+    curves = [rows for _, rows, _ in read if any(rows)]
+    starts = [None if parent is None else parent[1] for _, rows, parent in read if any(rows)]
     colours = _colours(len(curves))
     x = "tokens" if _differ_in_batch([train for train, _ in curves]) else "step"
     panels = [("validation loss", 1, "val_loss"), ("training loss (smoothed)", 0, "loss")]
@@ -92,10 +100,13 @@ def draw_comparison(runs: Sequence[Path], path: Path) -> Path:
         figure = Figure(figsize=(6 * len(panels) + 0.5, 5.2), layout="constrained")
         grid = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (title, kind, key) in zip(grid, panels, strict=True):
-            _draw_panel(axes, [_column(curve[kind], key, x) for curve in curves], colours, smooth=key == "loss")
+            rows = [curve[kind] for curve in curves]
+            own = [sum(row["step"] <= (start or -1) for row in run) for run, start in zip(rows, starts, strict=True)]
+            lines = _draw_panel(axes, [_column(run, key, x) for run in rows], own, colours, smooth=key == "loss")
             axes.set_title(title, loc="left", weight="bold")
+            axes.set_ylabel("loss (nats per token)")
             _count_axis(axes, x)
-        lines = grid[0].lines[::-1][:MAX_LABELS]  # they were drawn in the other order
+        lines = lines[:MAX_LABELS]
         shown = labels[:MAX_LABELS]
         longest = max(map(len, shown), default=1)
         columns = max(min(len(lines), 3, LEGEND_CHARACTERS // (longest + 6)), 1)
@@ -108,12 +119,21 @@ def draw_comparison(runs: Sequence[Path], path: Path) -> Path:
     return path
 
 
-def _draw_panel(axes: Axes, curves: Sequence[Curve], colours: Sequence[Any], *, smooth: bool) -> None:
-    """One curve a run; the first, which is the best, on top."""
+def _draw_panel(
+    axes: Axes, curves: Sequence[Curve], inherited: Sequence[int], colours: Sequence[Any], *, smooth: bool
+) -> list[Line2D]:
+    """One curve a run; the first, which is the best, on top.
+
+    ``inherited`` is how many points each has from its parent; where it leaves it, there is a mark.
+    """
     shown = [_smooth(values) if smooth else values for _, values in curves]
-    for (at, _), values, colour in reversed(list(zip(curves, shown, colours, strict=True))):
-        axes.plot(at, values, color=colour, linewidth=1.6, marker="o" if len(at) == 1 else None, markersize=4)
+    lines = []
+    for (at, _), values, number, colour in reversed(list(zip(curves, shown, inherited, colours, strict=True))):
+        lines += axes.plot(at, values, color=colour, linewidth=1.6, marker="o" if len(at) == 1 else None, markersize=4)
+        if number:
+            axes.plot(at[number - 1], values[number - 1], "D", color=colour, markersize=7, markeredgecolor="white")
     _cut_divergence(axes, shown)
+    return lines[::-1]
 
 
 def _read(run_dir: Path) -> tuple[list[Row], list[Row]]:
@@ -168,6 +188,10 @@ def _labels(runs: Sequence[RunSummary]) -> list[str]:
     ]
     if len(set(labels)) < len(labels):
         labels = [f"{visible(run.path.name)} {label}".rstrip() for run, label in zip(runs, labels, strict=True)]
+    labels = [
+        f"{label} (from {visible(run.lineage)})" if run.parent else label
+        for run, label in zip(runs, labels, strict=True)
+    ]
     return [f" {label}" if label.startswith("_") else label for label in labels]  # matplotlib hides those with "_"
 
 

@@ -13,7 +13,9 @@ import yaml
 from llmtrain.metrics import Row, read_metrics
 
 CONFIG, METRICS, SUMMARY, LOCK = "config.yaml", "metrics.jsonl", "summary.json", ".lock"
+ENVIRONMENT = "environment.json"
 CHECKPOINT_MARK = "manifest.json"  # a checkpoint has a config.yaml too
+DEPTH = 3  # levels below a target where runs are looked for: runs/sweeps/<sweep>/<job>
 PLACES = ("name", "output_dir", "run_dir")  # keys that say what a run is called and where it is, not what it does
 
 
@@ -30,22 +32,27 @@ class RunSummary:
     tokens_per_second: float | None  # over the whole run, training steps only
     train_seconds: float | None
     final_loss: float | None
-    final_val_loss: float | None
     best_val_loss: float | None
     best_val_step: int | None
     config: dict[str, Any]  # dotted key -> value
+    parent: tuple[str, int] | None = None  # of a branch: the name of the run that it left, and after which step
+
+    @property
+    def lineage(self) -> str:
+        """Where a branch comes from, as in "tiny-k3v9 at step 800"; empty for other runs."""
+        return "" if self.parent is None else f"{self.parent[0]} at step {self.parent[1]:,}"
 
 
 def find_runs(targets: Sequence[Path]) -> list[Path]:
-    """The run directories that ``targets`` are or contain, at most two levels down; each once, in a stable order.
+    """The run directories that ``targets`` are or contain, at most :data:`DEPTH` levels down.
 
-    Raises ValueError for a target that has none.
+    Each is there once, in a stable order.  Raises ValueError for a target that has none.
     """
     runs: dict[Path, Path] = {}
     for target in targets:
         if not target.is_dir():
             raise ValueError(f"{target}: no such directory")
-        found = list(_runs_within(target, depth=2))
+        found = list(_runs_within(target, DEPTH))
         if not found:
             hint = " (it is a checkpoint; name the run that has it)" if (target / CHECKPOINT_MARK).exists() else ""
             raise ValueError(
@@ -66,7 +73,7 @@ def _runs_within(path: Path, depth: int) -> Iterator[Path]:
 
 
 def summarise(run_dir: Path) -> RunSummary:
-    """Read ``config.yaml``, ``summary.json`` and ``metrics.jsonl`` of a run, whichever there are.
+    """Read ``config.yaml``, ``summary.json``, ``metrics.jsonl`` and ``environment.json`` of a run, as far as there are.
 
     ``summary.json`` counts while nothing has happened since; a run that goes on, or was killed, is read from its
     metrics alone.  The losses always come from the metrics.  Raises ValueError naming a file that cannot be read.
@@ -77,7 +84,9 @@ def summarise(run_dir: Path) -> RunSummary:
     trained = [row for row in rows if "loss" in row and "event" not in row]
     validated = [row for row in rows if "val_loss" in row]
     running = is_locked(run_dir)
-    if running or (rows and rows[-1]["step"] > end.get("step", -1)):
+    # Events count for nothing here: they come late, and stay when the run goes back behind them.
+    newest = max((row["step"] for row in rows if "event" not in row), default=-1)
+    if running or newest > end.get("step", -1):
         end = {}
     state = "running" if running else end.get("exit_reason", "interrupted" if rows else "pending")
     last: Row = trained[-1] if trained else {"step": 0, "tokens": 0, "loss": None}
@@ -101,10 +110,10 @@ def summarise(run_dir: Path) -> RunSummary:
         tokens_per_second=facts["tokens_per_second"],
         train_seconds=facts["train_seconds"],
         final_loss=last["loss"],
-        final_val_loss=validated[-1]["val_loss"] if validated else None,
         best_val_loss=best.get("val_loss"),
         best_val_step=best.get("step"),
         config=config,
+        parent=_read_parent(run_dir / ENVIRONMENT),
     )
 
 
@@ -175,6 +184,18 @@ def _flatten(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
+    return _read_object(path, "a run's summary")
+
+
+def _read_parent(path: Path) -> tuple[str, int] | None:
+    parent = _read_object(path, "a run's environment").get("parent")
+    if not isinstance(parent, dict) or not isinstance(parent.get("step"), int):
+        return None
+    return Path(str(parent.get("run"))).name, parent["step"]
+
+
+def _read_object(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in the file at ``path``; an empty one if there is no file."""
     if not path.exists():
         return {}
     try:
@@ -182,5 +203,5 @@ def _read_summary(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: not a run's summary (a JSON object)")
+        raise ValueError(f"{path}: not {what} (a JSON object)")
     return values

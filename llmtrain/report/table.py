@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtrain import format
-from llmtrain.format import visible
+from llmtrain.format import setting, visible
 from llmtrain.report.runs import RunSummary, differences, find_runs, ranked, summarise
 
 MAX_SETTINGS = 5  # columns for the settings that differ
@@ -39,19 +39,25 @@ class Comparison:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         unlimited = options.update(width=UNLIMITED)
-        for number in range(len(DISPENSABLE) + 1):
-            table = self.table(left_out=DISPENSABLE[:number])
+        number = min(len(differences(self.runs)), MAX_SETTINGS)
+        shapes = [(DISPENSABLE[:left_out], number) for left_out in range(len(DISPENSABLE) + 1)]
+        shapes += [(DISPENSABLE, fewer) for fewer in reversed(range(number))]
+        for left_out, settings in shapes:
+            table = self.table(left_out=left_out, max_settings=settings)
             if console.measure(table, options=unlimited).maximum <= options.max_width:
                 break
         yield table
 
-    def table(self, left_out: Sequence[str]) -> Table:
-        """The table without the columns ``left_out``."""
+    def table(self, left_out: Sequence[str], max_settings: int = MAX_SETTINGS) -> Table:
+        """The table without the columns ``left_out``, and with the first ``max_settings`` settings that differ."""
         settings = differences(self.runs)
         figures = {heading: show for heading, show in FIGURES.items() if heading not in left_out}
-        shown = list(settings)[:MAX_SETTINGS]
+        shown, others = list(settings)[:max_settings], list(settings)[max_settings:]
+        branches = any(run.parent is not None for run in self.runs)
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", caption_justify="left")
         table.add_column("run", overflow="fold", min_width=8)
+        if branches:
+            table.add_column("from", overflow="fold")
         for key in shown:
             table.add_column(Text(visible(key)), overflow="fold")
         for heading in figures:
@@ -60,13 +66,14 @@ class Comparison:
         for index, run in enumerate(self.runs):
             table.add_row(
                 Text(visible(run.path.name), style="bold" if index == 0 and len(self.runs) > 1 else ""),
+                *([Text(visible(run.lineage))] if branches else []),
                 *(Text(setting(settings[key][index])) for key in shown),
                 *(show(run) for show in figures.values()),
                 Text(visible(run.state), style=STATE_STYLES.get(run.state, "dim")),
             )
         remarks = []
-        if len(settings) > MAX_SETTINGS:
-            remarks.append("they also differ in " + ", ".join(visible(key) for key in list(settings)[MAX_SETTINGS:]))
+        if others:
+            remarks.append(f"they {'also ' * bool(shown)}differ in " + ", ".join(visible(key) for key in others))
         if left_out:
             remarks.append("no room for " + ", ".join(left_out))
         if remarks:
@@ -77,13 +84,6 @@ class Comparison:
 def sweep_table(sweep: Path) -> Comparison:
     """The :class:`Comparison` of all runs in a sweep's directory.  Raises ValueError if it has none."""
     return Comparison([summarise(run) for run in find_runs([sweep])])
-
-
-def setting(value: Any) -> str:
-    """A config value as one would type it."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower().replace("none", "null")
-    return visible(str(value))
 
 
 def _shown(value: Any, show: Callable[[Any], str]) -> str:

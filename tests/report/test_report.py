@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
 
 from llmtrain.commands import Invocation
 from llmtrain.commands.report import Report, main
 from llmtrain.metrics.local import Local
-from llmtrain.report.curves import _labels, _smooth, draw_comparison, draw_run
+from llmtrain.report.curves import _draw_panel, _labels, _smooth, draw_comparison, draw_run
 from llmtrain.report.runs import differences, find_runs, ranked, summarise
 from llmtrain.report.table import Comparison, sweep_table
 
@@ -75,7 +76,14 @@ def size_of(picture: Path) -> tuple[int, int]:
 # --- finding -----------------------------------------------------------------------------------------------------
 
 
-def test_runs_are_found_two_levels_down_and_once(tmp_path: Path) -> None:
+def test_jobs_of_sweeps_are_found(tmp_path: Path) -> None:
+    """runs/<date>/<run> and runs/sweeps/<sweep>/<job>."""
+    runs = [make_run(tmp_path / "runs" / name) for name in ("2026-11-21/a", "sweeps/lr-1234/job-1")]
+    make_run(tmp_path / "runs" / "sweeps" / "lr-1234" / "too" / "deep")
+    assert find_runs([tmp_path / "runs"]) == runs
+
+
+def test_runs_are_found_below_and_once(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "runs" / day / name) for day, name in (("d1", "a"), ("d1", "b"), ("d2", "c"))]
     (runs[0] / "checkpoints" / "step-1").mkdir(parents=True)
     (runs[0] / "checkpoints" / "step-1" / "config.yaml").write_text("name: tiny")
@@ -104,7 +112,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
     run = summarise(make_run(tmp_path / "a", losses=(4.0, 3.0, 2.0), val_losses=(3.5, 2.5, 2.75)))
     assert (run.state, run.step, run.max_steps, run.tokens) == ("finished", 3, 3, 192)
     assert (run.tokens_per_second, run.train_seconds) == (16.0, 8.0)
-    assert (run.final_loss, run.final_val_loss, run.best_val_loss, run.best_val_step) == (2.0, 2.75, 2.5, 2)
+    assert (run.final_loss, run.best_val_loss, run.best_val_step) == (2.0, 2.5, 2)
 
 
 def test_states(tmp_path: Path) -> None:
@@ -135,9 +143,23 @@ def test_a_summary_older_than_the_metrics_does_not_count(tmp_path: Path) -> None
     assert (run.state, run.step, run.max_steps, run.tokens, run.final_loss) == ("interrupted", 9, 100, 576, 1.0)
 
 
+def test_a_late_event_does_not_make_a_summary_old(tmp_path: Path) -> None:
+    """A save is told of when it is through, and a refused step of before a rollback stays on record."""
+    path = make_run(tmp_path / "a", losses=(4.0, 3.0, 2.0))
+    with Local(log_every=1).build(path, resume_step=3) as metrics:
+        metrics.row({"event": "refused", "step": 9})
+        metrics.row({"event": "save", "step": 2})
+    assert (summarise(path).state, summarise(path).tokens_per_second) == ("finished", 16.0)
+    with (path / "metrics.jsonl").open("a") as file:  # killed at a later step, of which a save came last
+        file.write('{"step": 4, "tokens": 256, "loss": 1.0}\n{"event": "save", "step": 2}\n')
+    assert (summarise(path).state, summarise(path).step) == ("interrupted", 4)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
+        ("environment.json", "{", r"environment\.json: not JSON"),
+        ("environment.json", "[]", r"environment\.json: not a run's environment"),
         ("config.yaml", "a: [", r"config\.yaml: not YAML"),
         ("config.yaml", "!!python/object/apply:os.system [echo]", r"config\.yaml: not YAML"),
         ("config.yaml", "- a", r"config\.yaml: not a run's config"),
@@ -190,6 +212,55 @@ def test_many_differing_settings_are_all_told(tmp_path: Path) -> None:
     text = show(sweep_table(tmp_path))
     for index in range(7):
         assert f"model.key{index}" in text
+
+
+# --- branches ----------------------------------------------------------------------------------------------------
+
+
+def make_branch(path: Path, parent: Path, step: int, **settings: Any) -> Path:
+    run = make_run(path, **settings)
+    (run / "environment.json").write_text(json.dumps({"parent": {"run": str(parent), "step": step}}))
+    return run
+
+
+def test_a_branch_tells_its_parent(tmp_path: Path) -> None:
+    parent = make_run(tmp_path / "parent", val_losses=(3.0,))
+    child = make_branch(tmp_path / "child [b]", parent, 1200, val_losses=(2.5,))
+    assert summarise(parent).parent is None
+    assert summarise(child).parent == ("parent", 1200)
+    heading, first, second = [" ".join(line.split()) for line in show(sweep_table(tmp_path)).splitlines()]
+    assert heading.startswith("run from val loss")
+    assert first.startswith("child [b] parent at step 1,200 2.5000")
+    assert second.startswith("parent 3.0000")
+    labels = _labels([summarise(child), summarise(parent)])
+    assert labels == ["child [b] (from parent at step 1,200)", "parent"]
+    for text in ("[]", '{"parent": 3}', '{"parent": {"run": "x"}}'):  # none of ours
+        (child / "environment.json").write_text(text if text != "[]" else "{}")
+        assert summarise(child).parent is None
+
+
+def diamonds(figure_axes: Any) -> list[tuple[float, float]]:
+    return [(*line.get_xdata(), *line.get_ydata()) for line in figure_axes.lines if line.get_marker() == "D"]
+
+
+def test_the_comparison_marks_where_a_branch_leaves(tmp_path: Path) -> None:
+    """In each panel, on the branch's own curve, at its last point from the parent."""
+    at = [0.0, 1.0, 2.0, 3.0]
+    curves = [(at, [5.0, 4.0, 3.5, 3.0]), (at, [5.0, 4.0, 3.0, 2.5])]
+    axes = Figure().subplots()
+    lines = _draw_panel(axes, curves, [0, 2], ["red", "blue"], smooth=False)
+    assert [line.get_color() for line in lines] == ["red", "blue"]
+    assert diamonds(axes) == [(1.0, 4.0)]
+
+
+def test_parent_and_child_are_drawn_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parent = make_run(tmp_path / "a", losses=(4.0, 3.0, 2.0), val_losses=(4.0, 3.0))
+    child = make_branch(tmp_path / "b", parent, 2, losses=(4.0, 3.0, 1.0), val_losses=(4.0, 2.0))
+    plain = make_run(tmp_path / "c", losses=(4.0, 3.0, 1.0), val_losses=(4.0, 2.0))
+    assert main(Report(output=None, plot=True), Invocation([parent, child], [])) == 0
+    assert "a at step 2" in capsys.readouterr().out
+    marked, unmarked = imread(tmp_path / "report.png"), imread(draw_comparison([parent, plain], tmp_path / "c.png"))
+    assert marked.shape != unmarked.shape or (marked != unmarked).any()
 
 
 # --- drawing -----------------------------------------------------------------------------------------------------
@@ -318,3 +389,17 @@ def test_a_narrow_terminal_keeps_what_matters(tmp_path: Path) -> None:
         assert expected in text
     assert "…" not in text
     assert "no room" not in show(sweep_table(tmp_path), width=120)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_headings_stay_whole(tmp_path: Path, width: int) -> None:
+    """Settings that find no room are told below the table instead of being broken."""
+    names = [f"setting_with_a_long_name_{index}" for index in range(5)]
+    for run in ("one", "two"):
+        make_run(tmp_path / run, model={name: f"{run}-{name}" for name in names})
+    heading, *below = show(sweep_table(tmp_path), width=width).splitlines()
+    for shown in (word for word in heading.split() if "setting" in word):
+        assert shown.removeprefix("model.") in names
+    assert {"run", "state"} <= set(heading.split())
+    text = " ".join(line.strip() for line in (heading, *below))
+    assert all(f"model.{name}" in text for name in names)

@@ -1,0 +1,85 @@
+"""What a run says at its start, and what it came to."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from llmtrain.data import Corpus
+from llmtrain.format import count, duration, rate
+from llmtrain.lint import Settings
+from llmtrain.loop import Loop
+from llmtrain.model import LanguageModel
+from llmtrain.precision import Precision
+from llmtrain.runtime import device_name
+from llmtrain.state import TrainState
+
+
+class Built(Protocol):
+    """What the header reads of the parts that were built of a run."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def corpus(self) -> Corpus: ...
+    @property
+    def model(self) -> LanguageModel: ...
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def max_steps(self) -> int: ...
+
+
+def header(
+    name: str, run: Settings, parts: Built, path: Path, state: TrainState, peak_flops: float
+) -> Iterator[tuple[str, str]]:
+    """What is trained, on what, how long it will take; ``peak_flops`` in FLOP/s."""
+    model, corpus = parts.model, parts.corpus
+    sequence = run.data.sequence_length
+    batch = run.accumulation.batch_size_at(state.step, state.tokens)
+    micro = min(run.accumulation.micro_batch_size, batch)
+    steps_left = parts.max_steps - state.step
+    tokens = steps_left * batch * sequence
+    flops = tokens * model.flops_per_token(sequence)
+    yield "run", str(path)
+    yield "model", f"{name}, {count(model.num_parameters())} parameters, context {model.context_length}"
+    yield "data", corpus.description
+    epochs = tokens / max(corpus.train.tokens, 1)
+    split = f" in micro-batches of {micro}" if micro < batch else ""
+    yield "batch", f"{batch} × {sequence} = {batch * sequence:,} tokens a step{split}"
+    yield "length", f"{steps_left:,} steps, {count(tokens)} tokens, {epochs:.2f} epochs, {flops:.2e} FLOPs"
+    warmup = run.schedule.warmup(parts.max_steps)
+    optimizer, schedule = (type(part).__module__.rpartition(".")[2] for part in (run.optimizer, run.schedule))
+    warming = f", {warmup} warm-up steps" if warmup else ""
+    yield "optimizer", f"{optimizer}, learning rate {run.optimizer.lr:g}; schedule {schedule}{warming}"
+    yield "device", f"{device_name(parts.device)}, {parts.precision.name}, {rate(peak_flops, 'FLOP/s')} at most"
+    yield "time", f"at best {duration(flops / (0.6 * peak_flops))}, at 60% of that; an estimate follows with the steps"
+
+
+def summarise(name: str, loop: Loop, reason: str) -> dict[str, Any]:
+    """``summary.json``."""
+    state = loop.state
+    return {
+        "exit_reason": reason,
+        "name": name,
+        "step": state.step,
+        "max_steps": loop.max_steps,
+        "tokens": state.tokens,
+        "train_seconds": round(state.train_seconds, 3),
+        "tokens_per_second": round(state.tokens / state.train_seconds, 1) if state.train_seconds else None,
+        "final_loss": finite(loop.last_loss),
+        "final_train_loss": finite(loop.looks.last_train_loss),
+        "final_val_loss": finite(loop.looks.last_val_loss),
+        "best_val_loss": finite(state.best_val_loss),
+        "best_val_step": state.best_val_step,
+        "refused_steps": state.refused_steps,
+        "skipped_sequences": state.skipped_sequences,
+        "parameters": loop.model.num_parameters(),
+    }
+
+
+def finite(value: float | None) -> float | None:
+    """``value``, or None where there is no number to speak of: JSON has no NaN."""
+    return value if value is not None and math.isfinite(value) else None
