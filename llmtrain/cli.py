@@ -54,6 +54,7 @@ Examples
   llmtrain train model=gpt124m schedule=warmup_cosine
   llmtrain train -m optimizer.lr=1e-4,3e-4,1e-3
   llmtrain resume runs/2026-11-21/gpt124m-k3v9
+  llmtrain verify runs/2026-11-21/gpt124m-k3v9
   llmtrain generate runs/2026-11-21/gpt124m-k3v9 prompt="Once upon a time"
 
 Flags
@@ -171,6 +172,8 @@ def dispatch(verb: str, flags: list[str], targets: list[Path], overrides: list[s
         raise UsageError("resume continues one run; a sweep goes on when its own command is given again")
     least, most = TARGETS[verb]
     if (len(targets) < least and not (only_shows and verb != "resume")) or len(targets) > most:
+        if only_shows and not targets:
+            raise UsageError("resume shows the stored config of a run; name it: llmtrain resume RUN_DIR --help")
         wanted = {0: "no directory", 1: "one directory: a run's"}.get(most, "directories of runs or sweeps")
         raise UsageError(f"{verb} takes {wanted}, as in: llmtrain {verb}{' RUN_DIR' * bool(most)}")
 
@@ -338,7 +341,8 @@ def explain(error: BaseException, verb: str) -> tuple[str | None, int]:
         remedy = "a smaller accumulation.micro_batch_size keeps the batch and needs less memory"
         return f"out of memory on the device: {str(error).splitlines()[0]} ({remedy})", FAILED
     if isinstance(error, OSError):
-        return str(error), FAILED
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror or error}", FAILED
     if isinstance(error, ValueError) and raised_by_us(error):
         return str(error), USAGE_ERROR
     return None, FAILED
@@ -373,6 +377,9 @@ def suggest_key(key: str, verb: str) -> str:
     same_name = [name for name in known if name.rsplit(".", 1)[-1] == last]
     siblings = [name for name in known if name.rsplit(".", 1)[0] == key.rsplit(".", 1)[0]] if "." in key else []
     best = same_name or difflib.get_close_matches(key, siblings, n=1) or difflib.get_close_matches(key, known, n=1)
+    if best == [key]:
+        group = key.split(".")[0]
+        return f"; the chosen option of {group} has none (what it has: --cfg job --package {group})"
     if best:
         return f"; did you mean {best[0]}?"
     groups = sorted({name.split(".")[0] for name in known})

@@ -122,6 +122,7 @@ class Looks:
             row = {"event": "no_sample", "step": step, "message": str(error).splitlines()[0]}
             self.metrics.row(row)
             self.display.event(row)
+            self.sampled_step = step  # it would not fit another time either
             return
         self.sampled_step = step
         row = {"step": step, "prompt": config.sample_prompt, "text": text}

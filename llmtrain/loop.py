@@ -84,6 +84,7 @@ class Loop:
         self.loader = self.open_loader(self.state)
         self.saved_step: int | None = self.state.step or None  # a resumed run starts from what is already saved
         self.refused_in_a_row = 0
+        self.tried_step: int | None = None  # the step of the last save, whatever became of it
         self.save_error: Exception | None = None  # of the last save, if it failed
         self.started = self.mark = self.saved_at = self.clock()  # mark: training is accounted for up to here
         self.since_log = [0, 0, 0.0]  # steps, tokens, seconds since the last row
@@ -110,10 +111,10 @@ class Loop:
         self.settle(wait=True)
         if self.saved_step != self.state.step:
             raise TrainingFailed(
-                f"step {self.state.step}: the checkpoint could not be written: {self.save_error}. Older checkpoints "
-                f"are untouched; make room, then go on with: llmtrain resume {self.directory.path}"
+                f"step {self.state.step}: the checkpoint could not be written: {self.save_error}; "
+                f"{self.older_checkpoints()}; make room, then go on with: llmtrain resume {self.directory.path}"
             ) from self.save_error
-        if self.state.step < self.max_steps:
+        if self.state.step < self.max_steps or self.is_look_due():
             return "interrupted"
         if self.refused_in_a_row >= MAX_REFUSED_AT_END:
             raise TrainingFailed(
@@ -237,6 +238,7 @@ class Loop:
             "grad_norm": record.values["grad_norm"],
             "grad_max": record.values["grad_max"],
             "clipped": bool(record.values["clipped"]),
+            "refused": bool(record.values["refused"]),
             "batch_size": record.batch_size,
             "tokens_per_second": round(rate, 1),
             "mfu": round(rate * self.flops_per_token / self.peak_flops, 4),
@@ -270,11 +272,14 @@ class Loop:
             action = queue.popleft()
             if isinstance(action, Skip):
                 self.skip(action.batches)
-                self.event("skip", self.state.step, batches=action.batches, position=self.state.position)
+                message = f"{action.batches} batches of data are left out; on from position {self.state.position:,}"
+                where = {"batches": action.batches, "position": self.state.position}
+                self.event("skip", self.state.step, message=message, **where)
             elif isinstance(action, RollBack):
                 queue.extend(self.roll_back(action))
             elif isinstance(action, LowerRate):
-                self.event("lower_rate", self.state.step, factor=action.factor, steps=action.steps)
+                message = f"the learning rate is multiplied by {action.factor:g} for {action.steps:,} steps"
+                self.event("lower_rate", self.state.step, message=message, factor=action.factor, steps=action.steps)
             elif isinstance(action, GiveUp):
                 raise TrainingFailed(
                     f"{action.reason} Resumed as it is, the run would come to the same end; go on from its last "
@@ -326,12 +331,14 @@ class Loop:
         self.forget_after(state.step)
         self.skip(action.batches)
         more = self.recovery.rolled_back(state.step, state.recovery)
-        self.event("roll_back", now.step, to_step=state.step, batches=action.batches, position=state.position)
+        where = {"to_step": state.step, "batches": action.batches, "position": state.position}
+        message = f"to the checkpoint of step {state.step:,}, and on with later data, from position {state.position:,}"
+        self.event("roll_back", now.step, message=message, **where)
         # The checkpoint of this step gets the new position before anything else can go wrong.
         for later in sorted((path for path in checkpoints if step_of(path) > state.step), reverse=True):
             remove_checkpoint(later)
             self.saver.whole.discard(later)
-        self.saved_step = None
+        self.saved_step = self.tried_step = None
         self.save()
         self.settle(wait=True)
         return more
@@ -355,11 +362,11 @@ class Loop:
         self.handle(self.readback.drain())
         self.account()
         self.settle(wait=True)
-        if self.saved_step != self.state.step:
+        if self.state.step not in (self.saved_step, self.tried_step):
             self.capture_state()
             model, optimizer = self.model.state_dict(), state_tensors(self.optimizer)
             self.saver.begin(model, optimizer, self.state.to_json(), self.config_text, self.looks.val_losses)
-            self.saved_step = self.state.step
+            self.saved_step = self.tried_step = self.state.step
         self.mark = self.saved_at = self.clock()
 
     def capture_state(self) -> None:
@@ -392,22 +399,31 @@ class Loop:
             ) from error
         if self.saved_step == saved.step:
             self.saved_step = None
-        message = f"not saved: {error}; older checkpoints are whole, the next save is tried as usual"
+        message = f"{error}; {self.older_checkpoints()}, the run goes on and tries again at its next save"
         self.event("save_failed", saved.step, message=message)
+
+    def older_checkpoints(self) -> str:
+        """What there is to go on from, in words."""
+        newest = max(map(step_of, self.directory.find_checkpoints()), default=None)
+        return "there is no checkpoint yet" if newest is None else f"the checkpoint of step {newest} is whole"
 
     # --- looking ----------------------------------------------------------------------------------------------------
 
     def look(self) -> None:
         """Evaluate and sample where it is time to; after a save, so that neither can lose anything."""
-        step, at_end = self.state.step, self.state.step == self.max_steps
-        due = self.looks.evaluates(step, at_end=at_end) or self.looks.samples_at(step, at_end=at_end)
-        if not due or self.stop_reason():
+        if not self.is_look_due() or self.stop_reason():
             return
-        if self.checkpoint.before_evaluation and step > 0:
+        if self.checkpoint.before_evaluation and self.state.step > 0:
             self.save()
             self.settle(wait=True)
         self.handle(self.readback.drain())
         self.account()
         size = self.micro_batch_size(self.accumulation.micro_batch_size)
+        at_end = self.state.step == self.max_steps
         self.looks.look(self.state, at_end=at_end, micro_batch_size=size, stop=self.stop_reason)
         self.mark = self.clock()
+
+    def is_look_due(self) -> bool:
+        """Whether to evaluate or sample after this step, and it has not been done yet."""
+        step, at_end = self.state.step, self.state.step == self.max_steps
+        return self.looks.evaluates(step, at_end=at_end) or self.looks.samples_at(step, at_end=at_end)

@@ -70,10 +70,16 @@ def find_origin(directory: RunDirectory, step: int | None = None) -> Origin:
         named = next((path for path in checkpoints if step_of(path) == step), None)
         if named is None:
             steps = ", ".join(str(step_of(path)) for path in checkpoints)
-            there_is = f"it has those of the steps {steps}" if steps else "it has none yet"
+            kept = " (checkpoint.keep_last and keep_every decide which are kept)"
+            there_is = f"it has those of the steps {steps}{kept}" if steps else "it has none yet"
             raise ValueError(f"checkpoint.step={step}: {directory.path} has no checkpoint of this step; {there_is}")
         verify_checkpoint(named)
         return Origin(directory, directory.config_at(step), named)
+    if not checkpoints and (lost := last_saved(directory)) is not None:
+        raise CheckpointError(
+            f"{directory.checkpoints}: there is no checkpoint, though one was saved at step {lost}: they were removed, "
+            "or not copied along; bring them back, or start a new run"
+        )
     path, errors = newest_whole(checkpoints)
     if checkpoints and path is None:
         damage = "; ".join(map(str, errors))
@@ -84,6 +90,12 @@ def find_origin(directory: RunDirectory, step: int | None = None) -> Origin:
     newer = sorted((other for other in checkpoints if path is not None and other > path), reverse=True)
     passed_over = tuple((other, str(error)) for other, error in zip(newer, errors, strict=True))
     return Origin(directory, directory.config, path, passed_over)
+
+
+def last_saved(directory: RunDirectory) -> int | None:
+    """The last step whose checkpoint the metrics record; None if they know of none."""
+    rows = read_metrics(directory.metrics) if directory.metrics.exists() else []
+    return max((row["step"] for row in rows if row.get("event") == "save"), default=None)
 
 
 # --- what differs ------------------------------------------------------------------------------------------------
@@ -118,10 +130,18 @@ def check_changes(changes: Sequence[Change], *, branching: bool) -> None:
     """Refuse what cannot continue.  A branch may have a name of its own.  Raises ValueError naming the key."""
     for key, before, after in changes:
         if key.startswith(FIXED) and key not in MOVABLE and not (branching and key == "name"):
+            remedy = "start a new run"
+            if not key.startswith(("model.", "tokenizer.", "lora.")):
+                remedy += ", from its weights with: weights=checkpoint weights.path=RUN_DIR"
             raise ValueError(
-                f"{key}={after}: this run was started with {before}, and cannot go on with another; "
-                "start a new run, from its weights with: weights=checkpoint weights.path=RUN_DIR"
+                f"{key}={_shown(after)}: this run was started with {_shown(before)}, and cannot go on with another; "
+                f"{remedy}"
             )
+
+
+def _shown(value: Any) -> str:
+    """A config value as one would type it."""
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
 def check_length(before: Settings, run: Settings, max_steps: int, state: TrainState, num_sequences: int) -> None:

@@ -43,6 +43,8 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
         _fsync(path.parent)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error  # a write's error names no file
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from llmtrain import config
 from llmtrain.commands import FAILED, FINISHED, INTERRUPTED
+from llmtrain.format import visible
 from llmtrain.report.table import sweep_table
 from llmtrain.run import Run
 from llmtrain.run_directory import RunDirectory, slug
@@ -51,7 +52,7 @@ class Job:
 
     def directory(self, sweep: Path, varied: Sequence[str]) -> RunDirectory:
         """Where the job runs: the overrides that vary, and the digest."""
-        label = slug(",".join(varied).replace("=", "_"))[:80]
+        label = slug(",".join(config.redact_arguments(varied)).replace("=", "_"))[:80]
         return RunDirectory(sweep / f"{label}-{self.digest}")
 
 
@@ -68,9 +69,9 @@ def run_sweep(jobs: Sequence[Job], sweep_dir: Path | None, overrides: Sequence[s
     directories = [job.directory(sweep, varied_overrides(job, jobs)) for job in jobs]
     for number, (job, directory) in enumerate(zip(jobs, directories, strict=True), start=1):
         label = " ".join(config.redact_arguments(varied_overrides(job, jobs)))
-        console.rule(Text(f"job {number} of {len(jobs)}: {label}"), align="left")
+        console.rule(Text(visible(f"job {number} of {len(jobs)}: {label}")), align="left")
         if directory.is_finished():
-            console.print(Text(f"finished already: {directory.path}"))
+            console.print(Text(visible(f"finished already: {directory.path}")))
             statuses.append(FINISHED)
             continue
         statuses.append(run_process(job, directory))
@@ -81,7 +82,7 @@ def run_sweep(jobs: Sequence[Job], sweep_dir: Path | None, overrides: Sequence[s
             console.print(Text(f"this job failed with exit status {statuses[-1]}; the sweep goes on", style="red"))
     console.rule("sweep", align="left")
     wide.print(sweep_table(sweep))
-    console.print(Text(f"curves: llmtrain report {sweep}"))
+    console.print(Text(visible(f"curves: llmtrain report {sweep}")))
     return FAILED if any(statuses) else FINISHED
 
 

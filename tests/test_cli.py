@@ -165,6 +165,11 @@ def test_not_finite_three_times_ends_the_run(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_key_that_the_chosen_option_lacks(tmp_path: Path) -> None:
+    done = llmtrain("plan", *TINY, "clipping=none", "clipping.max_norm=1", cwd=tmp_path, check=2)
+    assert "clipping.max_norm: no such key; the chosen option of clipping has none" in done.stderr
+
+
 def test_a_run_whose_last_steps_were_all_refused_has_failed(tmp_path: Path) -> None:
     done = llmtrain("train", *TINY, "loop.max_steps=9", "optimizer.lr=1e30", "schedule=constant", "precision=fp32",
                     "clipping=none", "run_dir=run", cwd=tmp_path, check=1)  # fmt: skip

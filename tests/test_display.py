@@ -88,7 +88,9 @@ def say_everything(display: Any, clock: Clock) -> None:
         {"event": "save", "step": 10, "path": "checkpoints/step-00000010", "bytes": 2_000_000, "seconds": 0.42}
     )
     examples = [{"sequence": 1234, "loss": 9.5, "text": "bad\x1b[2J\ntext"}]
-    display.event({"event": "refused", "step": 10, "loss": math.nan, "examples": examples})
+    display.event(
+        {"event": "refused", "step": 10, "loss": math.nan, "reason": "loss nan, not finite", "examples": examples}
+    )
     changes = [["optimizer.lr", 0.001, 0.0003]]
     display.event({"event": "resume", "step": 10, "changes": changes, "rates": [0.001, 0.0003]})
     display.warn(HOSTILE)
@@ -102,7 +104,7 @@ step    10/5,000  sample
     Every effort moves \x1b[2Jgone [bold red]loud[/]\x07
     {tab}on, café
 step    10/5,000  save  checkpoints/step-00000010  2.00 MB  420 ms
-step    10/5,000  refused  loss nan
+step    10/5,000  refused  loss nan, not finite
     sequence 1,234, loss 9.5000: bad\x1b[2J text
 step    10/5,000  resume
     key           stored  now

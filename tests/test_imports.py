@@ -32,10 +32,11 @@ CONTRACTS = {"data": "tokenizer", "lora": "model", "objective": "model", "weight
 
 HYDRA = {"cli", "config"}
 PROCESSES = {"runtime", "sweep"}  # git for environment.json, the jobs of a sweep
-UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
+UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy"}
 UNSAFE_CALLS = {
-    "eval", "exec", "os.system", "os.popen", "torch.load", "torch.save", "yaml.load", "yaml.unsafe_load",
-    "hydra.utils.instantiate", "hydra.utils.call",
+    "eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "torch.save", "torch.jit.load",
+    "torch.hub.load", "yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "hydra.utils.instantiate",
+    "hydra.utils.call",
 }  # fmt: skip
 UNSAFE_ARGUMENTS = {"shell", "allow_pickle"}
 
@@ -104,6 +105,9 @@ def test_nothing_runs_what_it_reads() -> None:
     """A run directory, a checkpoint or a text travels: reading one must never execute it."""
     for path in FILES:
         assert not UNSAFE_MODULES & {module.split(".")[0] for module in imports(path)}, path
+        named = {f"{node.module}.{alias.name}" for node in nodes(path) if isinstance(node, ast.ImportFrom)
+                 for alias in node.names}  # fmt: skip
+        assert not UNSAFE_CALLS & named, f"{path}: {UNSAFE_CALLS & named}"
         for call in (node for node in nodes(path) if isinstance(node, ast.Call)):
             assert ast.unparse(call.func) not in UNSAFE_CALLS, f"{path}:{call.lineno}"
             assert not UNSAFE_ARGUMENTS & {keyword.arg for keyword in call.keywords}, f"{path}:{call.lineno}"

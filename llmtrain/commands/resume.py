@@ -26,9 +26,7 @@ def main(run: Run, invocation: Invocation) -> int:
             f"output_dir={run.output_dir}: this run goes on in {directory.path}; to branch off into another directory: "
             "run_dir=DIR, or an older checkpoint: checkpoint.step=N"
         )
-    if directory.is_finished() and not changed:
-        if step is not None:
-            find_origin(directory, step)  # raises if it is not there, or damaged
+    if directory.is_finished() and not changed and not find_origin(directory, step).passed_over:
         print(visible(f"{directory.path}: finished already; to train on: loop.max_steps=N"))
         return FINISHED
     result = run.resume(directory, step=step, command=invocation.command)

@@ -15,6 +15,8 @@ from llmtrain.metrics import Row
 
 EXPECTED_EVENTS = ("save", "resume")  # others are worth a look
 SELF_EXPLAINING = ("path", "message", "reason", "from")  # keys of an event whose values need no label
+# Keys of an event that are not shown as they are: what a reason says already, what has lines of its own, what is long.
+IN_OTHER_WORDS = {"event", "step", "examples", "changes", "rates", "removed", "loss", "grad_norm"}
 EXIT_STYLES = {"finished": "bold green", "interrupted": "bold yellow"}
 
 
@@ -74,17 +76,19 @@ def indented(text: Text, by: int = 4) -> Text:
 
 
 def event(row: Row, progress: Progress) -> Text:
-    """An event by its name and whatever it carries; offending examples, and what a resume changes, in lines below."""
+    """An event by its name and message, or what it carries; an offending example, and what a resume changes, below."""
     name = row["event"]
+    shown = ("message",) if "message" in row else row.keys() - IN_OTHER_WORDS
     details = "  ".join(
         f"{_label(key)}{format.quantity(key, value)}"
         for key, value in row.items()
-        if key not in ("event", "step", "examples", "changes", "rates") and value not in (None, [])
+        if key in shown and value not in (None, [])
     )
     style = "bold green" if name in EXPECTED_EVENTS else "bold yellow"
     title = visible(name.replace("_", " "))
     line = Text.assemble(_step(row["step"], progress), "  ", (title, style), "  " if details else "", details)
-    below = [*(_example(example) for example in row.get("examples") or []), *_changes(row)]
+    worst = (row.get("examples") or [])[:1]  # the others are in the metrics
+    below = [*map(_example, worst), *_changes(row)]
     return Text("\n").join([line, *map(indented, below)])
 
 
@@ -153,6 +157,8 @@ def _results(summary: Row) -> list[tuple[str, str]]:
         results.append(("throughput", f"{format.count(summary['tokens_per_second'])} tok/s"))
     if summary.get("refused_steps"):
         results.append(("refused steps", f"{summary['refused_steps']:,} (not finite, or far out of the ordinary)"))
+    if summary.get("skipped_sequences"):
+        results.append(("left out", f"{summary['skipped_sequences']:,} sequences of the data, by the recovery"))
     return results
 
 

@@ -49,8 +49,12 @@ def lint_changes(
 
     The data are those that the run was started on, and not looked at once more.
     """
-    known = set(_findings(Case(before, parts_before, ()), OF_SETTINGS))
-    return [finding for finding in _findings(Case(run, parts, overrides), OF_SETTINGS) if finding not in known]
+    known = set(_findings(Case(before, parts_before, (), is_resumed=True), OF_SETTINGS))
+    return [
+        finding
+        for finding in _findings(Case(run, parts, overrides, is_resumed=True), OF_SETTINGS)
+        if finding not in known
+    ]
 
 
 def refuse(findings: Iterable[Finding]) -> None:

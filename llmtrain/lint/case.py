@@ -110,6 +110,7 @@ class Case:
     run: Settings
     parts: Built
     overrides: Sequence[str]  # as the user gave them: key=value, group=option
+    is_resumed: bool = False
 
     @cached_property
     def given(self) -> dict[str, str]:

@@ -72,7 +72,7 @@ def count_targets(sequences: Sequences, indices: np.ndarray) -> np.ndarray:
 def repetition(case: Case) -> Iterator[Finding]:
     """The same data again and again, where nobody has asked for it by naming ``loop.epochs``."""
     loop = case.run.loop
-    if case.epochs <= EPOCHS or loop.epochs is not None:
+    if case.epochs <= EPOCHS or loop.epochs is not None or case.is_resumed:
         return
     enough = max(1, int(case.steps * EPOCHS / case.epochs))
     yield warning(

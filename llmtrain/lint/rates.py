@@ -91,14 +91,15 @@ def schedule(case: Case) -> Iterator[Finding]:
 def learning_rate(case: Case) -> Iterator[Finding]:
     """A peak far from what others take for such a model and optimizer."""
     parameters = case.parts.model.num_parameters()
-    lowest = 1 / FACTOR if isinstance(case.run.weights, Scratch) else 1 / (FACTOR * FINE_TUNING)
+    is_new = isinstance(case.run.weights, Scratch) and not case.is_resumed
+    lowest = 1 / FACTOR if is_new else 1 / (FACTOR * FINE_TUNING)
     for key, rate, usual in peaks(case, parameters):
         if rate and not lowest <= rate / usual <= FACTOR:
             danger = "training may be unstable" if rate > usual else "training may hardly move"
             yield warning(
                 key,
                 f"{key}={rate:g}: {far(rate / usual)} what is usual with optimizer={option(case.run.optimizer)} and "
-                f"{parameters:,} parameters, about {usual:.1g}: {danger}; {key}={usual:.1g}",
+                f"{parameters:,} parameters, about {usual:.2g}: {danger}; {key}={usual:.2g}",
             )
 
 

@@ -144,8 +144,8 @@ def _read(run_dir: Path) -> tuple[list[Row], list[Row]]:
 
 
 def _column(rows: Sequence[Row], key: str, x: str = "step") -> Curve:
-    """``key`` over ``x``; what is not finite leaves a gap."""
-    values = [row.get(key) for row in rows]
+    """``key`` over ``x``; what is not finite, and the loss of a step that was refused, leaves a gap."""
+    values = [None if key == "loss" and row.get("refused") else row.get(key) for row in rows]
     return [row[x] for row in rows], [v if v is not None and math.isfinite(v) else math.nan for v in values]
 
 

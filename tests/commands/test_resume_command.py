@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from cli import TINY, assert_same_end, cut_back, rows
+from cli import TINY, assert_same_end, cut_back, llmtrain, rows
 
 from llmtrain import Run, config
 from llmtrain.cli import main
@@ -357,3 +357,59 @@ def test_a_key_without_one_default_is_named(run: Path, capfd: pytest.CaptureFixt
     del stored["model"]["num_layers"]
     (run / CONFIG).write_text(yaml.safe_dump(stored))
     assert "model.num_layers: missing" in refused(capfd, "run")
+
+
+STOPPING = """
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from llmtrain.objective.causal import Causal
+
+@dataclass(frozen=True)
+class Stopping(Causal):
+    def __call__(self, model, inputs, targets):
+        sent = Path("sent")
+        if not model.training and Path("cut/checkpoints/step-00000004").exists() and not sent.exists():
+            sent.touch()
+            signal.raise_signal(signal.SIGTERM)
+        return super().__call__(model, inputs, targets)
+"""
+
+
+def test_the_last_evaluation_is_made_up_if_a_signal_cut_it_short(tmp_path: Path) -> None:
+    """The run is not finished before it."""
+    (tmp_path / "stopping.py").write_text(STOPPING)
+    plugin = ("plugins=[stopping]", "objective._target_=stopping.Stopping")
+    settings = (*TINY[:-2], *plugin, "loop.max_steps=4", "loop.eval_every=4", "loop.eval_batches=3",
+                "loop.sample_every=0")  # fmt: skip
+    llmtrain("train", *settings, "run_dir=whole", cwd=tmp_path)
+    llmtrain("train", *settings, "run_dir=cut", cwd=tmp_path, check=75)
+    losses = {name: [r["val_loss"] for r in rows(tmp_path / name) if "val_loss" in r] for name in ("whole", "cut")}
+    assert losses["cut"] == losses["whole"][:1]
+    llmtrain("resume", "cut", "plugins=[stopping]", cwd=tmp_path)
+    assert [r["val_loss"] for r in rows(tmp_path / "cut") if "val_loss" in r] == losses["whole"]
+    summary = json.loads((tmp_path / "cut" / "summary.json").read_text())
+    assert (summary["exit_reason"], summary["final_val_loss"]) == ("finished", losses["whole"][-1])
+
+
+def test_checkpoints_that_are_gone_are_no_start(tmp_path: Path) -> None:
+    llmtrain("train", *TINY, "loop.max_steps=2", "run_dir=run", cwd=tmp_path)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    done = llmtrain("resume", "run", "loop.max_steps=4", cwd=tmp_path, check=2)
+    assert "there is no checkpoint, though one was saved at step 2" in done.stderr
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_whose_last_checkpoint_is_damaged_is_finished_again(tmp_path: Path) -> None:
+    llmtrain("train", *TINY, "loop.max_steps=4", "checkpoint.every_steps=2", "run_dir=run", cwd=tmp_path)
+    shutil.copytree(tmp_path / "run", tmp_path / "damaged")
+    (tmp_path / "damaged" / "checkpoints" / "step-00000004" / "state.json").write_text("{}")
+    done = llmtrain("resume", "damaged", cwd=tmp_path)
+    assert "step-00000004/state.json" in done.stdout
+    assert "finished at step 4 of 4" in done.stdout
+    assert_same_end(tmp_path / "run", tmp_path / "damaged")
+
+
+def test_help_without_a_run_says_what_is_needed(tmp_path: Path) -> None:
+    assert "llmtrain resume RUN_DIR --help" in llmtrain("resume", "--help", cwd=tmp_path, check=2).stderr
