@@ -1,11 +1,12 @@
 # make train     set everything up and train the laptop recipe on text that ships with Python
 # make test      set everything up and run the tests
+# make torture   hundreds of kills, full disks and flipped bits at random moments: docs/faults.md; some ten minutes
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup train test check bench clean
+.PHONY: setup train test check bench torture clean
 
 setup: $(STAMP)
 
@@ -30,6 +31,10 @@ check: setup
 
 bench: setup
 	$(BIN)/python benchmarks/train_step.py
+
+# TORTURE="--kills 500 --seed 1" for another one
+torture: setup
+	$(BIN)/python tests/faults/torture.py $(TORTURE)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
