@@ -38,7 +38,7 @@ def test_a_save_holds_the_moment_it_was_begun(tmp_path: Path, asynchronous: bool
             assert saved is not None
             assert saved.error is None
             assert saved.step == step
-            assert 0 <= saved.held_seconds <= saved.seconds + 0.01
+            assert saved.held_seconds >= 0
     assert steps(tmp_path) == [1, 2, 3, 4, 5]
     for path in find_checkpoints(tmp_path):
         verify_checkpoint(path)

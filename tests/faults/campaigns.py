@@ -156,7 +156,9 @@ def reach(bench: Bench, victim: Victim, run: Path, moment: str) -> bool:
 
 def observe(victim: Victim, run: Path, moment: str) -> str:
     """The moment that it was, of one that was aimed at; the victim stands still or is dead."""
-    if "\nstep " in victim.text() and unfinished_saves(run):  # before that, it is one that an earlier process left
+    if "\nstep " in victim.text() and unfinished_saves(
+        victim, run
+    ):  # before that, it is one that an earlier process left
         return "save"
     if moment == "evaluation" or "\nstep " not in victim.text():
         return "evaluation" if moment == "evaluation" else "starting"

@@ -40,7 +40,7 @@ def test_kills_leave_no_trace(launcher: Launcher, undisturbed: Path, tmp_path: P
             assert hold_in_a_save(victim, run, after=newest + 2, seconds=chance.uniform(0, 0.004))
         victim.kill()
         assert victim.returncode == -signal.SIGKILL, victim.text()
-        in_saves += bool(unfinished_saves(run))
+        in_saves += bool(unfinished_saves(victim, run))
         found = assert_all_whole(run)
         assert max(found, default=0) >= newest, "a checkpoint that was there is lost"
         newest = max(found, default=0)

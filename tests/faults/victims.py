@@ -67,9 +67,9 @@ def steps(run_dir: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*"))
 
 
-def unfinished_saves(run_dir: Path) -> list[Path]:
-    """Checkpoints that are being written."""
-    return list((run_dir / "checkpoints").glob(".tmp-step-*"))
+def unfinished_saves(victim: Victim, run_dir: Path) -> list[Path]:
+    """Checkpoints that the victim is writing, or was when it ended; not what an earlier process has left."""
+    return list((run_dir / "checkpoints").glob(f".tmp-step-*-{victim.pid}"))
 
 
 def whole_rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -102,10 +102,10 @@ def hold_in_a_save(victim: Victim, run_dir: Path, *, after: int = 0, seconds: fl
     deadline = time.monotonic() + 60
     while victim.is_running():
         assert time.monotonic() < deadline, f"no save was met in 60 s\n{victim.text()}"
-        if any(int(path.name.split("-")[2]) > after for path in unfinished_saves(run_dir)):
+        if any(int(path.name.split("-")[2]) > after for path in unfinished_saves(victim, run_dir)):
             time.sleep(seconds)
             victim.hold()
-            if victim.is_running() and unfinished_saves(run_dir):
+            if victim.is_running() and unfinished_saves(victim, run_dir):
                 return True
             victim.release()
             after = max(steps(run_dir), default=after)
