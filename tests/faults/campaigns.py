@@ -156,13 +156,11 @@ def reach(bench: Bench, victim: Victim, run: Path, moment: str) -> bool:
 
 def observe(victim: Victim, run: Path, moment: str) -> str:
     """The moment that it was, of one that was aimed at; the victim stands still or is dead."""
-    if "\nstep " in victim.text() and unfinished_saves(
-        victim, run
-    ):  # before that, it is one that an earlier process left
+    if unfinished_saves(victim, run):
         return "save"
-    if moment == "evaluation" or "\nstep " not in victim.text():
-        return "evaluation" if moment == "evaluation" else "starting"
-    return "step"
+    if moment == "evaluation":
+        return "evaluation"
+    return "step" if "\nstep " in victim.text() else "starting"
 
 
 # --- campaigns ------------------------------------------------------------------------------------------------------
