@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.model.cache import KVCache
@@ -20,13 +21,36 @@ class LanguageModel(nn.Module, ABC):
     padded_vocab_size: int
     context_length: int
     num_layers: int
+    blocks: nn.ModuleList  # alike, one after the other: what is compiled, and recomputed in backward, one at a time
+    logit_softcap: float | None  # logits are capped smoothly to within this: cap * tanh(logits / cap)
 
     @abstractmethod
-    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits ``(batch, sequence, padded_vocab_size)`` for the token after each of ``ids`` ``(batch, sequence)``.
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Final hidden states ``(batch, sequence, hidden)`` of ``ids`` ``(batch, sequence)``, normed.
 
         With a ``cache``, ``ids`` continue the sequences that the cache holds.
         """
+
+    @property
+    @abstractmethod
+    def head_weight(self) -> Tensor:
+        """The output layer's matrix ``(padded_vocab_size, hidden)``."""
+
+    @property
+    @abstractmethod
+    def head_bias(self) -> Tensor | None:
+        """The output layer's bias ``(padded_vocab_size,)``: ``-inf`` for the padding; None where nothing is padded."""
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits ``(batch, sequence, padded_vocab_size)`` for the token after each of ``ids`` ``(batch, sequence)``."""
+        return self.logits(self.hidden(ids, cache))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The output layer, for a few tokens: a training loss comes from ``hidden`` without the logits of them all."""
+        if self.logit_softcap is None:
+            return F.linear(hidden, self.head_weight, self.head_bias)
+        capped = self.logit_softcap * torch.tanh(F.linear(hidden, self.head_weight) / self.logit_softcap)
+        return capped if self.head_bias is None else capped + self.head_bias
 
     @abstractmethod
     def initialise(self, generator: torch.Generator) -> None:

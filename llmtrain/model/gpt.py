@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.model import LanguageModel, ModelConfig
-from llmtrain.model.cache import KVCache
+from llmtrain.model.cache import KVCache, LayerCache
 from llmtrain.model.vocabulary import hide_padding, logit_bias, padded_size
 
 
@@ -36,6 +36,7 @@ class GPTConfig(ModelConfig):
     dropout: float
     qkv_bias: bool
     tie_embeddings: bool
+    logit_softcap: float | None
     initialisation: Initialisation
 
     def __post_init__(self) -> None:
@@ -53,6 +54,8 @@ class GPTConfig(ModelConfig):
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
+        if self.logit_softcap is not None and not 0 < self.logit_softcap < math.inf:
+            raise ValueError(f"logit_softcap={self.logit_softcap}: must be above 0, or null for none")
 
     def build(self, vocab_size: int) -> "GPT":
         return GPT(self, vocab_size)
@@ -68,14 +71,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
         self.projection = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, layer: int, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None) -> Tensor:
         """``x`` and the result: ``(batch, sequence, hidden)``."""
         batch, length, hidden = x.shape
         heads = self.qkv(x).view(batch, length, 3, self.num_heads, hidden // self.num_heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each (batch, heads, sequence, head_size)
         mask, causal = None, True
         if cache is not None:
-            key, value = cache.update(layer, key, value)
+            key, value = cache.update(key, value)
             if cache.length:  # row i sees the cached tokens and the new ones up to itself
                 causal = False
                 if length > 1:
@@ -109,8 +112,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, layer: int, cache: KVCache | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), layer, cache))
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -124,6 +127,7 @@ class GPT(LanguageModel):
         self.padded_vocab_size = padded_size(vocab_size)
         self.context_length = config.context_length
         self.num_layers = config.num_layers
+        self.logit_softcap = config.logit_softcap
         self.token_embedding = nn.Embedding(self.padded_vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.context_length, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
@@ -134,19 +138,22 @@ class GPT(LanguageModel):
         self.register_buffer("logit_bias", None, persistent=False)
         hide_padding(self, ("token_embedding.weight", "head.weight"), vocab_size)
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         start = cache.length if cache is not None else 0
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)
         x = self.dropout(self.token_embedding(ids) + self.position_embedding(positions))
         for layer, block in enumerate(self.blocks):
-            x = block(x, layer, cache)
+            x = block(x) if cache is None else block(x, cache.layer(layer))
         if cache is not None:
             cache.advance(ids.shape[1])
-        return F.linear(self.final_norm(x), self.head_weight, self.logit_bias)
+        return self.final_norm(x)
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        return self.logit_bias
 
     @property
     def head_weight(self) -> Tensor:
-        """The output layer's matrix ``(padded_vocab_size, hidden)``."""
         return self.token_embedding.weight if self.config.tie_embeddings else self.head.weight
 
     @torch.no_grad()

@@ -12,7 +12,8 @@ from llmtrain.model.gpt import GPT, GPTConfig, Initialisation
 CONF = Path(__file__).parents[2] / "conf" / "model"
 SMALL = {
     "num_layers": 3, "hidden_size": 48, "num_heads": 4, "context_length": 32, "vocab_size": None, "dropout": 0.0,
-    "qkv_bias": True, "tie_embeddings": True, "initialisation": Initialisation.gpt2,
+    "qkv_bias": True, "tie_embeddings": True, "logit_softcap": None,
+    "initialisation": Initialisation.gpt2,
 }  # fmt: skip
 
 
