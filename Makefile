@@ -29,8 +29,9 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# BENCH="--nanogpt DIR --modes fp32 bf16" for more: benchmarks/README.md; some ten minutes on two cores
 bench: setup
-	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python -m benchmarks $(BENCH)
 
 # TORTURE="--kills 500 --seed 1" for another one
 torture: setup

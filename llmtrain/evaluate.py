@@ -14,6 +14,7 @@ from llmtrain.precision import Precision
 @torch.no_grad()
 def evaluate(
     loss_sum: Callable[[Tensor, Tensor], Tensor],
+    plain_loss_sum: Callable[[Tensor, Tensor], Tensor],
     model: nn.Module,
     sequences: Sequences,
     *,
@@ -40,7 +41,8 @@ def evaluate(
                     return None
                 inputs, targets = sequences.gather(np.arange(start, min(start + batch_size, end)))
                 targets_seen += int((targets != IGNORE).sum())
-                total += loss_sum(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
+                of_batch = loss_sum if len(inputs) == batch_size else plain_loss_sum  # not compiled for what is left
+                total += of_batch(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
     finally:
         model.train(was_training)
     return total.item() / max(targets_seen, 1)

@@ -91,7 +91,7 @@ class Looks:
 
         def at(size: int) -> float | None:
             return evaluate(
-                self.loss_sum, self.model, sequences, batch_size=size, max_sequences=max_sequences,
+                self.loss_sum, self.plain_loss_sum, self.model, sequences, batch_size=size, max_sequences=max_sequences,
                 precision=self.precision, device=self.device, stop=lambda: stop() is not None,
             )  # fmt: skip
 

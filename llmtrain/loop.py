@@ -26,6 +26,7 @@ from llmtrain.offenders import find_offenders
 from llmtrain.optimizer import step as optimizer_step
 from llmtrain.optimizer.state import state_tensors
 from llmtrain.precision import Precision
+from llmtrain.profiling import Profiler
 from llmtrain.readback import Readback, StepRecord
 from llmtrain.recovery import Action, GiveUp, LowerRate, Recovery, RollBack, Skip, Verdict
 from llmtrain.run_directory import RunDirectory
@@ -33,6 +34,7 @@ from llmtrain.runtime import peak_memory
 from llmtrain.saver import Saved, Saver
 from llmtrain.schedule import Schedule
 from llmtrain.state import TrainState
+from llmtrain.stopwatch import Stopwatch
 from llmtrain.storage import CheckpointError, remove_checkpoint, step_of
 
 MAX_REFUSED_AT_END = 3  # steps in a row; a run that ends with as many has not come to anything
@@ -74,12 +76,14 @@ class Loop:
     flops_per_token: int
     peak_flops: float
     can_restore: Callable[[Path], bool]  # whether a checkpoint's optimizer state is of this run's kind of optimizer
+    profiler: Profiler = field(default_factory=Profiler)
     clock: Callable[[], float] = time.perf_counter
 
     last_loss: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.readback = Readback(self.device)
+        self.stopwatch = Stopwatch(self.device, self.clock, self.profiler.note)
         self.parameters = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         self.loader = self.open_loader(self.state)
         self.saved_step: int | None = self.state.step or None  # a resumed run starts from what is already saved
@@ -93,6 +97,7 @@ class Loop:
         """End the loader, close the samples."""
         self.loader.close()
         self.looks.samples.close()
+        self.profiler.close()
 
     def run(self) -> str:
         """Train to the end, or until there is a reason to stop; returns ``"finished"`` or ``"interrupted"``.
@@ -109,6 +114,8 @@ class Loop:
             self.look()
         self.save()
         self.settle(wait=True)
+        if self.profiler.is_unfinished:
+            self.write_profile()
         if self.saved_step != self.state.step:
             raise TrainingFailed(
                 f"step {self.state.step}: the checkpoint could not be written: {self.save_error}; "
@@ -142,6 +149,8 @@ class Loop:
         self.settle(wait=False)
         self.handle(self.readback.ready())
         self.act(self.recovery.decide(self.state.step))
+        if self.profiler.step():
+            self.write_profile()
 
     def train_step(self) -> None:
         """One optimizer step.  The host only launches work here; it never waits for the device."""
@@ -150,16 +159,22 @@ class Loop:
         learning_rate *= self.recovery.rate_factor(state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_multiplier"]
+        self.stopwatch.start()
         batch = self.loader.next()
+        self.stopwatch.mark("data")
         loss = halved_on_out_of_memory(
             lambda size: self.accumulate(batch, size), self.micro_batch_size(len(batch.inputs)), self.note_halved
         )
         self.precision.unscale([p for _, p in self.parameters])
         gradient = self.clipping(self.parameters, state.step)
         verdict = self.recovery.judge(loss, gradient.norm)
+        self.stopwatch.mark("optimizer")
         self.saver.before_update()
+        self.stopwatch.mark("other")  # waiting for the copy of a checkpoint
         optimizer_step(self.optimizer, verdict["refused"])
         self.optimizer.zero_grad(set_to_none=True)
+        self.stopwatch.mark("optimizer")
+        self.stopwatch.finish()
 
         scalars = {
             "loss": loss,
@@ -192,7 +207,9 @@ class Loop:
         for inputs, targets in pieces:
             with self.precision.autocast():
                 part = self.loss_sum(inputs, targets) / max(batch.num_targets, 1)
+            self.stopwatch.mark("forward")
             self.precision.scale(part).backward()
+            self.stopwatch.mark("backward")
             loss = loss + part.detach()
         return loss
 
@@ -203,6 +220,7 @@ class Loop:
     def note_halved(self, size: int, message: str) -> None:
         """The step is done again, on the same data, in smaller micro-batches, and so are all that follow."""
         self.optimizer.zero_grad(set_to_none=True)
+        self.stopwatch.mark("other")
         self.state.micro_batch_size = size
         self.event("out_of_memory", self.state.step + 1, micro_batch_size=size, message=message)
 
@@ -211,6 +229,7 @@ class Loop:
     def handle(self, records: list[StepRecord]) -> None:
         """Account for steps whose numbers have come back: log them, and tell the recovery."""
         for record in records:
+            self.stopwatch.read()
             self.since_log[0] += 1
             self.since_log[1] += record.tokens
             verdict = Verdict.of(record.step, record.position, record.batch_size, record.values)
@@ -242,7 +261,11 @@ class Loop:
             "batch_size": record.batch_size,
             "tokens_per_second": round(rate, 1),
             "mfu": round(rate * self.flops_per_token / self.peak_flops, 4),
-            "step_seconds": round(seconds / max(steps, 1), 5),
+            "step_seconds": round(seconds / max(steps, 1), 6),
+            **{
+                f"{phase}_seconds": round(value / max(steps, 1), 6)
+                for phase, value in self.stopwatch.take(seconds).items()
+            },
             "memory_bytes": peak_memory(self.device),
         }
         if "loss_scale" in record.values:
@@ -262,6 +285,15 @@ class Loop:
         row = {"event": name, "step": step, **details}
         self.metrics.row(row)
         self.display.event(row)
+
+    def write_profile(self) -> None:
+        """Have the profile of some steps written and say where it is; the time that takes is not training's."""
+        self.handle(self.readback.drain())
+        self.account()
+        profile = self.profiler.write()
+        path = None if profile.path is None else str(profile.path.relative_to(self.directory.path))
+        self.event("profile", self.state.step, path=path, message=profile.message)
+        self.mark = self.clock()
 
     # --- recovery ---------------------------------------------------------------------------------------------------
 
@@ -348,6 +380,7 @@ class Loop:
         self.metrics.rewind(step)
         self.looks.forget_after(self.state)
         self.since_log = [0, 0, 0.0]
+        self.stopwatch.forget()
         self.display.start(step, self.max_steps)
 
     # --- saving -----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from llmtrain.metrics.local import FILE, Local
 from llmtrain.optimizer.state import state_tensors
 from llmtrain.run import Run
 from llmtrain.run_directory import RunDirectory
-from llmtrain.runtime import describe_environment
+from llmtrain.runtime import describe_environment, peak_flops
 from llmtrain.saver import Saver
 from llmtrain.state import TrainState
 from llmtrain.storage import MODEL, OPTIMIZER, read_state, read_tensors
@@ -65,6 +65,8 @@ class Replay:
             else:
                 state, _ = run.restore(checkpoint, parts)
             run.check_data(state, parts)
+            tuned_as_recorded(state, directory)
+            parts, _ = run.tune(parts, state, peak_flops(device, parts.precision.dtype))
             inexact = inexact_because(run, directory, device)
             metrics = stack.enter_context(Local(log_every=1).build(scratch, resume_step=None))
             loop = run.make_loop(
@@ -169,6 +171,14 @@ def _compare_state(now: Mapping[str, Any], before: Mapping[str, Any]) -> Kind:
 
 def _relative(difference: float, reference: float) -> float:
     return abs(difference) / max(abs(reference), 1e-30)
+
+
+def tuned_as_recorded(state: TrainState, directory: RunDirectory) -> None:
+    """Have a replay from the run's start compute as the run did: what it found out then is in its checkpoints."""
+    checkpoints = directory.find_checkpoints()
+    if state.step == 0 and checkpoints:
+        recorded = TrainState.from_json(read_state(checkpoints[0]))
+        state.compiled, state.micro_batch_size = recorded.compiled, recorded.micro_batch_size
 
 
 def inexact_because(run: Run, directory: RunDirectory, device: torch.device) -> str | None:

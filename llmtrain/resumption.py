@@ -217,7 +217,7 @@ def come_back(
         ) from error
     if "recovery._target_" in changed:
         state.recovery = {}
-    if "accumulation.micro_batch_size" in changed:
+    if any(key.startswith("accumulation.") for key in changed):
         state.micro_batch_size = None
     if "precision.initial_scale" in changed:
         state.scaler = {}

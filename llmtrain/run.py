@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llmtrain import config
 from llmtrain.accumulation import Accumulation
+from llmtrain.activation_checkpointing import ActivationCheckpointing
 from llmtrain.checkpoint import Checkpoint
 from llmtrain.clipping import Clipping
 from llmtrain.data import Corpus, DataConfig
@@ -37,7 +38,10 @@ from llmtrain.model import LanguageModel, ModelConfig
 from llmtrain.objective import Objective
 from llmtrain.optimizer import OptimizerConfig
 from llmtrain.optimizer.state import state_tensors
+from llmtrain.planning.blueprint import Blueprint
+from llmtrain.planning.memory import estimate
 from llmtrain.precision import Precision, PrecisionConfig
+from llmtrain.profiling import Profiler, StepProfiler
 from llmtrain.recovery import RecoveryConfig
 from llmtrain.resumption import (
     Origin,
@@ -54,7 +58,7 @@ from llmtrain.resumption import (
     since_older_version,
 )
 from llmtrain.run_directory import RunDirectory
-from llmtrain.runtime import Runtime, compiled, describe_environment, peak_flops
+from llmtrain.runtime import Runtime, available_memory, describe_environment, peak_flops, peak_memory
 from llmtrain.saver import Saver
 from llmtrain.schedule import Schedule
 from llmtrain.signals import stop_on_signals
@@ -62,6 +66,7 @@ from llmtrain.state import TrainState
 from llmtrain.storage import AppendedFile, sweep_leftovers, write_atomically
 from llmtrain.summary import header, summarise
 from llmtrain.tokenizer import Tokenizer, TokenizerConfig
+from llmtrain.tuning import Rehearsal, compile_loss, fit_micro_batch, why_not_compile
 from llmtrain.weights import Weights
 
 
@@ -87,7 +92,7 @@ class Parts:
     tokenizer: Tokenizer
     corpus: Corpus
     model: LanguageModel
-    loss_sum: Callable[[Tensor, Tensor], Tensor]
+    loss_sum: Callable[[Tensor, Tensor], Tensor]  # as tuned: compiled, maybe
     plain_loss_sum: Callable[[Tensor, Tensor], Tensor]  # the same, not compiled
     optimizer: torch.optim.Optimizer
     precision: Precision
@@ -111,6 +116,7 @@ class Run:
     optimizer: OptimizerConfig
     schedule: Schedule
     precision: PrecisionConfig
+    activation_checkpointing: ActivationCheckpointing
     clipping: Clipping
     accumulation: Accumulation
     checkpoint: Checkpoint
@@ -289,14 +295,20 @@ class Run:
         generator = torch.Generator(device).manual_seed(self.runtime.seed)
         model = self.model.create(vocab_size, device, generator)
         self.lora.apply(model)
+        precision.apply(model.blocks)
+        with config.naming("activation_checkpointing"):
+            self.activation_checkpointing.apply(model)
         with config.naming("optimizer"):
             optimizer = self.optimizer.build(model)
         with config.naming("clipping"):
             self.clipping.check_parameters([name for name, p in model.named_parameters() if p.requires_grad])
         plain_loss_sum: Callable[[Tensor, Tensor], Tensor] = partial(self.objective, model)
-        loss_sum = compiled(plain_loss_sum, device) if self.runtime.compile else plain_loss_sum
+        if self.runtime.compile is True and (reason := why_not_compile(device)):
+            raise ValueError(f"runtime.compile=true: {reason}; take auto or false")
+        if self.runtime.cuda_graphs and device.type != "cuda":
+            raise ValueError("runtime.cuda_graphs=true: there is no GPU here; take false")
         max_steps = self.loop.total_steps(self.accumulation, len(corpus.train), self.data.sequence_length)
-        return Parts(device, tokenizer, corpus, model, loss_sum, plain_loss_sum, optimizer, precision, max_steps)
+        return Parts(device, tokenizer, corpus, model, plain_loss_sum, plain_loss_sum, optimizer, precision, max_steps)
 
     def vocab_size(self, tokenizer: Tokenizer) -> int:
         """The model's vocabulary.  Raises ValueError if the tokenizer has ids beyond it."""
@@ -356,11 +368,15 @@ class Run:
             for row in () if resumption is None else resumption.events():
                 metrics.row(row)
                 display.event(row)
+            parts, found = self.tune(parts, state, peak)
+            for row in found:
+                metrics.row(row)
+                display.event(row)
             if warning := saver.check_memory(self.checkpoint_bytes(parts)):
                 display.warn(warning)
             loop = self.make_loop(
                 parts, directory, state, metrics=metrics, display=display, saver=saver, peak_flops=peak,
-                stop=lambda: stop.signal_name,
+                stop=lambda: stop.signal_name, profiler=self.make_profiler(parts, directory, state),
             )  # fmt: skip
             stack.enter_context(contextlib.closing(loop))
             if resumption is not None:
@@ -378,6 +394,43 @@ class Run:
                 self.conclude(loop, directory, display, reason)
         return Result(directory.path, summarise(self.name, loop, reason), parts.model)
 
+    def tune(self, parts: Parts, state: TrainState, peak_flops: float) -> tuple[Parts, list[dict[str, Any]]]:
+        """Find out what a run finds out at its start, into ``state``; what it had found before stays so.
+
+        Returns the parts to train with, and the events that tell of it.
+        """
+        rehearsal = Rehearsal(
+            parts.model, parts.plain_loss_sum, parts.precision, parts.device, self.data.sequence_length
+        )
+        events = []
+        if self.accumulation.is_probed and state.micro_batch_size is None:
+            batch = self.accumulation.micro_batch_size
+            events.append(fit_micro_batch(rehearsal, batch, state, partial(self.fits, parts)))
+        batch = self.accumulation.batch_size_at(state.step, state.tokens)
+        flops = (
+            (parts.max_steps - state.step)
+            * batch
+            * self.data.sequence_length
+            * parts.model.flops_per_token(self.data.sequence_length)
+        )
+        size = min(state.micro_batch_size or self.accumulation.micro_batch_size, batch)
+        loss_sum, event = compile_loss(
+            rehearsal, self.runtime.compile, state, flops / peak_flops, size,
+            evaluates=self.loop.eval_every > 0 and parts.corpus.validation is not None,
+            cuda_graphs=self.runtime.cuda_graphs,
+        )  # fmt: skip
+        if loss_sum is not None:
+            parts = replace(parts, loss_sum=loss_sum)
+        return parts, [*events, *([] if event is None else [event])]
+
+    def fits(self, parts: Parts, micro_batch_size: int) -> bool:
+        """Whether host memory has room to train with such micro-batches, by what a traced step takes."""
+        batch, vocab_size = self.accumulation.micro_batch_size, self.vocab_size(parts.tokenizer)
+        blueprint = Blueprint(self, vocab_size, parts.precision, batch, micro_batch_size)
+        available = available_memory()
+        taken = estimate(blueprint, gpu=False, copied=self.checkpoint.asynchronous).needed - peak_memory(parts.device)
+        return available is None or taken < available
+
     def make_loop(
         self,
         parts: Parts,
@@ -390,6 +443,7 @@ class Run:
         peak_flops: float,
         stop: Callable[[], str | None],
         log_every: int | None = None,
+        profiler: Profiler | None = None,
     ) -> Loop:
         """The loop over ``parts`` from ``state`` on."""
         recovery = self.recovery.build(parts.device)
@@ -409,8 +463,15 @@ class Run:
             saver=saver, directory=directory, config_text=directory.config.read_text(encoding="utf-8"),
             metrics=metrics, log_every=log_every or self.metrics.log_every, display=display, stop=stop,
             flops_per_token=parts.model.flops_per_token(self.data.sequence_length), peak_flops=peak_flops,
-            can_restore=partial(has_optimizer_of, run=self),
+            can_restore=partial(has_optimizer_of, run=self), profiler=profiler or Profiler(),
         )  # fmt: skip
+
+    def make_profiler(self, parts: Parts, directory: RunDirectory, state: TrainState) -> Profiler:
+        """What ``runtime.profile`` asks for."""
+        if not self.runtime.profile:
+            return Profiler()
+        state_bytes = sum(tensor.nbytes for tensor in state_tensors(parts.optimizer).values())
+        return StepProfiler(directory.path, parts.device, state.step, list(parts.model.parameters()), state_bytes)
 
     def conclude(self, loop: Loop, directory: RunDirectory, display: Display, reason: str) -> None:
         """Leave the run's summary and plot, however it ended."""

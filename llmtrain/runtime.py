@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -33,6 +33,10 @@ def prepare_process() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"  # where data are cached too: what is compiled, is once
+    cache = os.environ.get("LLMTRAIN_CACHE") or f"{cache}/llmtrain"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache, "compiled").expanduser()))
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would write into the display
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt  # parameters: malloc.h
         m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
@@ -56,7 +60,9 @@ class Runtime:
     device: Device
     seed: int
     deterministic: bool
-    compile: bool
+    compile: bool | str
+    cuda_graphs: bool
+    profile: bool
     num_threads: int | None
 
     def __post_init__(self) -> None:
@@ -64,6 +70,10 @@ class Runtime:
             raise ValueError(f"num_threads={self.num_threads}: must be at least 1, or null for one a physical core")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed}: must be between 0 and 2**63 - 1")
+        if self.compile not in (True, False, "auto"):
+            raise ValueError(f"compile={self.compile}: must be auto, true or false")
+        if self.cuda_graphs and self.compile is not True:
+            raise ValueError(f"cuda_graphs=true: takes compile=true, not compile={str(self.compile).lower()}")
 
     def torch_device(self) -> torch.device:
         """The device.  Raises ValueError if it is not there."""
@@ -113,19 +123,6 @@ def physical_cores() -> int:
     return len(cores)
 
 
-def compiled(function: Callable[..., torch.Tensor], device: torch.device) -> Callable[..., torch.Tensor]:
-    """``function`` through ``torch.compile``.  Raises ValueError where there is no compiler for it."""
-    import shutil
-
-    import torch
-
-    if device.type == "cpu" and not any(shutil.which(compiler) for compiler in ("g++", "clang++")):
-        raise ValueError("runtime.compile=true: torch.compile needs a C++ compiler on a CPU (g++); take false")
-    if sys.version_info >= (3, 15):
-        raise ValueError("runtime.compile=true: torch.compile does not know this Python yet; take false")
-    return torch.compile(function, dynamic=False)
-
-
 def device_name(device: torch.device) -> str:
     """For people: "NVIDIA H100 80GB HBM3", "CPU, AMD EPYC …, 2 threads"."""
     import torch
@@ -150,6 +147,11 @@ def peak_memory(device: torch.device) -> int:
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():  # the kernel's getrusage begins with the peak of the process that started this one
+        peaks = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        if peaks:
+            return 1024 * int(peaks[0])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -20,7 +20,8 @@ class TrainState:
     tokens: int = 0  # target tokens consumed
     refused_steps: int = 0  # steps whose update was refused: not finite, or far out of the ordinary
     skipped_sequences: int = 0  # left out by the recovery; ``position`` counts them as consumed
-    micro_batch_size: int | None = None  # smaller than the config's since the device ran out of memory
+    micro_batch_size: int | None = None  # found to fit, at the start or since memory ran out; None: the config's
+    compiled: bool | None = None  # whether the blocks are; None: not decided yet
     best_val_loss: float | None = None
     best_val_step: int | None = None
     train_seconds: float = 0.0  # spent in steps, over all sessions

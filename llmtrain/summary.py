@@ -55,6 +55,8 @@ def header(
     warming = f", {warmup} warm-up steps" if warmup else ""
     yield "optimizer", f"{optimizer}, learning rate {run.optimizer.lr:g}; schedule {schedule}{warming}"
     yield "device", f"{device_name(parts.device)}, {parts.precision.name}, {rate(peak_flops, 'FLOP/s')} at most"
+    if parts.precision.notice:
+        yield "precision", parts.precision.notice
     yield "time", f"at best {duration(flops / (0.6 * peak_flops))}, at 60% of that; an estimate follows with the steps"
 
 
@@ -77,6 +79,8 @@ def summarise(name: str, loop: Loop, reason: str) -> dict[str, Any]:
         "refused_steps": state.refused_steps,
         "skipped_sequences": state.skipped_sequences,
         "parameters": loop.model.num_parameters(),
+        "time_shares": loop.stopwatch.shares(),
+        "profile": None if loop.profiler.path is None else str(loop.profiler.path),
     }
 
 

@@ -42,7 +42,7 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         (["train", "optimizer.warmup_steps=1"], "did you mean schedule.warmup_steps?"),
         (["train", "optimzer=adam"], "optimzer: no such key; did you mean optimizer?"),
         (["train", "optimizer=adamm"], "optimizer=adamm: no such option; did you mean adam?"),
-        (["train", "optimizer=foo"], "there are: adafactor, adam, adamw, lion, muon, sgd"),
+        (["train", "optimizer=foo"], "there are: adafactor, adam, adamw, adamw_8bit, adamw_bf16, lion, muon, sgd"),
         (["train", "optimizer.lr=abc"], "optimizer.lr='abc'"),
         (["train", "+optimizer.lrr=1"], "optimizer.lrr: no such key"),
         (["train", "+nobody.reads=1"], "nobody: no such key"),

@@ -12,23 +12,27 @@ LAYERS = [
     "cli",
     "sweep",
     "commands",
-    "replay",
+    "probe replay",
     "run",
     "resumption summary",
-    "lint",
+    "lint planning",
     "config",
     "loop",
     "looks saver",
     "loop_config",
-    "checkpoint display evaluate inference offenders report",
-    "accumulation clipping data lora metrics model objective optimizer precision recovery schedule tokenizer weights",
-    "run_directory",
-    "checks format memory readback runtime signals state storage",
+    "checkpoint display evaluate inference offenders report tuning",
+    "accumulation activation_checkpointing clipping data lora metrics model objective optimizer precision recovery "
+    "schedule tokenizer weights",
+    "profiling",
+    "memory_timeline run_directory",
+    "checks format memory readback runtime signals state stopwatch storage",
 ]
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names.split()}
 
 # Within the line of the groups: who knows another one, and then its contract alone, not an option of it.
-CONTRACTS = {"data": "tokenizer", "lora": "model", "objective": "model", "weights": "model"}
+CONTRACTS = {
+    "activation_checkpointing": "model", "data": "tokenizer", "lora": "model", "objective": "model", "weights": "model",
+}  # fmt: skip
 
 HYDRA = {"cli", "config"}
 PROCESSES = {"runtime", "sweep"}  # git for environment.json, the jobs of a sweep

@@ -10,7 +10,7 @@ END = 50
 
 
 def model() -> GPT:
-    config = GPTConfig(2, 32, 4, 16, None, 0.1, True, True, Initialisation.torch)
+    config = GPTConfig(2, 32, 4, 16, None, 0.1, True, True, None, Initialisation.torch)
     made = config.create(51, torch.device("cpu"), torch.Generator().manual_seed(3))
     assert isinstance(made, GPT)
     return made

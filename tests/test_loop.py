@@ -1,6 +1,7 @@
 """The step: accumulation that is equivalent, refusals that leave no trace."""
 
 import dataclasses
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from llmtrain.loop import Loop
 from llmtrain.run import Parts
 from llmtrain.run_directory import RunDirectory
 from llmtrain.state import TrainState
+from llmtrain.stopwatch import Stopwatch
 
 
 def parts_of(run: Run) -> Parts:
@@ -24,6 +26,7 @@ def loop_of(parts: Parts) -> Loop:
     """A loop of which only ``accumulate`` is used."""
     loop = object.__new__(Loop)
     loop.device, loop.precision, loop.loss_sum = parts.device, parts.precision, parts.loss_sum
+    loop.stopwatch = Stopwatch(parts.device, time.perf_counter)
     return loop
 
 
@@ -65,7 +68,7 @@ def test_micro_batches_change_no_curve(tmp_path: Path) -> None:
         assert curve == pytest.approx(losses[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon", "lion", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon", "lion", "adafactor", "adamw_8bit", "adamw_bf16"])
 def test_a_step_that_is_not_finite_reaches_no_weight(tmp_path: Path, optimizer: str) -> None:
     every = ("checkpoint.every_steps=1", "checkpoint.keep_last=0", "loop.max_steps=4")
     run = Run.compose(*TINY, *every, f"optimizer={optimizer}", "schedule=constant", f"run_dir={tmp_path / 'run'}")

@@ -118,10 +118,12 @@ def test_long_words_are_cut() -> None:
     gpt2 = GPT2().build()
     ids = gpt2.encode(" internationally" * 65).astype(np.uint16)
     assert len(ids) == 65
-    model = GPTConfig(1, 32, 2, 64, None, 0.0, True, True, Initialisation.gpt2).create(
+    model = GPTConfig(1, 32, 2, 64, None, 0.0, True, True, None, Initialisation.gpt2).create(
         gpt2.vocab_size, CPU, torch.Generator().manual_seed(0)
     )
-    (found,) = find_offenders(partial(Causal(), model), model, gpt2, Sequences([ids], 64), np.array([0]), 1, CPU)
+    (found,) = find_offenders(
+        partial(Causal(0.0, None), model), model, gpt2, Sequences([ids], 64), np.array([0]), 1, CPU
+    )
     assert len(found["text"]) == 300
     assert found["text"].startswith("… internationally internationally")
 
@@ -148,7 +150,7 @@ def test_targets_that_carry_no_loss_do_not_count() -> None:
 
 
 def real_model(dropout: float) -> nn.Module:
-    config = GPTConfig(2, 32, 4, LENGTH, None, dropout, True, True, Initialisation.torch)
+    config = GPTConfig(2, 32, 4, LENGTH, None, dropout, True, True, None, Initialisation.torch)
     return config.create(257, CPU, torch.Generator().manual_seed(3))
 
 
@@ -156,7 +158,7 @@ def test_a_real_model_is_evaluated_without_dropout_and_left_as_it_was() -> None:
     sequences = sequences_of(*TEXTS)
     model = real_model(0.5).train()
     random = torch.get_rng_state()
-    found = find_offenders(partial(Causal(), model), model, BYTE, sequences, np.arange(5), 5, CPU)
+    found = find_offenders(partial(Causal(0.0, None), model), model, BYTE, sequences, np.arange(5), 5, CPU)
     assert torch.equal(torch.get_rng_state(), random)
     assert model.training
     assert all(p.grad is None for p in model.parameters())

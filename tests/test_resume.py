@@ -38,6 +38,8 @@ VARIANTS = {
     "muon": ("optimizer=muon",),
     "lion": ("optimizer=lion",),
     "adafactor": ("optimizer=adafactor",),
+    "adamw_8bit": ("optimizer=adamw_8bit", "optimizer.min_elements=1000"),
+    "adamw_bf16": ("optimizer=adamw_bf16", "optimizer.min_elements=1000"),
     "untied": ("model.tie_embeddings=false", "model.qkv_bias=false"),
     "looking": ("loop.eval_every=2", "loop.sample_every=3", "model.dropout=0.2"),
 }

@@ -23,9 +23,12 @@ def test_a_compiled_run_has_the_same_curve(tmp_path: Path) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+OFF = {"compile": False, "cuda_graphs": False, "profile": False}
+
+
 def test_a_session_leaves_torch_as_it_was() -> None:
     threads = torch.get_num_threads()
-    runtime = Runtime(Device.cpu, seed=1, deterministic=True, compile=False, num_threads=1)
+    runtime = Runtime(Device.cpu, seed=1, deterministic=True, num_threads=1, **OFF)
     with runtime.session() as device:
         assert device.type == "cpu"
         assert torch.get_num_threads() == 1
@@ -36,7 +39,7 @@ def test_a_session_leaves_torch_as_it_was() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_that_is_not_there_is_named() -> None:
-    runtime = Runtime(Device.cuda, seed=1, deterministic=False, compile=False, num_threads=None)
+    runtime = Runtime(Device.cuda, seed=1, deterministic=False, num_threads=None, **OFF)
     with pytest.raises(ValueError, match="device=cuda: torch sees no CUDA device here"):
         runtime.torch_device()
 

@@ -5,12 +5,14 @@ batch into micro-batches gives the same gradient.
 """
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 
 class Accumulation(ABC):
     """Contract of ``accumulation=...``."""
 
     micro_batch_size: int  # sequences per forward pass
+    is_probed: ClassVar[bool] = False  # whether fewer are taken at once if memory has no room for them
 
     @abstractmethod
     def batch_size_at(self, step: int, tokens: int) -> int:

@@ -49,10 +49,18 @@ def main(settings: Generate, invocation: Invocation) -> int:
     """Stream ``num_samples`` texts to standard output."""
     checkpoint = locate_checkpoint(invocation.targets[0])
     verify_checkpoint(checkpoint)
-    run = Run.from_config(config.untrusted(config.load(checkpoint / CONFIG), settings.plugins))
-    runtime = Runtime(device=settings.device, seed=0, deterministic=False, compile=False, num_threads=None)
+    run = Run.from_config(config.complete(config.untrusted(config.load(checkpoint / CONFIG), settings.plugins)))
+    runtime = Runtime(
+        device=settings.device,
+        seed=0,
+        deterministic=False,
+        compile=False,
+        cuda_graphs=False,
+        profile=False,
+        num_threads=None,
+    )
     with runtime.session() as device:
-        precision = run.precision.build(device)
+        precision = run.precision.inference(device)
         tokenizer = run.tokenizer.build()
         model = load(run, tokenizer, checkpoint, device)
         seed = secrets.randbits(63) if settings.seed is None else settings.seed

@@ -100,7 +100,7 @@ def replay(console: Console, settings: Verify, directory: RunDirectory, checkpoi
         end, settled = changed[0], first or last  # what came after was trained with other settings
     if settings.replay_steps is not None:
         end = min(end, start + settings.replay_steps)
-    run = Run.from_config(config.untrusted(config.load(settled / CONFIG), settings.plugins))
+    run = Run.from_config(config.complete(config.untrusted(config.load(settled / CONFIG), settings.plugins)))
     run = dataclasses.replace(run, runtime=dataclasses.replace(run.runtime, device=settings.device))
     run.runtime.torch_device()  # an error in the settings is none of the run's
     console.print(f"\nreplaying {end - start:,} steps from {f'step {start:,}' if first else 'the start'}")

@@ -13,7 +13,7 @@ from llmtrain.display.progress import Progress
 from llmtrain.format import visible
 from llmtrain.metrics import Row
 
-EXPECTED_EVENTS = ("save", "resume")  # others are worth a look
+EXPECTED_EVENTS = ("save", "resume", "profile")  # others are worth a look
 SELF_EXPLAINING = ("path", "message", "reason", "from")  # keys of an event whose values need no label
 # Keys of an event that are not shown as they are: what a reason says already, what has lines of its own, what is long.
 IN_OTHER_WORDS = {"event", "step", "examples", "changes", "rates", "removed", "loss", "grad_norm"}
@@ -153,12 +153,17 @@ def _results(summary: Row) -> list[tuple[str, str]]:
         results.append(("tokens", format.count(summary["tokens"])))
     if summary.get("train_seconds") is not None:
         results.append(("time", format.duration(summary["train_seconds"])))
+    if summary.get("time_shares"):
+        shares = [f"{phase} {format.percent(share)}" for phase, share in summary["time_shares"].items()]
+        results.append(("where it went", ", ".join(shares)))
     if summary.get("tokens_per_second") is not None:
         results.append(("throughput", f"{format.count(summary['tokens_per_second'])} tok/s"))
     if summary.get("refused_steps"):
         results.append(("refused steps", f"{summary['refused_steps']:,} (not finite, or far out of the ordinary)"))
     if summary.get("skipped_sequences"):
         results.append(("left out", f"{summary['skipped_sequences']:,} sequences of the data, by the recovery"))
+    if summary.get("profile"):
+        results.append(("profile", visible(summary["profile"])))
     return results
 
 

@@ -11,6 +11,7 @@ import torch
 
 from llmtrain.accumulation import Accumulation
 from llmtrain.accumulation.fixed import FixedBatch
+from llmtrain.activation_checkpointing import ActivationCheckpointing
 from llmtrain.checkpoint import Checkpoint
 from llmtrain.clipping import Clipping
 from llmtrain.data import Corpus, DataConfig
@@ -70,6 +71,8 @@ class Settings(Protocol):
     def schedule(self) -> Schedule: ...
     @property
     def precision(self) -> PrecisionConfig: ...
+    @property
+    def activation_checkpointing(self) -> ActivationCheckpointing: ...
     @property
     def clipping(self) -> Clipping: ...
     @property

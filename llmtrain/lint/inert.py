@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from llmtrain.accumulation.ramp import RampedBatch, Stage, Unit
+from llmtrain.activation_checkpointing.selective import By, Selective
 from llmtrain.data.shards import Shards
 from llmtrain.lint.case import Case, Finding, warning
 from llmtrain.precision.fp16 import FP16
+from llmtrain.profiling import FIRST
 from llmtrain.recovery.on import On
 from llmtrain.schedule.linear_warmup_cosine_lr import LinearWarmupCosineLR
 from llmtrain.schedule.step import StepDecay
@@ -85,6 +87,12 @@ def judges_too_late(case: Case) -> bool:
     return isinstance(case.run.recovery, On) and case.run.recovery.min_window_steps >= case.steps
 
 
+def selects_operations(case: Case) -> bool:
+    """Whether what is recomputed in backward is chosen by operation and not by block."""
+    option = case.run.activation_checkpointing
+    return isinstance(option, Selective) and option.by is By.operation
+
+
 # --- the table ---------------------------------------------------------------------------------------------------
 
 ENDS = "the run ends after {steps:,} steps"
@@ -134,6 +142,8 @@ TABLE = [
     Inert(r"precision\.growth_interval",
           lambda c: isinstance(c.run.precision, FP16) and c.run.precision.growth_interval > c.steps,
           ENDS + ", before the loss scale can grow; precision.growth_interval={tenth}"),
+    Inert(r"activation_checkpointing\.every", selects_operations,
+          "it counts blocks, and of every block operations are selected; activation_checkpointing.by=block"),
     # the batch
     Inert(r"accumulation\.micro_batch_size", lambda c: c.run.accumulation.micro_batch_size > c.largest_batch,
           "beyond {batch}, which is all that a step takes; a larger step is {batch_key}"),
@@ -159,6 +169,8 @@ TABLE = [
     Inert(r"model\.initialisation", lambda c: not isinstance(c.run.weights, Scratch),
           "every weight is loaded; weights=scratch starts from the model's own"),
     # what is stored, and where
+    Inert(r"runtime\.profile", lambda c: c.run.runtime.profile and c.steps < FIRST,
+          ENDS + f", before the steps that are profiled, from step {FIRST} on; a longer run"),
     Inert(r"output_dir", lambda c: c.run.run_dir, "run_dir={run.run_dir} is the directory; leave out either"),
     Inert(r"checkpoint\.every_steps", lambda c: c.run.checkpoint.every_steps > c.steps,
           ENDS + ", where one is written in any case; checkpoint.every_steps={tenth}"),

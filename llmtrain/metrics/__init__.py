@@ -3,7 +3,9 @@
 Three kinds of rows, told apart by their keys:
 
 - train, each ``log_every`` steps: step, tokens, epoch, loss, learning_rate, grad_norm, grad_max, clipped, refused,
-  tokens_per_second, mfu, step_seconds, memory_bytes, batch_size, and loss_scale under fp16;
+  tokens_per_second, mfu, step_seconds, memory_bytes, batch_size, and loss_scale under fp16; data_seconds,
+  forward_seconds, backward_seconds, optimizer_seconds and other_seconds add up to step_seconds (rows of older
+  versions lack them);
 - validation: step, tokens, epoch, val_loss;
 - events: event ("save", "refused", "resume", ...), step, and what belongs to the event.
 

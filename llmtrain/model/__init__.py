@@ -1,6 +1,8 @@
 """Language models: single-device modules, built on the meta device and initialised in place."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ class LanguageModel(nn.Module, ABC):
     context_length: int
     num_layers: int
     blocks: nn.ModuleList  # alike, one after the other: what is compiled, and recomputed in backward, one at a time
+    _running: Sequence[Callable[..., Tensor]] | None = None
     logit_softcap: float | None  # logits are capped smoothly to within this: cap * tanh(logits / cap)
 
     @abstractmethod
@@ -40,6 +43,20 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def head_bias(self) -> Tensor | None:
         """The output layer's bias ``(padded_vocab_size,)``: ``-inf`` for the padding; None where nothing is padded."""
+
+    @contextmanager
+    def running(self, blocks: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
+        """Have :meth:`hidden` call ``blocks`` in place of its own, which they do the work of (compiled, say)."""
+        before, self._running = self._running, blocks
+        try:
+            yield
+        finally:
+            self._running = before
+
+    @property
+    def callable_blocks(self) -> Sequence[Callable[..., Tensor]]:
+        """What :meth:`hidden` calls without a cache: :attr:`blocks`, or what is :meth:`running` for them."""
+        return self.blocks if self._running is None else self._running  # type: ignore[return-value]
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits ``(batch, sequence, padded_vocab_size)`` for the token after each of ``ids`` ``(batch, sequence)``."""

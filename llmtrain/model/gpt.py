@@ -142,9 +142,12 @@ class GPT(LanguageModel):
         start = cache.length if cache is not None else 0
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)
         x = self.dropout(self.token_embedding(ids) + self.position_embedding(positions))
-        for layer, block in enumerate(self.blocks):
-            x = block(x) if cache is None else block(x, cache.layer(layer))
-        if cache is not None:
+        if cache is None:
+            for block in self.callable_blocks:
+                x = block(x)
+        else:
+            for layer, block in enumerate(self.blocks):
+                x = block(x, cache.layer(layer))
             cache.advance(ids.shape[1])
         return self.final_norm(x)
 

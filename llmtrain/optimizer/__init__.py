@@ -31,7 +31,8 @@ def step(optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
     neither weights nor state, and 0.0 allows it.
 
     Optimizers that heed torch's ``found_inf`` attribute decide on the device (the fused Adam, AdamW and SGD; our
-    Lion).  For the others (Muon, Adafactor, unfused ones) the host waits once to read ``found_inf``.
+    Lion and the AdamW of few bits).  For the others (Muon, Adafactor, unfused ones) the host waits once to read
+    ``found_inf``.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = found_inf  # type: ignore[attr-defined]

@@ -15,6 +15,10 @@ class PrecisionConfig(ABC):
     def build(self, device: torch.device) -> "Precision":
         """The arithmetic on ``device``.  Raises ValueError where the device does not have it."""
 
+    def inference(self, device: torch.device) -> "Precision":
+        """The arithmetic of a trained model's text, which may be wanted on a device that could not train it."""
+        return self.build(device)
+
 
 class LossScaler:
     """Dynamic loss scaling for fp16 (Micikevicius et al. 2018, section 3.2), all of it on the device.
@@ -55,6 +59,13 @@ class Precision:
         self.dtype = dtype
         self.matmul = matmul
         self.scaler = scaler
+        self.notice = ""  # what there is to say about it at the start of a run
+
+    def apply(self, blocks: torch.nn.Module) -> None:
+        """Change in place how the layers in ``blocks`` compute while gradients are recorded; names and weights stay.
+
+        Raises ValueError where none of them can.
+        """
 
     @contextmanager
     def arithmetic(self) -> Iterator[None]:

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from cli import TINY
 
-from llmtrain import Run
+from llmtrain import Run, config
 from llmtrain.cli import main, quoted
-from llmtrain.storage import MODEL, locate_checkpoint, read_tensors
+from llmtrain.storage import CONFIG, MODEL, OPTIMIZER, locate_checkpoint, read_state, read_tensors, write_checkpoint
 
 
 @pytest.fixture
@@ -47,6 +48,23 @@ def test_generate_is_reproducible(run_dir: Path, capfd: pytest.CaptureFixture[st
     assert texts[0] == texts[1] == texts[2]
     assert main(["generate", str(run_dir), "prompt=It's a lamp, [at] night", "max_tokens=30", "seed=2"]) == 0
     assert capfd.readouterr().out != texts[0]
+
+
+def test_text_from_a_checkpoint_of_an_older_version(
+    run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its config lacks groups and keys of today."""
+    path = run_dir / "checkpoints" / "step-00000003"
+    stored = config.load(path / CONFIG)
+    del stored["activation_checkpointing"], stored["loop"]["eval_every"]
+    older = tmp_path / "step-00000003"
+    model, optimizer = (read_tensors(path / name) for name in (MODEL, OPTIMIZER))
+    write_checkpoint(older, model=model, optimizer=optimizer, state=read_state(path), config=yaml.safe_dump(stored))
+    texts = []
+    for target in (path, older):
+        assert main(["generate", str(target), "prompt=Sea", "max_tokens=5", "device=cpu"]) == 0
+        texts.append(capfd.readouterr().out)
+    assert texts[0] == texts[1]
 
 
 def test_several_samples(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:

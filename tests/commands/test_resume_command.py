@@ -338,7 +338,8 @@ def test_batches_of_another_size_go_on_where_the_data_were(run: Path) -> None:
 
 def test_keys_that_an_older_version_did_not_know(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     stored = config.load(run / CONFIG)
-    del stored["recovery"], stored["checkpoint"]["before_evaluation"], stored["data"]["cache_dir"]
+    del stored["recovery"], stored["activation_checkpointing"]
+    del stored["checkpoint"]["before_evaluation"], stored["data"]["cache_dir"]
     (run / CONFIG).write_text(yaml.safe_dump(stored))
     assert main(["resume", "run"]) == 0
     changes = {key: (before, after) for key, before, after in events(run, "resume")[0]["changes"]}
@@ -346,6 +347,7 @@ def test_keys_that_an_older_version_did_not_know(run: Path, capfd: pytest.Captur
     assert changes == {
         "checkpoint.before_evaluation": ("not stored", True),
         "recovery._target_": ("not stored", "llmtrain.recovery.on.On"),
+        "activation_checkpointing._target_": ("not stored", "llmtrain.activation_checkpointing.none.KeepAll"),
     }
     assert "recovery._target_" in capfd.readouterr().out
     assert config.load(run / CONFIG)["checkpoint"]["before_evaluation"] is True

@@ -54,12 +54,15 @@ CASES = [
     (("recovery.loss_deviations=0",), "recovery.loss_floor=0.1", "the loss is not judged", ()),
     (("recovery.grad_norm_deviations=0",), "recovery.grad_norm_floor=0.3", "gradient norms are not judged", ()),
     (("loop.max_steps=32", "loop.eval_every=9"), "recovery.loss_deviations=9", "recovery.min_window_steps=32", ()),
+    (("activation_checkpointing=selective",), "activation_checkpointing.every=3", "of every block operations are selected",
+     ("activation_checkpointing=selective", "activation_checkpointing.by=block")),
     (("weights=checkpoint", "weights.path=x"), "model.initialisation=torch", "every weight is loaded", ()),
     (("run_dir=here",), "output_dir=there", "run_dir=here is the directory", ()),
     ((), "checkpoint.every_steps=500", "where one is written in any case", ("loop.max_steps=500",)),
     (("checkpoint.keep_last=0",), "checkpoint.keep_best=1", "checkpoint.keep_last=0 keeps all", ()),
     (("data.validation_fraction=0",), "checkpoint.keep_best=1", "there are no validation data", ()),
     (("loop.eval_every=0",), "checkpoint.keep_best=1", "nothing is evaluated", ()),
+    (("loop.max_steps=4",), "runtime.profile=true", "from step 5 on", ("loop.max_steps=5",)),
     ((), "checkpoint.keep_every=400", "no step is a multiple", ("loop.max_steps=400",)),
 ]  # fmt: skip
 

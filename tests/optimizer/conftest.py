@@ -10,6 +10,8 @@ from llmtrain.optimizer import OptimizerConfig
 from llmtrain.optimizer.adafactor import Adafactor
 from llmtrain.optimizer.adam import Adam
 from llmtrain.optimizer.adamw import AdamW
+from llmtrain.optimizer.adamw_8bit import AdamW8bit
+from llmtrain.optimizer.adamw_bf16 import AdamWBF16
 from llmtrain.optimizer.lion import Lion
 from llmtrain.optimizer.muon import AdjustLR, Muon
 from llmtrain.optimizer.sgd import SGD
@@ -17,10 +19,13 @@ from llmtrain.optimizer.sgd import SGD
 COMMON = {"lr": 0.01, "weight_decay": 0.1, "layer_decay": 1.0, "rules": []}
 ADAM = {"betas": [0.9, 0.95], "eps": 1e-8}
 MUON = {"momentum": 0.95, "nesterov": True, "ns_steps": 5, "adjust_lr_fn": AdjustLR.match_rms_adamw, "adamw_lr": 0.002}
+COMPACT = {"min_elements": 64}  # the matrices of the blocks; in 8 bits embeddings are excepted
 ADAFACTOR = {"beta2_decay": -0.8, "clipping_threshold": 1.0, "eps1": None, "eps2": 1e-3}
 
 OPTIONS: dict[str, Callable[..., OptimizerConfig]] = {
     "adamw": lambda **keys: AdamW(**COMMON | ADAM | keys),
+    "adamw_8bit": lambda **keys: AdamW8bit(**COMMON | ADAM | COMPACT | {"fp32_embeddings": True} | keys),
+    "adamw_bf16": lambda **keys: AdamWBF16(**COMMON | ADAM | COMPACT | keys),
     "adam": lambda **keys: Adam(**COMMON | ADAM | keys),
     "sgd": lambda **keys: SGD(**COMMON | {"momentum": 0.9, "nesterov": True} | keys),
     "sgd without momentum": lambda **keys: SGD(**COMMON | {"momentum": 0.0, "nesterov": False} | keys),

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def tiny() -> nn.Module:
-    config = GPTConfig(2, 32, 2, 16, None, 0.0, True, True, Initialisation.gpt2)
+    config = GPTConfig(2, 32, 2, 16, None, 0.0, True, True, None, Initialisation.gpt2)
     return config.create(64, CPU, torch.Generator().manual_seed(0))
 
 
@@ -30,7 +30,7 @@ def test_sensitive_parts_stay_fp32(config: BF16 | FP16) -> None:
             module.register_forward_hook(lambda m, args, out, name=name: seen.update({name: out.dtype}))
     ids = torch.randint(0, 64, (2, 16))
     with precision.autocast():
-        loss = Causal()(model, ids, ids)
+        loss = Causal(0.0, None)(model, ids, ids)
     assert loss.dtype == torch.float32
     assert all(dtype == torch.float32 for name, dtype in seen.items() if "norm" in name)
     assert all(dtype == precision.dtype for name, dtype in seen.items() if "norm" not in name)
@@ -41,19 +41,30 @@ def test_sensitive_parts_stay_fp32(config: BF16 | FP16) -> None:
 @pytest.mark.parametrize(("config", "tolerance"), [(BF16(), 0.02), (FP16(1.0, 10), 0.004)])
 def test_half_precision_is_near_fp32(config: BF16 | FP16, tolerance: float) -> None:
     model, ids = tiny(), torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
-    exact = Causal()(model, ids, ids)
+    exact = Causal(0.0, None)(model, ids, ids)
     with config.build(CPU).autocast():
-        assert Causal()(model, ids, ids).item() == pytest.approx(exact.item(), rel=tolerance)
+        assert Causal(0.0, None)(model, ids, ids).item() == pytest.approx(exact.item(), rel=tolerance)
 
 
 def test_arithmetic_is_restored() -> None:
     torch.set_float32_matmul_precision("high")
     try:
-        with FP32().build(CPU).arithmetic():
-            assert torch.get_float32_matmul_precision() == "highest"
+        precision = FP32().build(CPU)
+        with precision.arithmetic():
+            assert torch.get_float32_matmul_precision() == precision.matmul
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 64), (300, 768, 200), (17, 2048, 33)])
+def test_fp32_is_really_fp32(shape: tuple[int, int, int]) -> None:
+    m, k, n = shape
+    a, b = torch.randn(m, k), torch.randn(k, n)
+    exact = a.double() @ b.double()
+    with FP32().build(CPU).arithmetic():
+        product = a @ b
+    assert (product - exact).norm() < 2e-6 * exact.norm()  # bf16 would give 2e-3
 
 
 def test_auto_takes_what_the_device_has() -> None:

@@ -17,7 +17,7 @@ class Poisonable(Objective):
     """``Causal``, and NaN for the marker, as an overflow in one layer would give it."""
 
     def __call__(self, model: LanguageModel, inputs: Tensor, targets: Tensor) -> Tensor:
-        loss = Causal()(model, inputs, targets)
+        loss = Causal(0.0, None)(model, inputs, targets)
         marker = torch.tensor(list(MARKER), device=inputs.device)
         found = (inputs.unfold(1, len(marker), 1) == marker).all(-1).any()
         return torch.where(found, torch.nan, loss)

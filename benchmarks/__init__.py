@@ -1,0 +1,1 @@
+"""Measurements of this program beside others: ``python -m benchmarks --help``; README.md says more."""

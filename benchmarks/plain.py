@@ -1,0 +1,31 @@
+"""Parts of ours without what makes them fast, as plugins: what is measured against to name each gain."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmtrain.model import LanguageModel
+from llmtrain.objective.causal import Causal
+from llmtrain.optimizer.adamw import AdamW
+from llmtrain.optimizer.groups import parameter_groups
+
+
+@dataclass(frozen=True)
+class UnfusedAdamW(AdamW):
+    """AdamW as ``torch.optim.AdamW(parameters)`` runs it on this device: operation by operation."""
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        beta1, beta2 = self.betas
+        return torch.optim.AdamW(
+            parameter_groups(self.members(model), self.lr), betas=(beta1, beta2), eps=self.eps, fused=False
+        )
+
+
+@dataclass(frozen=True)
+class PlainLoss(Causal):
+    """All the logits at once, then torch's cross-entropy."""
+
+    def __call__(self, model: LanguageModel, inputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(model(inputs).float().flatten(0, 1), targets.flatten(), reduction="sum")

@@ -1,0 +1,10 @@
+"""All suites by name, in the order of the report."""
+
+from benchmarks.suites import checkpoint, gains, loader, matmul, start, tokenizer, training
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        matmul.SUITE, training.SUITE, gains.SUITE, start.SUITE, loader.SUITE, tokenizer.SUITE, checkpoint.SUITE,
+    )
+}  # fmt: skip

@@ -1,0 +1,30 @@
+"""A block that keeps its input alone."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Contexts = tuple[AbstractContextManager, AbstractContextManager]
+again = partial(checkpoint, use_reentrant=False, preserve_rng_state=True)
+
+
+def recompute(block: nn.Module, eager: Callable[..., Tensor] = again, compiled: Callable[..., Tensor] = again) -> None:
+    """Have backward call ``block`` again for what it needs, with the random numbers and the autocast of the first time.
+
+    ``eager`` and ``compiled`` call it, the latter within ``torch.compile``: ``again``, or ``again`` with contexts that
+    keep more.  The method is exchanged and no module put around the block, so names and hooks stay as they are.
+    """
+    forward = block.forward
+
+    def checkpointed(x: Tensor, cache: object | None = None) -> Tensor:
+        if cache is not None:
+            return forward(x, cache)
+        if not torch.is_grad_enabled():  # nothing will be asked for again
+            return forward(x)
+        return compiled(forward, x) if torch.compiler.is_compiling() else eager(forward, x)
+
+    block.forward = checkpointed

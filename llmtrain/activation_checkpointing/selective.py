@@ -1,0 +1,43 @@
+"""A part is computed a second time: some of the blocks, or the cheap operations of each."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from llmtrain.activation_checkpointing import ActivationCheckpointing
+from llmtrain.activation_checkpointing.offload import offload
+from llmtrain.activation_checkpointing.operations import recompute_cheap
+from llmtrain.activation_checkpointing.recompute import recompute
+from llmtrain.model import LanguageModel
+
+
+class By(Enum):
+    """What is selected."""
+
+    block = "block"  # every n-th block is recomputed as by ``full``, the others keep everything
+    operation = "operation"  # of each block, the results of matrix products and attention are kept
+
+
+@dataclass(frozen=True)
+class Selective(ActivationCheckpointing):
+    """Between ``none`` and ``full``, in memory and in time."""
+
+    by: By
+    every: int
+    offload: bool
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every={self.every}: must be at least 1, which recomputes every block")
+
+    def apply(self, model: LanguageModel) -> None:
+        if self.by is By.block and self.every > len(model.blocks):
+            raise ValueError(
+                f"every={self.every}: the model has {len(model.blocks)} blocks, so that none would be recomputed; "
+                f"take at most {len(model.blocks)}, or activation_checkpointing=none"
+            )
+        offloader = offload(model) if self.offload else None
+        for number, block in enumerate(model.blocks, start=1):
+            if self.by is By.operation:
+                recompute_cheap(block, offloader)
+            elif number % self.every == 0:
+                recompute(block)

@@ -1,0 +1,55 @@
+"""AdamW with moments in 8 bits (Dettmers et al. 2022, https://arxiv.org/abs/2110.02861)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.optimizer.compact import CompactAdamW, Moments
+from llmtrain.optimizer.groups import Layered, Member
+from llmtrain.optimizer.quantise import BLOCK, Codebook, dequantise, quantise
+from llmtrain.optimizer.rounding import BITS
+
+
+@dataclass(frozen=True)
+class AdamW8bit(CompactAdamW):
+    """Both moments block-wise quantised: 2.03 bytes a parameter instead of 8; see :mod:`llmtrain.optimizer.quantise`.
+
+    As in the paper (section 2.3) embeddings keep theirs in fp32, unless ``fp32_embeddings`` is false: most of their
+    rows have no gradient in most steps, and a few have large ones.
+    """
+
+    fp32_embeddings: bool
+
+    def is_compact(self, member: Member, model: nn.Module) -> bool:
+        is_embedding = self.fp32_embeddings and cast(Layered, model).layer_index(member.name) == 0
+        return super().is_compact(member, model) and not is_embedding
+
+    def moments(self, parameters: Sequence[Tensor]) -> Moments:
+        return QuantisedMoments(parameters[0].device)
+
+
+class QuantisedMoments(Moments):
+    """Codes (the parameter's shape, uint8) and scales (blocks,), a pair for each moment."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.signed = Codebook.make(signed=True, device=device)
+        self.unsigned = Codebook.make(signed=False, device=device)
+
+    def zeros(self, parameter: Tensor) -> dict[str, Tensor]:
+        blocks = -(-parameter.numel() // BLOCK)
+        state = {}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[moment] = torch.zeros_like(parameter, dtype=torch.uint8)  # whatever it is, times a scale of 0
+            state[f"{moment}_scale"] = torch.zeros(blocks, device=parameter.device)
+        return state
+
+    def read(self, kept: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        codes, scales, codes_sq, scales_sq = kept
+        return dequantise(codes, scales, self.signed), dequantise(codes_sq, scales_sq, self.unsigned)
+
+    def write(self, exp_avg: Tensor, exp_avg_sq: Tensor, noise: tuple[Tensor, Tensor]) -> Sequence[Tensor]:
+        first, second = ((numbers + 0.5) / (1 << BITS) for numbers in noise)
+        return *quantise(exp_avg, self.signed, first), *quantise(exp_avg_sq, self.unsigned, second)

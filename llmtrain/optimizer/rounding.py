@@ -1,0 +1,55 @@
+"""Stochastic rounding: up or down at random, with the probabilities that keep the expected value.
+
+Rounding to the nearest loses every change that is smaller than half a step of the format: with beta2 = 0.999 a second
+moment in bf16, whose steps are 0.4 to 0.8% of the value, would never become smaller.  Rounded stochastically, changes
+arrive in the mean (Gupta et al. 2015, https://arxiv.org/abs/1502.02551).
+
+The random numbers are a hash of the parameter's name, the optimizer's step and the element's number, all of which a
+resumed run has again; nothing about them is stored, and the step may be known to the device alone.
+"""
+
+import zlib
+
+import torch
+from torch import Tensor
+
+BITS = 16  # of a random number
+
+# Two's complement of odd 32-bit constants: the golden ratio's, and those of the hash "lowbias32" (C. Wellons,
+# https://nullprogram.com/blog/2018/07/31/).  Products wrap around.
+GOLDEN = 0x9E3779B9 - (1 << 32)
+FIRST, SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
+
+
+def step_seeds(steps: Tensor) -> Tensor:
+    """int32 seeds, one for each of the optimizer's ``steps``."""
+    return _mix(steps.to(torch.int32) * GOLDEN)
+
+
+def seed_of(step_seed: Tensor, name: str, begin: int) -> Tensor:
+    """The seed for the elements of the parameter ``name`` from ``begin`` on."""
+    offset = zlib.crc32(name.encode()) + begin * GOLDEN
+    return step_seed + ((offset + (1 << 31)) % (1 << 32) - (1 << 31))
+
+
+def noise(seed: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Two random int32 vectors (count,), uniform in [0, 2**BITS), on the device of the int32 number ``seed``."""
+    mixed = _mix(torch.arange(count, dtype=torch.int32, device=seed.device) * GOLDEN + seed)
+    mask = (1 << BITS) - 1
+    return mixed & mask, (mixed >> BITS) & mask
+
+
+def _mix(x: Tensor) -> Tensor:
+    # the masks take away the sign bits that >> shifts in
+    x = (x ^ ((x >> 16) & 0xFFFF)) * FIRST
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * SECOND
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def to_bf16(x: Tensor, noise: Tensor) -> Tensor:
+    """fp32 ``x`` as bf16, its magnitude rounded up with the probability that the part cut off has of a step.
+
+    ``noise`` has the shape of ``x``.  What bf16 can hold comes through unchanged.
+    """
+    bits = (x.view(torch.int32) + noise) & -(1 << BITS)
+    return bits.view(torch.float32).to(torch.bfloat16)

@@ -1,0 +1,102 @@
+"""What a step is made of, and making it anew on tensors without data."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from llmtrain.accumulation import Accumulation
+from llmtrain.activation_checkpointing import ActivationCheckpointing
+from llmtrain.clipping import Clipping
+from llmtrain.data import DataConfig
+from llmtrain.lora import Lora
+from llmtrain.model import LanguageModel, ModelConfig
+from llmtrain.objective import Objective
+from llmtrain.optimizer import OptimizerConfig
+from llmtrain.precision import Precision, PrecisionConfig
+
+
+class Settings(Protocol):
+    """What a blueprint reads of a :class:`llmtrain.run.Run`, which is above it."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def objective(self) -> Objective: ...
+    @property
+    def lora(self) -> Lora: ...
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+    @property
+    def precision(self) -> PrecisionConfig: ...
+    @property
+    def clipping(self) -> Clipping: ...
+    @property
+    def accumulation(self) -> Accumulation: ...
+
+
+@dataclass
+class Built:
+    """The parts of a step."""
+
+    model: LanguageModel
+    loss_sum: Callable[[Tensor, Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """The settings that one optimizer step follows from; ``precision`` is the arithmetic of the device planned for."""
+
+    settings: Settings
+    vocab_size: int
+    precision: Precision
+    batch_size: int  # sequences of the largest optimizer step
+    micro_batch: int | None = None  # sequences of a forward pass; None: as the settings say
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a sequence."""
+        return self.settings.data.sequence_length
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences of a forward pass."""
+        return min(self.micro_batch or self.settings.accumulation.micro_batch_size, self.batch_size)
+
+    @property
+    def checkpointing(self) -> ActivationCheckpointing | None:
+        """What is kept for the backward pass."""
+        return getattr(self.settings, "activation_checkpointing", None)
+
+    @property
+    def period(self) -> int:
+        """After so many blocks the same comes again."""
+        is_by_block = getattr(getattr(self.checkpointing, "by", None), "name", None) == "block"
+        return getattr(self.checkpointing, "every", 1) if is_by_block else 1
+
+    @property
+    def num_layers(self) -> int | None:
+        """Blocks of the model; None where its config does not say."""
+        return getattr(self.settings.model, "num_layers", None)
+
+    def build(self, device: torch.device, num_layers: int | None = None) -> Built:
+        """Model, objective and optimizer on ``device``, with ``num_layers`` blocks (None: all); within a fake mode."""
+        config: Any = self.settings.model
+        if num_layers is not None:
+            config = dataclasses.replace(config, num_layers=num_layers)
+        with torch.device(device):
+            model: LanguageModel = config.build(self.vocab_size)
+        model.initialise(torch.Generator(device))  # makes what is neither parameter nor argument
+        self.settings.lora.apply(model)
+        optimizer = self.settings.optimizer.build(model)
+        if self.checkpointing is not None:
+            self.checkpointing.apply(model)
+        model.train()
+        return Built(model, partial(self.settings.objective, model), optimizer)

@@ -1,0 +1,48 @@
+"""8-bit floating-point matrix products in the blocks, bf16 elsewhere."""
+
+from dataclasses import dataclass
+
+import torch
+
+from llmtrain.precision import Precision, PrecisionConfig
+from llmtrain.precision.auto import Auto
+from llmtrain.precision.fp8_linear import MULTIPLE, Recipe, convert
+
+
+@dataclass(frozen=True)
+class FP8(PrecisionConfig):
+    """NVIDIA Ada, Hopper and later; weights, gradients as the optimizer sees them, and its state stay fp32."""
+
+    recipe: Recipe
+
+    def build(self, device: torch.device) -> Precision:
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+            raise ValueError(
+                f"precision=fp8: needs an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper), not {device}; "
+                "take precision=bf16"
+            )
+        return FP8Precision(device, self.recipe)
+
+    def inference(self, device: torch.device) -> Precision:
+        return Auto().build(device)  # without gradients nothing is computed in 8 bits
+
+
+class FP8Precision(Precision):
+    """bf16, but for the linear layers that :meth:`apply` exchanges."""
+
+    def __init__(self, device: torch.device, recipe: Recipe) -> None:
+        super().__init__("fp8", device, torch.bfloat16)
+        self.recipe = recipe
+
+    def apply(self, blocks: torch.nn.Module) -> None:
+        converted, left = convert(blocks, self.recipe)
+        if not converted:
+            raise ValueError(
+                f"precision=fp8: no linear layer of this model has inputs and outputs that are multiples of {MULTIPLE} "
+                f"({', '.join(sorted(set(left.values()))) or 'there is none'}); take precision=bf16"
+            )
+        self.notice = f"fp8, {self.recipe.value}, in {converted} linear layers of the blocks; bf16 in embeddings, head"
+        if left:
+            names = [f"blocks.{name} ({size})" for name, size in left.items()]
+            more = ", …" * (len(names) > 3)
+            self.notice += f", and where a size is no multiple of {MULTIPLE}: {', '.join(names[:3])}{more}"

@@ -1,0 +1,87 @@
+"""Where the time of the training steps goes, at no cost: a mark at each border, read when the device is through."""
+
+from collections import deque
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+PHASES = ("data", "forward", "backward", "optimizer")  # what is left of a step is "other"
+
+Lap = list[tuple[str, Any]]  # the marks of a step: what ended there, and a moment or a CUDA event
+
+
+class Stopwatch:
+    """Seconds in each of :data:`PHASES`.
+
+    On a CPU a mark is a look at ``clock``.  On a GPU it is an event between the kernels, so that what is timed is the
+    device's work, not its launching; the events of a step are read once they have passed (:meth:`read`), which the
+    host never waits for, and then used again.  ``note`` hears of each mark, if given.
+    """
+
+    def __init__(
+        self, device: torch.device, clock: Callable[[], float], note: Callable[[str], None] | None = None
+    ) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._clock = clock
+        self._note = note
+        self._pool: list[torch.cuda.Event] = []
+        self._lap: Lap = []
+        self._laps: deque[Lap] = deque()
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self.total: dict[str, float] = dict.fromkeys((*PHASES, "other"), 0.0)  # of all that was taken
+
+    def start(self) -> None:
+        """A step begins here; one that was not finished is forgotten."""
+        self._pool += [moment for _, moment in self._lap if self._is_cuda]
+        self._lap = []
+        self.mark("other")
+
+    def mark(self, phase: str) -> None:
+        """What was done since the last mark belongs to ``phase``, one of :data:`PHASES` or "other"."""
+        if self._is_cuda:
+            event = self._pool.pop() if self._pool else torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._lap.append((phase, event))
+        else:
+            self._lap.append((phase, self._clock()))
+        if self._note is not None:
+            self._note(phase)
+
+    def finish(self) -> None:
+        """The step ends here."""
+        self._laps.append(self._lap)
+        self._lap = []
+
+    def read(self) -> None:
+        """Account for the oldest step that was finished.  The device must be through with it."""
+        lap = self._laps.popleft()
+        for (_, begin), (phase, end) in pairwise(lap):
+            if phase in self._seconds:
+                self._seconds[phase] += begin.elapsed_time(end) / 1000 if self._is_cuda else end - begin
+        self._pool += [moment for _, moment in lap if self._is_cuda]
+
+    def take(self, seconds: float) -> dict[str, float]:
+        """What of ``seconds``, the time since this was last asked, went into each phase, and into all "other".
+
+        The sum is ``seconds``.  On a GPU the device is up to two steps behind the host's clock; should it therefore
+        have been busy for longer than ``seconds``, each phase gets its share of them.
+        """
+        busy = sum(self._seconds.values())
+        scale = min(1.0, seconds / busy) if busy else 1.0
+        parts = {phase: value * scale for phase, value in self._seconds.items()}
+        parts["other"] = max(seconds - sum(parts.values()), 0.0)
+        self.forget()
+        for phase, value in parts.items():
+            self.total[phase] += value
+        return parts
+
+    def forget(self) -> None:
+        """Start the account anew."""
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+
+    def shares(self) -> dict[str, float] | None:
+        """Each phase's share of all the time that was taken, adding up to 1; None before there is any."""
+        whole = sum(self.total.values())
+        return {phase: value / whole for phase, value in self.total.items()} if whole else None

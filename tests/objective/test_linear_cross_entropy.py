@@ -1,0 +1,141 @@
+"""The output layer and its loss in one: equal to the plain form, at a fraction of the memory."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmtrain.objective.linear_cross_entropy import IGNORE, Options, default_chunk, linear_cross_entropy
+
+TOKENS, HIDDEN, VOCABULARY, PADDED = 50, 16, 120, 128
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, HIDDEN, dtype=dtype, generator=generator).requires_grad_()
+    weight = torch.randn(PADDED, HIDDEN, dtype=dtype, generator=generator).requires_grad_()
+    bias = torch.zeros(PADDED, dtype=dtype)
+    bias[VOCABULARY:] = -torch.inf
+    targets = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
+    targets[7:12] = IGNORE
+    return hidden, weight, bias, targets
+
+
+def plain(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy, and what the z-loss adds to it, from the logits."""
+    logits = hidden @ weight.t()
+    if options.softcap is not None:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
+    if bias is not None:
+        logits = logits + bias
+    log_sums = torch.logsumexp(logits, -1)[targets != IGNORE]
+    return F.cross_entropy(logits, targets, reduction="sum"), options.z_loss * log_sums.square().sum()
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 16, 50, 64])
+@pytest.mark.parametrize(
+    "options", [Options(), Options(softcap=5.0), Options(z_loss=1e-2), Options(softcap=5.0, z_loss=1e-2)], ids=str
+)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_equals_the_plain_form_in_float64(options: Options, chunk_tokens: int, has_bias: bool) -> None:
+    hidden, weight, bias, targets = inputs()
+    some_bias = bias if has_bias else None
+    loss = linear_cross_entropy(hidden, weight, some_bias, targets, options, chunk_tokens)
+    ours = torch.autograd.grad(0.37 * loss, (hidden, weight))
+    cross_entropy, z_loss = plain(hidden, weight, some_bias, targets, options)
+    reference = torch.autograd.grad(0.37 * (cross_entropy + z_loss), (hidden, weight))
+    torch.testing.assert_close(loss, cross_entropy, rtol=1e-12, atol=0.0)  # the value is the cross-entropy alone
+    for gradient, expected in zip(ours, reference, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=0.0, atol=1e-12)
+
+
+def test_a_token_without_a_target_has_no_part() -> None:
+    hidden, weight, bias, targets = inputs()
+    linear_cross_entropy(hidden, weight, bias, targets, Options(z_loss=0.1), 16).backward()
+    whole = weight.grad
+    assert torch.equal(hidden.grad[7:12], torch.zeros(5, HIDDEN, dtype=torch.float64))
+    valid = targets != IGNORE
+    weight.grad = None
+    linear_cross_entropy(hidden[valid], weight, bias, targets[valid], Options(z_loss=0.1), 16).backward()
+    torch.testing.assert_close(weight.grad, whole, rtol=1e-12, atol=1e-14)
+    none = torch.full_like(targets, IGNORE)
+    assert linear_cross_entropy(hidden, weight, bias, none, Options(), 16).item() == 0.0
+
+
+def test_a_target_of_no_probability_has_a_finite_loss() -> None:
+    weight = torch.tensor([[200.0], [0.0]])
+    loss = linear_cross_entropy(torch.ones(1, 1), weight, None, torch.tensor([1]), Options(), None)
+    assert loss.item() == 200.0  # its probability, e^-200, is 0 in fp32
+
+
+def test_in_bf16_as_exact_as_the_plain_form() -> None:
+    hidden, weight, bias, targets = inputs(torch.float32)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    expected, _ = plain(*exact, bias.double(), targets, Options())
+    reference = torch.autograd.grad(expected, exact)
+
+    def errors(loss: Tensor) -> list[float]:
+        gradients = torch.autograd.grad(loss, (hidden, weight))
+        pairs = zip(gradients, reference, strict=True)
+        return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = linear_cross_entropy(hidden, weight, bias, targets, Options(), 16)
+        logits = F.linear(hidden, weight, bias).float()
+        theirs = F.cross_entropy(logits, targets, reduction="sum")
+    assert abs(ours.item() / expected.item() - 1) < 5e-3
+    for our_error, their_error in zip(errors(ours), errors(theirs), strict=True):
+        assert our_error < 1.2 * their_error < 0.02
+
+
+def test_nothing_is_differentiated_where_nothing_is_asked_for() -> None:
+    hidden, weight, bias, targets = inputs()
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden, weight, bias, targets, Options(), 16)
+    assert not loss.requires_grad
+    loss = linear_cross_entropy(hidden, weight.detach(), bias, targets, Options(), 16)  # a frozen output layer
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    expected, _ = plain(hidden, weight, bias, targets, Options())
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, hidden)[0], rtol=0.0, atol=1e-12)
+
+
+def test_chunks_are_of_some_hundred_megabytes() -> None:
+    assert default_chunk(50304, torch.bfloat16, "cpu") == 2048
+    assert default_chunk(50304, torch.float32, "cpu") == 1024
+    assert default_chunk(50304, torch.bfloat16, "cuda") == 2048
+    assert default_chunk(1 << 30, torch.float32, "cpu") == 16
+
+
+PEAK = """
+import resource, sys, torch
+from llmtrain.objective.linear_cross_entropy import Options, linear_cross_entropy
+torch.set_num_threads(1)
+tokens, is_plain = int(sys.argv[1]), sys.argv[2] == "plain"
+hidden = torch.randn(tokens, 8, requires_grad=True)
+weight = torch.randn(4096, 8, requires_grad=True)
+targets = torch.zeros(tokens, dtype=torch.long)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if is_plain:
+    loss = torch.nn.functional.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
+else:
+    loss = linear_cross_entropy(hidden, weight, None, targets, Options(), 512)
+loss.backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak in kilobytes")
+def test_the_logits_are_never_whole() -> None:
+    def peak(tokens: int, form: str) -> int:
+        command = [sys.executable, "-c", PEAK, str(tokens), form]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    logits = 4096 * 4  # bytes a token in fp32
+    few, many = peak(2048, "fused"), peak(8 * 2048, "fused")
+    assert many - few < 0.1 * 7 * 2048 * logits
+    assert peak(8 * 2048, "plain") > 8 * 2048 * logits

@@ -1,0 +1,50 @@
+"""Counts, time, energy, price and disk, with literal expectations."""
+
+import pytest
+
+from llmtrain import Run
+from llmtrain.planning.costs import SAVED_PER_SECOND, Speed, add_up, count_looks
+
+TINY = ("model=tiny", "tokenizer=byte")
+
+
+def run(*overrides: str) -> Run:
+    return Run.compose(*TINY, *overrides)
+
+
+def test_evaluations_samples_and_saves_are_counted() -> None:
+    made = run("loop.eval_every=100", "loop.eval_batches=20", "loop.sample_every=400", "checkpoint.every_steps=250")
+    counts = count_looks(made.loop, made.checkpoint, steps=1000, sequences=8000, batch=8, validation=500)
+    assert counts.evaluations == 11  # before step 1, after 100, …, 1000
+    assert counts.evaluated == 160
+    assert counts.samples == 3  # 400, 800, and at the end
+    # 100, …, 900 ahead of evaluations (400 and 800 are among them), 250 and 750, and the end
+    assert counts.saves == 12
+    assert counts.held_saves == 10
+
+
+def test_no_validation_no_evaluation() -> None:
+    made = run("loop.sample_every=0", "checkpoint.every_steps=0")
+    counts = count_looks(made.loop, made.checkpoint, steps=10, sequences=80, batch=8, validation=0)
+    assert (counts.evaluations, counts.samples, counts.saves, counts.held_saves) == (0, 0, 1, 1)
+
+
+def test_costs_add_up() -> None:
+    made = run("loop.eval_every=0", "loop.sample_every=0", "checkpoint.every_steps=0", "checkpoint.keep_last=2")
+    counts = count_looks(made.loop, made.checkpoint, steps=100, sequences=800, batch=8, validation=0)
+    speed = Speed(sequence=4.5, evaluated=1.0, sampled=1.0)
+    costs = add_up(speed, counts, made.loop, made.checkpoint, int(SAVED_PER_SECOND), watts=500, price_per_hour=3.0)
+    assert costs.seconds == {"training": 3600, "evaluation": 0, "samples": 0, "saving": 1, "start": 0}
+    assert costs.kilowatt_hours == pytest.approx(0.5, rel=1e-3)
+    assert costs.price == pytest.approx(3.0, rel=1e-3)
+    assert costs.disk_bytes == SAVED_PER_SECOND  # one save in all
+
+
+def test_disk_is_what_is_kept_and_one_in_the_making() -> None:
+    made = run("loop.eval_every=0", "loop.sample_every=0", "checkpoint.every_steps=10", "checkpoint.keep_last=2",
+               "checkpoint.keep_best=1")  # fmt: skip
+    counts = count_looks(made.loop, made.checkpoint, steps=100, sequences=800, batch=8, validation=0)
+    costs = add_up(Speed(1, 1, 1), counts, made.loop, made.checkpoint, 1000, watts=None, price_per_hour=None)
+    assert costs.disk_bytes == 4000
+    assert costs.kilowatt_hours is None
+    assert costs.price is None

@@ -1,0 +1,174 @@
+"""The traced step against formulas, against extrapolation, and against a real run."""
+
+import ctypes
+import platform
+import threading
+
+import pytest
+import torch
+
+from llmtrain import Run
+from llmtrain.planning.blueprint import Blueprint
+from llmtrain.planning.extrapolation import Irregular, aligned
+from llmtrain.planning.heap import Heap
+from llmtrain.planning.memory import Phase, at_micro_batch, estimate
+from llmtrain.planning.trace import Category, trace_step
+
+CPU = torch.device("cpu")
+SMALL = ("model=tiny", "tokenizer=byte", "data.sequence_length=64", "precision=fp32")
+
+
+def blueprint(*overrides: str, vocab_size: int = 257) -> Blueprint:
+    run = Run.compose(*overrides)
+    return Blueprint(run, vocab_size, run.precision.build(CPU), run.accumulation.batch_size_at(0, 0))
+
+
+def largest(trace_of: Blueprint, layers: int | None = None) -> dict[str, int]:
+    """The categories at the peak of a full trace."""
+    rows = max((rows for rows in trace_step(trace_of, CPU, layers).timeline()), key=lambda rows: rows.sum(axis=1).max())
+    return {category.name: int(rows[rows.sum(axis=1).argmax()][category]) for category in Category}
+
+
+def test_weights_gradients_and_state_of_adamw() -> None:
+    # 257 bytes are padded to 320 rows: 35,744 parameters + 63 * 32, and 320 values that hide the padding
+    trace = trace_step(blueprint(*SMALL), CPU)
+    update = next(rows for span, rows in zip(trace.spans, trace.timeline(), strict=True) if span.phase is Phase.update)
+    parameters = 35_744 + 63 * 32
+    assert update[:, Category.weights].max() == 4 * (parameters + 320)
+    assert update[:, Category.gradients].max() == 4 * parameters
+    assert update[:, Category.optimizer].max() == 8 * parameters + 4 * 28  # two moments, and a step count a tensor
+
+
+def test_lion_has_half_of_the_state_and_a_temporary_update() -> None:
+    trace = trace_step(blueprint(*SMALL, "optimizer=lion"), CPU)
+    update = trace.timeline()[-1]
+    assert update[:, Category.optimizer].max() == 4 * (35_744 + 63 * 32)
+    # the update is a temporary, and what the gradients become
+    assert update[:, Category.temporary].max() > 0.9 * 4 * (35_744 + 63 * 32)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("precision=bf16",),
+        ("optimizer=muon",),
+        ("accumulation.micro_batch_size=4",),
+        ("activation_checkpointing=full",),
+        ("activation_checkpointing=selective",),
+        ("activation_checkpointing=selective", "activation_checkpointing.by=block", "activation_checkpointing.every=3"),
+    ],
+)
+def test_deep_models_are_extrapolated_exactly(overrides: tuple[str, ...]) -> None:
+    deep = blueprint(*SMALL, "model.num_layers=12", *overrides)
+    memory = estimate(deep, gpu=True)
+    exact = largest(deep)
+    for category, num_bytes in exact.items():
+        assert memory.parts[category] == pytest.approx(num_bytes, rel=0.01, abs=2000), category
+
+
+def test_stretches_that_are_not_alike_are_noticed() -> None:
+    assert aligned(list("habbe"), list("habbbe")) == (3, 1)
+    with pytest.raises(Irregular):
+        aligned(list("hae"), list("habe"))  # another kind of block
+    with pytest.raises(Irregular):
+        aligned(list("hae"), list("hxae"))
+
+
+def test_activations_grow_with_the_micro_batch_and_shrink_with_recomputation() -> None:
+    deep = blueprint(*SMALL, "model.num_layers=8", "accumulation.batch_size=32", "accumulation.micro_batch_size=32")
+    whole = estimate(deep, gpu=True)
+    half = estimate(at_micro_batch(deep, 16), gpu=True)
+    assert half.parts["activations"] == pytest.approx(whole.parts["activations"] / 2, rel=0.1)
+    recomputed = blueprint(*SMALL, "model.num_layers=8", "accumulation.batch_size=32",
+                           "accumulation.micro_batch_size=32", "activation_checkpointing=full")  # fmt: skip
+    assert estimate(recomputed, gpu=True).parts["activations"] < whole.parts["activations"] / 4
+
+
+def test_attention_is_the_fused_kernel_and_keeps_no_matrix_of_scores() -> None:
+    length = 2048
+    long = blueprint(*SMALL[:2], "precision=fp32", f"model.context_length={length}", f"data.sequence_length={length}",
+                     "accumulation.batch_size=1", "accumulation.micro_batch_size=1")  # fmt: skip
+    scores = 4 * 2 * length * length  # of one layer: two heads
+    assert estimate(long, gpu=True).parts["activations"] < scores
+
+
+def test_a_copy_for_checkpoints_is_host_memory() -> None:
+    small = blueprint(*SMALL)
+    on_cpu = estimate(small, gpu=False, copied=True)
+    held = on_cpu.parts["weights"] + on_cpu.parts["optimizer"]
+    assert on_cpu.parts["checkpoint copy"] == held
+    on_gpu = estimate(small, gpu=True, copied=True)
+    assert on_gpu.host == held
+    assert "checkpoint copy" not in on_gpu.parts
+
+
+def test_a_freed_block_is_used_again_where_the_next_one_fits() -> None:
+    heap = Heap()
+    for key in "abc":
+        heap.allocate(key, 1 << 20)
+    peak = heap.peak
+    heap.release("b")
+    heap.allocate("d", 1 << 19)
+    assert heap.peak == peak
+    heap.allocate("e", 1 << 20)  # the hole has become too small
+    assert heap.peak > peak + (1 << 20) - 1
+
+
+class Malloc(ctypes.Structure):
+    """glibc's ``struct mallinfo2``."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+    )]  # fmt: skip
+
+
+def in_use() -> int:
+    """Bytes that malloc has given out."""
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = Malloc
+    info = mallinfo2()
+    return info.uordblks + info.hblkhd
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc's malloc")
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("precision=fp32",),
+        ("precision=bf16",),
+        ("precision=fp32", "activation_checkpointing=full"),
+        ("precision=fp32", "activation_checkpointing=selective"),
+        ("precision=fp32", "tokenizer=gpt2", "accumulation.batch_size=4", "accumulation.micro_batch_size=4"),
+    ],
+)
+def test_the_trace_is_what_a_real_step_holds(overrides: tuple[str, ...]) -> None:
+    """Against what malloc has given out during a real forward and backward pass, some 100 MB."""
+    run = Run.compose("model=laptop", "tokenizer=byte", "data.sequence_length=256", "accumulation.batch_size=12",
+                      "accumulation.micro_batch_size=12", *overrides)  # fmt: skip
+    parts = run.assemble(CPU)
+    size = run.accumulation.micro_batch_size
+    ids = torch.zeros((size, 256), dtype=torch.int64)
+    parts.model.train()
+    with parts.precision.autocast():  # makes what the libraries keep for good
+        parts.loss_sum(ids[:1], ids[:1]).backward()
+    parts.optimizer.zero_grad(set_to_none=True)
+    before, most, ended = in_use(), [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.0005):
+            most[0] = max(most[0], in_use())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with parts.precision.autocast():
+        loss = parts.loss_sum(ids, ids)
+    loss.backward()
+    ended.set()
+    watcher.join()
+    trace = trace_step(Blueprint(run, run.vocab_size(parts.tokenizer), run.precision.build(CPU), size), CPU)
+    rows = [rows for span, rows in zip(trace.spans, trace.timeline(), strict=True) if span.phase in (
+        Phase.forward, Phase.backward)]  # fmt: skip
+    held = trace.timeline()[0].sum(axis=1).max()
+    traced = max(part.sum(axis=1).max() for part in rows) - held
+    assert traced == pytest.approx(most[0] - before, rel=0.1)

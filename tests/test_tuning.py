@@ -1,0 +1,143 @@
+"""What a run finds out at its start."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmtrain import Run
+from llmtrain.metrics import read_metrics
+from llmtrain.run import Parts
+from llmtrain.state import TrainState
+from llmtrain.tuning import Rehearsal, largest_that_fits
+from tests.cli import llmtrain
+
+TINY = ("model=tiny", "tokenizer=byte", "loop.sample_every=0", "metrics.log_every=1")
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+
+
+def of_run(run_dir: Path, event: str) -> list[dict]:
+    return [row for row in read_metrics(run_dir / "metrics.jsonl") if row.get("event") == event]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(run_dir / "metrics.jsonl") if "loss" in row and "event" not in row]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "room", "expected"),
+    [
+        (8, 8, 8),
+        (8, 100, 8),
+        (8, 7, 4),
+        (8, 1, 1),
+        (12, 5, 4),
+        (12, 6, 6),
+        (10, 7, 5),
+        (48, 20, 16),
+        (1, 1, 1),
+        (7, 3, 3),
+    ],
+)
+def test_the_fewest_micro_batches_that_fit(batch_size: int, room: int, expected: int) -> None:
+    tried = []
+
+    def fits(size: int) -> bool:
+        tried.append(size)
+        return size <= room
+
+    assert largest_that_fits(batch_size, fits) == expected
+    assert tried[0] == batch_size
+    fewest = min(-(-batch_size // size) for size in range(1, room + 1))
+    assert -(-batch_size // expected) == fewest
+
+
+def test_nothing_fits() -> None:
+    assert largest_that_fits(5, lambda size: False) is None
+
+
+def assembled(*overrides: str) -> tuple[Run, Parts]:
+    run = Run.compose(*TINY, *overrides)
+    return run, run.assemble(torch.device("cpu"))
+
+
+def test_a_rehearsal_leaves_nothing_behind() -> None:
+    run, parts = assembled("model.dropout=0.1")
+    parts.model.eval()
+    before = torch.get_rng_state()
+    weights = {name: tensor.clone() for name, tensor in parts.model.state_dict().items()}
+    Rehearsal(parts.model, parts.loss_sum, parts.precision, parts.device, run.data.sequence_length)(3, evaluates=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in parts.model.parameters())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in parts.model.state_dict().items())
+    assert not parts.model.training
+
+
+def test_auto_takes_all_at_once_where_there_is_room(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    done = llmtrain("train", *TINY, "accumulation=auto", "accumulation.batch_size=6", "loop.max_steps=2",
+                    "loop.eval_every=0", f"run_dir={run_dir}", cwd=tmp_path)  # fmt: skip
+    assert "6 of 6 sequences at once" in done.stdout
+    (event,) = of_run(run_dir, "micro_batch")
+    assert event["micro_batch_size"] == 6
+    fixed = tmp_path / "fixed"
+    llmtrain("train", *TINY, "accumulation.batch_size=6", "accumulation.micro_batch_size=6", "loop.max_steps=2",
+             "loop.eval_every=0", f"run_dir={fixed}", cwd=tmp_path)  # fmt: skip
+    assert losses(run_dir) == losses(fixed)
+
+
+def test_auto_keeps_what_it_found_when_resumed(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    overrides = (*TINY, "accumulation=auto", "accumulation.batch_size=6", "loop.eval_every=0")
+    Run.compose(*overrides, "loop.max_steps=2", f"run_dir={run_dir}").train()
+    state = next(iter(sorted((run_dir / "checkpoints").iterdir()))) / "state.json"
+    assert json.loads(state.read_text())["micro_batch_size"] == 6
+    llmtrain("resume", str(run_dir), "loop.max_steps=4", cwd=tmp_path)
+    assert len(of_run(run_dir, "micro_batch")) == 1
+
+
+def test_less_memory_means_smaller_micro_batches() -> None:
+    run, parts = assembled("accumulation=auto", "accumulation.batch_size=4096", "model.context_length=512",
+                           "data.sequence_length=512", "model.hidden_size=256")  # fmt: skip
+    assert not run.fits(parts, 1 << 20)  # a million sequences of 512 tokens: some TB
+    assert run.fits(parts, 1)
+
+
+def test_auto_does_not_compile_a_short_run() -> None:
+    run, parts = assembled("loop.max_steps=5")
+    state = TrainState()
+    tuned, events = run.tune(parts, state, peak_flops=1e12)
+    assert state.compiled is False
+    assert tuned.loss_sum is parts.plain_loss_sum
+    assert events == []
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_auto_compiles_a_long_run_and_a_resumed_one_stays_so(tmp_path: Path) -> None:
+    run, parts = assembled("loop.max_steps=5", "precision=fp32")
+    state = TrainState()
+    tuned, events = run.tune(parts, state, peak_flops=1e3)  # so slow that five steps take days
+    assert state.compiled is True
+    assert [event["event"] for event in events] == ["compiled"]
+    ids = torch.randint(0, 256, (8, 64))
+    torch.testing.assert_close(tuned.loss_sum(ids, ids), parts.plain_loss_sum(ids, ids), rtol=1e-5, atol=0.0)
+    again, events = run.tune(parts, state, peak_flops=1e15)  # as fast as none: yet what was decided stays
+    assert state.compiled is True
+    assert again.loss_sum is not parts.plain_loss_sum
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("runtime.compile=yes please", "runtime.compile=yes please: must be auto, true or false"),
+        ("runtime.cuda_graphs=true", "runtime.cuda_graphs=true: takes compile=true, not compile=auto"),
+        ("accumulation=auto accumulation.batch_size=0", "accumulation.batch_size=0"),
+    ],
+)
+def test_bad_settings(override: str, message: str, tmp_path: Path) -> None:
+    settings = override.split(" ") if override.startswith("acc") else [override]
+    done = llmtrain("train", *TINY, *settings, cwd=tmp_path, check=2)
+    assert message in done.stderr
