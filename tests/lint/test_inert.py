@@ -54,7 +54,7 @@ CASES = [
     (("recovery.loss_deviations=0",), "recovery.loss_floor=0.1", "the loss is not judged", ()),
     (("recovery.grad_norm_deviations=0",), "recovery.grad_norm_floor=0.3", "gradient norms are not judged", ()),
     (("loop.max_steps=32", "loop.eval_every=9"), "recovery.loss_deviations=9", "recovery.min_window_steps=32", ()),
-    (("activation_checkpointing=selective",), "activation_checkpointing.every=3", "of every block operations are selected",
+    (("activation_checkpointing=selective",), "activation_checkpointing.every=1", "of every block operations are selected",
      ("activation_checkpointing=selective", "activation_checkpointing.by=block")),
     (("weights=checkpoint", "weights.path=x"), "model.initialisation=torch", "every weight is loaded", ()),
     (("run_dir=here",), "output_dir=there", "run_dir=here is the directory", ()),
