@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.graph import saved_tensors_hooks
 
 from llmtrain.model import LanguageModel
@@ -25,12 +26,16 @@ IN_FLIGHT = 4  # tensors whose copy to the host may be under way in forward, and
 CASTS = {"ToCopyBackward0", "TBackward0", "TransposeBackward0", "ViewBackward0", "PermuteBackward0"}
 
 
-def offload(model: LanguageModel) -> "Offloader":
+def offload(model: LanguageModel) -> "Offloader | None":
     """Have what ``model`` saves for backward, from the token ids to the hidden states, wait in host memory.
 
-    Parameters stay where they are.  Raises ValueError where ``model`` is on a CPU.
+    Parameters stay where they are.  A model without data, of which a step is planned, is left alone (None).  Raises
+    ValueError where ``model`` is on a CPU.
     """
-    device = next(model.parameters()).device
+    parameter = next(model.parameters())
+    if is_fake(parameter):
+        return None
+    device = parameter.device
     if device.type != "cuda":
         raise ValueError(
             f"offload=true: what backward needs is in host memory already, with the model on {device}, and there is "
@@ -174,8 +179,7 @@ class Offloader:
     def __init__(self, device: torch.device, min_bytes: int = MIN_BYTES) -> None:
         self.device = device
         self.min_bytes = min_bytes
-        # a step planned for a GPU from elsewhere has tensors without data, and no streams
-        self.has_streams = device.type == "cuda" and torch.cuda.is_available()
+        self.has_streams = device.type == "cuda"
         self.api: Any = torch.cuda if self.has_streams else torch.cpu
         self.side: Any = torch.cuda.Stream(device) if self.has_streams else torch.cpu.Stream()
         self.forward = Forward(self)
