@@ -22,7 +22,7 @@ from llmtrain.runtime import peak_flops, peak_memory
 from llmtrain.saver import Saver
 from llmtrain.state import TrainState
 
-WARM_UP = 2  # steps left out: the first compiles, and both touch memory for the first time
+WARM_UP = 2  # steps left out: they touch memory for the first time
 LEAST, MOST = 3, 20  # timed steps
 ENOUGH_SECONDS = 3.0  # of timed steps
 LONG_SECONDS = 30.0  # of timed steps: no more are made
@@ -37,7 +37,8 @@ class Probed:
     step_seconds: float  # median
     batch_size: int  # sequences of such a step
     micro_batch_size: int  # as configured, or what accumulation=auto has come to
-    first_seconds: float  # the first step beyond a usual one: compilation, the first touch of memory
+    first_seconds: float  # the first step beyond a usual one: the first touch of memory
+    compile_seconds: float | None  # None: nothing is compiled
     phase_seconds: dict[str, float]  # of a step: forward, backward, …; empty where the loop does not tell
     evaluated_seconds: float  # a sequence of evaluation
     sampled_seconds: float  # a token of a sample
@@ -69,7 +70,8 @@ def _steps(run: Run, parts: Parts, directory: RunDirectory, stack: contextlib.Ex
     metrics = stack.enter_context(Local(log_every=1).build(directory.path, resume_step=None))
     steps_at_most = max(parts.max_steps, WARM_UP + MOST)
     state = TrainState(data=parts.corpus.fingerprint)
-    parts, _ = run.tune(parts, state, peak_flops(parts.device, parts.precision.dtype))
+    parts, found = run.tune(parts, state, peak_flops(parts.device, parts.precision.dtype))
+    compile_seconds = next((event["seconds"] for event in found if event["event"] == "compiled"), None)
     loop = run.make_loop(
         replace(parts, max_steps=steps_at_most), directory, state, metrics=metrics,
         display=PlainDisplay(directory.path, io.StringIO()),
@@ -97,11 +99,17 @@ def _steps(run: Run, parts: Parts, directory: RunDirectory, stack: contextlib.Ex
     phases = {key.removesuffix("_seconds"): sorted(row[key] for row in rows)[len(rows) // 2]
               for key in (rows[0] if rows else {}) if key.endswith("_seconds") and key != "step_seconds"}  # fmt: skip
     return Probed(
-        steps=len(timed), step_seconds=median, batch_size=batch,
+        steps=len(timed),
+        step_seconds=median,
+        batch_size=batch,
         micro_batch_size=micro,
-        first_seconds=max(seconds[0] - median, 0.0), phase_seconds=phases, evaluated_seconds=_evaluated(run, parts),
-        sampled_seconds=_sampled(run, parts), peak_bytes=peaks[-1],
-    )  # fmt: skip
+        first_seconds=max(seconds[0] - median, 0.0),
+        compile_seconds=compile_seconds,
+        phase_seconds=phases,
+        evaluated_seconds=_evaluated(run, parts),
+        sampled_seconds=_sampled(run, parts),
+        peak_bytes=peaks[-1],
+    )
 
 
 def _is_enough(timed: list[float], peaks: list[int]) -> bool:

@@ -217,7 +217,8 @@ def come_back(
         ) from error
     if "recovery._target_" in changed:
         state.recovery = {}
-    if any(key.startswith("accumulation.") for key in changed):
+    of_batch = {key for key in changed if key.startswith("accumulation.")}
+    if of_batch - {"accumulation.batch_size"} or (of_batch and run.accumulation.is_probed):
         state.micro_batch_size = None
     if "precision.initial_scale" in changed:
         state.scaler = {}

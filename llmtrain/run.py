@@ -132,6 +132,11 @@ class Run:
                 f"data.sequence_length={self.data.sequence_length}: longer than model.context_length="
                 f"{self.model.context_length}; shorten the one or lengthen the other"
             )
+        if self.runtime.cuda_graphs and getattr(self.activation_checkpointing, "offload", False):
+            raise ValueError(
+                "runtime.cuda_graphs=true: does not go with activation_checkpointing.offload=true, whose copies no "
+                "graph can hold; take one of them"
+            )
         with config.naming("schedule"):
             self.schedule.check_peak(self.optimizer.lr)
         if (step := self.checkpoint.step) is not None:

@@ -41,7 +41,7 @@ def prepare_process() -> None:
         mallopt = ctypes.CDLL(None).mallopt  # parameters: malloc.h
         m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
         mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_trim_threshold, -1)  # never: 2**31 - 1 is 2 GB, which the top of a large heap exceeds in every step
         mallopt(m_top_pad, 64 << 20)
 
 

@@ -23,8 +23,9 @@ from llmtrain.state import TrainState
 
 LossSum = Callable[[Tensor, Tensor], Tensor]
 
-# compile=auto: a compiled step saves a tenth of the time on a CPU and a quarter on a GPU, compiling takes from ten
-# seconds to a minute; so from ten minutes on it has paid at least once over.
+# compile=auto: on a GPU a compiled step saves a quarter of the time or so, and compiling takes up to a minute; from ten
+# minutes on it has paid more than once over.  On a CPU the step is as long with it (benchmarks/results): the matrix
+# products and attention are the same kernels, and what it fuses is as fast in torch's own.
 PAYS_FROM_SECONDS = 600.0
 USUAL_UTILISATION = 0.4  # of the device's matrix products, in a step that is not compiled
 MAX_VARIANTS = 64  # of a compiled block: shapes, with and without gradients
@@ -156,7 +157,7 @@ def compile_loss(
     plain = rehearsal.loss_sum
     is_automatic = setting == "auto"
     if is_automatic and state.compiled is None:
-        state.compiled = ideal_seconds / USUAL_UTILISATION > PAYS_FROM_SECONDS
+        state.compiled = compiling_pays(rehearsal.device, ideal_seconds)
     wanted = bool(state.compiled if is_automatic else setting)
     state.compiled = False
     if not wanted:
@@ -186,6 +187,11 @@ def summary_line(error: Exception) -> str:
     """What an error is about, in a line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def compiling_pays(device: torch.device, ideal_seconds: float) -> bool:
+    """Whether to compile a run whose matrix products would take ``ideal_seconds`` at the device's full rate."""
+    return device.type == "cuda" and ideal_seconds / USUAL_UTILISATION > PAYS_FROM_SECONDS
 
 
 def why_not_compile(device: torch.device) -> str | None:

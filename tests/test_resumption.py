@@ -11,6 +11,7 @@ import torch
 from cli import TINY, assert_same_end, rows
 
 from llmtrain import Run, config
+from llmtrain.accumulation.auto import AutoBatch
 from llmtrain.loop import TrainingFailed
 from llmtrain.resumption import changes, come_back, find_origin, has_optimizer_of, make_child
 from llmtrain.run_directory import RunDirectory
@@ -68,6 +69,10 @@ def test_what_other_settings_leave_of_a_state(run_dir: Path) -> None:
             {"micro_batch_size": None},
         ),
         "batch": (dataclasses.replace(run, accumulation=dataclasses.replace(accumulation, batch_size=8)), {}),
+        "auto": (
+            dataclasses.replace(run, accumulation=AutoBatch(accumulation.batch_size)),
+            {"micro_batch_size": None},
+        ),
         "recovery": (
             dataclasses.replace(run, recovery=Run.compose(*TINY, "recovery=off").recovery),
             {"recovery": {}},

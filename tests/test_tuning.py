@@ -11,7 +11,7 @@ from llmtrain import Run
 from llmtrain.metrics import read_metrics
 from llmtrain.run import Parts
 from llmtrain.state import TrainState
-from llmtrain.tuning import Rehearsal, largest_that_fits
+from llmtrain.tuning import Rehearsal, compiling_pays, largest_that_fits
 from tests.cli import llmtrain
 
 TINY = ("model=tiny", "tokenizer=byte", "loop.sample_every=0", "metrics.log_every=1")
@@ -114,19 +114,23 @@ def test_auto_does_not_compile_a_short_run() -> None:
     assert events == []
 
 
+def test_when_compiling_pays() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert compiling_pays(gpu, 241.0)  # ten minutes at 40% of the device's rate
+    assert not compiling_pays(gpu, 239.0)
+    assert not compiling_pays(cpu, 1e6)
+
+
 @needs_compiler
 @pytest.mark.slow
-def test_auto_compiles_a_long_run_and_a_resumed_one_stays_so(tmp_path: Path) -> None:
+def test_what_was_decided_stays() -> None:
     run, parts = assembled("loop.max_steps=5", "precision=fp32")
-    state = TrainState()
-    tuned, events = run.tune(parts, state, peak_flops=1e3)  # so slow that five steps take days
-    assert state.compiled is True
+    state = TrainState(compiled=True)  # of a run that goes on from where a GPU left it, say
+    tuned, events = run.tune(parts, state, peak_flops=1e15)
     assert [event["event"] for event in events] == ["compiled"]
+    assert state.compiled is True
     ids = torch.randint(0, 256, (8, 64))
     torch.testing.assert_close(tuned.loss_sum(ids, ids), parts.plain_loss_sum(ids, ids), rtol=1e-5, atol=0.0)
-    again, events = run.tune(parts, state, peak_flops=1e15)  # as fast as none: yet what was decided stays
-    assert state.compiled is True
-    assert again.loss_sum is not parts.plain_loss_sum
 
 
 @pytest.mark.parametrize(
@@ -134,10 +138,15 @@ def test_auto_compiles_a_long_run_and_a_resumed_one_stays_so(tmp_path: Path) -> 
     [
         ("runtime.compile=yes please", "runtime.compile=yes please: must be auto, true or false"),
         ("runtime.cuda_graphs=true", "runtime.cuda_graphs=true: takes compile=true, not compile=auto"),
+        (
+            "runtime.cuda_graphs=true runtime.compile=true activation_checkpointing=full "
+            "activation_checkpointing.offload=true",
+            "runtime.cuda_graphs=true: does not go with activation_checkpointing.offload=true",
+        ),
         ("accumulation=auto accumulation.batch_size=0", "accumulation.batch_size=0"),
     ],
 )
 def test_bad_settings(override: str, message: str, tmp_path: Path) -> None:
-    settings = override.split(" ") if override.startswith("acc") else [override]
+    settings = [override] if "please" in override else override.split(" ")
     done = llmtrain("train", *TINY, *settings, cwd=tmp_path, check=2)
     assert message in done.stderr

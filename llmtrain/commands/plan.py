@@ -211,7 +211,8 @@ def speed_of(run: Run, model: LanguageModel, spec: DeviceSpec, precision: Precis
     """From the probe, or from the device's rate."""
     if probed is not None:
         sequence = probed.step_seconds / probed.batch_size
-        return Speed(sequence, probed.evaluated_seconds, probed.sampled_seconds, probed.first_seconds)
+        before = probed.first_seconds + (probed.compile_seconds or 0.0)
+        return Speed(sequence, probed.evaluated_seconds, probed.sampled_seconds, before)
     length = run.data.sequence_length
     at = spec.peak_flops(precision) * spec.utilisation(precision)
     weights = model.num_parameters() * precision.dtype.itemsize
@@ -291,8 +292,8 @@ def show(console: Console, run: Run, planned: Planned, outlook: Outlook) -> None
     speed = outlook.costs.seconds["training"] / max(outlook.counts.sequences * length, 1)
     if probed is not None:
         how = f"measured: {duration(probed.step_seconds)} a step, the median of {probed.steps}"
-        if run.runtime.compile:
-            how += f"; the first takes {duration(probed.first_seconds)} longer, to compile"
+        if probed.compile_seconds is not None:
+            how += f"; compiled before, in {duration(probed.compile_seconds)}"
     else:
         peak, share = spec.peak_flops(precision), spec.utilisation(precision)
         how = f"estimated: {share:.0%} of {rate(peak, 'FLOP/s')}"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from llmtrain.precision import Precision, PrecisionConfig
+from llmtrain.precision.fp32 import FP32
 
 
 @dataclass(frozen=True)
@@ -12,6 +13,14 @@ class TF32(PrecisionConfig):
     """Matrix products with a 10-bit mantissa on the tensor cores of NVIDIA Ampere and later."""
 
     def build(self, device: torch.device) -> Precision:
-        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        if not _has_tf32(device):
             raise ValueError(f"tf32 needs an NVIDIA GPU, Ampere or later, not {device}; take precision=fp32 or bf16")
         return Precision("tf32", device, matmul="high")
+
+    def inference(self, device: torch.device) -> Precision:
+        """True fp32 where there is no TF32."""
+        return self.build(device) if _has_tf32(device) else FP32().build(device)
+
+
+def _has_tf32(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -74,6 +74,7 @@ def test_auto_takes_what_the_device_has() -> None:
 def test_tf32_is_refused_on_a_cpu() -> None:
     with pytest.raises(ValueError, match="tf32 needs an NVIDIA GPU"):
         TF32().build(CPU)
+    assert TF32().inference(CPU).name == "fp32"  # its text can be had
 
 
 def test_scaler_follows_torch() -> None:
