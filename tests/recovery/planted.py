@@ -6,18 +6,17 @@ import torch
 from torch import Tensor
 
 from llmtrain.model import LanguageModel
-from llmtrain.objective import Objective
 from llmtrain.objective.causal import Causal
 
 MARKER = b"<<planted NaN>>"
 
 
 @dataclass(frozen=True)
-class Poisonable(Objective):
+class Poisonable(Causal):
     """``Causal``, and NaN for the marker, as an overflow in one layer would give it."""
 
     def __call__(self, model: LanguageModel, inputs: Tensor, targets: Tensor) -> Tensor:
-        loss = Causal(0.0, None)(model, inputs, targets)
+        loss = super().__call__(model, inputs, targets)
         marker = torch.tensor(list(MARKER), device=inputs.device)
         found = (inputs.unfold(1, len(marker), 1) == marker).all(-1).any()
         return torch.where(found, torch.nan, loss)

@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+import statistics
 import threading
 
 import pytest
@@ -150,25 +151,30 @@ def test_the_trace_is_what_a_real_step_holds(overrides: tuple[str, ...]) -> None
     size = run.accumulation.micro_batch_size
     ids = torch.zeros((size, 256), dtype=torch.int64)
     parts.model.train()
-    with parts.precision.autocast():  # makes what the libraries keep for good
-        parts.loss_sum(ids[:1], ids[:1]).backward()
-    parts.optimizer.zero_grad(set_to_none=True)
-    before, most, ended = in_use(), [0], threading.Event()
 
-    def watch() -> None:
-        while not ended.wait(0.0005):
-            most[0] = max(most[0], in_use())
+    def measured() -> int:
+        """The most that a step takes beyond what there is before."""
+        parts.optimizer.zero_grad(set_to_none=True)
+        before, most, ended = in_use(), [0], threading.Event()
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    with parts.precision.autocast():
-        loss = parts.loss_sum(ids, ids)
-    loss.backward()
-    ended.set()
-    watcher.join()
+        def watch() -> None:
+            while not ended.wait(0.0005):
+                most[0] = max(most[0], in_use())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        with parts.precision.autocast():
+            loss = parts.loss_sum(ids, ids)
+        loss.backward()
+        ended.set()
+        watcher.join()
+        return most[0] - before
+
+    measured()  # makes what the libraries keep for good
+    taken = statistics.median(measured() for _ in range(3))
     trace = trace_step(Blueprint(run, run.vocab_size(parts.tokenizer), run.precision.build(CPU), size), CPU)
     rows = [rows for span, rows in zip(trace.spans, trace.timeline(), strict=True) if span.phase in (
         Phase.forward, Phase.backward)]  # fmt: skip
     held = trace.timeline()[0].sum(axis=1).max()
     traced = max(part.sum(axis=1).max() for part in rows) - held
-    assert traced == pytest.approx(most[0] - before, rel=0.1)
+    assert traced == pytest.approx(taken, rel=0.1)
