@@ -122,7 +122,8 @@ def start(setup: Setup, prepared: dict[str, Any], folder: Path) -> Results:
     path = next(folder / name for name in names if not (folder / name).exists())
     content = {
         "format": FORMAT, "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": sys.argv, "commit": prepared["commit"], "machine": prepared["machine"],
+        "command": ["python", "-m", "benchmarks", *sys.argv[1:]],
+        "commit": prepared["commit"], "machine": prepared["machine"],
         "versions": prepared["versions"], "settings": setup.settings.to_json(), "sizes": prepared["sizes"],
         "flops_per_token": setup.task.sizes.flops_per_token(setup.settings.context), "records": [],
     }  # fmt: skip

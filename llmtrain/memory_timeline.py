@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from llmtrain.figures import write_png
 from llmtrain.format import size
 
 # Bottom to top; the first three are there when the recording begins, and their sizes are known without it.
@@ -124,7 +125,6 @@ def _category(block: Block, borders: Sequence[Border], number: int) -> str:
 def draw(timeline: Timeline, path: Path, title: str) -> None:
     """Write ``timeline`` to the PNG ``path``."""
     from matplotlib import style  # takes a while to import
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     chosen = _thinned(timeline.total)
@@ -155,7 +155,7 @@ def draw(timeline: Timeline, path: Path, title: str) -> None:
         axes.legend(
             handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1, 1), title=f"at the peak, {size(top)}"
         )
-        FigureCanvasAgg(figure).print_png(path)
+        write_png(figure, path)
 
 
 def _thinned(total: np.ndarray) -> np.ndarray:

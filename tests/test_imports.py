@@ -25,7 +25,7 @@ LAYERS = [
     "schedule tokenizer weights",
     "profiling",
     "memory_timeline run_directory",
-    "checks format memory readback runtime signals state stopwatch storage",
+    "checks figures format memory readback runtime signals state stopwatch storage",
 ]
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names.split()}
 

@@ -1,11 +1,11 @@
 """Where memory and time go: bars in the terminal, and the same as PNG."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from rich.text import Text
 
+from llmtrain.figures import write_png
 from llmtrain.format import duration, size
 
 WIDTH = 32  # characters of the longest bar
@@ -25,7 +25,6 @@ def draw(
     """Write the bars of ``memory``, in bytes, and ``seconds`` as PNG to ``path``, whole or not at all."""
     from matplotlib import style
     from matplotlib.axes import Axes
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     def bars(axes: Axes, values: Mapping[str, float], heading: str, shown: object) -> None:
@@ -47,9 +46,4 @@ def draw(
         room = "" if available is None else f" of {size(available)} available"
         bars(above, memory, f"{title}: memory at its peak, {size(sum(memory.values()))}{room}", size)
         bars(below, seconds, f"time, {duration(sum(seconds.values()))}", duration)
-        temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-        try:
-            FigureCanvasAgg(figure).print_png(temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_png(figure, path)

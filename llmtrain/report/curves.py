@@ -1,19 +1,18 @@
 """Loss curves as PNG files."""
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib import colormaps, style
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from llmtrain import format
+from llmtrain.figures import write_png
 from llmtrain.format import setting, visible
 from llmtrain.metrics import Row, read_metrics
 from llmtrain.metrics.smoothing import EMA
@@ -74,7 +73,7 @@ def draw_run(run_dir: Path) -> Path:
         rate_axes.yaxis.set_major_locator(MaxNLocator(3))
         _count_axis(rate_axes, "step")
         figure.align_ylabels()
-        _write(figure, path)
+        write_png(figure, path)
     return path
 
 
@@ -115,7 +114,7 @@ def draw_comparison(runs: Sequence[Path], path: Path) -> Path:
             text.set_parse_math(False)
         if len(labels) > MAX_LABELS:
             legend.set_title(f"the best {MAX_LABELS} of {len(labels)} runs")
-        _write(figure, path)
+        write_png(figure, path)
     return path
 
 
@@ -212,13 +211,3 @@ def _tick(value: float) -> str:
     text = format.count(value) if abs(value) >= 10_000 else f"{value:,.0f}"
     number, unit = (text[:-1], text[-1]) if text[-1].isalpha() else (text, "")
     return (number.rstrip("0").rstrip(".") if "." in number else number) + unit
-
-
-def _write(figure: Figure, path: Path) -> None:
-    """Save as PNG; a reader sees the old picture or the new one, never a part."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        FigureCanvasAgg(figure).print_png(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,0 +1,22 @@
+"""Pictures, written whole.  Matplotlib, which takes a while to import, is imported only here and where one is drawn."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def write_png(figure: Figure, path: Path) -> None:
+    """Save as PNG; a reader sees the old picture or the new one, never a part."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        FigureCanvasAgg(figure).print_png(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
