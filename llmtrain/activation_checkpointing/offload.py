@@ -51,12 +51,12 @@ def attach(model: LanguageModel, offloader: "Offloader") -> None:
     hidden = model.hidden
 
     @torch.compiler.disable(recursive=False)  # the compiled blocks inside call the hooks when they run
-    def offloaded(ids: Tensor, cache: Any = None) -> Tensor:
+    def offloaded(ids: Tensor, cache: Any = None, segments: Tensor | None = None) -> Tensor:
         if cache is not None or not torch.is_grad_enabled():
-            return hidden(ids, cache)
+            return hidden(ids, cache, segments)
         offloader.begin(model.parameters())
         with saved_tensors_hooks(offloader.pack, restored):
-            return hidden(ids)
+            return hidden(ids, None, segments)
 
     model.hidden = offloaded  # type: ignore[method-assign]
 

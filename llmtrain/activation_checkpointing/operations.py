@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,7 +54,7 @@ def is_news(record: logging.LogRecord) -> bool:
 
 def policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """The choice in the terms of torch's compiler."""
-    kept = is_kept(operation, args, kwargs)
+    kept = operation is torch.ops.higher_order.flex_attention or is_kept(operation, args, kwargs)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -102,12 +103,20 @@ class Results:
         return packed if isinstance(packed, Tensor) else packed.restore()
 
 
-class Keeping(TorchDispatchMode):
-    """The forward pass."""
+class Eager(TorchDispatchMode):
+    """A mode that what is compiled within a block, FlexAttention, runs beside: computed again, and never kept."""
 
     def __init__(self, results: Results) -> None:
         super().__init__()
         self.results = results
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:  # without it torch would run that uncompiled
+        return True
+
+
+class Keeping(Eager):
+    """The forward pass."""
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -117,12 +126,11 @@ class Keeping(TorchDispatchMode):
         return result
 
 
-class Recalling(TorchDispatchMode):
+class Recalling(Eager):
     """Its repetition, which torch ends as soon as backward has all that it needs."""
 
     def __init__(self, results: Results) -> None:
-        super().__init__()
-        self.results = results
+        super().__init__(results)
         self.number = 0
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

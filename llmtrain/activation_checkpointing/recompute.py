@@ -20,11 +20,9 @@ def recompute(block: nn.Module, eager: Callable[..., Tensor] = again, compiled: 
     """
     forward = block.forward
 
-    def checkpointed(x: Tensor, cache: object | None = None) -> Tensor:
-        if cache is not None:
-            return forward(x, cache)
-        if not torch.is_grad_enabled():  # nothing will be asked for again
-            return forward(x)
-        return compiled(forward, x) if torch.compiler.is_compiling() else eager(forward, x)
+    def checkpointed(x: Tensor, cache: object | None = None, *shared: object) -> Tensor:
+        if cache is not None or not torch.is_grad_enabled():  # nothing will be asked for again
+            return forward(x, cache, *shared)
+        return (compiled if torch.compiler.is_compiling() else eager)(forward, x, None, *shared)
 
     block.forward = checkpointed

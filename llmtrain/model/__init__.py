@@ -25,13 +25,16 @@ class LanguageModel(nn.Module, ABC):
     num_layers: int
     blocks: nn.ModuleList  # alike, one after the other: what is compiled, and recomputed in backward, one at a time
     _running: Sequence[Callable[..., Tensor]] | None = None
+    has_base: bool = False  # frozen weights come from elsewhere, and are in no checkpoint: what is trained is
     logit_softcap: float | None  # logits are capped smoothly to within this: cap * tanh(logits / cap)
 
     @abstractmethod
-    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
         """Final hidden states ``(batch, sequence, hidden)`` of ``ids`` ``(batch, sequence)``, normed.
 
-        With a ``cache``, ``ids`` continue the sequences that the cache holds.
+        With a ``cache``, ``ids`` continue the sequences that the cache holds.  ``segments``, the shape of ``ids``, are
+        the numbers of examples that share a row, each one's tokens in one piece: attention stays within an example, and
+        positions begin anew with each.  Padding, on the right, needs none: no token before it sees it.
         """
 
     @property
@@ -58,9 +61,12 @@ class LanguageModel(nn.Module, ABC):
         """What :meth:`hidden` calls without a cache: :attr:`blocks`, or what is :meth:`running` for them."""
         return self.blocks if self._running is None else self._running  # type: ignore[return-value]
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits ``(batch, sequence, padded_vocab_size)`` for the token after each of ``ids`` ``(batch, sequence)``."""
-        return self.logits(self.hidden(ids, cache))
+    def forward(self, ids: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
+        """Logits ``(batch, sequence, padded_vocab_size)`` for the token after each of ``ids`` ``(batch, sequence)``.
+
+        ``cache`` and ``segments`` as for :meth:`hidden`.
+        """
+        return self.logits(self.hidden(ids, cache, segments))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The output layer, for a few tokens: a training loss comes from ``hidden`` without the logits of them all."""

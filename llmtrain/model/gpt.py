@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.model import LanguageModel, ModelConfig
+from llmtrain.model.attention import Sight, attend, has_blockwise, segment_starts, sight
 from llmtrain.model.cache import KVCache, LayerCache
 from llmtrain.model.vocabulary import hide_padding, logit_bias, padded_size
 
@@ -71,21 +72,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
         self.projection = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None, sight: Sight) -> Tensor:
         """``x`` and the result: ``(batch, sequence, hidden)``."""
         batch, length, hidden = x.shape
         heads = self.qkv(x).view(batch, length, 3, self.num_heads, hidden // self.num_heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each (batch, heads, sequence, head_size)
-        mask, causal = None, True
         if cache is not None:
             key, value = cache.update(key, value)
-            if cache.length:  # row i sees the cached tokens and the new ones up to itself
-                causal = False
-                if length > 1:
-                    mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=x.device).tril(cache.length)
-        y = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, dropout_p=self.dropout if self.training else 0.0
-        )
+        y = attend(query, key, value, sight, self.dropout if self.training else 0.0)
         return self.projection(y.transpose(1, 2).reshape(batch, length, hidden))
 
 
@@ -112,8 +106,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), cache))
+    def forward(self, x: Tensor, cache: LayerCache | None = None, sight: Sight = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), cache, sight))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -138,17 +132,24 @@ class GPT(LanguageModel):
         self.register_buffer("logit_bias", None, persistent=False)
         hide_padding(self, ("token_embedding.weight", "head.weight"), vocab_size)
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        start = cache.length if cache is not None else 0
-        positions = torch.arange(start, start + ids.shape[1], device=ids.device)
+    def hidden(self, ids: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
+        assert cache is None or segments is None
+        length, past = ids.shape[1], 0 if cache is None else cache.length
+        positions = torch.arange(past, past + length, device=ids.device)
+        starts = None if segments is None else segment_starts(segments)
+        if starts is not None:
+            positions = positions - starts
+        dropout = self.config.dropout if self.training else 0.0
+        blockwise = cache is None and has_blockwise(ids, self.config.hidden_size // self.config.num_heads, dropout)
+        seen = sight(length, past, ids.device, starts=starts, blockwise=blockwise)
         x = self.dropout(self.token_embedding(ids) + self.position_embedding(positions))
         if cache is None:
             for block in self.callable_blocks:
-                x = block(x)
+                x = block(x, None, seen)
         else:
             for layer, block in enumerate(self.blocks):
-                x = block(x, cache.layer(layer))
-            cache.advance(ids.shape[1])
+                x = block(x, cache.layer(layer), seen)
+            cache.advance(length)
         return self.final_norm(x)
 
     @property

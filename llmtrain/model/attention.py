@@ -1,0 +1,142 @@
+"""What attention is in every decoder here: which keys a query sees, and the product itself.
+
+A query sees the keys up to its own; with packed examples those of its own example, with a sliding window the last few.
+So the keys that it sees are always neighbours, and an index says where they begin.  What follows from it for all
+layers, a mask if there has to be one, is made once a forward pass (:func:`sight`) and given to every block.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+BLOCK = 128  # queries and keys that FlexAttention leaves out, or takes, at once
+MIN_HEAD_SIZE = 16  # of FlexAttention's kernels
+
+
+class Blockwise(NamedTuple):
+    """What FlexAttention is told: a mask that names the blocks without a visible pair, and ALiBi's slopes."""
+
+    mask: BlockMask
+    slopes: Tensor | None  # (heads,)
+
+
+Sight = Tensor | Blockwise | None  # a mask: boolean, or added to the scores; None: all keys up to the query's own
+
+
+def segment_starts(segments: Tensor) -> Tensor:
+    """Where the segment of each token begins, ``(batch, sequence)``; a segment is a run of equal numbers."""
+    index = torch.arange(segments.shape[1], device=segments.device)
+    begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    return torch.where(begins, index, 0).cummax(dim=1).values
+
+
+def sight(
+    new: int,
+    past: int,
+    device: torch.device,
+    *,
+    starts: Tensor | None = None,
+    window: int | None = None,
+    slopes: Tensor | None = None,
+    blockwise: bool = False,
+) -> Sight:
+    """Which keys ``new`` tokens behind ``past`` cached ones see, for a layer of any number of heads.
+
+    ``starts``: of :func:`segment_starts`.  ``window``: a query sees its own key and ``window - 1`` before it.
+    ``slopes`` ``(heads,)``: ALiBi, ``slope * (key - query)`` is added to the scores (Press et al. 2021,
+    https://arxiv.org/abs/2108.12409).  ``blockwise``: FlexAttention can be had (:func:`has_blockwise`).
+    """
+    if window is not None and past + new <= window:
+        window = None
+    if starts is None and window is None and slopes is None and (past == 0 or new == 1):
+        return None
+    queries = torch.arange(past, past + new, device=device)
+    first = torch.zeros_like(queries)[None] if starts is None else starts  # key that each query sees
+    if window is not None:
+        first = torch.maximum(first, queries - (window - 1))
+    if blockwise:
+        if not torch.compiler.is_compiling() and is_fake(first):
+            return None  # what is planned for, all keys, has the same memory
+        return Blockwise(block_mask(first), slopes)
+    keys = torch.arange(past + new, device=device)
+    mask = ((keys <= queries[:, None]) & (keys >= first[..., None])).unsqueeze(1)  # (batch or 1, 1, new, past + new)
+    if slopes is None:
+        return mask
+    return (slopes[:, None, None] * (keys - queries[:, None])).masked_fill(~mask, -torch.inf)
+
+
+def has_blockwise(ids: Tensor, head_size: int, dropout: float) -> bool:
+    """Whether FlexAttention computes this attention, backward included: it neither sees a mask nor keeps one."""
+    if ids.device.type != "cuda" or head_size < MIN_HEAD_SIZE or dropout:
+        return False
+    return torch.compiler.is_compiling() or is_fake(ids) or importlib.util.find_spec("triton") is not None
+
+
+def block_mask(first: Tensor) -> BlockMask:
+    """FlexAttention's mask of queries that see the keys from ``first`` ``(batch, sequence)`` to their own.
+
+    ``first`` never falls along a row.  Of each block the first query then sees furthest back and the last one least, so
+    that no mask of ``(sequence, sequence)`` has to be made to find the blocks.
+    """
+    length = first.shape[1]
+    index = torch.arange(-(-length // BLOCK), device=first.device)
+    least = first[:, ::BLOCK, None]  # (batch, blocks, 1): of each block of queries
+    most = first[:, ((index + 1) * BLOCK - 1).clamp(max=length - 1), None]
+    past, seen = index < index[:, None], index <= index[:, None]
+    whole = (index[:, None] + 1) * BLOCK <= length
+    inner = past & whole & (index * BLOCK >= most)  # every query sees every key
+    outer = seen & ((index + 1) * BLOCK > least) & ~inner
+
+    def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (key >= first[batch, query])
+
+    return BlockMask.from_kv_blocks(
+        *_numbers(outer), *_numbers(inner), BLOCK_SIZE=BLOCK, mask_mod=is_visible, seq_lengths=(length, length)
+    )
+
+
+def _numbers(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries has, and which: the others behind; with one head for all."""
+    blocks = blocks.unsqueeze(1).to(torch.int32)
+    return blocks.sum(-1, dtype=torch.int32), blocks.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, sight: Sight, dropout: float = 0.0) -> Tensor:
+    """Attention of ``query`` ``(batch, heads, new, head_size)``; the result has its shape.
+
+    ``key`` and ``value``: ``(batch, key_heads, seen, head_size)``, each of their heads for ``heads / key_heads`` of the
+    query's (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245).
+    """
+    repeats = query.shape[1] // key.shape[1]
+    if isinstance(sight, Blockwise):
+        flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+        bias = None if sight.slopes is None else _distance_bias(sight.slopes)
+        return flex(query, key, value, score_mod=bias, block_mask=sight.mask, enable_gqa=repeats > 1)
+    if sight is not None and sight.dtype != torch.bool:
+        sight = sight.to(query.dtype)
+    shares = query.device.type == "cpu" or (sight is None and query.dtype in (torch.float16, torch.bfloat16))
+    if repeats > 1 and not shares:  # no kernel but flash attention's has heads of keys for several of queries
+        key, value = (heads.repeat_interleave(repeats, dim=1) for heads in (key, value))
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=sight, dropout_p=dropout,
+        is_causal=sight is None and query.shape[2] == key.shape[2], enable_gqa=repeats > 1 and shares,
+    )  # fmt: skip
+
+
+@cache
+def _compiled_flex() -> Any:
+    return torch.compile(flex_attention)  # as it is, it would make the matrix of all scores
+
+
+def _distance_bias(slopes: Tensor) -> Callable[..., Tensor]:
+    def bias(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + slopes[head] * (key - query)
+
+    return bias
