@@ -11,7 +11,7 @@ from torch import Tensor
 from llmtrain.data import Corpus
 from llmtrain.data.sequences import Sequences
 from llmtrain.display import Display
-from llmtrain.evaluate import evaluate
+from llmtrain.evaluate import Evaluated, LossSum, Score, evaluate
 from llmtrain.inference import generate
 from llmtrain.loop_config import LoopConfig
 from llmtrain.memory import halved_on_out_of_memory, is_out_of_memory
@@ -34,8 +34,8 @@ class Looks:
     corpus: Corpus
     tokenizer: Tokenizer
     model: LanguageModel
-    loss_sum: Callable[[Tensor, Tensor], Tensor]
-    plain_loss_sum: Callable[[Tensor, Tensor], Tensor]  # not compiled, for batches of any shape
+    loss_sum: LossSum
+    plain_loss_sum: LossSum  # not compiled, for batches of any shape
     precision: Precision
     device: torch.device
     seed: int
@@ -43,6 +43,8 @@ class Looks:
     metrics: Metrics
     display: Display
     samples: AppendedFile
+    score: Score | None = None  # where more is counted than the loss
+    measures: Callable[[Tensor], dict[str, Any]] = lambda counted: {}  # what is told of that
 
     val_losses: dict[int, float] = field(default_factory=dict, init=False)  # by step
     last_val_loss: float | None = field(default=None, init=False)
@@ -77,22 +79,24 @@ class Looks:
             parts["train_loss"] = (self.corpus.train, self.config.eval_train_batches)
         row: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "epoch": self.epoch(state.tokens)}
         for name, (sequences, batches) in parts.items():
-            loss = self.loss_on(sequences, batches, micro_batch_size, stop)
-            if loss is None:
+            found = self.loss_on(sequences, batches, micro_batch_size, stop)
+            if found is None:
                 return
-            row[name] = loss
+            row[name] = found.loss
+            if found.counted is not None and name == "val_loss":
+                row |= self.measures(found.counted)
         self.note(row, state)
         self.metrics.row(row)
         self.display.validation(row)
 
-    def loss_on(self, sequences: Sequences, batches: int | None, micro_batch_size: int, stop: Stop) -> float | None:
-        """Mean loss over so many batches (None: all there is); None if asked to leave off."""
+    def loss_on(self, sequences: Sequences, batches: int | None, micro_batch_size: int, stop: Stop) -> Evaluated | None:
+        """What so many batches (None: all there is) come to; None if asked to leave off."""
         max_sequences = None if batches is None else batches * self.batch_size
 
-        def at(size: int) -> float | None:
+        def at(size: int) -> Evaluated | None:
             return evaluate(
                 self.loss_sum, self.plain_loss_sum, self.model, sequences, batch_size=size, max_sequences=max_sequences,
-                precision=self.precision, device=self.device, stop=lambda: stop() is not None,
+                precision=self.precision, device=self.device, stop=lambda: stop() is not None, score=self.score,
             )  # fmt: skip
 
         return halved_on_out_of_memory(at, micro_batch_size)

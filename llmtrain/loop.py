@@ -17,6 +17,7 @@ from llmtrain.clipping import Clipping
 from llmtrain.data import Batch
 from llmtrain.data.loader import Loader
 from llmtrain.display import Display
+from llmtrain.evaluate import LossSum
 from llmtrain.looks import Looks
 from llmtrain.loop_config import LoopConfig
 from llmtrain.memory import halved_on_out_of_memory
@@ -36,6 +37,7 @@ from llmtrain.schedule import Schedule
 from llmtrain.state import TrainState
 from llmtrain.stopwatch import Stopwatch
 from llmtrain.storage import CheckpointError, remove_checkpoint, step_of
+from llmtrain.weights.checkpoint import saved_tensors
 
 MAX_REFUSED_AT_END = 3  # steps in a row; a run that ends with as many has not come to anything
 
@@ -53,7 +55,7 @@ class Loop:
     max_steps: int
     device: torch.device
     model: LanguageModel
-    loss_sum: Callable[[Tensor, Tensor], Tensor]  # (inputs, targets) -> sum of the token losses
+    loss_sum: LossSum
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     peak_lr: float
@@ -76,6 +78,7 @@ class Loop:
     flops_per_token: int
     peak_flops: float
     can_restore: Callable[[Path], bool]  # whether a checkpoint's optimizer state is of this run's kind of optimizer
+    name_target: Callable[[int], str] | None = None  # where targets are classes
     profiler: Profiler = field(default_factory=Profiler)
     clock: Callable[[], float] = time.perf_counter
 
@@ -187,12 +190,12 @@ class Loop:
             scalars["loss_scale"] = self.precision.scaler.scale
             self.precision.scaler.update(verdict["non_finite"])
         record = StepRecord(
-            state.step + 1, state.position, batch.num_targets, state.tokens + batch.num_targets, len(batch.inputs),
+            state.step + 1, state.position, batch.num_tokens, state.tokens + batch.num_tokens, len(batch.inputs),
             learning_rate,
         )  # fmt: skip
         state.step += 1
         state.position += len(batch.inputs)
-        state.tokens += batch.num_targets
+        state.tokens += batch.num_tokens
         self.readback.push(record, scalars)
         self.display.step(state.step)
 
@@ -203,10 +206,9 @@ class Loop:
         batch gives the gradient of the whole.
         """
         loss = torch.zeros((), device=self.device)
-        pieces = zip(batch.inputs.split(micro_batch_size), batch.targets.split(micro_batch_size), strict=True)
-        for inputs, targets in pieces:
+        for inputs, targets, segments in batch.split(micro_batch_size):
             with self.precision.autocast():
-                part = self.loss_sum(inputs, targets) / max(batch.num_targets, 1)
+                part = self.loss_sum(inputs, targets, segments) / max(batch.num_targets, 1)
             self.stopwatch.mark("forward")
             self.precision.scale(part).backward()
             self.stopwatch.mark("backward")
@@ -326,6 +328,7 @@ class Loop:
                 examples = find_offenders(
                     self.looks.plain_loss_sum, self.model, self.looks.tokenizer, self.looks.corpus.train,
                     self.sequences_at(record.position, record.batch_size), self.examples, self.device,
+                    self.name_target,
                 )  # fmt: skip
         values = {key: record.values[key] for key in ("loss", "grad_norm")}
         self.event("refused", record.step, position=record.position, **values, reason=verdict.reason, examples=examples)
@@ -397,7 +400,7 @@ class Loop:
         self.settle(wait=True)
         if self.state.step not in (self.saved_step, self.tried_step):
             self.capture_state()
-            model, optimizer = self.model.state_dict(), state_tensors(self.optimizer)
+            model, optimizer = saved_tensors(self.model), state_tensors(self.optimizer)
             self.saver.begin(model, optimizer, self.state.to_json(), self.config_text, self.looks.val_losses)
             self.saved_step = self.tried_step = self.state.step
         self.mark = self.saved_at = self.clock()

@@ -20,7 +20,6 @@ from llmtrain.run import Parts, Run
 from llmtrain.run_directory import RunDirectory
 from llmtrain.runtime import peak_flops, peak_memory
 from llmtrain.saver import Saver
-from llmtrain.state import TrainState
 
 WARM_UP = 2  # steps left out: they touch memory for the first time
 LEAST, MOST = 3, 20  # timed steps
@@ -69,7 +68,7 @@ def _steps(run: Run, parts: Parts, directory: RunDirectory, stack: contextlib.Ex
     stack.enter_context(parts.precision.arithmetic())
     metrics = stack.enter_context(Local(log_every=1).build(directory.path, resume_step=None))
     steps_at_most = max(parts.max_steps, WARM_UP + MOST)
-    state = TrainState(data=parts.corpus.fingerprint)
+    state = run.first_state(parts)
     parts, found = run.tune(parts, state, peak_flops(parts.device, parts.precision.dtype))
     compile_seconds = next((event["seconds"] for event in found if event["event"] == "compiled"), None)
     loop = run.make_loop(

@@ -13,8 +13,8 @@ class StepRecord:
 
     step: int  # 1-based: steps done
     position: int  # of its first sequence in the data
-    tokens: int  # target tokens of this step
-    total_tokens: int  # target tokens of the run up to and with this step
+    tokens: int  # of this step, padding left out
+    total_tokens: int  # of the run up to and with this step
     batch_size: int
     learning_rate: float
     values: dict[str, float] = field(default_factory=dict)  # filled when the device is through

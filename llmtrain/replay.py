@@ -23,6 +23,7 @@ from llmtrain.runtime import describe_environment, peak_flops
 from llmtrain.saver import Saver
 from llmtrain.state import TrainState
 from llmtrain.storage import MODEL, OPTIMIZER, read_state, read_tensors
+from llmtrain.weights.checkpoint import saved_tensors
 
 NUMBERS = ("loss", "grad_norm", "learning_rate", "tokens")  # of a metrics row
 NOT_REPLAYED = ("format", "train_seconds", "best_val_loss", "best_val_step")  # of the state: time, and evaluations
@@ -57,11 +58,10 @@ class Replay:
         with contextlib.ExitStack() as stack:
             device = stack.enter_context(run.runtime.session())
             run.runtime.seed_everything()
-            parts = run.assemble(device, verify_data=True)
+            parts = run.assemble(device, from_start=checkpoint is None, verify_data=True)
             stack.enter_context(parts.precision.arithmetic())
             if checkpoint is None:
-                run.weights.load(parts.model)
-                state = TrainState(data=parts.corpus.fingerprint)
+                state = run.first_state(parts)
             else:
                 state, _ = run.restore(checkpoint, parts)
             run.check_data(state, parts)
@@ -81,7 +81,7 @@ class Replay:
                 progress()
             loop.capture_state()
             rows = [row for row in read_metrics(scratch / FILE) if "loss" in row and "event" not in row]
-            model = {name: tensor.cpu() for name, tensor in parts.model.state_dict().items()}
+            model = {name: tensor.cpu() for name, tensor in saved_tensors(parts.model).items()}
             optimizer = {name: tensor.cpu() for name, tensor in state_tensors(parts.optimizer).items()}
             return cls(inexact, rows, model, optimizer, json.loads(json.dumps(loop.state.to_json())))
 

@@ -126,10 +126,12 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_changes(changes: Sequence[Change], *, branching: bool) -> None:
-    """Refuse what cannot continue.  A branch may have a name of its own.  Raises ValueError naming the key."""
+def check_changes(changes: Sequence[Change], *, branching: bool, has_base: bool = False) -> None:
+    """Refuse what cannot continue.  A branch may have a name of its own, and what adapters stand on (``has_base``) may
+    have been moved.  Raises ValueError naming the key."""
+    movable = (*MOVABLE, *["name"] * branching, *["weights.path"] * has_base)
     for key, before, after in changes:
-        if key.startswith(FIXED) and key not in MOVABLE and not (branching and key == "name"):
+        if key.startswith(FIXED) and key not in movable:
             remedy = "start a new run"
             if not key.startswith(("model.", "tokenizer.", "lora.")):
                 remedy += ", from its weights with: weights=checkpoint weights.path=RUN_DIR"

@@ -7,7 +7,8 @@ result = run.train()
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from llmtrain import config
 from llmtrain.accumulation import Accumulation
@@ -24,10 +24,10 @@ from llmtrain.checkpoint import Checkpoint
 from llmtrain.clipping import Clipping
 from llmtrain.data import Corpus, DataConfig
 from llmtrain.data.loader import Loader
-from llmtrain.data.order import order
 from llmtrain.display import Display, open_display
+from llmtrain.evaluate import LossSum
 from llmtrain.format import size
-from llmtrain.lint import Finding, lint, lint_changes, overrides_of, refuse, search_path
+from llmtrain.lint import Finding, lint, lint_changes, option, overrides_of, refuse, search_path
 from llmtrain.looks import Looks
 from llmtrain.loop import Loop
 from llmtrain.loop_config import LoopConfig
@@ -63,11 +63,27 @@ from llmtrain.saver import Saver
 from llmtrain.schedule import Schedule
 from llmtrain.signals import stop_on_signals
 from llmtrain.state import TrainState
-from llmtrain.storage import AppendedFile, sweep_leftovers, write_atomically
+from llmtrain.storage import (
+    CONFIG,
+    MODEL,
+    AppendedFile,
+    read_state,
+    sweep_leftovers,
+    verify_checkpoint,
+    write_atomically,
+)
 from llmtrain.summary import header, summarise
 from llmtrain.tokenizer import Tokenizer, TokenizerConfig
 from llmtrain.tuning import Rehearsal, compile_loss, fit_micro_batch, why_not_compile
 from llmtrain.weights import Weights
+from llmtrain.weights.checkpoint import load_model, saved_tensors
+from llmtrain.weights.scratch import Scratch
+
+TARGETS = {  # of the kinds of data, in words
+    "text": "every next token of a text",
+    "responses": "the tokens of responses",
+    "labels": "classes",
+}
 
 
 @dataclass(frozen=True)
@@ -92,11 +108,23 @@ class Parts:
     tokenizer: Tokenizer
     corpus: Corpus
     model: LanguageModel
-    loss_sum: Callable[[Tensor, Tensor], Tensor]  # as tuned: compiled, maybe
-    plain_loss_sum: Callable[[Tensor, Tensor], Tensor]  # the same, not compiled
+    loss_sum: LossSum  # as tuned: compiled, maybe
+    plain_loss_sum: LossSum  # the same, not compiled
     optimizer: torch.optim.Optimizer
     precision: Precision
     max_steps: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The model of a checkpoint, with what it takes to use it."""
+
+    run: "Run"
+    tokenizer: Tokenizer
+    model: LanguageModel  # in evaluation mode, adapters and the weights that they were trained on put together
+    state: TrainState
+    device: torch.device
+    precision: Precision  # for inference
 
 
 @dataclass(frozen=True)
@@ -137,6 +165,18 @@ class Run:
                 "runtime.cuda_graphs=true: does not go with activation_checkpointing.offload=true, whose copies no "
                 "graph can hold; take one of them"
             )
+        if self.data.gives not in self.objective.takes:
+            raise ValueError(
+                f"objective={option(self.objective)}: does not go with data={option(self.data)}, whose targets are "
+                f"{TARGETS[self.data.gives]}; it takes data whose targets are "
+                f"{' or '.join(TARGETS[kind] for kind in self.objective.takes)}"
+            )
+        if self.lora.adapts and isinstance(self.weights, Scratch):
+            raise ValueError(
+                f"lora={option(self.lora)}: adapters on random weights learn nothing; name the weights to adapt, "
+                "weights=huggingface weights.path=DIR, or weights=checkpoint weights.path=RUN_DIR; or train all of "
+                "them: lora=none"
+            )
         with config.naming("schedule"):
             self.schedule.check_peak(self.optimizer.lr)
         if (step := self.checkpoint.step) is not None:
@@ -172,7 +212,6 @@ class Run:
         with self.runtime.session() as device:
             self.runtime.seed_everything()
             parts = self.assemble(device)
-            self.weights.load(parts.model)
             self.metrics.check()
             self.check_space(parts)
             findings = lint(self, parts, overrides_of(command) or self.overrides)
@@ -180,7 +219,7 @@ class Run:
             directory = self.create_directory()
             with directory.lock():
                 self.describe(directory, device, command)
-                return self.execute(parts, directory, TrainState(data=parts.corpus.fingerprint), findings=findings)
+                return self.execute(parts, directory, self.first_state(parts), findings=findings)
 
     def resume(self, directory: RunDirectory, *, step: int | None = None, command: Sequence[str] = ()) -> Result:
         """Continue the run in ``directory`` from its newest whole checkpoint, or start it if it has none yet.
@@ -231,16 +270,15 @@ class Run:
         """
         stored = config.untrusted(config.load(origin.config), self.plugins)
         completed = config.complete(stored)
-        check_changes(changes(completed, self), branching=parent is not None)
+        check_changes(changes(completed, self), branching=parent is not None, has_base=self.lora.adapts)
         before = type(self).from_config(completed)
         self.metrics.check()
         self.runtime.seed_everything()
-        parts = self.assemble(device)
+        parts = self.assemble(device, from_start=origin.checkpoint is None)
         seen = Seen.of(origin.directory, origin.step)
         reset = None
         if origin.checkpoint is None:
-            state = TrainState(data=parts.corpus.fingerprint)
-            self.weights.load(parts.model)
+            state = self.first_state(parts)
         else:
             state, reset = self.restore(origin.checkpoint, parts)
         self.check_data(state, parts)
@@ -274,6 +312,20 @@ class Run:
                 f"data: not what this run was started on ({parts.corpus.description}); it was edited, moved or "
                 "prepared otherwise, and step and position mean nothing in it; restore it, or start a new run"
             )
+        self.check_base(state)
+
+    def check_base(self, state: TrainState) -> None:
+        """Raise ValueError if the weights that adapters stand on are not those that they were trained on."""
+        if self.lora.adapts and state.base != self.weights.fingerprint():
+            raise ValueError(
+                f"weights.path={getattr(self.weights, 'path', '')}: not the weights that the adapters were trained on; "
+                "name the place where those are now"
+            )
+
+    def first_state(self, parts: Parts) -> TrainState:
+        """The state of a run at step 0."""
+        base = self.weights.fingerprint() if self.lora.adapts else ""
+        return TrainState(data=parts.corpus.fingerprint, labels=list(parts.corpus.labels), base=base)
 
     def create_directory(self) -> RunDirectory:
         """The new run's directory."""
@@ -288,9 +340,10 @@ class Run:
 
     # --- assembling ---------------------------------------------------------------------------------------------
 
-    def assemble(self, device: torch.device, *, verify_data: bool = False) -> Parts:
+    def assemble(self, device: torch.device, *, from_start: bool = True, verify_data: bool = False) -> Parts:
         """Build everything that training needs, on ``device``; writes nothing but the data cache.
 
+        Without ``from_start`` a checkpoint is to follow, and of ``weights`` only what no checkpoint holds is loaded.
         With ``verify_data`` every byte of the data is read and checked again, whatever is remembered of it.
         """
         precision = self.precision.build(device)
@@ -298,8 +351,7 @@ class Run:
         vocab_size = self.vocab_size(tokenizer)
         corpus = self.data.verify(tokenizer) if verify_data else self.data.build(tokenizer)
         generator = torch.Generator(device).manual_seed(self.runtime.seed)
-        model = self.model.create(vocab_size, device, generator)
-        self.lora.apply(model)
+        model = self.make_model(vocab_size, corpus.labels, device, generator, load_weights=from_start)
         precision.apply(model.blocks)
         with config.naming("activation_checkpointing"):
             self.activation_checkpointing.apply(model)
@@ -307,13 +359,63 @@ class Run:
             optimizer = self.optimizer.build(model)
         with config.naming("clipping"):
             self.clipping.check_parameters([name for name, p in model.named_parameters() if p.requires_grad])
-        plain_loss_sum: Callable[[Tensor, Tensor], Tensor] = partial(self.objective, model)
+        plain_loss_sum: LossSum = partial(self.objective, model)
         if self.runtime.compile is True and (reason := why_not_compile(device)):
             raise ValueError(f"runtime.compile=true: {reason}; take auto or false")
         if self.runtime.cuda_graphs and device.type != "cuda":
             raise ValueError("runtime.cuda_graphs=true: there is no GPU here; take false")
         max_steps = self.loop.total_steps(self.accumulation, len(corpus.train), self.data.sequence_length)
         return Parts(device, tokenizer, corpus, model, plain_loss_sum, plain_loss_sum, optimizer, precision, max_steps)
+
+    def make_model(
+        self,
+        vocab_size: int,
+        labels: Sequence[str],
+        device: torch.device,
+        generator: torch.Generator,
+        *,
+        load_weights: bool,
+    ) -> LanguageModel:
+        """The model with what objective and adapters add to it; frozen weights that no checkpoint holds are loaded."""
+        model = self.model.create(vocab_size, device, generator)
+        if load_weights or self.lora.adapts:
+            self.weights.load(model)
+        with config.naming("objective"):
+            self.objective.attach(model, labels, generator)
+        with config.naming("lora"):
+            self.lora.apply(model, generator)
+        model.has_base = self.lora.adapts
+        return model
+
+    @classmethod
+    def load_trained(
+        cls, checkpoint: Path, runtime: Runtime, *, base: str | None = None, plugins: Sequence[str] = ()
+    ) -> AbstractContextManager[Trained]:
+        """The model of ``checkpoint``, for the length of a context.
+
+        ``base``: where the weights are now that its adapters stand on; None: where they were.  Raises ValueError
+        naming what does not fit, and :class:`CheckpointError` for a damaged checkpoint.
+        """
+        verify_checkpoint(checkpoint)
+        values = config.complete(config.untrusted(config.load(checkpoint / CONFIG), plugins))
+        if base is not None:
+            if not TrainState.from_json(read_state(checkpoint)).base:
+                raise ValueError(f"base={base}: {checkpoint} holds a whole model, no adapters; leave it out")
+            values["weights"] = {**values["weights"], "path": base}
+        return cls.from_config(values)._loaded(checkpoint, runtime)
+
+    @contextlib.contextmanager
+    def _loaded(self, checkpoint: Path, runtime: Runtime) -> Iterator[Trained]:
+        with runtime.session() as device:
+            precision = self.precision.inference(device)
+            state = TrainState.from_json(read_state(checkpoint))
+            tokenizer = self.tokenizer.build()
+            self.check_base(state)
+            generator = torch.Generator(device).manual_seed(0)
+            model = self.make_model(self.vocab_size(tokenizer), state.labels, device, generator, load_weights=False)
+            load_model(model, checkpoint / MODEL)
+            with precision.arithmetic():
+                yield Trained(self, tokenizer, model.eval(), state, device, precision)
 
     def vocab_size(self, tokenizer: Tokenizer) -> int:
         """The model's vocabulary.  Raises ValueError if the tokenizer has ids beyond it."""
@@ -341,7 +443,7 @@ class Run:
 
     def checkpoint_bytes(self, parts: Parts) -> int:
         """What a checkpoint takes, of disk and of host memory while it is written."""
-        tensors = [*parts.model.state_dict().values(), *state_tensors(parts.optimizer).values()]
+        tensors = [*saved_tensors(parts.model).values(), *state_tensors(parts.optimizer).values()]
         return sum(tensor.nbytes for tensor in tensors)
 
     # --- running ------------------------------------------------------------------------------------------------
@@ -405,8 +507,9 @@ class Run:
         Returns the parts to train with, and the events that tell of it.
         """
         rehearsal = Rehearsal(
-            parts.model, parts.plain_loss_sum, parts.precision, parts.device, self.data.sequence_length
-        )
+            parts.model, parts.plain_loss_sum, parts.precision, parts.device, self.data.sequence_length,
+            self.data.packs,
+        )  # fmt: skip
         events = []
         if self.accumulation.is_probed and state.micro_batch_size is None:
             batch = self.accumulation.micro_batch_size
@@ -431,7 +534,7 @@ class Run:
     def fits(self, parts: Parts, micro_batch_size: int) -> bool:
         """Whether host memory has room to train with such micro-batches, by what a traced step takes."""
         batch, vocab_size = self.accumulation.micro_batch_size, self.vocab_size(parts.tokenizer)
-        blueprint = Blueprint(self, vocab_size, parts.precision, batch, micro_batch_size)
+        blueprint = Blueprint(self, vocab_size, parts.precision, batch, micro_batch_size, parts.corpus.labels)
         available = available_memory()
         taken = estimate(blueprint, gpu=False, copied=self.checkpoint.asynchronous).needed - peak_memory(parts.device)
         return available is None or taken < available
@@ -452,12 +555,15 @@ class Run:
     ) -> Loop:
         """The loop over ``parts`` from ``state`` on."""
         recovery = self.recovery.build(parts.device)
+        labels = parts.corpus.labels
         recovery.load_state_dict(state.recovery)
         looks = Looks(
             config=self.loop, corpus=parts.corpus, tokenizer=parts.tokenizer, model=parts.model,
             loss_sum=parts.loss_sum, plain_loss_sum=parts.plain_loss_sum, precision=parts.precision,
             device=parts.device, seed=self.runtime.seed, batch_size=self.accumulation.batch_size_at(0, 0),
             metrics=metrics, display=display, samples=AppendedFile(directory.samples),
+            score=partial(self.objective.score, parts.model) if self.objective.scores else None,
+            measures=partial(self.objective.measures, labels=labels),
         )  # fmt: skip
         return Loop(
             config=self.loop, state=state, max_steps=parts.max_steps, device=parts.device, model=parts.model,
@@ -469,6 +575,7 @@ class Run:
             metrics=metrics, log_every=log_every or self.metrics.log_every, display=display, stop=stop,
             flops_per_token=parts.model.flops_per_token(self.data.sequence_length), peak_flops=peak_flops,
             can_restore=partial(has_optimizer_of, run=self), profiler=profiler or Profiler(),
+            name_target=partial(self.objective.name_target, labels=labels) if labels else None,
         )  # fmt: skip
 
     def make_profiler(self, parts: Parts, directory: RunDirectory, state: TrainState) -> Profiler:
@@ -493,8 +600,7 @@ class Run:
 
     def sequences_at(self, corpus: Corpus, position: int, count: int) -> np.ndarray:
         """Numbers of the training sequences at ``count`` positions from ``position`` on."""
-        positions = np.arange(position, position + count)
-        return order(positions, len(corpus.train), self.runtime.seed, self.data.shuffle)
+        return corpus.train.order(np.arange(position, position + count), self.runtime.seed, self.data.shuffle)
 
     def open_loader(self, parts: Parts, state: TrainState) -> Loader:
         """The training batches from ``state`` on."""

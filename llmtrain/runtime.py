@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +74,11 @@ class Runtime:
             raise ValueError(f"compile={self.compile}: must be auto, true or false")
         if self.cuda_graphs and self.compile is not True:
             raise ValueError(f"cuda_graphs=true: takes compile=true, not compile={str(self.compile).lower()}")
+
+    @classmethod
+    def for_inference(cls, device: Device) -> Self:
+        """That of a program that trains nothing."""
+        return cls(device, 0, False, False, False, False, None)
 
     def torch_device(self) -> torch.device:
         """The device.  Raises ValueError if it is not there."""

@@ -17,7 +17,7 @@ class TrainState:
 
     step: int = 0  # optimizer steps done, refused ones included
     position: int = 0  # sequences consumed, over all epochs: the one integer behind the data order
-    tokens: int = 0  # target tokens consumed
+    tokens: int = 0  # consumed, padding left out
     refused_steps: int = 0  # steps whose update was refused: not finite, or far out of the ordinary
     skipped_sequences: int = 0  # left out by the recovery; ``position`` counts them as consumed
     micro_batch_size: int | None = None  # found to fit, at the start or since memory ran out; None: the config's
@@ -26,6 +26,8 @@ class TrainState:
     best_val_step: int | None = None
     train_seconds: float = 0.0  # spent in steps, over all sessions
     data: str = ""  # fingerprint of the data that ``position`` counts in
+    labels: list[str] = field(default_factory=list)  # names of the classes that the model tells apart
+    base: str = ""  # fingerprint of the frozen weights that adapters were trained on, and that no checkpoint holds
     scaler: dict[str, float] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
     rng: dict[str, Any] = field(default_factory=dict)

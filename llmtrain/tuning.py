@@ -21,7 +21,7 @@ from llmtrain.model import LanguageModel
 from llmtrain.precision import Precision
 from llmtrain.state import TrainState
 
-LossSum = Callable[[Tensor, Tensor], Tensor]
+LossSum = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (inputs, targets, segments) -> sum of the losses
 
 # compile=auto: on a GPU a compiled step saves a quarter of the time or so, and compiling takes up to a minute; from ten
 # minutes on it has paid more than once over.  On a CPU the step is as long with it (benchmarks/results): the matrix
@@ -41,21 +41,23 @@ class Rehearsal:
     precision: Precision
     device: torch.device
     sequence_length: int
+    is_packed: bool = False  # several examples in a row
 
     def __call__(self, batch_size: int, *, evaluates: bool = False) -> None:
         """Go through a micro-batch of ``batch_size`` sequences; with ``evaluates`` also without gradients."""
         tokens = torch.zeros(batch_size, self.sequence_length, dtype=torch.long, device=self.device)
+        segments = torch.ones_like(tokens, dtype=torch.int32) if self.is_packed else None
         with _random_state_kept(self.device), self.precision.arithmetic():
             was_training = self.model.training
             try:
                 self.model.train()
                 with self.precision.autocast():
-                    loss = self.loss_sum(tokens, tokens)
+                    loss = self.loss_sum(tokens, tokens, segments)
                 self.precision.scale(loss / tokens.numel()).backward()
                 if evaluates:
                     self.model.eval()
                     with torch.no_grad(), self.precision.autocast():
-                        self.loss_sum(tokens, tokens)
+                        self.loss_sum(tokens, tokens, segments)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
             finally:
@@ -215,9 +217,9 @@ class CompiledLoss:
         self.loss_sum = loss_sum
         self.blocks = [torch.compile(block, dynamic=False) for block in model.blocks]
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
         with self.model.running(self.blocks):
-            return self.loss_sum(inputs, targets)
+            return self.loss_sum(inputs, targets, segments)
 
 
 class GraphedLoss:
@@ -229,6 +231,8 @@ class GraphedLoss:
     def __init__(self, loss_sum: LossSum) -> None:
         self.compiled: LossSum = torch.compile(loss_sum, dynamic=False, mode="reduce-overhead")
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        return self.compiled(inputs, targets).clone()  # the graph's own memory is written again by the next call
+        return self.compiled(
+            inputs, targets, segments
+        ).clone()  # the graph's own memory is written again by the next call

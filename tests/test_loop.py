@@ -40,7 +40,7 @@ def test_every_split_of_a_batch_gives_the_same_gradient() -> None:
     targets = tokens[:, 1:].clone()
     targets[torch.rand(targets.shape, generator=generator) < 0.6] = IGNORE
     targets[4:7] = IGNORE  # whole micro-batches without a target
-    batch = Batch(tokens[:, :-1], targets, int((targets != IGNORE).sum()))
+    batch = Batch(tokens[:, :-1], targets, int((targets != IGNORE).sum()), targets.numel())
     gradients, losses = [], []
     for micro_batch_size in (12, 1, 2, 3, 5, 7, 100):
         parts.model.zero_grad()
@@ -76,10 +76,10 @@ def test_a_step_that_is_not_finite_reaches_no_weight(tmp_path: Path, optimizer: 
     before = {name: tensor.clone() for name, tensor in parts.model.state_dict().items()}
     calls = 0
 
-    def poisoned(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def poisoned(*batch: torch.Tensor | None) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        return parts.loss_sum(inputs, targets) * (float("nan") if calls <= 2 else 1.0)
+        return parts.loss_sum(*batch) * (float("nan") if calls <= 2 else 1.0)
 
     directory = run.create_directory()
     run.describe(directory, parts.device, [])

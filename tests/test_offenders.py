@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.data import IGNORE
-from llmtrain.data.sequences import Sequences
+from llmtrain.data.sequences import Rows, Sequences, Stream
 from llmtrain.metrics.jsonl import to_line
 from llmtrain.model.gpt import GPTConfig, Initialisation
 from llmtrain.objective.causal import Causal
@@ -41,14 +41,14 @@ class Bytes(nn.Module):
         return self.table[ids] + self.poison[ids].cumsum(dim=1)[..., None]
 
 
-def loss_sum(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+def loss_sum(model: nn.Module, inputs: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
     return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 def sequences_of(*texts: str) -> Sequences:
     """Each text, of LENGTH characters, a sequence: its bytes are the targets."""
     data = np.frombuffer((" " + "".join(texts)).encode(), np.uint8).astype(np.uint16)
-    made = Sequences([data], LENGTH)
+    made = Stream([data], LENGTH)
     assert len(made) == len(texts)
     return made
 
@@ -108,7 +108,7 @@ def test_excerpts_are_short_at_any_length(length: int) -> None:
     data = np.full(2 * length + 1, ord("a"), np.uint16)
     data[length + 1 + length // 2] = ord("z")  # a target of the second sequence
     model = Bytes()
-    found = find_offenders(partial(loss_sum, model), model, BYTE, Sequences([data], length), np.array([0, 1]), 1, CPU)
+    found = find_offenders(partial(loss_sum, model), model, BYTE, Stream([data], length), np.array([0, 1]), 1, CPU)
     assert found[0]["sequence"] == 1
     assert "z" in found[0]["text"]
     assert len(found[0]["text"]) <= 67  # 64 targets, the input before them, two marks
@@ -121,21 +121,19 @@ def test_long_words_are_cut() -> None:
     model = GPTConfig(1, 32, 2, 64, None, 0.0, True, True, None, Initialisation.gpt2).create(
         gpt2.vocab_size, CPU, torch.Generator().manual_seed(0)
     )
-    (found,) = find_offenders(
-        partial(Causal(0.0, None), model), model, gpt2, Sequences([ids], 64), np.array([0]), 1, CPU
-    )
+    (found,) = find_offenders(partial(Causal(0.0, None), model), model, gpt2, Stream([ids], 64), np.array([0]), 1, CPU)
     assert len(found["text"]) == 300
     assert found["text"].startswith("… internationally internationally")
 
 
-class Masked(Sequences):
+class Masked(Stream):
     """Only every fourth target counts, and none of sequence 0."""
 
-    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        inputs, targets = super().gather(indices)
+    def gather(self, indices: np.ndarray) -> Rows:
+        inputs, targets, *_ = super().gather(indices)
         targets[:, np.arange(targets.shape[1]) % 4 != 0] = IGNORE
         targets[indices == 0] = IGNORE
-        return inputs, targets
+        return Rows(inputs, targets)
 
 
 def test_targets_that_carry_no_loss_do_not_count() -> None:
@@ -162,7 +160,7 @@ def test_a_real_model_is_evaluated_without_dropout_and_left_as_it_was() -> None:
     assert torch.equal(torch.get_rng_state(), random)
     assert model.training
     assert all(p.grad is None for p in model.parameters())
-    inputs, targets = (torch.from_numpy(rows) for rows in sequences.gather(np.arange(5)))
+    inputs, targets = (torch.from_numpy(rows) for rows in sequences.gather(np.arange(5))[:2])
     with torch.no_grad():
         logits = model.eval()(inputs)
     means = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(dim=1)
@@ -173,7 +171,7 @@ def test_a_real_model_is_evaluated_without_dropout_and_left_as_it_was() -> None:
 def test_the_mode_is_restored_after_an_error() -> None:
     model = real_model(0.5).train()
 
-    def failing(inputs: Tensor, targets: Tensor) -> Tensor:
+    def failing(*_: Tensor | None) -> Tensor:
         raise RuntimeError("out of memory")
 
     call: Callable[[], object] = partial(

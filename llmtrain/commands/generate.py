@@ -4,20 +4,15 @@ import codecs
 import secrets
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from llmtrain import config
 from llmtrain.commands import Invocation
 from llmtrain.format import visible
 from llmtrain.inference import Sampling, generate
-from llmtrain.model import LanguageModel
 from llmtrain.run import Run
 from llmtrain.runtime import Device, Runtime
-from llmtrain.storage import CONFIG, MODEL, locate_checkpoint, verify_checkpoint
-from llmtrain.tokenizer import Tokenizer
-from llmtrain.weights.checkpoint import load_model
+from llmtrain.storage import locate_checkpoint
 
 
 @dataclass(frozen=True)
@@ -31,6 +26,7 @@ class Generate:
     top_k: int
     top_p: float
     seed: int | None
+    base: str | None
     device: Device
     plugins: list[str]
 
@@ -48,29 +44,17 @@ class Generate:
 def main(settings: Generate, invocation: Invocation) -> int:
     """Stream ``num_samples`` texts to standard output."""
     checkpoint = locate_checkpoint(invocation.targets[0])
-    verify_checkpoint(checkpoint)
-    run = Run.from_config(config.complete(config.untrusted(config.load(checkpoint / CONFIG), settings.plugins)))
-    runtime = Runtime(
-        device=settings.device,
-        seed=0,
-        deterministic=False,
-        compile=False,
-        cuda_graphs=False,
-        profile=False,
-        num_threads=None,
-    )
-    with runtime.session() as device:
-        precision = run.precision.inference(device)
-        tokenizer = run.tokenizer.build()
-        model = load(run, tokenizer, checkpoint, device)
+    runtime = Runtime.for_inference(settings.device)
+    with Run.load_trained(checkpoint, runtime, base=settings.base, plugins=settings.plugins) as trained:
+        tokenizer, precision = trained.tokenizer, trained.precision
         seed = secrets.randbits(63) if settings.seed is None else settings.seed
-        generator = torch.Generator(device).manual_seed(seed)
-        with precision.arithmetic(), precision.autocast():
+        generator = torch.Generator(trained.device).manual_seed(seed)
+        with precision.autocast():
             for index in range(settings.num_samples):
                 if index:
                     print("\n" + "-" * 20)
                 ids = generate(
-                    model,
+                    trained.model,
                     tokenizer.encode(settings.prompt).tolist(),
                     max_tokens=settings.max_tokens,
                     sampling=settings.sampling(),
@@ -84,15 +68,6 @@ def main(settings: Generate, invocation: Invocation) -> int:
                     write(decoder.decode(tokenizer.decode_bytes([token])))
                 write(decoder.decode(b"", final=True) + "\n")
     return 0
-
-
-def load(run: Run, tokenizer: Tokenizer, checkpoint: Path, device: torch.device) -> LanguageModel:
-    """The model of ``checkpoint``."""
-    generator = torch.Generator(device).manual_seed(0)
-    model = run.model.create(run.vocab_size(tokenizer), device, generator)
-    run.lora.apply(model)
-    load_model(model, checkpoint / MODEL)
-    return model
 
 
 def write(text: str) -> None:

@@ -29,6 +29,7 @@ from llmtrain.probe import Probed, ProbeFailed, probe
 from llmtrain.run import Run
 from llmtrain.storage import write_atomically
 from llmtrain.tokenizer import Tokenizer
+from llmtrain.weights.checkpoint import saved_tensors
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,9 @@ def main(plan: Plan, invocation: Invocation) -> int:
     corpus = run.data.build(tokenizer)
     with torch.device("meta"):  # sizes only: nothing is allocated
         model = run.model.build(run.vocab_size(tokenizer))
-    run.lora.apply(model)
+        generator = torch.Generator("cpu")
+        run.objective.attach(model, corpus.labels, generator)
+        run.lora.apply(model, generator)
     steps = run.loop.total_steps(run.accumulation, len(corpus.train), run.data.sequence_length)
     planned = Planned(tokenizer, corpus, model, steps)
 
@@ -162,7 +165,9 @@ def look_ahead(plan: Plan, run: Run, planned: Planned, device: torch.device) -> 
     steps, batch = planned.max_steps, run.accumulation.batch_size_at(0, 0)
     sequences = batch_sum(run, steps)
     largest = run.accumulation.batch_size_at(max(steps - 1, 0), sequences * run.data.sequence_length)
-    blueprint = Blueprint(run, run.vocab_size(planned.tokenizer), precision, max(batch, largest))
+    blueprint = Blueprint(
+        run, run.vocab_size(planned.tokenizer), precision, max(batch, largest), labels=planned.corpus.labels
+    )
     validation = 0 if planned.corpus.validation is None else len(planned.corpus.validation)
     counts = count_looks(run.loop, run.checkpoint, steps, sequences, batch, validation)
     is_copied = run.checkpoint.asynchronous and counts.saves > 1  # the last one is made when the step is over
@@ -171,7 +176,7 @@ def look_ahead(plan: Plan, run: Run, planned: Planned, device: torch.device) -> 
         memory = estimate(blueprint, gpu=spec.is_gpu, copied=is_copied)
     except Untraceable as error:
         note = f"memory: not known, a step cannot be traced without data ({error})"
-    saved = sum(tensor.nbytes for tensor in planned.model.state_dict().values())
+    saved = sum(tensor.nbytes for tensor in saved_tensors(planned.model).values())
     saved += memory.parts["optimizer"] if memory is not None else 0
     room, fits = spec.memory_bytes, None
     if memory is not None and room is not None:

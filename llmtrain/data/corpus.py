@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llmtrain.data import Corpus, DataConfig
 from llmtrain.data.cache import Source, prepare
-from llmtrain.data.sequences import Sequences, Shard, slice_stream
+from llmtrain.data.sequences import Shard, Stream, slice_stream
 from llmtrain.tokenizer import Tokenizer
 
 
@@ -75,7 +75,7 @@ def make_corpus(
     """
     if not validation and validation_fraction > 0:
         train, validation = _split(train, validation_fraction)
-    training = Sequences(train, sequence_length)
+    training = Stream(train, sequence_length)
     if not training:
         raise ValueError(
             f"data.sequence_length={sequence_length}: {name}: {training.tokens:,} tokens for training make no "
@@ -84,7 +84,7 @@ def make_corpus(
         )
     if not validation_fraction and not validation:
         return Corpus(training, None, f"{name}, {training.tokens:,} tokens", fingerprint)
-    held_out = Sequences(validation, sequence_length)
+    held_out = Stream(validation, sequence_length)
     if not held_out:
         raise ValueError(
             f"data.validation_fraction={validation_fraction}: {name}: {held_out.tokens:,} tokens for validation make "

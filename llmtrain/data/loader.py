@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from llmtrain.data import IGNORE, Batch, DataFailed
-from llmtrain.data.order import order
 from llmtrain.data.sequences import Sequences
 
 log = logging.getLogger(__name__)
@@ -30,11 +29,11 @@ class Loader:
 
     Args:
         sequences: what to train on; visited epoch after epoch.
-        seed, shuffle: which order, see :func:`llmtrain.data.order.order`.
+        seed, shuffle: which order, see :meth:`llmtrain.data.sequences.Sequences.order`.
         batch_size: sequences of a step, from the step's number and the tokens trained on before it.
         position: how many sequences have been visited before.
         step: the number of the first batch's step.
-        tokens: how many targets have been trained on before.
+        tokens: how many tokens have been trained on before.
 
     On a GPU a batch goes through pinned memory on a stream of its own.  The stream that asks for the batch waits for
     the copy; the host waits for nothing but the making of the batch.
@@ -90,8 +89,9 @@ class Loader:
         if copied is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(copied)
-            for tensor in (batch.inputs, batch.targets):
-                tensor.record_stream(current)  # its memory is the copying stream's, which must not reuse it before
+            for tensor in (batch.inputs, batch.targets, batch.segments):
+                if tensor is not None:
+                    tensor.record_stream(current)  # its memory is the copying stream's, which must not reuse it before
         return batch
 
     def close(self) -> None:
@@ -153,16 +153,19 @@ class Loader:
             f"step {self._step:,}, sequences {self._position:,} to {self._position + size - 1:,} of the order"
         )
         positions = np.arange(self._position, self._position + size)
-        indices = order(positions, len(self._sequences), self._seed, self._shuffle)
-        inputs, targets = self._sequences.gather(indices)
-        num_targets = int(np.count_nonzero(targets != IGNORE))
+        rows = self._sequences.gather(self._sequences.order(positions, self._seed, self._shuffle))
+        lengths = None if rows.lengths is None else tuple(rows.lengths.tolist())
+        num_targets = int(np.count_nonzero(rows.targets != IGNORE))
+        num_tokens = rows.inputs.size if lengths is None else sum(lengths)
         self._position += size
         self._step += 1
-        self._tokens += num_targets
+        self._tokens += num_tokens
         if self._stream is None:
-            return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), num_targets), None
+            tensors = [None if array is None else torch.from_numpy(array) for array in rows[:3]]
+            return _batch(tensors, num_targets, num_tokens, lengths), None
         with torch.cuda.stream(self._stream):  # also makes its device this thread's
-            batch = Batch(self._copy(inputs), self._copy(targets), num_targets)
+            tensors = [None if array is None else self._copy(array) for array in rows[:3]]
+            batch = _batch(tensors, num_targets, num_tokens, lengths)
             copied = torch.cuda.Event()
             copied.record(self._stream)
         return batch, copied
@@ -170,3 +173,12 @@ class Loader:
     def _copy(self, array: np.ndarray) -> torch.Tensor:
         # torch keeps the pinned memory until the copy is through, and uses it again after
         return torch.from_numpy(array).pin_memory().to(self._device, non_blocking=True)
+
+
+def _batch(
+    tensors: list[torch.Tensor | None], num_targets: int, num_tokens: int, lengths: tuple[int, ...] | None
+) -> Batch:
+    inputs, targets, segments = tensors
+    assert inputs is not None
+    assert targets is not None
+    return Batch(inputs, targets, num_targets, num_tokens, segments, lengths)

@@ -1,9 +1,12 @@
-"""A stream of tokens in files, cut into sequences."""
+"""What is trained on: sequences by number.  Here those of a stream of tokens in files."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from llmtrain.data.order import order
 from llmtrain.data.reader import Tokens
 
 Shard = np.ndarray | Tokens
@@ -25,7 +28,46 @@ class Held:
         """Nothing happens to them."""
 
 
-class Sequences:
+class Rows(NamedTuple):
+    """Some sequences, padded on the right to the same length; an input of padding is 0, its target IGNORE."""
+
+    inputs: np.ndarray  # (rows, sequence) int64
+    targets: np.ndarray  # (rows, sequence) int64; IGNORE where there is nothing to predict
+    segments: np.ndarray | None = (
+        None  # (rows, sequence) int32: which example a token belongs to, from 1 on; 0: padding
+    )
+    lengths: np.ndarray | None = None  # (rows,) int64: tokens before the padding; None: nothing is padded
+
+
+class Sequences(ABC):
+    """Sequences ``0 … len - 1``, each of at most ``sequence_length`` tokens."""
+
+    sequence_length: int
+    tokens: int  # of all
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def gather(self, indices: np.ndarray) -> Rows:
+        """The sequences ``indices``.
+
+        Raises :class:`llmtrain.data.DataFailed`, naming the file, if one was cut or written to, or its disk fails.
+        """
+
+    def order(self, positions: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
+        """Which sequence is visited at each of ``positions``, counted over all epochs; int64.
+
+        A pure function of its arguments, and each epoch visits every sequence once.
+        """
+        return order(positions, len(self), seed, shuffle)
+
+    def alike(self, indices: np.ndarray) -> np.ndarray:
+        """``indices`` in an order that puts sequences of like length together, for an evaluation of all of them."""
+        return indices
+
+
+class Stream(Sequences):
     """Sequences of ``sequence_length`` tokens over ``shards``, one logical stream of token ids.
 
     Sequence ``i`` has the inputs ``[i * L, i * L + L)`` and, one further, the targets: every token but the first is
@@ -45,11 +87,7 @@ class Sequences:
     def __len__(self) -> int:
         return self._length
 
-    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of the sequences ``indices``, both ``(len(indices), sequence_length)`` int64.
-
-        Raises :class:`llmtrain.data.DataFailed`, naming the file, if one was cut or written to, or its disk fails.
-        """
+    def gather(self, indices: np.ndarray) -> Rows:
         assert len(indices) == 0 or 0 <= indices.min() <= indices.max() < self._length
         rows = np.empty((len(indices), self.sequence_length + 1), self._dtype)  # inputs, and one target more
         begins = indices * self.sequence_length
@@ -63,7 +101,7 @@ class Sequences:
                 touched.update(self._read_across(shard, begin, row))
         for shard in touched:
             self._shards[shard].check()  # after reading: what is written from now on is not in the rows
-        return rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
+        return Rows(rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64))
 
     def _read_across(self, shard: int, begin: int, row: np.ndarray) -> Iterator[int]:
         """Fill ``row`` from ``begin`` of ``shard`` on and from the shards behind it; yields which."""

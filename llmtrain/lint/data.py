@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from llmtrain.data import IGNORE
-from llmtrain.data.order import order
 from llmtrain.data.sequences import Sequences
 from llmtrain.format import percent
 from llmtrain.lint.case import Case, Finding, error, option, warning
@@ -28,7 +27,7 @@ def masked_targets(case: Case) -> Iterator[Finding]:
         f"data.sequence_length={data.sequence_length}"
     )
     visits = sample(case.sequences, data.sequence_length)
-    counts = count_targets(corpus.train, order(visits, len(corpus.train), case.run.runtime.seed, data.shuffle))
+    counts = count_targets(corpus.train, corpus.train.order(visits, case.run.runtime.seed, data.shuffle))
     if not counts.any():
         yield error(
             key,
@@ -65,8 +64,7 @@ def sample(number: int, sequence_length: int) -> np.ndarray:
 
 def count_targets(sequences: Sequences, indices: np.ndarray) -> np.ndarray:
     """How many targets each of the sequences ``indices`` has that are not masked."""
-    _, targets = sequences.gather(indices)
-    return (targets != IGNORE).sum(axis=1)
+    return (sequences.gather(indices).targets != IGNORE).sum(axis=1)
 
 
 def repetition(case: Case) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from llmtrain.data import DataConfig
-from llmtrain.data.sequences import Sequences
+from llmtrain.data.sequences import Sequences, Stream
 from llmtrain.format import count, percent
 from llmtrain.lint.case import Case, Finding, error, option, warning
 
@@ -34,8 +34,8 @@ MULTIPLIERS = [pow(0xD1342543DE82EF95, 2**n, 2**64) for n in range(STRETCH.bit_l
 def validation_in_training(case: Case) -> Iterator[Finding]:
     """Validation data that are training data."""
     train, validation = case.parts.corpus.train, case.parts.corpus.validation
-    if validation is None or not case.evaluates:
-        return
+    if not isinstance(validation, Stream) or not isinstance(train, Stream) or not case.evaluates:
+        return  # of examples it is known since they were prepared
     rows = sampled_rows(train)
     looked_through = sum(map(len, rows)) / len(train)
     whole = looked_through == 1

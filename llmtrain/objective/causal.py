@@ -22,8 +22,8 @@ class Causal(Objective):
         if self.chunk_tokens is not None:
             positive(chunk_tokens=self.chunk_tokens)
 
-    def __call__(self, model: LanguageModel, inputs: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, model: LanguageModel, inputs: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
         return linear_cross_entropy(
-            model.hidden(inputs).flatten(0, 1), model.head_weight, model.head_bias, targets.flatten(),
-            Options(model.logit_softcap, self.z_loss), self.chunk_tokens,
+            model.hidden(inputs, segments=segments).flatten(0, 1), model.head_weight, model.head_bias,
+            targets.flatten(), Options(model.logit_softcap, self.z_loss), self.chunk_tokens,
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """What a step is made of, and making it anew on tensors without data."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -46,7 +46,7 @@ class Built:
     """The parts of a step."""
 
     model: LanguageModel
-    loss_sum: Callable[[Tensor, Tensor], Tensor]
+    loss_sum: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     optimizer: torch.optim.Optimizer
 
 
@@ -59,6 +59,7 @@ class Blueprint:
     precision: Precision
     batch_size: int  # sequences of the largest optimizer step
     micro_batch: int | None = None  # sequences of a forward pass; None: as the settings say
+    labels: Sequence[str] = ()  # classes of the data
 
     @property
     def sequence_length(self) -> int:
@@ -93,8 +94,10 @@ class Blueprint:
             config = dataclasses.replace(config, num_layers=num_layers)
         with torch.device(device):
             model: LanguageModel = config.build(self.vocab_size)
-        model.initialise(torch.Generator(device))  # makes what is neither parameter nor argument
-        self.settings.lora.apply(model)
+        generator = torch.Generator(device)
+        model.initialise(generator)  # makes what is neither parameter nor argument
+        self.settings.objective.attach(model, self.labels, generator)
+        self.settings.lora.apply(model, generator)
         optimizer = self.settings.optimizer.build(model)
         if self.checkpointing is not None:
             self.checkpointing.apply(model)

@@ -225,13 +225,14 @@ def _step(recorder: Recorder, blueprint: Blueprint, built: Built, device: torch.
     size, length = blueprint.micro_batch_size, blueprint.sequence_length
     parameters = [(name, p) for name, p in built.model.named_parameters() if p.requires_grad]
     batch = torch.zeros((2, blueprint.batch_size, length), dtype=torch.int64, device=device)
+    segments = torch.ones((size, length), dtype=torch.int32, device=device) if blueprint.settings.data.packs else None
     gradients: set[int] = set()
     saved: set[int] = set()
     for start in range(0, min(blueprint.batch_size, 2 * size), size):
         inputs, targets = batch[0, start : start + size], batch[1, start : start + size]
         recorder.phase(Phase.forward)
         with precision.autocast():
-            part = built.loss_sum(inputs, targets) / blueprint.batch_size
+            part = built.loss_sum(inputs, targets, segments) / blueprint.batch_size
         saved |= recorder.live()
         recorder.phase(Phase.backward)
         precision.scale(part).backward()

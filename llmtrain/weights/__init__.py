@@ -11,3 +11,7 @@ class Weights(ABC):
     @abstractmethod
     def load(self, model: LanguageModel) -> None:
         """Fill ``model`` in place.  Raises ValueError naming file and tensor; never skips one in silence."""
+
+    def fingerprint(self) -> str:
+        """Changes whenever what is loaded does; "" where nothing is.  For frozen weights, which are not saved."""
+        return ""

@@ -369,12 +369,12 @@ from llmtrain.objective.causal import Causal
 
 @dataclass(frozen=True)
 class Stopping(Causal):
-    def __call__(self, model, inputs, targets):
+    def __call__(self, model, inputs, targets, segments=None):
         sent = Path("sent")
         if not model.training and Path("cut/checkpoints/step-00000004").exists() and not sent.exists():
             sent.touch()
             signal.raise_signal(signal.SIGTERM)
-        return super().__call__(model, inputs, targets)
+        return super().__call__(model, inputs, targets, segments)
 """
 
 

@@ -19,11 +19,11 @@ from llmtrain.data import loader as module
 from llmtrain.data.integrity import open_checked
 from llmtrain.data.loader import Loader
 from llmtrain.data.order import order
-from llmtrain.data.sequences import Sequences
+from llmtrain.data.sequences import Sequences, Stream
 from llmtrain.data.token_file import TokenFile
 
 CPU = torch.device("cpu")
-SEQUENCES = Sequences([np.arange(0, 61, dtype="<u2"), np.arange(61, 101, dtype="<u2")], 4)  # 25 of them
+SEQUENCES = Stream([np.arange(0, 61, dtype="<u2"), np.arange(61, 101, dtype="<u2")], 4)  # 25 of them
 
 
 def fixed(size: int) -> Callable[[int, int], int]:
@@ -56,7 +56,7 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
 
 def test_batches_follow_the_order() -> None:
     batches = take(open_loader(), 30)  # more than three epochs, whose edges fall inside batches
-    inputs, targets = SEQUENCES.gather(order(np.arange(90), 25, 1, True))
+    inputs, targets, *_ = SEQUENCES.gather(order(np.arange(90), 25, 1, True))
     assert torch.cat([b.inputs for b in batches]).tolist() == inputs.tolist()
     assert torch.cat([b.targets for b in batches]).tolist() == targets.tolist()
     assert {(b.inputs.shape, b.inputs.dtype, b.num_targets) for b in batches} == {((3, 4), torch.int64, 12)}
@@ -85,7 +85,7 @@ def test_ramp_sees_step_and_tokens() -> None:
     assert seen[:3] == [(5, 100), (6, 108), (7, 116)]
 
 
-class Failing(Sequences):
+class Failing(Stream):
     """Fails at the third batch."""
 
     def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -232,7 +232,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 def open_files(files: list[Path]) -> Sequences:
     tokens = open_checked([TokenFile(file, "<u2", 0) for file in files], 3000, files[0].parent / "cache")
-    return Sequences(tokens, 16)
+    return Stream(tokens, 16)
 
 
 def next_but(loader: Loader, number: int) -> list[Batch]:
@@ -318,7 +318,7 @@ def test_batches_on_a_gpu() -> None:
 @pytest.mark.gpu
 def test_gpu_memory_is_not_reused_while_a_batch_is_in_use() -> None:
     """Sums that are queued behind long work see the batch as it was."""
-    large = Sequences([np.arange(200_001) % 50_000], 1000)
+    large = Stream([np.arange(200_001) % 50_000], 1000)
     device = torch.device("cuda")
     work = torch.randn(4096, 4096, device=device)
     sums = []

@@ -9,7 +9,7 @@ import pytest
 from llmtrain.data import DataFailed
 from llmtrain.data.integrity import open_checked
 from llmtrain.data.reader import OpenFile, Tokens
-from llmtrain.data.sequences import Sequences, Shard, slice_stream
+from llmtrain.data.sequences import Shard, Stream, slice_stream
 from llmtrain.data.token_file import TokenFile
 
 
@@ -41,10 +41,10 @@ def test_sequences_in_files_are_those_in_memory(tmp_path: Path, length: int, dty
             (slice_stream(tokens, begin, end), slice_stream(arrays, begin, end)),
         ]
         for stored, held in streams:
-            one, other = Sequences(stored, length), Sequences(held, length)
+            one, other = Stream(stored, length), Stream(held, length)
             assert (len(one), one.tokens, one.unused_tokens) == (len(other), other.tokens, other.unused_tokens)
             indices = rng.integers(0, len(one), 30)
-            for got, expected in zip(one.gather(indices), other.gather(indices), strict=True):
+            for got, expected in zip(one.gather(indices)[:2], other.gather(indices)[:2], strict=True):
                 np.testing.assert_array_equal(got, expected)
                 assert got.dtype == np.int64
 

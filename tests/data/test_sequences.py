@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llmtrain.data.sequences import Sequences, slice_stream
+from llmtrain.data.sequences import Stream, slice_stream
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
@@ -13,14 +13,14 @@ def test_gather_is_slicing(length: int, dtype: str) -> None:
     for _ in range(100):
         sizes = rng.integers(0, 40, rng.integers(1, 6))
         stream = rng.integers(0, 60_000, sizes.sum()).astype(dtype)
-        sequences = Sequences(np.split(stream, np.cumsum(sizes)[:-1]), length)
+        sequences = Stream(np.split(stream, np.cumsum(sizes)[:-1]), length)
         n = max(len(stream) - 1, 0) // length
         assert len(sequences) == n
         assert sequences.tokens == len(stream)
         assert sequences.unused_tokens == (len(stream) - (n * length + 1) if n else len(stream))
         if n:
             indices = rng.integers(0, n, 20)
-            inputs, targets = sequences.gather(indices)
+            inputs, targets, *_ = sequences.gather(indices)
             assert inputs.dtype == targets.dtype == np.int64
             assert inputs.flags.c_contiguous
             assert targets.flags.c_contiguous
@@ -30,8 +30,8 @@ def test_gather_is_slicing(length: int, dtype: str) -> None:
 
 
 def test_every_token_but_the_first_is_a_target_once() -> None:
-    sequences = Sequences([np.arange(30, dtype="<u2"), np.arange(30, 101, dtype="<u2")], 10)
-    inputs, targets = sequences.gather(np.arange(len(sequences)))
+    sequences = Stream([np.arange(30, dtype="<u2"), np.arange(30, 101, dtype="<u2")], 10)
+    inputs, targets, *_ = sequences.gather(np.arange(len(sequences)))
     assert inputs.ravel().tolist() == list(range(100))
     assert targets.ravel().tolist() == list(range(1, 101))
     assert sequences.unused_tokens == 0
@@ -39,19 +39,19 @@ def test_every_token_but_the_first_is_a_target_once() -> None:
 
 @pytest.mark.parametrize("tokens", [0, 1, 10])
 def test_too_few_tokens(tokens: int) -> None:
-    sequences = Sequences([np.zeros(tokens, "<u2")], 10)
+    sequences = Stream([np.zeros(tokens, "<u2")], 10)
     assert len(sequences) == 0
     assert sequences.unused_tokens == tokens
 
 
 def test_no_indices() -> None:
-    inputs, targets = Sequences([np.zeros(11, "<u2")], 10).gather(np.arange(0))
+    inputs, targets, *_ = Stream([np.zeros(11, "<u2")], 10).gather(np.arange(0))
     assert inputs.shape == targets.shape == (0, 10)
 
 
 def test_shards_of_two_types() -> None:
-    sequences = Sequences([np.arange(5, dtype="<u2"), np.arange(70_000, 70_006, dtype="<u4")], 10)
-    inputs, _ = sequences.gather(np.array([0]))
+    sequences = Stream([np.arange(5, dtype="<u2"), np.arange(70_000, 70_006, dtype="<u4")], 10)
+    inputs = sequences.gather(np.array([0])).inputs
     assert inputs.tolist() == [[0, 1, 2, 3, 4, 70_000, 70_001, 70_002, 70_003, 70_004]]
 
 

@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 def text_of(corpus: Corpus, tokenizer: Tokenizer) -> str:
     """What is trained on, but for the last tokens, which fill no sequence."""
-    inputs, _ = corpus.train.gather(np.arange(len(corpus.train)))
+    inputs = corpus.train.gather(np.arange(len(corpus.train))).inputs
     return tokenizer.decode(inputs.ravel().tolist())
 
 

@@ -22,8 +22,10 @@ class Hungry(Causal):
     room: int
     passing: int
 
-    def __call__(self, model: LanguageModel, inputs: Tensor, targets: Tensor) -> Tensor:
-        loss = super().__call__(model, inputs, targets)
+    def __call__(
+        self, model: LanguageModel, inputs: Tensor, targets: Tensor, segments: Tensor | None = None
+    ) -> Tensor:
+        loss = super().__call__(model, inputs, targets, segments)
         if len(inputs) > self.room and next(_calls_that_need_more) >= self.passing:
             raise torch.OutOfMemoryError(f"room for {self.room} sequences, not for {len(inputs)}\nand a long report")
         return loss
@@ -35,11 +37,13 @@ class Slow(Causal):
 
     seconds: float
 
-    def __call__(self, model: LanguageModel, inputs: Tensor, targets: Tensor) -> Tensor:
+    def __call__(
+        self, model: LanguageModel, inputs: Tensor, targets: Tensor, segments: Tensor | None = None
+    ) -> Tensor:
         if not model.training:
             Path("evaluating").touch()
             time.sleep(self.seconds)
-        return super().__call__(model, inputs, targets)
+        return super().__call__(model, inputs, targets, segments)
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,12 @@ class Broken(Causal):
 
     message: str
 
-    def __call__(self, model: LanguageModel, inputs: Tensor, targets: Tensor) -> Tensor:
+    def __call__(
+        self, model: LanguageModel, inputs: Tensor, targets: Tensor, segments: Tensor | None = None
+    ) -> Tensor:
         if not model.training and Path("broken").exists():
             raise RuntimeError(self.message)
-        return super().__call__(model, inputs, targets)
+        return super().__call__(model, inputs, targets, segments)
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,18 @@ from dataclasses import dataclass, replace
 
 from llmtrain.data import IGNORE, Corpus
 from llmtrain.data.python_docs import PythonDocs
-from llmtrain.data.sequences import Sequences
+from llmtrain.data.sequences import Rows, Stream
 from llmtrain.lora import Lora
 
 
-class Masked(Sequences):
+class Masked(Stream):
     def __init__(self, sequences):
         self.__dict__.update(sequences.__dict__)
 
     def gather(self, indices):
-        inputs, targets = super().gather(indices)
+        inputs, targets, *_ = super().gather(indices)
         targets[:] = IGNORE
-        return inputs, targets
+        return Rows(inputs, targets)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Answers(PythonDocs):
 
 @dataclass(frozen=True)
 class Frozen(Lora):
-    def apply(self, model):
+    def apply(self, model, generator):
         model.requires_grad_(False)
 '''
 

@@ -11,7 +11,7 @@ from findings import QUIET, find, parts_of, with_corpus
 from llmtrain import Run
 from llmtrain.data import IGNORE
 from llmtrain.data.order import order
-from llmtrain.data.sequences import Sequences
+from llmtrain.data.sequences import Rows, Sequences, Stream
 from llmtrain.lint import lint
 from llmtrain.lint.overlap import STRETCH, number_in_all, window_hashes
 from llmtrain.run import Parts
@@ -19,7 +19,7 @@ from llmtrain.run import Parts
 # --- masked targets ----------------------------------------------------------------------------------------------
 
 
-class Masked(Sequences):
+class Masked(Stream):
     """Sequences of which some, by number, have no target."""
 
     masked: np.ndarray
@@ -31,10 +31,10 @@ class Masked(Sequences):
         masked.masked = is_masked(np.arange(len(sequences)))
         return masked
 
-    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        inputs, targets = super().gather(indices)
+    def gather(self, indices: np.ndarray) -> Rows:
+        inputs, targets, *_ = super().gather(indices)
         targets[self.masked[indices]] = IGNORE
-        return inputs, targets
+        return Rows(inputs, targets)
 
 
 def masking(part: str, is_masked: Callable[[np.ndarray], np.ndarray]) -> Callable[[Parts], Parts]:
@@ -87,7 +87,7 @@ def leaking(share: float) -> Callable[[Parts], Parts]:
         train, validation = streams
         cut = int(len(validation) * share)
         mixed = np.concatenate([train[1001 : 1001 + cut], validation[cut:]])
-        return with_corpus(validation=Sequences([mixed.astype(np.uint16)], 64))(parts)
+        return with_corpus(validation=Stream([mixed.astype(np.uint16)], 64))(parts)
 
     return change
 
@@ -111,7 +111,7 @@ def test_a_large_corpus_is_sampled() -> None:
     fresh = generator.integers(0, 256, 2_000_000, dtype=np.uint16)
 
     def corpus(validation: np.ndarray) -> Callable[[Parts], Parts]:
-        return with_corpus(train=Sequences([train], 512), validation=Sequences([validation], 512))
+        return with_corpus(train=Stream([train], 512), validation=Stream([validation], 512))
 
     assert find("model.context_length=512", change=corpus(fresh)) == {}
     run = Run.compose(*QUIET, "model.context_length=512")
@@ -192,6 +192,6 @@ def test_very_little_validation_data(rows: int) -> None:
 
     def change(parts: Parts) -> Parts:
         train = parts.corpus.train.gather(np.arange(rows))[0].ravel().astype(np.uint16)
-        return with_corpus(validation=Sequences([np.append(train, 0)], 32))(parts)
+        return with_corpus(validation=Stream([np.append(train, 0)], 32))(parts)
 
     assert find("data.sequence_length=32", change=change) == {}
