@@ -37,6 +37,17 @@ def segment_starts(segments: Tensor) -> Tensor:
     return torch.where(begins, index, 0).cummax(dim=1).values
 
 
+def alibi_slopes(heads: int) -> Tensor:
+    """Slopes ``(heads,)``, fp32: powers of ``2 ** (-8 / heads)``.
+
+    Where the number of heads is no power of 2: those of the next smaller power, then every other one of twice as many.
+    """
+    power = 1 << (heads.bit_length() - 1)
+    ratios = [-8 * (i + 1) / power for i in range(power)]
+    ratios += [-8 * (2 * i + 1) / (2 * power) for i in range(heads - power)]
+    return torch.tensor([2.0**ratio for ratio in ratios], device="cpu")
+
+
 def sight(
     new: int,
     past: int,
@@ -69,7 +80,10 @@ def sight(
     mask = ((keys <= queries[:, None]) & (keys >= first[..., None])).unsqueeze(1)  # (batch or 1, 1, new, past + new)
     if slopes is None:
         return mask
-    return (slopes[:, None, None] * (keys - queries[:, None])).masked_fill(~mask, -torch.inf)
+    bias = slopes[:, None, None] * (keys - queries[:, None])
+    if torch.is_autocast_enabled(device.type):  # once, and not in every layer
+        bias = bias.to(torch.get_autocast_dtype(device.type))
+    return bias.masked_fill(~mask, -torch.inf)
 
 
 def has_blockwise(ids: Tensor, head_size: int, dropout: float) -> bool:
@@ -121,13 +135,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, sight: Sight, dropout: flo
         return flex(query, key, value, score_mod=bias, block_mask=sight.mask, enable_gqa=repeats > 1)
     if sight is not None and sight.dtype != torch.bool:
         sight = sight.to(query.dtype)
-    shares = query.device.type == "cpu" or (sight is None and query.dtype in (torch.float16, torch.bfloat16))
-    if repeats > 1 and not shares:  # no kernel but flash attention's has heads of keys for several of queries
+    is_shared = repeats > 1 and (query.device.type == "cpu" or (sight is None and _has_flash(query.dtype)))
+    if repeats > 1 and not is_shared:
         key, value = (heads.repeat_interleave(repeats, dim=1) for heads in (key, value))
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=sight, dropout_p=dropout,
-        is_causal=sight is None and query.shape[2] == key.shape[2], enable_gqa=repeats > 1 and shares,
+        is_causal=sight is None and query.shape[2] == key.shape[2], enable_gqa=is_shared,
     )  # fmt: skip
+
+
+@torch.compiler.assume_constant_result
+def _has_flash(dtype: torch.dtype) -> bool:
+    """Whether a GPU has flash attention: no other kernel has heads of keys for several of queries."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return not torch.cuda.is_initialized() or torch.cuda.get_device_capability() >= (8, 0)
 
 
 @cache

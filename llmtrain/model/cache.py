@@ -5,9 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FIRST_TOKENS = 256  # that there is room for, once there are any
+
 
 class KVCache:
-    """Keys and values of the tokens seen so far, one preallocated pair of buffers a layer."""
+    """Keys and values of the tokens seen so far, a pair of buffers a layer that grow with them up to ``length``.
+
+    At each growth the room doubles: a context of 128 thousand tokens takes its gigabytes when they have been read.
+    """
 
     def __init__(
         self,
@@ -20,15 +25,15 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        shape = (layers, batch, heads, length, head_size)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
+        shape = (batch, heads, 0, head_size)
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(layers)]
+        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(layers)]
         self.length = 0  # tokens held
         self.capacity = length
 
     def layer(self, index: int) -> "LayerCache":
         """The part of the layer ``index``."""
-        return LayerCache(self.keys[index], self.values[index], self.length)
+        return LayerCache(self, index)
 
     def advance(self, tokens: int) -> None:
         """Called once after all layers have been updated with ``tokens`` new tokens."""
@@ -37,15 +42,24 @@ class KVCache:
 
 @dataclass(frozen=True)
 class LayerCache:
-    """What one layer sees of a :class:`KVCache`, whose buffers it shares."""
+    """What one layer sees of a :class:`KVCache`."""
 
-    keys: Tensor  # (batch, heads, capacity, head_size)
-    values: Tensor
-    length: int  # tokens held before this update
+    whole: KVCache
+    index: int
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add ``keys`` and ``values`` ``(batch, heads, new, head_size)``; return all that there are so far."""
-        end = self.length + keys.shape[2]
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self._add(self.whole.keys, keys), self._add(self.whole.values, values)
+
+    def _add(self, buffers: list[Tensor], new: Tensor) -> Tensor:
+        held, room = self.whole.length, buffers[self.index].shape[2]
+        end = held + new.shape[2]
+        assert end <= self.whole.capacity
+        if end > room:
+            batch, heads, _, head_size = new.shape
+            room = min(max(2 * room, end, FIRST_TOKENS), self.whole.capacity)
+            grown = buffers[self.index].new_empty((batch, heads, room, head_size))
+            grown[:, :, :held] = buffers[self.index][:, :, :held]
+            buffers[self.index] = grown
+        buffers[self.index][:, :, held:end] = new
+        return buffers[self.index][:, :, :end]

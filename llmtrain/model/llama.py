@@ -1,0 +1,370 @@
+"""The decoder of Llama and its relatives: Mistral, Qwen 2 to 3, SmolLM 2, Baichuan 2, by configuration.
+
+Touvron et al. 2023, "Llama 2"; Grattafiori et al. 2024, "The Llama 3 Herd of Models"; Jiang et al. 2023, "Mistral 7B";
+Yang et al. 2024 and 2025, "Qwen2.5" and "Qwen3"; Yang et al. 2023, "Baichuan 2".
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmtrain.model import LanguageModel, ModelConfig
+from llmtrain.model.attention import Sight, alibi_slopes, attend, has_blockwise, segment_starts, sight
+from llmtrain.model.cache import KVCache, LayerCache
+from llmtrain.model.rotary import Rotary, Scaling, Turns, rotate, turns
+from llmtrain.model.vocabulary import hide_padding, logit_bias, padded_size
+
+
+class Position(Enum):
+    """How a token knows where it is."""
+
+    rope = "rope"  # queries and keys are turned by their position
+    alibi = "alibi"  # scores fall with the distance, in each head by another slope: Baichuan 2 13B
+
+
+@dataclass(frozen=True)
+class LlamaConfig(ModelConfig):
+    """Sizes and variants; the values of each model are in ``conf/model``."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int | None  # None: hidden_size / num_heads
+    intermediate_size: int
+    context_length: int
+    vocab_size: int | None
+    position: Position
+    rope_theta: float | None
+    rope_scaling: Scaling
+    rope_factor: float | None
+    rope_low_freq_factor: float | None
+    rope_high_freq_factor: float | None
+    rope_original_context_length: int | None
+    norm_eps: float
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    fused_qkv: bool
+    sliding_window: int | None
+    sliding_window_from_layer: int
+    tie_embeddings: bool
+    normalised_head: bool
+    dropout: float
+    logit_softcap: float | None
+    initial_std: float
+
+    def __post_init__(self) -> None:
+        for key in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_size", "intermediate_size",
+                    "context_length", "sliding_window"):  # fmt: skip
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"vocab_size={self.vocab_size}: must be at least 1, or null for the tokenizer's")
+        if self.head_size is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size}: must be divisible by num_heads={self.num_heads}; "
+                f"num_heads={nearest_divisor(self.hidden_size, self.num_heads)} would do, or a head_size"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads}: num_heads={self.num_heads} must be divisible by it; "
+                f"{nearest_divisor(self.num_heads, self.num_kv_heads)} would do"
+            )
+        self._check_positions()
+        if self.sliding_window is None and self.sliding_window_from_layer:
+            raise ValueError(
+                f"sliding_window_from_layer={self.sliding_window_from_layer}: there is no window; give a "
+                "sliding_window, or sliding_window_from_layer=0"
+            )
+        if self.sliding_window_from_layer < 0:
+            raise ValueError(
+                f"sliding_window_from_layer={self.sliding_window_from_layer}: must be 0 (every layer) or more"
+            )
+        for key in ("norm_eps", "initial_std"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"{key}={getattr(self, key)}: must be above 0")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
+        if self.logit_softcap is not None and not 0 < self.logit_softcap < math.inf:
+            raise ValueError(f"logit_softcap={self.logit_softcap}: must be above 0, or null for none")
+
+    def _check_positions(self) -> None:
+        if self.position is Position.rope:
+            if self.rope_theta is None:
+                raise ValueError("rope_theta=null: position=rope needs it; 10000 is usual")
+            assert self.rotary is not None  # it checks itself
+            return
+        if self.rope_scaling is not Scaling.none:
+            raise ValueError(f"rope_scaling={self.rope_scaling.name}: nothing is turned with position=alibi; take none")
+        for key in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_context_length"):
+            if getattr(self, f"rope_{key}") is not None:
+                value = getattr(self, f"rope_{key}")
+                raise ValueError(f"rope_{key}={value}: nothing is turned with position=alibi; take null")
+
+    @property
+    def size_of_head(self) -> int:
+        """Channels of a head."""
+        return self.hidden_size // self.num_heads if self.head_size is None else self.head_size
+
+    @property
+    def rotary(self) -> Rotary | None:
+        """Rotary positions; None with ALiBi."""
+        if self.position is Position.alibi or self.rope_theta is None:
+            return None
+        return Rotary(
+            self.size_of_head, self.rope_theta, self.rope_scaling, self.rope_factor, self.rope_low_freq_factor,
+            self.rope_high_freq_factor, self.rope_original_context_length,
+        )  # fmt: skip
+
+    def window(self, layer: int) -> int | None:
+        """Keys that a query of ``layer`` sees at most; None: all up to its own."""
+        return self.sliding_window if layer >= self.sliding_window_from_layer else None
+
+    def build(self, vocab_size: int) -> "Llama":
+        return Llama(self, vocab_size)
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of ``number`` that is nearest to ``wanted``."""
+    return min((n for n in range(1, number + 1) if number % n == 0), key=lambda n: abs(n - wanted))
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension, in fp32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention whose keys and values may have fewer heads than the queries."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_size = config.size_of_head
+        self.dropout = config.dropout
+        queries, keys = config.num_heads * self.head_size, config.num_kv_heads * self.head_size
+        self.sizes = (queries, keys, keys)
+        self.is_fused = config.fused_qkv
+        if self.is_fused:
+            self.qkv = nn.Linear(config.hidden_size, sum(self.sizes), bias=config.qkv_bias)
+        else:
+            self.query = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
+            self.key = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+            self.value = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.projection = nn.Linear(queries, config.hidden_size, bias=config.output_bias)
+        self.has_norms = config.qk_norm
+        if self.has_norms:
+            self.query_norm = RMSNorm(self.head_size, config.norm_eps)
+            self.key_norm = RMSNorm(self.head_size, config.norm_eps)
+
+    def forward(self, x: Tensor, cache: LayerCache | None, sight: Sight, turns: Turns | None) -> Tensor:
+        """``x`` and the result: ``(batch, sequence, hidden)``."""
+        separate = not self.is_fused
+        parts = (self.query(x), self.key(x), self.value(x)) if separate else self.qkv(x).split(self.sizes, dim=-1)
+        query, key, value = (part.unflatten(-1, (-1, self.head_size)) for part in parts)  # (batch, sequence, heads, …)
+        if self.has_norms:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if turns is not None:
+            query, key = rotate(query, turns), rotate(key, turns)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if cache is not None:
+            key, value = cache.update(key, value)
+        y = attend(query, key, value, sight, self.dropout if self.training else 0.0)
+        return self.projection(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """The position-wise feed-forward network, gated: SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``, the residual stream in fp32."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, sight: Sight = None, turns: Turns | None = None
+    ) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), cache, sight, turns))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class Constant(nn.Module):
+    """A vector that follows from the configuration: on the model's device, in no state dict, and fp32 in any case."""
+
+    value: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("value", None, persistent=False)
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> "Constant":
+        before = self.value
+        super()._apply(function, recurse)
+        if before is not None and self.value.dtype != torch.float32:
+            self.value = before.to(self.value.device)
+        return self
+
+
+class Llama(LanguageModel):
+    """A Llama of any size, or a relative of it."""
+
+    def __init__(self, config: LlamaConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.rotary = config.rotary
+        self.vocab_size = vocab_size
+        self.padded_vocab_size = padded_size(vocab_size)
+        self.context_length = config.context_length
+        self.num_layers = config.num_layers
+        self.logit_softcap = config.logit_softcap
+        self.token_embedding = nn.Embedding(self.padded_vocab_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.hidden_size, self.padded_vocab_size, bias=False)
+        self.positions = Constant()  # frequencies (head_size / 2,), or slopes (heads,)
+        self.register_buffer("logit_bias", None, persistent=False)
+        hide_padding(self, ("token_embedding.weight", "head.weight"), vocab_size)
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
+        assert cache is None or segments is None
+        length, past = ids.shape[1], 0 if cache is None else cache.length
+        starts = None if segments is None else segment_starts(segments)
+        turned = self._turns(length, past, ids.device, starts)
+        seen = self._sights(ids, cache, starts)
+        x = self.dropout(self.token_embedding(ids))
+        if cache is None:
+            for layer, block in enumerate(self.callable_blocks):
+                x = block(x, None, seen[self.config.window(layer)], turned)
+        else:
+            for layer, block in enumerate(self.blocks):
+                x = block(x, cache.layer(layer), seen[self.config.window(layer)], turned)
+            cache.advance(length)
+        return self.final_norm(x)
+
+    def _turns(self, length: int, past: int, device: torch.device, starts: Tensor | None) -> Turns | None:
+        """What the rotary positions of a forward pass are; None with ALiBi."""
+        if self.rotary is None:
+            return None
+        positions = torch.arange(past, past + length, device=device)[None]
+        if starts is not None:
+            positions = positions - starts
+        frequencies = self.positions.value
+        if self.rotary.changes_at(past + length):
+            frequencies = self.rotary.frequencies(device, past + length)
+        return turns(positions, frequencies, self.rotary.magnitude)
+
+    def _sights(self, ids: Tensor, cache: KVCache | None, starts: Tensor | None) -> dict[int | None, Sight]:
+        """Which keys queries see, for each window that a layer has."""
+        length, past = ids.shape[1], 0 if cache is None else cache.length
+        dropout = self.config.dropout if self.training else 0.0
+        blockwise = cache is None and has_blockwise(ids, self.config.size_of_head, dropout)
+        slopes = self.positions.value if self.rotary is None else None
+        return {
+            window: sight(length, past, ids.device, starts=starts, window=window, slopes=slopes, blockwise=blockwise)
+            for window in {self.config.window(layer) for layer in range(self.num_layers)}
+        }
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        return self.logit_bias
+
+    @property
+    def head_weight(self) -> Tensor:
+        weight = self.token_embedding.weight if self.config.tie_embeddings else self.head.weight
+        return F.normalize(weight, dim=-1) if self.config.normalised_head else weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        if not self.config.normalised_head:
+            return super().logits(hidden)
+        weight = self.token_embedding.weight if self.config.tie_embeddings else self.head.weight
+        logits = F.linear(hidden, weight) / weight.norm(dim=-1).clamp_min(1e-12)  # of a few tokens: fewer than weights
+        if self.logit_softcap is not None:
+            logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+        return logits if self.head_bias is None else logits + self.head_bias
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Matrices N(0, ``initial_std``), biases 0, norms the identity."""
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.normal_(0.0, self.config.initial_std, generator=generator)
+        self.token_embedding.weight[self.vocab_size :] = 0.0
+        if not self.config.tie_embeddings:
+            self.head.weight[self.vocab_size :] = 0.0
+        device = self.token_embedding.weight.device
+        cpu = torch.device("cpu")  # the same bits for every device
+        values = alibi_slopes(self.config.num_heads) if self.rotary is None else self.rotary.frequencies(cpu)
+        self.positions.value = values.to(device)
+        self.logit_bias = logit_bias(self.vocab_size, device)
+
+    def new_cache(self, batch_size: int, dtype: torch.dtype) -> KVCache:
+        c = self.config
+        device = self.token_embedding.weight.device
+        return KVCache(
+            c.num_layers, batch_size, c.num_kv_heads, c.context_length, c.size_of_head, device=device, dtype=dtype
+        )
+
+    def layer_index(self, name: str) -> int:
+        if match := re.match(r"blocks\.(\d+)\.", name):
+            return int(match[1]) + 1
+        return 0 if "embedding" in name else self.num_layers + 1
+
+    def parameters_by_part(self) -> dict[str, int]:
+        parts = {
+            "token embedding": self.vocab_size * self.config.hidden_size,
+            "attention": self._count(".attention."),
+            "mlp": self._count(".mlp."),
+            "norms": self._count("norm."),
+        }
+        return parts if self.config.tie_embeddings else parts | {"head": self.vocab_size * self.config.hidden_size}
+
+    def _count(self, part: str) -> int:
+        named = [(name, p.numel()) for name, p in self.named_parameters() if part in name]
+        return sum(count for name, count in named if part == "norm." or "norm." not in name)
+
+    def num_parameters(self) -> int:
+        return sum(self.parameters_by_part().values())
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        parts = self.parameters_by_part()
+        lookups = 0 if self.config.tie_embeddings else parts["token embedding"]  # tied, it is also the head's matrix
+        windows = [self.config.window(layer) for layer in range(self.num_layers)]
+        keys = sum(sequence_length if window is None else min(window, sequence_length) for window in windows)
+        attention = 12 * self.config.num_heads * self.config.size_of_head * keys
+        return 6 * (self.num_parameters() - lookups) + attention
