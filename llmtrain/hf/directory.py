@@ -1,0 +1,171 @@
+"""A checkpoint directory: where it is, which tensors it holds, and the tensors one at a time."""
+
+import hashlib
+import json
+import re
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llmtrain.hf.config_json import ConfigJson
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+FLOATS = ("F64", "F32", "F16", "BF16")
+DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+SAMPLES, SAMPLE = 64, 1 << 16  # what a fingerprint reads of a file: blocks, and bytes of each
+
+
+class Directory:
+    """A directory that is read from; a context, since its files are held open."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = ConfigJson.read(folder)
+        self.files = find_files(folder)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._where: dict[str, Any] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        """Open every file and read what tensors it holds.  Raises ValueError, naming the file, for a damaged one."""
+        try:
+            for file in self.files:
+                self._open(file)
+            self._check_index()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._where.clear()
+        self._stack.close()
+
+    def _open(self, file: Path) -> None:
+        try:
+            opened = self._stack.enter_context(safe_open(file, framework="pt"))
+            for name in opened.keys():  # noqa: SIM118  no mapping
+                part = opened.get_slice(name)
+                if part.get_dtype() not in FLOATS:
+                    raise ValueError(
+                        f"{file}: {name} is {part.get_dtype()}, no floating-point number of 16 bits or more; quantised "
+                        "weights cannot be trained, take the checkpoint that they were quantised from"
+                    )
+                if name in self._where:
+                    raise ValueError(f"{file}: {name} is in another file of the directory too")
+                self.shapes[name], self._where[name] = tuple(part.get_shape()), opened
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: cut or damaged ({error}); get it again") from error
+
+    def _check_index(self) -> None:
+        if self.files[0].name != SINGLE:
+            absent = [name for name in read_index(self.folder / INDEX) if name not in self.shapes]
+            if absent:
+                raise ValueError(f"{self.folder / INDEX}: lists {absent[0]}, which is in no file of the directory")
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, on the host, as it is stored.  Raises ValueError, naming it, if it cannot be read."""
+        try:
+            return self._where[name].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.folder}: {name} cannot be read ({error})") from error
+
+
+def find_files(folder: Path) -> list[Path]:
+    """The safetensors files of a directory.  Raises ValueError, with what would help, if they are not there."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        names = sorted(set(read_index(folder / INDEX).values()))
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise ValueError(f"{folder / missing[0]}{more}: missing; {INDEX} lists {len(names)} files")
+        return [folder / name for name in names]
+    found = sorted(path for kind in PICKLES for path in folder.glob(kind) if path.name != "training_args.bin")
+    if found:
+        raise ValueError(
+            f"{found[0]}: a pickle, which can run any code when it is loaded, and so is not; if you trust it, convert "
+            'it, where transformers is installed: python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors', safe_serialization=True)\""
+        )
+    raise ValueError(f"{folder}: neither {SINGLE} nor {INDEX} is in it")
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """The file that each tensor is in.  Raises ValueError, naming the index."""
+    try:
+        names = dict(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: cut or damaged, no map of tensors to files ({error})") from error
+    if not names:
+        raise ValueError(f"{file}: lists no tensor")
+    for name in names.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{file}: {name!r} is not the name of a safetensors file beside it")
+    return names
+
+
+def fingerprint(folder: Path) -> str:
+    """Changes whenever the weights do, and reads only some of them: sha256 over names, sizes and bytes of the files.
+
+    Of a file of up to 4 MiB all bytes count; of a larger one 64 blocks of 64 KiB, evenly spaced, the first and the last
+    bytes among them.  Training, or rounding to another type, changes weights everywhere.
+    """
+    digest = hashlib.sha256()
+    for file in find_files(folder):
+        size = file.stat().st_size
+        digest.update(f"{file.name}\0{size}\0".encode())
+        with file.open("rb") as opened:
+            if size <= SAMPLES * SAMPLE:
+                digest.update(opened.read())
+                continue
+            for index in range(SAMPLES):
+                opened.seek((size - SAMPLE) * index // (SAMPLES - 1))
+                digest.update(opened.read(SAMPLE))
+    return digest.hexdigest()
+
+
+@cache
+def locate(path: str) -> Path:
+    """The directory ``path``, or that of a model of the hub, ``org/name`` or ``org/name@revision``, once downloaded.
+
+    Raises ValueError if there is neither.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"{path}: a file; give the directory that it is in")
+    match = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", path)
+    if match is None:
+        raise ValueError(f"{path}: no such directory, and no name of a model on the hub either, as org/name is")
+    return download(match[1], match[2], path)
+
+
+def download(name: str, revision: str | None, path: str) -> Path:
+    """The directory of a model of the hub: of its files those that are data, never a pickle or a program."""
+    try:
+        import huggingface_hub
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{path}: no such directory; to get a model from the hub: pip install 'llmtrain[huggingface]'"
+        ) from error
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED))
+    except Exception as error:  # of the network, of the hub, of the disk: many kinds, no common one
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path}: no such directory here, and it could not be got from the Hugging Face hub "
+            f"({type(error).__name__}: {reason[:200]}); without a network, give the directory of a copy"
+        ) from error
+
+
+def tensor_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """What a tensor takes in a file."""
+    return torch.Size(shape).numel() * dtype.itemsize

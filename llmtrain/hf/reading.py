@@ -1,0 +1,182 @@
+"""Weights of a checkpoint directory into a model of ours, tensor by tensor."""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmtrain.format import setting
+from llmtrain.hf import HEAD, Family, Map, config_of, family_of
+from llmtrain.hf.directory import Directory
+from llmtrain.hf.rope import CHANGES
+from llmtrain.model import LanguageModel, ModelConfig
+
+log = logging.getLogger(__name__)
+
+# Keys that a model may have otherwise than the checkpoint: the sizes that are compared tensor by tensor, and what
+# changes nothing of the weights' meaning.
+FREE = {
+    "context_length", "vocab_size", "dropout", "initialisation", "initial_std", "tie_embeddings", "fused_qkv",
+    "qkv_bias", "output_bias", "mlp_bias", "head_size",
+}  # fmt: skip
+# … and may have otherwise on purpose, to read longer texts, say: that is told.
+TOLD = {*CHANGES, "sliding_window", "sliding_window_from_layer", "logit_softcap"}
+
+
+@torch.no_grad()
+def load(model: LanguageModel, folder: Path) -> None:
+    """Fill ``model`` in place with the weights of a directory, on its device and in its type.
+
+    At no moment is more than the tensors of one layer read.  Raises ValueError for a configuration that is another
+    model's, and, in one message, for tensors that are missing, not known or of another shape.
+    """
+    with Directory(folder) as directory:
+        family = family_of(directory.config)
+        check_config(model, family, directory)
+        state = model.state_dict()
+        kind = directory.config.text("model_type")
+        maps = settle(family.names(config_of(model), kind), family, directory)
+        check_tensors(maps, state, family, directory)
+        check_head(model, family, directory, maps)
+        for each in maps:
+            fill(each, state, directory)
+    for note in notes(model, maps, directory):
+        log.info("%s: %s", folder, note)
+
+
+def check_config(model: LanguageModel, family: Family, directory: Directory) -> None:
+    """Raise ValueError if the weights mean something else than ``model`` computes; tell what may be on purpose."""
+    config, theirs = config_of(model), family.read_config(directory.config)
+    file = directory.config.file
+    if type(config) is not type(theirs):
+        raise ValueError(
+            f"{file}: model_type={directory.config.text('model_type')}, and the model is a {type(model).__name__}; "
+            "model=auto takes what the checkpoint is"
+        )
+    keys = [field.name for field in fields(config) if field.name not in FREE]  # type: ignore[arg-type]
+    different = [key for key in keys if getattr(config, key) != getattr(theirs, key)]
+    wrong = [key for key in different if key not in TOLD]
+    if wrong:
+        listed = ", ".join(f"model.{key}={_shown(config, key)} ({_shown(theirs, key)} there)" for key in wrong)
+        raise ValueError(f"{listed}: not as in {file}; model=auto takes what the checkpoint is")
+    for key in different:
+        log.warning("model.%s=%s, in %s it is %s", key, _shown(config, key), file, _shown(theirs, key))
+    for key in directory.config.unknown():
+        value = setting(directory.config.values[key])
+        log.warning("%s: %s=%s is not known here, and nothing follows from it", file, key, value[:80])
+
+
+def _shown(config: ModelConfig, key: str) -> str:
+    value = getattr(config, key)
+    return setting(getattr(value, "name", value))
+
+
+def settle(maps: list[Map], family: Family, directory: Directory) -> list[Map]:
+    """``maps`` with the names that this directory has: of a bare model, without a head, they lack the prefix.
+
+    The head of a checkpoint that says that it is tied, and has none, is the embedding.
+    """
+    names = directory.shapes.keys()
+    is_bare = not any(name.startswith(family.prefix) for name in names)
+    is_tied = directory.config.is_tied and HEAD not in names
+    settled = []
+    for each in maps:
+        theirs = (family.embedding,) if is_tied and each.theirs == (HEAD,) else each.theirs
+        if is_bare:
+            theirs = tuple(name.removeprefix(family.prefix) for name in theirs)
+        settled.append(Map(each.ours, theirs, each.rows, each.transposed, each.may_be_longer, each.zeros))
+    return settled
+
+
+def shapes_of(each: Map, state: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
+    """Shapes of the tensors of theirs."""
+    if not each.ours:
+        return [each.zeros]
+    rows, *others = state[each.ours[0]].shape
+    if each.transposed:
+        (outputs,) = others
+        return [(outputs, rows)]
+    total = sum(len(state[name]) for name in each.ours)
+    return [(count, *others) for count in each.rows or (total,)]
+
+
+def check_tensors(maps: Iterable[Map], state: Mapping[str, Tensor], family: Family, directory: Directory) -> None:
+    """Raise ValueError unless ``maps`` account for every tensor of the model and of the directory."""
+    mapped = {name for each in maps for name in each.ours}
+    assert mapped == state.keys(), mapped ^ state.keys()
+    problems, known, remedies = [], {HEAD}, set()
+    for each in maps:
+        for name, shape in zip(each.theirs, shapes_of(each, state), strict=True):
+            known.add(name)
+            found = directory.shapes.get(name)
+            if found is None:
+                problems.append(f"{name} is missing")
+            elif each.may_be_longer and found[1:] == shape[1:]:
+                if found[0] < shape[0]:
+                    problems.append(
+                        f"{name} has {found[0]} positions, model.context_length={shape[0]}: the model is longer than "
+                        "its positions"
+                    )
+                    remedies.add(f"take model.context_length={found[0]}")
+            elif found != shape:
+                problems.append(f"{name} is {found}, the model's is {shape}")
+                if found[1:] == shape[1:] and shape[0] == len(state["token_embedding.weight"]):
+                    remedies.add(f"model.vocab_size={found[0]}, or model=auto, takes all rows of the vocabulary")
+    unexpected = [n for n in directory.shapes if n not in known and not re.fullmatch(family.dropped, n)]
+    problems += [f"{name} is not known" for name in unexpected]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        remedy = "".join(f"; {text}" for text in sorted(remedies))
+        raise ValueError(f"{directory.folder}: does not fit the model: {'; '.join(problems[:3])}{more}{remedy}")
+
+
+def check_head(model: LanguageModel, family: Family, directory: Directory, maps: Iterable[Map]) -> None:
+    """Raise ValueError if a model whose head is its embedding is given another head."""
+    if HEAD not in directory.shapes or any(each.theirs == (HEAD,) for each in maps):
+        return
+    embedding = (
+        family.embedding if family.embedding in directory.shapes else family.embedding.removeprefix(family.prefix)
+    )
+    if directory.shapes[HEAD] != directory.shapes[embedding] or not torch.equal(
+        directory.read(HEAD), directory.read(embedding)
+    ):
+        raise ValueError(
+            f"{directory.folder}: {HEAD} is not the embedding, and with model.tie_embeddings=true the model would lose "
+            "it; take model.tie_embeddings=false"
+        )
+
+
+def fill(each: Map, state: Mapping[str, Tensor], directory: Directory) -> None:
+    """Copy the tensors of one map into the model."""
+    sources = [directory.read(name) for name in each.theirs]
+    if not each.ours:
+        if sources[0].any():
+            raise ValueError(
+                f"{directory.folder}: {each.theirs[0]} is not 0, and the model has no such bias; model=auto has"
+            )
+        return
+    whole = sources[0] if len(sources) == 1 else torch.cat(sources)
+    whole = whole.T if each.transposed else whole
+    row = 0
+    for name in each.ours:
+        target = state[name]
+        target.copy_(whole[row : row + len(target)])
+        row += len(target)
+
+
+def notes(model: LanguageModel, maps: Iterable[Map], directory: Directory) -> list[str]:
+    """What is otherwise than one might think."""
+    found = []
+    head: Any = next((each for each in maps if each.ours == ("head.weight",)), None)
+    if head is not None and head.theirs != (HEAD,):
+        found.append("its head is tied to the embedding, the model's is not: it starts as a copy")
+    for each in maps:
+        if each.may_be_longer and directory.shapes[each.theirs[0]][0] > model.context_length:
+            positions = directory.shapes[each.theirs[0]][0]
+            found.append(f"of its {positions} positions the first {model.context_length} are taken")
+    return found

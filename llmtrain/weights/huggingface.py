@@ -1,0 +1,24 @@
+"""The weights of a checkpoint directory in Hugging Face's form."""
+
+from dataclasses import dataclass
+
+from llmtrain.hf.directory import fingerprint, locate
+from llmtrain.hf.reading import load
+from llmtrain.model import LanguageModel
+from llmtrain.weights import Weights
+
+
+@dataclass(frozen=True)
+class HuggingFace(Weights):
+    """A directory that ``save_pretrained`` wrote, or a model of the hub, as ``org/name`` or ``org/name@revision``.
+
+    Safetensors alone, in one file or several.  A pickle is refused; no code that comes with a checkpoint is run.
+    """
+
+    path: str
+
+    def load(self, model: LanguageModel) -> None:
+        load(model, locate(self.path))
+
+    def fingerprint(self) -> str:
+        return fingerprint(locate(self.path))
