@@ -45,6 +45,12 @@ def pattern_matches(key: str, value: str, names: Iterable[str]) -> None:
         raise ValueError(f"{key}={value!r}: matches no parameter; the nearest are {', '.join(_nearest(value, names))}")
 
 
+def did_you_mean(value: str, names: Iterable[str]) -> str:
+    """What to append to a message about a name that is not known: the nearest of ``names``, or nothing."""
+    nearest = difflib.get_close_matches(value, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
 def _nearest(value: str, names: Sequence[str], count: int = 3) -> list[str]:
     """The names most like ``value``, as a whole or in one dotted part, and one for all layers: not also blocks.1."""
 
