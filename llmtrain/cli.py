@@ -28,11 +28,15 @@ VERBS = {
     "resume": "continue a run exactly where it stopped",
     "plan": "parameters, FLOPs, tokens and steps of a run, without training it",
     "generate": "text from a run or a checkpoint",
+    "chat": "talk to a model in the terminal",
+    "predict": "classes for texts, by a model that was trained to tell them apart",
+    "export": "a run's model for transformers or PEFT, loaded back before it is there",
     "verify": "check every byte of a run's checkpoints, then prove its resume by replaying steps",
     "report": "table and curves of runs and sweeps",
 }
 TARGETS = {
-    "train": (0, 0), "resume": (1, 1), "plan": (0, 0), "generate": (1, 1), "verify": (1, 1),
+    "train": (0, 0), "resume": (1, 1), "plan": (0, 0), "generate": (1, 1), "chat": (1, 1),
+    "predict": (1, 1), "export": (1, 1), "verify": (1, 1),
     "report": (1, 1000),
 }  # fmt: skip
 VALUE_FLAGS = {
@@ -40,7 +44,7 @@ VALUE_FLAGS = {
     "--config-name": "--config-name", "-cn": "--config-name", "--config-path": "--config-path", "-cp": "--config-path",
     "--package": "--package", "-p": "--package", "--info": "--info", "-i": "--info",
 }  # fmt: skip
-TEXT_KEYS = ("prompt", "loop.sample_prompt")
+TEXT_KEYS = ("prompt", "text", "system", "template", "loop.sample_prompt", "data.system", "data.template")
 FLAGS = ("--help", "-h", "--hydra-help", "--multirun", "-m", "--run", "-r", "--resolve")
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 

@@ -1,6 +1,7 @@
 """Sampling text from a model."""
 
-from collections.abc import Iterator, Sequence
+import codecs
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,8 +55,9 @@ def generate(
     generator: torch.Generator,
     dtype: torch.dtype,
     end_of_text: int,
+    stops: Collection[int] = (),
 ) -> Iterator[int]:
-    """Yield up to ``max_tokens`` ids that go on from ``prompt``; stops after ``end_of_text``, which is not yielded.
+    """Yield up to ``max_tokens`` ids that go on from ``prompt``; ``end_of_text`` and ``stops`` end it, not yielded.
 
     ``dtype`` is that of the model's keys and values.  Call it, and take its tokens, under the precision's autocast:
     around all of them, so that the weights are cast once.  Draws from ``generator`` alone.  Past the model's context
@@ -76,9 +78,37 @@ def generate(
                 unread = ids[-1:]
             logits = model(torch.tensor([unread], device=device), cache)[0, -1, : model.vocab_size]
             token = sampling.choose(logits, generator)
-            if token == end_of_text:
+            if token == end_of_text or token in stops:
                 return
             ids.append(token)
             yield token
     finally:
         model.train(was_training)
+
+
+def as_text(
+    ids: Iterator[int], decode_bytes: Callable[[Sequence[int]], bytes], stops: Sequence[str] = ()
+) -> Iterator[str]:
+    """The text of ``ids`` as it comes, up to the first of ``stops``, of which nothing is given out.
+
+    A character whose bytes come with several tokens is given out when it is whole.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    held = ""  # what may be the beginning of a stop
+    for token in ids:
+        held += decoder.decode(decode_bytes([token]))
+        if (ends := [end for stop in stops if (end := held.find(stop)) >= 0]) != []:
+            yield held[: min(ends)]
+            return
+        keep = max((_overlap(held, stop) for stop in stops), default=0)
+        out, held = held[: len(held) - keep], held[len(held) - keep :]
+        if out:
+            yield out
+    held += decoder.decode(b"", final=True)
+    if held:
+        yield held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of ``text`` are the beginning of ``stop``."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)

@@ -23,6 +23,7 @@ from llmtrain.state import TrainState
 from llmtrain.storage import AppendedFile
 from llmtrain.tokenizer import Tokenizer
 
+MEASURES = ("accuracy", "macro_f1", "confusion", "labels")  # of a validation row, where classes are told apart
 Stop = Callable[[], str | None]  # why to leave off, once there is a reason
 
 
@@ -45,10 +46,12 @@ class Looks:
     samples: AppendedFile
     score: Score | None = None  # where more is counted than the loss
     measures: Callable[[Tensor], dict[str, Any]] = lambda counted: {}  # what is told of that
+    generates: bool = True  # whether samples of text say something
 
     val_losses: dict[int, float] = field(default_factory=dict, init=False)  # by step
     last_val_loss: float | None = field(default=None, init=False)
     last_train_loss: float | None = field(default=None, init=False)  # evaluated as the validation loss is
+    last_measures: dict[str, Any] = field(default_factory=dict, init=False)  # accuracy and so on
     evaluated_step: int | None = field(default=None, init=False)
     sampled_step: int | None = field(default=None, init=False)
 
@@ -62,7 +65,7 @@ class Looks:
     def samples_at(self, step: int, *, at_end: bool) -> bool:
         """Whether to sample after ``step`` steps."""
         every = self.config.sample_every
-        return every > 0 and step > 0 and step != self.sampled_step and (at_end or step % every == 0)
+        return self.generates and every > 0 and step > 0 and step != self.sampled_step and (at_end or step % every == 0)
 
     def look(self, state: TrainState, *, at_end: bool, micro_batch_size: int, stop: Stop) -> None:
         """Evaluate and sample, whichever is due; leaves off when ``stop`` gives a reason."""
@@ -139,6 +142,7 @@ class Looks:
         """Take account of a validation row, of this session or of one before."""
         self.evaluated_step = row["step"]
         self.last_val_loss, self.last_train_loss = row["val_loss"], row.get("train_loss")
+        self.last_measures = {key: row[key] for key in MEASURES if key in row}
         self.val_losses[row["step"]] = row["val_loss"]
         if state.best_val_loss is None or row["val_loss"] < state.best_val_loss:
             state.best_val_loss, state.best_val_step = row["val_loss"], row["step"]
@@ -151,5 +155,6 @@ class Looks:
         self.evaluated_step = step if step in self.val_losses else None
         self.sampled_step = step
         self.last_val_loss = self.last_train_loss = None
+        self.last_measures = {}
         best = min(self.val_losses, key=self.val_losses.__getitem__, default=None)
         state.best_val_step, state.best_val_loss = best, None if best is None else self.val_losses[best]

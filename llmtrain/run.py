@@ -351,7 +351,9 @@ class Run:
         vocab_size = self.vocab_size(tokenizer)
         corpus = self.data.verify(tokenizer) if verify_data else self.data.build(tokenizer)
         generator = torch.Generator(device).manual_seed(self.runtime.seed)
-        model = self.make_model(vocab_size, corpus.labels, device, generator, load_weights=from_start)
+        model = self.make_model(
+            vocab_size, corpus.labels, device, generator, load_weights=from_start, class_weights=corpus.class_weights
+        )
         precision.apply(model.blocks)
         with config.naming("activation_checkpointing"):
             self.activation_checkpointing.apply(model)
@@ -375,13 +377,14 @@ class Run:
         generator: torch.Generator,
         *,
         load_weights: bool,
+        class_weights: Sequence[float] = (),
     ) -> LanguageModel:
         """The model with what objective and adapters add to it; frozen weights that no checkpoint holds are loaded."""
         model = self.model.create(vocab_size, device, generator)
         if load_weights or self.lora.adapts:
             self.weights.load(model)
         with config.naming("objective"):
-            self.objective.attach(model, labels, generator)
+            self.objective.attach(model, labels, generator, class_weights)
         with config.naming("lora"):
             self.lora.apply(model, generator)
         model.has_base = self.lora.adapts
@@ -468,6 +471,9 @@ class Run:
             saver = stack.enter_context(Saver(self.checkpoint, directory, parts.device))
             peak = peak_flops(parts.device, parts.precision.dtype)
             display.header(list(header(self.name, self, parts, directory.path, state, peak)))
+            for note in parts.corpus.notes:
+                display.warn(note)
+                metrics.row({"event": "warning", "step": start, "key": "data", "message": note})
             for finding in findings if resumption is None else resumption.findings:
                 display.warn(finding.message)
                 metrics.row({"event": "warning", "step": start, "key": finding.key, "message": finding.message})
@@ -563,7 +569,7 @@ class Run:
             device=parts.device, seed=self.runtime.seed, batch_size=self.accumulation.batch_size_at(0, 0),
             metrics=metrics, display=display, samples=AppendedFile(directory.samples),
             score=partial(self.objective.score, parts.model) if self.objective.scores else None,
-            measures=partial(self.objective.measures, labels=labels),
+            measures=partial(self.objective.measures, labels=labels), generates=self.objective.generates,
         )  # fmt: skip
         return Loop(
             config=self.loop, state=state, max_steps=parts.max_steps, device=parts.device, model=parts.model,

@@ -33,9 +33,7 @@ def prepare_process() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"  # where data are cached too: what is compiled, is once
-    cache = os.environ.get("LLMTRAIN_CACHE") or f"{cache}/llmtrain"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache, "compiled").expanduser()))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))  # what is compiled, is once
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would write into the display
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt  # parameters: malloc.h
@@ -43,6 +41,12 @@ def prepare_process() -> None:
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, -1)  # never: 2**31 - 1 is 2 GB, which the top of a large heap exceeds in every step
         mallopt(m_top_pad, 64 << 20)
+
+
+def cache_folder() -> Path:
+    """Where data are cached, and what else is kept between runs."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("LLMTRAIN_CACHE") or f"{cache}/llmtrain").expanduser()
 
 
 class Device(Enum):

@@ -8,9 +8,10 @@ from typing import Any, Protocol
 import torch
 
 from llmtrain.data import Corpus
-from llmtrain.format import count, duration, rate
+from llmtrain.format import count, duration, percent, rate
 from llmtrain.lint import Settings
 from llmtrain.loop import Loop
+from llmtrain.lora import trained_and_all
 from llmtrain.model import LanguageModel
 from llmtrain.precision import Precision
 from llmtrain.runtime import device_name
@@ -41,14 +42,20 @@ def header(
     batch = run.accumulation.batch_size_at(state.step, state.tokens)
     micro = min(run.accumulation.micro_batch_size, batch)
     steps_left = parts.max_steps - state.step
-    tokens = steps_left * batch * sequence
+    tokens = round(steps_left * batch * corpus.train.mean_length)
     flops = tokens * model.flops_per_token(sequence)
     yield "run", str(path)
     yield "model", f"{name}, {count(model.num_parameters())} parameters, context {model.context_length}"
+    trained, whole = trained_and_all(model)
+    if trained < whole:
+        yield "trained", f"{trained:,} of {whole:,} parameters ({percent(trained / whole)})"
     yield "data", corpus.description
     epochs = tokens / max(corpus.train.tokens, 1)
     split = f" in micro-batches of {micro}" if micro < batch else ""
-    yield "batch", f"{batch} × {sequence} = {batch * sequence:,} tokens a step{split}"
+    if corpus.train.mean_length == sequence:
+        yield "batch", f"{batch} × {sequence} = {batch * sequence:,} tokens a step{split}"
+    else:
+        yield "batch", f"{batch} sequences of {corpus.train.mean_length:.0f} tokens on average a step{split}"
     yield "length", f"{steps_left:,} steps, {count(tokens)} tokens, {epochs:.2f} epochs, {flops:.2e} FLOPs"
     warmup = run.schedule.warmup(parts.max_steps)
     optimizer, schedule = (type(part).__module__.rpartition(".")[2] for part in (run.optimizer, run.schedule))
@@ -76,6 +83,7 @@ def summarise(name: str, loop: Loop, reason: str) -> dict[str, Any]:
         "final_val_loss": finite(loop.looks.last_val_loss),
         "best_val_loss": finite(state.best_val_loss),
         "best_val_step": state.best_val_step,
+        **loop.looks.last_measures,
         "refused_steps": state.refused_steps,
         "skipped_sequences": state.skipped_sequences,
         "parameters": loop.model.num_parameters(),

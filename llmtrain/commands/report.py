@@ -11,8 +11,9 @@ from llmtrain.commands import Invocation
 from llmtrain.format import visible
 from llmtrain.report.curves import draw_comparison, draw_run
 from llmtrain.report.runs import find_runs, summarise
-from llmtrain.report.table import Comparison
+from llmtrain.report.table import Comparison, confusion_table
 
+MAX_MATRICES = 4  # runs; of more the confusion matrices are not printed
 UNWRAPPED = 1000  # columns; a table in a pipe or file is as wide as it needs
 
 
@@ -43,6 +44,10 @@ def main(report: Report, invocation: Invocation) -> int:
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else UNWRAPPED)
     summaries = [summarise(run) for run in runs]
     console.print(Comparison(summaries))
+    for summary in summaries if len(summaries) <= MAX_MATRICES else ():
+        if summary.confusion:
+            console.print()
+            console.print(confusion_table(summary))
     begun = [summary.path for summary in summaries if summary.state != "pending"]
     if report.plot and begun:
         written = [draw_run(run) for run in begun]

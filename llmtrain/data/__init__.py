@@ -55,6 +55,7 @@ class Corpus:
     description: str  # one line for the run's header: documents, tokens, where from
     fingerprint: str  # changes whenever the sequences do; a run resumes on the data that it was started with
     labels: tuple[str, ...] = ()  # names of the classes, where there are classes to be told apart
+    class_weights: tuple[float, ...] = ()  # what an example of each class counts; (): all the same
     label_counts: tuple[int, ...] = ()  # training examples of each class
     notes: tuple[str, ...] = ()  # what was left out or cut, for the user to know
 

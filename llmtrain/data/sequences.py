@@ -55,6 +55,11 @@ class Sequences(ABC):
         Raises :class:`llmtrain.data.DataFailed`, naming the file, if one was cut or written to, or its disk fails.
         """
 
+    @property
+    def mean_length(self) -> float:
+        """Tokens of a sequence, padding left out."""
+        return self.sequence_length
+
     def order(self, positions: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
         """Which sequence is visited at each of ``positions``, counted over all epochs; int64.
 

@@ -52,7 +52,9 @@ def validation(row: Row, progress: Progress) -> Text:
     line = Text.assemble(
         _step(row["step"], progress), "  ", ("validation", "bold cyan"), " loss ", (format.loss(value), "bold")
     )
-    if value < 20:  # beyond it exp() says nothing to anyone
+    if "accuracy" in row:
+        line.append(f"  accuracy {format.percent(row['accuracy'])}  macro-F1 {row['macro_f1']:.3f}")
+    elif value < 20:  # beyond it exp() says nothing to anyone
         line.append(f"  perplexity {format.significant(math.exp(value))}")
     if row.get("train_loss") is not None:
         line.append(f"  training loss {format.loss(row['train_loss'])}")
@@ -133,7 +135,10 @@ def summary(summary: Row, run_dir: Path) -> Text:
     target = visible(shlex.quote(str(run_dir)))
     if reason != "finished":
         parts.append(Text(f"  llmtrain resume {target}"))
-    parts.append(Text(f'  llmtrain generate {target} prompt="…"'))
+    if summary.get("accuracy") is not None:
+        parts.append(Text(f'  llmtrain predict {target} text="…"'))
+    else:
+        parts.append(Text(f'  llmtrain generate {target} prompt="…"'))
     parts.append(Text(f"  llmtrain report {target}"))
     return Text("\n").join(parts)
 
@@ -149,6 +154,8 @@ def _results(summary: Row) -> list[tuple[str, str]]:
         if summary.get("best_val_loss") is not None and summary.get("best_val_step") is not None:
             value += f" (best {format.loss(summary['best_val_loss'])} at step {summary['best_val_step']:,})"
         results.append(("validation loss", value))
+    if summary.get("accuracy") is not None:
+        results.append(("accuracy", f"{format.percent(summary['accuracy'])}, macro-F1 {summary['macro_f1']:.3f}"))
     if summary.get("tokens") is not None:
         results.append(("tokens", format.count(summary["tokens"])))
     if summary.get("train_seconds") is not None:

@@ -14,6 +14,7 @@ class Objective(ABC):
     """Contract of ``objective=...``."""
 
     scores: ClassVar[bool] = False  # whether :meth:`score` counts more than the loss
+    generates: ClassVar[bool] = True  # whether the model is to write text, so that samples of it say something
     takes: ClassVar[tuple[str, ...]] = ("text", "responses")  # the kinds of data (``DataConfig.gives``) it goes with
 
     @abstractmethod
@@ -25,10 +26,17 @@ class Objective(ABC):
         a packed row a token belongs to, 0 for padding; None: a row is one example, padded on the right.
         """
 
-    def attach(self, model: LanguageModel, labels: Sequence[str], generator: torch.Generator) -> None:  # noqa: B027
+    def attach(  # noqa: B027 (most need nothing)
+        self,
+        model: LanguageModel,
+        labels: Sequence[str],
+        generator: torch.Generator,
+        class_weights: Sequence[float] = (),
+    ) -> None:
         """Add to ``model`` what the objective needs of it, and freeze what it does not train; nothing by default.
 
-        Called once weights are loaded, and before adapters are added.  ``labels`` are the data's classes.
+        Called once weights are loaded, and before adapters are added.  ``labels`` are the data's classes,
+        ``class_weights`` what an example of each counts; (): all the same.
         """
 
     def score(self, model: LanguageModel, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

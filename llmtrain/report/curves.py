@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import colormaps, style
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from llmtrain import format
 from llmtrain.figures import write_png
@@ -18,7 +19,7 @@ from llmtrain.metrics import Row, read_metrics
 from llmtrain.metrics.smoothing import EMA
 from llmtrain.report.runs import METRICS, RunSummary, differences, ranked, summarise
 
-TRAIN, VALIDATION, RATE = "#3b6ea8", "#d1603d", "#6b6b6b"
+TRAIN, VALIDATION, RATE, ACCURACY = "#3b6ea8", "#d1603d", "#6b6b6b", "#3f8f5f"
 Curve = tuple[list[float], list[float]]  # x, y; nan leaves a gap
 MAX_LABELS = 12  # runs in a legend
 LEGEND_CHARACTERS = 150  # in a line of it, some
@@ -48,8 +49,12 @@ def draw_run(run_dir: Path) -> Path:
     train, validation = _read(run_dir)
     path = run_dir / "loss.png"
     with style.context(STYLE):
-        figure = Figure(figsize=(8, 5.4), layout="constrained")
-        loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+        figure = Figure(figsize=(8 + 4.2 * bool(summary.confusion), 5.4), layout="constrained")
+        curves: Figure | SubFigure = figure
+        matrix: SubFigure | None = None
+        if summary.confusion:
+            curves, matrix = figure.subfigures(1, 2, width_ratios=(8, 4.2))
+        loss_axes, rate_axes = curves.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         steps, losses = _column(train, "loss")
         few = "o" if len(steps) == 1 else None
         loss_axes.plot(steps, losses, color=TRAIN, alpha=0.3, linewidth=1, marker=few, markersize=4)
@@ -61,20 +66,55 @@ def draw_run(run_dir: Path) -> Path:
             loss_axes.plot(
                 points, values, "o-", color=VALIDATION, linewidth=1.6, markersize=size, label="validation" + best
             )
-        loss_axes.set_ylabel("loss (nats per token)")
+        loss_axes.set_ylabel("loss (nats per token)" if summary.accuracy is None else "loss (nats per text)")
+        if summary.accuracy is not None:
+            _draw_accuracy(loss_axes, validation)
+        if matrix is not None:
+            _draw_confusion(matrix.subplots(), summary)
         title = visible(run_dir.name + (f", from {summary.lineage}" if summary.parent else ""))
         loss_axes.set_title(title, loc="left", weight="bold", parse_math=False)
         if train or validation:
-            loss_axes.legend(loc="upper right")
+            loss_axes.legend(loc="upper right" if summary.accuracy is None else "center right")
         rate_axes.plot(*_column(train, "learning_rate"), color=RATE, linewidth=1.5)
         rate_axes.set_ylabel("learning rate")
         rate_axes.set_ylim(bottom=0)
         rate_axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.1e}" if value else "0"))
         rate_axes.yaxis.set_major_locator(MaxNLocator(3))
         _count_axis(rate_axes, "step")
-        figure.align_ylabels()
+        curves.align_ylabels()
         write_png(figure, path)
     return path
+
+
+def _draw_accuracy(axes: Axes, validation: Sequence[Row]) -> None:
+    """The validation's accuracy, on a scale of its own at the right."""
+    right = axes.twinx()
+    right.plot(*_column(validation, "accuracy"), ".-", color=ACCURACY, linewidth=1.4)
+    right.set_ylim(0, 1.02)
+    right.set_ylabel("validation accuracy", color=ACCURACY)
+    right.grid(visible=False)
+    right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def _draw_confusion(axes: Axes, summary: RunSummary) -> None:
+    """How often each class was taken for each, shaded by the share of its row."""
+    counts = np.array(summary.confusion)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    names = [visible(label) for label in summary.labels]
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), names)
+    for text in [*axes.get_xticklabels(), *axes.get_yticklabels()]:
+        text.set_parse_math(False)
+    axes.tick_params(axis="x", rotation=0 if max(map(len, names)) * len(names) < 30 else 90)
+    axes.grid(visible=False)
+    for (row, column), number in np.ndenumerate(counts):
+        colour = "white" if shares[row, column] > 0.5 else "#333333"
+        size = 10 if len(names) <= 8 else 7
+        axes.text(column, row, f"{number:,}", ha="center", va="center", color=colour, fontsize=size)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    axes.set_title(f"accuracy {format.percent(summary.accuracy or 0.0)}", loc="left", weight="bold")
 
 
 def draw_comparison(runs: Sequence[Path], path: Path) -> Path:

@@ -35,6 +35,10 @@ class RunSummary:
     best_val_loss: float | None
     best_val_step: int | None
     config: dict[str, Any]  # dotted key -> value
+    accuracy: float | None = None  # of the best validation, where classes are told apart; so the next three
+    macro_f1: float | None = None
+    confusion: Sequence[Sequence[int]] = ()  # rows: true classes, columns: predicted ones
+    labels: Sequence[str] = ()
     parent: tuple[str, int] | None = None  # of a branch: the name of the run that it left, and after which step
 
     @property
@@ -113,6 +117,10 @@ def summarise(run_dir: Path) -> RunSummary:
         best_val_loss=best.get("val_loss"),
         best_val_step=best.get("step"),
         config=config,
+        accuracy=best.get("accuracy"),
+        macro_f1=best.get("macro_f1"),
+        confusion=best.get("confusion", ()),
+        labels=best.get("labels", ()),
         parent=_read_parent(run_dir / ENVIRONMENT),
     )
 

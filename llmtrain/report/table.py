@@ -18,6 +18,8 @@ UNLIMITED = 10_000  # columns
 
 FIGURES: dict[str, Callable[[RunSummary], str]] = {
     "val loss": lambda run: _shown(run.best_val_loss, format.loss),
+    "accuracy": lambda run: _shown(run.accuracy, format.percent),
+    "macro-F1": lambda run: _shown(run.macro_f1, "{:.3f}".format),
     "at step": lambda run: _shown(run.best_val_step, "{:,}".format),
     "train loss": lambda run: _shown(run.final_loss, format.loss),
     "step": lambda run: f"{run.step:,}" + ("" if run.max_steps is None else f"/{run.max_steps:,}"),
@@ -25,6 +27,7 @@ FIGURES: dict[str, Callable[[RunSummary], str]] = {
     "tok/s": lambda run: _shown(run.tokens_per_second, format.count),
     "time": lambda run: _shown(run.train_seconds, format.duration),
 }
+OF_CLASSES = ("accuracy", "macro-F1")  # shown where classes are told apart
 DISPENSABLE = ("at step", "tokens", "tok/s", "time", "step")  # in this order, where there is little room
 
 
@@ -51,7 +54,12 @@ class Comparison:
     def table(self, left_out: Sequence[str], max_settings: int = MAX_SETTINGS) -> Table:
         """The table without the columns ``left_out``, and with the first ``max_settings`` settings that differ."""
         settings = differences(self.runs)
-        figures = {heading: show for heading, show in FIGURES.items() if heading not in left_out}
+        classes = any(run.accuracy is not None for run in self.runs)
+        figures = {
+            heading: show
+            for heading, show in FIGURES.items()
+            if heading not in left_out and (classes or heading not in OF_CLASSES)
+        }
         shown, others = list(settings)[:max_settings], list(settings)[max_settings:]
         branches = any(run.parent is not None for run in self.runs)
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", caption_justify="left")
@@ -79,6 +87,20 @@ class Comparison:
         if remarks:
             table.caption = Text("\n".join(remarks))
         return table
+
+
+def confusion_table(run: RunSummary) -> Table:
+    """How often each class was taken for each; a row a true class, a column a predicted one."""
+    title = Text.assemble(("confusion", "bold"), f" of {visible(run.path.name)}, at its best validation")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title=title, title_justify="left")
+    table.add_column("true \\ predicted", style="bold")
+    for label in run.labels:
+        table.add_column(Text(visible(label)), justify="right")
+    table.add_column("recall", justify="right")
+    for index, (label, counts) in enumerate(zip(run.labels, run.confusion, strict=True)):
+        cells = [Text(f"{number:,}", style="green" if at == index else "") for at, number in enumerate(counts)]
+        table.add_row(Text(visible(label)), *cells, format.percent(counts[index] / max(sum(counts), 1)))
+    return table
 
 
 def sweep_table(sweep: Path) -> Comparison:

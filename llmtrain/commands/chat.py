@@ -1,0 +1,190 @@
+"""``llmtrain chat RUN``: talk to a model in the terminal, in the template that it was taught."""
+
+import contextlib
+import secrets
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from llmtrain.commands import FINISHED, Invocation
+from llmtrain.conversation import Conversation, template_of
+from llmtrain.data.templates import Message
+from llmtrain.format import visible
+from llmtrain.inference import Sampling
+from llmtrain.run import Run
+from llmtrain.runtime import Device, Runtime, cache_folder
+from llmtrain.storage import locate_checkpoint
+
+COMMANDS = {
+    "/reset": "forget what was said",
+    "/save FILE": "append the conversation to a JSONL file, as data=instruction reads it",
+    "/system TEXT": "start again with this for the system to say",
+    "/undo": "take back the last message and its reply",
+    "/retry": "another reply to the last message",
+    "/history": "show what was said",
+    "/help": "this list",
+    "/exit": "leave (also Ctrl-D); Ctrl-C cuts a reply short",
+}
+HISTORY_LINES = 1000
+
+
+@dataclass(frozen=True)
+class Chat:
+    """The settings of ``conf/chat.yaml``."""
+
+    template: str | None
+    system: str | None
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int | None
+    base: str | None
+    device: Device
+    plugins: list[str]
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens}: must be at least 1")
+        self.sampling()
+
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        return Sampling(self.temperature, self.top_k, self.top_p)
+
+
+def main(settings: Chat, invocation: Invocation) -> int:
+    """Read messages, stream replies, until there is no more to read."""
+    checkpoint = locate_checkpoint(invocation.targets[0])
+    console = Console(highlight=False, soft_wrap=True)
+    runtime = Runtime.for_inference(settings.device)
+    with Run.load_trained(checkpoint, runtime, base=settings.base, plugins=settings.plugins) as trained:
+        seed = secrets.randbits(63) if settings.seed is None else settings.seed
+        conversation = Conversation(
+            trained,
+            template_of(trained, settings.template, settings.system),
+            settings.sampling(),
+            settings.max_tokens,
+            torch.Generator(trained.device).manual_seed(seed),
+        )
+        if sys.stdin.isatty():
+            what = f"{visible(trained.run.name)}, step {trained.state.step:,}"
+            reads = f"context {trained.model.context_length:,} tokens"
+            console.print(Text(f"{what}, {reads}; /help for what else there is", style="dim"))
+        with line_editing() as read:
+            while (line := read()) is not None:
+                if not line.strip():
+                    continue
+                if line.startswith("/"):
+                    if not obey(line.strip(), conversation, console):
+                        break
+                    continue
+                answer(line, conversation, console)
+    return FINISHED
+
+
+def answer(text: str, conversation: Conversation, console: Console) -> None:
+    """Stream the reply to ``text``; Ctrl-C leaves it as far as it has come."""
+    is_terminal = sys.stdout.isatty()
+    reply = conversation.reply(text)
+    try:
+        with contextlib.closing(reply):
+            for piece in reply:
+                sys.stdout.write(visible(piece) if is_terminal else piece)  # a terminal would obey control characters
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        console.print(Text(" …", style="dim"), end="")
+    sys.stdout.write("\n\n" if is_terminal else "\n")
+    if conversation.room < 0:
+        reads = f"{conversation.trained.model.context_length:,} tokens"
+        message = f"longer than the {reads} that the model reads: it no longer sees the beginning; /reset starts again"
+        console.print(Text(message, style="yellow"))
+
+
+def obey(line: str, conversation: Conversation, console: Console) -> bool:
+    """Do what a line that begins with a slash asks for; whether to go on."""
+    command, _, argument = line.partition(" ")
+    argument = argument.strip()
+    match command:
+        case "/exit" | "/quit":
+            return False
+        case "/reset":
+            conversation.reset()
+            console.print(Text("forgotten", style="dim"))
+        case "/system" if argument:
+            conversation.messages = [Message("system", argument)]
+            console.print(Text("starting again", style="dim"))
+        case "/undo" if any(message.role == "user" for message in conversation.messages):
+            take_back(conversation)
+        case "/retry" if any(message.role == "user" for message in conversation.messages):
+            answer(take_back(conversation), conversation, console)
+        case "/undo" | "/retry":
+            console.print(Text("nothing was said yet", style="yellow"))
+        case "/save" if argument:
+            if not conversation.messages:
+                console.print(Text("nothing was said yet, nothing is saved", style="yellow"))
+                return True
+            try:
+                conversation.save(Path(argument).expanduser())
+            except OSError as error:
+                console.print(Text(f"{argument}: {error.strerror}; nothing was saved", style="yellow"))
+            else:
+                console.print(
+                    Text(f"{len(conversation.messages)} messages appended to {visible(argument)}", style="dim")
+                )
+        case "/history":
+            for message in conversation.messages:
+                console.print(Text.assemble((f"{message.role}: ", "bold"), visible(message.text)))
+        case _:
+            if command not in ("/help", "/?"):
+                console.print(Text(f"{visible(line)}: no such command, or something is missing", style="yellow"))
+            for name, meaning in COMMANDS.items():
+                console.print(Text.assemble((f"  {name:<14}", "bold"), meaning))
+    return True
+
+
+def take_back(conversation: Conversation) -> str:
+    """Drop the last message of the user's and all that follows; returns its text."""
+    last = max(at for at, message in enumerate(conversation.messages) if message.role == "user")
+    text = conversation.messages[last].text
+    conversation.messages = conversation.messages[:last]
+    return text
+
+
+@contextlib.contextmanager
+def line_editing() -> Iterator:
+    """A function that reads a line, None at the end; in a terminal with editing and the history of earlier sessions."""
+    if not sys.stdin.isatty():
+        yield lambda: next((line.rstrip("\n") for line in sys.stdin), None)
+        return
+    try:
+        import readline
+    except ImportError:  # a Python without it: lines can still be typed
+        yield lambda: _input()
+        return
+    history = cache_folder() / "chat_history"
+    with contextlib.suppress(OSError):  # no history yet
+        readline.read_history_file(history)
+    readline.set_history_length(HISTORY_LINES)
+    try:
+        yield lambda: _input()
+    finally:
+        with contextlib.suppress(OSError):  # a history that cannot be written is no loss
+            history.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(history)
+
+
+def _input() -> str | None:
+    while True:
+        try:
+            return input("> ")
+        except EOFError:
+            print()
+            return None
+        except KeyboardInterrupt:  # drops the line that is being typed
+            print()

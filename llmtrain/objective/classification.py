@@ -1,0 +1,172 @@
+"""Classes for whole texts: a linear head on the last token of a decoder.
+
+Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training", section 3.2.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmtrain.checks import positive
+from llmtrain.model import LanguageModel
+from llmtrain.objective import Objective
+from llmtrain.objective.linear_cross_entropy import IGNORE
+
+MAX_MATRIX = 20  # classes; beyond, metrics rows leave the confusion matrix out
+INITIAL_STD = 0.02  # of the head, as of GPT-2's weights
+
+
+class Part(Enum):
+    """What is trained."""
+
+    head = "head"  # the head alone
+    last_layers = "last_layers"  # the head, the final norm and the last so many blocks
+    all = "all"
+
+
+class Classifier(nn.Linear):
+    """The head: logits ``(batch, classes)`` of hidden states ``(batch, hidden)``; what classes count is no weight.
+
+    Without a bias, as those of transformers' ``…ForSequenceClassification``: so it can be exported.
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(self, hidden_size: int, classes: int, device: torch.device, weights: Sequence[float]) -> None:
+        super().__init__(hidden_size, classes, bias=False, device=device)
+        balanced = torch.tensor(weights, dtype=torch.float32, device=device) if weights else None
+        self.register_buffer("class_weights", balanced, persistent=False)
+
+
+@dataclass(frozen=True)
+class Classification(Objective):
+    """Cross-entropy of the class; with ``multi_label`` the mean over classes of the binary ones."""
+
+    train: Part
+    last_layers: int
+    multi_label: bool
+
+    takes: ClassVar[tuple[str, ...]] = ("labels",)
+    scores: ClassVar[bool] = True
+    generates: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        positive(last_layers=self.last_layers)
+
+    def attach(
+        self,
+        model: LanguageModel,
+        labels: Sequence[str],
+        generator: torch.Generator,
+        class_weights: Sequence[float] = (),
+    ) -> None:
+        """Add ``model.classifier`` and freeze what is not trained; an output layer of its own never is."""
+        if self.train is Part.last_layers and self.last_layers > model.num_layers:
+            raise ValueError(f"last_layers={self.last_layers}: the model has {model.num_layers}; or take train=all")
+        weight = model.head_weight
+        head = Classifier(weight.shape[1], len(labels), weight.device, class_weights)
+        with torch.no_grad():
+            head.weight.normal_(0.0, INITIAL_STD, generator=generator)
+        model.classifier = head
+        first = {
+            Part.head: model.num_layers + 1,
+            Part.last_layers: model.num_layers - self.last_layers + 1,
+            Part.all: 0,
+        }
+        for name, parameter in model.named_parameters():
+            if name.startswith("classifier."):
+                continue
+            is_output = name.startswith("head.")  # a tied one is the embedding, which is trained
+            trained = model.layer_index(name) >= first[self.train] and self.train is not Part.head
+            parameter.requires_grad_(trained and not is_output)
+
+    def __call__(self, model: LanguageModel, inputs: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
+        return self._loss(model, *class_logits(model, inputs, targets))
+
+    def _loss(self, model: LanguageModel, logits: Tensor, classes: Tensor) -> Tensor:
+        weights = head_of(model).class_weights
+        weights = None if weights is None else weights.to(logits.dtype)
+        if not self.multi_label:
+            return F.cross_entropy(logits, classes, weights, reduction="sum", ignore_index=IGNORE)
+        loss = F.binary_cross_entropy_with_logits(logits, bits(classes, logits.shape[1]), weights, reduction="none")
+        return torch.where(classes == IGNORE, 0.0, loss.mean(1)).sum()
+
+    def score(self, model: LanguageModel, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and ``(classes, classes)`` counts: rows are true classes, columns the predicted ones.
+
+        With ``multi_label`` ``(classes + 1, 4)``: of each class the true positives, false positives, false negatives
+        and true negatives; in the last row how many texts have all of theirs right, and how many there are.
+        """
+        logits, classes = class_logits(model, inputs, targets)
+        loss = self._loss(model, logits, classes)
+        valid = classes != IGNORE
+        logits, classes = logits[valid], classes[valid]
+        number = logits.shape[1]
+        if not self.multi_label:
+            pairs = classes * number + logits.argmax(1)
+            return loss, torch.bincount(pairs, minlength=number * number).view(number, number)
+        truth, guess = bits(classes, number).bool(), logits > 0
+        counts = [truth & guess, ~truth & guess, truth & ~guess, ~truth & ~guess]
+        right = (truth == guess).all(1).sum()
+        last = torch.stack([right, right.new_tensor(len(truth)), right.new_tensor(0), right.new_tensor(0)])
+        return loss, torch.cat([torch.stack([count.sum(0) for count in counts], 1), last[None]])
+
+    def measures(self, counted: Tensor, labels: Sequence[str]) -> dict[str, Any]:
+        """``accuracy`` (with ``multi_label``: texts with all of their labels right), ``macro_f1``, ``confusion``."""
+        counts = counted.double().cpu()
+        if self.multi_label:
+            hit, false_alarm, missed = counts[:-1, 0], counts[:-1, 1], counts[:-1, 2]
+            accuracy = counts[-1, 0] / counts[-1, 1].clamp(min=1)
+        else:
+            hit = counts.diagonal()
+            false_alarm, missed = counts.sum(0) - hit, counts.sum(1) - hit
+            accuracy = hit.sum() / counts.sum().clamp(min=1)
+        f1 = 2 * hit / (2 * hit + false_alarm + missed).clamp(min=1)
+        seen = hit + missed + false_alarm > 0  # a class that is neither there nor predicted has no F1
+        measures: dict[str, Any] = {
+            "accuracy": round(accuracy.item(), 6),
+            "macro_f1": round(f1[seen].mean().item() if seen.any() else 0.0, 6),
+        }
+        if not self.multi_label and len(labels) <= MAX_MATRIX:
+            measures |= {"confusion": counted.tolist(), "labels": list(labels)}
+        return measures
+
+    def name_target(self, target: int, labels: Sequence[str]) -> str:
+        if not self.multi_label:
+            return labels[target]
+        return "|".join(label for index, label in enumerate(labels) if target >> index & 1)
+
+    def probabilities(self, model: LanguageModel, inputs: Tensor, last: Tensor) -> Tensor:
+        """Of each class ``(batch, classes)``, fp32, read off at the tokens ``last`` ``(batch,)`` of ``inputs``."""
+        logits = _logits_at(model, inputs, last)
+        return logits.sigmoid() if self.multi_label else logits.softmax(1)
+
+
+def head_of(model: LanguageModel) -> Classifier:
+    """The head that ``attach`` added."""
+    head = model.classifier
+    assert isinstance(head, Classifier)
+    return head
+
+
+def class_logits(model: LanguageModel, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits ``(batch, classes)`` fp32 at each row's target, and the targets ``(batch,)``: IGNORE where it has none."""
+    last = (targets != IGNORE).int().argmax(1)
+    return _logits_at(model, inputs, last), targets.gather(1, last[:, None])[:, 0]
+
+
+def _logits_at(model: LanguageModel, inputs: Tensor, last: Tensor) -> Tensor:
+    hidden = model.hidden(inputs)
+    rows = torch.arange(len(inputs), device=inputs.device)
+    logits = head_of(model)(hidden[rows, last])
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def bits(masks: Tensor, number: int) -> Tensor:
+    """The lowest ``number`` bits of ``masks`` ``(batch,)`` as ``(batch, number)`` fp32."""
+    return ((masks[:, None] >> torch.arange(number, device=masks.device)) & 1).float()

@@ -1,0 +1,150 @@
+"""Classification: the loss against torch's, what is counted by hand, what is trained."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmtrain.model.gpt import GPT, GPTConfig, Initialisation
+from llmtrain.objective import Objective
+from llmtrain.objective.classification import Classification, Part
+from llmtrain.objective.linear_cross_entropy import IGNORE
+
+LABELS = ("ham", "spam", "other")
+
+
+def model_with(objective: Objective, *, labels: tuple[str, ...] = LABELS, tied: bool = True, **more: object) -> GPT:
+    config = GPTConfig(3, 32, 2, 24, None, 0.0, True, tied, None, Initialisation.gpt2)
+    generator = torch.Generator().manual_seed(1)
+    model = config.create(50, torch.device("cpu"), generator)
+    objective.attach(model, labels, generator, **more)
+    return model.double()
+
+
+def batch(lengths: list[int], classes: list[int], width: int) -> tuple[Tensor, Tensor]:
+    """Texts of random tokens, padded on the right; a class at the last token of each."""
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.zeros(len(lengths), width, dtype=torch.long)
+    targets = torch.full_like(inputs, IGNORE)
+    for row, (length, label) in enumerate(zip(lengths, classes, strict=True)):
+        inputs[row, :length] = torch.randint(0, 50, (length,), generator=generator)
+        targets[row, length - 1] = label
+    return inputs, targets
+
+
+def test_the_loss_is_torchs_at_the_last_token() -> None:
+    objective = Classification(Part.all, 1, False)
+    model = model_with(objective)
+    lengths, classes = [5, 9, 1, 24], [0, 2, 1, 1]
+    inputs, targets = batch(lengths, classes, 24)
+    alone = [model.classifier(model.hidden(inputs[row : row + 1, :n])[0, -1]) for row, n in enumerate(lengths)]
+    reference = F.cross_entropy(torch.stack(alone), torch.tensor(classes), reduction="sum")
+    loss = objective(model, inputs, targets)
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-6)
+    parts = [objective(model, inputs[[row]][:, :n], targets[[row]][:, :n]) for row, n in enumerate(lengths)]
+    assert sum(part.item() for part in parts) == pytest.approx(loss.item(), rel=1e-6)  # padding plays no part
+    targets[1] = IGNORE
+    without = objective(model, inputs, targets)
+    assert without.item() == pytest.approx(loss.item() - parts[1].item(), rel=1e-5)
+
+
+def test_class_weights_are_torchs() -> None:
+    objective = Classification(Part.all, 1, False)
+    weights = (0.5, 2.0, 1.5)
+    model = model_with(objective, class_weights=weights)
+    inputs, targets = batch([5, 9, 7], [0, 1, 2], 12)
+    logits = torch.stack([model.classifier(model.hidden(inputs)[row, n - 1]) for row, n in enumerate([5, 9, 7])])
+    reference = F.cross_entropy(logits, torch.tensor([0, 1, 2]), torch.tensor(weights).double(), reduction="sum")
+    assert objective(model, inputs, targets).item() == pytest.approx(reference.item(), rel=1e-6)
+    assert "classifier.class_weights" not in model.state_dict()  # they follow from the data
+
+
+def test_several_labels_a_text() -> None:
+    objective = Classification(Part.all, 1, True)
+    model = model_with(objective)
+    inputs, targets = batch([5, 9], [0b101, 0b010], 12)
+    logits = torch.stack([model.classifier(model.hidden(inputs)[row, n - 1]) for row, n in enumerate([5, 9])])
+    truth = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]).double()
+    reference = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / 3
+    assert objective(model, inputs, targets).item() == pytest.approx(reference.item(), rel=1e-6)
+    loss, counts = objective.score(model, inputs, targets)
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-6)
+    guess = logits > 0
+    assert counts[:3, 0].tolist() == (guess & truth.bool()).sum(0).tolist()
+    assert counts[3, :2].tolist() == [int((guess == truth.bool()).all(1).sum()), 2]
+    measures = objective.measures(torch.tensor([[2, 0, 0, 1], [1, 1, 0, 1], [0, 0, 0, 3], [2, 3, 0, 0]]), LABELS)
+    assert measures == {"accuracy": round(2 / 3, 6), "macro_f1": round((1 + 2 / 3) / 2, 6)}
+    assert objective.name_target(0b101, LABELS) == "ham|other"
+
+
+def test_confusion_and_what_follows_from_it() -> None:
+    objective = Classification(Part.all, 1, False)
+    model = model_with(objective)
+    lengths, classes = [5, 9, 7, 3, 8], [0, 1, 1, 2, 0]
+    inputs, targets = batch(lengths, classes, 12)
+    targets[4] = IGNORE
+    loss, counts = objective.score(model, inputs, targets)
+    assert loss.item() == pytest.approx(objective(model, inputs, targets).item(), rel=1e-6)
+    hidden = model.hidden(inputs)
+    guesses = [int(model.classifier(hidden[row, n - 1]).argmax()) for row, n in enumerate(lengths)]
+    expected = torch.zeros(3, 3, dtype=torch.long)
+    for truth, guess in list(zip(classes, guesses, strict=True))[:4]:
+        expected[truth, guess] += 1
+    assert torch.equal(counts, expected)
+    counts = torch.tensor([[8, 2, 0], [1, 9, 0], [0, 0, 0]])  # the third is neither there nor predicted
+    measures = objective.measures(counts, LABELS)
+    f1 = [2 * 8 / (16 + 1 + 2), 2 * 9 / (18 + 2 + 1)]
+    assert measures["accuracy"] == 0.85
+    assert measures["macro_f1"] == pytest.approx(sum(f1) / 2, abs=1e-6)
+    assert measures["confusion"] == counts.tolist()
+    many = objective.measures(torch.eye(40, dtype=torch.long), [str(n) for n in range(40)])
+    assert "confusion" not in many
+    assert many["accuracy"] == 1.0
+
+
+def test_probabilities() -> None:
+    objective = Classification(Part.all, 1, False)
+    model = model_with(objective)
+    inputs, _ = batch([5, 9], [0, 0], 12)
+    found = objective.probabilities(model, inputs, torch.tensor([4, 8]))
+    assert found.shape == (2, 3)
+    assert found.sum(1).tolist() == pytest.approx([1, 1])
+    alone = model.classifier(model.hidden(inputs[:1, :5])[0, -1]).softmax(0)
+    torch.testing.assert_close(found[0].double(), alone, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("part", "last_layers", "trained"),
+    [
+        (Part.head, 1, {"classifier"}),
+        (Part.last_layers, 1, {"blocks.2", "final_norm", "classifier"}),
+        (Part.last_layers, 3, {"blocks.0", "blocks.1", "blocks.2", "final_norm", "classifier"}),
+        (Part.all, 1, {"token_embedding", "position_embedding", "blocks.0", "blocks.1", "blocks.2", "final_norm",
+                       "classifier"}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_trained(part: Part, last_layers: int, trained: set[str], tied: bool) -> None:
+    objective = Classification(part, last_layers, False)
+    model = model_with(objective, tied=tied)
+    moving = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {".".join(name.split(".")[: 1 + name.startswith("blocks")]) for name in moving} == trained
+    objective(model, *batch([5, 9], [0, 1], 12)).backward()
+    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert with_gradient == moving  # nothing is trained that the loss does not depend on
+
+
+def test_the_head_starts_near_even_odds() -> None:
+    objective = Classification(Part.all, 1, False)
+    model = model_with(objective)
+    inputs, targets = batch([5, 9, 7, 3], [0, 1, 1, 2], 12)
+    assert objective(model, inputs, targets).item() / 4 == pytest.approx(math.log(3), abs=0.15)
+
+
+def test_more_layers_than_there_are() -> None:
+    with pytest.raises(ValueError, match=r"last_layers=9: the model has 3; or take train=all"):
+        model_with(Classification(Part.last_layers, 9, False))
+    with pytest.raises(ValueError, match="last_layers=0"):
+        Classification(Part.last_layers, 0, False)
