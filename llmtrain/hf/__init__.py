@@ -61,14 +61,14 @@ class Family(ABC):
         """Every tensor of a model of ``config``, and every one of a checkpoint of ``model_type``."""
 
     def module_names(self, model: LanguageModel) -> dict[str, str]:
-        """Their name of each of our linear and embedding modules that is one module there too."""
+        """Their name of each of our modules that has a weight and is one module there too."""
         config = config_of(model)
         maps = self.names(config, self.write_config(config, model.vocab_size)["model_type"])
         whole = [(m.ours[0], m.theirs[0]) for m in maps if len(m.ours) == len(m.theirs) == 1]
         return {
             ours.removesuffix(".weight"): theirs.removesuffix(".weight")
             for ours, theirs in whole
-            if ours.endswith(".weight") and "norm" not in ours
+            if ours.endswith(".weight")
         }
 
 
@@ -108,6 +108,11 @@ def config_of(model: LanguageModel) -> ModelConfig:
     if not isinstance(config, ModelConfig):
         raise ValueError(f"model: a {type(model).__name__}, which is none of Hugging Face's families")
     return config
+
+
+def with_classifier(maps: list[Map]) -> list[Map]:
+    """The maps of a ``…ForSequenceClassification``: a linear layer for classes in place of that for tokens."""
+    return [*(each for each in maps if each.theirs != (HEAD,)), Map((CLASSIFIER,), (SCORE,))]
 
 
 def module_names(model: LanguageModel) -> dict[str, str]:

@@ -25,6 +25,7 @@ class Auto:
     def resolved(self) -> ModelConfig:
         """The model's own config.  Raises ValueError, naming file and key, for what is not known here."""
         config = ConfigJson.read(locate(self.path))
+        config.check_architecture()
         model: Any = family_of(config).read_config(config)
         positions = model.context_length
         longest = (

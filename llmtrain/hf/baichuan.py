@@ -26,7 +26,6 @@ class Baichuan(LlamaFamily):
     model_types = ("baichuan",)
 
     def read_config(self, config: ConfigJson) -> LlamaConfig:
-        config.check_architecture()
         config.expect("hidden_act", "silu", "swish", default="silu", why="must be silu: the MLP is a SwiGLU here")
         hidden, heads = config.count("hidden_size"), config.count("num_attention_heads")
         vocab_size = config.count("vocab_size")

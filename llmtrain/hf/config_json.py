@@ -144,10 +144,11 @@ class ConfigJson:
         """Whether the head is the embedding; of those that leave it out, as each family has it."""
         return self.flag("tie_word_embeddings", self.get("model_type") == "gpt2")
 
-    def check_architecture(self) -> None:
-        """Raise ValueError for a model with another head than that of a language model, or none."""
+    def check_architecture(self, *, is_classifier: bool = False) -> None:
+        """Raise ValueError for a model with another head than that of a language model (a classifier), or none."""
+        ends = ("ForSequenceClassification",) if is_classifier else ("ForCausalLM", "LMHeadModel", "Model")
         for name in self.get("architectures") or ():
-            if not str(name).endswith(("ForCausalLM", "LMHeadModel", "Model")):
+            if not str(name).endswith(ends):
                 self.refuse(
                     "architectures",
                     "the head is another than a language model's; name the language model that it was made from",

@@ -19,7 +19,6 @@ class GPT2(Family):
     dropped = r"(transformer\.)?h\.\d+\.(attn|crossattention)\.(bias|masked_bias)"  # the causal mask, of old versions
 
     def read_config(self, config: ConfigJson) -> GPTConfig:
-        config.check_architecture()
         hidden = config.count("n_embd", "hidden_size", default=768)
         ours = "GPT-2 is built with this alone here"
         config.expect("n_inner", None, 4 * hidden, default=None, why=f"must be 4 * n_embd = {4 * hidden}")

@@ -28,7 +28,6 @@ class LlamaFamily(Family):
 
     def read_config(self, config: ConfigJson) -> LlamaConfig:
         kind = config.text("model_type")
-        config.check_architecture()
         config.expect("hidden_act", "silu", "swish", default="silu", why="must be silu: the MLP is a SwiGLU here")
         hidden, heads = config.count("hidden_size"), config.count("num_attention_heads")
         layers, positions = config.count("num_hidden_layers"), config.count("max_position_embeddings")

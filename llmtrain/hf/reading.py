@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.format import setting
-from llmtrain.hf import HEAD, Family, Map, config_of, family_of
+from llmtrain.hf import HEAD, Family, Map, config_of, family_of, with_classifier
 from llmtrain.hf.directory import Directory
 from llmtrain.hf.rope import CHANGES
 from llmtrain.model import LanguageModel, ModelConfig
@@ -32,15 +32,22 @@ TOLD = {*CHANGES, "sliding_window", "sliding_window_from_layer", "logit_softcap"
 def load(model: LanguageModel, folder: Path) -> None:
     """Fill ``model`` in place with the weights of a directory, on its device and in its type.
 
-    At no moment is more than the tensors of one layer read.  Raises ValueError for a configuration that is another
-    model's, and, in one message, for tensors that are missing, not known or of another shape.
+    A model with a classifier is filled with one.  At no moment is more than the tensors of one layer read.  Raises
+    ValueError for a configuration that is another model's, and, in one message, for tensors that are missing, not known
+    or of another shape.
     """
+    is_classifier = hasattr(model, "classifier")
     with Directory(folder) as directory:
+        directory.config.check_architecture(is_classifier=is_classifier)
         family = family_of(directory.config)
         check_config(model, family, directory)
         state = model.state_dict()
         kind = directory.config.text("model_type")
-        maps = settle(family.names(config_of(model), kind), family, directory)
+        maps = family.names(config_of(model), kind)
+        if is_classifier:
+            maps = with_classifier(maps)
+            state.pop("head.weight", None)  # a classifier has none
+        maps = settle(maps, family, directory)
         check_tensors(maps, state, family, directory)
         check_head(model, family, directory, maps)
         for each in maps:

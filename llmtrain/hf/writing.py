@@ -1,0 +1,116 @@
+"""A model of ours as a checkpoint directory that transformers loads."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmtrain.hf import CLASSIFIER, Family, Map, config_of, family_for, with_classifier
+from llmtrain.hf.config_json import NAME
+from llmtrain.hf.directory import INDEX, SINGLE, tensor_bytes
+from llmtrain.hf.reading import shapes_of
+from llmtrain.model import LanguageModel
+
+GENERATION = "generation_config.json"
+
+
+def config_json(
+    model: LanguageModel, dtype: torch.dtype, tokens: Mapping[str, int | None], labels: Sequence[str], multi_label: bool
+) -> dict[str, Any]:
+    """The content of ``config.json``; ``tokens``: ids by key, such as ``eos_token_id``; ``labels``: of a classifier.
+
+    Raises ValueError, naming the key of ours, for what transformers' model cannot compute.
+    """
+    config = config_of(model)
+    family = family_for(config)
+    values = family.write_config(config, model.vocab_size)
+    name = str(dtype).removeprefix("torch.")
+    values |= {**tokens, "dtype": name, "torch_dtype": name}  # by its new and its old name
+    if not hasattr(model, "classifier"):
+        return values
+    causal = values["architectures"][0]
+    if values["model_type"] not in ("gpt2", "llama", "mistral", "qwen2", "qwen3"):
+        raise ValueError(f"objective=classification: {values['model_type']} has no classifier in transformers")
+    if getattr(model.classifier, "bias", None) is not None:
+        raise ValueError("objective=classification: the classifier has a bias, and transformers' has none")
+    kind = causal.replace("LMHeadModel", "ForSequenceClassification").replace(
+        "ForCausalLM", "ForSequenceClassification"
+    )
+    return values | {
+        "architectures": [kind],
+        "num_labels": len(labels),
+        "id2label": {str(index): label for index, label in enumerate(labels)},
+        "label2id": {label: index for index, label in enumerate(labels)},
+        "problem_type": f"{'multi' if multi_label else 'single'}_label_classification",
+    }
+
+
+@torch.no_grad()
+def write(
+    model: LanguageModel, folder: Path, values: Mapping[str, Any], *, dtype: torch.dtype, shard_bytes: int
+) -> None:
+    """Write config and weights into ``folder``, in files of up to ``shard_bytes``.  Vocabulary padding stays behind.
+
+    At no moment is there more than a copy of one file's tensors.
+    """
+    config = config_of(model)
+    state = model.state_dict()
+    maps = family_for(config).names(config, values["model_type"])
+    if CLASSIFIER in state:
+        maps = with_classifier(maps)
+    shards = split(maps, state, dtype, shard_bytes)
+    total, where = 0, {}
+    for index, shard in enumerate(shards):
+        name = SINGLE if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        tensors = dict(theirs(shard, state, dtype))
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        where.update(dict.fromkeys(tensors, name))
+    if len(shards) > 1:
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+    _write_json(folder / NAME, values)
+    if CLASSIFIER not in state:
+        tokens = {key: value for key, value in values.items() if key.endswith("_token_id") and value is not None}
+        _write_json(folder / GENERATION, tokens)
+
+
+def split(maps: Sequence[Map], state: Mapping[str, Tensor], dtype: torch.dtype, shard_bytes: int) -> list[list[Map]]:
+    """``maps`` in as many parts as it takes for none to be larger, unless one tensor is."""
+    shards: list[list[Map]] = [[]]
+    used = 0
+    for each in maps:
+        size = sum(tensor_bytes(shape, dtype) for shape in shapes_of(each, state))
+        if shards[-1] and used + size > shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(each)
+        used += size
+    return shards
+
+
+def theirs(maps: Sequence[Map], state: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint, by their names there."""
+    for each in maps:
+        if not each.ours:
+            for name in each.theirs:
+                yield name, torch.zeros(each.zeros, dtype=dtype)
+            continue
+        sources = [state[name] for name in each.ours]
+        whole = sources[0] if len(sources) == 1 else torch.cat(sources)
+        whole = whole.T if each.transposed else whole
+        parts = whole.split(each.rows) if each.rows else (whole,)
+        for name, part in zip(each.theirs, parts, strict=True):
+            yield name, part.to("cpu", dtype, copy=True).contiguous()
+
+
+def is_transposed(family: Family, model: LanguageModel, model_type: str) -> bool:
+    """Whether the matrices of linear layers are stored as (inputs, outputs)."""
+    return any(each.transposed for each in family.names(config_of(model), model_type))
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
