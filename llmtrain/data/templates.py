@@ -51,7 +51,7 @@ class Part(NamedTuple):
     is_trained: bool = False  # whether its tokens are to be predicted
     kind: Kind = Kind.message
     ends_text: bool = False  # what is to be predicted in place of its first token is the end of the text
-    is_response: bool = False  # of the assistant's words and what ends them, taught or not
+    is_apart: bool = False  # whether no token goes over its borders: what is a target in one place is one in all
 
 
 class Encoded(NamedTuple):
@@ -119,10 +119,11 @@ class PartEncoder:
         ids: list[np.ndarray] = []
         wanted: list[np.ndarray] = []
         run = ""  # of text that is not encoded yet
-        is_trained = ends_text = False
-        border: tuple[bool, ...] = ()
+        is_trained = ends_text = is_under_way = False
 
         def add(new: np.ndarray) -> None:
+            nonlocal is_under_way
+            is_under_way |= part.kind is not Kind.begin  # the text begins behind the token for that
             targets = new.astype(np.int64) if is_trained else np.full(len(new), IGNORE)
             if ends_text and len(new):
                 targets[0] = self.tokenizer.end_of_text
@@ -133,19 +134,21 @@ class PartEncoder:
         def flush() -> None:
             nonlocal run
             if run:
-                add(self.tokenizer.encode_continuation(run) if ids else self.tokenizer.encode(run))
+                add((self.tokenizer.encode_continuation if is_under_way else self.tokenizer.encode)(run))
             run = ""
 
         for part in parts:
-            if (now := (part.is_trained, part.ends_text, part.is_response)) != border:
+            if part.is_apart or part.is_trained != is_trained:
                 flush()
-                border, is_trained, ends_text = now, part.is_trained, part.ends_text
+            is_trained, ends_text = part.is_trained, part.ends_text
             for piece in self._pieces(part):
                 if isinstance(piece, str):
                     run += piece
                 else:
                     flush()
                     add(np.array([piece], np.uint32))
+            if part.is_apart:
+                flush()
         flush()
         if not ids:
             return Encoded(np.empty(0, np.uint32), np.empty(0, np.int64))
@@ -218,17 +221,17 @@ class Markup(Template):
             if message.role == "assistant":
                 content = message.content.strip() if self.strips else message.content
                 is_last = number == numbered[-1][0] and not add_generation_prompt
-                parts += [Part(self.before, kind=Kind.markup), Part(content, is_taught, is_response=True)]
+                parts += [Part(self.before, kind=Kind.markup), Part(content, is_taught, is_apart=True)]
                 if self.end:
-                    parts.append(Part(self.end, is_taught, Kind.markup, is_response=True))
+                    parts.append(Part(self.end, is_taught, Kind.markup, is_apart=True))
                 elif is_last or not self.ends_once:
-                    parts.append(Part("", is_taught, Kind.end, is_response=True))
+                    parts.append(Part("", is_taught, Kind.end, is_apart=True))
                 if not is_last:
                     parts.append(Part(self.after, kind=Kind.markup))
             else:
                 before = self._fill(message)
                 if self.ends_once and is_answer and before:
-                    before[0] = before[0]._replace(is_trained=was_taught, ends_text=was_taught, is_response=True)
+                    before[0] = before[0]._replace(is_trained=was_taught, ends_text=was_taught, is_apart=True)
                 parts += before
             is_answer, was_taught = message.role == "assistant", is_taught
         if add_generation_prompt:

@@ -267,3 +267,24 @@ def test_only_the_last_turn_of_a_template_that_drops_earlier_thoughts() -> None:
 def test_dates_are_fixed() -> None:
     parts = ChatTemplate("{{ strftime_now('%d %b %Y') }}", Chat()).render(TURNS[:1])
     assert text(parts) == "26 Jul 2024"
+
+
+def test_a_text_begins_once() -> None:
+    """SentencePiece puts a space before a text, and none where one goes on."""
+
+    class Spaced(Chat):
+        def encode(self, text: str) -> np.ndarray:
+            return super().encode(" " + text)
+
+        def encode_continuation(self, text: str) -> np.ndarray:
+            return super().encode(text)
+
+    tokenizer = Spaced()
+    encode = PartEncoder(tokenizer)
+    for name in ("alpaca", "plain"):
+        parts = TEMPLATES[name].render(TURNS)
+        assert tokenizer.decode(encode.prompt(parts)).replace("<|endoftext|>", "<END>") == (
+            text(parts).replace("<BEGIN>", "<|begin_of_text|> ")
+        )
+    parts = TEMPLATES["chatml"].render(TURNS)
+    assert tokenizer.decode(encode.prompt(parts)) == text(parts)
