@@ -35,6 +35,11 @@ class FP8Precision(Precision):
         self.recipe = recipe
 
     def apply(self, blocks: torch.nn.Module) -> None:
+        if any(hasattr(module, "packed") for module in blocks.modules()):
+            raise ValueError(
+                "precision=fp8: does not go with adapters, whose layers have products of their own; take "
+                "precision=bf16 with lora.quantization=bf16"
+            )
         converted, left = convert(blocks, self.recipe)
         if not converted:
             raise ValueError(

@@ -1,0 +1,235 @@
+"""Adapters in the format of PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``, both ways.
+
+``names`` is the map of a family: our name of each linear and embedding module (others may be in it) to its name in
+transformers' model for causal language modelling, or for classification where there is a classifier.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from llmtrain.lora.layers import LoraEmbedding
+from llmtrain.lora.low_rank import CLASSIFIER, LowRank
+from llmtrain.lora.merge import adapters
+from llmtrain.lora.rslora import RsLoRA
+from llmtrain.lora.targets import EMBEDDING, HEAD, is_end
+from llmtrain.model import LanguageModel
+from llmtrain.storage import CheckpointError, read_tensors, write_atomically
+
+CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+
+# What changes an adapter's function and has no counterpart here, with the values that mean that it is not used.
+UNKNOWN: dict[str, tuple[Any, ...]] = {
+    "lora_bias": (False, None), "target_parameters": (None, []), "trainable_token_indices": (None, [], {}),
+    "layer_replication": (None, []), "alora_invocation_tokens": (None, []), "use_qalora": (False, None),
+    "arrow_config": (None,), "use_bdlora": (None, False), "kasa_config": (None,), "bias": ("none",),
+}  # fmt: skip
+
+
+class Entry(NamedTuple):
+    """A tensor of an adapter file, and what it is here."""
+
+    name: str  # of our parameter
+    parameter: Tensor  # without vocabulary padding
+    transposed: bool = False  # there, as in the Conv1D of transformers' GPT-2
+
+
+def export_adapter(
+    model: LanguageModel,
+    lora: LowRank,
+    names: Mapping[str, str],
+    to: Path,
+    *,
+    base: str | None = None,
+    fan_in_fan_out: bool = False,
+) -> None:
+    """Write the adapters of ``model``, and what is trained beside them, for ``PeftModel.from_pretrained(…, to)``.
+
+    ``base``: the directory or hub name of the base model, for PEFT to find it.  ``fan_in_fan_out``: whether
+    transformers stores the blocks' matrices transposed, as those of GPT-2.  Raises ValueError for what is trained and
+    PEFT has no place for.
+    """
+    with_adapter = adapters(model)
+    targets = [names[name] for name in with_adapter]
+    whole = trained_modules(model, names)
+    tied = not hasattr(model, HEAD)
+    if tied and EMBEDDING in whole:
+        raise ValueError(
+            f"lora.also_train: {EMBEDDING} is the output layer too, and PEFT would train the input alone; "
+            "export format=huggingface, merged"
+        )
+    config = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if any(is_classifier(name) for name in whole) else "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": shortest(targets, [name for name in names.values() if name not in targets]),
+        "modules_to_save": [names[name] for name in whole] or None,
+        "use_rslora": isinstance(lora, RsLoRA),
+        "use_dora": lora.has_magnitude,
+        "fan_in_fan_out": fan_in_fan_out,
+        "bias": "none",
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    tensors = {}
+    for key, entry in entries(model, names, fan_in_fan_out=fan_in_fan_out):
+        tensor = entry.parameter.detach().cpu()
+        tensors[key] = (tensor.t() if entry.transposed else tensor).contiguous()
+    to.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, to / TENSORS, metadata={"format": "pt"})
+    write_atomically(to / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+@torch.no_grad()
+def import_adapter(model: LanguageModel, lora: LowRank, names: Mapping[str, str], path: Path) -> None:
+    """Copy a PEFT adapter into the adapters that ``lora`` has put into ``model``.
+
+    Raises ValueError for a setting that is not this run's, and :class:`CheckpointError` naming the tensors that are
+    missing, too many or of another shape.
+    """
+    config = read_config(path)
+    check_config(config, lora, path)
+    if not (path / TENSORS).is_file():
+        if (path / PICKLE).is_file():
+            raise ValueError(
+                f"{path / PICKLE}: a pickle, which could run code; with PEFT, model.save_pretrained(DIR) writes "
+                f"{TENSORS} instead"
+            )
+        raise ValueError(f"{path}: has no {TENSORS}")
+    tensors = read_tensors(path / TENSORS)
+    expected = dict(entries(model, names, fan_in_fan_out=bool(config.get("fan_in_fan_out"))))
+    problems = [f"{key} ({entry.name}) is missing" for key, entry in expected.items() if key not in tensors]
+    for key, tensor in tensors.items():
+        if key in expected:
+            entry = expected[key]
+            shape = tuple(reversed(entry.parameter.shape)) if entry.transposed else tuple(entry.parameter.shape)
+            if tuple(tensor.shape) != shape:
+                problems.append(f"{key} is {tuple(tensor.shape)}, {entry.name} here is {shape}")
+        elif problem := differs_from_base(key, tensor, model, names):
+            problems.append(problem)
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        shown = "; ".join(problems[:3])
+        raise CheckpointError(f"{path / TENSORS}: does not fit lora.targets and lora.also_train: {shown}{more}")
+    for key, entry in expected.items():
+        entry.parameter.copy_(tensors[key].t() if entry.transposed else tensors[key])
+
+
+def entries(model: LanguageModel, names: Mapping[str, str], *, fan_in_fan_out: bool) -> Iterator[tuple[str, Entry]]:
+    """All tensors of the adapter file of ``model``, by their names there."""
+    for name, adapter in adapters(model).items():
+        key = PREFIX + names[name]
+        for matrix, parameter in (("A", adapter.lora_A), ("B", adapter.lora_B)):
+            there = f"lora_embedding_{matrix}" if isinstance(adapter, LoraEmbedding) else f"lora_{matrix}.weight"
+            yield f"{key}.{there}", Entry(f"{name}.lora_{matrix}", parameter)
+        if adapter.lora_magnitude is not None:
+            yield f"{key}.lora_magnitude_vector", Entry(f"{name}.lora_magnitude", adapter.lora_magnitude)
+    for name, module in trained_modules(model, names).items():
+        for part, parameter in module.named_parameters():
+            rows = model.vocab_size if name in (EMBEDDING, HEAD) else len(parameter)
+            transposed = fan_in_fan_out and isinstance(module, nn.Linear) and name.startswith("blocks.")
+            entry = Entry(f"{name}.{part}", parameter[:rows], transposed and part == "weight")
+            yield f"{PREFIX}{names[name]}.{part}", entry
+
+
+def trained_modules(model: LanguageModel, names: Mapping[str, str]) -> dict[str, nn.Module]:
+    """The modules that are trained whole beside the adapters: PEFT's ``modules_to_save``.
+
+    Raises ValueError for a parameter that is trained and not in one of them.
+    """
+    found: dict[str, nn.Module] = {}
+    with_adapter = adapters(model)
+    for full, parameter in model.named_parameters():
+        name, _, part = full.rpartition(".")
+        if not parameter.requires_grad or (name in with_adapter and part.startswith("lora_")):
+            continue
+        module = model.get_submodule(name)
+        if name in with_adapter or not all(p.requires_grad for p in module.parameters()):
+            raise ValueError(
+                f"lora.also_train: {full} is trained and other parameters of {name} are not; PEFT knows whole modules "
+                "alone; export format=huggingface, merged"
+            )
+        if name not in names:
+            raise ValueError(
+                f"lora.also_train: {name} has no counterpart in transformers' model; export format=huggingface, merged"
+            )
+        found[name] = module
+    return found
+
+
+def is_classifier(name: str) -> bool:
+    """Whether a module is what an objective has added."""
+    return f"{name}.".startswith(CLASSIFIER)
+
+
+def shortest(targets: Iterable[str], others: Iterable[str]) -> list[str]:
+    """The shortest ends of names, from a dot on, that all of ``targets`` have and none of ``others``."""
+    targets, others = sorted(set(targets)), set(others)
+    ends: dict[str, None] = {}
+    for name in targets:
+        parts = name.split(".")
+        candidates = (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
+        ends[next(end for end in candidates if not any(is_end(end, other) for other in others))] = None
+    return list(ends)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """``adapter_config.json``.  Raises ValueError naming it."""
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path / CONFIG}: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise ValueError(f"{path / CONFIG}: peft_type={kind}: only LORA can be read")
+    return config
+
+
+def check_config(config: Mapping[str, Any], lora: LowRank, path: Path) -> None:
+    """Raise ValueError unless an adapter of PEFT's ``config`` computes what one of ``lora`` does."""
+    kind = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
+    if config.get("use_dora") and config.get("use_rslora"):
+        raise ValueError(f"{path / CONFIG}: use_dora=true use_rslora=true: there is one or the other here")
+    ours = "dora" if lora.has_magnitude else "rslora" if isinstance(lora, RsLoRA) else "lora"
+    if kind != ours:
+        raise ValueError(f"lora={ours}: the adapter {path} is of another kind; lora={kind}")
+    for key, theirs in (("rank", "r"), ("alpha", "lora_alpha")):
+        if config.get(theirs) != getattr(lora, key):
+            raise ValueError(
+                f"lora.{key}={getattr(lora, key):g}: the adapter {path} has {theirs}={config.get(theirs)}; "
+                f"lora.{key}={config.get(theirs)}"
+            )
+    for theirs, value in (("rank_pattern", lora.rank), ("alpha_pattern", lora.alpha)):
+        others = {name: other for name, other in (config.get(theirs) or {}).items() if other != value}
+        if others:
+            raise ValueError(f"{path / CONFIG}: {theirs}={others}: there is one rank and one alpha for all layers here")
+    for key, unused in UNKNOWN.items():
+        if key in config and config[key] not in unused:
+            raise ValueError(f"{path / CONFIG}: {key}={config[key]}: has no counterpart here")
+
+
+def differs_from_base(key: str, tensor: Tensor, model: LanguageModel, names: Mapping[str, str]) -> str | None:
+    """What is wrong with a tensor that belongs to no adapter: nothing, if it is an embedding of the base as it is.
+
+    PEFT stores the base's embeddings too where they are adapted, or might have been made larger.
+    """
+    name = key.removeprefix(PREFIX).replace(".base_layer.", ".").removesuffix(".weight")
+    ours = next((our for our, their in names.items() if their == name), None)
+    if ours is None and is_end("lm_head", name) and not hasattr(model, HEAD):
+        ours = EMBEDDING
+    if ours not in (EMBEDDING, HEAD):
+        return f"{key} has no place in this model"
+    module: Any = model.get_submodule(ours)
+    weight = (module.own_weight if hasattr(module, "own_weight") else module.weight)[: model.vocab_size]
+    if tensor.shape != weight.shape or not torch.equal(tensor.to(weight), weight):
+        return f"{key} is not the weight of {ours}: the adapter was made for another base"
+    return None

@@ -1,0 +1,20 @@
+"""DoRA (Liu et al. 2024, https://arxiv.org/abs/2402.09353)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from llmtrain.lora.low_rank import LowRank
+
+
+@dataclass(frozen=True)
+class DoRA(LowRank):
+    """``m V x / |V|`` with ``V = W + (alpha / rank) B A``: magnitude ``m`` and direction of each output apart.
+
+    The norm ``|V|`` counts as a constant in the gradient, section 4.3 of the paper.
+    """
+
+    has_magnitude: ClassVar[bool] = True
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank

@@ -1,0 +1,234 @@
+"""Layers whose weight is frozen, and the same with an adapter.
+
+They take the place of an ``nn.Linear`` or ``nn.Embedding`` with its parameters ``weight`` and ``bias``.  An adapter
+adds ``lora_A`` ``(rank, inputs)`` and ``lora_B`` ``(outputs, rank)``, with DoRA ``lora_magnitude`` ``(outputs,)``: in
+fp32, and multiplied in autocast's dtype.  ``B A`` is not made for a forward pass but for DoRA's norm, and for the head.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmtrain.lora.quantization import Packed
+
+
+class PackedProduct(torch.autograd.Function):
+    """``x @ weight.T + bias`` of a weight that has no gradient, made for the product and dropped after it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, packed: Packed) -> Tensor:
+        ctx.packed = packed
+        return F.linear(x, packed.dense(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (g,) = gradients
+        needs_x, needs_bias, _ = ctx.needs_input_grad
+        grad_x = g @ ctx.packed.dense(g.dtype) if needs_x else None
+        return grad_x, g.flatten(0, -2).sum(0, dtype=torch.float32) if needs_bias else None, None
+
+
+class FrozenLinear(nn.Linear):
+    """The layer ``linear``, its weight as ``packed`` holds it.
+
+    Of a packed weight the parameter ``weight`` has name and shape, on the meta device, and no data.
+    """
+
+    def __init__(self, linear: nn.Linear, packed: Packed | None) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.register_parameter("bias", linear.bias)
+        self.packed = packed
+        if packed is None:
+            self.weight = linear.weight
+        else:
+            self.weight.requires_grad_(False)
+            for name, tensor in packed.stored.items():  # for those who count a model's memory
+                self.register_buffer(f"weight_{name}", tensor, persistent=False)
+        self.train(linear.training)
+
+    @property
+    def own_weight(self) -> Tensor:
+        """The weight ``(outputs, inputs)`` without adapter."""
+        return self.weight if self.packed is None else self.packed.dense(torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(computed_in(x), self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x @ weight.T + bias`` in the dtype of ``x``."""
+        if self.packed is None:
+            return F.linear(x, self.weight, bias)
+        return PackedProduct.apply(x, bias, self.packed)
+
+
+def computed_in(x: Tensor) -> Tensor:
+    """``x`` in the dtype that autocast multiplies in: once for the product of the weight and that of the adapter."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+class Adapter(nn.Module):
+    """What a layer with an adapter has."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_magnitude: nn.Parameter | None
+    scaling: float
+    dropout: float
+    axis: int  # of the weight: DoRA's norm is taken along it
+
+    @property
+    def own_weight(self) -> Tensor:
+        """The weight without adapter, vocabulary padding included."""
+        raise NotImplementedError
+
+    def delta(self, dtype: torch.dtype) -> Tensor:
+        """What the adapter adds to the weight, without vocabulary padding."""
+        raise NotImplementedError
+
+    def adapt(
+        self, rank: int, scaling: float, dropout: float, *, has_magnitude: bool, generator: torch.Generator
+    ) -> None:
+        """Add an adapter that changes nothing yet."""
+        self.scaling = scaling
+        self.dropout = dropout
+        inputs, outputs = self.sizes()
+        weight = self.own_weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.lora_A = nn.Parameter(torch.empty(rank, inputs, dtype=dtype, device=weight.device))
+        self.lora_B = nn.Parameter(torch.empty(outputs, rank, dtype=dtype, device=weight.device))
+        self.initialise(generator)
+        self.register_parameter("lora_magnitude", nn.Parameter(self.norm()) if has_magnitude else None)
+
+    def sizes(self) -> tuple[int, int]:
+        """Inputs and outputs of the adapter."""
+        raise NotImplementedError
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """A as torch initialises a linear layer, B zero (Hu et al. 2021, section 4.1)."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)
+        nn.init.zeros_(self.lora_B)
+
+    def adapted(self, dtype: torch.dtype) -> Tensor:
+        """The weight with its adapter in ``dtype``, differentiable; vocabulary padding included."""
+        delta, weight = self.delta(dtype), self.own_weight.to(dtype)
+        padding = weight.shape[0] - delta.shape[0]
+        adapted = weight + F.pad(delta, (0, 0, 0, padding))
+        if self.lora_magnitude is None:
+            return adapted
+        scale = self.lora_magnitude.to(dtype) / self.norm(dtype)
+        if self.axis == 0:
+            return scale * adapted
+        return F.pad(scale, (0, padding), value=1.0)[:, None] * adapted
+
+    @torch.no_grad()
+    def norm(self, dtype: torch.dtype | None = None) -> Tensor:
+        """DoRA's ``|W + delta|`` along :attr:`axis`; in fp32 unless said otherwise."""
+        dtype = dtype or self.lora_A.dtype
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            delta = self.delta(dtype)
+            return torch.linalg.vector_norm(self.own_weight[: len(delta)].to(dtype) + delta, dim=self.axis)
+
+    def low_rank(self, x: Tensor) -> Tensor:
+        """``scaling * A x`` ``(…, rank)``."""
+        return F.linear(x, self.lora_A) * self.scaling
+
+
+class LoraLinear(FrozenLinear, Adapter):
+    """``W x + scaling B A x + bias``."""
+
+    axis = 1
+
+    def sizes(self) -> tuple[int, int]:
+        return self.in_features, self.out_features
+
+    def delta(self, dtype: torch.dtype) -> Tensor:
+        return self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = computed_in(x)
+        y = self.product(x, self.bias)
+        drops = self.training and self.dropout > 0
+        inputs = F.dropout(x, self.dropout) if drops else x
+        low = self.low_rank(inputs)
+        if self.lora_magnitude is None:  # added up within the product: no tensor of the size of y in between
+            low, up = low.flatten(0, -2), self.lora_B.t()
+            return torch.addmm(y.flatten(0, -2), low, up).view(y.shape)
+        scale = self.lora_magnitude / self.norm()
+        plain = y if self.bias is None else y - self.bias.to(y.dtype)
+        if drops:  # what the magnitude changes is dropped out too, as in PEFT
+            plain = self.product(inputs, None)
+        return y + (scale - 1).to(y.dtype) * plain + scale.to(y.dtype) * F.linear(low, self.lora_B)
+
+
+class LoraHead(Adapter):
+    """The output layer, of which the model asks for the matrix and not for a product: it is made with its adapter.
+
+    So ``weight`` is the adapted matrix here, as with a parametrization of torch's; the parameter of that name is the
+    model's own.
+    """
+
+    axis = 1
+
+    def __init__(self, linear: nn.Linear, rows: int) -> None:
+        super().__init__()
+        assert linear.bias is None
+        self.in_features: int = linear.in_features
+        self.rows: int = rows  # without vocabulary padding
+        self._parameters["weight"] = linear.weight
+        self.train(linear.training)
+
+    @property
+    def own_weight(self) -> Tensor:
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight
+
+    def sizes(self) -> tuple[int, int]:
+        return self.in_features, self.rows
+
+    def delta(self, dtype: torch.dtype) -> Tensor:
+        return self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
+
+    @property
+    def weight(self) -> Tensor:
+        """The adapted matrix ``(padded_vocab_size, hidden)``."""
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            return self.adapted(self.lora_A.dtype)
+
+
+class LoraEmbedding(nn.Embedding, Adapter):
+    """``W[id] + scaling B A[:, id]``; ``lora_A`` is ``(rank, rows)``, and as in PEFT zero, with B normal."""
+
+    axis = 0
+
+    def __init__(self, embedding: nn.Embedding, rows: int) -> None:
+        super().__init__(embedding.num_embeddings, embedding.embedding_dim, device="meta")
+        self.weight = embedding.weight
+        self.rows = rows  # without vocabulary padding
+        self.train(embedding.training)
+
+    @property
+    def own_weight(self) -> Tensor:
+        return self.weight
+
+    def sizes(self) -> tuple[int, int]:
+        return self.rows, self.embedding_dim
+
+    def initialise(self, generator: torch.Generator) -> None:
+        nn.init.zeros_(self.lora_A)
+        nn.init.normal_(self.lora_B, generator=generator)
+
+    def delta(self, dtype: torch.dtype) -> Tensor:
+        return self.scaling * (self.lora_A.to(dtype).t() @ self.lora_B.to(dtype).t())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y = F.embedding(ids, self.weight)
+        added = F.linear(F.embedding(ids, self.lora_A.t()) * self.scaling, self.lora_B)
+        if self.lora_magnitude is None:
+            return y + added
+        scale = self.lora_magnitude / self.norm()
+        return scale * y + scale * added

@@ -1,0 +1,91 @@
+"""What the kinds of low-rank adapters share: their keys, and how they come into a model."""
+
+import re
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from llmtrain.checks import pattern, pattern_matches, positive
+from llmtrain.lora import Lora
+from llmtrain.lora.layers import Adapter, FrozenLinear, LoraEmbedding, LoraHead, LoraLinear
+from llmtrain.lora.quantization import Quantization
+from llmtrain.lora.targets import EMBEDDING, HEAD, block_linears, exchange, find_targets
+from llmtrain.model import LanguageModel
+
+CLASSIFIER = "classifier."  # what an objective adds is new, and trained whatever else is
+
+
+@dataclass(frozen=True)
+class LowRank(Lora):
+    """Adapters ``B A`` of ``rank`` beside the weights that ``targets`` names; the other weights are frozen."""
+
+    adapts: ClassVar[bool] = True
+    has_magnitude: ClassVar[bool] = False
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: list[str]
+    also_train: list[str]
+    quantization: Quantization
+    path: str | None
+
+    def __post_init__(self) -> None:
+        positive(rank=self.rank, alpha=self.alpha)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
+        if not self.targets:
+            raise ValueError("targets=[]: nothing would be adapted; take [all-linear]")
+        for i, part in enumerate(self.also_train):
+            pattern(f"also_train[{i}]", part)
+
+    @property
+    @abstractmethod
+    def scaling(self) -> float:
+        """What ``B A`` is multiplied by."""
+
+    def apply(self, model: LanguageModel, generator: torch.Generator) -> None:
+        """Freeze, quantise, and put the adapters in; names of parameters stay, ``lora_A`` and ``lora_B`` are added."""
+        targets = find_targets(model, self.targets)
+        if HEAD in targets and self.dropout:
+            raise ValueError(
+                f"dropout={self.dropout}: is on an adapter's input, and the head's is added to its matrix instead; "
+                f"take dropout=0.0, or leave {HEAD} out of targets"
+            )
+        self._freeze(model)
+        for name, linear in block_linears(model).items():
+            packed = None
+            if not linear.weight.requires_grad:
+                packed = self.quantization.pack(linear.weight)
+            if name in targets:
+                exchange(model, name, self._adapt(LoraLinear(linear, packed), generator, self.dropout))
+            elif packed is not None:
+                exchange(model, name, FrozenLinear(linear, packed))
+        for name in targets:
+            module = model.get_submodule(name)
+            if isinstance(module, nn.Embedding):
+                rows = model.vocab_size if name == EMBEDDING else module.num_embeddings
+                exchange(model, name, self._adapt(LoraEmbedding(module, rows), generator))
+            elif not isinstance(module, Adapter):
+                assert isinstance(module, nn.Linear)
+                exchange(model, name, self._adapt(LoraHead(module, model.vocab_size), generator))
+
+    def _adapt(self, layer: Adapter, generator: torch.Generator, dropout: float = 0.0) -> nn.Module:
+        layer.adapt(self.rank, self.scaling, dropout, has_magnitude=self.has_magnitude, generator=generator)
+        return layer
+
+    def _freeze(self, model: LanguageModel) -> None:
+        names = [name for name, _ in model.named_parameters()]
+        for i, part in enumerate(self.also_train):
+            if part == HEAD and not hasattr(model, HEAD):
+                raise ValueError(
+                    f"also_train[{i}]={part}: this model's output layer is its embedding, which would be trained too; "
+                    f"take {EMBEDDING} if that is meant"
+                )
+            pattern_matches(f"also_train[{i}]", part, names)
+        for name, parameter in model.named_parameters():
+            is_trained = name.startswith(CLASSIFIER) or any(re.search(part, name) for part in self.also_train)
+            parameter.requires_grad_(is_trained)

@@ -1,0 +1,42 @@
+"""Adapters into the weights: a plain model again."""
+
+import torch
+from torch import nn
+
+from llmtrain.lora.layers import Adapter, FrozenLinear, LoraEmbedding, LoraHead
+from llmtrain.lora.targets import EMBEDDING, HEAD, exchange
+from llmtrain.model import LanguageModel
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The layers of ``model`` that have an adapter, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
+
+
+@torch.no_grad()
+def merge(model: LanguageModel) -> None:
+    """Add each adapter to the weight that it belongs to, in float64, and leave plain layers.
+
+    The weights keep their dtype; those that were packed are fp32 afterwards: rounded to fewer bits again they would
+    lose what was learnt.  Raises ValueError where the model cannot hold the sum.
+    """
+    if isinstance(model.get_submodule(EMBEDDING), LoraEmbedding) and not hasattr(model, HEAD):
+        raise ValueError(
+            "lora.targets=[embeddings]: cannot be merged: this model's output layer is its embedding, and the adapter "
+            "is for the input alone; keep it apart (format=peft)"
+        )
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraEmbedding):
+            plain: nn.Module = nn.Embedding(module.num_embeddings, module.embedding_dim, device="meta")
+        elif isinstance(module, FrozenLinear):
+            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            plain.register_parameter("bias", module.bias)
+        elif isinstance(module, LoraHead):
+            plain = nn.Linear(module.in_features, len(module.own_weight), bias=False, device="meta")
+        else:
+            continue
+        own = module.own_weight
+        weight = module.adapted(torch.float64).to(own.dtype) if isinstance(module, Adapter) else own
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        exchange(model, name, plain.train(module.training))
+    model.has_base = False

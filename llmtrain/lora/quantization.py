@@ -1,0 +1,143 @@
+"""Frozen weights in fewer bits (QLoRA: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314).
+
+Rounding and its inverse are those of bitsandbytes, which has kernels for CPUs and for GPUs.  A packed weight is brought
+back to the dtype of the computation for each product, in forward and again in backward: nothing of it is kept between.
+The same weights give the same bits each time, so that a checkpoint needs only the adapters.
+"""
+
+import logging
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+
+BLOCK = 64  # numbers of a weight that share a scale in nf4, as in QLoRA
+SCALES = 256  # scales of nf4 that share a scale
+INT8_LARGEST = 127
+
+
+class Quantization(Enum):
+    """How the frozen linear layers of the blocks are kept."""
+
+    none = "none"  # as they are
+    bf16 = "bf16"  # 16 bits
+    int8 = "int8"  # 8 bits and an fp32 scale a row
+    nf4 = "nf4"  # 4 bits in blocks of 64, their scales in 8 bits: 4.13 bits in all
+
+    def pack(self, weight: Tensor) -> "Packed | None":
+        """``weight`` ``(out, in)`` in fewer bits; None where it stays as it is."""
+        return None if self is Quantization.none else PACKED[self](weight.detach())
+
+
+class Packed:
+    """A matrix in fewer bits; ``stored`` are the tensors that make it up."""
+
+    stored: dict[str, Tensor]
+
+    def __init__(self, weight: Tensor) -> None:
+        self.shape = weight.shape
+        self.device = weight.device
+        self.has_data = not (is_fake(weight) or weight.is_meta)
+        if self.has_data:
+            self.stored = self.fill(weight)
+            assert {key: (tensor.shape, tensor.dtype) for key, tensor in self.stored.items()} == self.layout()
+        else:  # of a run that is only planned
+            self.stored = {
+                key: torch.empty(shape, dtype=dtype, device=weight.device)
+                for key, (shape, dtype) in self.layout().items()
+            }
+
+    def layout(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Shapes and types of what is stored."""
+        raise NotImplementedError
+
+    def fill(self, weight: Tensor) -> dict[str, Tensor]:
+        """What is stored of ``weight``."""
+        raise NotImplementedError
+
+    def unpack(self) -> Tensor:
+        """The matrix, in fp32 or less."""
+        raise NotImplementedError
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The matrix in ``dtype``."""
+        if not self.has_data:
+            return torch.empty(self.shape, dtype=dtype, device=self.device)
+        return self.unpack().to(dtype)
+
+
+class PackedBF16(Packed):
+    """What autocast multiplies with anyway: with ``precision=bf16`` the results are the same to the bit."""
+
+    def layout(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        return {"packed": (self.shape, torch.bfloat16)}
+
+    def fill(self, weight: Tensor) -> dict[str, Tensor]:
+        return {"packed": weight.to(torch.bfloat16)}
+
+    def unpack(self) -> Tensor:
+        return self.stored["packed"]
+
+
+class PackedInt8(Packed):
+    """Each row is ``q * largest / 127`` with whole numbers ``q`` from -127 to 127."""
+
+    def layout(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        return {"packed": (self.shape, torch.int8), "scales": (self.shape[:1], torch.float32)}
+
+    def fill(self, weight: Tensor) -> dict[str, Tensor]:
+        # the GPU's kernel takes fp16, whose rounding is 1/16 of the least step of 8 bits
+        if not bool((weight.abs().amax() <= torch.finfo(torch.float16).max).item()):
+            raise ValueError(f"quantization=int8: a weight is not finite, or beyond {torch.finfo(torch.float16).max:g}")
+        rounded, largest, _ = functional().int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+        return {"packed": rounded, "scales": largest / INT8_LARGEST}
+
+    def unpack(self) -> Tensor:
+        return self.stored["packed"] * self.stored["scales"][:, None]
+
+
+class PackedNF4(Packed):
+    """4 bits a number that name one of 16 quantiles of the normal distribution, times its block's largest magnitude."""
+
+    def layout(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        blocks = -(-self.shape.numel() // BLOCK)
+        return {
+            "packed": (torch.Size([-(-self.shape.numel() // 2), 1]), torch.uint8),
+            "scales": (torch.Size([blocks]), torch.uint8),
+            "scales_of_scales": (torch.Size([-(-blocks // SCALES)]), torch.float32),
+            "offset": (torch.Size([]), torch.float32),
+        }
+
+    def fill(self, weight: Tensor) -> dict[str, Tensor]:
+        packed, self._state = functional().quantize_4bit(
+            weight.float().contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
+        )
+        state = self._state
+        return {
+            "packed": packed, "scales": state.absmax, "scales_of_scales": state.state2.absmax, "offset": state.offset,
+        }  # fmt: skip
+
+    def unpack(self) -> Tensor:
+        return functional().dequantize_4bit(self.stored["packed"], self._state)
+
+
+PACKED = {Quantization.bf16: PackedBF16, Quantization.int8: PackedInt8, Quantization.nf4: PackedNF4}
+
+
+def functional() -> Any:
+    """bitsandbytes' functions.  Raises ValueError naming the extra if it is not installed."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of a package of other kernels, which are not used here
+    try:
+        import bitsandbytes.functional
+    except ImportError as error:
+        raise ValueError(
+            'quantization=int8 or nf4: needs bitsandbytes; pip install "llmtrain[quantization]", or take '
+            "quantization=bf16, which needs nothing"
+        ) from error
+    finally:
+        logger.setLevel(level)
+    return bitsandbytes.functional

@@ -1,0 +1,15 @@
+"""Rank-stabilised LoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)."""
+
+import math
+from dataclasses import dataclass
+
+from llmtrain.lora.low_rank import LowRank
+
+
+@dataclass(frozen=True)
+class RsLoRA(LowRank):
+    """``W x + (alpha / sqrt(rank)) B A x``: what the adapters do to activations and gradients is alike at any rank."""
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / math.sqrt(self.rank)
