@@ -1,18 +1,28 @@
 """``llmtrain generate TARGET``: text from a run's or a checkpoint's model, as it is sampled."""
 
-import codecs
+import json
 import secrets
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from llmtrain.commands import Invocation
+from llmtrain.conversation import template_of
+from llmtrain.data.documents import read_text
+from llmtrain.data.records import Reader, find_records
+from llmtrain.data.templates import Message, PartEncoder
 from llmtrain.format import visible
-from llmtrain.inference import Sampling, generate
-from llmtrain.run import Run
+from llmtrain.inference import Sampling, as_text, generate
+from llmtrain.run import Run, Trained
 from llmtrain.runtime import Device, Runtime
-from llmtrain.storage import locate_checkpoint
+from llmtrain.storage import locate_checkpoint, written_whole
+
+AS_IT_IS, AS_TAUGHT = "none", "run"  # of the templates
 
 
 @dataclass(frozen=True)
@@ -20,6 +30,10 @@ class Generate:
     """The settings of ``conf/generate.yaml``."""
 
     prompt: str
+    file: str | None
+    prompt_column: str
+    output: str | None
+    template: str
     max_tokens: int
     num_samples: int
     temperature: float
@@ -35,6 +49,14 @@ class Generate:
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
         self.sampling()
+        if self.output is not None:
+            path = Path(self.output)
+            if self.file is None:
+                raise ValueError(f"output={self.output}: is for file=…; the text of one prompt is printed")
+            if path.suffix != ".jsonl":
+                raise ValueError(f"output={self.output}: a row for each text is written; name it {path.stem}.jsonl")
+            if not path.absolute().parent.is_dir():
+                raise ValueError(f"output={self.output}: there is no directory {path.absolute().parent}")
 
     def sampling(self) -> Sampling:
         """How tokens are chosen."""
@@ -42,32 +64,91 @@ class Generate:
 
 
 def main(settings: Generate, invocation: Invocation) -> int:
-    """Stream ``num_samples`` texts to standard output."""
+    """Stream texts to standard output; for a file of prompts a JSON row for each text, into ``output`` if given."""
     checkpoint = locate_checkpoint(invocation.targets[0])
     runtime = Runtime.for_inference(settings.device)
     with Run.load_trained(checkpoint, runtime, base=settings.base, plugins=settings.plugins) as trained:
-        tokenizer, precision = trained.tokenizer, trained.precision
-        seed = secrets.randbits(63) if settings.seed is None else settings.seed
-        generator = torch.Generator(trained.device).manual_seed(seed)
-        with precision.autocast():
-            for index in range(settings.num_samples):
-                if index:
-                    print("\n" + "-" * 20)
-                ids = generate(
-                    trained.model,
-                    tokenizer.encode(settings.prompt).tolist(),
-                    max_tokens=settings.max_tokens,
-                    sampling=settings.sampling(),
-                    generator=generator,
-                    dtype=precision.dtype,
-                    end_of_text=tokenizer.end_of_text,
-                )
+        writer = Writer(trained, settings)
+        if settings.file is not None:
+            write_rows(writer, settings)
+            return 0
+        for index in range(settings.num_samples):
+            if index:
+                print("\n" + "-" * 20)
+            if settings.template == AS_IT_IS:
                 write(settings.prompt)
-                decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-                for token in ids:
-                    write(decoder.decode(tokenizer.decode_bytes([token])))
-                write(decoder.decode(b"", final=True) + "\n")
+            for piece in writer.texts(settings.prompt):
+                write(piece)
+            write("\n")
     return 0
+
+
+class Writer:
+    """Texts that go on from prompts, one sample after the other from one sequence of random numbers."""
+
+    def __init__(self, trained: Trained, settings: Generate) -> None:
+        self.trained, self.settings = trained, settings
+        seed = secrets.randbits(63) if settings.seed is None else settings.seed
+        self.generator = torch.Generator(trained.device).manual_seed(seed)
+        self.template = None
+        if settings.template != AS_IT_IS:
+            self.template = template_of(trained, None if settings.template == AS_TAUGHT else settings.template, None)
+            self.encoder = PartEncoder(trained.tokenizer)
+            self.stop_ids, self.stop_texts = self.encoder.stops(self.template)
+
+    def texts(self, prompt: str) -> Iterator[str]:
+        """What goes on from ``prompt``, as it comes."""
+        tokenizer, precision = self.trained.tokenizer, self.trained.precision
+        if self.template is None:
+            ids, stop_ids, stop_texts = tokenizer.encode(prompt).tolist(), frozenset[int](), ()
+        else:
+            parts = self.template.render([Message("user", prompt)], add_generation_prompt=True)
+            ids, stop_ids, stop_texts = self.encoder.prompt(parts), self.stop_ids, self.stop_texts
+        with precision.autocast():
+            new = generate(
+                self.trained.model,
+                ids,
+                max_tokens=self.settings.max_tokens,
+                sampling=self.settings.sampling(),
+                generator=self.generator,
+                dtype=precision.dtype,
+                end_of_text=tokenizer.end_of_text,
+                stops=stop_ids,
+            )
+            yield from as_text(new, tokenizer.decode_bytes, stop_texts)
+
+
+def write_rows(writer: Writer, settings: Generate) -> None:
+    """``{"prompt", "text"}`` for each prompt of the file, and the other columns that its row has."""
+    assert settings.file is not None
+    with rows_to(settings.output) as write_row:
+        for prompt, columns in read_prompts(settings.file, settings.prompt_column):
+            for _ in range(settings.num_samples):
+                write_row({**columns, "prompt": prompt, "text": "".join(writer.texts(prompt))})
+
+
+def read_prompts(file: str, column: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The prompts of ``file``, a line each of a .txt, a row each of anything else, with the other columns."""
+    if Path(file).suffix == ".txt":
+        for line in "".join(read_text(Path(file))).splitlines():
+            if line.strip():
+                yield line, {}
+        return
+    reader = Reader()
+    for path in find_records(file, "file"):
+        for record in reader.read(path):
+            others = {name: value for name, value in record.values.items() if name != column}
+            yield record.text(column, "prompt_column"), others
+
+
+@contextmanager
+def rows_to(output: str | None) -> Iterator[Any]:
+    """A function that writes a row; a file is there under its name once it is whole."""
+    if output is None:
+        yield lambda row: write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        return
+    with written_whole(Path(output)) as file:
+        yield lambda row: file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
 def write(text: str) -> None:
