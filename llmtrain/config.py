@@ -29,6 +29,9 @@ VERSION_BASE: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__ < "1
 SECRET = re.compile(r"(^|[_.])(api_?)?(key|secret|token|passw(or)?d|credentials?)$", re.IGNORECASE)
 REDACTED = "<redacted>"
 NOT_RUN_KEYS = ("run_dir", "output_dir", "plugins")  # where and with what code, not what
+AUTO = "llmtrain.hf.auto.Auto"  # stands for the model that it finds
+SAME_AS_CONTEXT = "${model.context_length}"
+MOVED = {"llmtrain.lora.NoLora": "llmtrain.lora.none.NoLora"}  # classes by the names that older versions wrote
 
 
 class ConfigError(ValueError):
@@ -76,6 +79,7 @@ def resolve(config: DictConfig, choices: Mapping[str, Any]) -> dict[str, Any]:
     """A composed config as plain values; ``name`` defaults to the chosen recipe's or model's."""
     if "name" in config and config["name"] is None:
         config["name"] = choices.get("experiment") or choices.get("model") or "run"
+    _find_model(config)
     try:
         plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
@@ -85,6 +89,41 @@ def resolve(config: DictConfig, choices: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     _check_secrets(OmegaConf.to_container(config, resolve=False))
     return plain
+
+
+def _find_model(config: DictConfig) -> None:
+    """Put the model that ``model=auto`` finds in its place, before other keys refer to it."""
+    if "model" not in config or OmegaConf.select(config, "model._target_") != AUTO:
+        return
+    try:
+        values = OmegaConf.to_container(config["model"], resolve=True, throw_on_missing=True)
+    except (InterpolationResolutionError, MissingMandatoryValue) as error:
+        raise ConfigError(
+            "model.path: model=auto needs a checkpoint to look at; give weights=huggingface weights.path=DIR, or, for "
+            "its architecture alone, model.path=DIR"
+        ) from error
+    with naming("model"):
+        stand_in: Any = build(values, object, path="model")  # type: ignore[arg-type]
+        path = Path(stand_in.path).expanduser()
+        model = stand_in.adapted(_model_of_run(path)) if (path / "config.yaml").is_file() else stand_in.resolved()
+    config["model"] = _escape(to_plain(model))
+    data = OmegaConf.to_container(config["data"], resolve=False)
+    if isinstance(data, dict) and data.get("sequence_length") == SAME_AS_CONTEXT:
+        config["data"]["sequence_length"] = stand_in.sequence_length(model.context_length)
+
+
+def _model_of_run(path: Path) -> Any:
+    """The model's config that a run or checkpoint of this program stores."""
+    stored = load(path / "config.yaml")
+    plugins = [name for name in stored.get("plugins") or [] if name]
+    if not isinstance(stored.get("model"), Mapping):
+        raise ConfigError(f"{path / 'config.yaml'}: says nothing of a model")
+    try:
+        return build(stored["model"], object, path="model")  # type: ignore[type-abstract]
+    except ConfigError as error:
+        if plugins:
+            raise ConfigError(f"{error}; name its model with model=…, as that run did") from error
+        raise
 
 
 def _check_secrets(value: Any, key: str = "") -> None:
@@ -285,6 +324,9 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: not a config (a mapping of keys is needed)")
     _check_plain(config, path)
+    for node in config.values():
+        if isinstance(node, dict) and str(node.get("_target_")) in MOVED:
+            node["_target_"] = MOVED[node["_target_"]]
     return config
 
 

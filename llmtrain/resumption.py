@@ -133,7 +133,7 @@ def check_changes(changes: Sequence[Change], *, branching: bool, has_base: bool 
     for key, before, after in changes:
         if key.startswith(FIXED) and key not in movable:
             remedy = "start a new run"
-            if not key.startswith(("model.", "tokenizer.", "lora.")):
+            if not has_base and not key.startswith(("model.", "tokenizer.", "lora.")):
                 remedy += ", from its weights with: weights=checkpoint weights.path=RUN_DIR"
             raise ValueError(
                 f"{key}={_shown(after)}: this run was started with {_shown(before)}, and cannot go on with another; "

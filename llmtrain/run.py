@@ -27,11 +27,13 @@ from llmtrain.data.loader import Loader
 from llmtrain.display import Display, open_display
 from llmtrain.evaluate import LossSum
 from llmtrain.format import size
+from llmtrain.hf.peft import start_from
 from llmtrain.lint import Finding, lint, lint_changes, option, overrides_of, refuse, search_path
 from llmtrain.looks import Looks
 from llmtrain.loop import Loop
 from llmtrain.loop_config import LoopConfig
 from llmtrain.lora import Lora
+from llmtrain.lora.low_rank import LowRank
 from llmtrain.metrics import Metrics, MetricsConfig
 from llmtrain.metrics.jsonl import drop_rows
 from llmtrain.model import LanguageModel, ModelConfig
@@ -79,6 +81,10 @@ from llmtrain.weights import Weights
 from llmtrain.weights.checkpoint import load_model, saved_tensors
 from llmtrain.weights.scratch import Scratch
 
+MOVED_BASE = (
+    "the weights that adapters were trained on have to be there; if they were moved, say where to: base=DIR (generate, "
+    "chat, predict, export), weights.path=DIR (resume)"
+)
 TARGETS = {  # of the kinds of data, in words
     "text": "every next token of a text",
     "responses": "the tokens of responses",
@@ -316,11 +322,13 @@ class Run:
 
     def check_base(self, state: TrainState) -> None:
         """Raise ValueError if the weights that adapters stand on are not those that they were trained on."""
-        if self.lora.adapts and state.base != self.weights.fingerprint():
-            raise ValueError(
-                f"weights.path={getattr(self.weights, 'path', '')}: not the weights that the adapters were trained on; "
-                "name the place where those are now"
-            )
+        if not self.lora.adapts:
+            return
+        with noting(MOVED_BASE):
+            if state.base != self.weights.fingerprint():
+                raise ValueError(
+                    f"weights.path={getattr(self.weights, 'path', '')}: not the weights that the adapters were trained on"
+                )
 
     def first_state(self, parts: Parts) -> TrainState:
         """The state of a run at step 0."""
@@ -382,11 +390,14 @@ class Run:
         """The model with what objective and adapters add to it; frozen weights that no checkpoint holds are loaded."""
         model = self.model.create(vocab_size, device, generator)
         if load_weights or self.lora.adapts:
-            self.weights.load(model)
+            with contextlib.nullcontext() if load_weights else noting(MOVED_BASE):
+                self.weights.load(model)
         with config.naming("objective"):
             self.objective.attach(model, labels, generator, class_weights)
         with config.naming("lora"):
             self.lora.apply(model, generator)
+            if load_weights and isinstance(self.lora, LowRank) and self.lora.path is not None:
+                start_from(model, self.lora, Path(self.lora.path))
         model.has_base = self.lora.adapts
         return model
 
@@ -620,6 +631,16 @@ class Run:
             step=state.step,
             tokens=state.tokens,
         )
+
+
+@contextlib.contextmanager
+def noting(remedy: str) -> Iterator[None]:
+    """Add ``remedy`` to the message of a user's mistake."""
+    try:
+        yield
+    except ValueError as error:
+        error.add_note(remedy)
+        raise
 
 
 def remember(loop: Loop, resumption: Resumption) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from llmtrain.data import Corpus
-from llmtrain.format import count, duration, percent, rate
+from llmtrain.format import count, duration, rate
 from llmtrain.lint import Settings
 from llmtrain.loop import Loop
 from llmtrain.lora import trained_and_all
@@ -48,7 +48,7 @@ def header(
     yield "model", f"{name}, {count(model.num_parameters())} parameters, context {model.context_length}"
     trained, whole = trained_and_all(model)
     if trained < whole:
-        yield "trained", f"{trained:,} of {whole:,} parameters ({percent(trained / whole)})"
+        yield "trained", f"{trained:,} of {whole:,} parameters ({trained / whole:.2%})"
     yield "data", corpus.description
     epochs = tokens / max(corpus.train.tokens, 1)
     split = f" in micro-batches of {micro}" if micro < batch else ""

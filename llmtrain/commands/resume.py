@@ -17,7 +17,7 @@ def main(run: Run, invocation: Invocation) -> int:
     branching = run.run_dir is not None or directory.is_older(step)
     stored = config.complete(config.load(directory.config_at(step)))
     changed = changes(stored, run)
-    check_changes(changed, branching=branching)  # ahead of all that takes time
+    check_changes(changed, branching=branching, has_base=run.lora.adapts)  # ahead of all that takes time
     if branching:
         result = run.branch(directory, step=step, command=invocation.command)
         return FINISHED if result.exit_reason == "finished" else INTERRUPTED

@@ -27,6 +27,10 @@ class Auto:
         config = ConfigJson.read(locate(self.path))
         config.check_architecture()
         model: Any = family_of(config).read_config(config)
+        return self.adapted(model, str(config.file))
+
+    def adapted(self, model: Any, where: str = "") -> ModelConfig:
+        """``model``, which was found in ``where``, with what is set here.  Raises ValueError for a context too long."""
         positions = model.context_length
         longest = (
             positions * model.rope_factor if getattr(model, "rope_scaling", None) is Scaling.dynamic else positions
@@ -34,7 +38,7 @@ class Auto:
         if self.context_length is not None and self.context_length > longest:
             raise ValueError(
                 f"context_length={self.context_length}: the model would be longer than its positions, {positions} in "
-                f"{config.file}; take at most that"
+                f"{where or self.path}; take at most that"
             )
         return dataclasses.replace(
             model,
