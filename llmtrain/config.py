@@ -119,7 +119,7 @@ def _model_of_run(path: Path) -> Any:
     if not isinstance(stored.get("model"), Mapping):
         raise ConfigError(f"{path / 'config.yaml'}: says nothing of a model")
     try:
-        return build(stored["model"], object, path="model")  # type: ignore[type-abstract]
+        return build(stored["model"], object, path="model")
     except ConfigError as error:
         if plugins:
             raise ConfigError(f"{error}; name its model with model=…, as that run did") from error

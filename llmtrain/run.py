@@ -326,9 +326,8 @@ class Run:
             return
         with noting(MOVED_BASE):
             if state.base != self.weights.fingerprint():
-                raise ValueError(
-                    f"weights.path={getattr(self.weights, 'path', '')}: not the weights that the adapters were trained on"
-                )
+                path = getattr(self.weights, "path", "")
+                raise ValueError(f"weights.path={path}: not the weights that the adapters were trained on")
 
     def first_state(self, parts: Parts) -> TrainState:
         """The state of a run at step 0."""

@@ -15,7 +15,7 @@ from llmtrain.commands import Invocation
 from llmtrain.conversation import template_of
 from llmtrain.data.documents import read_text
 from llmtrain.data.records import Reader, find_records
-from llmtrain.data.templates import Message, PartEncoder
+from llmtrain.data.templates import Message, PartEncoder, Template
 from llmtrain.format import visible
 from llmtrain.inference import Sampling, as_text, generate
 from llmtrain.run import Run, Trained
@@ -90,7 +90,9 @@ class Writer:
         self.trained, self.settings = trained, settings
         seed = secrets.randbits(63) if settings.seed is None else settings.seed
         self.generator = torch.Generator(trained.device).manual_seed(seed)
-        self.template = None
+        self.template: Template | None = None
+        self.stop_ids: frozenset[int] = frozenset()
+        self.stop_texts: tuple[str, ...] = ()
         if settings.template != AS_IT_IS:
             self.template = template_of(trained, None if settings.template == AS_TAUGHT else settings.template, None)
             self.encoder = PartEncoder(trained.tokenizer)
@@ -100,10 +102,10 @@ class Writer:
         """What goes on from ``prompt``, as it comes."""
         tokenizer, precision = self.trained.tokenizer, self.trained.precision
         if self.template is None:
-            ids, stop_ids, stop_texts = tokenizer.encode(prompt).tolist(), frozenset[int](), ()
+            ids = tokenizer.encode(prompt).tolist()
         else:
             parts = self.template.render([Message("user", prompt)], add_generation_prompt=True)
-            ids, stop_ids, stop_texts = self.encoder.prompt(parts), self.stop_ids, self.stop_texts
+            ids = self.encoder.prompt(parts)
         with precision.autocast():
             new = generate(
                 self.trained.model,
@@ -113,9 +115,9 @@ class Writer:
                 generator=self.generator,
                 dtype=precision.dtype,
                 end_of_text=tokenizer.end_of_text,
-                stops=stop_ids,
+                stops=self.stop_ids,
             )
-            yield from as_text(new, tokenizer.decode_bytes, stop_texts)
+            yield from as_text(new, tokenizer.decode_bytes, self.stop_texts)
 
 
 def write_rows(writer: Writer, settings: Generate) -> None:

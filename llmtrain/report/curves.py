@@ -53,7 +53,8 @@ def draw_run(run_dir: Path) -> Path:
         curves: Figure | SubFigure = figure
         matrix: SubFigure | None = None
         if summary.confusion:
-            curves, matrix = figure.subfigures(1, 2, width_ratios=(8, 4.2))
+            halves: Any = figure.subfigures(1, 2, width_ratios=(8, 4.2))
+            curves, matrix = halves
         loss_axes, rate_axes = curves.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         steps, losses = _column(train, "loss")
         few = "o" if len(steps) == 1 else None
