@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, TypeVar
 
 from llmtrain.data.documents import Piece
 from llmtrain.data.encode import dtype_of, encode_documents
@@ -26,6 +26,7 @@ from llmtrain.data.reader import DataFailed, Tokens
 from llmtrain.data.token_file import TokenFile
 from llmtrain.tokenizer import Tokenizer
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 TEMPORARY = ".tmp-"
 REPORT_SECONDS = 10
@@ -76,10 +77,34 @@ def prepare(
     :class:`DataFailed` if a document cannot be tokenised.
     """
     parts = [FORMAT, source.content, validation_fraction, tokenizer.fingerprint]
-    folder = cache_dir / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+    def fill(folder: Path) -> None:
+        _write_shards(folder, source, tokenizer, validation_fraction, shard_tokens)
+
+    def open_entry(folder: Path, verify: bool) -> Entry:
+        return Entry.open(folder, tokenizer, verify=verify)
+
+    return find_or_make(cache_dir, parts, open_entry, fill, source.name, verify=verify)
+
+
+def find_or_make(
+    cache_dir: Path,
+    key: list[Any],
+    open_entry: Callable[[Path, bool], T],
+    fill: Callable[[Path], None],
+    name: str,
+    *,
+    verify: bool = False,
+) -> T:
+    """What ``open_entry(folder, verify)`` gives of the entry for ``key``, JSON-ready values, which is made if need be.
+
+    ``fill`` writes the files of an entry into a folder that nobody sees before it is whole; ``open_entry`` raises
+    ValueError for one that is damaged.  Raises as :func:`prepare` does.
+    """
+    folder = cache_dir / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     if folder.exists():
         try:
-            return Entry.open(folder, tokenizer, verify=verify)
+            return open_entry(folder, verify)
         except ValueError as error:
             if verify:
                 raise ValueError(f"{error}; remove {folder}, and the next start tokenises the text again") from error
@@ -88,46 +113,52 @@ def prepare(
         with _lock(folder):
             if folder.exists():  # damaged, if another process has not made it while this one waited
                 try:
-                    return Entry.open(folder, tokenizer)
+                    return open_entry(folder, False)
                 except ValueError as error:
                     log.warning("data cache: %s; the text is tokenised again", error)
             _sweep(cache_dir)
-            _make(folder, source, tokenizer, validation_fraction, shard_tokens)
-            return Entry.open(folder, tokenizer)
+            _make(folder, fill, name)
+            return open_entry(folder, False)
     except OSError as error:
         raise ValueError(
             f"data.cache_dir={cache_dir}: {error.strerror}; name a writable place with room: data.cache_dir=DIR"
         ) from error
 
 
-def _make(folder: Path, source: Source, tokenizer: Tokenizer, validation_fraction: float, shard_tokens: int) -> None:
-    log.info("tokenising %s into %s", source.name, folder)
+def _make(folder: Path, fill: Callable[[Path], None], name: str) -> None:
+    log.info("tokenising %s into %s", name, folder)
     temporary = _temporary(folder)
     shutil.rmtree(temporary, ignore_errors=True)  # of a writer that died
     temporary.mkdir()
     try:
-        train = PartWriter(temporary, "train", shard_tokens)
-        validation = PartWriter(temporary, "validation", shard_tokens)
-        tokens, reported = 0, time.monotonic()
-        for encoded in encode_documents(source.pieces(), tokenizer, validation_fraction):
-            (validation if encoded.is_validation else train).write(encoded.ids, encoded.documents)
-            tokens += len(encoded.ids)
-            if time.monotonic() - reported > REPORT_SECONDS:
-                log.info("tokenising %s: %.1f M tokens so far", source.name, tokens / 1e6)
-                reported = time.monotonic()
-        if not tokens:
-            raise ValueError(f"{source.name}: there is no text in it")
-        dtype = dtype_of(tokenizer.vocab_size).str
-        index = Index(FORMAT, dtype, tokenizer.fingerprint, train.close(), validation.close())
-        index.write(temporary)
+        fill(temporary)
         _sync_folder(temporary)
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         temporary.rename(folder)
         _sync_folder(folder.parent)
     except DataFailed as error:
-        raise DataFailed(f"tokenising {source.name}: {error}") from error
+        raise DataFailed(f"tokenising {name}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_shards(
+    folder: Path, source: Source, tokenizer: Tokenizer, validation_fraction: float, shard_tokens: int
+) -> None:
+    train = PartWriter(folder, "train", shard_tokens)
+    validation = PartWriter(folder, "validation", shard_tokens)
+    tokens, reported = 0, time.monotonic()
+    for encoded in encode_documents(source.pieces(), tokenizer, validation_fraction):
+        (validation if encoded.is_validation else train).write(encoded.ids, encoded.documents)
+        tokens += len(encoded.ids)
+        if time.monotonic() - reported > REPORT_SECONDS:
+            log.info("tokenising %s: %.1f M tokens so far", source.name, tokens / 1e6)
+            reported = time.monotonic()
+    if not tokens:
+        raise ValueError(f"{source.name}: there is no text in it")
+    Index(FORMAT, dtype_of(tokenizer.vocab_size).str, tokenizer.fingerprint, train.close(), validation.close()).write(
+        folder
+    )
 
 
 def _sync_folder(folder: Path) -> None:

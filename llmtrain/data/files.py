@@ -15,11 +15,11 @@ Fact = TypeVar("Fact", str, int, list)  # as JSON has it
 REPORT_SECONDS = 10
 
 
-def find_files(path: str, is_wanted: Callable[[Path], bool], wanted: str) -> list[Path]:
-    """The files that ``path`` names: a file, a folder (with its subfolders) or a glob of those; sorted.
+def find_files(path: str, is_wanted: Callable[[Path], bool], wanted: str, key: str = "path") -> list[Path]:
+    """The files that ``path``, the value of ``key``, names: a file, a folder (with its subfolders) or a glob of those.
 
-    Of a folder the files that ``is_wanted``, in words ``wanted``; hidden ones are passed over.  A file that is named
-    itself, or matched, is always taken.  Raises ValueError where there is none.
+    Sorted.  Of a folder the files that ``is_wanted``, in words ``wanted``, with its subfolders; hidden ones are passed
+    over.  A file that is named itself, or matched, is always taken.  Raises ValueError where there is none.
     """
     literal = Path(path).expanduser()
     if literal.exists():
@@ -27,14 +27,14 @@ def find_files(path: str, is_wanted: Callable[[Path], bool], wanted: str) -> lis
     elif glob.has_magic(path):
         found = [Path(name) for name in glob.glob(str(literal), recursive=True)]  # noqa: PTH207 - takes any path
         if not found:
-            raise ValueError(f"data.path={path}: no file matches")
+            raise ValueError(f"data.{key}={path}: no file matches")
     else:
-        raise ValueError(f"data.path={path}: no such file or folder")
+        raise ValueError(f"data.{key}={path}: no such file or folder")
     files: set[Path] = set()
     for each in found:
         files.update(filter(is_wanted, _walk(each)) if each.is_dir() else [each])
     if not files:
-        raise ValueError(f"data.path={path}: there is no {wanted} in this folder")
+        raise ValueError(f"data.{key}={path}: there is no {wanted} in this folder")
     return sorted(files)
 
 

@@ -4,9 +4,10 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, ClassVar, Self
 
 import numpy as np
 
@@ -51,7 +52,9 @@ class Part:
 class Index:
     """What ``index.json`` says of its folder."""
 
-    format: int
+    FORMAT: ClassVar[int | str] = FORMAT
+
+    format: int | str
     dtype: str  # numpy's name of the ids' type: <u2 or <u4
     tokenizer: str  # fingerprint of the tokenizer that made the ids
     train: Part
@@ -64,22 +67,32 @@ class Index:
         try:
             stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             found = stored["format"]
-            if found == FORMAT:
-                parts = {name: Part.parse(stored[name]) for name in ("train", "validation")}
-                index = cls(FORMAT, _parse_dtype(stored["dtype"]), stored["tokenizer"], **parts)
+            if found == cls.FORMAT:
+                index = cls(**cls.parse(stored))
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}") from error
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: damaged: {type(error).__name__}: {error}") from error
-        if found != FORMAT:
-            raise ValueError(f"{path}: format {found}, this version of the program reads {FORMAT}")
-        for shard in index.shards:
-            file, expected = folder / shard.name, shard.tokens * np.dtype(index.dtype).itemsize
+        if found != cls.FORMAT:
+            raise ValueError(f"{path}: format {found}, this version of the program reads {cls.FORMAT}")
+        for shard, itemsize in index.files():
+            file, expected = folder / shard.name, shard.tokens * itemsize
             found = file.stat().st_size if file.exists() else None
             if found != expected:
                 state = "missing" if found is None else f"has {found} bytes, not {expected}"
                 raise ValueError(f"{file}: {state}")
         return index
+
+    @classmethod
+    def parse(cls, stored: dict[str, Any]) -> dict[str, Any]:
+        """The fields from what JSON has of them.  Raises KeyError, TypeError or ValueError if they are not there."""
+        parts = {name: Part.parse(stored[name]) for name in ("train", "validation")}
+        return {"format": cls.FORMAT, "dtype": _parse_dtype(stored["dtype"]), "tokenizer": stored["tokenizer"], **parts}
+
+    def files(self) -> Iterator[tuple[Shard, int]]:
+        """Every file, and the bytes of one of its numbers."""
+        for shard in self.shards:
+            yield shard, np.dtype(self.dtype).itemsize
 
     @property
     def shards(self) -> list[Shard]:

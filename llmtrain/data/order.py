@@ -21,7 +21,7 @@ def order(positions: np.ndarray, n: int, seed: int, shuffle: bool) -> np.ndarray
     epochs, offsets = np.divmod(positions.astype(np.int64), n)
     if not shuffle or n == 1:
         return offsets
-    keys = _mix(epochs.astype(np.uint64) + _mix(np.array([seed % 2**64], np.uint64)))
+    keys = mix(epochs.astype(np.uint64) + mix(np.array([seed % 2**64], np.uint64)))
     visited = _permute(offsets.astype(np.uint64), keys, n)
     while (beyond := np.flatnonzero(visited >= n)).size:
         visited[beyond] = _permute(visited[beyond], keys[beyond], n)
@@ -34,14 +34,14 @@ def _permute(values: np.ndarray, keys: np.ndarray, n: int) -> np.ndarray:
     low_bits, high_bits = bits - bits // 2, bits // 2
     high, low = values >> np.uint64(low_bits), values & np.uint64(2**low_bits - 1)
     for i in range(ROUNDS):
-        noise = _mix(low ^ (keys + np.uint64(i * GOLDEN % 2**64)))
+        noise = mix(low ^ (keys + np.uint64(i * GOLDEN % 2**64)))
         # the halves differ by a bit in width where ``bits`` is odd, and change places every round
         high, low = low, high ^ (noise & np.uint64(2**high_bits - 1))
         low_bits, high_bits = high_bits, low_bits
     return high << np.uint64(low_bits) | low
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
+def mix(values: np.ndarray) -> np.ndarray:
     """A bijection of uint64 whose output bits each depend on all input bits: the finaliser of SplitMix64."""
     values = values + np.uint64(GOLDEN)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
