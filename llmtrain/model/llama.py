@@ -138,7 +138,7 @@ def nearest_divisor(number: int, wanted: int) -> int:
 
 
 class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension, in fp32 (Zhang & Sennrich 2019)."""
+    """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension, in fp32 at least (Zhang & Sennrich 2019)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -146,7 +146,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -302,14 +303,18 @@ class Llama(LanguageModel):
 
     @property
     def head_weight(self) -> Tensor:
-        weight = self.token_embedding.weight if self.config.tie_embeddings else self.head.weight
-        return F.normalize(weight, dim=-1) if self.config.normalised_head else weight
+        return F.normalize(self._matrix, dim=-1) if self.config.normalised_head else self._matrix
+
+    @property
+    def _matrix(self) -> Tensor:
+        """The output layer's matrix as it is stored."""
+        return self.token_embedding.weight if self.config.tie_embeddings else self.head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
         if not self.config.normalised_head:
             return super().logits(hidden)
-        weight = self.token_embedding.weight if self.config.tie_embeddings else self.head.weight
-        logits = F.linear(hidden, weight) / weight.norm(dim=-1).clamp_min(1e-12)  # of a few tokens: fewer than weights
+        # the lengths divide the logits, of a few tokens, and not the matrix
+        logits = F.linear(hidden, self._matrix) / self._matrix.norm(dim=-1).clamp_min(1e-12)
         if self.logit_softcap is not None:
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
         return logits if self.head_bias is None else logits + self.head_bias

@@ -1,0 +1,138 @@
+"""Which keys a query sees, in every way that it is computed."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from llmtrain.model.attention import Blockwise, alibi_slopes, attend, block_mask, has_blockwise, segment_starts, sight
+
+CPU = torch.device("cpu")
+SEGMENTS = torch.tensor([[1] * 5 + [2] * 3 + [3] + [0] * 3, [1] * 12, [4] * 4 + [9] * 8], dtype=torch.int32)
+
+
+def expected(
+    query: Tensor, key: Tensor, value: Tensor, segments: Tensor | None, window: int | None, slopes: Tensor | None
+) -> Tensor:
+    """Pair by pair and in float64, the queries last of all that was seen."""
+    batch, heads, new, size = query.shape
+    past = key.shape[2] - new
+    result = torch.empty(query.shape, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            source = h // (heads // key.shape[1])
+            for i in range(new):
+                own = past + i
+                keys = [j for j in range(own + 1) if window is None or own - j < window]
+                keys = [j for j in keys if segments is None or segments[b, j] == segments[b, i]]
+                scores = key[b, source, keys].double() @ query[b, h, i].double() / size**0.5
+                if slopes is not None:
+                    scores += slopes[h].double() * (torch.tensor(keys) - own)
+                result[b, h, i] = scores.softmax(0) @ value[b, source, keys].double()
+    return result
+
+
+def heads(count: int, length: int, seed: int, size: int = 8) -> Tensor:
+    return torch.randn(3, count, length, size, generator=torch.Generator().manual_seed(seed))
+
+
+def test_segments_begin_where_the_number_changes() -> None:
+    starts = segment_starts(SEGMENTS)
+    assert starts.tolist() == [[0] * 5 + [5] * 3 + [8] + [9] * 3, [0] * 12, [0] * 4 + [4] * 8]
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("window", [None, 4, 12])
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_is_that_of_each_pair(packed: bool, window: int | None, biased: bool, key_heads: int) -> None:
+    query, key, value = heads(4, 12, 0), heads(key_heads, 12, 1), heads(key_heads, 12, 2)
+    slopes = alibi_slopes(4) if biased else None
+    starts = segment_starts(SEGMENTS) if packed else None
+    seen = sight(12, 0, CPU, starts=starts, window=window, slopes=slopes)
+    assert (seen is None) == (not packed and not biased and window != 4)  # else the kernel's own causal mask does
+    reference = expected(query, key, value, SEGMENTS if packed else None, window, slopes)
+    torch.testing.assert_close(attend(query, key, value, seen).double(), reference, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("new", [1, 5])
+def test_queries_behind_cached_keys(new: int, window: int | None, biased: bool) -> None:
+    query, key, value = heads(4, new, 0), heads(2, 12, 1), heads(2, 12, 2)
+    slopes = alibi_slopes(4) if biased else None
+    seen = sight(new, 12 - new, CPU, window=window, slopes=slopes)
+    reference = expected(query, key, value, None, window, slopes)
+    torch.testing.assert_close(attend(query, key, value, seen).double(), reference, atol=1e-6, rtol=0)
+
+
+def test_slopes_of_a_power_of_two_and_of_baichuan() -> None:
+    assert alibi_slopes(8).tolist() == [2.0**-k for k in range(1, 9)]
+    slopes = alibi_slopes(40)  # 32, then 8 of those for 64
+    assert slopes[:32].tolist() == pytest.approx([2 ** (-k / 4) for k in range(1, 33)], rel=1e-6)
+    assert slopes[32:].tolist() == pytest.approx([2 ** (-k / 8) for k in range(1, 17, 2)], rel=1e-6)
+
+
+# --- FlexAttention -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("length", "window"), [(128, None), (200, 5), (640, 128), (640, 300), (1000, 150)])
+def test_blocks_are_those_that_torch_finds_pair_by_pair(length: int, window: int | None) -> None:
+    draw = torch.Generator().manual_seed(length)
+    cuts = [torch.randint(0, length, (4,), generator=draw).tolist() for _ in range(2)]
+    segments = torch.tensor([[sum(cut <= i for cut in row) for i in range(length)] for row in cuts])
+    seen = sight(length, 0, CPU, starts=segment_starts(segments), window=window, blockwise=True)
+    assert isinstance(seen, Blockwise)
+    ours, theirs = seen.mask, create_block_mask(seen.mask.mask_mod, 2, None, length, length, device="cpu")
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+    for name in ("kv", "full_kv", "q", "full_q"):
+        counts, expected_counts = getattr(ours, f"{name}_num_blocks"), getattr(theirs, f"{name}_num_blocks")
+        assert torch.equal(counts, expected_counts)
+        numbers, expected_numbers = getattr(ours, f"{name}_indices"), getattr(theirs, f"{name}_indices")
+        used = torch.arange(numbers.shape[-1]) < counts[..., None]  # what is behind is not read
+        assert torch.equal(numbers[used], expected_numbers[used])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("biased", [False, True])
+def test_flex_attention_is_told_the_same_as_a_mask_tells(biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmtrain.model.attention._compiled_flex", lambda: flex_attention)  # compiling takes long
+    query, key, value = heads(4, 200, 0, 16), heads(2, 200, 1, 16), heads(2, 200, 2, 16)
+    segments = torch.arange(200).div(70, rounding_mode="floor").expand(3, -1)
+    starts, slopes = segment_starts(segments), alibi_slopes(4) if biased else None
+    by_blocks, by_mask = (
+        attend(query, key, value, sight(200, 0, CPU, starts=starts, window=40, slopes=slopes, blockwise=blockwise))
+        for blockwise in (True, False)
+    )
+    torch.testing.assert_close(by_blocks, by_mask, atol=1e-6, rtol=0)
+
+
+def test_flex_attention_is_for_gpus() -> None:
+    assert not has_blockwise(torch.zeros(1, 8, dtype=torch.long), 64, 0.0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_blocks_give_what_a_mask_gives(dtype: torch.dtype, biased: bool) -> None:
+    cuda = torch.device("cuda")
+    draw = torch.Generator(cuda).manual_seed(0)
+    segments = torch.arange(320, device=cuda).div(90, rounding_mode="floor").expand(2, -1)
+    slopes = alibi_slopes(4).to(cuda) if biased else None
+    assert has_blockwise(segments, 64, 0.0)
+    found = []
+    tensors = [torch.randn(2, n, 320, 64, device=cuda, generator=draw) for n in (4, 2, 2, 4)]
+    for blockwise, to in ((True, dtype), (False, torch.float32)):
+        query, key, value = (tensor.to(to).requires_grad_() for tensor in tensors[:3])
+        seen = sight(320, 0, cuda, starts=segment_starts(segments), window=200, slopes=slopes, blockwise=blockwise)
+        y = attend(query, key, value, seen)
+        y.backward(tensors[3].to(to))
+        found.append([tensor.float() for tensor in (y, query.grad, key.grad, value.grad) if tensor is not None])
+    tolerance = 1e-4 if dtype == torch.float32 else 4e-2
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+def test_the_first_block_of_a_row_sees_itself() -> None:
+    mask = block_mask(torch.zeros(1, 64, dtype=torch.long))
+    assert mask.to_dense().tolist() == [[[[1]]]]
