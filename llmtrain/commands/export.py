@@ -237,10 +237,12 @@ def ask_peft(base: str, folder: Path, prompts: Sequence[Tensor], classes: int) -
 
         transformers.utils.logging.disable_progress_bar()
         if classes:
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=classes)
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(
+                base, num_labels=classes, dtype=torch.float32
+            )
         else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(base)
-        return ask_module(peft.PeftModel.from_pretrained(model.float(), str(folder)), prompts)
+            model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        return ask_module(peft.PeftModel.from_pretrained(model, str(folder)), prompts)
 
 
 # --- asking -------------------------------------------------------------------------------------------------------
@@ -300,14 +302,14 @@ def ask_transformers(
             if theirs != tokenizer.encode(text).tolist():
                 raise Differs(f"transformers' tokenizer splits {text!r} otherwise")
         auto = transformers.AutoModelForSequenceClassification if is_classifier else transformers.AutoModelForCausalLM
-        return ask_module(auto.from_pretrained(str(folder)), prompts)
+        return ask_module(auto.from_pretrained(str(folder), dtype=torch.float32), prompts)
 
 
 @torch.no_grad()
 def ask_module(module: Any, prompts: Sequence[Tensor]) -> list[Tensor]:
     """The logits of a model of transformers' or PEFT's."""
-    module = module.float().eval()
-    return [module(ids[None]).logits[0].float() for ids in prompts]
+    module.eval()
+    return [module(ids[None]).logits[0] for ids in prompts]
 
 
 def compare(name: str, before: Answers, after: Sequence[Tensor]) -> None:
