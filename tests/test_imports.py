@@ -12,7 +12,7 @@ LAYERS = [
     "cli",
     "sweep",
     "commands",
-    "probe replay",
+    "probe replay conversation",
     "run",
     "resumption summary",
     "lint planning",
@@ -21,7 +21,7 @@ LAYERS = [
     "looks saver",
     "loop_config",
     "checkpoint display evaluate inference offenders report tuning",
-    "accumulation activation_checkpointing clipping data lora metrics model objective optimizer precision recovery "
+    "accumulation activation_checkpointing clipping data hf lora metrics model objective optimizer precision recovery "
     "schedule tokenizer weights",
     "profiling",
     "memory_timeline run_directory",
@@ -33,6 +33,7 @@ DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names.spl
 CONTRACTS = {
     "activation_checkpointing": "model", "data": "tokenizer", "lora": "model", "objective": "model", "weights": "model",
 }  # fmt: skip
+OPTIONS = {"hf": {"model", "lora"}, "weights": {"hf"}}  # who knows the options too: names and keys of particular models
 
 HYDRA = {"cli", "config"}
 PROCESSES = {"runtime", "sweep"}  # git for environment.json, the jobs of a sweep
@@ -73,7 +74,7 @@ def points_down(own: str, module: str) -> bool:
         return True
     other = module.split(".")[1]
     is_contract = CONTRACTS.get(own) == other and module == f"llmtrain.{other}"
-    return own == other or is_contract or DEPTH[own] < DEPTH[other]
+    return own == other or is_contract or other in OPTIONS.get(own, ()) or DEPTH[own] < DEPTH[other]
 
 
 def test_the_table_is_complete() -> None:
