@@ -1,0 +1,160 @@
+"""Examples of different lengths, each with targets of its own, as sequences."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmtrain.data import IGNORE, padded
+from llmtrain.data.order import mix, order
+from llmtrain.data.packing import pack
+from llmtrain.data.reader import Tokens
+from llmtrain.data.sequences import Rows, Sequences
+
+BUCKET = 1024  # positions of an epoch whose examples are sorted by length among themselves
+GROUP = 32  # examples of like length that are visited one after the other
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Examples in files.
+
+    ``shards`` hold one stream of ids: of each example its inputs and, with ``has_targets``, behind them as many
+    targets.  Without, an example has one target, in ``labels``, at its last input.
+    """
+
+    shards: Sequence[Tokens]
+    lengths: np.ndarray  # (examples,) int64: inputs of each
+    labels: np.ndarray  # (examples,) int64; all 0 where there are targets
+    has_targets: bool
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+class Examples(Sequences):
+    """Examples, each a sequence, or several in a row of ``sequence_length`` tokens with ``is_packed``.
+
+    Memory goes with the number of examples, not with that of their tokens.
+    """
+
+    def __init__(self, stored: Stored, sequence_length: int, *, is_packed: bool = False) -> None:
+        assert stored.lengths.max(initial=1) <= sequence_length
+        assert stored.lengths.min(initial=1) > 0
+        self.sequence_length = sequence_length
+        self.tokens = int(stored.lengths.sum())
+        self.is_packed = is_packed
+        self.stored = stored
+        per_input = 2 if stored.has_targets else 1
+        self._begins = np.cumsum(stored.lengths) * per_input - stored.lengths * per_input  # in the stream
+        self._shard_begins = np.cumsum([0, *map(len, stored.shards)])[:-1]
+        if is_packed:
+            self._members, self._row_begins = pack(stored.lengths, sequence_length)
+            self.lengths = np.add.reduceat(stored.lengths[self._members], self._row_begins[:-1])
+        else:
+            self.lengths = stored.lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def gather(self, indices: np.ndarray) -> Rows:
+        assert len(indices) == 0 or 0 <= indices.min() <= indices.max() < len(self)
+        lengths = self.lengths[indices]
+        shape = len(indices), padded(int(lengths.max(initial=1)), self.sequence_length)
+        inputs, targets = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
+        segments = np.zeros(shape, np.int32) if self.is_packed else None
+        touched: set[int] = set()
+        for row, index in enumerate(indices.tolist()):
+            at = 0
+            for segment, example in enumerate(self._examples_of(index), 1):
+                end = at + int(self.stored.lengths[example])
+                self._fill(example, inputs[row, at:end], targets[row, at:end], touched)
+                if segments is not None:
+                    segments[row, at:end] = segment
+                at = end
+        for shard in touched:
+            self.stored.shards[shard].check()  # after reading: what is written from now on is not in the rows
+        return Rows(inputs, targets, segments, lengths)
+
+    def order(self, positions: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
+        """As promised, and in such a way that those visited one after the other are of like length.
+
+        The epoch's permutation is cut into stretches of ``BUCKET`` positions.  The examples of a stretch are sorted by
+        length into groups of ``GROUP``, which are visited in a random order of their own; the rest that makes no whole
+        group, the longest, comes last.
+        """
+        n = len(self)
+        if not shuffle or self.is_packed:  # rows that are packed are of like length as they are
+            return order(positions, n, seed, shuffle)
+        epochs, offsets = np.divmod(positions.astype(np.int64), n)
+        buckets, places = np.divmod(offsets, BUCKET)
+        per_epoch = -(-n // BUCKET)
+        wanted, which = np.unique(epochs * per_epoch + buckets, return_inverse=True)
+        visited = np.empty(len(positions), np.int64)
+        for begin in range(0, len(wanted), 64):  # some at a time, to bound the memory that it takes
+            sorted_buckets = self._sort_buckets(wanted[begin : begin + 64], per_epoch, seed)
+            here = (which >= begin) & (which < begin + 64)
+            visited[here] = sorted_buckets[which[here] - begin, places[here]]
+        return visited
+
+    def alike(self, indices: np.ndarray) -> np.ndarray:
+        return indices[np.argsort(self.lengths[indices], kind="stable")]
+
+    def _sort_buckets(self, buckets: np.ndarray, per_epoch: int, seed: int) -> np.ndarray:
+        """The examples of ``buckets``, counted over all epochs, in the order of their visits: ``(buckets, BUCKET)``.
+
+        The last of an epoch may be shorter than that; its row has anything behind.
+        """
+        n = len(self)
+        epochs, numbers = np.divmod(buckets, per_epoch)
+        offsets = numbers[:, None] * BUCKET + np.arange(BUCKET)
+        is_there = offsets < n
+        indices = order((epochs[:, None] * n + np.minimum(offsets, n - 1)).ravel(), n, seed, shuffle=True)
+        indices = indices.reshape(offsets.shape)
+        lengths = np.where(is_there, self.lengths[indices], np.iinfo(np.int64).max)  # what is not there comes last
+        by_length = np.take_along_axis(indices, np.argsort(lengths, axis=1, kind="stable"), axis=1)
+        groups = np.arange(BUCKET // GROUP)
+        salt = mix(np.array([seed % 2**64], np.uint64)) + np.uint64(1)  # another than the permutation's own
+        keys = mix(mix(buckets.astype(np.uint64) + salt)[:, None] + groups.astype(np.uint64))
+        is_whole = (groups + 1) * GROUP <= is_there.sum(axis=1)[:, None]
+        visits = np.lexsort((keys, ~is_whole), axis=1)
+        visits = np.where(np.take_along_axis(is_whole, visits, 1), visits, groups)  # what is not whole stays last
+        return by_length.reshape(len(buckets), -1, GROUP)[np.arange(len(buckets))[:, None], visits].reshape(
+            offsets.shape
+        )
+
+    def _examples_of(self, index: int) -> list[int]:
+        if not self.is_packed:
+            return [index]
+        return self._members[self._row_begins[index] : self._row_begins[index + 1]].tolist()
+
+    def _fill(self, example: int, inputs: np.ndarray, targets: np.ndarray, touched: set[int]) -> None:
+        stored = self.stored
+        ids = np.empty(len(inputs) * (2 if stored.has_targets else 1), stored.shards[0].dtype)
+        begin = int(self._begins[example])
+        shard = int(np.searchsorted(self._shard_begins, begin, side="right")) - 1
+        begin -= int(self._shard_begins[shard])
+        rest = ids
+        while len(rest):  # an example may run over the end of a file
+            here = rest[: len(stored.shards[shard]) - begin]
+            stored.shards[shard].read(begin, here)
+            touched.add(shard)
+            rest, shard, begin = rest[len(here) :], shard + 1, 0
+        inputs[:] = ids[: len(inputs)]
+        if stored.has_targets:
+            targets[:] = ids[len(inputs) :]
+            targets[targets == no_target(ids.dtype)] = IGNORE
+        else:
+            targets[-1] = stored.labels[example]
+
+    def padding(self, batch_size: int = 8) -> float:
+        """Share of padding in batches in the order of training, by the beginning of an epoch."""
+        number = min(len(self), BUCKET)
+        lengths = self.lengths[self.order(np.arange(number), 0, shuffle=True)]
+        batches = [lengths[begin : begin + batch_size] for begin in range(0, number, batch_size)]
+        return 1 - lengths.sum() / sum(len(b) * padded(int(b.max()), self.sequence_length) for b in batches)
+
+
+def no_target(dtype: np.dtype) -> int:
+    """What stands for IGNORE among stored targets."""
+    return int(np.iinfo(dtype).max)

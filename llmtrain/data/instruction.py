@@ -1,0 +1,167 @@
+"""Instructions and conversations: what a model learns is what to answer."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
+
+import numpy as np
+
+from llmtrain.checks import did_you_mean
+from llmtrain.data import IGNORE
+from llmtrain.data.example_data import Encoded, ExampleData, Item
+from llmtrain.data.records import Record, shown
+from llmtrain.data.templates import OWN, Message, PartEncoder, Template, find_template, parse_template
+from llmtrain.tokenizer import Tokenizer
+
+MESSAGES = ("messages", "conversations")  # columns that hold a conversation, if no other is named
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
+KNOWN_ROLES = ("system", "user", "assistant", "tool")
+
+
+class TrainOn(Enum):
+    """Which tokens are targets."""
+
+    responses = "those of every response, and what ends it"
+    last = "those of the last response"
+    all = "all"
+
+
+@dataclass(frozen=True)
+class Instruction(ExampleData[list[Message]]):
+    """A record is a conversation; its columns say in which form.
+
+    ``instruction``, ``input`` (may be missing) and ``output``, as Alpaca has them; ``messages`` or ``conversations``, a
+    list of ``{role, content}`` or ``{from, value}``; ``prompt`` and ``completion``.  It becomes text by a template, as
+    :mod:`llmtrain.data.templates` describes.
+    """
+
+    instruction_column: str
+    input_column: str
+    output_column: str
+    messages_column: str | None
+    prompt_column: str
+    completion_column: str
+    template: str
+    system: str | None
+    train_on: TrainOn
+    pack: bool
+
+    gives = "responses"
+    cut_words: ClassVar[str] = "what is beyond was cut off"
+    dropped_words: ClassVar[str] = "nothing of a response was left"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.template != OWN:
+            parse_template(self.template)
+
+    @property
+    def packs(self) -> bool:
+        return self.pack
+
+    # --- a record ---------------------------------------------------------------------------------------------------
+
+    def read(self, record: Record) -> Item[list[Message]]:
+        messages = self.messages(record)
+        while messages and messages[-1].role != "assistant":
+            messages.pop()  # what nobody answers teaches nothing
+        answers = [message.content for message in messages if message.role == "assistant"]
+        if self.train_on is TrainOn.last:
+            answers = answers[-1:]
+        if not any(answer.strip() for answer in answers):
+            what = "its response is empty" if answers else "there is no response in it"
+            raise ValueError(f"{record.origin}: {what}: every target would be masked; remove it, or fill it in")
+        return Item(messages, tuple(text for message in messages for text in message))
+
+    def messages(self, record: Record) -> list[Message]:
+        """The conversation in ``record``.  Raises ValueError, naming file and line, if it has no known form."""
+        columns = record.values
+        names = MESSAGES if self.messages_column is None else (self.messages_column,)
+        if found := [name for name in names if columns.get(name) is not None]:
+            return _conversation(columns[found[0]], f"{record.origin}: {found[0]}")
+        if columns.get(self.prompt_column) is not None:
+            prompt = record.text(self.prompt_column, "prompt_column")
+            answer = record.text(self.completion_column, "completion_column")
+            return [Message("user", prompt), Message("assistant", answer)]
+        if columns.get(self.instruction_column) is not None:
+            instruction = record.text(self.instruction_column, "instruction_column")
+            has_input = columns.get(self.input_column) is not None
+            more = record.text(self.input_column, "input_column") if has_input else ""
+            answer = record.text(self.output_column, "output_column")
+            return [Message("user", instruction, more), Message("assistant", answer)]
+        wanted = [*names, self.prompt_column, self.instruction_column]
+        near = next((hint for name in columns if (hint := did_you_mean(name, wanted))), "")
+        raise ValueError(
+            f"{record.origin}: there is none of the columns {', '.join(wanted)}{near}; there are "
+            f"{', '.join(columns) or 'none'}; name those that hold the texts: data.instruction_column=… "
+            "data.output_column=…, data.messages_column=…, or data.prompt_column=… data.completion_column=…"
+        )
+
+    # --- its ids ----------------------------------------------------------------------------------------------------
+
+    def find_template(self, tokenizer: Tokenizer) -> Template:
+        """The template, as training and chat use it.  Raises ValueError if there is none of that name."""
+        return find_template(self.template, tokenizer, system=self.system)
+
+    def encoder(self, tokenizer: Tokenizer) -> Callable[[list[Message]], Encoded]:
+        template, encode_parts = self.find_template(tokenizer), PartEncoder(tokenizer)
+
+        def encode(messages: list[Message]) -> Encoded:
+            last = [len(messages) - 1] if self.train_on is TrainOn.last else None
+            ids, wanted = encode_parts(template.render(messages, trained=last))
+            if self.train_on is TrainOn.all:
+                wanted = np.where(wanted == IGNORE, ids, wanted)
+            inputs, targets = ids[:-1], wanted[1:]
+            is_cut = len(inputs) > self.sequence_length
+            inputs, targets = inputs[: self.sequence_length], targets[: self.sequence_length]
+            if (targets == IGNORE).all():  # what is taught was cut off
+                inputs = inputs[:0]
+            return Encoded(inputs, targets, is_cut)
+
+        return encode
+
+    def settings(self, tokenizer: Tokenizer) -> list[Any]:
+        return [
+            self.instruction_column, self.input_column, self.output_column, self.messages_column, self.prompt_column,
+            self.completion_column, self.template, self.system, self.train_on.name,
+            tokenizer.chat_template if self.template == OWN else None,
+        ]  # fmt: skip
+
+    def remarks(self, tokenizer: Tokenizer) -> list[str]:
+        missing = self.find_template(tokenizer).spelled_out(tokenizer)
+        if not missing:
+            return []
+        return [
+            f"data.template={self.template}: the tokenizer has no {', '.join(missing)}, so "
+            f"{'it is' if len(missing) == 1 else 'they are'} spelled out as text, several tokens each"
+        ]
+
+
+def _conversation(value: Any, origin: str) -> list[Message]:
+    """Messages as OpenAI (role, content) or ShareGPT (from, value) write them."""
+    if not isinstance(value, list):
+        raise ValueError(f"{origin} is {shown(value)}, where a list of messages is needed")
+    return [_message(each, f"{origin}[{number}]") for number, each in enumerate(value)]
+
+
+def _message(value: Any, origin: str) -> Message:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{origin} is {shown(value)}, where an object is needed, {{role, content}} or {{from, value}}")
+    for role_key, content_key in (("role", "content"), ("from", "value")):
+        if role_key in value and content_key in value:
+            break
+    else:
+        raise ValueError(
+            f"{origin} has {', '.join(map(str, value)) or 'nothing'}, where {{role, content}} or {{from, value}} is "
+            "needed"
+        )
+    role, content = value[role_key], value[content_key]
+    if not isinstance(content, str):
+        raise ValueError(f"{origin}.{content_key} is {shown(content)}, where a text is needed")
+    if not isinstance(role, str) or ROLES.get(role, role) not in KNOWN_ROLES:
+        raise ValueError(
+            f"{origin}.{role_key} is {role!r}{did_you_mean(str(role), [*KNOWN_ROLES, *ROLES])}; there are "
+            f"{', '.join([*KNOWN_ROLES, *ROLES])}"
+        )
+    return Message(ROLES.get(role, role), content)

@@ -1,0 +1,137 @@
+"""Texts with labels: what kind of text each is, is what a model learns to tell."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
+
+import numpy as np
+
+from llmtrain.data.example_data import Encoded, ExampleData, Item
+from llmtrain.data.records import Record, shown
+from llmtrain.tokenizer import Tokenizer
+
+SEPARATOR = "|"  # between several labels in one value
+MOST_BITS = 62  # of a target that stands for several labels
+
+
+class Balance(Enum):
+    """What is done about labels that are more frequent than others."""
+
+    none = "nothing"
+    undersample = "examples of the more frequent ones are left out of training"
+    weights = "the objective counts those of rare labels more"
+
+
+@dataclass(frozen=True)
+class Labelled(ExampleData[str]):
+    """A record is a text and its label, or its labels with ``multi_label``.
+
+    With ``append_end_of_text`` every text is followed by the token that ends one, and the class is read there.  In a
+    causal model only the last token has seen the whole text; so it is the same one everywhere, whether a text was cut
+    or not, and not whatever word a text happens to end with.
+    """
+
+    text_column: str
+    label_column: str
+    labels: list[str] | None
+    multi_label: bool
+    balance: Balance
+    append_end_of_text: bool
+
+    gives = "labels"
+    noun: ClassVar[str] = "text"
+    has_labels: ClassVar[bool] = True
+    cut_words: ClassVar[str] = "only their beginnings are read"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.labels is not None:
+            if len(set(self.labels)) < len(self.labels) or not self.labels:
+                raise ValueError(f"labels={self.labels}: must name each class once; null takes those found")
+            self._check_number(self.labels)
+        if self.multi_label and self.balance is Balance.undersample:
+            raise ValueError("balance=undersample: a text of several labels cannot be left out for one; take weights")
+        least = 1 + self.append_end_of_text
+        if self.sequence_length < least:
+            raise ValueError(f"sequence_length={self.sequence_length}: must be at least {least}, with a token of text")
+
+    # --- a record ---------------------------------------------------------------------------------------------------
+
+    def read(self, record: Record) -> Item[str]:
+        text = record.text(self.text_column, "text_column")
+        if not text.strip():
+            raise ValueError(f"{record.origin}: {self.text_column} is empty; remove the line, or fill it in")
+        value = record.value(self.label_column, "label_column")
+        labels = self._several(value, record.origin) if self.multi_label else (self._one(value, record.origin),)
+        return Item(text, (text,), labels)
+
+    def _one(self, value: Any, origin: str) -> str:
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, str | int):
+            if not (label := str(value).strip()):
+                raise ValueError(f"{origin}: {self.label_column} is empty; remove the line, or fill it in")
+            return label
+        hint = "; with data.multi_label=true a text can have several" if isinstance(value, list) else ""
+        raise ValueError(f"{origin}: {self.label_column} is {shown(value)}, where a label is needed{hint}")
+
+    def _several(self, value: Any, origin: str) -> tuple[str, ...]:
+        if isinstance(value, str):
+            value = [part for part in value.split(SEPARATOR) if part.strip()]
+        elif not isinstance(value, list):
+            raise ValueError(
+                f"{origin}: {self.label_column} is {shown(value)}, where a list of labels is needed, or several with "
+                f"{SEPARATOR!r} between them"
+            )
+        return tuple(sorted({self._one(each, origin) for each in value}))
+
+    # --- its label --------------------------------------------------------------------------------------------------
+
+    @property
+    def fewest_labels(self) -> int:
+        return 1 if self.multi_label else 2
+
+    def undersamples(self) -> bool:
+        return self.balance is Balance.undersample
+
+    def name_labels(self, found: Sequence[str]) -> list[str]:
+        names = list(found) if self.labels is None else self.labels
+        self._check_number(names)
+        return names
+
+    def _check_number(self, names: Sequence[str]) -> None:
+        if self.multi_label and len(names) > MOST_BITS:
+            raise ValueError(
+                f"multi_label=true: {len(names)} labels, and at most {MOST_BITS} have room in a target; drop rare ones"
+            )
+
+    def label_of(self, names: Sequence[str], numbers: dict[str, int]) -> int:
+        if self.multi_label:
+            return sum(1 << numbers[name] for name in names)
+        return super().label_of(names, numbers)
+
+    def count(self, targets: np.ndarray, classes: int) -> tuple[int, ...]:
+        if not self.multi_label:
+            return super().count(targets, classes)
+        return tuple(int((targets >> bit & 1).sum()) for bit in range(classes))
+
+    # --- its ids ----------------------------------------------------------------------------------------------------
+
+    def encoder(self, tokenizer: Tokenizer) -> Callable[[str], Encoded]:
+        begin = [] if tokenizer.bos is None else [tokenizer.bos]
+        end = [tokenizer.end_of_text] if self.append_end_of_text else []
+        room = self.sequence_length - len(begin) - len(end)
+        before, behind = np.array(begin, np.uint32), np.array(end, np.uint32)
+
+        def encode(text: str) -> Encoded:
+            ids = tokenizer.encode(text)
+            return Encoded(np.concatenate([before, ids[:room], behind]), None, len(ids) > room)
+
+        return encode
+
+    def settings(self, tokenizer: Tokenizer) -> list[Any]:
+        return [
+            self.text_column, self.label_column, self.labels, self.multi_label, self.undersamples(),
+            self.append_end_of_text,
+        ]  # fmt: skip
