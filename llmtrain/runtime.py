@@ -6,6 +6,7 @@ Importing this module does not import torch: :func:`prepare_process` has to come
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import sys
@@ -194,19 +195,26 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         for key, flops in DATASHEET_BF16.items():
             if key in name:
                 return flops
+    return _measured_flops(device, dtype, torch.get_num_threads(), torch.get_float32_matmul_precision())
+
+
+@functools.cache
+def _measured_flops(device: torch.device, dtype: torch.dtype, num_threads: int, float32_precision: str) -> float:
+    """As :func:`measure_matmul_flops` finds it, once in a process: a later run need not wait for it again."""
     return measure_matmul_flops(device, dtype)
 
 
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of a few matrix products; some tens of milliseconds."""
+    """FLOP/s of the fastest of a few matrix products; tens of milliseconds, or the time of two on a slow device."""
     import torch
 
     m, k, n = (8192, 8192, 8192) if device.type == "cuda" else (2048, 1024, 4096)
     generator = torch.Generator(device).manual_seed(0)  # zeros would run faster than data does
     a = torch.randn(m, k, device=device, generator=generator).to(dtype)
     b = torch.randn(k, n, device=device, generator=generator).to(dtype)
-    seconds = []
-    for _ in range(8):
+    a[: m // 16] @ b  # what is done but once, such as choosing a kernel, takes no more time for a large product
+    seconds: list[float] = []
+    while len(seconds) < 2 or (len(seconds) < 8 and sum(seconds) < 0.2):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
@@ -214,7 +222,7 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return 2 * m * k * n / min(seconds[1:])
+    return 2 * m * k * n / min(seconds)
 
 
 def describe_environment(device: torch.device, command: list[str]) -> dict[str, Any]:
