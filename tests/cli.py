@@ -1,14 +1,19 @@
 """Running the real command line in tests."""
 
+import atexit
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from launcher import Launcher
 from safetensors.torch import load_file
 
 TINY = (
@@ -17,17 +22,48 @@ TINY = (
 )  # fmt: skip
 
 
-def llmtrain(*arguments: str, cwd: Path, check: int | None = 0, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own."""
-    command = [sys.executable, "-m", "llmtrain", *arguments]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **options)
+def llmtrain(
+    *arguments: str,
+    cwd: Path,
+    check: int | None = 0,
+    env: Mapping[str, str] | None = None,
+    file_bytes: int | None = None,
+    fresh: bool = False,
+) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own, which :mod:`launcher` forks: starting Python and torch takes seconds.
+
+    ``env`` is added to the environment, ``file_bytes`` limits the length of files that it writes.  ``fresh``: in a
+    process that has imported nothing, as a user starts it.
+    """
+    if fresh or sys.platform != "linux":
+        assert file_bytes is None
+        command = [sys.executable, "-m", "llmtrain", *arguments]
+        environment = os.environ | dict(env or {})
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    else:
+        victim = launcher().start(*arguments, cwd=cwd, environment=env, file_bytes=file_bytes, apart=True)
+        victim.wait(seconds=300)
+        output, errors = victim.output.read_text(), victim.errors.read_text()
+        done = subprocess.CompletedProcess(arguments, victim.returncode, output, errors)
+        victim.output.unlink()
+        victim.errors.unlink()
     if check is not None:
         assert done.returncode == check, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 
+@functools.cache
+def launcher() -> Launcher:
+    """The one of this process, which ends with it."""
+    folder = Path(tempfile.mkdtemp(prefix="llmtrain-tests-"))
+    started = Launcher(folder)
+    atexit.register(shutil.rmtree, folder)
+    atexit.register(started.close)
+    return started
+
+
 def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    """Start the command and go on."""
+    """Start the command, as a user does, and go on."""
     command = [sys.executable, "-m", "llmtrain", *arguments]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -1,23 +1,42 @@
 """Fixtures that every part uses: nothing of the user's machine is touched, GPU tests skip without a GPU."""
 
+import gc
+import os
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported, as llmtrain.runtime.prepare_process does: threads that wait for one another soon go to
+# sleep.  Workers of pytest -n that spin on the same cores are many times slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
 import torch
 
 TEXT = Path(__file__).parent.parent / "data"
+CORES = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 2)  # what tests may use at most
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One cache of data and of compiled code for the test session, not the user's."""
+    folder = tmp_path_factory.getbasetemp()
+    cache = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cache"
+    os.environ["LLMTRAIN_CACHE"] = str(cache)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "compiled")
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One data cache for the test session, not the user's."""
-    monkeypatch.setenv("LLMTRAIN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def share_of_the_cores() -> None:
+    """All workers together have as many threads as there are cores; what needs two threads says so."""
+    torch.set_num_threads(max(CORES // WORKERS, 1))
 
 
-@pytest.fixture(autouse=True)
-def two_threads() -> None:
-    """As many threads as the continuous integration has cores."""
-    torch.set_num_threads(2)
+def pytest_collection_finish() -> None:
+    """What was imported is there to stay: looking through it for garbage, again and again, would take a fifth of a
+    second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import time
@@ -151,11 +150,7 @@ TEXT = ("data=text", "data.path=text.txt", "data.cache_dir=cache")
 
 def test_a_full_disk(tmp_path: Path) -> None:
     write_text(tmp_path, 5000)
-
-    def no_room() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, 1 << 18))
-
-    done = llmtrain("train", *QUICK, *TEXT, cwd=tmp_path, check=2, preexec_fn=no_room)
+    done = llmtrain("train", *QUICK, *TEXT, cwd=tmp_path, check=2, file_bytes=1 << 18)
     (message,) = [line for line in done.stderr.splitlines() if line.startswith("llmtrain: ")]
     assert message == (
         "llmtrain: data.cache_dir=cache: File too large; name a writable place with room: data.cache_dir=DIR"

@@ -20,10 +20,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(server: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(server: Launcher) -> Path:
     """The run that all disturbed ones are compared with."""
-    cache = {"LLMTRAIN_CACHE": str(tmp_path_factory.getbasetemp() / "cache")}
-    server.run("train", *STANDARD, "run_dir=whole", environment=cache)
+    server.run("train", *STANDARD, "run_dir=whole")
     return server.folder / "whole"
 
 

@@ -14,7 +14,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
-PRELUDE = "from power import install; install({folder!r}, at={at}, seed={seed!r})"
+PRELUDE = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from power import install
+del sys.path[0]
+install({{folder!r}}, at={{at}}, seed={{seed!r}})
+"""
 
 
 def install(folder: str, *, at: int, seed: str) -> None:

@@ -24,11 +24,10 @@ from llmtrain.storage import CheckpointError, verify_checkpoint
 
 
 @pytest.fixture(scope="session")
-def interrupted(server: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def interrupted(server: Launcher) -> Path:
     """A run of which half is done, with checkpoints of the steps 20, 30 and 40."""
-    cache = {"LLMTRAIN_CACHE": str(tmp_path_factory.getbasetemp() / "cache")}
     keep = ("checkpoint.every_steps=10", "checkpoint.keep_last=3", "checkpoint.before_evaluation=false")
-    server.run("train", *STANDARD, *keep, "loop.max_steps=40", "run_dir=half", environment=cache)
+    server.run("train", *STANDARD, *keep, "loop.max_steps=40", "run_dir=half")
     assert steps(server.folder / "half") == [20, 30, 40]
     return server.folder / "half"
 

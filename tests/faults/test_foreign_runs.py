@@ -93,10 +93,9 @@ BOTH = (
 
 
 @pytest.fixture(scope="session")
-def foreign(server: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def foreign(server: Launcher) -> Path:
     """A finished run, before anything is planted in it."""
-    cache = {"LLMTRAIN_CACHE": str(tmp_path_factory.getbasetemp() / "cache")}
-    server.run("train", *STANDARD, "loop.max_steps=4", "run_dir=foreign", environment=cache)
+    server.run("train", *STANDARD, "loop.max_steps=4", "run_dir=foreign")
     return server.folder / "foreign"
 
 

@@ -1,11 +1,15 @@
 """Starting the command line in a process of its own in milliseconds: a process that has imported everything forks.
 
-What is forked runs ``llmtrain.cli.main`` to the end of the interpreter, as ``python -m llmtrain`` does; only the
-imports, two seconds of them, are saved.  :class:`Launcher` and its server speak JSON, a packet a message.
+What is forked runs ``llmtrain.cli.main``, and what was to be done at the exit, as ``python -m llmtrain`` does; the
+imports, seconds of them, are saved, what else a process does but once, and taking it all apart in the end.
+:class:`Launcher` and its server speak JSON, a packet a message.  ``tests/test_launcher.py`` compares it with the
+command itself.
 """
 
+import atexit
 import ctypes
 import gc
+import io
 import json
 import os
 import resource
@@ -20,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 FOLDER = Path(__file__).parent
 PACKET_BYTES = 1 << 17
@@ -33,6 +37,7 @@ class Victim:
 
     arguments: tuple[str, ...]
     output: Path  # what it wrote, to stdout and stderr
+    errors: Path  # what it wrote to stderr: the same file, unless told apart
     pid: int = 0
     returncode: int | None = None  # as of subprocess: negative for the signal that ended it
     began: threading.Event = field(default_factory=threading.Event)
@@ -91,7 +96,8 @@ class Victim:
 class Launcher:
     """Starts victims in ``folder`` unless told otherwise; those that still run end with it.  A context manager.
 
-    ``wrapper`` is a command that runs the server, such as ``unshare``.
+    What they write goes to files in ``folder`` as well.  ``wrapper`` is a command that runs the server, such as
+    ``unshare``.
     """
 
     def __init__(
@@ -123,22 +129,27 @@ class Launcher:
         environment: Mapping[str, str] | None = None,
         file_bytes: int | None = None,
         prelude: str = "",
+        apart: bool = False,
     ) -> Victim:
         """Start the command line with ``arguments``.
 
         ``environment`` is added to that of this process, ``file_bytes`` limits the length of files that it writes,
-        ``prelude`` is Python that runs before.
+        ``prelude`` is Python that runs before.  ``apart``: stderr has a file of its own.
         """
         assert self.ready.wait(120), "the launcher does not get ready"
+        assert self.process.poll() is None, f"the launcher ended with {self.process.returncode}"
         with self._lock:
             self._outputs += 1
-            victim = Victim(arguments, self.folder / f"output-{self._outputs}.txt")
-            victim.output.touch()
+            output = self.folder / f"output-{self._outputs}.txt"
+            errors = self.folder / f"errors-{self._outputs}.txt" if apart else output
+            victim = Victim(arguments, output, errors)
+            output.touch()
+            errors.touch()
             self._starting.append(victim)
             request = {
-                "arguments": list(arguments), "cwd": str(cwd or self.folder), "output": str(victim.output.absolute()),
-                "environment": {**os.environ, **self.environment, **(environment or {})}, "file_bytes": file_bytes,
-                "prelude": prelude,
+                "arguments": list(arguments), "cwd": str(cwd or self.folder), "output": str(output.absolute()),
+                "errors": str(errors.absolute()), "file_bytes": file_bytes, "prelude": prelude,
+                "environment": {**os.environ, **self.environment, **(environment or {})},
             }  # fmt: skip
             packet = json.dumps(request).encode()
             assert len(packet) < PACKET_BYTES
@@ -186,20 +197,23 @@ class Launcher:
 
 
 def serve(channel: socket.socket) -> int:
-    """Fork a victim for each request until the channel is closed.  In a victim, returns its exit status."""
+    """Fork a victim for each request until the channel is closed."""
     from llmtrain.runtime import prepare_process
 
     prepare_process()
     import torch._dynamo  # torch imports it on the way, a second of it
 
     import llmtrain.commands.generate
+    import llmtrain.commands.plan
     import llmtrain.commands.report
     import llmtrain.commands.resume
     import llmtrain.commands.train
+    import llmtrain.commands.verify
     import llmtrain.report.curves
     import llmtrain.run
     import llmtrain.sweep  # noqa: F401
 
+    warm_up()
     assert torch.tensor(1.0).item() == 1.0
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads must not fork"  # noqa: PTH208
     gc.freeze()
@@ -222,11 +236,31 @@ def serve(channel: socket.socket) -> int:
                 channel.close()
                 for inherited in pids:
                     os.close(inherited)
-                return become_victim(json.loads(packet))
+                become_victim(json.loads(packet))
             descriptor = os.pidfd_open(pid)
             pids[descriptor] = pid
             poll.register(descriptor, select.POLLIN)
             tell(channel, pid=pid)
+
+
+def warm_up() -> None:
+    """What a process does but once: look for Hydra's plug-ins and for fonts, measure what the processor can do."""
+    import torch
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from llmtrain import config
+    from llmtrain.runtime import peak_flops
+
+    config.compose("train", [])
+    figure = Figure(layout="constrained")
+    figure.subplots().set_title("bold", weight="bold")
+    FigureCanvasAgg(figure).print_png(io.BytesIO())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # with more there would be threads, and a process with threads must not fork
+    for dtype in (torch.bfloat16, torch.float32):
+        peak_flops(torch.device("cpu"), dtype)
+    torch.set_num_threads(threads)
 
 
 def tell(channel: socket.socket, **message: Any) -> None:
@@ -237,8 +271,8 @@ def tell(channel: socket.socket, **message: Any) -> None:
         return
 
 
-def become_victim(request: dict[str, Any]) -> int:
-    """Run the command line as requested; returns its exit status."""
+def become_victim(request: dict[str, Any]) -> NoReturn:
+    """Run the command line as requested, and end with its exit status."""
     from llmtrain.cli import main
 
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # not to outlive the launcher
@@ -246,17 +280,23 @@ def become_victim(request: dict[str, Any]) -> int:
     os.environ.update(request["environment"])
     nothing = os.open(os.devnull, os.O_RDONLY)
     output = os.open(request["output"], os.O_WRONLY | os.O_APPEND)
-    for source, target in ((nothing, 0), (output, 1), (output, 2)):
+    errors = os.open(request["errors"], os.O_WRONLY | os.O_APPEND)
+    for source, target in ((nothing, 0), (output, 1), (errors, 2)):
         os.dup2(source, target)
-    os.close(nothing)
-    os.close(output)
+        os.close(source)
     exec(request["prelude"], {})
     os.chdir(request["cwd"])
-    sys.path[0] = ""  # as with python -m
+    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:1] = ["", *(folder for folder in folders if folder and folder not in sys.path)]  # as with python -m
     if request["file_bytes"] is not None:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"], hard))
-    return main(request["arguments"])
+    status = main(request["arguments"])
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
