@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,17 @@ CPU = torch.device("cpu")
 FP16 = ("precision=fp16", "precision.initial_scale=65536")
 
 
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of four steps that has kept every checkpoint.  To be copied, not touched."""
+    folder = tmp_path_factory.mktemp("made")
     every = ("checkpoint.every_steps=1", "checkpoint.keep_last=0", "loop.max_steps=4", "loop.sample_every=2")
-    return Run.compose(*TINY, *FP16, *every, "loop.sample_tokens=5", f"run_dir={tmp_path / 'run'}").train().run_dir
+    return Run.compose(*TINY, *FP16, *every, "loop.sample_tokens=5", f"run_dir={folder / 'run'}").train().run_dir
+
+
+@pytest.fixture
+def run_dir(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "run"))
 
 
 def stored(run_dir: Path) -> Run:

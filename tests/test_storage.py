@@ -180,29 +180,29 @@ def test_atomic_text(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+# One that has imported torch makes the writers, each of which is killed a little later in its life.
+WRITERS = """
+import itertools, os, signal, sys, time
+from pathlib import Path
+import torch
+from llmtrain.storage import write_checkpoint
+weights = {"w": torch.zeros(500_000)}
+for attempt in range(8):
+    if (writer := os.fork()) == 0:
+        for i in itertools.count():
+            path = Path(sys.argv[1], str(attempt), f"step-{i:08d}")
+            write_checkpoint(path, model=weights, optimizer=weights, state={"step": i}, config="x")
+    time.sleep(0.01 + 0.02 * attempt)
+    os.kill(writer, signal.SIGKILL)
+    print(os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]))
+"""
+
+
 @pytest.mark.slow
 def test_killed_writers_leave_whole_checkpoints(tmp_path: Path) -> None:
     """SIGKILL at arbitrary moments: whatever is named a checkpoint verifies."""
-    program = (
-        "import sys, torch, itertools; from pathlib import Path; from llmtrain.storage import write_checkpoint\n"
-        "w = {'w': torch.zeros(500_000)}; print('ready', flush=True)\n"
-        "for i in itertools.count():\n"
-        "    path = Path(sys.argv[1]) / f'step-{i:08d}'\n"
-        "    write_checkpoint(path, model=w, optimizer=w, state={'step': i}, config='x')\n"
-    )
-    process = None
-    for attempt in range(8):
-        folder = tmp_path / str(attempt)
-        process = subprocess.Popen([sys.executable, "-c", program, str(folder)], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        process.stdout.readline()
-        try:
-            process.wait(timeout=0.01 + 0.02 * attempt)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        process.wait()
-        process.stdout.close()
-        for path in folder.glob("step-*") if folder.exists() else ():
-            verify_checkpoint(path)
-    assert process is not None
+    done = subprocess.run([sys.executable, "-c", WRITERS, str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, [str(-signal.SIGKILL)] * 8), done.stderr
+    for path in tmp_path.rglob("step-*"):
+        verify_checkpoint(path)
     assert any(tmp_path.rglob("step-*"))

@@ -1,5 +1,6 @@
 """plan, generate and report through the command line."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,20 @@ from llmtrain.cli import main, quoted
 from llmtrain.storage import CONFIG, MODEL, OPTIMIZER, locate_checkpoint, read_state, read_tensors, write_checkpoint
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of three steps.  To be copied, not touched."""
+    run_dir = tmp_path_factory.mktemp("made") / "run"
+    return Run.compose(*TINY, "loop.max_steps=3", "loop.eval_every=2", f"run_dir={run_dir}").train().run_dir
+
+
 @pytest.fixture
-def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def run_dir(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    return Run.compose(*TINY, "loop.max_steps=3", "loop.eval_every=2", f"run_dir={tmp_path / 'run'}").train().run_dir
+    return Path(shutil.copytree(made, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_plan_of_a_large_model_allocates_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     import resource
 

@@ -93,6 +93,7 @@ QUICK = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_kill_on_the_ladder_changes_nothing(tmp_path: Path) -> None:
     """Resumed from the checkpoints before, between and after the refusals: the same decisions, the same bits."""
     run = train(tmp_path / "whole", planted(TEXT[: 100 * STEP], spike=range(50, 60)), *QUICK, "loop.max_steps=64")
@@ -105,6 +106,7 @@ def test_a_kill_on_the_ladder_changes_nothing(tmp_path: Path) -> None:
         assert_same_end(run, copy)
 
 
+@pytest.mark.slow
 def test_going_back(tmp_path: Path) -> None:
     """A rate that throws the model off: back to a checkpoint, on with other data, at last at a lower rate."""
     more = ("recovery.max_skips=1", "recovery.rollback_after=4", "recovery.lower_rate_at=1",
