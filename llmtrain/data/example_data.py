@@ -227,15 +227,20 @@ class ExampleData(DataConfig, Generic[T]):
         lengths = f"{train.tokens:,} tokens{rows}, the longest {entry.train.lengths.max()}"
         description = f"{self.path}, {number}{held_out}, {lengths}, about {percent(train.padding())} padding"
         labels = entry.index.labels
+        counts = self.count(entry.train.labels, len(labels)) if labels else ()
         return Corpus(
             train, validation, description, entry.folder.name + ("-packed" if self.packs else ""),
-            labels=tuple(labels), label_counts=self.count(entry.train.labels, len(labels)) if labels else (),
+            labels=tuple(labels), label_counts=counts, class_weights=self.class_weights(counts),
             notes=(*entry.index.notes, *remarks),
         )  # fmt: skip
 
     def count(self, targets: np.ndarray, classes: int) -> tuple[int, ...]:
         """Examples of each class."""
         return tuple(np.bincount(targets, minlength=classes).tolist())
+
+    def class_weights(self, counts: Sequence[int]) -> tuple[float, ...]:
+        """What an example of each class counts in the loss; (): all the same."""
+        return ()
 
 
 class Preparation(Generic[T]):

@@ -116,6 +116,13 @@ class Labelled(ExampleData[str]):
             return super().count(targets, classes)
         return tuple(int((targets >> bit & 1).sum()) for bit in range(classes))
 
+    def class_weights(self, counts: Sequence[int]) -> tuple[float, ...]:
+        """``balance=weights``: the rarer, the more; 1 on average over the training texts."""
+        if self.balance is not Balance.weights:
+            return ()
+        total = sum(counts)
+        return tuple(total / (len(counts) * max(number, 1)) for number in counts)
+
     # --- its ids ----------------------------------------------------------------------------------------------------
 
     def encoder(self, tokenizer: Tokenizer) -> Callable[[str], Encoded]:

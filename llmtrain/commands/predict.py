@@ -1,0 +1,211 @@
+"""``llmtrain predict RUN``: classes and their probabilities for a text, or for each row of a file."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from llmtrain.checks import positive
+from llmtrain.commands import FINISHED, Invocation
+from llmtrain.data import padded
+from llmtrain.data.labelled import Labelled
+from llmtrain.data.records import Reader, Record, find_records
+from llmtrain.format import percent, visible
+from llmtrain.objective.classification import Classification
+from llmtrain.run import Run, Trained
+from llmtrain.runtime import Device, Runtime
+from llmtrain.storage import locate_checkpoint, written_whole
+
+WINDOW = 64  # batches that are read ahead, so that texts of like length go together
+FORMATS = (".jsonl", ".csv")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Predict:
+    """The settings of ``conf/predict.yaml``."""
+
+    text: str | None
+    file: str | None
+    text_column: str | None
+    output: str | None
+    threshold: float
+    batch_size: int
+    base: str | None
+    device: Device
+    plugins: list[str]
+
+    def __post_init__(self) -> None:
+        positive(batch_size=self.batch_size)
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold={self.threshold:g}: a probability, above 0 and below 1")
+        if (self.text is None) == (self.file is None):
+            raise ValueError('text=null and file=null: give one of them, as in text="…" or file=messages.csv')
+        if self.output is not None:
+            if self.file is None:
+                raise ValueError(f"output={self.output}: is for file=…; the classes of one text are printed")
+            path = Path(self.output)
+            if path.suffix not in FORMATS:
+                raise ValueError(f"output={self.output}: the name has to end in {' or '.join(FORMATS)}")
+            if not path.absolute().parent.is_dir():
+                raise ValueError(f"output={self.output}: there is no directory {path.absolute().parent}")
+
+
+def main(settings: Predict, invocation: Invocation) -> int:
+    """Print the classes of one text; or write a row for each of a file's, into ``output`` or to standard output."""
+    checkpoint = locate_checkpoint(invocation.targets[0])
+    runtime = Runtime.for_inference(settings.device)
+    with Run.load_trained(checkpoint, runtime, base=settings.base, plugins=settings.plugins) as trained:
+        predictor = Predictor.of(trained, settings.threshold)
+        if settings.text is not None:
+            show(predictor, settings.text)
+        else:
+            predict_file(predictor, settings)
+    return FINISHED
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model that tells classes apart, and what belongs to it."""
+
+    trained: Trained
+    data: Labelled
+    objective: Classification
+    labels: tuple[str, ...]
+    threshold: float  # of several labels a text: from which probability on one is given
+
+    @classmethod
+    def of(cls, trained: Trained, threshold: float) -> "Predictor":
+        """Raises ValueError for a run that was not trained to tell classes apart."""
+        run = trained.run
+        if not isinstance(run.objective, Classification) or not isinstance(run.data, Labelled):
+            raise ValueError(
+                f"{visible(run.name)}: this run was not trained to tell classes apart (objective=classification); "
+                "llmtrain generate and llmtrain chat use what other runs have learnt"
+            )
+        return cls(trained, run.data, run.objective, tuple(trained.state.labels), threshold)
+
+    def probabilities(self, texts: Sequence[str]) -> torch.Tensor:
+        """Of each class ``(texts, classes)``, fp32, on the host; all texts at once."""
+        encode = self.data.encoder(self.trained.tokenizer)
+        ids = [encode(text).inputs for text in texts]
+        width = padded(max(map(len, ids)), self.data.sequence_length)
+        inputs = np.zeros((len(ids), width), np.int64)
+        for row, of_text in zip(inputs, ids, strict=True):
+            row[: len(of_text)] = of_text
+        last = torch.tensor([len(of_text) - 1 for of_text in ids], device=self.trained.device)
+        with torch.no_grad(), self.trained.precision.autocast():
+            found = self.objective.probabilities(
+                self.trained.model, torch.from_numpy(inputs).to(self.trained.device), last
+            )
+        return found.float().cpu()
+
+    def decide(self, probabilities: Sequence[float]) -> list[str]:
+        """The likeliest class; of several labels a text those from the threshold on."""
+        if self.objective.multi_label:
+            return [label for label, p in zip(self.labels, probabilities, strict=True) if p >= self.threshold]
+        return [self.labels[int(np.argmax(probabilities))]]
+
+
+def show(predictor: Predictor, text: str) -> None:
+    """Print the classes of ``text``, the likeliest first."""
+    if not text.strip():
+        raise ValueError(f"text={text!r}: there is nothing in it")
+    found = predictor.probabilities([text])[0].tolist()
+    decided = predictor.decide(found)
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    for label, p in sorted(zip(predictor.labels, found, strict=True), key=lambda pair: -pair[1]):
+        table.add_row(Text(visible(label), style="bold" if label in decided else "dim"), f"{p:.4f}")
+    Console(highlight=False).print(table)
+
+
+def predict_file(predictor: Predictor, settings: Predict) -> None:
+    """A row for each of the file's, in its order; where it has labels, how many were found is told at the end."""
+    assert settings.file is not None
+    column = settings.text_column or predictor.data.text_column
+    key = "text_column"
+    reader = Reader()
+    records = (record for path in find_records(settings.file, "file") for record in reader.read(path))
+    right = judged = total = 0
+    with writer(settings.output, predictor.labels) as write:
+        for window in batched(records, WINDOW * settings.batch_size):
+            texts = [record.text(column, key) for record in window]
+            for record, text in zip(window, texts, strict=True):
+                if not text.strip():
+                    raise ValueError(f"{record.origin}: the text is empty")
+            probabilities: dict[int, list[float]] = {}
+            for rows in batched(sorted(range(len(texts)), key=lambda row: len(texts[row])), settings.batch_size):
+                found = predictor.probabilities([texts[row] for row in rows])
+                probabilities |= dict(zip(rows, found.tolist(), strict=True))
+            for row, record in enumerate(window):
+                decided = predictor.decide(probabilities[row])
+                write(record, decided, dict(zip(predictor.labels, probabilities[row], strict=True)))
+                truth = true_labels(predictor, record)
+                judged += truth is not None
+                right += truth is not None and set(truth) == set(decided)
+                total += 1
+    message = f"{total:,} texts"
+    if judged:
+        message += f", {percent(right / judged)} of the {judged:,} with a label as it says"
+    print(message + ("" if settings.output is None else f"; written to {settings.output}"), file=sys.stderr)
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """``items`` in lists of ``size``, the last may be shorter."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def true_labels(predictor: Predictor, record: Record) -> list[str] | None:
+    """The labels of a record as in training; None where it has none that are known."""
+    if predictor.data.label_column not in record.values:
+        return None
+    labels = list(predictor.data.read(record).labels)
+    return labels if set(labels) <= set(predictor.labels) else None
+
+
+@contextmanager
+def writer(output: str | None, labels: Sequence[str]) -> Iterator[Any]:
+    """A function that writes a row; a file is there under its name once it is whole."""
+    if output is None:
+        yield _jsonl(sys.stdout)
+        return
+    path = Path(output)
+    with written_whole(path) as file:
+        yield _jsonl(file) if path.suffix == ".jsonl" else _csv(file, labels)
+
+
+def _jsonl(file: IO[str]) -> Any:
+    def write(record: Record, decided: list[str], probabilities: Mapping[str, float]) -> None:
+        label: Any = decided if len(decided) != 1 else decided[0]
+        rounded = {name: round(p, 6) for name, p in probabilities.items()}
+        row = {**record.values, "predicted": label, "probabilities": rounded}
+        file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+
+    return write
+
+
+def _csv(file: IO[str], labels: Sequence[str]) -> Any:
+    rows = csv.writer(file)
+    columns: list[str] = []
+
+    def write(record: Record, decided: list[str], probabilities: Mapping[str, float]) -> None:
+        if not columns:
+            columns.extend(record.values)
+            rows.writerow([*columns, "predicted", *(f"probability_{label}" for label in labels)])
+        kept = [record.values.get(column, "") for column in columns]
+        rows.writerow([*kept, "|".join(decided), *(f"{probabilities[label]:.6f}" for label in labels)])
+
+    return write

@@ -1,0 +1,191 @@
+"""``llmtrain predict``, chat and prompts from files, on runs trained by the command itself."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from llmtrain.cli import main
+from tests.cli import TINY, assert_same_end, cut_back, llmtrain, only_run, rows
+
+WORDS = {"fruit": ("aaa", "aba", "bab", "bbb"), "tool": ("xxx", "xyx", "yxy", "yyy")}
+
+
+def write_messages(path: Path, number: int = 160) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["label", "text"])
+        for index in range(number):
+            label = ("fruit", "tool")[index % 3 == 0]
+            names = WORDS[label]
+            writer.writerow([label, f"{names[index % 4]} {names[(index // 4) % 4]} {index}"])
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with messages, and a run that has learnt to tell them apart, its base beside it."""
+    folder = tmp_path_factory.mktemp("predict")
+    write_messages(folder / "messages.csv")
+    small = [setting for setting in TINY if not setting.startswith("data.")]
+    llmtrain("train", *small, "data.sequence_length=64", "loop.max_steps=20", "run_dir=base", cwd=folder)
+    llmtrain(
+        "train", *small, "data=labelled", "data.path=messages.csv", "objective=classification", "weights=checkpoint",
+        "weights.path=base", "lora=lora", "lora.rank=4", "data.sequence_length=64", "data.validation_fraction=0.25",
+        "loop.max_steps=60", "loop.eval_every=20", "loop.eval_batches=null", "checkpoint.every_steps=30",
+        "checkpoint.keep_last=0",
+        "optimizer.lr=1e-2", "run_dir=run", cwd=folder,
+    )  # fmt: skip
+    return folder
+
+
+def test_metrics_tell_accuracy_and_confusion(work: Path) -> None:
+    evaluations = [row for row in rows(work / "run") if "val_loss" in row]
+    last = evaluations[-1]
+    confusion = last["confusion"]
+    assert last["labels"] == ["fruit", "tool"]
+    assert last["accuracy"] == pytest.approx((confusion[0][0] + confusion[1][1]) / sum(map(sum, confusion)), abs=1e-6)
+    assert last["accuracy"] > 0.9
+    summary = json.loads((work / "run/summary.json").read_text())
+    assert summary["accuracy"] == last["accuracy"]
+    report = llmtrain("report", "run", cwd=work).stdout
+    assert "accuracy" in report
+    assert "true \\ predicted" in report
+
+
+def test_a_resumed_classifier_ends_on_the_same_bits_and_verifies(work: Path) -> None:
+    cut = cut_back(work / "run", 30, work / "cut")
+    llmtrain("resume", "cut", cwd=work)
+    assert_same_end(cut, work / "run")
+    assert "bit for bit" in llmtrain("verify", "run", cwd=work).stdout
+
+
+def test_a_text(work: Path) -> None:
+    output = llmtrain("predict", "run", "text=xxx yxy 7", cwd=work).stdout
+    first = output.splitlines()[0].split()
+    assert first[0] == "tool"
+    assert float(first[1]) > 0.5
+
+
+@pytest.mark.parametrize("output", ["found.csv", "found.jsonl"])
+def test_a_file(work: Path, output: str) -> None:
+    done = llmtrain("predict", "run", "file=messages.csv", f"output={output}", "batch_size=7", cwd=work)
+    assert "160 texts, " in done.stderr
+    if output.endswith(".csv"):
+        with (work / output).open(newline="") as file:
+            found = list(csv.DictReader(file))
+        sums = [float(row["probability_fruit"]) + float(row["probability_tool"]) for row in found]
+    else:
+        found = [json.loads(line) for line in (work / output).read_text().splitlines()]
+        sums = [sum(row["probabilities"].values()) for row in found]
+    with (work / "messages.csv").open(newline="") as file:
+        asked = list(csv.DictReader(file))
+    assert [row["text"] for row in found] == [row["text"] for row in asked]  # in their order
+    assert sums == pytest.approx([1.0] * 160, abs=1e-5)
+    right = sum(row["label"] == row["predicted"] for row in found) / 160
+    assert f"{100 * right:.1f}% of the 160" in done.stderr
+    assert right > 0.9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "text=null and file=null: give one of them"),
+        (("text=a", "file=messages.csv"), "give one of them"),
+        (("text= ",), "there is nothing in it"),
+        (("file=messages.csv", "output=found.txt"), "the name has to end in .jsonl or .csv"),
+        (("file=messages.csv", "text_column=txt"), "there is no column txt; did you mean text?"),
+        (("file=nothing.csv",), "nothing.csv"),
+        (("text=a", "threshold=2"), "threshold=2"),
+    ],
+)
+def test_errors(
+    work: Path, arguments: tuple[str, ...], message: str, capfd: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    monkeypatch.chdir(work)
+    assert main(["predict", "run", *arguments]) == 2
+    assert message in capfd.readouterr().err
+    assert not list(work.glob("found.txt*"))
+
+
+def test_a_run_of_another_kind(work: Path, capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.chdir(work)
+    assert main(["predict", "base", "text=a"]) == 2
+    assert "was not trained to tell classes apart" in capfd.readouterr().err
+    assert main(["chat", "base"]) == 2
+    assert "template=null: the run was not taught one" in capfd.readouterr().err
+
+
+def test_a_base_that_was_moved(work: Path, capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.chdir(work)
+    expected = llmtrain("predict", "run", "text=aba", cwd=work).stdout
+    (work / "base").rename(work / "elsewhere")
+    try:
+        assert main(["predict", "run", "text=aba"]) == 2
+        error = capfd.readouterr().err
+        assert "base: no such directory" in error
+        assert "base=DIR" in error
+        assert llmtrain("predict", "run", "text=aba", "base=elsewhere", cwd=work).stdout == expected
+        assert main(["predict", "run", "text=aba", "base=run"]) == 2
+        assert "not the weights that the adapters were trained on" in capfd.readouterr().err
+        more = ("loop.max_steps=62", "weights.path=elsewhere", "run_dir=moved")
+        llmtrain("resume", "run", *more, cwd=work)
+        assert rows(work / "moved")[-1]["step"] == 62
+    finally:
+        (work / "elsewhere").rename(work / "base")
+
+
+def test_data_and_objective_have_to_go_together(work: Path, capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.chdir(work)
+    assert main(["train", "model=tiny", "tokenizer=byte", "data=labelled", "data.path=messages.csv"]) == 2
+    assert "objective=causal: does not go with data=labelled, whose targets are classes" in capfd.readouterr().err
+    assert main(["train", "model=tiny", "tokenizer=byte", "lora=lora"]) == 2
+    assert "adapters on random weights learn nothing" in capfd.readouterr().err
+
+
+INSTRUCTIONS = [{"instruction": f"Repeat {word}.", "input": "", "output": word} for word in "abcdefghijklmnop"] * 4
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was taught to answer."""
+    folder = tmp_path_factory.mktemp("chat")
+    (folder / "data.json").write_text(json.dumps(INSTRUCTIONS))
+    small = [setting for setting in TINY if not setting.startswith("data.")]
+    llmtrain(
+        "train", *small, "model.context_length=256", "data=instruction", "data.path=data.json",
+        "data.template='Q: {prompt}\\nA: {response}\\n'", "data.validation_fraction=0", "objective=instruction",
+        "data.sequence_length=128", "loop.max_steps=150", "optimizer.lr=1e-2", cwd=folder,
+    )  # fmt: skip
+    only_run(folder / "runs").rename(folder / "run")
+    return folder
+
+
+def chat(folder: Path, said: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What is printed when ``said`` comes through a pipe."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.stdin", io.StringIO(said))
+    assert main(["chat", "run", "temperature=0", "max_tokens=12"]) == 0
+    return capfd.readouterr().out
+
+
+def test_chat_by_pipe(talker: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "Repeat a.\nRepeat b.\n/history\n/save talk.jsonl\n/undo\n/reset\n/nonsense\n/exit\n"
+    output = chat(talker, said, capfd, monkeypatch)
+    assert "user: Repeat a." in output
+    assert "no such command" in output
+    saved = [json.loads(line) for line in (talker / "talk.jsonl").read_text().splitlines()]
+    roles = [message["role"] for message in saved[0]["messages"]]
+    assert roles == ["user", "assistant", "user", "assistant"]
+    assert "\nQ:" not in saved[0]["messages"][1]["content"]  # it ends where its turn does
+
+
+def test_prompts_from_a_file(talker: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (talker / "prompts.txt").write_text("Repeat a.\n\nRepeat b.\n")
+    asked = ("generate", "run", "file=prompts.txt", "template=run", "temperature=0", "max_tokens=12")
+    llmtrain(*asked, "output=texts.jsonl", cwd=talker)
+    found = [json.loads(line) for line in (talker / "texts.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in found] == ["Repeat a.", "Repeat b."]
+    assert llmtrain(*asked, cwd=talker).stdout == (talker / "texts.jsonl").read_text()
+    assert chat(talker, "Repeat a.\n", capfd, monkeypatch).strip() == found[0]["text"].strip()
