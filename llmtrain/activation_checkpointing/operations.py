@@ -61,9 +61,12 @@ def policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
 def is_kept(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether the result of ``operation``, called with these arguments, is kept.
 
-    One that draws random numbers is not: left out of the repetition, those after it would draw other ones.
+    One that draws random numbers is not: left out of the repetition, those after it would draw other ones.  Nor is one
+    that writes into an argument, as compiled code does.
     """
     if not isinstance(operation, OpOverload) or operation.name().partition(".")[0] not in KEPT_NAMES:
+        return False
+    if operation._schema.is_mutable:
         return False
     position = _position_of_dropout(operation)
     if position is None:

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from llmtrain.model.dropout import attend_with_dropout, is_drawn_here
+
 BLOCK = 128  # queries and keys that FlexAttention leaves out, or takes, at once
 MIN_HEAD_SIZE = 16  # of FlexAttention's kernels
 
@@ -73,7 +75,7 @@ def sight(
     if window is not None:
         first = torch.maximum(first, queries - (window - 1))
     if blockwise:
-        if not torch.compiler.is_compiling() and is_fake(first):
+        if is_fake(first):
             return None  # what is planned for, all keys, has the same memory
         return Blockwise(block_mask(first), slopes)
     keys = torch.arange(past + new, device=device)
@@ -87,10 +89,14 @@ def sight(
 
 
 def has_blockwise(ids: Tensor, head_size: int, dropout: float) -> bool:
-    """Whether FlexAttention computes this attention, backward included: it neither sees a mask nor keeps one."""
-    if ids.device.type != "cuda" or head_size < MIN_HEAD_SIZE or dropout:
+    """Whether FlexAttention computes this attention, backward included: it neither sees a mask nor keeps one.
+
+    Its kernels are compiled with a block or by themselves.  A model compiled as a whole makes a mask: on a CPU torch
+    2.13 refuses block masks that are made in the same graph.
+    """
+    if ids.device.type != "cuda" or head_size < MIN_HEAD_SIZE or dropout or torch.compiler.is_compiling():
         return False
-    return torch.compiler.is_compiling() or is_fake(ids) or importlib.util.find_spec("triton") is not None
+    return is_fake(ids) or importlib.util.find_spec("triton") is not None
 
 
 def block_mask(first: Tensor) -> BlockMask:
@@ -135,9 +141,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, sight: Sight, dropout: flo
         return flex(query, key, value, score_mod=bias, block_mask=sight.mask, enable_gqa=repeats > 1)
     if sight is not None and sight.dtype != torch.bool:
         sight = sight.to(query.dtype)
-    is_shared = repeats > 1 and (query.device.type == "cpu" or (sight is None and _has_flash(query.dtype)))
+    is_written_out = dropout > 0 and is_drawn_here(query)
+    has_shares = query.device.type == "cpu" or (sight is None and _has_flash(query.dtype))
+    is_shared = repeats > 1 and has_shares and not is_written_out
     if repeats > 1 and not is_shared:
         key, value = (heads.repeat_interleave(repeats, dim=1) for heads in (key, value))
+    if is_written_out:
+        return attend_with_dropout(query, key, value, sight, dropout)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=sight, dropout_p=dropout,
         is_causal=sight is None and query.shape[2] == key.shape[2], enable_gqa=is_shared,

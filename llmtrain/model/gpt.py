@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llmtrain.model import LanguageModel, ModelConfig
 from llmtrain.model.attention import Sight, attend, has_blockwise, segment_starts, sight
 from llmtrain.model.cache import KVCache, LayerCache
+from llmtrain.model.dropout import Dropout
 from llmtrain.model.vocabulary import hide_padding, logit_bias, padded_size
 
 
@@ -104,7 +105,7 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp_norm = nn.LayerNorm(config.hidden_size)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, sight: Sight = None) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), cache, sight))
@@ -124,7 +125,7 @@ class GPT(LanguageModel):
         self.logit_softcap = config.logit_softcap
         self.token_embedding = nn.Embedding(self.padded_vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.context_length, config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size)
         if not config.tie_embeddings:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llmtrain.model import LanguageModel, ModelConfig
 from llmtrain.model.attention import Sight, alibi_slopes, attend, has_blockwise, segment_starts, sight
 from llmtrain.model.cache import KVCache, LayerCache
+from llmtrain.model.dropout import Dropout
 from llmtrain.model.rotary import Rotary, Scaling, Turns, rotate, turns
 from llmtrain.model.vocabulary import hide_padding, logit_bias, padded_size
 
@@ -210,7 +211,7 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self, x: Tensor, cache: LayerCache | None = None, sight: Sight = None, turns: Turns | None = None
@@ -249,7 +250,7 @@ class Llama(LanguageModel):
         self.num_layers = config.num_layers
         self.logit_softcap = config.logit_softcap
         self.token_embedding = nn.Embedding(self.padded_vocab_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         if not config.tie_embeddings:

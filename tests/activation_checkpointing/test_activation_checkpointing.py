@@ -99,6 +99,31 @@ def test_compiled_blocks_do_the_same(way: str) -> None:
     assert_same_training(*models)
 
 
+class Attending(nn.Module):
+    """A block with something compiled in it, as attention by blocks is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.attend = torch.compile(lambda query, key: torch.softmax(query @ key.T, -1) @ key)
+
+    def forward(self, x: Tensor, cache: object | None = None) -> Tensor:
+        return x + self.attend(self.linear(x), x)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_what_is_compiled_within_a_block_is_computed_again() -> None:
+    block, x = Attending(), torch.randn(5, 8, requires_grad=True)
+    block(x).sum().backward()
+    expected = block.linear.weight.grad
+    recompute_cheap(block)
+    for _ in range(3):
+        block.zero_grad()
+        block(x).sum().backward()
+        torch.testing.assert_close(block.linear.weight.grad, expected, atol=1e-5, rtol=1e-5)
+
+
 # --- what is kept ------------------------------------------------------------------------------------------------
 
 

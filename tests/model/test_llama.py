@@ -141,7 +141,7 @@ SCALINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_scaled_positions_equal_transformers(scaling: str) -> None:
     keys, values = SCALINGS[scaling]
-    ours = make(**keys, rope_scaling=Scaling[scaling], head_size=32).eval()
+    ours = make(**(keys | {"rope_scaling": Scaling[scaling], "head_size": 32})).eval()
     # transformers takes the original context of dynamic scaling from here
     context = {"max_position_embeddings": 20} if scaling == "dynamic" else {}
     parameters = {"rope_type": scaling, "rope_theta": 10000.0, **values}
