@@ -166,7 +166,7 @@ TABLE = [
           ENDS + ", and spikes are judged after recovery.min_window_steps={run.recovery.min_window_steps} of them; "
           "recovery.min_window_steps={tenth}"),
     # the model
-    Inert(r"model\.initialisation", lambda c: not isinstance(c.run.weights, Scratch),
+    Inert(r"model\.(initialisation|initial_std)", lambda c: not isinstance(c.run.weights, Scratch),
           "every weight is loaded; weights=scratch starts from the model's own"),
     # what is stored, and where
     Inert(r"runtime\.profile", lambda c: c.run.runtime.profile and c.steps < FIRST,

@@ -58,6 +58,8 @@ CASES = [
      "of every block operations are selected",
      ("activation_checkpointing=selective", "activation_checkpointing.by=block")),
     (("weights=checkpoint", "weights.path=x"), "model.initialisation=torch", "every weight is loaded", ()),
+    (("model=llama_tiny", "weights=checkpoint", "weights.path=x"), "model.initial_std=0.03", "every weight is loaded",
+     ("model=llama_tiny",)),
     (("run_dir=here",), "output_dir=there", "run_dir=here is the directory", ()),
     ((), "checkpoint.every_steps=500", "where one is written in any case", ("loop.max_steps=500",)),
     (("checkpoint.keep_last=0",), "checkpoint.keep_best=1", "checkpoint.keep_last=0 keeps all", ()),
