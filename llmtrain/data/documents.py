@@ -2,7 +2,6 @@
 
 import codecs
 import gzip
-import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,22 +9,16 @@ from typing import NamedTuple
 
 import zstandard
 
+from llmtrain.tokenizer import CUTS
+
 PIECE = 1 << 20  # characters of a document that are encoded at once
 LONGEST_PIECE = 16 * PIECE  # where a document offers no place to cut
 BLOCK = 1 << 20  # bytes read at once
 COMPRESSED_BLOCK = 1 << 16  # small, since what comes out can be a thousand times larger
 
-# Cuts between a letter or digit and a character that cannot go on with its word.  The patterns of GPT-2, cl100k and
-# o200k all end a match there and none of them looks back, so both sides split as the whole text would.  Spaces come
-# first: any tokenizer that splits text by words ends one there.  The greedy start finds the last place.
-CUTS = [
-    re.compile(r".*[^\W_](?=\s)", re.DOTALL),
-    re.compile(r".*[^\W_](?=[!-&(-/:-@[-^`{-~—…、。！（），：；？])", re.DOTALL),
-]
-
 
 class Piece(NamedTuple):
-    """A stretch of a document that is encoded by itself, with the same ids as in the whole."""
+    """A stretch of a document, cut where tokenizers that split text by words give the same ids as of the whole."""
 
     text: str
     ends_document: bool

@@ -1,19 +1,17 @@
 """Documents to token ids, in parallel, in order, in bounded memory."""
 
-import os
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from math import floor
 from typing import NamedTuple
 
 import numpy as np
 
 from llmtrain.data.documents import PIECE, Piece
+from llmtrain.data.parallel import in_order
 from llmtrain.data.reader import DataFailed
-from llmtrain.tokenizer import Tokenizer
+from llmtrain.tokenizer import CUTS, Tokenizer
 
-MAX_THREADS = 32  # one thread reads for all of them, and each holds a few MB
+LONGEST_WHOLE = 4 * PIECE  # characters of a document that are encoded at once where a cut may change ids
 
 
 class Encoded(NamedTuple):
@@ -40,10 +38,9 @@ def encode_documents(
     """Encode documents on threads (tokenizers of native code let go of Python's lock).
 
     Results keep the order of the documents within each part, whatever the number of threads (None: one a core).
-    At most two jobs a thread of about ``PIECE`` characters are in memory.  Raises :class:`DataFailed`, naming the
-    document, if one cannot be encoded.
+    At most two jobs a thread of about ``PIECE`` characters are in memory (of ``LONGEST_WHOLE`` where the tokenizer
+    wants documents whole).  Raises :class:`DataFailed`, naming the document, if one cannot be encoded.
     """
-    num_threads = num_threads or min(getattr(os, "process_cpu_count", os.cpu_count)() or 1, MAX_THREADS)
     dtype = dtype_of(tokenizer.vocab_size)
     end_of_text = np.array([tokenizer.end_of_text], dtype)
 
@@ -53,7 +50,7 @@ def encode_documents(
         try:
             for at in job.pieces:
                 _, piece = at
-                ids = tokenizer.encode(piece.text)
+                ids = (tokenizer.encode if piece.starts_document else tokenizer.encode_continuation)(piece.text)
                 if (largest := ids.max(initial=0)) >= tokenizer.vocab_size:
                     raise DataFailed(f"id {largest} is beyond the tokenizer's vocabulary of {tokenizer.vocab_size:,}")
                 arrays.append(ids.astype(dtype))
@@ -67,27 +64,48 @@ def encode_documents(
             origin = f" ({piece.origin})" if piece.origin else ""
             raise DataFailed(f"document {document:,}{origin} cannot be encoded: {what}") from error
 
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="encode")
-    waiting: deque[Future[Encoded]] = deque()
-    try:
-        for job in _make_jobs(pieces, validation_fraction):
-            waiting.append(pool.submit(encode, job))
-            if len(waiting) >= 2 * num_threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    yield from in_order(encode, _make_jobs(_rejoin(pieces, tokenizer), validation_fraction), num_threads)
+
+
+class _Stretch(NamedTuple):
+    """A piece, or several that are better encoded as one."""
+
+    text: str
+    starts_document: bool
+    ends_document: bool
+    origin: str
+
+
+def _rejoin(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[_Stretch]:
+    """Undo the cuts of documents at which ``tokenizer`` would give other ids, up to ``LONGEST_WHOLE`` characters."""
+    held: _Stretch | None = None
+    for piece in pieces:
+        if held and not (len(held.text) >= LONGEST_WHOLE or _may_cut(held.text, piece.text, tokenizer)):
+            held = held._replace(text=held.text + piece.text, ends_document=piece.ends_document)
+        else:
+            starts = held is None
+            if held:
+                yield held
+            held = _Stretch(piece.text, starts, piece.ends_document, piece.origin)
+        if held.ends_document:
+            yield held
+            held = None
+    if held:
+        yield held
+
+
+def _may_cut(left: str, right: str, tokenizer: Tokenizer) -> bool:
+    return tokenizer.cuts is CUTS or any(cut.match(left[-1:] + right[:1]) for cut in tokenizer.cuts)
 
 
 class _Job(NamedTuple):
     is_validation: bool
-    pieces: list[tuple[int, Piece]]  # each with the number of its document, from 1
+    pieces: list[tuple[int, _Stretch]]  # each with the number of its document, from 1
 
 
-def _make_jobs(pieces: Iterable[Piece], validation_fraction: float) -> Iterator[_Job]:
+def _make_jobs(pieces: Iterable[_Stretch], validation_fraction: float) -> Iterator[_Job]:
     """Collect pieces of the same part to about ``PIECE`` characters: a job for a small document is all overhead."""
-    collected: dict[bool, list[tuple[int, Piece]]] = {False: [], True: []}
+    collected: dict[bool, list[tuple[int, _Stretch]]] = {False: [], True: []}
     sizes = {False: 0, True: 0}
     document = 0
     for piece in pieces:

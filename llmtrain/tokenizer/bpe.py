@@ -2,13 +2,14 @@
 
 import binascii
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
-from llmtrain.tokenizer import Tokenizer
+from llmtrain.tokenizer import CUTS, UNUSED, Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -34,6 +35,16 @@ PATTERNS = {
 }
 
 
+def for_oniguruma(pattern: str) -> str:
+    """``pattern`` for the engine of the tokenizers library, where ``{1,3}+`` repeats and ``$`` ends a line.
+
+    Written as an atomic group, what has a bounded possessive count is the same in both.
+    """
+    atom = r"\\p\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]|[^\\\[\](){}|]"
+    pattern = re.sub(rf"({atom})(\{{\d+(?:,\d*)?\}})\+", r"(?>\1\2)", pattern)
+    return re.sub(r"(\\.|\[(?:\\.|[^\]\\])*\])|\$", lambda match: match[1] or r"\z", pattern)
+
+
 class BPE(Tokenizer):
     """A :class:`tiktoken.Encoding` as a tokenizer."""
 
@@ -43,10 +54,15 @@ class BPE(Tokenizer):
         self.encoding = encoding
         self.vocab_size = encoding.max_token_value + 1
         self.end_of_text = special_tokens[end_of_text]
+        self.special_tokens = dict(special_tokens)
+        self.cuts = CUTS if encoding._pat_str in PATTERNS.values() else ()  # of another pattern nothing is known
         self.fingerprint = _fingerprint(encoding._mergeable_ranks, encoding._pat_str, special_tokens, self.end_of_text)
 
     def encode(self, text: str) -> np.ndarray:
         return self.encoding.encode_to_numpy(text, disallowed_special=())
+
+    def encode_with_special(self, text: str) -> np.ndarray:
+        return self.encoding.encode_to_numpy(text, allowed_special="all")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         try:
@@ -55,11 +71,10 @@ class BPE(Tokenizer):
             return b"".join(map(self._decode_token, ids))
 
     def _decode_token(self, token: int) -> bytes:
-        assert 0 <= token < self.vocab_size, token
         try:
             return self.encoding.decode_single_token_bytes(token)
         except KeyError:
-            return "\N{REPLACEMENT CHARACTER}".encode()
+            return UNUSED
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:

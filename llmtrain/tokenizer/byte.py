@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
-from llmtrain.tokenizer import Tokenizer, TokenizerConfig
+from llmtrain.tokenizer import UNUSED, Tokenizer, TokenizerConfig
+
+END_OF_TEXT = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
@@ -21,10 +24,17 @@ class ByteTokenizer(Tokenizer):
 
     vocab_size = 257
     end_of_text = 256
+    special_tokens = MappingProxyType({END_OF_TEXT: 256})
     fingerprint = "byte-1"
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return b"".join(b"<|endoftext|>" if token == self.end_of_text else bytes([token]) for token in ids)
+        return b"".join(map(_decode_token, ids))
+
+
+def _decode_token(token: int) -> bytes:
+    if token < 256:
+        return bytes([token])
+    return END_OF_TEXT.encode() if token == 256 else UNUSED

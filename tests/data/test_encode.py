@@ -1,6 +1,7 @@
 """Encoding on threads: order, split and memory."""
 
 import gzip
+import re
 import threading
 import tracemalloc
 from pathlib import Path
@@ -12,7 +13,7 @@ from llmtrain.data import DataFailed
 from llmtrain.data import encode as module
 from llmtrain.data.documents import Piece, read_text, split_documents
 from llmtrain.data.encode import dtype_of, encode_documents, is_validation
-from llmtrain.tokenizer import Tokenizer
+from llmtrain.tokenizer import CUTS, Tokenizer
 from llmtrain.tokenizer.byte import ByteTokenizer
 
 
@@ -97,3 +98,48 @@ def test_memory_is_bounded(byte: Tokenizer, tmp_path: Path) -> None:
         tracemalloc.stop()
     assert tokens == 96 * (1 << 20) + 1
     assert peak < 40 << 20
+
+
+# --- documents that are encoded whole ----------------------------------------------------------------------------
+
+
+class Spaced(ByteTokenizer):
+    """Begins a text with a space, as SentencePiece does."""
+
+    def encode(self, text: str) -> np.ndarray:
+        return super().encode(f" {text}")
+
+    def encode_continuation(self, text: str) -> np.ndarray:
+        return super().encode(text)
+
+
+@pytest.mark.parametrize(
+    ("cuts", "expected"),
+    [
+        (CUTS, ["one", " two", ".three", "x", "four"]),
+        (CUTS[:1], ["one", " two.threex", "four"]),
+        ((), ["one two.threex", "four"]),
+    ],
+)
+def test_cuts_that_change_ids_are_undone(
+    monkeypatch: pytest.MonkeyPatch, cuts: list[re.Pattern[str]], expected: list[str]
+) -> None:
+    pieces = [Piece(text, text in ("x", "four")) for text in ("one", " two", ".three", "x", "four")]
+    tokenizer = Spaced()
+    tokenizer.cuts = cuts
+    assert [stretch.text for stretch in module._rejoin(pieces, tokenizer)] == expected
+    (encoded,) = encode_documents(pieces, tokenizer, 0, num_threads=1)
+    assert tokenizer.decode(encoded.ids) == " one two.threex<|endoftext|> four<|endoftext|>"
+    assert encoded.documents == 2
+
+
+def test_what_is_encoded_whole_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LONGEST_WHOLE", 10)
+    tokenizer = Spaced()
+    tokenizer.cuts = ()
+    pieces = [Piece("abc ", False)] * 9 + [Piece("end", True)]
+    stretches = list(module._rejoin(pieces, tokenizer))
+    assert [len(stretch.text) for stretch in stretches] == [12, 12, 12, 3]
+    assert [(stretch.starts_document, stretch.ends_document) for stretch in stretches] == [
+        (True, False), (False, False), (False, False), (False, True),
+    ]  # fmt: skip

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiktoken_ext.openai_public as published
 
-from llmtrain.tokenizer import Tokenizer
+from llmtrain.tokenizer import CUTS, Tokenizer
 from llmtrain.tokenizer.bpe import END_OF_TEXT, PATTERNS, read_ranks
 from llmtrain.tokenizer.byte import Byte
 from llmtrain.tokenizer.gpt2 import GPT2, RANKS
@@ -89,6 +89,25 @@ def test_cut_characters_stay_cut(gpt2: Tokenizer) -> None:
     assert gpt2.decode(ids[:1]) == "\ufffd"
 
 
+@pytest.mark.parametrize("name", ["gpt2", "byte"])
+def test_special_tokens_of_a_template(name: str) -> None:
+    tokenizer = {"gpt2": GPT2(), "byte": Byte()}[name].build()
+    assert dict(tokenizer.special_tokens) == {END_OF_TEXT: tokenizer.end_of_text}
+    parts = [*tokenizer.encode("one"), tokenizer.end_of_text, *tokenizer.encode(" two"), tokenizer.end_of_text]
+    ids = tokenizer.encode_with_special(f"one{END_OF_TEXT} two{END_OF_TEXT}")
+    assert ids.dtype == np.uint32
+    assert ids.tolist() == parts
+    assert tokenizer.encode_with_special("").tolist() == []
+    assert (tokenizer.bos, tokenizer.chat_template) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "byte"])
+def test_ids_beyond_the_vocabulary(name: str) -> None:
+    """A model's vocabulary may be larger, and an untrained one finds its ids."""
+    tokenizer = {"gpt2": GPT2(), "byte": Byte()}[name].build()
+    assert tokenizer.decode([tokenizer.vocab_size, tokenizer.vocab_size + 40]) == "\ufffd\ufffd"
+
+
 def test_encoding_from_several_threads(gpt2: Tokenizer) -> None:
     texts = [f"{i} {'the quick brown fox ' * i}" for i in range(40)]
     expected = [gpt2.encode(text).tolist() for text in texts]
@@ -128,6 +147,11 @@ def test_ids_from_a_file(ranks_file: Path) -> None:
     assert tokenizer.encode("abba").tolist() == [256, 98, 97]
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (258, 257)
     assert tokenizer.decode([256, 257]) == "ab<end>"
+
+
+def test_texts_are_cut_with_known_patterns_alone(ranks_file: Path) -> None:
+    assert from_file(ranks_file).build().cuts == CUTS
+    assert from_file(ranks_file, pattern=r"(?s:.{1,5})").build().cuts == ()
 
 
 def test_unused_ids_decode_to_a_replacement_character(ranks_file: Path) -> None:

@@ -1,0 +1,240 @@
+"""A ``tokenizer.json``, as models on the Hugging Face hub bring it, through the tokenizers library alone.
+
+No code of a model's author is run, nothing is downloaded, and transformers is not needed.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmtrain.tokenizer import UNUSED, Tokenizer, TokenizerConfig
+from llmtrain.tokenizer.pieces import Decoder, flatten
+from llmtrain.tokenizer.sidecar import Sidecar, locate, parse_object, read_file
+from llmtrain.tokenizer.words import cuts_of, puts_space_first
+
+if TYPE_CHECKING:
+    import tokenizers
+
+FILE = "tokenizer.json"
+STRETCH = 1 << 17  # characters that are given to the library at once: it takes some 400 bytes for each token
+
+# Something of every kind, to compare how it is put together again.
+SAMPLE = "It's 12,345 o'clock — été,\tÑandú,\r\n\n  你好。 🙂\u00a0_x_ \x07 !  x"
+
+
+@dataclass(frozen=True)
+class HuggingFace(TokenizerConfig):
+    """The path of a ``tokenizer.json``, or of a directory that holds one."""
+
+    path: str
+    end_of_text: str | None
+
+    def build(self) -> "HuggingFaceTokenizer":
+        file = locate(
+            self.path,
+            FILE,
+            "transformers writes one: AutoTokenizer.from_pretrained(…).save_pretrained(…); a tokenizer.model is for "
+            "tokenizer=sentencepiece",
+        )
+        try:
+            import tokenizers  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                "tokenizer=huggingface: the tokenizers package is not installed; pip install 'llmtrain[huggingface]'"
+            ) from error
+        return HuggingFaceTokenizer(file, read_file(file), Sidecar.read(file.parent), self.end_of_text)
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """The library's tokenizer twice: one that takes special tokens for ordinary characters, and one as the file is.
+
+    Added tokens that the file does not call special, such as runs of spaces or ``<think>``, are text, as they are for
+    transformers.
+    """
+
+    def __init__(self, file: Path, source: str, sidecar: Sidecar, end_of_text: str | None = None) -> None:
+        self.file, self.source, self.sidecar = file, source, sidecar
+        self._spec = _clean(parse_object(source, file), file)
+        self._marked = self._load(self._spec)
+        self.bos = self._find(sidecar.token("bos"))
+        self.end_of_text = self._find_end(end_of_text)
+        self._mark_special()
+        added = self._marked.get_added_tokens_decoder()
+        self.special_tokens = {token.content: id for id, token in sorted(added.items()) if token.special}
+        self.vocab_size = max(self._marked.get_vocab(with_added_tokens=True).values()) + 1
+        self.chat_template = sidecar.chat_template()
+        self.fingerprint = _fingerprint(self._spec, self.special_tokens, self.end_of_text)
+        hidden = _hide(self._spec, self.special_tokens)
+        self.cuts = cuts_of(hidden)
+        self._plain = self._continuing = self._load(hidden)
+        if puts_space_first(hidden):
+            self._continuing = self._load(_without_space_first(hidden))
+
+    def encode(self, text: str) -> np.ndarray:
+        return self._encode(self._plain, text)
+
+    def encode_continuation(self, text: str) -> np.ndarray:
+        return self._encode(self._continuing, text)
+
+    def encode_with_special(self, text: str) -> np.ndarray:
+        return _ids(self._marked, text)
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return b"".join(self._bytes.get(id, UNUSED) for id in ids)
+
+    def _encode(self, first: "tokenizers.Tokenizer", text: str) -> np.ndarray:
+        if len(text) <= STRETCH:
+            return _ids(first, text)
+        parts = _stretches(text, self.cuts)
+        return np.concatenate([_ids(first, next(parts)), *(_ids(self._continuing, part) for part in parts)])
+
+    @cached_property
+    def _bytes(self) -> dict[int, bytes]:
+        try:
+            decoder = Decoder(self._spec.get("decoder"))
+        except ValueError as error:
+            raise ValueError(f"{self.file}: {error}") from error
+        vocabulary = self._marked.get_vocab(with_added_tokens=True)
+        table = {id: decoder(token) for token, id in vocabulary.items()}
+        table.update((id, name.encode()) for name, id in self.special_tokens.items())
+        ids = [id for id in self.encode(SAMPLE).tolist() if id not in self.special_tokens.values()]
+        ours = b"".join(table[id] for id in ids).decode(errors="replace")
+        if ours.strip(" ") != self._marked.decode(ids, skip_special_tokens=False).strip(" "):
+            raise ValueError(
+                f"{self.file}: its decoder cannot be taken token by token, as text is shown when generated"
+            )
+        return table
+
+    def _load(self, spec: Mapping[str, Any]) -> "tokenizers.Tokenizer":
+        import tokenizers
+
+        try:
+            return tokenizers.Tokenizer.from_str(json.dumps(spec))
+        except BaseException as error:  # what the library raises may be no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+                raise
+            raise ValueError(
+                f"{self.file}: not a {FILE} that tokenizers {tokenizers.__version__} can read: {error}"
+            ) from error
+
+    def _find(self, token: str | int | None) -> int | None:
+        """The id of a token that is given by name or by id; None for one that is not there."""
+        if isinstance(token, str):
+            return self._marked.token_to_id(token)
+        return token if token is not None and self._marked.id_to_token(token) is not None else None
+
+    def _find_end(self, name: str | None) -> int:
+        token = self.sidecar.token("eos") if name is None else name
+        found = self._find(token)
+        if found is not None:
+            return found
+        special = [token.content for token in self._marked.get_added_tokens_decoder().values() if token.special]
+        there = ", ".join(sorted(special)) or "none"
+        if token is None:
+            raise ValueError(
+                f"tokenizer.end_of_text=null: no file in {self.file.parent} names an eos_token; name the token that "
+                f"ends a document; special tokens of {self.file.name}: {there}"
+            )
+        said = "" if name is not None else f", which a file in {self.file.parent} names as eos_token"
+        raise ValueError(f"tokenizer.end_of_text={token}{said}: not a token of {self.file}; special tokens: {there}")
+
+    def _mark_special(self) -> None:
+        """Make special what the files beside the tokenizer name as one."""
+        from tokenizers import AddedToken
+
+        known = {token.content for token in self._marked.get_added_tokens_decoder().values() if token.special}
+        for id in (self.bos, self.end_of_text):
+            name = None if id is None else self._marked.id_to_token(id)
+            if name is not None and name not in known:
+                self._marked.add_special_tokens([AddedToken(name, special=True, normalized=False)])
+
+
+def _ids(tokenizer: "tokenizers.Tokenizer", text: str) -> np.ndarray:
+    # Not `encode`: that holds Python's lock, and counts characters besides.
+    (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
+    return np.array(encoding.ids, np.uint32)
+
+
+def _stretches(text: str, cuts: Sequence[re.Pattern[str]]) -> Iterator[str]:
+    """``text`` in parts of about ``STRETCH`` characters, as far as it can be cut."""
+    start = 0
+    while len(text) - start > STRETCH:
+        window = text[start : start + STRETCH]
+        matches = (pattern.match(window) for pattern in cuts)
+        cut = next((match.end() for match in matches if match), 0)
+        if not cut:
+            break
+        yield window[:cut]
+        start += cut
+    yield text[start:]
+
+
+def _clean(spec: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Without what changes ids from call to call or cuts a text: dropout, truncation, padding."""
+    if not isinstance(spec.get("model"), dict) or "vocab" not in spec["model"]:
+        raise ValueError(f"{file}: not a {FILE}: it has no model with a vocabulary")
+    model = dict(spec["model"])
+    if "type" not in model:  # files of early versions
+        model["type"] = "Unigram" if isinstance(model["vocab"], list) else "BPE" if "merges" in model else "WordPiece"
+    if "dropout" in model:
+        model["dropout"] = None
+    return {**spec, "model": model, "added_tokens": spec.get("added_tokens") or [], "truncation": None, "padding": None}
+
+
+def _hide(spec: dict[str, Any], special_tokens: Mapping[str, int]) -> dict[str, Any]:
+    """The same tokenizer with names for its special tokens that no text holds: two characters that are none.
+
+    The library can be told to pass over special tokens, but a vocabulary that holds their names (Unigram's does)
+    gives their ids all the same.
+    """
+    model = spec["model"]
+    merged = {"".join(_pair(merge)) for merge in model.get("merges", ())}  # of no special token, or it has to stay
+    names = {name: f"\U0010fffe\U0010ffff{id}" for name, id in special_tokens.items() if name not in merged}
+    if isinstance(model["vocab"], list):
+        vocabulary: Any = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    else:
+        vocabulary = {names.get(piece, piece): id for piece, id in model["vocab"].items()}
+    hidden = {**model, "vocab": vocabulary}
+    if model.get("unk_token"):
+        hidden["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    added = [{**token, "content": names.get(token["content"], token["content"])} for token in spec["added_tokens"]]
+    return {**spec, "model": hidden, "added_tokens": added, "post_processor": None, "decoder": None}
+
+
+def _without_space_first(spec: dict[str, Any]) -> dict[str, Any]:
+    normalizers = [step for step in flatten(spec.get("normalizer"), "normalizers") if step["type"] != "Prepend"]
+    steps = [dict(step) for step in flatten(spec.get("pre_tokenizer"), "pretokenizers")]
+    for step in steps:
+        if step["type"] == "Metaspace":
+            step["prepend_scheme"] = "never"
+            step.pop("add_prefix_space", None)
+        elif step["type"] == "ByteLevel":
+            step["add_prefix_space"] = False
+    return {
+        **spec,
+        "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps} if steps else None,
+    }
+
+
+def _pair(merge: str | list[str]) -> list[str]:
+    """Earlier versions wrote a merge as one string."""
+    return merge.split(" ") if isinstance(merge, str) else merge
+
+
+def _fingerprint(spec: dict[str, Any], special_tokens: Mapping[str, int], end_of_text: int) -> str:
+    """sha256 over everything that decides which ids a text gets."""
+    model = dict(spec["model"])
+    if "merges" in model:
+        model["merges"] = [_pair(merge) for merge in model["merges"]]
+    parts = [
+        model, spec.get("normalizer"), spec.get("pre_tokenizer"), spec["added_tokens"], special_tokens, end_of_text,
+    ]  # fmt: skip
+    return f"huggingface-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()}"

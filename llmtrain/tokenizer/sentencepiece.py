@@ -1,0 +1,149 @@
+"""A SentencePiece model (Kudo and Richardson 2018), as Llama 2 and Baichuan2 bring it: ``tokenizer.model``."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmtrain.tokenizer import UNUSED, Tokenizer, TokenizerConfig
+from llmtrain.tokenizer.pieces import BYTE, SPACE
+from llmtrain.tokenizer.sentencepiece_model import Algorithm, Kind, Model, Piece
+from llmtrain.tokenizer.sidecar import Sidecar, locate
+from llmtrain.tokenizer.words import cuts_of_pieces
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+FILE = "tokenizer.model"
+
+# A protocol buffer takes the last of several values: normalizer_spec { add_dummy_prefix: false }, put behind a model.
+WITHOUT_SPACE_FIRST = b"\x1a\x02\x18\x00"
+
+# Rules that come with the library.  They rewrite characters and their marks, and none reaches over the end of a word,
+# but they leave out control characters that are white space for Python.
+KNOWN_RULES = {"nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"}
+PLAIN_SPACES = re.compile(r".*[^\W_](?=[ \t\r\n])", re.DOTALL)
+
+ANCHOR = "a"  # a word of its own before white space
+
+
+@dataclass(frozen=True)
+class SentencePiece(TokenizerConfig):
+    """The path of a ``.model`` file, or of a directory that holds ``tokenizer.model``."""
+
+    path: str
+    end_of_text: str | None
+
+    def build(self) -> "SentencePieceTokenizer":
+        file = locate(self.path, FILE, "a tokenizer.json is for tokenizer=huggingface")
+        try:
+            import sentencepiece  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                "tokenizer=sentencepiece: the sentencepiece package is not installed; "
+                "pip install 'llmtrain[sentencepiece]'"
+            ) from error
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{file}: {error.strerror}") from error
+        return SentencePieceTokenizer(file, data, self.end_of_text)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """The library's ids.
+
+    Control symbols are never found in a text; user-defined ones are, by the library itself.
+    """
+
+    def __init__(self, file: Path, data: bytes, end_of_text: str | None = None) -> None:
+        self.file, self.data = file, data
+        self._processor = self._load(data)
+        self.model = self._parse(data)
+        self.vocab_size = len(self.model.pieces)
+        special = (Kind.CONTROL, Kind.UNKNOWN)
+        self.special_tokens = {piece.text: id for id, piece in enumerate(self.model.pieces) if piece.kind in special}
+        self.end_of_text = self._find_end(end_of_text)
+        self.bos = bos if (bos := self._processor.bos_id()) >= 0 else None
+        self.cuts = _cuts(self.model)
+        self.chat_template = Sidecar.read(file.parent).chat_template()
+        self.fingerprint = f"sentencepiece-{hashlib.sha256(data + str(self.end_of_text).encode()).hexdigest()}"
+        self._continuing = self._load(data + WITHOUT_SPACE_FIRST) if self.model.adds_space else self._processor
+
+    def encode(self, text: str) -> np.ndarray:
+        return _ids(self._processor, text)
+
+    def encode_continuation(self, text: str) -> np.ndarray:
+        if self.model.trims_spaces and text[:1].isspace() and self.cuts:
+            before = len(_ids(self._processor, ANCHOR))  # its last space is not the first of a text, and stays
+            return _ids(self._processor, ANCHOR + text)[before:]
+        return _ids(self._continuing, text)
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return b"".join(self._bytes[id] if 0 <= id < self.vocab_size else UNUSED for id in ids)
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        return list(map(_decode, self.model.pieces))
+
+    def _load(self, data: bytes) -> "SentencePieceProcessor":
+        import sentencepiece
+
+        try:
+            if not data:
+                raise RuntimeError("it is empty")
+            return sentencepiece.SentencePieceProcessor(model_proto=data)
+        except RuntimeError as error:
+            raise ValueError(f"{self.file}: cut or damaged, not a SentencePiece model: {error}") from error
+
+    def _parse(self, data: bytes) -> Model:
+        try:
+            return Model.parse(data)
+        except ValueError as error:
+            raise ValueError(f"{self.file}: not a SentencePiece model: {error}") from error
+
+    def _find_end(self, name: str | None) -> int:
+        id = self._processor.eos_id() if name is None else self._processor.piece_to_id(name)
+        if name is None and id >= 0:
+            return id
+        if name is not None and self.model.pieces[id].text == name:
+            return id
+        names = ", ".join(sorted(self.special_tokens))
+        if name is None:
+            raise ValueError(
+                f"tokenizer.end_of_text=null: {self.file} was trained without an end-of-sentence symbol; name the "
+                f"symbol that ends a document; there are {names}"
+            )
+        raise ValueError(f"tokenizer.end_of_text={name}: not a symbol of {self.file}; there are {names}")
+
+
+def _cuts(model: Model) -> Sequence[re.Pattern[str]]:
+    """Where the ids of both parts are those of the whole.
+
+    With a Unigram model that is but for ties, which rounding decides: the library adds up scores in fp32, and after a
+    million characters knows the sum to a quarter.  The parts are nearer to the model's definition then.
+    """
+    if model.algorithm not in (Algorithm.UNIGRAM, Algorithm.BPE) or model.space_is_suffix or not model.escapes_spaces:
+        return ()
+    if not model.has_bytes:  # several unknown characters in a row are one token
+        return ()
+    cuts = cuts_of_pieces(piece.text for piece in model.pieces if piece.kind not in (Kind.CONTROL, Kind.UNKNOWN))
+    if not model.charsmap:
+        return cuts
+    return [PLAIN_SPACES] if cuts and model.rules in KNOWN_RULES else ()
+
+
+def _ids(processor: "SentencePieceProcessor", text: str) -> np.ndarray:
+    return np.array(processor.encode(text, out_type=int), np.uint32)
+
+
+def _decode(piece: Piece) -> bytes:
+    if piece.kind is Kind.BYTE and (match := BYTE.fullmatch(piece.text)):
+        return bytes([int(match[1], 16)])
+    is_special = piece.kind in (Kind.CONTROL, Kind.UNKNOWN)
+    return (piece.text if is_special else piece.text.replace(SPACE, " ")).encode()

@@ -1,0 +1,89 @@
+"""What lies beside a tokenizer in a directory of Hugging Face's: its special tokens by role, and its chat template."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CONFIG = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """The JSON files of a directory, those that are there."""
+
+    folder: Path
+    tokenizer: dict[str, Any]  # tokenizer_config.json
+    others: tuple[dict[str, Any], ...]  # special_tokens_map.json, config.json, generation_config.json
+
+    @classmethod
+    def read(cls, folder: Path) -> "Sidecar":
+        """Raises ValueError, naming the file, for one that is not a JSON object."""
+        others = ("special_tokens_map.json", "config.json", "generation_config.json")
+        return cls(folder, _read_object(folder / CONFIG), tuple(_read_object(folder / name) for name in others))
+
+    def token(self, role: str) -> str | int | None:
+        """The token of ``role`` (``eos``, ``bos``), by name or by id; None where no file tells.
+
+        A null in tokenizer_config.json holds for ``bos``: the model's configuration may name one all the same, which
+        the tokenizer does not put before a text.
+        """
+        if role == "bos" and self.tokenizer.get("bos_token", "") is None:
+            return None
+        for config in (self.tokenizer, *self.others):
+            found = config.get(f"{role}_token", config.get(f"{role}_token_id"))
+            if isinstance(found, list):  # several ids end a text
+                found = found[0] if found else None
+            if isinstance(found, dict):
+                found = found.get("content")
+            if isinstance(found, str | int):
+                return found
+        return None
+
+    def chat_template(self) -> str | None:
+        """The Jinja source of the default template.  The file of its own comes first, as in transformers."""
+        path = self.folder / TEMPLATE
+        if path.is_file():
+            return read_file(path)
+        found = self.tokenizer.get("chat_template")
+        if isinstance(found, list):  # several, by name
+            found = next((each.get("template") for each in found if each.get("name") == "default"), None)
+        return found if isinstance(found, str) else None
+
+
+def locate(path: str, name: str, remedy: str) -> Path:
+    """The file ``path``, or ``name`` in the directory ``path``.  Raises ValueError if it is not there."""
+    found = Path(path).expanduser()
+    if found.is_dir():
+        if not (found / name).is_file():
+            raise ValueError(f"tokenizer.path={path}: there is no {name} in it; {remedy}")
+        return found / name
+    if not found.is_file():
+        raise ValueError(f"tokenizer.path={path}: no such file; give a {name} or a directory that holds one")
+    return found
+
+
+def read_file(path: Path) -> str:
+    """A text file.  Raises ValueError, naming it, if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8 ({error.reason})") from error
+
+
+def parse_object(text: str, path: Path) -> dict[str, Any]:
+    """``text``, the content of ``path``, as a JSON object.  Raises ValueError if it is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cut or damaged, not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return found
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    return parse_object(read_file(path), path) if path.is_file() else {}
