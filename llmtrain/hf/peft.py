@@ -10,16 +10,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from llmtrain.hf import SCORE, module_names
 from llmtrain.lora.layers import LoraEmbedding
 from llmtrain.lora.low_rank import CLASSIFIER, LowRank
 from llmtrain.lora.merge import adapters
-from llmtrain.lora.rslora import RsLoRA
 from llmtrain.lora.targets import EMBEDDING, HEAD, is_end
 from llmtrain.model import LanguageModel
-from llmtrain.storage import CheckpointError, read_tensors, write_atomically
+from llmtrain.storage import CONFIG as STORED
+from llmtrain.storage import (
+    MODEL,
+    CheckpointError,
+    locate_checkpoint,
+    read_state,
+    read_tensors,
+    verify_checkpoint,
+    write_atomically,
+)
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -73,7 +83,7 @@ def export_adapter(
         "lora_dropout": lora.dropout,
         "target_modules": shortest(targets, [name for name in names.values() if name not in targets]),
         "modules_to_save": [names[name] for name in whole] or None,
-        "use_rslora": isinstance(lora, RsLoRA),
+        "use_rslora": lora.kind == "rslora",
         "use_dora": lora.has_magnitude,
         "fan_in_fan_out": fan_in_fan_out,
         "bias": "none",
@@ -122,6 +132,36 @@ def import_adapter(model: LanguageModel, lora: LowRank, names: Mapping[str, str]
         raise CheckpointError(f"{path / TENSORS}: does not fit lora.targets and lora.also_train: {shown}{more}")
     for key, entry in expected.items():
         entry.parameter.copy_(tensors[key].t() if entry.transposed else tensors[key])
+
+
+def start_from(model: LanguageModel, lora: LowRank, path: Path) -> None:
+    """Copy adapters, those of a PEFT directory or of one of our runs or checkpoints, into those of ``model``.
+
+    Raises ValueError where they are not such as ``lora`` has put into it, naming keys or tensors.
+    """
+    if (path / CONFIG).is_file():
+        names = module_names(model) | {CLASSIFIER.removesuffix("."): SCORE.removesuffix(".weight")}
+        import_adapter(model, lora, names, path)
+        return
+    checkpoint = locate_checkpoint(path)
+    verify_checkpoint(checkpoint)
+    if not read_state(checkpoint).get("base"):
+        raise ValueError(f"lora.path={path}: holds a whole model, no adapters; weights=checkpoint weights.path={path}")
+    stored = yaml.safe_load((checkpoint / STORED).read_text(encoding="utf-8"))["lora"]
+    kind = str(stored["_target_"]).split(".")[-2]
+    check_kind(lora, kind, stored["rank"], stored["alpha"], path)
+    tensors = read_tensors(checkpoint / MODEL, next(model.parameters()).device)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name in trained}
+    others = [name for name in (*shapes, *tensors) if name not in tensors or name not in shapes]
+    others += [name for name in tensors if name in shapes and tuple(tensors[name].shape) != shapes[name]]
+    if others:
+        more = f" (and {len(others) - 3} more)" if len(others) > 3 else ""
+        raise CheckpointError(
+            f"{checkpoint / MODEL}: does not fit lora.targets and lora.also_train: {', '.join(others[:3])}{more} "
+            "missing, too many or of another shape"
+        )
+    model.load_state_dict(tensors, strict=False)
 
 
 def entries(model: LanguageModel, names: Mapping[str, str], *, fan_in_fan_out: bool) -> Iterator[tuple[str, Entry]]:
@@ -199,15 +239,7 @@ def check_config(config: Mapping[str, Any], lora: LowRank, path: Path) -> None:
     kind = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
     if config.get("use_dora") and config.get("use_rslora"):
         raise ValueError(f"{path / CONFIG}: use_dora=true use_rslora=true: there is one or the other here")
-    ours = "dora" if lora.has_magnitude else "rslora" if isinstance(lora, RsLoRA) else "lora"
-    if kind != ours:
-        raise ValueError(f"lora={ours}: the adapter {path} is of another kind; lora={kind}")
-    for key, theirs in (("rank", "r"), ("alpha", "lora_alpha")):
-        if config.get(theirs) != getattr(lora, key):
-            raise ValueError(
-                f"lora.{key}={getattr(lora, key):g}: the adapter {path} has {theirs}={config.get(theirs)}; "
-                f"lora.{key}={config.get(theirs)}"
-            )
+    check_kind(lora, kind, config.get("r"), config.get("lora_alpha"), path)
     for theirs, value in (("rank_pattern", lora.rank), ("alpha_pattern", lora.alpha)):
         others = {name: other for name, other in (config.get(theirs) or {}).items() if other != value}
         if others:
@@ -215,6 +247,17 @@ def check_config(config: Mapping[str, Any], lora: LowRank, path: Path) -> None:
     for key, unused in UNKNOWN.items():
         if key in config and config[key] not in unused:
             raise ValueError(f"{path / CONFIG}: {key}={config[key]}: has no counterpart here")
+
+
+def check_kind(lora: LowRank, kind: str, rank: Any, alpha: Any, path: Path) -> None:
+    """Raise ValueError unless the adapters of ``path`` are those of ``lora``."""
+    if kind != lora.kind:
+        raise ValueError(f"lora={lora.kind}: the adapters of {path} are of another kind; lora={kind}")
+    for key, value in (("rank", rank), ("alpha", alpha)):
+        if value != getattr(lora, key):
+            raise ValueError(
+                f"lora.{key}={getattr(lora, key):g}: the adapters of {path} have {value}; lora.{key}={value}"
+            )
 
 
 def differs_from_base(key: str, tensor: Tensor, model: LanguageModel, names: Mapping[str, str]) -> str | None:

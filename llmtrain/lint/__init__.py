@@ -17,6 +17,7 @@ Check = Callable[[Case], Iterator[Finding]]
 
 OF_SETTINGS: tuple[Check, ...] = (
     training.nothing_trainable,
+    training.oversized_adapters,
     rates.schedule,
     rates.learning_rate,
     rates.batch_of_recipe,

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 from llmtrain import config
 from llmtrain.lint.case import Case, Finding, error, option, warning
+from llmtrain.lora.low_rank import LowRank
+from llmtrain.lora.merge import adapters
 from llmtrain.optimizer.groups import GroupedOptimizer
 from llmtrain.precision.auto import has_native_bf16
 from llmtrain.precision.bf16 import BF16
@@ -38,6 +40,23 @@ def nothing_trainable(case: Case) -> Iterator[Finding]:
                 f"optimizer={name}: {len(left)} of {len(trainable)} parameters are in none of its groups and "
                 f"keep their values: {', '.join(left[:3])}{', …' * (len(left) > 3)}; give them one, or freeze them",
             )
+
+
+def oversized_adapters(case: Case) -> Iterator[Finding]:
+    """A rank so high that nothing is saved."""
+    lora = case.run.lora
+    if not isinstance(lora, LowRank):
+        return
+    with_adapter = adapters(case.parts.model)
+    sizes = {name: (module.lora_A.shape[1], module.lora_B.shape[0]) for name, module in with_adapter.items()}
+    wide = [name for name, (inputs, outputs) in sizes.items() if lora.rank * (inputs + outputs) >= inputs * outputs]
+    if wide:
+        half = min(inputs * outputs // (2 * (inputs + outputs)) for inputs, outputs in sizes.values())
+        yield warning(
+            "lora.rank",
+            f"lora.rank={lora.rank}: {len(wide)} of {len(sizes)} adapters have as many parameters as the matrix that "
+            f"they change, or more: {', '.join(wide[:3])}{', …' * (len(wide) > 3)}; lora.rank={max(half, 1)}",
+        )
 
 
 def clipping_too_late(case: Case) -> Iterator[Finding]:

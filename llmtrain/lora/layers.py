@@ -6,6 +6,7 @@ fp32, and multiplied in autocast's dtype.  ``B A`` is not made for a forward pas
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -70,6 +71,11 @@ def computed_in(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
+def exactly(device: torch.device) -> AbstractContextManager:
+    """A context without autocast, which tensors without data do not know."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 class Adapter(nn.Module):
     """What a layer with an adapter has."""
 
@@ -128,7 +134,7 @@ class Adapter(nn.Module):
     def norm(self, dtype: torch.dtype | None = None) -> Tensor:
         """DoRA's ``|W + delta|`` along :attr:`axis`; in fp32 unless said otherwise."""
         dtype = dtype or self.lora_A.dtype
-        with torch.autocast(self.lora_A.device.type, enabled=False):
+        with exactly(self.lora_A.device):
             delta = self.delta(dtype)
             return torch.linalg.vector_norm(self.own_weight[: len(delta)].to(dtype) + delta, dim=self.axis)
 
@@ -196,7 +202,7 @@ class LoraHead(Adapter):
     @property
     def weight(self) -> Tensor:
         """The adapted matrix ``(padded_vocab_size, hidden)``."""
-        with torch.autocast(self.lora_A.device.type, enabled=False):
+        with exactly(self.lora_A.device):
             return self.adapted(self.lora_A.dtype)
 
 

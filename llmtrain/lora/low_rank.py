@@ -43,6 +43,11 @@ class LowRank(Lora):
             pattern(f"also_train[{i}]", part)
 
     @property
+    def kind(self) -> str:
+        """The option: lora, rslora or dora."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
     @abstractmethod
     def scaling(self) -> float:
         """What ``B A`` is multiplied by."""
@@ -50,13 +55,16 @@ class LowRank(Lora):
     def apply(self, model: LanguageModel, generator: torch.Generator) -> None:
         """Freeze, quantise, and put the adapters in; names of parameters stay, ``lora_A`` and ``lora_B`` are added."""
         targets = find_targets(model, self.targets)
+        linears = block_linears(model)
         if HEAD in targets and self.dropout:
             raise ValueError(
                 f"dropout={self.dropout}: is on an adapter's input, and the head's is added to its matrix instead; "
                 f"take dropout=0.0, or leave {HEAD} out of targets"
             )
+        if self.dropout and not any(name in linears for name in targets):
+            raise ValueError(f"dropout={self.dropout}: adapters of embeddings have none; take dropout=0.0")
         self._freeze(model)
-        for name, linear in block_linears(model).items():
+        for name, linear in linears.items():
             packed = None
             if not linear.weight.requires_grad:
                 packed = self.quantization.pack(linear.weight)

@@ -111,16 +111,17 @@ class PackedNF4(Packed):
         }
 
     def fill(self, weight: Tensor) -> dict[str, Tensor]:
-        packed, self._state = functional().quantize_4bit(
+        library = functional()
+        packed, state = library.quantize_4bit(
             weight.float().contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
         )
-        state = self._state
+        self._state, self._dequantize = state, library.dequantize_4bit
         return {
             "packed": packed, "scales": state.absmax, "scales_of_scales": state.state2.absmax, "offset": state.offset,
         }  # fmt: skip
 
     def unpack(self) -> Tensor:
-        return functional().dequantize_4bit(self.stored["packed"], self._state)
+        return self._dequantize(self.stored["packed"], self._state)
 
 
 PACKED = {Quantization.bf16: PackedBF16, Quantization.int8: PackedInt8, Quantization.nf4: PackedNF4}

@@ -100,7 +100,7 @@ def explain(target: str, linears: Sequence[str], outer: Sequence[str], published
     theirs = list(dict.fromkeys(published[name].rpartition(".")[2] for name in linears if published[name]))
     names = [ALL_LINEAR, *ours, EMBEDDINGS, *(name for name in outer if name != EMBEDDING)]
     known = [*names, *theirs, *(name.rpartition(".")[2] for name in ours)]
-    near = difflib.get_close_matches(target, known, 1, 0.75)
+    near = difflib.get_close_matches(target, known, 1, 0.65)
     hint = f"; did you mean {near[0]}?" if near else ""
     also = f" (or, as published: {', '.join(theirs)})" if theirs else ""
     return f"names no layer of this model, which has {', '.join(names)}{also}{hint}"

@@ -10,7 +10,7 @@ from adapted import FAMILIES, IDS, Pair, edit, logits, make, make_pair, seeded, 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llmtrain.hf.peft import CONFIG, TENSORS, export_adapter, import_adapter, shortest
+from llmtrain.hf.peft import CONFIG, TENSORS, export_adapter, import_adapter, shortest, start_from
 from llmtrain.lora.low_rank import LowRank
 
 peft = pytest.importorskip("peft")
@@ -76,7 +76,7 @@ def test_what_peft_made_is_read(family: str, kind: str, what: str, tmp_path: Pat
     model.save_pretrained(tmp_path / "adapter")
     lora = make(kind, targets=ours)
     lora.apply(pair.ours, seeded())
-    import_adapter(pair.ours, lora, pair.names, tmp_path / "adapter")
+    start_from(pair.ours, lora, tmp_path / "adapter")
     expected, found = model(IDS).logits, logits(pair.ours)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -169,8 +169,8 @@ def test_a_classifier(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"r": 8}, "lora.rank=4: .* has r=8; lora.rank=8"),
-        ({"lora_alpha": 8}, "lora.alpha=6: .* has lora_alpha=8"),
+        ({"r": 8}, "lora.rank=4: .* have 8; lora.rank=8"),
+        ({"lora_alpha": 8}, "lora.alpha=6: .* have 8; lora.alpha=8"),
         ({"use_rslora": True}, "lora=lora: .* of another kind; lora=rslora"),
         ({"use_dora": True}, "lora=lora: .* of another kind; lora=dora"),
         ({"rank_pattern": {"c_attn": 2}}, "rank_pattern={'c_attn': 2}: there is one rank"),
@@ -224,6 +224,21 @@ def test_a_pickle_is_refused(tmp_path: Path) -> None:
     (folder / TENSORS).rename(folder / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"adapter_model.bin: a pickle, which could run code; .*save_pretrained"):
         import_adapter(pair.ours, lora, pair.names, folder)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.filterwarnings("ignore")
+def test_dropout_is_where_peft_has_it(kind: str, tmp_path: Path) -> None:
+    """With the same random numbers the same is dropped, of the same inputs."""
+    pair = make_pair("gpt2", tmp_path)
+    lora = adapted(pair, kind, ["all-linear"], dropout=0.5)
+    theirs = export(pair, lora, tmp_path / "adapter").train()
+    pair.ours.train()
+    torch.manual_seed(1)
+    expected = theirs(IDS).logits
+    torch.manual_seed(1)
+    torch.testing.assert_close(logits(pair.ours), expected, atol=1e-5, rtol=1e-5)
+    assert (logits(pair.ours.eval()) - expected).abs().max() > 0.1
 
 
 def test_shortest_names() -> None:

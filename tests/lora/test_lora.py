@@ -1,0 +1,258 @@
+"""Adapters in a model: where they start, what is trained, that they merge exactly and go with everything else."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from adapted import FAMILIES, IDS, KINDS, logits, make, make_pair, seeded, stir
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from llmtrain import config
+from llmtrain.activation_checkpointing import ActivationCheckpointing
+from llmtrain.activation_checkpointing.full import Full
+from llmtrain.activation_checkpointing.selective import By, Selective
+from llmtrain.lora import trained_and_all
+from llmtrain.lora.layers import LoraLinear
+from llmtrain.lora.merge import adapters, merge
+from llmtrain.lora.quantization import Quantization
+from llmtrain.model import LanguageModel
+from llmtrain.objective.causal import Causal
+from llmtrain.optimizer import OptimizerConfig
+from llmtrain.planning.trace import fake_tensors
+from llmtrain.precision.fp8 import FP8Precision
+from llmtrain.precision.fp8_linear import Recipe
+
+CONF = Path(__file__).parents[2] / "conf"
+EVERYTHING = ["all-linear", "head", "embeddings"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Callable[[str], LanguageModel]:
+    return lambda family: make_pair(family, tmp_path).ours
+
+
+def loss_of(model: LanguageModel) -> Tensor:
+    return Causal(0.0, None)(model, IDS[:, :-1], IDS[:, 1:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_forward_is_the_bases(family: str, kind: str, dtype: torch.dtype, model: Callable) -> None:
+    ours = model(family)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        before = logits(ours)
+        targets = ["all-linear", "embeddings"] if family == "gpt2" else EVERYTHING
+        make(kind, targets=targets).apply(ours, seeded())
+        assert torch.equal(logits(ours), before)
+    stir(ours)
+    assert not torch.equal(logits(ours), before)
+
+
+def test_initial_values(model: Callable) -> None:
+    """Kaiming uniform with a = sqrt(5) is U(-1, 1) / sqrt(inputs); the same for the same seed, another for another."""
+    values = {}
+    for seed in (3, 3, 4):
+        ours = model("llama")
+        make(rank=16).apply(ours, seeded(seed))
+        values.setdefault(seed, []).append({name: module.lora_A.clone() for name, module in adapters(ours).items()})
+        for name, module in adapters(ours).items():
+            bound = module.lora_A.shape[1] ** -0.5
+            assert 0.9 * bound < module.lora_A.abs().max() <= bound, name
+            assert abs(module.lora_A.std() / (bound / 3**0.5) - 1) < 0.1
+            assert not module.lora_B.any()
+    (first, again), (other,) = values[3], values[4]
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+    assert len({tuple(a.flatten()[:3].tolist()) for a in first.values()}) == len(first)
+
+
+def test_what_is_trained(model: Callable) -> None:
+    """Names stay; frozen parameters get no gradient; what an objective added is always trained."""
+    ours = model("gpt2")
+    ours.classifier = nn.Linear(48, 2)
+    names = [name for name, _ in ours.named_parameters()]
+    make(targets=["qkv"], also_train=["final_norm"]).apply(ours, seeded())
+    trained = {name for name, parameter in ours.named_parameters() if parameter.requires_grad}
+    of_layers = {f"blocks.{layer}.attention.qkv.lora_{matrix}" for layer in range(2) for matrix in "AB"}
+    assert trained == of_layers | {
+        "classifier.weight", "classifier.bias", "final_norm.weight", "final_norm.bias",
+    }  # fmt: skip
+    assert [name for name, _ in ours.named_parameters() if name not in of_layers] == names
+    loss_of(ours).backward()
+    with_gradient = {name for name, parameter in ours.named_parameters() if parameter.grad is not None}
+    assert with_gradient == trained - {"classifier.weight", "classifier.bias"}
+    sizes = {name: parameter.numel() for name, parameter in ours.named_parameters()}
+    every = sum(sizes.values()) - (128 - 101) * 48  # of the vocabulary's padding
+    assert trained_and_all(ours) == (sum(sizes[name] for name in trained), every)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("quantization", Quantization)
+def test_merged_equals_unmerged(family: str, kind: str, quantization: Quantization, model: Callable) -> None:
+    if quantization in (Quantization.int8, Quantization.nf4):
+        pytest.importorskip("bitsandbytes")
+    ours = model(family)
+    plain = {name: type(module) for name, module in ours.named_modules()}
+    shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}
+    make(kind, targets=["all-linear"] if family == "gpt2" else EVERYTHING, quantization=quantization).apply(
+        ours, seeded()
+    )
+    stir(ours)
+    with torch.no_grad():
+        before = logits(ours)
+        merge(ours)
+        torch.testing.assert_close(logits(ours), before, atol=1e-5, rtol=0)
+    assert {name: type(module) for name, module in ours.named_modules()} == plain
+    assert {name: tensor.shape for name, tensor in ours.state_dict().items()} == shapes
+    assert all(parameter.dtype == torch.float32 for parameter in ours.parameters())
+
+
+def test_a_tied_embedding_does_not_merge(model: Callable) -> None:
+    ours = model("gpt2")
+    make(targets=["embeddings"]).apply(ours, seeded())
+    with pytest.raises(ValueError, match="cannot be merged: this model's output layer is its embedding"):
+        merge(ours)
+
+
+def test_bf16_keeps_what_autocast_multiplies_with(model: Callable) -> None:
+    """The same loss and gradients to the bit."""
+    results = []
+    for quantization in (Quantization.none, Quantization.bf16):
+        ours = model("gpt2")
+        make(quantization=quantization).apply(ours, seeded())
+        stir(ours)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(ours)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in ours.parameters() if p.requires_grad)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("quantization", Quantization)
+@pytest.mark.parametrize(
+    "checkpointing",
+    [Full(offload=False), Selective(By.operation, 1, offload=False), Selective(By.block, 2, offload=False)],
+)
+def test_recomputed_blocks_give_the_same_gradients(
+    quantization: Quantization, checkpointing: ActivationCheckpointing, model: Callable
+) -> None:
+    """Though nothing that enters the first block has a gradient."""
+    results = []
+    for apply in (False, True):
+        ours = model("llama")
+        make("dora", quantization=quantization, dropout=0.3).apply(ours, seeded())
+        stir(ours)
+        if apply:
+            checkpointing.apply(ours)
+        ours.train()
+        torch.manual_seed(0)
+        loss_of(ours).backward()
+        results.append({name: p.grad for name, p in ours.named_parameters() if p.requires_grad})
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("quantization", Quantization)
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_blocks_compile_to_two_graphs(kind: str, quantization: Quantization, model: Callable) -> None:
+    """One for the first block, whose input has no gradient, one for all others."""
+    ours = replace(model("gpt2").config, num_layers=4).create(101, CPU, seeded())
+    make(kind, quantization=quantization).apply(ours, seeded())
+    stir(ours)
+    expected = torch.autograd.grad(loss_of(ours), [p for p in ours.parameters() if p.requires_grad])
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    blocks = [torch.compile(block, backend=graphs, fullgraph=True) for block in ours.blocks]
+    with ours.running(blocks):
+        found = torch.autograd.grad(loss_of(ours), [p for p in ours.parameters() if p.requires_grad])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert graphs.frame_count == 2
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((CONF / "optimizer").glob("*.yaml"))])
+def test_every_optimizer_trains_adapters_alone(name: str, model: Callable) -> None:
+    ours = model("llama")
+    make("dora", also_train=["final_norm"]).apply(ours, seeded())
+    frozen = {name: p.clone() for name, p in ours.named_parameters() if not p.requires_grad}
+    values = yaml.safe_load((CONF / "optimizer" / f"{name}.yaml").read_text())
+    values = {key: values["lr"] if value == "${optimizer.lr}" else value for key, value in values.items()}
+    optimizer = config.build(values, OptimizerConfig).build(ours)
+    groups = optimizer.param_groups
+    trained = {name for name, p in ours.named_parameters() if p.requires_grad}
+    assert {name for group in groups for name in group["names"]} == trained
+    decayed = {name for group in groups for name in group["names"] if group["weight_decay"]}
+    assert decayed in (set(), {name for name in trained if name.endswith(("lora_A", "lora_B"))})
+    start = loss_of(ours).item()
+    for _ in range(3):
+        optimizer.zero_grad()
+        (loss_of(ours) / IDS.numel()).backward()
+        optimizer.step()
+    assert loss_of(ours).item() < start
+    assert all(torch.equal(frozen[name], p) for name, p in ours.named_parameters() if name in frozen)
+
+
+@pytest.mark.parametrize("quantization", Quantization)
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_step_without_data(kind: str, quantization: Quantization, tmp_path: Path) -> None:
+    """As planning does it; weights are counted as they are kept."""
+    real = make_pair("gpt2 untied", tmp_path).ours
+    lora = make(kind, quantization=quantization, targets=EVERYTHING)
+    lora.apply(real, seeded())
+    stored = {name: (t.shape, t.dtype) for name, t in (*real.named_parameters(), *real.named_buffers())}
+    with fake_tensors():
+        ours = real.config.build(101)
+        ours.initialise(torch.Generator())
+        lora.apply(ours, torch.Generator())
+        loss_of(ours).backward()
+        found = {name: (t.shape, t.dtype) for name, t in (*ours.named_parameters(), *ours.named_buffers())}
+        assert all(p.grad is not None for p in ours.parameters() if p.requires_grad)
+    assert found == stored
+
+
+def test_a_model_of_meta_tensors(tmp_path: Path) -> None:
+    real = make_pair("llama", tmp_path).ours
+    with torch.device("meta"):
+        ours = real.config.build(101)
+        for_both = make("dora", quantization=Quantization.nf4, targets=EVERYTHING)
+        for_both.apply(ours, torch.Generator("cpu"))
+    for_both.apply(real, seeded())
+    assert trained_and_all(ours) == trained_and_all(real)
+    assert ours.num_parameters() == real.num_parameters()
+
+
+def test_fp8_is_refused(model: Callable) -> None:
+    ours = model("llama")
+    make().apply(ours, seeded())
+    with pytest.raises(ValueError, match="precision=fp8: does not go with adapters"):
+        FP8Precision(CPU, Recipe.tensorwise).apply(ours.blocks)
+
+
+def test_no_copy_of_the_weight_waits_for_backward(model: Callable) -> None:
+    """Beside a frozen layer the adapter keeps its input and ``A x``, and nothing of the size of the weight."""
+    sizes: list[int] = []
+    linear = nn.Linear(256, 512)
+    for quantization in Quantization:
+        linear.requires_grad_(False)
+        layer = LoraLinear(linear, quantization.pack(linear.weight))
+        layer.adapt(4, 1.0, 0.0, has_magnitude=False, generator=seeded())
+        sizes.clear()
+        parameters = {id(p) for p in layer.parameters()}
+
+        def note(tensor: Tensor, own: set[int] = parameters) -> Tensor:
+            if id(tensor) not in own and id(tensor._base) not in own:
+                sizes.append(tensor.numel())
+            return tensor
+
+        x = torch.randn(8, 256, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            layer(x).sum().backward()
+        assert sizes, quantization
+        assert max(sizes) <= x.numel(), quantization
