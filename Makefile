@@ -22,7 +22,7 @@ train: setup
 	$(BIN)/llmtrain train experiment=laptop
 
 test: setup
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: setup
 	$(BIN)/ruff format --check .

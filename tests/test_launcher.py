@@ -83,7 +83,6 @@ def test_a_run(tmp_path: Path) -> None:
         (["train", "optimizer.lrr=1"], 2),
         # A bug, with its traceback
         (["train", *QUICK, "objective._target_=mine.Broken", "plugins=[mine]", "run_dir=run"], 1),
-        (["resume", "nowhere"], 2),
         (["train", *QUICK, "--cfg", "job"], 0),
         (["--help"], 0),
     ],

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli import llmtrain
 
 from llmtrain import Run
 from llmtrain.metrics import read_metrics
 from llmtrain.run import Parts
 from llmtrain.state import TrainState
 from llmtrain.tuning import Rehearsal, compiling_pays, largest_that_fits
-from tests.cli import llmtrain
 
 TINY = ("model=tiny", "tokenizer=byte", "loop.sample_every=0", "metrics.log_every=1")
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
@@ -124,12 +124,14 @@ def test_when_compiling_pays() -> None:
 @needs_compiler
 @pytest.mark.slow
 def test_what_was_decided_stays() -> None:
-    run, parts = assembled("loop.max_steps=5", "precision=fp32")
+    # The shapes of tests/test_runtime.py, so that what was compiled for one of them is there for the other
+    shapes = ("data.sequence_length=32", "accumulation.batch_size=4", "accumulation.micro_batch_size=4")
+    run, parts = assembled("loop.max_steps=5", "precision=fp32", *shapes)
     state = TrainState(compiled=True)  # of a run that goes on from where a GPU left it, say
     tuned, events = run.tune(parts, state, peak_flops=1e15)
     assert [event["event"] for event in events] == ["compiled"]
     assert state.compiled is True
-    ids = torch.randint(0, 256, (8, 64))
+    ids = torch.randint(0, 256, (4, 32))
     torch.testing.assert_close(tuned.loss_sum(ids, ids), parts.plain_loss_sum(ids, ids), rtol=1e-5, atol=0.0)
 
 
