@@ -67,8 +67,6 @@ class Labelled(ExampleData[str]):
         return Item(text, (text,), labels)
 
     def _one(self, value: Any, origin: str) -> str:
-        if isinstance(value, bool):
-            return str(value).lower()
         if isinstance(value, str | int):
             if not (label := str(value).strip()):
                 raise ValueError(f"{origin}: {self.label_column} is empty; remove the line, or fill it in")

@@ -97,7 +97,7 @@ class Reader:
                 continue
             origin = f"{path}:{number}"
             try:
-                value = json.loads(line)
+                value = json.loads(line.rstrip("\r\n"))
             except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(
                     f"{origin}: not JSON: {_reason(error)}; a line has to hold one whole object"

@@ -1,0 +1,172 @@
+"""Records from files of every kind, and what is said of files that are not right."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+
+from llmtrain.data.records import Reader, Record, find_records
+
+ROWS: list[dict[str, Any]] = [
+    {"text": "plain", "label": "a"},
+    {"text": 'quoted, "so"\nand on\n', "label": "b"},
+    {"text": "ä 世界 🙂 \u2028 \x0b", "label": ""},
+    {"text": " spaces ", "label": "null"},
+]
+LINES = {".csv": [2, 3, 6, 7], ".jsonl": [1, 2, 3, 4], ".json": [1, 1, 1, 1]}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    suffix = Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
+    if suffix == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=3)
+        return path
+    if suffix in (".csv", ".tsv"):
+        plain = path.with_name("plain")
+        with plain.open("w", newline="", encoding="utf-8") as file:
+            delimiter = "\t" if suffix == ".tsv" else ","
+            writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter, lineterminator="\r\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        content = plain.read_bytes()
+        plain.unlink()
+    elif suffix == ".json":
+        content = json.dumps(rows).encode()
+    else:
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    compress = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}.get(path.suffix, bytes)
+    path.write_bytes(compress(content))
+    return path
+
+
+def read(path: Path) -> list[Record]:
+    return list(Reader().read(path))
+
+
+def error(path: Path, content: str) -> str:
+    path.write_text(content, encoding="utf-8", newline="")
+    with pytest.raises(ValueError, match=r".") as caught:
+        read(path)
+    return str(caught.value).removeprefix(f"{path}")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet"])
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+def test_every_kind(tmp_path: Path, suffix: str, compression: str) -> None:
+    if suffix == ".parquet" and compression:
+        return  # it is compressed inside
+    path = write(tmp_path / f"data{suffix}{compression}", ROWS)
+    records = read(path)
+    assert [record.values for record in records] == ROWS
+    if suffix == ".parquet":
+        assert [record.origin for record in records] == [f"{path}: row {i}" for i in (1, 2, 3, 4)]
+    elif suffix in LINES:
+        assert [record.origin for record in records] == [f"{path}:{line}" for line in LINES[suffix]]
+
+
+def test_many_blocks(tmp_path: Path) -> None:
+    """Lines go across the blocks that a file is read in."""
+    rows = [{"text": f"{i} " + "ä\n" * (i % 700), "n": str(i)} for i in range(4000)]
+    for suffix in (".csv", ".jsonl", ".json", ".parquet"):
+        assert [record.values for record in read(write(tmp_path / f"data{suffix}", rows))] == rows
+
+
+def test_a_large_field_of_csv(tmp_path: Path) -> None:
+    (record,) = read(write(tmp_path / "data.csv", [{"text": "x" * 300_000}]))
+    assert len(record.values["text"]) == 300_000
+
+
+def test_only_as_far_as_asked(tmp_path: Path) -> None:
+    """What is broken further on is not read, and so not held either."""
+    for name, good, bad in (("a.csv", "x\n1\n", '"\n'), ("a.jsonl", '{"x": "1"}\n', "{\n")):
+        path = tmp_path / name
+        path.write_text(good + bad)
+        assert next(Reader().read(path)).values == {"x": "1"}
+
+
+def test_places_in_json(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text('\n[\n  {"a": 1,\n   "b": "x\\n"},\n\n {"a": [2]} ,{"a": null}\n]\n')
+    records = read(path)
+    assert [record.origin for record in records] == [f"{path}:{line}" for line in (3, 6, 6)]
+    assert [record.values["a"] for record in records] == [1, [2], None]
+    path.write_text("[]")
+    assert read(path) == []
+
+
+def test_lines_of_objects_in_json(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text('{"a": 1}\n{"a": 2}\n')
+    assert [record.origin for record in read(path)] == [f"{path}:1", f"{path}:2"]
+
+
+def test_empty_lines_are_counted(tmp_path: Path) -> None:
+    reader = Reader()
+    for name, content in (("a.jsonl", '\n{"a": "1"}\n  \n{"a": "2"}\n\n'), ("a.csv", "\na\n1\n\n2\n\n")):
+        (tmp_path / name).write_text(content)
+        reader.blank = 0
+        assert [record.values for record in reader.read(tmp_path / name)] == [{"a": "1"}, {"a": "2"}]
+        assert reader.blank == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", 'a,b\n1,2\n\n1,2,3\n"x', ":4: 3 fields, and 2 columns (a, b)"),
+        ("a.csv", 'a,b\n1,2\n1,"2\n3\n', ":3: not CSV as in RFC 4180"),
+        ("a.csv", 'a,b\n1,"2"3\n', ":2: not CSV as in RFC 4180"),
+        ("a.csv", "a,a\n1,2\n", ":1: the column 'a' is there twice"),
+        (
+            "a.jsonl",
+            '{"a": 1}\n\n{"a": 1\n',
+            ":3: not JSON: Expecting ',' delimiter (column 8); a line has to hold one",
+        ),
+        ("a.jsonl", '{"a": 1}\n[1]\n', ":2: [1] (list), where an object is needed"),
+        ("a.jsonl", "[" * 100_000, ":1: not JSON: nested too deeply"),
+        ("a.json", '[\n{"a": 1},\n{"a": }\n]', ":3: not JSON: Expecting value"),
+        ("a.json", '[\n{"a": 1}\n{"a": 2}]', ":3: not JSON: ',' or ']' is needed"),
+        ("a.json", '[\n{"a": 1},\n', ":3: not JSON: Expecting value"),
+        ("a.json", '[{"a": 1}]\n[]', ":1: not JSON: something stands behind the list"),
+        ("a.json", '"a"', ":1: not JSON: a list of objects, [{…}, …], is needed"),
+        ("a.json", '[{"a": 1},\n 2]', ":2: 2 (int), where an object is needed"),
+        ("a.json", '{\n "a": [1]\n}', ":1: not JSON"),
+        ("a.parquet", "no", ": no Parquet file, or damaged or cut"),
+        ("a.jsonl", "\x00", ": byte 0 is NUL"),
+    ],
+)
+def test_errors(tmp_path: Path, name: str, content: str, message: str) -> None:
+    found = error(tmp_path / name, content)
+    assert found.startswith(message), found
+
+
+def test_values() -> None:
+    record = Record({"text": "x", "n": 5, "label": None}, "f.jsonl:7")
+    assert record.text("text", "text_column") == "x"
+    for column, message in {
+        "txt": "f.jsonl:7: there is no column txt; did you mean text?; there are text, n, label; name another with "
+        "data.text_column=…",
+        "n": "f.jsonl:7: n is 5 (int), where a text is needed",
+        "label": "f.jsonl:7: label is None (NoneType), where a text is needed",
+    }.items():
+        with pytest.raises(ValueError, match=r".") as caught:
+            record.text(column, "text_column")
+        assert str(caught.value) == message
+
+
+def test_finding(tmp_path: Path) -> None:
+    for name in ("b.csv", "a.jsonl.gz", "c.txt", "sub/d.parquet", "e.json.zst"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_records(str(tmp_path), "path")
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["a.jsonl.gz", "b.csv", "e.json.zst", "sub/d.parquet"]
+    with pytest.raises(ValueError, match=r"data.validation_path=nowhere: no such file"):
+        find_records("nowhere", "validation_path")
+    with pytest.raises(ValueError, match=r"c.txt: of no kind that is known here; there are .csv, .tsv"):
+        find_records(str(tmp_path / "c.txt"), "path")
