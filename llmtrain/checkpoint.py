@@ -21,6 +21,9 @@ from llmtrain.storage import (
 )
 from llmtrain.weights.checkpoint import load_model
 
+SHORT_SAVE = 1.0  # seconds: such a save is made ahead of every evaluation
+MAX_SHARE = 0.1  # of the training since the save before, that a longer one ahead of an evaluation may take
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -49,6 +52,13 @@ class Checkpoint:
         """Whether to save after ``step`` steps, ``seconds`` after the last save."""
         by_steps = self.every_steps > 0 and step % self.every_steps == 0
         return by_steps or 0 < 60 * self.every_minutes <= seconds
+
+    def is_due_ahead(self, trained: float, cost: float) -> bool:
+        """Whether to save ahead of an evaluation, ``trained`` seconds of training after a save that took ``cost``.
+
+        What an evaluation could lose is that training.  ``cost`` is 0 where none has been made yet.
+        """
+        return self.before_evaluation and (cost < SHORT_SAVE or cost <= MAX_SHARE * trained)
 
     def kept(self) -> int:
         """How many checkpoints are on the disk in the long run, apart from those of ``keep_every``; at least 1."""

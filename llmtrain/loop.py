@@ -93,6 +93,8 @@ class Loop:
         self.refused_in_a_row = 0
         self.tried_step: int | None = None  # the step of the last save, whatever became of it
         self.save_error: Exception | None = None  # of the last save, if it failed
+        self.save_cost = 0.0  # seconds that the last save took
+        self.trained_at_save = self.state.train_seconds
         self.started = self.mark = self.saved_at = self.clock()  # mark: training is accounted for up to here
         self.since_log = [0, 0, 0.0]  # steps, tokens, seconds since the last row
 
@@ -113,9 +115,9 @@ class Loop:
         while self.state.step < self.max_steps and not self.stop_reason():
             self.advance()
             if self.is_save_due():
-                self.save()
+                self.save(copied=not self.is_over())
             self.look()
-        self.save()
+        self.save(copied=False)
         self.settle(wait=True)
         if self.profiler.is_unfinished:
             self.write_profile()
@@ -143,6 +145,10 @@ class Loop:
         if limit is not None and self.clock() - self.started >= 60 * limit:
             return f"loop.max_minutes={limit:g}"
         return None
+
+    def is_over(self) -> bool:
+        """Whether there will be no further step here."""
+        return self.state.step == self.max_steps or self.stop_reason() is not None
 
     # --- the step ---------------------------------------------------------------------------------------------------
 
@@ -374,7 +380,7 @@ class Loop:
             remove_checkpoint(later)
             self.saver.whole.discard(later)
         self.saved_step = self.tried_step = None
-        self.save()
+        self.save(copied=False)
         self.settle(wait=True)
         return more
 
@@ -390,19 +396,23 @@ class Loop:
 
     def is_save_due(self) -> bool:
         """Whether to save after this step."""
-        at_end = self.state.step == self.max_steps or self.stop_reason() is not None
-        return at_end or self.checkpoint.is_due(self.state.step, self.clock() - self.saved_at)
+        return self.is_over() or self.checkpoint.is_due(self.state.step, self.clock() - self.saved_at)
 
-    def save(self) -> None:
-        """Begin to write a checkpoint of this moment, unless there is one; an earlier one comes to its end first."""
+    def save(self, *, copied: bool = True) -> None:
+        """Begin to write a checkpoint of this moment, unless there is one; an earlier one comes to its end first.
+
+        ``copied``: training goes on beside it.
+        """
         self.handle(self.readback.drain())
         self.account()
         self.settle(wait=True)
         if self.state.step not in (self.saved_step, self.tried_step):
             self.capture_state()
             model, optimizer = saved_tensors(self.model), state_tensors(self.optimizer)
-            self.saver.begin(model, optimizer, self.state.to_json(), self.config_text, self.looks.val_losses)
+            state, val_losses = self.state.to_json(), self.looks.val_losses
+            self.saver.begin(model, optimizer, state, self.config_text, val_losses, copied=copied)
             self.saved_step = self.tried_step = self.state.step
+            self.trained_at_save = self.state.train_seconds
         self.mark = self.saved_at = self.clock()
 
     def capture_state(self) -> None:
@@ -419,7 +429,7 @@ class Loop:
             return
         for message in saved.damaged:
             self.event("damaged", saved.step, message=message)
-        self.save_error = saved.error
+        self.save_error, self.save_cost = saved.error, saved.seconds
         if saved.error is None:
             path = str(saved.path.relative_to(self.directory.path))
             seconds, held = round(saved.seconds, 3), round(saved.held_seconds, 3)
@@ -446,14 +456,15 @@ class Loop:
     # --- looking ----------------------------------------------------------------------------------------------------
 
     def look(self) -> None:
-        """Evaluate and sample where it is time to; after a save, so that neither can lose anything."""
+        """Evaluate and sample where it is time to; after a save where that is worth it, so that neither loses much."""
         if not self.is_look_due() or self.stop_reason():
             return
-        if self.checkpoint.before_evaluation and self.state.step > 0:
-            self.save()
-            self.settle(wait=True)
         self.handle(self.readback.drain())
         self.account()
+        trained = self.state.train_seconds - self.trained_at_save
+        if self.state.step > 0 and self.checkpoint.is_due_ahead(trained, self.save_cost):
+            self.save(copied=False)
+            self.settle(wait=True)
         size = self.micro_batch_size(self.accumulation.micro_batch_size)
         at_end = self.state.step == self.max_steps
         self.looks.look(self.state, at_end=at_end, micro_batch_size=size, stop=self.stop_reason)

@@ -48,6 +48,7 @@ class Saved:
     seconds: float = 0.0  # from the call to the end of all that belongs to it
     held_seconds: float = 0.0  # of these, spent by the training thread
     error: Exception | None = None  # it was not written, or does not read back
+    copied: bool = False  # from a copy, which alone the next update waits for
     removed: list[int] = field(default_factory=list)  # steps whose checkpoints were removed after it
     damaged: list[str] = field(default_factory=list)  # messages about older checkpoints that are not whole
 
@@ -149,14 +150,21 @@ class Saver:
         state: dict[str, Any],
         config: str,
         val_losses: Mapping[int, float],
+        *,
+        copied: bool = True,
     ) -> None:
-        """Start to write the checkpoint of this moment.  The one before must have been collected."""
+        """Start to write the checkpoint of this moment.  The one before must have been collected.
+
+        Without ``copied`` it is written from the tensors themselves: for when no update comes before it is through.
+        One that does come waits for it.
+        """
         assert self._future is None
         self._begun = time.perf_counter()
         path = self.directory.checkpoints / f"step-{state['step']:08d}"
         self._saved = saved = Saved(state["step"], path)
         val_losses = dict(val_losses)
-        if self.is_behind:
+        saved.copied = self.is_behind and copied
+        if saved.copied:
             self._snapshot.begin(model=model, optimizer=optimizer)
 
             def work() -> None:
@@ -176,7 +184,11 @@ class Saver:
 
     def before_update(self) -> None:
         """To be called before weights or optimizer state change."""
-        if self._saved is not None and self.is_behind:
+        if self._saved is None:
+            return
+        if not self._saved.copied:
+            self._wait()
+        else:
             start = time.perf_counter()
             self._snapshot.before_change()
             self._saved.held_seconds += time.perf_counter() - start

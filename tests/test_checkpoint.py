@@ -29,6 +29,15 @@ def test_when_it_is_due() -> None:
     assert not policy().is_due(50, 1e9)
 
 
+def test_when_it_is_due_ahead_of_an_evaluation() -> None:
+    default = policy()
+    assert default.is_due_ahead(0.0, 0.0)  # the first one
+    assert default.is_due_ahead(0.0, 0.99)
+    assert not default.is_due_ahead(19.9, 2.0)
+    assert default.is_due_ahead(20.0, 2.0)
+    assert not policy(before_evaluation=False).is_due_ahead(1e9, 0.0)
+
+
 LOSSES = {10: 3.0, 20: 2.0, 30: 2.5, 40: 2.2, 50: 4.0}
 
 

@@ -113,3 +113,22 @@ def test_epochs_and_max_steps_whichever_ends_first() -> None:
     sizes = [ramp.accumulation.batch_size_at(step, 0) for step in range(2000)]
     steps = ramp.loop.total_steps(ramp.accumulation, 1000, 32)
     assert sum(sizes[: steps - 1]) < 1000 <= sum(sizes[:steps])
+
+
+def test_saves_ahead_of_evaluations_are_left_out_where_they_take_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def saved(folder: Path) -> list[int]:
+        run = Run.compose(
+            *TINY, f"output_dir={folder}", "loop.max_steps=8", "loop.eval_every=2", "checkpoint.every_steps=0"
+        )
+        events = rows(run.train().run_dir)
+        return [row["step"] for row in events if row.get("event") == "save"]
+
+    assert saved(tmp_path / "short") == [2, 4, 6, 8]
+    monkeypatch.setattr("llmtrain.checkpoint.SHORT_SAVE", 0.0)
+    monkeypatch.setattr("llmtrain.checkpoint.MAX_SHARE", 0.0)
+    assert saved(tmp_path / "long") == [
+        2,
+        8,
+    ]  # what it takes is not known before the first, and there is one at the end

@@ -49,6 +49,23 @@ def test_a_save_holds_the_moment_it_was_begun(tmp_path: Path, asynchronous: bool
             assert tensor.unique().tolist() == [step_of(path)]
 
 
+def test_without_a_copy_an_update_waits_for_the_whole_save(tmp_path: Path) -> None:
+    weight = torch.zeros(3_000_000)
+    with Saver(policy(), RunDirectory(tmp_path), CPU) as saver:
+        for step in range(1, 4):
+            weight.fill_(float(step))
+            saver.begin({"w": weight}, {"w/m": weight}, {"step": step}, "name: x\n", {}, copied=False)
+            saver.before_update()
+            assert steps(tmp_path)[-1] == step
+            weight.fill_(-1.0)
+            saved = saver.collect(wait=False)
+            assert saved is not None
+            assert saved.error is None
+            assert saved.held_seconds > 0
+    for path in find_checkpoints(tmp_path):
+        assert load_file(path / "model.safetensors")["w"].unique().tolist() == [step_of(path)]
+
+
 def test_dtypes_shapes_and_strides(tmp_path: Path) -> None:
     tensors = {
         "w": torch.tensor(3.5),

@@ -21,7 +21,7 @@ from llmtrain.model import LanguageModel
 from llmtrain.planning.advice import Suggestion, largest_fitting, suggest
 from llmtrain.planning.blueprint import Blueprint
 from llmtrain.planning.chart import bar, draw
-from llmtrain.planning.costs import Costs, Counts, Speed, add_up, count_looks
+from llmtrain.planning.costs import Costs, Counts, Speed, add_up, count_looks, without_long_saves
 from llmtrain.planning.devices import DeviceSpec, arithmetic, find_device, present_device
 from llmtrain.planning.memory import Memory, Untraceable, at_micro_batch, estimate
 from llmtrain.precision import Precision
@@ -170,7 +170,7 @@ def look_ahead(plan: Plan, run: Run, planned: Planned, device: torch.device) -> 
     )
     validation = 0 if planned.corpus.validation is None else len(planned.corpus.validation)
     counts = count_looks(run.loop, run.checkpoint, steps, sequences, batch, validation)
-    is_copied = run.checkpoint.asynchronous and counts.saves > 1  # the last one is made when the step is over
+    is_copied = counts.copied_saves > 0 or (run.checkpoint.asynchronous and run.checkpoint.every_minutes > 0)
     memory, note = None, ""
     try:
         memory = estimate(blueprint, gpu=spec.is_gpu, copied=is_copied)
@@ -203,6 +203,7 @@ def look_ahead(plan: Plan, run: Run, planned: Planned, device: torch.device) -> 
         can = spec.is_gpu and "bf16" in spec.flops and precision.name in ("fp32", "tf32")
         suggestions = suggest(blueprint, memory, gpu=spec.is_gpu, available=room, copied=is_copied, bf16=can)
     speed = speed_of(run, planned.model, spec, precision, probed)
+    counts = without_long_saves(counts, speed, saved)
     watts = plan.watts if plan.watts is not None else spec.watts
     costs = add_up(
         speed, counts, run.loop, run.checkpoint, saved, watts=watts, price_per_hour=plan.price_per_hour

@@ -1,9 +1,9 @@
 """Time, energy, price and disk of a whole run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from llmtrain.checkpoint import Checkpoint
+from llmtrain.checkpoint import MAX_SHARE, SHORT_SAVE, Checkpoint
 from llmtrain.loop_config import LoopConfig
 
 SAVED_PER_SECOND = 400e6  # bytes of a checkpoint: hashed, written, synced and read back; an SSD does that or better
@@ -41,6 +41,8 @@ class Counts:
     samples: int
     saves: int
     held_saves: int  # of these, those that training waits for
+    ahead: int  # of these, those that only an evaluation or sample gives rise to
+    copied_saves: int  # those that a copy is made for
 
 
 def count_looks(
@@ -61,7 +63,18 @@ def count_looks(
     ahead = looks_at if checkpoint.before_evaluation else set()
     saves = len(by_steps | ahead) + 1  # one at the end
     held = saves if not checkpoint.asynchronous else len(ahead) + 1
-    return Counts(steps, sequences, evaluations, evaluated, samples, saves, held)
+    copied = len(by_steps) if checkpoint.asynchronous else 0
+    return Counts(steps, sequences, evaluations, evaluated, samples, saves, held, len(ahead - by_steps), copied)
+
+
+def without_long_saves(counts: Counts, speed: Speed, checkpoint_bytes: int) -> Counts:
+    """Leave out the saves ahead of evaluations that would take too much of the time, as the loop does."""
+    save = checkpoint_bytes / SAVED_PER_SECOND
+    if save < SHORT_SAVE:
+        return counts
+    made = min(counts.ahead, 1 + int(MAX_SHARE * counts.sequences * speed.sequence / save))
+    fewer = counts.ahead - made
+    return replace(counts, saves=counts.saves - fewer, held_saves=counts.held_saves - fewer, ahead=made)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import pytest
 
 from llmtrain import Run
-from llmtrain.planning.costs import SAVED_PER_SECOND, Speed, add_up, count_looks
+from llmtrain.planning.costs import SAVED_PER_SECOND, Speed, add_up, count_looks, without_long_saves
 
 TINY = ("model=tiny", "tokenizer=byte")
 
@@ -21,6 +21,19 @@ def test_evaluations_samples_and_saves_are_counted() -> None:
     # 100, …, 900 ahead of evaluations (400 and 800 are among them), 250 and 750, and the end
     assert counts.saves == 12
     assert counts.held_saves == 10
+    assert counts.ahead == 8  # without 500
+    assert counts.copied_saves == 3  # 250, 500, 750
+
+
+def test_long_saves_ahead_of_evaluations_are_counted_as_the_loop_makes_them() -> None:
+    made = run("loop.eval_every=100", "loop.sample_every=0", "checkpoint.every_steps=0")
+    counts = count_looks(made.loop, made.checkpoint, steps=1000, sequences=1000, batch=1, validation=10)
+    assert (counts.saves, counts.held_saves, counts.ahead, counts.copied_saves) == (10, 10, 9, 0)
+    speed = Speed(sequence=1.0, evaluated=0.0, sampled=0.0)
+    assert without_long_saves(counts, speed, round(0.9 * SAVED_PER_SECOND)) == counts
+    fewer = without_long_saves(counts, speed, round(50 * SAVED_PER_SECOND))
+    assert (fewer.saves, fewer.held_saves, fewer.ahead) == (4, 4, 3)  # the first, and two in 1,000 seconds; the end
+    assert without_long_saves(counts, speed, round(2 * SAVED_PER_SECOND)) == counts
 
 
 def test_no_validation_no_evaluation() -> None:
