@@ -570,8 +570,8 @@ class Run:
         profiler: Profiler | None = None,
     ) -> Loop:
         """The loop over ``parts`` from ``state`` on."""
-        recovery = self.recovery.build(parts.device)
         labels = parts.corpus.labels
+        recovery = self.recovery.build(parts.device, judges_spikes=not labels)
         recovery.load_state_dict(state.recovery)
         looks = Looks(
             config=self.loop, corpus=parts.corpus, tokenizer=parts.tokenizer, model=parts.model,

@@ -19,11 +19,13 @@ from llmtrain.tokenizer import Tokenizer
 
 IGNORE = -100  # a target that carries no loss; torch's default ``ignore_index``
 PADDING_MULTIPLE = 64  # rows are padded to multiples of it: few shapes, for the kernels and for torch.compile
+SHORT_MULTIPLE = 8  # … and short ones, of which that would make mostly padding, to multiples of this
 
 
 def padded(length: int, longest: int) -> int:
     """To how many tokens rows of at most ``length`` are padded, ``longest`` being the most there can be."""
-    return min(-(-length // PADDING_MULTIPLE) * PADDING_MULTIPLE, longest)
+    multiple = SHORT_MULTIPLE if length <= PADDING_MULTIPLE else PADDING_MULTIPLE
+    return min(-(-length // multiple) * multiple, longest)
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,10 @@ class Examples(Sequences):
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def mean_length(self) -> float:
+        return self.tokens / max(len(self), 1)
+
     def gather(self, indices: np.ndarray) -> Rows:
         assert len(indices) == 0 or 0 <= indices.min() <= indices.max() < len(self)
         lengths = self.lengths[indices]

@@ -167,5 +167,9 @@ class RecoveryConfig(ABC):
     examples: int  # offending sequences to find and decode for each event; 0: none
 
     @abstractmethod
-    def build(self, device: torch.device) -> Recovery:
-        """A fresh :class:`Recovery` that judges on ``device``."""
+    def build(self, device: torch.device, *, judges_spikes: bool = True) -> Recovery:
+        """A fresh :class:`Recovery` that judges on ``device``.
+
+        Without ``judges_spikes`` only what is not finite is refused: the loss of a handful of targets, one a text,
+        scatters so far that no limit tells a spike from a hard text.
+        """

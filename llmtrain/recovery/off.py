@@ -23,7 +23,7 @@ class Off(RecoveryConfig):
     def __post_init__(self) -> None:
         non_negative(examples=self.examples)
 
-    def build(self, device: torch.device) -> "FiniteOnly":
+    def build(self, device: torch.device, *, judges_spikes: bool = True) -> "FiniteOnly":
         return FiniteOnly()
 
 

@@ -1,7 +1,7 @@
 """A ladder against spikes: refuse the update, leave out data, go back, lower the rate, give up."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -63,8 +63,8 @@ class On(RecoveryConfig):
                 f"rollback_after={self.rollback_after} have been tried; take more"
             )
 
-    def build(self, device: torch.device) -> "Ladder":
-        return Ladder(self, device)
+    def build(self, device: torch.device, *, judges_spikes: bool = True) -> "Ladder":
+        return Ladder(self if judges_spikes else replace(self, loss_deviations=0.0, grad_norm_deviations=0.0), device)
 
 
 @dataclass
