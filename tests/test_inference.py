@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmtrain.inference import Sampling, generate
+from llmtrain.inference import Sampling, as_text, generate
 from llmtrain.model.gpt import GPT, GPTConfig, Initialisation
 
 END = 50
@@ -101,3 +101,24 @@ def test_top_p_keeps_the_smallest_set_that_has_it() -> None:
 def test_bad_settings(values: tuple[float, int, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(*values)
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "expected"),
+    [
+        ("héllo 🙂 wörld", (), "héllo 🙂 wörld"),
+        ("yes\n\n### Instruction: no", ("\n\n### Instruction:",), "yes"),
+        ("a <|im_en> b", ("<|im_end|>",), "a <|im_en> b"),  # the beginning of a stop alone is text
+        ("a <|im_end|> b", ("\nQ:", "<|im_end|>"), "a "),
+        ("aab", ("ab",), "a"),
+        ("ends in <|im", ("<|im_end|>",), "ends in <|im"),
+    ],
+)
+def test_text_as_it_comes_and_what_ends_it(text: str, stops: tuple[str, ...], expected: str) -> None:
+    pieces = list(as_text(iter(text.encode()), bytes, stops))
+    assert "".join(pieces) == expected
+    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)  # characters are given out whole
+
+
+def test_a_character_that_is_cut_off_at_the_end() -> None:
+    assert "".join(as_text(iter("é".encode()[:1]), bytes)) == "\N{REPLACEMENT CHARACTER}"

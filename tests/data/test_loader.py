@@ -331,3 +331,20 @@ def test_gpu_memory_is_not_reused_while_a_batch_is_in_use() -> None:
             del batch
     expected = [int(b.inputs.sum() + b.targets.sum()) for b in take(open_loader(fixed(64), sequences=large), 30)]
     assert [int(each) for each in sums] == expected
+
+
+def test_a_batch_is_split_with_no_more_padding_than_its_parts_need() -> None:
+    lengths = (3, 9, 70, 130)
+    inputs = torch.zeros(4, 192, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        inputs[row, :length] = torch.arange(1, length + 1)
+    segments = (inputs > 0).int()
+    batch = Batch(inputs, inputs.clone(), 212, 212, segments, lengths)
+    parts = list(batch.split(2))
+    assert [part[0].shape for part in parts] == [(2, 16), (2, 192)]
+    assert [part[2].shape for part in parts] == [(2, 16), (2, 192)]
+    assert [part[0].shape for part in batch.split(1)] == [(1, 8), (1, 16), (1, 128), (1, 192)]
+    assert all(int((part[0] > 0).sum()) == length for part, length in zip(batch.split(1), lengths, strict=True))
+    whole = Batch(inputs, inputs.clone(), 768, 768)
+    assert [part[0].shape for part in whole.split(3)] == [(3, 192), (1, 192)]
+    assert all(part[2] is None for part in whole.split(3))
