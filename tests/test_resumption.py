@@ -125,9 +125,7 @@ def test_a_rollback_stops_at_another_optimizers_state(run_dir: Path) -> None:
     with run.runtime.session() as device, directory.lock():
         parts, state, resumption = run.come_back(find_origin(directory), device, ())
         directory.config.write_text(config.dump(run))
-        poisoned = dataclasses.replace(
-            parts, loss_sum=lambda *batch: parts.loss_sum(*batch) * math.nan
-        )
+        poisoned = dataclasses.replace(parts, loss_sum=lambda *batch: parts.loss_sum(*batch) * math.nan)
         with pytest.raises(TrainingFailed, match="found no checkpoint old enough once"):
             run.execute(poisoned, directory, state, resumption=resumption)
 

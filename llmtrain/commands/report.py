@@ -46,7 +46,7 @@ def main(report: Report, invocation: Invocation) -> int:
     console.print(Comparison(summaries))
     for summary in summaries if len(summaries) <= MAX_MATRICES else ():
         if summary.confusion:
-            console.print()
+            console.print(f"\n{visible(summary.path.name)}, at its best validation", style="bold")
             console.print(confusion_table(summary))
     begun = [summary.path for summary in summaries if summary.state != "pending"]
     if report.plot and begun:

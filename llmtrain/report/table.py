@@ -91,8 +91,7 @@ class Comparison:
 
 def confusion_table(run: RunSummary) -> Table:
     """How often each class was taken for each; a row a true class, a column a predicted one."""
-    title = Text.assemble(("confusion", "bold"), f" of {visible(run.path.name)}, at its best validation")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title=title, title_justify="left")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("true \\ predicted", style="bold")
     for label in run.labels:
         table.add_column(Text(visible(label)), justify="right")
