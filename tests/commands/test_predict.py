@@ -31,11 +31,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = [setting for setting in TINY if not setting.startswith("data.")]
     llmtrain("train", *small, "data.sequence_length=64", "loop.max_steps=20", "run_dir=base", cwd=folder)
     llmtrain(
-        "train", *small, "data=labelled", "data.path=messages.csv", "objective=classification", "weights=checkpoint",
-        "weights.path=base", "lora=lora", "lora.rank=4", "data.sequence_length=64", "data.validation_fraction=0.25",
-        "loop.max_steps=60", "loop.eval_every=20", "loop.eval_batches=null", "checkpoint.every_steps=30",
-        "checkpoint.keep_last=0",
-        "optimizer.lr=1e-2", "run_dir=run", cwd=folder,
+        "train", "model=auto", *small[1:], "data=labelled", "data.path=messages.csv", "objective=classification",
+        "weights=checkpoint", "weights.path=base", "lora=lora", "lora.rank=4", "data.sequence_length=64",
+        "data.validation_fraction=0.25", "loop.max_steps=60", "loop.eval_every=20", "loop.eval_batches=null",
+        "checkpoint.every_steps=30", "checkpoint.keep_last=0", "optimizer.lr=1e-2", "run_dir=run", cwd=folder,
     )  # fmt: skip
     return folder
 
