@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmtrain.data import IGNORE, DataFailed
+from llmtrain.data import IGNORE, DataFailed, padded
 from llmtrain.data.examples import BUCKET, GROUP, Examples, Stored, no_target
 from llmtrain.data.loader import Loader
 from llmtrain.data.order import order
@@ -65,7 +65,7 @@ def test_rows_are_padded_on_the_right(tmp_path: Path, labels: bool) -> None:
         indices = rng.integers(0, 200, 7)
         rows = examples.gather(indices)
         longest = lengths[indices].max()
-        assert rows.inputs.shape == rows.targets.shape == (7, min(-(-longest // 64) * 64, 300))
+        assert rows.inputs.shape == rows.targets.shape == (7, padded(int(longest), 300))
         assert rows.inputs.dtype == rows.targets.dtype == np.int64
         assert rows.segments is None
         np.testing.assert_array_equal(rows.lengths, lengths[indices])

@@ -1,6 +1,7 @@
 """Templates: what they render, what is taught of it, and that a message is never more than text."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -288,3 +289,43 @@ def test_a_text_begins_once() -> None:
         )
     parts = TEMPLATES["chatml"].render(TURNS)
     assert tokenizer.decode(encode.prompt(parts)) == text(parts)
+
+
+SMOL = (  # in the manner of SmolLM2's and Qwen's, with what tells transformers which tokens are the assistant's
+    "{% for m in messages %}"
+    "{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}"
+    "{% endgeneration %}{{ '\n' }}{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_ids_and_targets_as_transformers_has_them(tmp_path: Path) -> None:
+    """A tokenizer of the tokenizers library with a chat template, read by both."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from llmtrain.tokenizer.huggingface import HuggingFace
+
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    text_file = (Path(__file__).parents[2] / "data" / "lighthouse.txt").read_text()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=800, special_tokens=special, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    )
+    library.train_from_iterator([text_file], trainer)
+    theirs = PreTrainedTokenizerFast(tokenizer_object=library, eos_token=special[0], chat_template=SMOL)
+    theirs.save_pretrained(tmp_path)
+    ours = HuggingFace(path=str(tmp_path), end_of_text=None).build()
+    template, encode = find_template("tokenizer", ours), PartEncoder(ours)
+    assert template.stop == ("<|im_end|>",)
+    for messages in (TURNS, TURNS[:2], [Message("system", "Speak of the sea."), *TURNS, Message("user", "\n ä?")]):
+        plain = [{"role": m.role, "content": m.content} for m in messages]
+        expected = theirs.apply_chat_template(plain, return_dict=True, return_assistant_tokens_mask=True)
+        found = encode(template.render(messages))
+        assert found.ids.tolist() == expected["input_ids"]
+        assert (found.wanted != IGNORE).astype(int).tolist() == expected["assistant_masks"]
+        prompt = encode.prompt(template.render(messages, add_generation_prompt=True))
+        assert prompt == theirs.apply_chat_template(plain, add_generation_prompt=True)["input_ids"]
