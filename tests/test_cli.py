@@ -7,7 +7,7 @@ import pytest
 from cli import TINY, llmtrain, only_run
 
 from llmtrain import Run
-from llmtrain.cli import main, split
+from llmtrain.cli import VERBS, main, split
 from llmtrain.run_directory import RunDirectory
 
 Failing = Callable[..., str]
@@ -247,7 +247,7 @@ def test_completion(tmp_path: Path) -> None:
         env = {"COMP_LINE": line, "COMP_POINT": str(len(line))}
         return llmtrain("-sc", "query=bash", cwd=tmp_path, env=env).stdout.split()
 
-    assert complete("llmtrain ") == ["train", "resume", "plan", "generate", "verify", "report"]
+    assert complete("llmtrain ") == list(VERBS)
     assert complete("llmtrain re") == ["resume", "report"]
     assert "optimizer=adamw" in complete("llmtrain train optimizer=a")
     assert "optimizer=lion" in complete("llmtrain plan model=tiny optimizer=")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import GPT2Config
 
 from llmtrain import Run, config
 from llmtrain.config import REDACTED, ConfigError
@@ -14,24 +15,36 @@ from llmtrain.schedule import Schedule
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = sorted(p for p in CONF.iterdir() if p.is_dir() and p.name not in ("experiment", "__pycache__"))
 OPTIONS = sorted((p.parent.name, p.stem) for group in GROUPS for p in group.glob("*.yaml"))
-NEEDED = {"data": ["data.path=x"], "weights": ["weights.path=x"]}  # values without a default
+NEEDED = {  # values without a default
+    "data": ["data.path=x"], "weights": ["weights.path=x"], "tokenizer": ["tokenizer.path=x"], "model": [],
+}  # fmt: skip
+BASE = ("weights=checkpoint", "weights.path=x")  # where what is adapted comes from
+COMPANY = {  # options that go with some others alone
+    "data=labelled": ["objective=classification"], "objective=classification": ["data=labelled", "data.path=x"],
+    "objective=instruction": ["data=instruction", "data.path=x"], "lora=lora": BASE, "lora=rslora": BASE,
+    "lora=dora": BASE, "model=auto": ["weights=huggingface", "weights.path=hf"],
+}  # fmt: skip
+OF_RECIPES = {
+    "verdict": ["data.path=x"], "spam": ["model=laptop", *BASE], "instruct": ["model=laptop", *BASE],
+    "baichuan2_lora": ["model=baichuan2_7b", "weights.path=x", "data.path=x"],
+}  # fmt: skip
 
 TINY = ("model=tiny", "tokenizer=byte")
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_every_option_builds(group: str, option: str) -> None:
+def test_every_option_builds(group: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    GPT2Config(n_layer=1, n_embd=8, n_head=1).save_pretrained("hf")  # for model=auto to look at
     text = (CONF / group / f"{option}.yaml").read_text()
     needed = [override for override in NEEDED.get(group, []) if f"{override.split('.')[1].split('=')[0]}: ???" in text]
-    run = Run.compose(f"{group}={option}", *needed)
+    run = Run.compose(f"{group}={option}", *needed, *COMPANY.get(f"{group}={option}", []))
     assert type(getattr(run, group)).__module__ != "builtins"
 
 
 @pytest.mark.parametrize("recipe", sorted(p.stem for p in (CONF / "experiment").glob("*.yaml")))
 def test_every_recipe_builds(recipe: str) -> None:
-    text = (CONF / "experiment" / f"{recipe}.yaml").read_text()
-    needed = ["data.path=x"] if "override /data: text" in text else []
-    assert Run.compose(f"experiment={recipe}", *needed).name == recipe
+    assert Run.compose(f"experiment={recipe}", *OF_RECIPES.get(recipe, [])).name == recipe
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
