@@ -60,6 +60,7 @@ Examples
   llmtrain resume runs/2026-11-21/gpt124m-k3v9
   llmtrain verify runs/2026-11-21/gpt124m-k3v9
   llmtrain generate runs/2026-11-21/gpt124m-k3v9 prompt="Once upon a time"
+  llmtrain export runs/2026-11-21/gpt124m-k3v9 to=my-model
 
 Flags
   -m, --multirun     a sweep: every combination of comma-separated values, each in a process of its own
@@ -422,7 +423,7 @@ def complete(arguments: Sequence[str]) -> int:
             print(" ".join(name for name in VERBS if name.startswith(words[1] if len(words) == 2 else "")))
             return 0
         verb = words[1]
-        if verb not in VERBS or (verb in ("generate", "report") and not words[-1]):
+        if verb not in VERBS or (verb in ("generate", "export", "report") and not words[-1]):
             return 0
         os.environ["COMP_LINE"] = line.replace(f" {verb}", "", 1)  # Hydra knows of no verbs
     run_hydra("train" if verb == "resume" else verb, ["-sc"], [request], lambda _: None)

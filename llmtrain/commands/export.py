@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from llmtrain.checks import positive
 from llmtrain.commands import FAILED, FINISHED, Invocation
+from llmtrain.conversation import template_of
+from llmtrain.data.template_to_jinja import to_jinja
+from llmtrain.data.templates import Markup, PartEncoder, Template
 from llmtrain.format import significant, size
 from llmtrain.hf import CLASSIFIER, SCORE, config_of, family_for, family_of, module_names
 from llmtrain.hf.config_json import ConfigJson
@@ -152,7 +155,8 @@ def whole(settings: Export, trained: Trained, folder: Path) -> None:
         print(f"rounded to {str(dtype).removeprefix('torch.')}: logits change by up to "
               f"{significant(before.difference(rounded.logits))}")  # fmt: skip
         before = rounded
-    write(model, folder, values, dtype=dtype, shard_bytes=round(settings.shard_gb * 1e9))
+    generation = {"eos_token_id": ends_of(trained)}
+    write(model, folder, values, generation, dtype=dtype, shard_bytes=round(settings.shard_gb * 1e9))
     write_tokenizer(trained, folder)
     config = config_of(model)
     hidden = model.head_weight.shape[1]
@@ -186,9 +190,23 @@ def padding(tokenizer: Tokenizer) -> int:
     return next(named, tokenizer.end_of_text)
 
 
+def taught(trained: Trained) -> Template | None:
+    """The template of the run's instructions; None for other data."""
+    return template_of(trained, None, None) if hasattr(trained.run.data, "template") else None
+
+
+def ends_of(trained: Trained) -> int | list[int]:
+    """The ids that end a text, and those that end a response in the run's template."""
+    end, template = trained.tokenizer.end_of_text, taught(trained)
+    others = set() if template is None else PartEncoder(trained.tokenizer).stops(template)[0] - {end}
+    return [end, *sorted(others)] if others else end
+
+
 def write_tokenizer(trained: Trained, folder: Path) -> None:
-    """The files of the tokenizer."""
-    for name, text in files(trained.tokenizer, trained.model.context_length).items():
+    """The files of the tokenizer, and the template that the model was taught."""
+    tokenizer, template = trained.tokenizer, taught(trained)
+    source = to_jinja(template, has_bos=tokenizer.bos is not None) if isinstance(template, Markup) else None
+    for name, text in files(tokenizer, trained.model.context_length, source).items():
         (folder / name).write_text(text, encoding="utf-8")
 
 

@@ -6,7 +6,7 @@ import re
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import BinaryIO, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,20 +16,33 @@ from llmtrain.hf.config_json import ConfigJson
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 SAMPLES, SAMPLE = 64, 1 << 16  # what a fingerprint reads of a file: blocks, and bytes of each
 
 
+class Stored(NamedTuple):
+    """Where a tensor is."""
+
+    file: BinaryIO
+    start: int  # bytes from the beginning of the file
+    size: int
+    dtype: torch.dtype
+
+
 class Directory:
-    """A directory that is read from; a context, since its files are held open."""
+    """A directory that is read from; a context, since its files are held open.
+
+    Read, and not mapped into memory: what has been copied into a model takes no memory any longer, and a file that is
+    cut meanwhile is an error and no crash.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = ConfigJson.read(folder)
         self.files = find_files(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._where: dict[str, Any] = {}
+        self._where: dict[str, Stored] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -49,19 +62,25 @@ class Directory:
 
     def _open(self, file: Path) -> None:
         try:
-            opened = self._stack.enter_context(safe_open(file, framework="pt"))
-            for name in opened.keys():  # noqa: SIM118  no mapping
-                part = opened.get_slice(name)
-                if part.get_dtype() not in FLOATS:
-                    raise ValueError(
-                        f"{file}: {name} is {part.get_dtype()}, no floating-point number of 16 bits or more; quantised "
-                        "weights cannot be trained, take the checkpoint that they were quantised from"
-                    )
-                if name in self._where:
-                    raise ValueError(f"{file}: {name} is in another file of the directory too")
-                self.shapes[name], self._where[name] = tuple(part.get_shape()), opened
-        except (SafetensorError, OSError) as error:
+            with safe_open(file, framework="pt"):
+                pass  # the header, and whether all is there that it names, has been checked
+            opened = self._stack.enter_context(file.open("rb"))
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+        except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{file}: cut or damaged ({error}); get it again") from error
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if entry["dtype"] not in FLOATS:
+                raise ValueError(
+                    f"{file}: {name} is {entry['dtype']}, no floating-point number of 16 bits or more; quantised "
+                    "weights cannot be trained, take the checkpoint that they were quantised from"
+                )
+            if name in self._where:
+                raise ValueError(f"{file}: {name} is in another file of the directory too")
+            start, end = entry["data_offsets"]
+            self.shapes[name] = tuple(entry["shape"])
+            self._where[name] = Stored(opened, 8 + length + start, end - start, FLOATS[entry["dtype"]])
 
     def _check_index(self) -> None:
         if self.files[0].name != SINGLE:
@@ -71,10 +90,16 @@ class Directory:
 
     def read(self, name: str) -> Tensor:
         """A tensor, on the host, as it is stored.  Raises ValueError, naming it, if it cannot be read."""
+        file, start, size, dtype = self._where[name]
+        tensor = torch.empty(self.shapes[name], dtype=dtype)
         try:
-            return self._where[name].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.folder}: {name} cannot be read ({error})") from error
+            file.seek(start)
+            found = file.readinto(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[attr-defined]
+        except OSError as error:
+            raise ValueError(f"{file.name}: {name} cannot be read ({error.strerror})") from error
+        if found != size:
+            raise ValueError(f"{file.name}: {name} cannot be read, the file was cut meanwhile")
+        return tensor
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -131,7 +156,6 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-@cache
 def locate(path: str) -> Path:
     """The directory ``path``, or that of a model of the hub, ``org/name`` or ``org/name@revision``, once downloaded.
 
@@ -148,6 +172,7 @@ def locate(path: str) -> Path:
     return download(match[1], match[2], path)
 
 
+@cache
 def download(name: str, revision: str | None, path: str) -> Path:
     """The directory of a model of the hub: of its files those that are data, never a pickle or a program."""
     try:

@@ -51,11 +51,18 @@ def config_json(
 
 @torch.no_grad()
 def write(
-    model: LanguageModel, folder: Path, values: Mapping[str, Any], *, dtype: torch.dtype, shard_bytes: int
+    model: LanguageModel,
+    folder: Path,
+    values: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    shard_bytes: int,
 ) -> None:
-    """Write config and weights into ``folder``, in files of up to ``shard_bytes``.  Vocabulary padding stays behind.
+    """Write weights and config into ``folder``, in files of up to ``shard_bytes``.  Vocabulary padding stays behind.
 
-    At no moment is there more than a copy of one file's tensors.
+    ``values``: of :func:`config_json`; ``generation``: what ``generation_config.json`` has otherwise.  At no moment is
+    there more than a copy of one file's tensors.
     """
     config = config_of(model)
     state = model.state_dict()
@@ -75,7 +82,7 @@ def write(
     _write_json(folder / NAME, values)
     if CLASSIFIER not in state:
         tokens = {key: value for key, value in values.items() if key.endswith("_token_id") and value is not None}
-        _write_json(folder / GENERATION, tokens)
+        _write_json(folder / GENERATION, {**tokens, **generation})
 
 
 def split(maps: Sequence[Map], state: Mapping[str, Tensor], dtype: torch.dtype, shard_bytes: int) -> list[list[Map]]:

@@ -137,7 +137,7 @@ def test_logits(config: dict[str, Any], fused: bool, tmp_path: Path) -> None:
 
     (tmp_path / "ours").mkdir()
     values = config_json(model, torch.float32, {}, (), False)
-    write(model, tmp_path / "ours", values, dtype=torch.float32, shard_bytes=10**9)
+    write(model, tmp_path / "ours", values, {}, dtype=torch.float32, shard_bytes=10**9)
     written = load_file(tmp_path / "ours" / "model.safetensors")
     assert written.keys() == weights.keys()
     assert all(np.array_equal(written[name].double().numpy(), weights[name]) for name in weights)

@@ -22,7 +22,7 @@ TOLERANCE = 1e-5
 
 def export(model: LanguageModel, folder: Path, shard_bytes: int = 10**9) -> Path:
     folder.mkdir()
-    write(model, folder, config_json(model, FP32, {}, (), False), dtype=FP32, shard_bytes=shard_bytes)
+    write(model, folder, config_json(model, FP32, {}, (), False), {}, dtype=FP32, shard_bytes=shard_bytes)
     return folder
 
 

@@ -1,0 +1,291 @@
+"""``llmtrain export``: what comes out is what was trained, in transformers and PEFT too, or nothing comes out."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from cli import TINY
+from safetensors.torch import load_file
+
+from llmtrain import Run
+from llmtrain.cli import main
+from llmtrain.commands import export
+from llmtrain.commands.export import DType, Export, Format
+from llmtrain.run import Trained
+from llmtrain.runtime import Device, Runtime
+from llmtrain.storage import locate_checkpoint
+
+NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+AUTO = (*(override for override in TINY if not override.startswith("model=")), "model=auto", "loop.max_steps=3")
+LLAMA: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2,
+} | NO_TOKENS  # fmt: skip
+GPT2: dict[str, Any] = {
+    "vocab_size": 257, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.2,
+} | NO_TOKENS  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bases")
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)).save_pretrained(folder / "gpt2")
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
+    llama.save_pretrained(folder / "llama")
+    llama.bfloat16().save_pretrained(folder / "llama bf16")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runs(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs that trained all weights and runs that trained adapters."""
+    folder = tmp_path_factory.mktemp("runs")
+    Run.compose(*TINY, "loop.max_steps=3", f"run_dir={folder / 'gpt'}").train()
+    for name, *overrides in (
+        ("full", "weights.path=llama"),
+        ("lora", "weights.path=gpt2", "lora=lora", "optimizer.lr=1e-2"),
+        ("dora", "weights.path='llama bf16'", "lora=dora", "lora.targets=[q_proj,mlp.down]", "optimizer.lr=1e-2"),
+    ):
+        path = overrides[0].replace("weights.path=", "").strip("'")
+        others = ["weights=huggingface", f"weights.path='{bases / path}'", *overrides[1:]]
+        Run.compose(*AUTO, *others, f"run_dir={folder / name}").train()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def difference(run: Path, folder: Path, *, dtype: torch.dtype = torch.float32) -> float:
+    """Of the logits of a run's model and of what transformers makes of an exported directory, and of greedy texts."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with Run.load_trained(locate_checkpoint(run), Runtime.for_inference(Device.cpu)) as trained, torch.no_grad():
+        ids = torch.from_numpy(trained.tokenizer.encode("So it goes, and goes").astype(np.int64))[None]
+        model = trained.model
+        export.merge(model)
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
+        ours = model(ids)[..., : model.vocab_size]
+        assert ours.argmax(-1).equal(theirs(ids).logits.argmax(-1))
+        return (ours - theirs(ids).logits).abs().max().item()
+
+
+def left_over(folder: Path = Path()) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+@pytest.mark.parametrize("name", ["gpt", "full", "lora", "dora"])
+def test_a_whole_model(name: str, runs: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(runs / name), "to=out", "dtype=fp32"]) == 0
+    told = capfd.readouterr().out
+    assert "loaded by this program: logits differ by up to 0\n" in told
+    assert "loaded by transformers: logits differ by up to " in told
+    assert difference(runs / name, Path("out")) < 1e-5
+    assert left_over() == ["out"]
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= set(
+        left_over(Path("out"))
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained("out")
+    text = "It's 12 o'clock — été, 你好 🙂"
+    assert tokenizer(text)["input_ids"] == list(text.encode())
+    assert tokenizer.eos_token_id == 256
+    assert json.loads(Path("out/generation_config.json").read_text())["eos_token_id"] == 256
+
+
+def test_an_exported_model_is_a_base_again(runs: Path) -> None:
+    assert main(["export", str(runs / "lora"), "to=out"]) == 0
+    first = ("weights=huggingface", "weights.path=out", "optimizer.lr=1e-12", "schedule=constant", "run_dir=again")
+    assert main(["train", *AUTO, *first]) == 0
+    assert main(["export", "again", "to=out2"]) == 0
+    before, after = load_file("out/model.safetensors"), load_file("out2/model.safetensors")
+    assert before.keys() == after.keys()
+    assert max((before[name] - after[name]).abs().max() for name in before) < 1e-9
+
+
+def test_types(runs: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """That of the base where there were adapters, unless one is named; the rounding is told."""
+    assert main(["export", str(runs / "dora"), "to=a"]) == 0
+    assert "rounded to bfloat16: logits change by up to 0." in capfd.readouterr().out
+    assert {tensor.dtype for tensor in load_file("a/model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads(Path("a/config.json").read_text())["dtype"] == "bfloat16"
+    assert difference(runs / "dora", Path("a"), dtype=torch.bfloat16) < 1e-5
+    assert main(["export", str(runs / "full"), "to=b"]) == 0
+    assert {tensor.dtype for tensor in load_file("b/model.safetensors").values()} == {torch.float32}
+    assert "rounded" not in capfd.readouterr().out
+
+
+def test_shards(runs: Path) -> None:
+    assert main(["export", str(runs / "gpt"), "to=out", "shard_gb=4e-5"]) == 0
+    files = sorted(Path("out").glob("*.safetensors"))
+    assert len(files) > 2
+    index = json.loads(Path("out/model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in files}
+    assert index["metadata"]["total_size"] == sum(t.nbytes for file in files for t in load_file(file).values())
+    assert difference(runs / "gpt", Path("out")) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_adapters(name: str, runs: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    import peft
+
+    assert main(["export", str(runs / name), "to=out", "format=peft"]) == 0
+    assert "loaded by PEFT: logits differ by up to " in capfd.readouterr().out
+    named = json.loads(Path("out/adapter_config.json").read_text())["base_model_name_or_path"]
+    base = transformers.AutoModelForCausalLM.from_pretrained(named, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, "out").eval()
+    with Run.load_trained(locate_checkpoint(runs / name), Runtime.for_inference(Device.cpu)) as trained:
+        ids = torch.arange(40)[None]
+        with torch.no_grad():
+            ours = trained.model(ids)[..., : trained.model.vocab_size]
+            assert (ours - theirs(ids).logits).abs().max() < 1e-5
+            with theirs.disable_adapter():
+                assert (ours - theirs(ids).logits).abs().max() > 1e-2  # it was not the base all the while
+
+
+def test_a_base_that_has_moved(bases: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(bases / "gpt2", "here")
+    assert main(["train", *AUTO, "weights=huggingface", "weights.path=here", "lora=lora", "run_dir=run"]) == 0
+    Path("here").rename("there")
+    assert main(["export", "run", "to=out"]) == 2
+    assert "here" in capfd.readouterr().err
+    assert sorted(left_over()) == ["run", "there"]
+    assert main(["export", "run", "to=out", "base=there"]) == 0
+
+
+# --- a classifier -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["gpt2", "llama"])
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_a_classifier(base: str, multi_label: bool, bases: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    trained = classifier(bases / base, multi_label)
+    Path("out").mkdir()
+    export.whole(Export("elsewhere", Format.huggingface, None, 5.0, None, []), trained, Path("out"))
+    assert "loaded by transformers: logits differ" in capfd.readouterr().out
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained("out").eval()
+    assert theirs.config.id2label == {0: "no", 1: "yes", 2: "maybe"}
+    assert theirs.config.label2id == {"no": 0, "yes": 1, "maybe": 2}
+    assert theirs.config.problem_type == f"{'multi' if multi_label else 'single'}_label_classification"
+    again = classifier(bases / base, multi_label).model
+    tokenizer = transformers.AutoTokenizer.from_pretrained("out")
+    texts = ["a short one", "and one that is rather longer"]
+    tokenizer.pad_token_id = theirs.config.pad_token_id  # a batch: what pads it is not what is read
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        found = theirs(**batch).logits
+        head: Any = again.classifier
+        for text, logits in zip(texts, found, strict=True):
+            ids = torch.tensor([list(text.encode())])
+            torch.testing.assert_close(head(again.hidden(ids)[0, -1]), logits, atol=1e-5, rtol=0)
+
+
+def classifier(base: Path, multi_label: bool) -> Trained:
+    """A model that tells three classes apart, as a run would leave it."""
+    from llmtrain.objective.classification import Classification, Part
+    from llmtrain.state import TrainState
+
+    run = Run.compose(*AUTO, "weights=huggingface", f"weights.path={base}")
+    run.__dict__["objective"] = Classification(Part.head, 1, multi_label)  # its data need files; the model does not
+    labels = ["no", "yes", "maybe"]
+    tokenizer = run.tokenizer.build()
+    generator = torch.Generator().manual_seed(0)
+    device = torch.device("cpu")
+    model = run.make_model(run.vocab_size(tokenizer), labels, device, generator, load_weights=True).eval()
+    return Trained(run, tokenizer, model, TrainState(labels=labels), device, run.precision.inference(device))
+
+
+def test_a_classifier_that_transformers_does_not_have(bases: Path) -> None:
+    trained = classifier(bases / "llama", False)
+    model: Any = trained.model
+    model.config = replace(model.config, normalised_head=True, fused_qkv=True, num_kv_heads=4)
+    Path("out").mkdir()
+    with pytest.raises(ValueError, match="objective=classification: baichuan has no classifier in transformers"):
+        export.whole(Export("elsewhere", Format.huggingface, None, 5.0, None, []), trained, Path("out"))
+
+
+# --- nothing comes out --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "to: a value is required"),
+        (["to=full"], "to=full: not empty; nothing is written over"),
+        (["to=file"], "to=file: there is something else of that name"),
+        (["to=link"], "to=link: there is something else of that name"),
+        (["to=out", "format=gguf"], "format"),
+        (["to=out", "format=peft"], "format=peft: this run trained the weights themselves"),
+        (["to=out", "format=peft", "dtype=bf16"], "dtype=bf16: adapters are written as they were trained"),
+        (["to=out", "dtype=int8"], "dtype"),
+        (["to=out", "shard_gb=0"], "shard_gb=0.0: must be positive"),
+        (["to=out", "base=there"], "base=there: "),
+    ],
+)
+def test_usage(arguments: list[str], message: str, runs: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Path("full").mkdir()
+    Path("full/mine").touch()
+    Path("file").touch()
+    Path("link").symlink_to("elsewhere")
+    before = sorted(left_over())
+    assert main(["export", str(runs / "gpt"), *arguments]) == 2
+    assert message in capfd.readouterr().err
+    assert sorted(left_over()) == before
+    assert left_over(Path("full")) == ["mine"]
+
+
+def test_what_transformers_cannot_compute(capfd: pytest.CaptureFixture[str]) -> None:
+    Run.compose(*TINY, "model.logit_softcap=30", "loop.max_steps=1", "run_dir=run").train()
+    assert main(["export", "run", "to=out"]) == 2
+    assert "model.logit_softcap=30.0: the GPT-2 of transformers has none" in capfd.readouterr().err
+    assert left_over() == ["run"]
+
+
+def test_an_empty_directory_is_taken(runs: Path) -> None:
+    Path("out").mkdir()
+    assert main(["export", str(runs / "gpt"), "to=out"]) == 0
+    assert (Path("out") / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("harm", ["weights", "names", "nan"])
+def test_what_differs_is_not_left(
+    harm: str, runs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A disk that flips a bit of a weight, two layers under one another's names, a model that is broken itself."""
+    write = export.write
+
+    def harmed(model: Any, folder: Path, *arguments: Any, **options: Any) -> None:
+        from safetensors.torch import save_file
+
+        if harm == "nan":
+            with torch.no_grad():
+                model.final_norm.weight.fill_(torch.nan)
+        write(model, folder, *arguments, **options)
+        tensors = load_file(folder / "model.safetensors")
+        one, other = "transformer.h.0.attn.c_proj.weight", "transformer.h.1.attn.c_proj.weight"
+        if harm == "weights":
+            tensors[one][3, 5] += 1.0
+        elif harm == "names":
+            tensors[one], tensors[other] = tensors[other], tensors[one]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(export, "write", harmed)
+    assert main(["export", str(runs / "gpt"), "to=out"]) == 1
+    captured = capfd.readouterr()
+    assert "not written: loaded by this program, its logits differ by up to " in captured.out + captured.err
+    assert left_over() == []
+
+
+def test_the_keys() -> None:
+    assert set(export.STORED.values()) == set(DType)
+    assert yaml.safe_load((Path(__file__).parents[2] / "conf" / "export.yaml").read_text()).keys() == {
+        "_target_", *Export.__dataclass_fields__
+    }  # fmt: skip
