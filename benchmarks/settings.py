@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-SUITES = ("matmul", "training", "gains", "start", "loader", "tokenizer", "checkpoint")
+SUITES = ("matmul", "training", "gains", "lora", "start", "loader", "tokenizer", "checkpoint")
 DEFAULT_SUITES = ("matmul", "training", "start", "loader", "tokenizer", "checkpoint")
 PEERS = ("nanogpt", "hf_trainer", "litgpt")
 MODES = tuple(f"{precision}{compiled}" for precision in ("fp32", "tf32", "bf16") for compiled in ("", "-compiled"))
@@ -85,7 +85,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks", description="Measure llmtrain beside others: paired, in turns, a process each."
     )
     add = parser.add_argument
-    add("--suites", nargs="+", choices=SUITES, default=list(DEFAULT_SUITES), help="default: all but gains")
+    add("--suites", nargs="+", choices=SUITES, default=list(DEFAULT_SUITES), help="default: all but gains and lora")
     add("--modes", nargs="+", choices=MODES, default=["bf16", "bf16-compiled"])
     add(
         "--peers", nargs="*", choices=PEERS, default=list(PEERS), help="default: all; those that are not there are told"

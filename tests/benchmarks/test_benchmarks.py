@@ -96,6 +96,37 @@ def test_mistakes_are_told_before_anything_is_measured(arguments: list[str], mes
     assert message in benchmarks(*arguments, check=2).stderr
 
 
+def test_lora_is_compared_by_what_is_trained_and_kept(tmp_path: Path) -> None:
+    figures = {"tokens_per_second": 300, "memory_bytes": 2e9, "trained_parameters": 2359296, "checkpoint_bytes": 28.4e6}
+    others = {"tokens_per_second": 200, "memory_bytes": 3e9, "trained_parameters": 124439808, "checkpoint_bytes": 1.5e9}
+    contestants = {"llmtrain, LoRA": figures, "HF Trainer, all weights": others}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(content([record("lora", name, 1, result=each) for name, each in contestants.items()])))
+    lines = benchmarks("--report", str(path)).stdout.splitlines()
+    assert "| bf16 | llmtrain, LoRA | 300 | 300–300 |  | 2.00 | 2,359,296 | 28.4 |" in lines
+    assert "| bf16 | HF Trainer, all weights | 200 | 200–200 | 1.50 × | 3.00 | 124,439,808 | 1,500.0 |" in lines
+
+
+@pytest.mark.slow
+def test_lora_is_measured_beside_peft_from_the_same_weights(tmp_path: Path) -> None:
+    benchmarks(
+        "--suites", "lora", "--modes", "bf16", "--peers", "hf_trainer", "--model", "tiny", "--tokenizer", "byte",
+        "--context", "64", "--steps", "2", "--batch-sizes", "4", "--rounds", "1", "--output", str(tmp_path),
+    )  # fmt: skip
+    (path,) = tmp_path.glob("*-bench-*.json")
+    results = {record["contestant"]: record["result"] for record in json.loads(path.read_text())["records"]}
+    adapters = [name for name in results if "LoRA" in name]
+    assert len(adapters) == 3
+    assert len(results) == 5
+    trained = {name: result["trained_parameters"] for name, result in results.items()}
+    # rank 16 in two blocks: inputs and outputs of qkv, projection, up and down, of 32 and 128 numbers
+    assert {trained[name] for name in adapters} == {2 * 16 * (32 + 96 + 32 + 32 + 32 + 128 + 128 + 32)}
+    assert trained["llmtrain, all weights"] == trained["HF Trainer, all weights"] > 2 * trained["llmtrain, LoRA"]
+    sizes = {name: result["checkpoint_bytes"] for name, result in results.items()}
+    assert max(sizes[name] for name in adapters) < sizes["llmtrain, all weights"]
+    assert all(len(result["step_seconds"]) == 2 for result in results.values())
+
+
 @pytest.mark.slow
 def test_every_suite_measures_and_a_peer_that_is_missing_is_told(tmp_path: Path) -> None:
     text = tmp_path / "some text.txt"
