@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,21 +21,18 @@ from llmtrain.data import Corpus, DataConfig, DataFailed
 from llmtrain.data.cache import REPORT_SECONDS, find_or_make
 from llmtrain.data.corpus import check_options
 from llmtrain.data.encode import dtype_of
-from llmtrain.data.examples import Examples, Stored, no_target
+from llmtrain.data.example_entry import FORMAT, Entry, ExampleIndex, digest_of
+from llmtrain.data.examples import Examples, no_target
 from llmtrain.data.files import Stamp, remember, sha256, stamp
-from llmtrain.data.index import Index, Part, PartWriter, Shard
-from llmtrain.data.integrity import open_checked
+from llmtrain.data.index import PartWriter
 from llmtrain.data.parallel import in_order
-from llmtrain.data.reader import Tokens
 from llmtrain.data.records import Reader, Record, find_records
 from llmtrain.data.split import column, content_hash, set_aside, undersample
-from llmtrain.data.token_file import TokenFile
 from llmtrain.format import percent
 from llmtrain.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-FORMAT = "examples-1"
 JOB = 128  # records that are encoded in one go
 TRAIN, VALIDATION, LEFT_OUT = 0, 1, 2
 
@@ -54,66 +51,6 @@ class Encoded(NamedTuple):
     inputs: np.ndarray  # (tokens,)
     targets: np.ndarray | None  # (tokens,) int64, IGNORE where there is none; None: its label, at the last
     is_cut: bool  # whether it was longer than it may be
-
-
-@dataclass(frozen=True)
-class ExampleIndex(Index):
-    """What ``index.json`` says of a folder of examples."""
-
-    FORMAT = FORMAT
-
-    train_examples: Part  # of each example its inputs and its label: pairs of int64
-    validation_examples: Part
-    has_targets: bool
-    labels: list[str]
-    notes: list[str]
-
-    @classmethod
-    def parse(cls, stored: dict[str, Any]) -> dict[str, Any]:
-        parts = {name: Part.parse(stored[name]) for name in ("train_examples", "validation_examples")}
-        others = {"has_targets": bool(stored["has_targets"]), "labels": list(map(str, stored["labels"])),
-                  "notes": list(map(str, stored["notes"]))}  # fmt: skip
-        return super().parse(stored) | parts | others
-
-    def files(self) -> Iterator[tuple[Shard, int]]:
-        yield from super().files()
-        for shard in self.train_examples.shards + self.validation_examples.shards:
-            yield shard, 8
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A whole entry of the cache, every byte of it as it was written."""
-
-    folder: Path
-    index: ExampleIndex
-    train: Stored
-    validation: Stored
-
-    @classmethod
-    def open(cls, folder: Path, tokenizer: Tokenizer, *, verify: bool = False) -> Self:
-        """Open and check the entry ``folder``.  Raises ValueError, naming the file, if it is missing or damaged."""
-        index = ExampleIndex.read(folder)
-
-        def check(shards: Sequence[Shard], dtype: str) -> list[Tokens]:
-            files = [TokenFile(folder / shard.name, dtype, 0, index.tokenizer, shard.sha256) for shard in shards]
-            return open_checked(files, 1 << 63, folder.parent, verify=verify)  # the keys tell the tokenizer
-
-        def stored(part: Part, examples: Part) -> Stored:
-            numbers = np.concatenate([np.empty(0, "<i8"), *map(_read, check(examples.shards, "<i8"))]).reshape(-1, 2)
-            shards = check(part.shards, index.dtype)
-            return Stored(shards, numbers[:, 0].copy(), numbers[:, 1].copy(), index.has_targets)
-
-        return cls(
-            folder, index, stored(index.train, index.train_examples),
-            stored(index.validation, index.validation_examples),
-        )  # fmt: skip
-
-
-def _read(tokens: Tokens) -> np.ndarray:
-    out = np.empty(len(tokens), tokens.dtype)
-    tokens.read(0, out)
-    return out
 
 
 @dataclass
@@ -291,7 +228,7 @@ class Preparation(Generic[T]):
         train, validation, train_examples, validation_examples = (writer.close() for writer in streams + numbers)
         ExampleIndex(
             FORMAT, dtype.str, self.tokenizer.fingerprint, train, validation, train_examples, validation_examples,
-            has_targets, plan.names, notes,
+            has_targets, plan.names, notes, digest_of(has_targets, plan.names, notes),
         ).write(folder)  # fmt: skip
 
     def _losses(self, cut: list[int], dropped: list[int], seen: list[int]) -> list[str]:

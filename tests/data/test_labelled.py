@@ -307,6 +307,20 @@ def test_a_damaged_entry_is_made_again_and_never_verified(tmp_path: Path, byte: 
         assert labelled(tmp_path, path).verify(byte).fingerprint == corpus.fingerprint
 
 
+@pytest.mark.parametrize("place", range(0, 1400, 53))
+def test_no_flipped_bit_of_the_index_goes_into_training(tmp_path: Path, byte: Tokenizer, place: int) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [*many(30), *many(3)])
+    corpus = labelled(tmp_path, path).build(byte)
+    index = entry(tmp_path, corpus) / "index.json"
+    stored = bytearray(index.read_bytes())
+    stored[place % len(stored)] ^= 1
+    index.write_bytes(stored)
+    again = labelled(tmp_path, path).build(byte)
+    assert texts(again.train, byte) == texts(corpus.train, byte)
+    assert texts(again.validation, byte) == texts(corpus.validation, byte)
+    assert (again.labels, again.label_counts, again.notes) == (corpus.labels, corpus.label_counts, corpus.notes)
+
+
 def test_memory_goes_with_the_examples(tmp_path: Path, byte: Tokenizer) -> None:
     corpus = labelled(tmp_path, jsonl(tmp_path / "a.jsonl", many(300))).build(byte)
     assert isinstance(corpus.train, Examples)
