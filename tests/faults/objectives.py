@@ -22,9 +22,7 @@ class Hungry(Causal):
     room: int
     passing: int
 
-    def __call__(
-        self, model: LanguageModel, inputs: Tensor, targets: Tensor, segments: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, model: LanguageModel, inputs: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
         loss = super().__call__(model, inputs, targets, segments)
         if len(inputs) > self.room and next(_calls_that_need_more) >= self.passing:
             raise torch.OutOfMemoryError(f"room for {self.room} sequences, not for {len(inputs)}\nand a long report")
@@ -37,9 +35,7 @@ class Slow(Causal):
 
     seconds: float
 
-    def __call__(
-        self, model: LanguageModel, inputs: Tensor, targets: Tensor, segments: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, model: LanguageModel, inputs: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
         if not model.training:
             Path("evaluating").touch()
             time.sleep(self.seconds)
@@ -52,9 +48,7 @@ class Broken(Causal):
 
     message: str
 
-    def __call__(
-        self, model: LanguageModel, inputs: Tensor, targets: Tensor, segments: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, model: LanguageModel, inputs: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
         if not model.training and Path("broken").exists():
             raise RuntimeError(self.message)
         return super().__call__(model, inputs, targets, segments)

@@ -15,9 +15,7 @@ MARKER = b"<<planted NaN>>"
 class Poisonable(Causal):
     """``Causal``, and NaN for the marker, as an overflow in one layer would give it."""
 
-    def __call__(
-        self, model: LanguageModel, inputs: Tensor, targets: Tensor, segments: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, model: LanguageModel, inputs: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
         loss = super().__call__(model, inputs, targets, segments)
         marker = torch.tensor(list(MARKER), device=inputs.device)
         found = (inputs.unfold(1, len(marker), 1) == marker).all(-1).any()
