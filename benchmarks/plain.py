@@ -27,7 +27,7 @@ class UnfusedAdamW(AdamW):
 class PlainLoss(Causal):
     """All the logits at once, then torch's cross-entropy."""
 
-    def __call__(
-        self, model: LanguageModel, inputs: Tensor, targets: Tensor, segments: Tensor | None = None
-    ) -> Tensor:
-        return F.cross_entropy(model(inputs, segments=segments).float().flatten(0, 1), targets.flatten(), reduction="sum")
+    def __call__(self, model: LanguageModel, inputs: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
+        return F.cross_entropy(
+            model(inputs, segments=segments).float().flatten(0, 1), targets.flatten(), reduction="sum"
+        )
