@@ -12,7 +12,7 @@ LAYERS = [
     "cli",
     "sweep",
     "commands",
-    "probe replay conversation",
+    "comparison probe replay conversation",
     "run",
     "resumption summary",
     "lint planning",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,6 +24,7 @@ def config_json(
 ) -> dict[str, Any]:
     """The content of ``config.json``; ``tokens``: ids by key, such as ``eos_token_id``; ``labels``: of a classifier.
 
+    A ``pad_token_id`` behind the vocabulary makes it larger: its embedding is 0, and nothing reads it.
     Raises ValueError, naming the key of ours, for what transformers' model cannot compute.
     """
     config = config_of(model)
@@ -30,6 +32,8 @@ def config_json(
     values = family.write_config(config, model.vocab_size)
     name = str(dtype).removeprefix("torch.")
     values |= {**tokens, "dtype": name, "torch_dtype": name}  # by its new and its old name
+    padding = tokens.get("pad_token_id")
+    values["vocab_size"] = max(model.vocab_size, 0 if padding is None else padding + 1)
     if not hasattr(model, "classifier"):
         return values
     causal = values["architectures"][0]
@@ -66,7 +70,8 @@ def write(
     """
     config = config_of(model)
     state = model.state_dict()
-    maps = family_for(config).names(config, values["model_type"])
+    family = family_for(config)
+    maps = family.names(config, values["model_type"])
     if CLASSIFIER in state:
         maps = with_classifier(maps)
     shards = split(maps, state, dtype, shard_bytes)
@@ -74,6 +79,8 @@ def write(
     for index, shard in enumerate(shards):
         name = SINGLE if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = dict(theirs(shard, state, dtype))
+        if (embedding := tensors.get(family.embedding)) is not None:
+            tensors[family.embedding] = F.pad(embedding, (0, 0, 0, values["vocab_size"] - len(embedding)))
         save_file(tensors, folder / name, metadata={"format": "pt"})
         total += sum(tensor.nbytes for tensor in tensors.values())
         where.update(dict.fromkeys(tensors, name))

@@ -18,7 +18,6 @@ from llmtrain import Run
 from llmtrain.cli import main
 from llmtrain.commands import export
 from llmtrain.commands.export import DType, Export, Format
-from llmtrain.run import Trained
 from llmtrain.runtime import Device, Runtime
 from llmtrain.storage import locate_checkpoint
 
@@ -163,53 +162,114 @@ def test_a_base_that_has_moved(bases: Path, capfd: pytest.CaptureFixture[str]) -
 
 # --- a classifier -------------------------------------------------------------------------------------------------
 
+TEXTS = ["a short one", "and one that is rather longer: été", "!"]
 
-@pytest.mark.parametrize("base", ["gpt2", "llama"])
-@pytest.mark.parametrize("multi_label", [False, True])
-def test_a_classifier(base: str, multi_label: bool, bases: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    trained = classifier(bases / base, multi_label)
-    Path("out").mkdir()
-    export.whole(Export("elsewhere", Format.huggingface, None, 5.0, None, []), trained, Path("out"))
+
+def train_classifier(base: Path, *overrides: str, multi_label: bool = False) -> Path:
+    """A run that tells three classes apart."""
+    words = ["no", "yes", "maybe|yes" if multi_label else "maybe"]
+    lines = [f'"{words[index % 3]} {index} indeed",{words[index % 3]}' for index in range(30)]
+    Path("texts.csv").write_text("text,label\n" + "\n".join(lines) + "\n")
+    assert main([
+        "train", *AUTO, f"weights.path={base}", "weights=huggingface", "objective=classification", "data=labelled",
+        "data.path=texts.csv", f"data.multi_label={multi_label}", f"objective.multi_label={multi_label}",
+        "optimizer.lr=1e-2", "precision=fp32", "run_dir=run", *overrides,
+    ]) == 0  # fmt: skip
+    return Path("run")
+
+
+def classes_of(run: Path, texts: list[str]) -> torch.Tensor:
+    """Probabilities as ``llmtrain predict`` has them."""
+    from llmtrain.commands.predict import Predictor
+
+    with Run.load_trained(locate_checkpoint(run), Runtime.for_inference(Device.cpu)) as trained:
+        return Predictor.of(trained, 0.5).probabilities(texts)
+
+
+@pytest.mark.parametrize(
+    ("base", "overrides"),
+    [
+        ("gpt2", []),
+        ("llama", []),
+        ("gpt2", ["data.append_end_of_text=false", "objective.train=all"]),
+        ("gpt2", ["data.multi_label=true", "objective.multi_label=true"]),
+        ("llama", ["lora=lora", "objective.train=all"]),
+    ],
+)
+def test_a_classifier(base: str, overrides: list[str], bases: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    multi_label = "data.multi_label=true" in overrides
+    run = train_classifier(bases / base, *overrides, multi_label=multi_label)
+    assert main(["export", str(run), "to=out"]) == 0
     assert "loaded by transformers: logits differ" in capfd.readouterr().out
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained("out").eval()
-    assert theirs.config.id2label == {0: "no", 1: "yes", 2: "maybe"}
-    assert theirs.config.label2id == {"no": 0, "yes": 1, "maybe": 2}
+    assert theirs.config.label2id == {"maybe": 0, "no": 1, "yes": 2}
+    assert theirs.config.id2label == {0: "maybe", 1: "no", 2: "yes"}
     assert theirs.config.problem_type == f"{'multi' if multi_label else 'single'}_label_classification"
-    again = classifier(bases / base, multi_label).model
     tokenizer = transformers.AutoTokenizer.from_pretrained("out")
-    texts = ["a short one", "and one that is rather longer"]
-    tokenizer.pad_token_id = theirs.config.pad_token_id  # a batch: what pads it is not what is read
-    batch = tokenizer(texts, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        found = theirs(**batch).logits
-        head: Any = again.classifier
-        for text, logits in zip(texts, found, strict=True):
-            ids = torch.tensor([list(text.encode())])
-            torch.testing.assert_close(head(again.hidden(ids)[0, -1]), logits, atol=1e-5, rtol=0)
+    expected = classes_of(run, TEXTS)
+    for texts in (TEXTS, TEXTS[:1]):  # a batch: neither what ends a text nor what pads it is mistaken for the other
+        with torch.no_grad():
+            logits = theirs(**tokenizer(texts, padding=True, truncation=True, return_tensors="pt")).logits
+        found = logits.sigmoid() if multi_label else logits.softmax(1)
+        torch.testing.assert_close(found, expected[: len(texts)], atol=1e-5, rtol=0)
+    long = "word " * 50  # is cut as in training: its end is still marked
+    ids = tokenizer(long, truncation=True)["input_ids"]
+    assert len(ids) == 32
+    assert (ids[-1] == 256) == ("data.append_end_of_text=false" not in overrides)
 
 
-def classifier(base: Path, multi_label: bool) -> Trained:
-    """A model that tells three classes apart, as a run would leave it."""
-    from llmtrain.objective.classification import Classification, Part
-    from llmtrain.state import TrainState
+def test_adapters_of_a_classifier(bases: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    import peft
 
-    run = Run.compose(*AUTO, "weights=huggingface", f"weights.path={base}")
-    run.__dict__["objective"] = Classification(Part.head, 1, multi_label)  # its data need files; the model does not
-    labels = ["no", "yes", "maybe"]
-    tokenizer = run.tokenizer.build()
-    generator = torch.Generator().manual_seed(0)
-    device = torch.device("cpu")
-    model = run.make_model(run.vocab_size(tokenizer), labels, device, generator, load_weights=True).eval()
-    return Trained(run, tokenizer, model, TrainState(labels=labels), device, run.precision.inference(device))
+    run = train_classifier(bases / "gpt2", "lora=lora", "objective.train=all")
+    assert main(["export", str(run), "to=out", "format=peft"]) == 0
+    told = capfd.readouterr().out
+    assert "loaded by PEFT: logits differ" in told
+    assert "classified one at a time" in told  # GPT-2 has one special token, and it ends a text
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(bases / "gpt2", num_labels=3)
+    theirs = peft.PeftModel.from_pretrained(base, "out").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained("out")
+    for text, expected in zip(TEXTS, classes_of(run, TEXTS), strict=True):
+        with torch.no_grad():
+            found = theirs(**tokenizer(text, truncation=True, return_tensors="pt")).logits.softmax(1)[0]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_a_classifier_that_transformers_does_not_have(bases: Path) -> None:
-    trained = classifier(bases / "llama", False)
-    model: Any = trained.model
-    model.config = replace(model.config, normalised_head=True, fused_qkv=True, num_kv_heads=4)
-    Path("out").mkdir()
-    with pytest.raises(ValueError, match="objective=classification: baichuan has no classifier in transformers"):
-        export.whole(Export("elsewhere", Format.huggingface, None, 5.0, None, []), trained, Path("out"))
+def test_a_classifier_that_transformers_does_not_have(bases: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from llmtrain.model import LanguageModel
+
+    run = train_classifier(bases / "llama")
+    with Run.load_trained(locate_checkpoint(run), Runtime.for_inference(Device.cpu)) as trained:
+        model: Any = trained.model
+        assert isinstance(model, LanguageModel)
+        model.config = replace(model.config, normalised_head=True, fused_qkv=True, num_kv_heads=4)
+        Path("out").mkdir()
+        with pytest.raises(ValueError, match="objective=classification: baichuan has no classifier in transformers"):
+            export.whole(Export("elsewhere", Format.huggingface, None, 5.0, None, []), trained, Path("out"))
+
+
+# --- what it was taught -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", ["Q: {prompt}\nA: {response}\n", "chatml"])
+def test_the_template_goes_along(template: str, bases: Path) -> None:
+    """``apply_chat_template`` gives the ids that ``chat`` asks with."""
+    from llmtrain.conversation import template_of
+    from llmtrain.data.templates import Message, PartEncoder
+
+    rows = [{"instruction": f"Say {index}.", "input": "", "output": str(index)} for index in range(20)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = ("objective=instruction", "data=instruction", "data.path=rows.jsonl", f"data.template={template}",
+                 "data.sequence_length=64", "weights=huggingface", f"weights.path={bases / 'gpt2'}")  # fmt: skip
+    assert main(["train", *AUTO, *overrides, "run_dir=run"]) == 0
+    assert main(["export", "run", "to=out"]) == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained("out")
+    asked = [{"role": "user", "content": "Say 7."}]
+    theirs = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+    with Run.load_trained(locate_checkpoint(Path("run")), Runtime.for_inference(Device.cpu)) as trained:
+        encoder = PartEncoder(trained.tokenizer)
+        parts = template_of(trained, None, None).render([Message("user", "Say 7.")], add_generation_prompt=True)
+        assert encoder.prompt(parts) == theirs
 
 
 # --- nothing comes out --------------------------------------------------------------------------------------------
