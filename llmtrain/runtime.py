@@ -29,9 +29,10 @@ def prepare_process() -> None:
     gets huge pages, and glibc's malloc neither maps big blocks one by one nor gives freed memory back: from the
     second step on, no new page is touched.  On a GPU, expandable segments keep the allocator from fragmenting.
     """
-    # OpenMP's threads wait actively; too long where another process wants the cores as well: two small runs at once
-    # were 20 times slower each.  So they go to sleep after some 0.1 ms.
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    # OpenMP's threads wait actively, by default for 15 ms: too long where another process wants the cores as well, two
+    # small runs at once were 20 times slower each.  After 0.1 ms they would sleep and be woken at most of the 1,500
+    # parallel loops of a step, which takes a fifth of its time.  So they wait for 1.5 ms.
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))  # what is compiled, is once
