@@ -77,14 +77,15 @@ def test_a_rehearsal_leaves_nothing_behind() -> None:
 
 def test_auto_takes_all_at_once_where_there_is_room(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    done = llmtrain("train", *TINY, "accumulation=auto", "accumulation.batch_size=6", "loop.max_steps=2",
-                    "loop.eval_every=0", f"run_dir={run_dir}", cwd=tmp_path)  # fmt: skip
+    same = ("loop.max_steps=2", "loop.eval_every=0", "runtime.num_threads=1")
+    done = llmtrain("train", *TINY, "accumulation=auto", "accumulation.batch_size=6", *same, f"run_dir={run_dir}",
+                    cwd=tmp_path)  # fmt: skip
     assert "6 of 6 sequences at once" in done.stdout
     (event,) = of_run(run_dir, "micro_batch")
     assert event["micro_batch_size"] == 6
     fixed = tmp_path / "fixed"
-    llmtrain("train", *TINY, "accumulation.batch_size=6", "accumulation.micro_batch_size=6", "loop.max_steps=2",
-             "loop.eval_every=0", f"run_dir={fixed}", cwd=tmp_path)  # fmt: skip
+    llmtrain("train", *TINY, "accumulation.batch_size=6", "accumulation.micro_batch_size=6", *same,
+             f"run_dir={fixed}", cwd=tmp_path)  # fmt: skip
     assert losses(run_dir) == losses(fixed)
 
 
