@@ -81,9 +81,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=exact, device=hidden.device)
         for start in range(0, len(hidden), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            logits = _linear(low[chunk], low_weight, bias if options.softcap is None else None)
+            # On a CPU the product would first fill all logits with the bias: a pass over memory more.
+            in_product = bias if options.softcap is None and hidden.is_cuda else None
+            later = bias if in_product is None else None
+            logits = _linear(low[chunk], low_weight, in_product)
             differentiate = for_hidden or for_weight
-            losses = _losses(logits, bias, classes[chunk], options, exact, differentiate=differentiate)
+            losses = _losses(logits, later, classes[chunk], options, exact, differentiate=differentiate)
             total += torch.where(is_target[chunk], losses, 0.0).sum()
             if hidden_grad is not None:
                 torch.mm(logits, low_weight, out=hidden_grad[chunk])
@@ -142,8 +145,8 @@ def _losses_of_rows(
     if options.softcap is not None:
         saturation = torch.tanh(raw.to(exact) / options.softcap)
         logits, slope = options.softcap * saturation, 1 - saturation.square()
-        if bias is not None:
-            logits += bias
+    if bias is not None:
+        logits += bias
     log_probabilities = torch.log_softmax(logits, -1, dtype=exact)
     of_target = log_probabilities.gather(1, classes)
     if differentiate:
