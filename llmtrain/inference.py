@@ -76,8 +76,8 @@ def generate(
                 cache = model.new_cache(1, dtype)
             else:
                 unread = ids[-1:]
-            logits = model(torch.tensor([unread], device=device), cache)[0, -1, : model.vocab_size]
-            token = sampling.choose(logits, generator)
+            hidden = model.hidden(torch.tensor([unread], device=device), cache)[0, -1]
+            token = sampling.choose(model.logits(hidden)[: model.vocab_size], generator)
             if token == end_of_text or token in stops:
                 return
             ids.append(token)

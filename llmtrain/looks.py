@@ -69,10 +69,11 @@ class Looks:
 
     def look(self, state: TrainState, *, at_end: bool, micro_batch_size: int, stop: Stop) -> None:
         """Evaluate and sample, whichever is due; leaves off when ``stop`` gives a reason."""
-        if self.evaluates(state.step, at_end=at_end):
-            self.evaluate(state, min(micro_batch_size, self.batch_size), stop)
-        if self.samples_at(state.step, at_end=at_end) and not stop():
-            self.sample(state.step)
+        with self.precision.autocast():  # around all of it: the weights are cast once
+            if self.evaluates(state.step, at_end=at_end):
+                self.evaluate(state, min(micro_batch_size, self.batch_size), stop)
+            if self.samples_at(state.step, at_end=at_end) and not stop():
+                self.sample(state.step)
 
     def evaluate(self, state: TrainState, micro_batch_size: int, stop: Stop) -> None:
         """The validation loss, and that of some training data if asked for, into metrics and state."""

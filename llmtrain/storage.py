@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -119,14 +120,15 @@ def write_checkpoint(
     check_room(path.parent, sum(tensor.nbytes for tensors in (model, optimizer) for tensor in tensors.values()))
     try:
         temporary.mkdir()
-        save_file({k: v.contiguous() for k, v in model.items()}, temporary / MODEL)
-        save_file({k: v.contiguous() for k, v in optimizer.items()}, temporary / OPTIMIZER)
-        (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        (temporary / CONFIG).write_text(config, encoding="utf-8")
-        files = {}
-        for name in (MODEL, OPTIMIZER, STATE, CONFIG):
-            _fsync(temporary / name)
-            files[name] = {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)}
+        with ThreadPoolExecutor(1) as synced:  # one file goes to the disk and is hashed while the next is written
+            entries = {}
+            for name, tensors in ((MODEL, model), (OPTIMIZER, optimizer)):
+                save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / name)
+                entries[name] = synced.submit(_manifest_entry, temporary / name)
+            for name, text in ((STATE, json.dumps(state, indent=1) + "\n"), (CONFIG, config)):
+                (temporary / name).write_text(text, encoding="utf-8")
+                entries[name] = synced.submit(_manifest_entry, temporary / name)
+            files = {name: entry.result() for name, entry in entries.items()}
         manifest = {"format": FORMAT, "step": state["step"], "files": files}
         (temporary / MANIFEST).write_text(_render_manifest(manifest), encoding="utf-8")
         _fsync(temporary / MANIFEST)
@@ -136,6 +138,12 @@ def write_checkpoint(
         raise OSError(f"writing {path} failed: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _manifest_entry(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file, once that is on the disk."""
+    _fsync(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:

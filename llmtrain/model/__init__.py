@@ -69,7 +69,10 @@ class LanguageModel(nn.Module, ABC):
         return self.logits(self.hidden(ids, cache, segments))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The output layer, for a few tokens: a training loss comes from ``hidden`` without the logits of them all."""
+        """The output layer, for a few tokens: ``(…, hidden)`` to ``(…, padded_vocab_size)``.
+
+        A training loss comes from ``hidden`` without the logits of all tokens.
+        """
         if self.logit_softcap is None:
             return F.linear(hidden, self.head_weight, self.head_bias)
         capped = self.logit_softcap * torch.tanh(F.linear(hidden, self.head_weight) / self.logit_softcap)
