@@ -99,12 +99,37 @@ class LanguageModel(nn.Module, ABC):
         """The same count split into named parts."""
 
     @abstractmethod
-    def flops_per_token(self, sequence_length: int) -> int:
-        """Floating-point operations of forward and backward for one token.
+    def attention_flops(self, layer: int, sequence_length: int) -> int:
+        """Floating-point operations of the two attention products of ``layer`` for one token, forward."""
 
-        ``6 N + 12 layers hidden sequence``: N parameters in matrix products (2 forward, 4 backward each) and the
-        two attention products (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B).
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Floating-point operations of forward and backward for one token, with the weights that are trained now.
+
+        ``6 N + 12 layers hidden sequence`` where all are: N parameters in matrix products (2 forward, 4 backward each)
+        and the two attention products (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B).  A frozen matrix has no
+        gradient of its own, which leaves 4, and none is needed of what lies before all that is trained: 2.
         """
+        trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        reached = min(map(self.layer_index, trained), default=0)  # the depth that gradients go back to
+        parameters = dict(self.named_parameters())
+        head = "head.weight" if "head.weight" in parameters else "token_embedding.weight"
+        total = 0
+        for name, parameter in parameters.items():
+            is_head = name == head
+            depth = self.num_layers + 1 if is_head else self.layer_index(name)
+            if depth == 0 and not name.endswith("lora_B"):
+                continue  # looked up
+            rows = self.vocab_size if is_head else len(parameter)  # padding is not counted
+            products = 2 + 2 * (depth >= reached) + 2 * parameter.requires_grad
+            total += products * parameter.numel() // len(parameter) * rows
+        for layer in range(self.num_layers):
+            total += self.attention_flops(layer, sequence_length) * (3 if layer + 1 >= reached else 1)
+        return total
+
+    def outer_adapters(self) -> dict[str, int]:
+        """The part of :meth:`parameters_by_part` that are adapters of embeddings and output layer, if there are any."""
+        adapters = [p for name, p in self.named_parameters() if "lora_" in name and not name.startswith("blocks.")]
+        return {"adapters of embeddings and head": sum(p.numel() for p in adapters)} if adapters else {}
 
 
 class ModelConfig(ABC):

@@ -210,7 +210,9 @@ class GPT(LanguageModel):
             "mlp": self._count(".mlp."),
             "norms": self._count("norm."),
         }
-        return parts if self.config.tie_embeddings else parts | {"head": self.vocab_size * hidden}
+        if not self.config.tie_embeddings:
+            parts = parts | {"head": self.vocab_size * hidden}
+        return parts | self.outer_adapters()
 
     def _count(self, part: str) -> int:
         return sum(parameter.numel() for name, parameter in self.named_parameters() if part in name)
@@ -218,10 +220,5 @@ class GPT(LanguageModel):
     def num_parameters(self) -> int:
         return sum(self.parameters_by_part().values())
 
-    def flops_per_token(self, sequence_length: int) -> int:
-        parts = self.parameters_by_part()
-        lookups = parts["position embedding"]
-        if not self.config.tie_embeddings:  # a tied embedding is also the head's matrix
-            lookups += parts["token embedding"]
-        attention = 12 * self.num_layers * self.config.hidden_size * sequence_length
-        return 6 * (self.num_parameters() - lookups) + attention
+    def attention_flops(self, layer: int, sequence_length: int) -> int:
+        return 4 * self.config.hidden_size * sequence_length

@@ -358,7 +358,9 @@ class Llama(LanguageModel):
             "mlp": self._count(".mlp."),
             "norms": self._count("norm."),
         }
-        return parts if self.config.tie_embeddings else parts | {"head": self.vocab_size * self.config.hidden_size}
+        if not self.config.tie_embeddings:
+            parts = parts | {"head": self.vocab_size * self.config.hidden_size}
+        return parts | self.outer_adapters()
 
     def _count(self, part: str) -> int:
         named = [(name, p.numel()) for name, p in self.named_parameters() if part in name]
@@ -367,10 +369,7 @@ class Llama(LanguageModel):
     def num_parameters(self) -> int:
         return sum(self.parameters_by_part().values())
 
-    def flops_per_token(self, sequence_length: int) -> int:
-        parts = self.parameters_by_part()
-        lookups = 0 if self.config.tie_embeddings else parts["token embedding"]  # tied, it is also the head's matrix
-        windows = [self.config.window(layer) for layer in range(self.num_layers)]
-        keys = sum(sequence_length if window is None else min(window, sequence_length) for window in windows)
-        attention = 12 * self.config.num_heads * self.config.size_of_head * keys
-        return 6 * (self.num_parameters() - lookups) + attention
+    def attention_flops(self, layer: int, sequence_length: int) -> int:
+        window = self.config.window(layer)
+        keys = sequence_length if window is None else min(window, sequence_length)
+        return 4 * self.config.num_heads * self.config.size_of_head * keys
