@@ -273,7 +273,9 @@ def work(run: Run, planned: Planned) -> Table:
     rows.add_row("steps", f"{steps:,}", f"{run.schedule.warmup(steps):,} of them warm-up")
     epochs = tokens / max(corpus.train.tokens, 1)
     rows.add_row("tokens", f"{tokens:,}", f"{epochs:.2f} epochs, {tokens / model.num_parameters():.2f} a parameter")
-    formula = f"6 N: {count(model.flops_per_token(0))}, attention: {count(attention)}"
+    is_whole = all(parameter.requires_grad for parameter in model.parameters())
+    products = "6 N" if is_whole else "6 N, 4 or 2 N of what is frozen"
+    formula = f"{products}: {count(model.flops_per_token(0))}, attention: {count(attention)}"
     rows.add_row("FLOPs per token", f"{flops_per_token:,}", formula)
     rows.add_row("FLOPs", f"{flops_per_token * tokens:.3e}", "")
     return rows

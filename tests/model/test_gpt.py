@@ -7,6 +7,8 @@ import torch
 import yaml
 from torch import Tensor
 
+from llmtrain.lora.lora import LoRA
+from llmtrain.lora.quantization import Quantization
 from llmtrain.model.gpt import GPT, GPTConfig, Initialisation
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
@@ -185,6 +187,33 @@ def test_flops_per_token_counts_the_matrix_products() -> None:
             model(ids).sum().backward()
         # the formula counts norms and biases, which are no matrix products: 2% at this size
         assert model.flops_per_token(32) * 64 == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+LORA = {
+    "rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ["all-linear"], "also_train": [],
+    "quantization": Quantization.none, "path": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("trained", ["blocks.5.", "final_norm.", "lora_"])
+def test_flops_per_token_of_frozen_weights(trained: str) -> None:
+    """4 N where gradients pass through, 2 N where none does, 6 N of adapters: against torch's own counter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = make(vocab_size=128, num_layers=6)
+    whole = model.flops_per_token(32)
+    if trained == "lora_":
+        LoRA(**LORA).apply(model, torch.Generator().manual_seed(0))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
+        model(torch.randint(0, 128, (2, 32))).sum().backward()
+    # the first products that gradients come back to need none for their input: 3% at this size
+    assert model.flops_per_token(32) * 64 == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert model.flops_per_token(32) < 0.85 * whole
 
 
 def test_torch_initialisation_is_torchs() -> None:
