@@ -113,9 +113,12 @@ class LanguageModel(nn.Module, ABC):
         reached = min(map(self.layer_index, trained), default=0)  # the depth that gradients go back to
         parameters = dict(self.named_parameters())
         head = "head.weight" if "head.weight" in parameters else "token_embedding.weight"
+        has_head = not any(name.startswith("classifier.") for name in parameters)  # classes come from no vocabulary
         total = 0
         for name, parameter in parameters.items():
-            is_head = name == head
+            is_head = has_head and name == head
+            if name == "head.weight" and not has_head:
+                continue
             depth = self.num_layers + 1 if is_head else self.layer_index(name)
             if depth == 0 and not name.endswith("lora_B"):
                 continue  # looked up
