@@ -90,9 +90,9 @@ class LanguageModel(nn.Module, ABC):
     def layer_index(self, name: str) -> int:
         """Depth of the parameter ``name``: 0 embeddings, i + 1 block i, ``num_layers + 1`` final norm and head."""
 
-    @abstractmethod
     def num_parameters(self) -> int:
         """Parameters, shared ones once, vocabulary padding not counted."""
+        return sum(self.parameters_by_part().values())
 
     @abstractmethod
     def parameters_by_part(self) -> dict[str, int]:
@@ -113,15 +113,14 @@ class LanguageModel(nn.Module, ABC):
         reached = min(map(self.layer_index, trained), default=0)  # the depth that gradients go back to
         parameters = dict(self.named_parameters())
         head = "head.weight" if "head.weight" in parameters else "token_embedding.weight"
-        has_head = not any(name.startswith("classifier.") for name in parameters)  # classes come from no vocabulary
+        has_head = not hasattr(self, "classifier")  # classes come from no vocabulary
         total = 0
         for name, parameter in parameters.items():
             is_head = has_head and name == head
-            if name == "head.weight" and not has_head:
-                continue
             depth = self.num_layers + 1 if is_head else self.layer_index(name)
-            if depth == 0 and not name.endswith("lora_B"):
-                continue  # looked up
+            is_looked_up = depth == 0 and not name.endswith("lora_B")
+            if is_looked_up or (name == "head.weight" and not has_head):
+                continue
             rows = self.vocab_size if is_head else len(parameter)  # padding is not counted
             products = 2 + 2 * (depth >= reached) + 2 * parameter.requires_grad
             total += products * parameter.numel() // len(parameter) * rows

@@ -217,8 +217,5 @@ class GPT(LanguageModel):
     def _count(self, part: str) -> int:
         return sum(parameter.numel() for name, parameter in self.named_parameters() if part in name)
 
-    def num_parameters(self) -> int:
-        return sum(self.parameters_by_part().values())
-
     def attention_flops(self, layer: int, sequence_length: int) -> int:
         return 4 * self.config.hidden_size * sequence_length

@@ -366,9 +366,6 @@ class Llama(LanguageModel):
         named = [(name, p.numel()) for name, p in self.named_parameters() if part in name]
         return sum(count for name, count in named if part == "norm." or "norm." not in name)
 
-    def num_parameters(self) -> int:
-        return sum(self.parameters_by_part().values())
-
     def attention_flops(self, layer: int, sequence_length: int) -> int:
         window = self.config.window(layer)
         keys = sequence_length if window is None else min(window, sequence_length)

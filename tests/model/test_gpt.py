@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from adapted import KEYS
 from torch import Tensor
 
 from llmtrain.lora.lora import LoRA
-from llmtrain.lora.quantization import Quantization
 from llmtrain.model.gpt import GPT, GPTConfig, Initialisation
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
@@ -173,46 +173,37 @@ def test_layer_index() -> None:
     assert depths["final_norm.weight"] == depths["head.weight"] == 4
 
 
-def test_flops_per_token_counts_the_matrix_products() -> None:
-    """6 N + 12 L H S, against torch's own counter over forward and backward."""
+def counted_flops(model: GPT) -> int:
+    """Of forward and backward over 64 tokens, by torch's counter."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    for tied in (True, False):
-        model = make(vocab_size=128, tie_embeddings=tied)
-        ids = torch.randint(0, 128, (2, 32))
-        with (
-            FlopCounterMode(display=False) as counter,
-            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-        ):
-            model(ids).sum().backward()
-        # the formula counts norms and biases, which are no matrix products: 2% at this size
-        assert model.flops_per_token(32) * 64 == pytest.approx(counter.get_total_flops(), rel=0.03)
-
-
-LORA = {
-    "rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ["all-linear"], "also_train": [],
-    "quantization": Quantization.none, "path": None,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("trained", ["blocks.5.", "final_norm.", "lora_"])
-def test_flops_per_token_of_frozen_weights(trained: str) -> None:
-    """4 N where gradients pass through, 2 N where none does, 6 N of adapters: against torch's own counter."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = make(vocab_size=128, num_layers=6)
-    whole = model.flops_per_token(32)
-    if trained == "lora_":
-        LoRA(**LORA).apply(model, torch.Generator().manual_seed(0))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trained in name)
     with (
         FlopCounterMode(display=False) as counter,
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
     ):
         model(torch.randint(0, 128, (2, 32))).sum().backward()
+    return counter.get_total_flops()
+
+
+def test_flops_per_token_counts_the_matrix_products() -> None:
+    """6 N + 12 L H S, against torch's own counter over forward and backward."""
+    for tied in (True, False):
+        model = make(vocab_size=128, tie_embeddings=tied)
+        # the formula counts norms and biases, which are no matrix products: 2% at this size
+        assert model.flops_per_token(32) * 64 == pytest.approx(counted_flops(model), rel=0.03)
+
+
+@pytest.mark.parametrize("trained", ["blocks.5.", "final_norm.", "lora_"])
+def test_flops_per_token_of_frozen_weights(trained: str) -> None:
+    """4 N where gradients pass through, 2 N where none does, 6 N of adapters: against torch's own counter."""
+    model = make(vocab_size=128, num_layers=6)
+    whole = model.flops_per_token(32)
+    if trained == "lora_":
+        LoRA(**KEYS).apply(model, torch.Generator().manual_seed(0))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
     # the first products that gradients come back to need none for their input: 3% at this size
-    assert model.flops_per_token(32) * 64 == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert model.flops_per_token(32) * 64 == pytest.approx(counted_flops(model), rel=0.05)
     assert model.flops_per_token(32) < 0.85 * whole
 
 
