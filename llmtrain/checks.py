@@ -7,6 +7,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 def positive(**values: float | None) -> None:
@@ -49,6 +50,11 @@ def did_you_mean(value: str, names: Iterable[str]) -> str:
     """What to append to a message about a name that is not known: the nearest of ``names``, or nothing."""
     nearest = difflib.get_close_matches(value, list(names), n=1, cutoff=0.5)
     return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
+def where(path: str) -> str:
+    """What to append to "no such file": where it was looked for, if ``path`` does not say."""
+    return "" if Path(path).expanduser().is_absolute() else f" in {Path.cwd()}"
 
 
 def _nearest(value: str, names: Sequence[str], count: int = 3) -> list[str]:

@@ -68,7 +68,7 @@ Flags
   --info             show where the config comes from
   --config-dir DIR   a folder of your own with config groups, as in DIR/model/mine.yaml
   --debug            show the traceback of an error
-  llmtrain VERB --help shows the groups, their options and every key of a verb.
+  llmtrain VERB --help says what a verb takes: groups and their options, every key, its value and what it is.
 
 Shell completion: eval "$(llmtrain -sc install=bash)"   (or zsh, fish)
 """
@@ -142,7 +142,7 @@ def split(verb: str, arguments: Sequence[str]) -> tuple[list[str], list[Path], l
                 flags.append(argument)
                 continue
             if name not in VALUE_FLAGS:
-                raise UsageError(f"{name}: no such flag{nearest(name, [*FLAGS, *VALUE_FLAGS, '--debug'])}")
+                raise UsageError(f"{name}: no such flag{instead_of_flag(verb, name, value or ' '.join(queue[:1]))}")
             if not equals:
                 needs_value = name not in ("--info", "-i")
                 if needs_value and not queue:
@@ -160,6 +160,19 @@ def split(verb: str, arguments: Sequence[str]) -> tuple[list[str], list[Path], l
     return flags, targets, overrides
 
 
+def instead_of_flag(verb: str, name: str, value: str) -> str:
+    """What to say of a flag that there is not: the key that it would be, without dashes; else the flags there are."""
+    from llmtrain import config
+
+    word = name.lstrip("-").replace("-", "_")
+    keys = flatten(config.compose("train" if verb == "resume" else verb, [])) if len(word) > 1 else []
+    same = [key for key in keys if key.rsplit(".", 1)[-1] == word or key == word]
+    if not same:
+        return nearest(name, [*FLAGS, *VALUE_FLAGS, "--debug"])
+    value = value if value and "=" not in value and not value.startswith("-") else "…"
+    return f"; settings have no dashes: {' or '.join(f'{key}={value}' for key in same)}"
+
+
 def quoted(override: str) -> str:
     """A free text is taken as it is: Hydra's grammar would trip over its commas, brackets and apostrophes."""
     key, equals, value = override.partition("=")
@@ -175,6 +188,9 @@ def dispatch(verb: str, flags: list[str], targets: list[Path], overrides: list[s
     only_shows = any(flag.startswith(("--cfg", "--info", "--help", "-h", "--hydra-help")) for flag in flags)
     if verb == "resume" and any(flag in ("-m", "--multirun") for flag in flags):
         raise UsageError("resume continues one run; a sweep goes on when its own command is given again")
+    helps = "--help" in flags or "-h" in flags
+    if helps:
+        flags = [flag for flag in flags if not flag.startswith(("--help", "-h", "-m", "--multirun", "--cfg", "--info"))]
     least, most = TARGETS[verb]
     if (len(targets) < least and not (only_shows and verb != "resume")) or len(targets) > most:
         if only_shows and not targets:
@@ -208,6 +224,11 @@ def dispatch(verb: str, flags: list[str], targets: list[Path], overrides: list[s
 
         nonlocal status
         hydra_config = HydraConfig.get()
+        if helps:
+            from llmtrain.help import show
+
+            show(verb, usage(verb), composed, hydra_config.runtime.choices)
+            return None
         values = config.resolve(composed, hydra_config.runtime.choices)
         prepare_plugins(values)
         if multirun:
@@ -231,6 +252,13 @@ def dispatch(verb: str, flags: list[str], targets: list[Path], overrides: list[s
 
         return run_sweep(jobs, sweep_dir, overrides)
     return status
+
+
+def usage(verb: str) -> str:
+    """The form of the verb's command line."""
+    target = {0: "", 1: " RUN_DIR"}.get(TARGETS[verb][1], " DIR…")
+    groups = " [group=option]" if verb in ("train", "resume", "plan") else ""
+    return f"llmtrain {verb}{target}{groups} [key=value]{' [-m]' * (verb == 'train')}"
 
 
 def execute(verb: str, values: dict[str, Any], invocation: Invocation) -> int:
@@ -274,7 +302,6 @@ def run_hydra(verb: str, flags: list[str], overrides: list[str], task: Any) -> N
         ours = [
             "hydra.run.dir=.", "hydra.output_subdir=null", f"hydra.sweep.dir={scratch}", "hydra.sweep.subdir=.",
             "hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.job.name=llmtrain",
-            f"hydra.help.app_name=llmtrain {verb}",
         ]  # fmt: skip
         before, sys.argv = sys.argv, ["llmtrain", *flags, *ours, *overrides]
         try:
@@ -336,9 +363,12 @@ def explain(error: BaseException, verb: str) -> tuple[str | None, int]:
         if key is not None:
             return f"{key}: no such key{suggest_key(key, verb)}", USAGE_ERROR
         message = str(error).strip().splitlines()[0]
-        if match := re.match(r"Ambiguous value for argument '([^=']+)=", message):
-            remedy = "for a sweep add -m; for one value that has a comma, quote it twice"
-            return f"{match[1]}: several values; {remedy}, as in '{match[1]}=\"a,b\"'", USAGE_ERROR
+        if match := re.match(r"Ambiguous value for argument '([^=']+)=(.*)'$", message):
+            key, value = match[1], match[2]
+            return (
+                f"{key}={value}: several values; if it takes a list: '{key}=[{value}]'; if each is to have a run, a "
+                f"sweep: -m; if it is one text with a comma: '{key}=\"{value}\"'"
+            ), USAGE_ERROR
         return message, USAGE_ERROR
     if type(error).__name__ in ("TrainingFailed", "DataFailed"):
         return str(error), FAILED

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import hydra
 import yaml
@@ -23,6 +24,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
+from llmtrain.checks import did_you_mean, where
+
 T = TypeVar("T")
 
 VERSION_BASE: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__ < "1.4" else {}
@@ -30,6 +33,7 @@ SECRET = re.compile(r"(^|[_.])(api_?)?(key|secret|token|passw(or)?d|credentials?
 REDACTED = "<redacted>"
 NOT_RUN_KEYS = ("run_dir", "output_dir", "plugins")  # where and with what code, not what
 AUTO = "llmtrain.hf.auto.Auto"  # stands for the model that it finds
+RUN_WEIGHTS = "llmtrain.weights.checkpoint.Checkpoint"
 SAME_AS_CONTEXT = "${model.context_length}"
 MOVED = {"llmtrain.lora.NoLora": "llmtrain.lora.none.NoLora"}  # classes by the names that older versions wrote
 
@@ -39,11 +43,24 @@ class ConfigError(ValueError):
 
 
 def conf_dir() -> Path:
-    """The directory of the config groups: installed with the package, or beside it in a checkout."""
+    """The directory of the config groups."""
+    return _installed("conf", "conf")
+
+
+def sample(name: str) -> str:
+    """The path of a file of the sample data, as recipes name it: ``${sample:messages.csv}``."""
+    return str(_installed("samples", "data") / name)
+
+
+OmegaConf.register_new_resolver("sample", sample, replace=True)
+
+
+def _installed(package: str, folder: str) -> Path:
+    """A directory that is installed with the package, or lies beside it in a checkout."""
     try:
-        return Path(next(iter(importlib.import_module("llmtrain.conf").__path__))).resolve()
+        return Path(next(iter(importlib.import_module(f"llmtrain.{package}").__path__))).resolve()
     except ModuleNotFoundError:
-        return Path(__file__).resolve().parent.parent / "conf"
+        return Path(__file__).resolve().parent.parent / folder
 
 
 # --- composing ---------------------------------------------------------------------------------------------------
@@ -105,6 +122,11 @@ def _find_model(config: DictConfig) -> None:
     with naming("model"):
         stand_in: Any = build(values, object, path="model")  # type: ignore[arg-type]
         path = Path(stand_in.path).expanduser()
+        if OmegaConf.select(config, "weights._target_") == RUN_WEIGHTS and not (path / "config.yaml").is_file():
+            is_weights = stand_in.path == OmegaConf.select(config, "weights.path")
+            key, what = "weights.path" if is_weights else "model.path", "a run or checkpoint of this program"
+            there = "it has no config.yaml" if path.exists() else f"no such directory{where(stand_in.path)}"
+            raise ConfigError(f"{key}={stand_in.path}: {there}; weights=checkpoint takes {what}")
         model = stand_in.adapted(_model_of_run(path)) if (path / "config.yaml").is_file() else stand_in.resolved()
     config["model"] = _escape(to_plain(model))
     data = OmegaConf.to_container(config["data"], resolve=False)
@@ -257,13 +279,32 @@ def _check_types(hints: Mapping[str, Any], values: Mapping[str, Any], dotted: st
         built = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or getattr(error, "key", None) or ""
-        reason = str(error).splitlines()[0]
         top = re.split(r"[.\[]", str(key))[0]
+        wanted = _wanted(f"{dotted}{key}", hints[key], values[key]) if key in values else None
+        reason = wanted or str(error).splitlines()[0]
         shown = f"={values[top]!r}" if top in values else ""
         raise ConfigError(f"{dotted}{key}{shown}: {reason}") from error
     except ValueError as error:  # a nested dataclass' own check
         raise ConfigError(f"{dotted.rstrip('.')}: {error}" if dotted else str(error)) from error
     return {name: getattr(built, name) for name in hints}
+
+
+def _wanted(key: str, hint: Any, value: Any) -> str | None:
+    """What a value of the type ``hint`` has to be, in words; None where there are none better than the library's."""
+    alternatives = [kind for kind in get_args(hint) if kind is not NoneType] if isinstance(hint, UnionType) else [hint]
+    (kind, *others) = alternatives
+    if others:
+        return None
+    if get_origin(kind) is list:
+        items = [part.strip() for part in value.split(",")] if isinstance(value, str) else ["…"]
+        words = f"must be a list, in brackets: '{key}=[{','.join(items)}]'"
+    elif isinstance(kind, type) and issubclass(kind, Enum):
+        names = [item.name for item in kind]
+        words = f"must be one of {', '.join(names)}{did_you_mean(str(value), names)}"
+    else:
+        words = {bool: "must be true or false", int: "must be a whole number", str: "must be a text",
+                 float: "must be a number, as in 0.1 or 3e-4"}.get(kind, "")  # fmt: skip
+    return words and words + "; or null" * (len(get_args(hint)) > 1 and kind is not hint)
 
 
 def suggest(key: str, known: Sequence[str], dotted: str = "") -> str:

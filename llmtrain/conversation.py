@@ -13,6 +13,14 @@ from llmtrain.run import Trained
 from llmtrain.storage import write_atomically
 
 
+def check_writes(trained: Trained, target: Path) -> None:
+    """Raise ValueError for a model that was not trained to write text: what it would write is noise."""
+    if not trained.run.objective.generates:
+        raise ValueError(
+            f"{target}: this run was trained to tell classes apart, not to write text; llmtrain predict asks it"
+        )
+
+
 def template_of(trained: Trained, name: str | None, system: str | None) -> Template:
     """The template ``name``; None: the one that the run was taught.  ``system``: what the system says in it.
 

@@ -164,7 +164,8 @@ class Run:
         if self.data.sequence_length > self.model.context_length:
             raise ValueError(
                 f"data.sequence_length={self.data.sequence_length}: longer than model.context_length="
-                f"{self.model.context_length}; shorten the one or lengthen the other"
+                f"{self.model.context_length}; data.sequence_length={self.model.context_length}"
+                + (", or a longer model.context_length" if isinstance(self.weights, Scratch) else " or less")
             )
         if self.runtime.cuda_graphs and getattr(self.activation_checkpointing, "offload", False):
             raise ValueError(
@@ -515,7 +516,7 @@ class Run:
                 raise
             finally:
                 self.conclude(loop, directory, display, reason)
-        return Result(directory.path, summarise(self.name, loop, reason), parts.model)
+        return Result(directory.path, summarise(self.name, self.objective.verb, loop, reason), parts.model)
 
     def tune(self, parts: Parts, state: TrainState, peak_flops: float) -> tuple[Parts, list[dict[str, Any]]]:
         """Find out what a run finds out at its start, into ``state``; what it had found before stays so.
@@ -603,7 +604,7 @@ class Run:
 
     def conclude(self, loop: Loop, directory: RunDirectory, display: Display, reason: str) -> None:
         """Leave the run's summary and plot, however it ended."""
-        summary = summarise(self.name, loop, reason)
+        summary = summarise(self.name, self.objective.verb, loop, reason)
         try:
             write_atomically(directory.summary, json.dumps(summary, indent=1) + "\n")
             if reason != "failed":

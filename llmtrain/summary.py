@@ -50,13 +50,14 @@ def header(
     if trained < whole:
         yield "trained", f"{trained:,} of {whole:,} parameters ({trained / whole:.2%})"
     yield "data", corpus.description
-    epochs = tokens / max(corpus.train.tokens, 1)
+    epochs = steps_left * batch / len(corpus.train)
     split = f" in micro-batches of {micro}" if micro < batch else ""
     if corpus.train.mean_length == sequence:
         yield "batch", f"{batch} × {sequence} = {batch * sequence:,} tokens a step{split}"
     else:
         yield "batch", f"{batch} sequences of {corpus.train.mean_length:.0f} tokens on average a step{split}"
-    yield "length", f"{steps_left:,} steps, {count(tokens)} tokens, {epochs:.2f} epochs, {flops:.2e} FLOPs"
+    length = f"{steps_left:,} steps, {count(tokens)} tokens, {epochs:.2f} epochs, {flops:.2e} FLOPs"
+    yield "length", length + (f", still to go after {state.step:,} steps" if state.step else "")
     warmup = run.schedule.warmup(parts.max_steps)
     optimizer, schedule = (type(part).__module__.rpartition(".")[2] for part in (run.optimizer, run.schedule))
     warming = f", {warmup} warm-up steps" if warmup else ""
@@ -64,15 +65,17 @@ def header(
     yield "device", f"{device_name(parts.device)}, {parts.precision.name}, {rate(peak_flops, 'FLOP/s')} at most"
     if parts.precision.notice:
         yield "precision", parts.precision.notice
-    yield "time", f"at best {duration(flops / (0.6 * peak_flops))}, at 60% of that; an estimate follows with the steps"
+    fastest = duration(flops / (0.6 * peak_flops))
+    yield "time", f"at least {fastest}, which takes 60% of that rate; an estimate follows with the steps"
 
 
-def summarise(name: str, loop: Loop, reason: str) -> dict[str, Any]:
-    """``summary.json``."""
+def summarise(name: str, verb: str, loop: Loop, reason: str) -> dict[str, Any]:
+    """``summary.json``; ``verb``: what the trained model is asked with."""
     state = loop.state
     return {
         "exit_reason": reason,
         "name": name,
+        "verb": verb,
         "step": state.step,
         "max_steps": loop.max_steps,
         "tokens": state.tokens,

@@ -1,5 +1,6 @@
 """The command line: errors that help, flags in any order, nothing left behind."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,7 +42,16 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         (["train", "optimzer=adam"], "optimzer: no such key; did you mean optimizer?"),
         (["train", "optimizer=adamm"], "optimizer=adamm: no such option; did you mean adam?"),
         (["train", "optimizer=foo"], "there are: adafactor, adam, adamw, adamw_8bit, adamw_bf16, lion, muon, sgd"),
-        (["train", "optimizer.lr=abc"], "optimizer.lr='abc'"),
+        (["train", "optimizer.lr=abc"], "optimizer.lr='abc': must be a number, as in 0.1 or 3e-4"),
+        (["train", "loop.max_steps=1.5"], "loop.max_steps=1.5: must be a whole number; or null"),
+        (["train", "runtime.deterministic=maybe"], "runtime.deterministic='maybe': must be true or false"),
+        (["train", "runtime.device=gpu"], "runtime.device='gpu': must be one of auto, cpu, cuda"),
+        (["train", "lora=lora", "lora.targets=qkv"], "must be a list, in brackets: 'lora.targets=[qkv]'"),
+        (["train", "lora=lora", "lora.targets='qkv, head'"], "must be a list, in brackets: 'lora.targets=[qkv,head]'"),
+        (["train", "lora=lora", "lora.targets=qkv,head"], "if it takes a list: 'lora.targets=[qkv,head]'"),
+        (["train", "--max_steps", "30"], "--max_steps: no such flag; settings have no dashes: loop.max_steps=30"),
+        (["train", "--max-steps=30"], "settings have no dashes: loop.max_steps=30"),
+        (["generate", "--prompt", "Hello"], "settings have no dashes: prompt=Hello"),
         (["train", "+optimizer.lrr=1"], "optimizer.lrr: no such key"),
         (["train", "+nobody.reads=1"], "nobody: no such key"),
         (["train", "loop.max_steps=-5"], "loop.max_steps=-5: must be at least 1"),
@@ -50,6 +60,16 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         (["train", "optimizer._target_=llmtrain.config.load"], "not a dataclass defined in llmtrain.config"),
         (["train", "weights=checkpoint"], "weights.path: a value is required"),
         (["train", "weights=checkpoint", "weights.path=nowhere", *QUICK], "nowhere: no such directory"),
+        (
+            ["train", "model=auto", "weights=checkpoint", "weights.path=runs/base"],
+            "weights.path=runs/base: no such direc",
+        ),
+        (["train", "model=auto", "weights=checkpoint", "weights.path=."], "weights.path=.: it has no config.yaml"),
+        (["train", "model=auto", "weights=huggingface", "weights.path=gpt2"], "gpt2: no such directory in /"),
+        (
+            ["train", "model=tiny", "data.sequence_length=4096"],
+            "data.sequence_length=64, or a longer model.context_length",
+        ),
         (["train", "model.vocab_size=10", *QUICK], "model.vocab_size=10: the tokenizer has 257 ids"),
         (["train", "schedule.min_lr=1"], "schedule.min_lr=1.0: above the peak"),
         (
@@ -80,7 +100,7 @@ def test_mistakes(failing: Failing, arguments: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "text.txt: no such file"),
+        (None, "data.path=text.txt: no such file or folder in /"),
         (b"", "text.txt"),
         (b"PK\x03\x04\x00\x00\x00binary", "binary"),
         (b"caf\xe9 au lait " * 100, "text.txt: byte 3"),
@@ -260,3 +280,46 @@ def test_bare_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         assert main(arguments) == 0
         assert "llmtrain VERB" in capsys.readouterr().out
     assert main(["--version"]) == 0
+
+
+def test_help_says_what_a_verb_takes(tmp_path: Path) -> None:
+    predict = llmtrain("predict", "--help", cwd=tmp_path).stdout
+    assert predict.startswith("llmtrain predict RUN_DIR [key=value]\n")
+    assert re.search(r"^  threshold=0\.5 +of runs with several labels a text: the probability", predict, re.MULTILINE)
+    assert "groups" not in predict
+    for verb in VERBS.keys() - {"resume", "predict"}:
+        assert llmtrain(verb, "-h", cwd=tmp_path).stdout.startswith(f"llmtrain {verb}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_follows_the_overrides(tmp_path: Path) -> None:
+    shown = llmtrain("train", "experiment=spam", "optimizer=muon", "weights.path=x", "--help", cwd=tmp_path).stdout
+    assert "Messages told apart, spam or not" in shown  # what the recipe is
+    assert re.search(r"^  optimizer +muon  adafactor adam ", shown, re.MULTILINE)  # the chosen option first
+    assert re.search(r"^  optimizer\.ns_steps=5 +Newton-Schulz", shown, re.MULTILINE)
+    assert re.search(r"^  optimizer\.lr=5e-05 +peak learning rate", shown, re.MULTILINE)  # the recipe's
+    assert "lora.also_train=[]" in shown
+    assert "what an objective adds" in " ".join(shown.split())  # a comment's second line
+
+
+def test_help_of_a_run(tmp_path: Path) -> None:
+    run = Run.compose(*QUICK, "optimizer.lr=0.004", f"run_dir={tmp_path / 'run'}").train().run_dir
+    shown = llmtrain("resume", str(run), "--help", cwd=tmp_path).stdout
+    assert re.search(r"^  optimizer\.lr=0\.004 +peak learning rate", shown, re.MULTILINE)
+
+
+def test_a_recipe_with_its_own_data(tmp_path: Path) -> None:
+    """``experiment=spam`` from a folder that has nothing but a base."""
+    llmtrain("train", *QUICK, "run_dir=base", cwd=tmp_path)
+    done = llmtrain(
+        "train", "experiment=spam", "weights=checkpoint", "weights.path=base", "tokenizer=byte", "lora=none",
+        "data.sequence_length=64", "loop.epochs=null", "loop.max_steps=2", "loop.eval_every=0", "run_dir=spam",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert "messages.csv, 1,600 texts" in done.stdout
+    assert "llmtrain predict spam" in done.stdout
+    refused = llmtrain("generate", "spam", cwd=tmp_path, check=2).stderr
+    assert "spam: this run was trained to tell classes apart" in refused
+    assert "base: this run was not trained to tell classes apart" in llmtrain(
+        "predict", "base", "text=x", cwd=tmp_path, check=2
+    ).stderr  # fmt: skip

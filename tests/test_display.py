@@ -157,6 +157,7 @@ def test_a_finished_run_offers_no_resume(tmp_path: Path) -> None:
     with PlainDisplay(tmp_path, stream) as display:
         display.summary(SUMMARY | {"exit_reason": "finished", "final_val_loss": None, "refused_steps": 0})
     assert "llmtrain resume" not in stream.getvalue()
+    assert stream.getvalue().endswith(f"  llmtrain export {tmp_path} to=DIR\n")
     assert "validation" not in stream.getvalue()
     assert "refused" not in stream.getvalue()
 

@@ -15,7 +15,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 def test_every_folder_is_packaged() -> None:
     folders = {init.parent.relative_to(ROOT) for init in (ROOT / "llmtrain").rglob("__init__.py")}
-    expected = {".".join(folder.parts) for folder in folders} | {"llmtrain.conf"}
+    expected = {".".join(folder.parts) for folder in folders} | {"llmtrain.conf", "llmtrain.samples"}
     listed = PROJECT["tool"]["setuptools"]["packages"]
     assert sorted(listed) == sorted(expected)
 
@@ -27,7 +27,7 @@ def test_every_module_is_in_a_package() -> None:
 @pytest.mark.slow
 def test_the_wheel_holds_all_that_the_program_reads(tmp_path: Path) -> None:
     source = tmp_path / "source"  # a copy: building leaves a folder behind, and takes what an older one left
-    for name in ("llmtrain", "conf"):
+    for name in ("llmtrain", "conf", "data"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -42,7 +42,8 @@ def test_the_wheel_holds_all_that_the_program_reads(tmp_path: Path) -> None:
         licences = [name for name in archive.namelist() if "/licenses/" in name]
     code = {str(path.relative_to(source)) for path in (source / "llmtrain").rglob("*") if path.is_file()}
     conf = {f"llmtrain/{path.relative_to(source)}" for path in (source / "conf").rglob("*") if path.is_file()}
-    assert shipped == code | conf
+    samples = {f"llmtrain/samples/{path.name}" for path in (source / "data").iterdir()}
+    assert shipped == code | conf | samples
     assert "llmtrain/tokenizer/gpt2.tiktoken" in shipped
     assert "llmtrain/conf/model/gpt124m.yaml" in shipped
     assert {Path(name).name for name in licences} == {"LICENSE", "gpt2.LICENSE"}

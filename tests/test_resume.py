@@ -82,7 +82,8 @@ def test_sigterm_saves_and_resume_goes_on(tmp_path: Path) -> None:
     assert "llmtrain resume" in output
     llmtrain("resume", "stopped", cwd=tmp_path)
     assert_same_end(tmp_path / "whole", tmp_path / "stopped")
-    assert "finished already" in llmtrain("resume", "stopped", cwd=tmp_path).stdout
+    again = llmtrain("resume", "stopped", cwd=tmp_path).stdout
+    assert "finished already, at step 250; to train on: llmtrain resume stopped loop.max_steps=500" in again
 
 
 def test_a_second_signal_exits_at_once(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from llmtrain.commands import FINISHED, Invocation
-from llmtrain.conversation import Conversation, template_of
+from llmtrain.conversation import Conversation, check_writes, template_of
 from llmtrain.data.templates import Message
 from llmtrain.format import visible
 from llmtrain.inference import Sampling
@@ -64,6 +64,7 @@ def main(settings: Chat, invocation: Invocation) -> int:
     console = Console(highlight=False, soft_wrap=True)
     runtime = Runtime.for_inference(settings.device)
     with Run.load_trained(checkpoint, runtime, base=settings.base, plugins=settings.plugins) as trained:
+        check_writes(trained, invocation.targets[0])
         seed = secrets.randbits(63) if settings.seed is None else settings.seed
         conversation = Conversation(
             trained,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llmtrain.commands import Invocation
-from llmtrain.conversation import template_of
+from llmtrain.conversation import check_writes, template_of
 from llmtrain.data.documents import read_text
 from llmtrain.data.records import Reader, find_records
 from llmtrain.data.templates import Message, PartEncoder, Template
@@ -68,6 +68,7 @@ def main(settings: Generate, invocation: Invocation) -> int:
     checkpoint = locate_checkpoint(invocation.targets[0])
     runtime = Runtime.for_inference(settings.device)
     with Run.load_trained(checkpoint, runtime, base=settings.base, plugins=settings.plugins) as trained:
+        check_writes(trained, invocation.targets[0])
         writer = Writer(trained, settings)
         if settings.file is not None:
             write_rows(writer, settings)

@@ -24,12 +24,16 @@ from llmtrain.planning.chart import bar, draw
 from llmtrain.planning.costs import Costs, Counts, Speed, add_up, count_looks, without_long_saves
 from llmtrain.planning.devices import DeviceSpec, arithmetic, find_device, present_device
 from llmtrain.planning.memory import Memory, Untraceable, at_micro_batch, estimate
+from llmtrain.planning.trace import Phase
 from llmtrain.precision import Precision
 from llmtrain.probe import Probed, ProbeFailed, probe
 from llmtrain.run import Run
 from llmtrain.storage import write_atomically
 from llmtrain.tokenizer import Tokenizer
 from llmtrain.weights.checkpoint import saved_tensors
+
+WHEN = {Phase.held: "between two steps", Phase.forward: "in forward", Phase.backward: "in backward",
+        Phase.update: "in the optimizer's step"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -263,15 +267,17 @@ def work(run: Run, planned: Planned) -> Table:
     model, corpus, steps = planned.model, planned.corpus, planned.max_steps
     sequence, batch = run.data.sequence_length, run.accumulation.batch_size_at(0, 0)
     sequences = batch_sum(run, steps)
-    tokens = sequences * sequence
+    mean = corpus.train.mean_length
+    tokens = round(sequences * mean)
     flops_per_token = model.flops_per_token(sequence)
     attention = flops_per_token - model.flops_per_token(0)
     rows = table("work")
     at_first = " at first" if sequences != batch * steps else ""
     rows.add_row("data", "", Text(corpus.description))
-    rows.add_row("tokens a step", f"{batch * sequence:,}", f"{batch} × {sequence}{at_first}")
+    length = f"{sequence}" if mean == sequence else f"{mean:.0f} on average"
+    rows.add_row("tokens a step", f"{round(batch * mean):,}", f"{batch} × {length}{at_first}")
     rows.add_row("steps", f"{steps:,}", f"{run.schedule.warmup(steps):,} of them warm-up")
-    epochs = tokens / max(corpus.train.tokens, 1)
+    epochs = sequences / len(corpus.train)
     rows.add_row("tokens", f"{tokens:,}", f"{epochs:.2f} epochs, {tokens / model.num_parameters():.2f} a parameter")
     is_whole = all(parameter.requires_grad for parameter in model.parameters())
     products = "6 N" if is_whole else "6 N, 4 or 2 N of what is frozen"
@@ -287,7 +293,7 @@ def show(console: Console, run: Run, planned: Planned, outlook: Outlook) -> None
     if outlook.memory is not None:
         console.print(bars(f"memory, {precision.name}, {spec.title}", outlook.memory.parts, size))
         console.print(Text(
-            f"  the most in {outlook.memory.phase.name}, micro-batches of {outlook.micro_batch_size}; "
+            f"  the most {WHEN[outlook.memory.phase]}, micro-batches of {outlook.micro_batch_size}; "
             f"estimated peak {size(outlook.memory.peak)}"
         ))  # fmt: skip
         if probed is not None:
@@ -296,7 +302,7 @@ def show(console: Console, run: Run, planned: Planned, outlook: Outlook) -> None
             console.print(Text(f"  besides {size(outlook.memory.host)} of host memory"))
         console.print()
     console.print(bars("time", outlook.costs.seconds, duration))
-    length = run.data.sequence_length
+    length = planned.corpus.train.mean_length
     speed = outlook.costs.seconds["training"] / max(outlook.counts.sequences * length, 1)
     if probed is not None:
         how = f"measured: {duration(probed.step_seconds)} a step, the median of {probed.steps}"

@@ -67,7 +67,7 @@ def main(settings: Predict, invocation: Invocation) -> int:
     checkpoint = locate_checkpoint(invocation.targets[0])
     runtime = Runtime.for_inference(settings.device)
     with Run.load_trained(checkpoint, runtime, base=settings.base, plugins=settings.plugins) as trained:
-        predictor = Predictor.of(trained, settings.threshold)
+        predictor = Predictor.of(trained, settings.threshold, invocation.targets[0])
         if settings.text is not None:
             show(predictor, settings.text)
         else:
@@ -86,12 +86,12 @@ class Predictor:
     threshold: float  # of several labels a text: from which probability on one is given
 
     @classmethod
-    def of(cls, trained: Trained, threshold: float) -> "Predictor":
+    def of(cls, trained: Trained, threshold: float, target: Path) -> "Predictor":
         """Raises ValueError for a run that was not trained to tell classes apart."""
         run = trained.run
         if not isinstance(run.objective, Classification) or not isinstance(run.data, Labelled):
             raise ValueError(
-                f"{visible(run.name)}: this run was not trained to tell classes apart (objective=classification); "
+                f"{target}: this run was not trained to tell classes apart (objective=classification); "
                 "llmtrain generate and llmtrain chat use what other runs have learnt"
             )
         return cls(trained, run.data, run.objective, tuple(trained.state.labels), threshold)
@@ -157,7 +157,7 @@ def predict_file(predictor: Predictor, settings: Predict) -> None:
                 total += 1
     message = f"{total:,} texts"
     if judged:
-        message += f", {percent(right / judged)} of the {judged:,} with a label as it says"
+        message += f"; of {judged:,} with a label {percent(right / judged)} predicted right"
     print(message + ("" if settings.output is None else f"; written to {settings.output}"), file=sys.stderr)
 
 

@@ -1,5 +1,7 @@
 """``llmtrain resume RUN_DIR``: go on exactly where a run stopped, or branch off from one of its checkpoints."""
 
+import shlex
+
 from llmtrain import config
 from llmtrain.commands import FINISHED, INTERRUPTED, Invocation
 from llmtrain.format import visible
@@ -27,7 +29,9 @@ def main(run: Run, invocation: Invocation) -> int:
             "run_dir=DIR, or an older checkpoint: checkpoint.step=N"
         )
     if directory.is_finished() and not changed and not find_origin(directory, step).passed_over:
-        print(visible(f"{directory.path}: finished already; to train on: loop.max_steps=N"))
+        path, done = directory.path, find_origin(directory, step).step
+        print(visible(f"{path}: finished already, at step {done:,}; to train on: "
+                      f"llmtrain resume {shlex.quote(str(path))} loop.max_steps={2 * done}"))  # fmt: skip
         return FINISHED
     result = run.resume(directory, step=step, command=invocation.command)
     return FINISHED if result.exit_reason == "finished" else INTERRUPTED

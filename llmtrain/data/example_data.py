@@ -143,10 +143,10 @@ class ExampleData(DataConfig, Generic[T]):
         return self._corpus(entry, self.remarks(tokenizer))
 
     def _find_files(self) -> tuple[list[Path], list[Path]]:
-        train = find_records(self.path, "path")
+        train = find_records(self.path, "data.path")
         if self.validation_path is None:
             return train, []
-        validation = find_records(self.validation_path, "validation_path")
+        validation = find_records(self.validation_path, "data.validation_path")
         aside = {file.resolve() for file in validation}
         train = [file for file in train if file.resolve() not in aside]
         if not train:

@@ -10,13 +10,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from llmtrain.checks import where
+
 log = logging.getLogger(__name__)
 Fact = TypeVar("Fact", str, int, list)  # as JSON has it
 REPORT_SECONDS = 10
 
 
-def find_files(path: str, is_wanted: Callable[[Path], bool], wanted: str, key: str = "path") -> list[Path]:
-    """The files that ``path``, the value of ``key``, names: a file, a folder (with its subfolders) or a glob of those.
+def find_files(path: str, is_wanted: Callable[[Path], bool], wanted: str, key: str = "data.path") -> list[Path]:
+    """The files that ``path``, the value of the setting ``key``, names: a file, a folder or a glob of those.
 
     Sorted.  Of a folder the files that ``is_wanted``, in words ``wanted``, with its subfolders; hidden ones are passed
     over.  A file that is named itself, or matched, is always taken.  Raises ValueError where there is none.
@@ -27,14 +29,14 @@ def find_files(path: str, is_wanted: Callable[[Path], bool], wanted: str, key: s
     elif glob.has_magic(path):
         found = [Path(name) for name in glob.glob(str(literal), recursive=True)]  # noqa: PTH207 - takes any path
         if not found:
-            raise ValueError(f"data.{key}={path}: no file matches")
+            raise ValueError(f"{key}={path}: no file matches{where(path)}")
     else:
-        raise ValueError(f"data.{key}={path}: no such file or folder")
+        raise ValueError(f"{key}={path}: no such file or folder{where(path)}")
     files: set[Path] = set()
     for each in found:
         files.update(filter(is_wanted, _walk(each)) if each.is_dir() else [each])
     if not files:
-        raise ValueError(f"data.{key}={path}: there is no {wanted} in this folder")
+        raise ValueError(f"{key}={path}: there is no {wanted} in this folder")
     return sorted(files)
 
 

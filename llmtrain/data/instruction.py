@@ -81,14 +81,14 @@ class Instruction(ExampleData[list[Message]]):
         if found := [name for name in names if columns.get(name) is not None]:
             return _conversation(columns[found[0]], f"{record.origin}: {found[0]}")
         if columns.get(self.prompt_column) is not None:
-            prompt = record.text(self.prompt_column, "prompt_column")
-            answer = record.text(self.completion_column, "completion_column")
+            prompt = record.text(self.prompt_column, "data.prompt_column")
+            answer = record.text(self.completion_column, "data.completion_column")
             return [Message("user", prompt), Message("assistant", answer)]
         if columns.get(self.instruction_column) is not None:
-            instruction = record.text(self.instruction_column, "instruction_column")
+            instruction = record.text(self.instruction_column, "data.instruction_column")
             has_input = columns.get(self.input_column) is not None
-            more = record.text(self.input_column, "input_column") if has_input else ""
-            answer = record.text(self.output_column, "output_column")
+            more = record.text(self.input_column, "data.input_column") if has_input else ""
+            answer = record.text(self.output_column, "data.output_column")
             return [Message("user", instruction, more), Message("assistant", answer)]
         wanted = [*names, self.prompt_column, self.instruction_column]
         near = next((hint for name in columns if (hint := did_you_mean(name, wanted))), "")

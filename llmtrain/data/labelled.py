@@ -59,10 +59,10 @@ class Labelled(ExampleData[str]):
     # --- a record ---------------------------------------------------------------------------------------------------
 
     def read(self, record: Record) -> Item[str]:
-        text = record.text(self.text_column, "text_column")
+        text = record.text(self.text_column, "data.text_column")
         if not text.strip():
             raise ValueError(f"{record.origin}: {self.text_column} is empty; remove the line, or fill it in")
-        value = record.value(self.label_column, "label_column")
+        value = record.value(self.label_column, "data.label_column")
         labels = self._several(value, record.origin) if self.multi_label else (self._one(value, record.origin),)
         return Item(text, (text,), labels)
 

@@ -23,7 +23,7 @@ class Record(NamedTuple):
     origin: str  # file and line, for people; of Parquet file and row, from 1 on
 
     def text(self, column: str, key: str) -> str:
-        """The text in ``column``, which the option ``key`` names.  Raises ValueError where there is none."""
+        """The text in ``column``, which the setting ``key`` names.  Raises ValueError where there is none."""
         value = self.value(column, key)
         if not isinstance(value, str):
             raise ValueError(f"{self.origin}: {column} is {shown(value)}, where a text is needed")
@@ -34,7 +34,7 @@ class Record(NamedTuple):
         if column not in self.values:
             raise ValueError(
                 f"{self.origin}: there is no column {column}{did_you_mean(column, self.values)}; there are "
-                f"{', '.join(self.values) or 'none'}; name another with data.{key}=…"
+                f"{', '.join(self.values) or 'none'}; name another with {key}=…"
             )
         return self.values[column]
 
@@ -160,7 +160,7 @@ FORMATS: dict[str, Format] = {
 
 
 def find_records(path: str, key: str) -> list[Path]:
-    """The files that ``path``, the value of the option ``key``, names.  Raises ValueError where there is none."""
+    """The files that ``path``, the value of the setting ``key``, names.  Raises ValueError where there is none."""
     files = find_files(path, lambda file: _suffix(file) in FORMATS, f"file of records ({', '.join(FORMATS)})", key)
     for file in files:
         if _suffix(file) not in FORMATS:

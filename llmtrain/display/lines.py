@@ -17,6 +17,7 @@ EXPECTED_EVENTS = ("save", "resume", "profile")  # others are worth a look
 SELF_EXPLAINING = ("path", "message", "reason", "from")  # keys of an event whose values need no label
 # Keys of an event that are not shown as they are: what a reason says already, what has lines of its own, what is long.
 IN_OTHER_WORDS = {"event", "step", "examples", "changes", "rates", "removed", "loss", "grad_norm"}
+ASKED = {"generate": ' prompt="…"', "predict": ' text="…"'}  # what a verb takes besides the run
 EXIT_STYLES = {"finished": "bold green", "interrupted": "bold yellow"}
 
 
@@ -135,11 +136,11 @@ def summary(summary: Row, run_dir: Path) -> Text:
     target = visible(shlex.quote(str(run_dir)))
     if reason != "finished":
         parts.append(Text(f"  llmtrain resume {target}"))
-    if summary.get("accuracy") is not None:
-        parts.append(Text(f'  llmtrain predict {target} text="…"'))
-    else:
-        parts.append(Text(f'  llmtrain generate {target} prompt="…"'))
+    verb = str(summary.get("verb", "generate"))
+    parts.append(Text(f"  llmtrain {verb} {target}{ASKED.get(verb, '')}"))
     parts.append(Text(f"  llmtrain report {target}"))
+    if reason == "finished":
+        parts.append(Text(f"  llmtrain export {target} to=DIR"))
     return Text("\n").join(parts)
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llmtrain.checks import where
 from llmtrain.hf.config_json import ConfigJson
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -168,7 +169,11 @@ def locate(path: str) -> Path:
         raise ValueError(f"{path}: a file; give the directory that it is in")
     match = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", path)
     if match is None:
-        raise ValueError(f"{path}: no such directory, and no name of a model on the hub either, as org/name is")
+        raise ValueError(
+            f"{path}: no such directory{where(path)}, and no name of a model on the hub either, as org/name is "
+            "(openai-community/gpt2); give the directory of a copy, as save_pretrained writes it, or, with a network "
+            "and pip install 'llmtrain[huggingface]', the name on the hub"
+        )
     return download(match[1], match[2], path)
 
 

@@ -28,6 +28,7 @@ OF_SETTINGS: tuple[Check, ...] = (
     training.clipping_too_late,
     training.slow_arithmetic,
     training.lost_work,
+    training.default_on_cpu,
     inert_keys,
 )
 OF_DATA: tuple[Check, ...] = (data.masked_targets, validation_in_training)  # these read them

@@ -144,7 +144,7 @@ def far(ratio: float) -> str:
 
 
 def batch_of_recipe(case: Case) -> Iterator[Finding]:
-    """Another number of tokens a step than the recipe's, at the recipe's learning rate."""
+    """Another size of step than the recipe's, at the recipe's learning rate: in tokens, of examples in their number."""
     recipe = case.given.get("experiment")
     if not recipe or "optimizer.lr" in case.given or "optimizer" in case.given:
         return
@@ -158,9 +158,12 @@ def batch_of_recipe(case: Case) -> Iterator[Finding]:
     except Exception as problem:  # Hydra's errors have no common class here; a comparison is not worth the run
         log.info("the batch is not compared with the recipe %s: %s", recipe, problem)
         return
-    intended = accumulation.batch_size_at(0, 0) * values["data"]["sequence_length"]
-    tokens = case.run.accumulation.batch_size_at(0, 0) * case.run.data.sequence_length
-    ratio = tokens / intended
+    intended, taken = accumulation.batch_size_at(0, 0), case.run.accumulation.batch_size_at(0, 0)
+    unit = "sequences"
+    if case.run.data.gives == "text" or case.run.data.packs:  # else a row is as long as its example
+        unit, intended = "tokens", intended * values["data"]["sequence_length"]
+        taken *= case.run.data.sequence_length
+    ratio = taken / intended
     if 0.8 <= ratio <= 1.25:
         return
     rate = case.run.optimizer.lr
@@ -169,6 +172,6 @@ def batch_of_recipe(case: Case) -> Iterator[Finding]:
     key = case.batch_key if any(key.startswith("accumulation") for key in changed) else "data.sequence_length"
     yield warning(
         key,
-        f"{key}: a step takes {tokens:,} tokens, in the recipe {recipe} {intended:,}, and optimizer.lr={rate:g} was "
-        f"chosen for those; optimizer.lr={scaled:.2g} goes with this batch, or keep it: optimizer.lr={rate:g}",
+        f"{key}: a step takes {taken:,} {unit}, in the recipe {recipe} {intended:,}, and optimizer.lr={rate:g} was "
+        f"chosen for those; optimizer.lr={scaled:.2g} goes with this batch; name optimizer.lr={rate:g} if it is meant",
     )

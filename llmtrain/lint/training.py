@@ -11,6 +11,7 @@ from llmtrain.precision.auto import has_native_bf16
 from llmtrain.precision.bf16 import BF16
 from llmtrain.precision.fp16 import FP16
 
+LAPTOP = 50_000_000  # parameters that a CPU trains while one waits
 LONG_RUN = 1000  # steps that are worth a checkpoint on the way
 
 
@@ -86,6 +87,18 @@ def slow_arithmetic(case: Case) -> Iterator[Finding]:
             "precision",
             "precision=fp16: made for GPUs that have no bf16; on a CPU precision=auto is as fast, and does not lose "
             "steps to fp16's narrow range; precision=auto",
+        )
+
+
+def default_on_cpu(case: Case) -> Iterator[Finding]:
+    """The default model, chosen by nobody, where it takes hours: a first try is over sooner with the laptop's."""
+    device, parameters = case.parts.device, case.parts.model.num_parameters()
+    chosen = {"model", "experiment"} & case.given.keys() or case.is_resumed or case.run.plugins
+    if device is not None and device.type == "cpu" and parameters > LAPTOP and not chosen:
+        yield warning(
+            "model",
+            f"model: none was named, and the default's {parameters / 1e6:.0f} million parameters are for a GPU; on a "
+            "CPU experiment=laptop is done in a minute or two; to train this one all the same: model=gpt124m",
         )
 
 

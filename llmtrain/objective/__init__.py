@@ -15,6 +15,7 @@ class Objective(ABC):
 
     scores: ClassVar[bool] = False  # whether :meth:`score` counts more than the loss
     generates: ClassVar[bool] = True  # whether the model is to write text, so that samples of it say something
+    verb: ClassVar[str] = "generate"  # what the trained model is asked with
     takes: ClassVar[tuple[str, ...]] = ("text", "responses")  # the kinds of data (``DataConfig.gives``) it goes with
 
     @abstractmethod

@@ -54,6 +54,7 @@ class Classification(Objective):
     takes: ClassVar[tuple[str, ...]] = ("labels",)
     scores: ClassVar[bool] = True
     generates: ClassVar[bool] = False
+    verb: ClassVar[str] = "predict"
 
     def __post_init__(self) -> None:
         positive(last_layers=self.last_layers)

@@ -14,3 +14,4 @@ class Instruction(Causal):
     """
 
     takes: ClassVar[tuple[str, ...]] = ("responses",)
+    verb: ClassVar[str] = "chat"

@@ -70,7 +70,7 @@ def test_a_text(work: Path) -> None:
 @pytest.mark.parametrize("output", ["found.csv", "found.jsonl"])
 def test_a_file(work: Path, output: str) -> None:
     done = llmtrain("predict", "run", "file=messages.csv", f"output={output}", "batch_size=7", cwd=work)
-    assert "160 texts, " in done.stderr
+    assert "160 texts; " in done.stderr
     if output.endswith(".csv"):
         with (work / output).open(newline="") as file:
             found = list(csv.DictReader(file))
@@ -83,7 +83,7 @@ def test_a_file(work: Path, output: str) -> None:
     assert [row["text"] for row in found] == [row["text"] for row in asked]  # in their order
     assert sums == pytest.approx([1.0] * 160, abs=1e-5)
     right = sum(row["label"] == row["predicted"] for row in found) / 160
-    assert f"{100 * right:.1f}% of the 160" in done.stderr
+    assert f"of 160 with a label {100 * right:.1f}% predicted right" in done.stderr
     assert right > 0.9
 
 
@@ -94,8 +94,11 @@ def test_a_file(work: Path, output: str) -> None:
         (("text=a", "file=messages.csv"), "give one of them"),
         (("text= ",), "there is nothing in it"),
         (("file=messages.csv", "output=found.txt"), "the name has to end in .jsonl or .csv"),
-        (("file=messages.csv", "text_column=txt"), "there is no column txt; did you mean text?"),
-        (("file=nothing.csv",), "nothing.csv"),
+        (
+            ("file=messages.csv", "text_column=txt"),
+            "did you mean text?; there are label, text; name another with text_column=…",
+        ),
+        (("file=nothing.csv",), "llmtrain: file=nothing.csv: no such file or folder in /"),
         (("text=a", "threshold=2"), "threshold=2"),
     ],
 )

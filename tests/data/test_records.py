@@ -156,7 +156,7 @@ def test_values() -> None:
         "label": "f.jsonl:7: label is None (NoneType), where a text is needed",
     }.items():
         with pytest.raises(ValueError, match=r".") as caught:
-            record.text(column, "text_column")
+            record.text(column, "data.text_column")
         assert str(caught.value) == message
 
 
@@ -164,9 +164,9 @@ def test_finding(tmp_path: Path) -> None:
     for name in ("b.csv", "a.jsonl.gz", "c.txt", "sub/d.parquet", "e.json.zst"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = find_records(str(tmp_path), "path")
+    found = find_records(str(tmp_path), "data.path")
     assert [str(path.relative_to(tmp_path)) for path in found] == ["a.jsonl.gz", "b.csv", "e.json.zst", "sub/d.parquet"]
     with pytest.raises(ValueError, match=r"data.validation_path=nowhere: no such file"):
-        find_records("nowhere", "validation_path")
+        find_records("nowhere", "data.validation_path")
     with pytest.raises(ValueError, match=r"c.txt: of no kind that is known here; there are .csv, .tsv"):
-        find_records(str(tmp_path / "c.txt"), "path")
+        find_records(str(tmp_path / "c.txt"), "data.path")

@@ -34,9 +34,17 @@ def test_the_recipes_are_quiet() -> None:
     assert (
         find_in("experiment=verdict", f"data.path={ROOT / 'data' / 'lighthouse.txt'}") == {}
     )  # 15 epochs, but it says so
-    default = find_in("loop.max_steps=1000")
+    default = find_in("model=gpt124m", "loop.max_steps=1000")
     assert list(default) == ["loop.max_steps"]  # GPT-124M for 1,000 steps on the language reference: 91 epochs of it
     assert "goes 90.9 times through 90,161 training tokens" in default["loop.max_steps"].message
+
+
+def test_the_default_model_on_a_cpu() -> None:
+    message = find_in("loop.max_steps=40")["model"].message
+    assert "124 million parameters are for a GPU" in message
+    assert "experiment=laptop" in message
+    for chosen in ("model=gpt124m", "experiment=laptop"):
+        assert "model" not in find_in(chosen, "loop.max_steps=40")
 
 
 # --- what is trained ---------------------------------------------------------------------------------------------
@@ -175,3 +183,19 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
     run = Run.compose(*QUIET, "experiment=mine", "accumulation.batch_size=8", config_dir=tmp_path)
     (found,) = lint(run, parts_of(run), run.overrides)
     assert "a step takes 512 tokens, in the recipe mine 2,048" in found.message  # 2 of the default model's 1,024
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("data.sequence_length=32",), None),  # examples are as long as they are
+        (("accumulation.batch_size=4",), "a step takes 4 sequences, in the recipe spam 16"),
+    ],
+)
+def test_the_batch_of_a_recipe_of_examples(tmp_path: Path, overrides: tuple[str, ...], said: str | None) -> None:
+    base = Run.compose("model=tiny", "tokenizer=byte", "loop.max_steps=1", f"run_dir={tmp_path / 'base'}").train()
+    run = Run.compose("experiment=spam", "tokenizer=byte", "weights=checkpoint", f"weights.path={base.run_dir}",
+                      "data.sequence_length=64", *overrides)  # fmt: skip
+    (*found,) = (f.message for f in lint(run, parts_of(run), run.overrides) if "in the recipe" in f.message)
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]

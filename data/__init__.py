@@ -1,0 +1,1 @@
+"""The sample data; a package so that they are installed with the program."""

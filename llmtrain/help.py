@@ -1,0 +1,158 @@
+"""``llmtrain VERB --help``: what a verb takes, from the YAML of its config and the comments beside its keys.
+
+The comments are the only description of a key, so that help and config cannot say different things.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from llmtrain.format import visible
+
+COMMENTED = re.compile(r"(?P<key>\w+):.*?(?:\s#\s*(?P<comment>.*))?")  # a key, its value and the comment behind it
+WIDEST = 130  # characters of a line where nobody says how wide the terminal is
+RESUME = "resume"  # whose config is the run's own
+
+
+def show(verb: str, usage: str, composed: DictConfig, choices: Mapping[str, Any]) -> None:
+    """Print usage, groups and keys of the verb, as they are with the overrides that were given beside ``--help``."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDEST
+    with console.capture() as capture:
+        for part in parts(verb, usage, composed, choices):
+            console.print(part)
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+def parts(verb: str, usage: str, composed: DictConfig, choices: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """What the help consists of, from top to bottom."""
+    folders = config_folders()
+    groups = [str(name) for name in composed if name in choices and isinstance(composed[name], DictConfig)]
+    recipe = choices.get("experiment")
+    yield Text(usage, style="bold")
+    for line in leading_comment(folders, f"experiment/{recipe}" if recipe else verb):
+        yield Text(visible(f"  {line}"), style="dim")
+    if groups and verb != RESUME:
+        yield groups_table({**{group: choices[group] for group in groups}, "experiment": recipe})
+    plain = {key: value for key, value in items(composed) if key not in groups}
+    comments = {**(commented(folders, "train") if groups else {}), **commented(folders, verb)}
+    yield keys_table("settings", "", plain, comments)
+    for group in groups:
+        values = dict(items(composed[group]))
+        title = group if verb == RESUME else f"{group}={choices[group]}"
+        if values:
+            yield keys_table(title, f"{group}.", values, comments_of(folders, group, choices[group], composed[group]))
+    if groups:
+        yield Text(f"\ngroup=option takes another file of a group; its keys: llmtrain {verb} group=option --help")
+    yield Text("--cfg job shows the composed config as YAML, --hydra-help Hydra's own flags")
+
+
+def items(node: DictConfig) -> Iterator[tuple[str, Any]]:
+    """The keys of ``node`` and their values, references as they are written."""
+    plain: Any = OmegaConf.to_container(node, resolve=False)
+    yield from ((key, value) for key, value in plain.items() if key != "_target_")
+
+
+def groups_table(chosen: Mapping[str, Any]) -> Table:
+    """Each group's options, the chosen one first."""
+    loader = GlobalHydra.instance().config_loader()
+    table = titled("groups")
+    for group, option in chosen.items():
+        options = loader.get_group_options(group)
+        others = [name for name in options if name != option]
+        first = Text(visible(str(option)), style="bold") if option else Text("none", style="bold")
+        table.add_row(f"  {group}", Text.assemble(first, "  ", visible(" ".join(others))))
+    return table
+
+
+def keys_table(title: str, prefix: str, values: Mapping[str, Any], comments: Mapping[str, str]) -> Table:
+    """Each key with its value and what it is."""
+    table = titled(title)
+    for key, value in values.items():
+        setting = Text.assemble(f"  {prefix}{key}", ("=", "dim"), (written(value), "bold"))
+        table.add_row(setting, Text(visible(comments.get(key, ""))))
+    return table
+
+
+def titled(title: str) -> Table:
+    """A table of two columns under its title."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.title, table.title_justify, table.title_style = f"\n{title}", "left", "bold cyan"
+    table.add_column(overflow="fold", max_width=56)
+    table.add_column(overflow="fold")
+    return table
+
+
+def written(value: Any) -> str:
+    """A value as it is written on a command line."""
+    if isinstance(value, str) and not value.isprintable():
+        return repr(value)[1:-1].join('""')
+    if isinstance(value, float):
+        return repr(value)
+    text = yaml.safe_dump(value, default_flow_style=True, width=1 << 20, allow_unicode=True).strip()
+    return visible(text.removesuffix("\n...").strip() if text != "''" else '""')
+
+
+# --- comments ------------------------------------------------------------------------------------------------------
+
+
+def config_folders() -> list[Path]:
+    """The folders of config groups, those of the user among them."""
+    search = GlobalHydra.instance().config_loader().get_search_path().get_path()
+    return [
+        Path(entry.path.removeprefix("file://")) for entry in search if "://" not in entry.path.removeprefix("file://")
+    ]
+
+
+def comments_of(folders: Sequence[Path], group: str, option: str, node: DictConfig) -> dict[str, str]:
+    """What is said of the keys of a group's option: in its file, else in another of the same class."""
+    found = commented(folders, f"{group}/{option}")
+    target = str(node.get("_target_"))
+    for folder in folders:
+        for path in sorted((folder / group).glob("*.yaml")):
+            if any(key not in found for key in node) and f"_target_: {target}" in path.read_text(encoding="utf-8"):
+                found = {**commented(folders, f"{group}/{path.stem}"), **found}
+    return found
+
+
+def commented(folders: Sequence[Path], name: str) -> dict[str, str]:
+    """The comment behind each key of a file, with the lines below that go on with it."""
+    found: dict[str, str] = {}
+    key = None
+    for line in read(folders, name):
+        if match := COMMENTED.fullmatch(line):
+            key = match["key"] if match["comment"] else None
+            found |= {match["key"]: match["comment"]} if match["comment"] else {}
+        elif key and (more := re.match(r"\s+#\s*(.*)", line)):
+            found[key] += f" {more[1]}"
+        else:
+            key = None
+    return found
+
+
+def leading_comment(folders: Sequence[Path], name: str) -> list[str]:
+    """The lines that a file begins with."""
+    lines = []
+    for line in read(folders, name):
+        if line.startswith("# @package"):
+            continue
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").removeprefix(" "))
+    return lines
+
+
+def read(folders: Sequence[Path], name: str) -> list[str]:
+    """The lines of the first file of this name; none if there is none."""
+    files = (folder / f"{name}.yaml" for folder in folders)
+    path = next((path for path in files if path.is_file()), None)
+    return [] if path is None else path.read_text(encoding="utf-8").splitlines()

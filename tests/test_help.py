@@ -1,0 +1,41 @@
+"""Keys and their descriptions, as ``--help`` shows them; the verbs' own output is in ``test_cli.py``."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from llmtrain.help import commented, comments_of, written
+
+CONF = Path(__file__).parents[1] / "conf"
+OPTIONS = sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name != "experiment")
+
+
+@pytest.mark.parametrize("path", OPTIONS, ids=lambda path: f"{path.parent.name}={path.stem}")
+def test_every_key_of_every_option_is_described(path: Path) -> None:
+    node = OmegaConf.load(path)
+    comments = comments_of([CONF], path.parent.name, path.stem, node)
+    assert not [key for key in node if key not in comments and key not in ("_target_", "defaults")]
+
+
+@pytest.mark.parametrize("verb", ["train", "plan", "generate", "chat", "predict", "export", "verify", "report"])
+def test_every_key_of_every_verb_is_described(verb: str) -> None:
+    node = OmegaConf.load(CONF / f"{verb}.yaml")
+    assert not [key for key in node if key not in commented([CONF], verb) and key not in ("_target_", "defaults")]
+
+
+def test_comments(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "# what it is\na: 1   # one\n       # and more\n# not of a key\nc:\nd: {e: 1}  # a dict\n"
+    )
+    assert commented([tmp_path], "a") == {"a": "one and more", "d": "a dict"}
+    assert commented([tmp_path], "missing") == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [("\n", '"\\n"'), ("", '""'), (None, "null"), (True, "true"), (5e-5, "5e-05"), ([1, "a"], "[1, a]"), ("a b", "a b"),
+     ("${model.path}", "${model.path}")],
+)  # fmt: skip
+def test_values_are_as_on_a_command_line(value: object, text: str) -> None:
+    assert written(value) == text
