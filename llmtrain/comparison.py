@@ -18,7 +18,7 @@ from llmtrain.hf import family_of
 from llmtrain.hf.config_json import ConfigJson
 from llmtrain.hf.reading import load
 from llmtrain.model import LanguageModel, ModelConfig
-from llmtrain.run import Trained
+from llmtrain.trained import Trained
 
 # What all are asked: text in a few languages, code, and ids from all over the vocabulary.
 PROMPTS = ("The quick brown fox jumps over", "def area(r):\n    return 3.14159 * r", "Füße, 你好, привет 🙂 1234")

@@ -9,8 +9,8 @@ import torch
 
 from llmtrain.data.templates import Message, PartEncoder, Template, find_template
 from llmtrain.inference import Sampling, as_text, generate
-from llmtrain.run import Trained
 from llmtrain.storage import write_atomically
+from llmtrain.trained import Trained
 
 
 def check_writes(trained: Trained, target: Path) -> None:

@@ -16,10 +16,12 @@ from llmtrain.inference import generate
 from llmtrain.memory import is_out_of_memory
 from llmtrain.metrics import read_metrics
 from llmtrain.metrics.local import FILE, Local
-from llmtrain.run import Parts, Run
+from llmtrain.run import Run
+from llmtrain.run_config import Parts
 from llmtrain.run_directory import RunDirectory
 from llmtrain.runtime import peak_flops, peak_memory
 from llmtrain.saver import Saver
+from llmtrain.training import make_loop, tune
 
 WARM_UP = 2  # steps left out: they touch memory for the first time
 LEAST, MOST = 3, 20  # timed steps
@@ -69,10 +71,10 @@ def _steps(run: Run, parts: Parts, directory: RunDirectory, stack: contextlib.Ex
     metrics = stack.enter_context(Local(log_every=1).build(directory.path, resume_step=None))
     steps_at_most = max(parts.max_steps, WARM_UP + MOST)
     state = run.first_state(parts)
-    parts, found = run.tune(parts, state, peak_flops(parts.device, parts.precision.dtype))
+    parts, found = tune(run, parts, state, peak_flops(parts.device, parts.precision.dtype))
     compile_seconds = next((event["seconds"] for event in found if event["event"] == "compiled"), None)
-    loop = run.make_loop(
-        replace(parts, max_steps=steps_at_most), directory, state, metrics=metrics,
+    loop = make_loop(
+        run, replace(parts, max_steps=steps_at_most), directory, state, metrics=metrics,
         display=PlainDisplay(directory.path, io.StringIO()),
         saver=stack.enter_context(Saver(run.checkpoint, directory, parts.device)), peak_flops=1.0,
         stop=lambda: None, log_every=1,

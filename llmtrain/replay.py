@@ -23,6 +23,7 @@ from llmtrain.runtime import describe_environment, peak_flops
 from llmtrain.saver import Saver
 from llmtrain.state import TrainState
 from llmtrain.storage import MODEL, OPTIMIZER, read_state, read_tensors
+from llmtrain.training import make_loop, tune
 from llmtrain.weights.checkpoint import saved_tensors
 
 NUMBERS = ("loss", "grad_norm", "learning_rate", "tokens")  # of a metrics row
@@ -66,11 +67,11 @@ class Replay:
                 state, _ = run.restore(checkpoint, parts)
             run.check_data(state, parts)
             tuned_as_recorded(state, directory)
-            parts, _ = run.tune(parts, state, peak_flops(device, parts.precision.dtype))
+            parts, _ = tune(run, parts, state, peak_flops(device, parts.precision.dtype))
             inexact = inexact_because(run, directory, device)
             metrics = stack.enter_context(Local(log_every=1).build(scratch, resume_step=None))
-            loop = run.make_loop(
-                parts, away, state, metrics=metrics, display=PlainDisplay(scratch, io.StringIO()),
+            loop = make_loop(
+                run, parts, away, state, metrics=metrics, display=PlainDisplay(scratch, io.StringIO()),
                 saver=stack.enter_context(Saver(run.checkpoint, away, device)), peak_flops=1.0, stop=lambda: None,
                 log_every=1,
             )  # fmt: skip

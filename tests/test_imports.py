@@ -10,11 +10,13 @@ PACKAGE = Path(__file__).parents[1] / "llmtrain"
 LAYERS = [
     "__init__ __main__",
     "cli",
-    "sweep",
+    "help sweep",
     "commands",
     "comparison probe replay conversation",
     "run",
+    "trained training",
     "resumption summary",
+    "run_config",
     "lint planning",
     "config",
     "loop",
@@ -35,7 +37,7 @@ CONTRACTS = {
 }  # fmt: skip
 OPTIONS = {"hf": {"model", "lora"}, "weights": {"hf"}}  # who knows the options too: names and keys of particular models
 
-HYDRA = {"cli", "config"}
+HYDRA = {"cli", "config", "help"}
 PROCESSES = {"runtime", "sweep"}  # git for environment.json, the jobs of a sweep
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy"}
 UNSAFE_CALLS = {

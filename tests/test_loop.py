@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from llmtrain import Run
 from llmtrain.data import IGNORE, Batch
 from llmtrain.loop import Loop
-from llmtrain.run import Parts
+from llmtrain.run_config import Parts
 from llmtrain.run_directory import RunDirectory
 from llmtrain.state import TrainState
 from llmtrain.stopwatch import Stopwatch
+from llmtrain.training import execute
 
 
 def parts_of(run: Run) -> Parts:
@@ -83,7 +84,7 @@ def test_a_step_that_is_not_finite_reaches_no_weight(tmp_path: Path, optimizer: 
 
     directory = run.create_directory()
     run.describe(directory, parts.device, [])
-    result = run.execute(dataclasses.replace(parts, loss_sum=poisoned), directory, TrainState())
+    result = execute(run, dataclasses.replace(parts, loss_sum=poisoned), directory, TrainState())
     states = [load_file(path / "model.safetensors") for path in directory.find_checkpoints()]
     for state in states[:2]:
         assert all(torch.equal(state[name], before[name]) for name in before)

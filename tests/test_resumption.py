@@ -28,6 +28,7 @@ from llmtrain.storage import (
     verify_checkpoint,
     write_checkpoint,
 )
+from llmtrain.training import execute
 
 CPU = torch.device("cpu")
 FP16 = ("precision=fp16", "precision.initial_scale=65536")
@@ -127,7 +128,7 @@ def test_a_rollback_stops_at_another_optimizers_state(run_dir: Path) -> None:
         directory.config.write_text(config.dump(run))
         poisoned = dataclasses.replace(parts, loss_sum=lambda *batch: parts.loss_sum(*batch) * math.nan)
         with pytest.raises(TrainingFailed, match="found no checkpoint old enough once"):
-            run.execute(poisoned, directory, state, resumption=resumption)
+            execute(run, poisoned, directory, state, resumption=resumption)
 
 
 def test_changes_are_of_keys_that_are_read() -> None:

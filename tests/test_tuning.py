@@ -10,8 +10,9 @@ from cli import llmtrain
 
 from llmtrain import Run
 from llmtrain.metrics import read_metrics
-from llmtrain.run import Parts
+from llmtrain.run_config import Parts
 from llmtrain.state import TrainState
+from llmtrain.training import fits, tune
 from llmtrain.tuning import Rehearsal, compiling_pays, largest_that_fits
 
 TINY = ("model=tiny", "tokenizer=byte", "loop.sample_every=0", "metrics.log_every=1")
@@ -102,14 +103,14 @@ def test_auto_keeps_what_it_found_when_resumed(tmp_path: Path) -> None:
 def test_less_memory_means_smaller_micro_batches() -> None:
     run, parts = assembled("accumulation=auto", "accumulation.batch_size=4096", "model.context_length=512",
                            "data.sequence_length=512", "model.hidden_size=256")  # fmt: skip
-    assert not run.fits(parts, 1 << 20)  # a million sequences of 512 tokens: some TB
-    assert run.fits(parts, 1)
+    assert not fits(run, parts, 1 << 20)  # a million sequences of 512 tokens: some TB
+    assert fits(run, parts, 1)
 
 
 def test_auto_does_not_compile_a_short_run() -> None:
     run, parts = assembled("loop.max_steps=5")
     state = TrainState()
-    tuned, events = run.tune(parts, state, peak_flops=1e12)
+    tuned, events = tune(run, parts, state, peak_flops=1e12)
     assert state.compiled is False
     assert tuned.loss_sum is parts.plain_loss_sum
     assert events == []
@@ -129,7 +130,7 @@ def test_what_was_decided_stays() -> None:
     shapes = ("data.sequence_length=32", "accumulation.batch_size=4", "accumulation.micro_batch_size=4")
     run, parts = assembled("loop.max_steps=5", "precision=fp32", *shapes)
     state = TrainState(compiled=True)  # of a run that goes on from where a GPU left it, say
-    tuned, events = run.tune(parts, state, peak_flops=1e15)
+    tuned, events = tune(run, parts, state, peak_flops=1e15)
     assert [event["event"] for event in events] == ["compiled"]
     assert state.compiled is True
     ids = torch.randint(0, 256, (4, 32))

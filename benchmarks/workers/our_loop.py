@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from llmtrain import Run
     from llmtrain.loop import Loop
-    from llmtrain.run import Parts
+    from llmtrain.run_config import Parts
 
 
 @contextlib.contextmanager
@@ -19,14 +19,15 @@ def open_loop(run: "Run", parts: "Parts", folder: Path) -> Iterator["Loop"]:
     from llmtrain.run_directory import RunDirectory
     from llmtrain.saver import Saver
     from llmtrain.state import TrainState
+    from llmtrain.training import make_loop
 
     folder.mkdir()
     directory = RunDirectory(folder)
     directory.config.write_text("name: benchmark\n")
     with contextlib.ExitStack() as stack:
         stack.enter_context(parts.precision.arithmetic())
-        loop = run.make_loop(
-            parts, directory, TrainState(data=parts.corpus.fingerprint),
+        loop = make_loop(
+            run, parts, directory, TrainState(data=parts.corpus.fingerprint),
             metrics=stack.enter_context(run.metrics.build(folder, resume_step=None)),
             display=PlainDisplay(folder, io.StringIO()),
             saver=stack.enter_context(Saver(run.checkpoint, directory, parts.device)),

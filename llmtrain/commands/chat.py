@@ -16,9 +16,9 @@ from llmtrain.conversation import Conversation, check_writes, template_of
 from llmtrain.data.templates import Message
 from llmtrain.format import visible
 from llmtrain.inference import Sampling
-from llmtrain.run import Run
 from llmtrain.runtime import Device, Runtime, cache_folder
 from llmtrain.storage import locate_checkpoint
+from llmtrain.trained import load_trained
 
 COMMANDS = {
     "/reset": "forget what was said",
@@ -63,7 +63,7 @@ def main(settings: Chat, invocation: Invocation) -> int:
     checkpoint = locate_checkpoint(invocation.targets[0])
     console = Console(highlight=False, soft_wrap=True)
     runtime = Runtime.for_inference(settings.device)
-    with Run.load_trained(checkpoint, runtime, base=settings.base, plugins=settings.plugins) as trained:
+    with load_trained(checkpoint, runtime, base=settings.base, plugins=settings.plugins) as trained:
         check_writes(trained, invocation.targets[0])
         seed = secrets.randbits(63) if settings.seed is None else settings.seed
         conversation = Conversation(

@@ -28,11 +28,12 @@ from llmtrain.hf.writing import config_json, is_transposed, write
 from llmtrain.lora.low_rank import LowRank
 from llmtrain.lora.merge import merge
 from llmtrain.lora.quantization import Quantization
-from llmtrain.run import Run, Trained
+from llmtrain.run_config import RunConfig
 from llmtrain.runtime import Device, Runtime
 from llmtrain.storage import locate_checkpoint
 from llmtrain.tokenizer.to_huggingface import files
 from llmtrain.tokenizer.wrapped import PAD, find_padding, wrapped
+from llmtrain.trained import Trained, load_trained
 from llmtrain.weights.huggingface import HuggingFace
 
 
@@ -82,9 +83,7 @@ def main(settings: Export, invocation: Invocation) -> int:
     to = Path(settings.to).absolute()
     temporary = to.with_name(f".tmp-{to.name}-{os.getpid()}")
     # On the host, whose arithmetic is that of fp32.
-    loaded = Run.load_trained(
-        checkpoint, Runtime.for_inference(Device.cpu), base=settings.base, plugins=settings.plugins
-    )
+    loaded = load_trained(checkpoint, Runtime.for_inference(Device.cpu), base=settings.base, plugins=settings.plugins)
     try:
         with loaded as trained:
             to.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +136,7 @@ def whole(settings: Export, trained: Trained, folder: Path) -> None:
         compare("transformers", before, ask_transformers(folder, trained, before.prompts))
 
 
-def type_of_base(run: Run) -> DType:
+def type_of_base(run: RunConfig) -> DType:
     """The type that merged weights are stored in unless the user names one."""
     if run.lora.adapts and isinstance(run.weights, HuggingFace):
         values = ConfigJson.read(locate(run.weights.path)).values

@@ -18,9 +18,9 @@ from llmtrain.data.records import Reader, find_records
 from llmtrain.data.templates import Message, PartEncoder, Template
 from llmtrain.format import visible
 from llmtrain.inference import Sampling, as_text, generate
-from llmtrain.run import Run, Trained
 from llmtrain.runtime import Device, Runtime
 from llmtrain.storage import locate_checkpoint, written_whole
+from llmtrain.trained import Trained, load_trained
 
 AS_IT_IS, AS_TAUGHT = "none", "run"  # of the templates
 
@@ -67,7 +67,7 @@ def main(settings: Generate, invocation: Invocation) -> int:
     """Stream texts to standard output; for a file of prompts a JSON row for each text, into ``output`` if given."""
     checkpoint = locate_checkpoint(invocation.targets[0])
     runtime = Runtime.for_inference(settings.device)
-    with Run.load_trained(checkpoint, runtime, base=settings.base, plugins=settings.plugins) as trained:
+    with load_trained(checkpoint, runtime, base=settings.base, plugins=settings.plugins) as trained:
         check_writes(trained, invocation.targets[0])
         writer = Writer(trained, settings)
         if settings.file is not None:

@@ -23,9 +23,9 @@ from llmtrain.data.labelled import Labelled
 from llmtrain.data.records import Reader, Record, find_records
 from llmtrain.format import percent, visible
 from llmtrain.objective.classification import Classification
-from llmtrain.run import Run, Trained
 from llmtrain.runtime import Device, Runtime
 from llmtrain.storage import locate_checkpoint, written_whole
+from llmtrain.trained import Trained, load_trained
 
 WINDOW = 64  # batches that are read ahead, so that texts of like length go together
 FORMATS = (".jsonl", ".csv")
@@ -66,7 +66,7 @@ def main(settings: Predict, invocation: Invocation) -> int:
     """Print the classes of one text; or write a row for each of a file's, into ``output`` or to standard output."""
     checkpoint = locate_checkpoint(invocation.targets[0])
     runtime = Runtime.for_inference(settings.device)
-    with Run.load_trained(checkpoint, runtime, base=settings.base, plugins=settings.plugins) as trained:
+    with load_trained(checkpoint, runtime, base=settings.base, plugins=settings.plugins) as trained:
         predictor = Predictor.of(trained, settings.threshold, invocation.targets[0])
         if settings.text is not None:
             show(predictor, settings.text)

@@ -369,7 +369,7 @@ def test_offloading_waits_for_nothing_on_a_gpu() -> None:
             ["selective", "activation_checkpointing.by=block", "activation_checkpointing.every=3"],
             "activation_checkpointing.every=3: the model has 2 blocks, so that none would be recomputed; take",
         ),
-        (["selective", "activation_checkpointing.by=layer"], "expected one of [block, operation]"),
+        (["selective", "activation_checkpointing.by=layer"], "must be one of block, operation"),
         (["some"], "activation_checkpointing"),
     ],
 )

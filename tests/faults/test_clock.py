@@ -17,6 +17,7 @@ from llmtrain.display import open_display
 from llmtrain.loop import Loop
 from llmtrain.saver import Saver
 from llmtrain.state import TrainState
+from llmtrain.training import make_loop
 
 NEVER = ("checkpoint.every_steps=0", "checkpoint.before_evaluation=false")
 
@@ -58,8 +59,16 @@ def run_by_clock(folder: Path, clock: Callable[[int], float], *overrides: str) -
         metrics = stack.enter_context(run.metrics.build(directory.path, resume_step=None))
         display = stack.enter_context(open_display(directory.path))
         saver = stack.enter_context(Saver(run.checkpoint, directory, device))
-        loop = run.make_loop(
-            parts, directory, state, metrics=metrics, display=display, saver=saver, peak_flops=1e12, stop=lambda: None
+        loop = make_loop(
+            run,
+            parts,
+            directory,
+            state,
+            metrics=metrics,
+            display=display,
+            saver=saver,
+            peak_flops=1e12,
+            stop=lambda: None,
         )
         loop.close()
         timed: Loop = dataclasses.replace(loop, clock=lambda: clock(state.step))

@@ -14,7 +14,7 @@ from llmtrain.data.order import order
 from llmtrain.data.sequences import Rows, Sequences, Stream
 from llmtrain.lint import lint
 from llmtrain.lint.overlap import STRETCH, number_in_all, window_hashes
-from llmtrain.run import Parts
+from llmtrain.run_config import Parts
 
 # --- masked targets ----------------------------------------------------------------------------------------------
 

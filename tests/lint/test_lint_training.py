@@ -10,7 +10,7 @@ from llmtrain import Run
 from llmtrain.lint import lint
 from llmtrain.lint.rates import adamw_rate
 from llmtrain.precision.auto import has_native_bf16
-from llmtrain.run import Parts
+from llmtrain.run_config import Parts
 
 ROOT = Path(__file__).parents[2]
 
