@@ -21,6 +21,8 @@ class NormClipping(MeasuredClipping):
 
     def clip(self, gradients: Gradients) -> Tensor:
         exceeds = gradients.norm > self.max_norm
+        if exceeds.device.type == "cpu" and not exceeds:  # a pass over all gradients less
+            return exceeds
         # times exactly 1 otherwise, which changes no bit and saves asking the device which of the two it is
         coefficient = torch.where(exceeds, self.max_norm / gradients.norm, 1.0)
         torch._foreach_mul_(gradients.tensors, coefficient)

@@ -132,7 +132,7 @@ def test_every_suite_measures_and_a_peer_that_is_missing_is_told(tmp_path: Path)
     text = tmp_path / "some text.txt"
     text.write_text("A text to be encoded, and then another.<|endoftext|>" * 1000)
     benchmarks(
-        "--suites", "matmul", "training", "gains", "start", "loader", "tokenizer", "checkpoint", "--modes", "fp32",
+        "--suites", "matmul", "training", "start", "loader", "tokenizer", "checkpoint", "--modes", "fp32",
         "--peers", "nanogpt", "--model", "tiny", "--tokenizer", "byte", "--context", "64", "--steps", "2",
         "--batch-sizes", "8", "--save-every", "2", "--rounds", "1", "--text", str(text), "--output", str(tmp_path),
         "--variant", "lion: optimizer=lion",

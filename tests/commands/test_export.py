@@ -184,7 +184,7 @@ def classes_of(run: Path, texts: list[str]) -> torch.Tensor:
     from llmtrain.commands.predict import Predictor
 
     with load_trained(locate_checkpoint(run), Runtime.for_inference(Device.cpu)) as trained:
-        return Predictor.of(trained, 0.5).probabilities(texts)
+        return Predictor.of(trained, 0.5, run).probabilities(texts)
 
 
 @pytest.mark.parametrize(
