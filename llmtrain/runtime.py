@@ -110,7 +110,8 @@ class Runtime:
             yield device
         finally:
             torch.set_num_threads(threads)
-            torch.use_deterministic_algorithms(deterministic)
+            if torch.are_deterministic_algorithms_enabled() != deterministic:  # setting it imports torch's compiler
+                torch.use_deterministic_algorithms(deterministic)
 
     def seed_everything(self) -> None:
         """Seed every global generator (Python, NumPy, torch on all devices)."""

@@ -70,3 +70,24 @@ def test_what_shows_only_is_light(tmp_path: Path, arguments: list[str], not_impo
     assert "llmtrain" in imported
     assert not imported & not_imported
     assert list(tmp_path.iterdir()) == []
+
+
+def test_inference_imports_no_compiler(tmp_path: Path) -> None:
+    """Which takes a second: a short answer must not take longer than torch itself."""
+    quick = ("model=tiny", "tokenizer=byte", "data.sequence_length=32", "loop.max_steps=1", "loop.eval_every=0")
+    program = (
+        "import sys\n"
+        "from llmtrain.cli import main\n"
+        "assert main(sys.argv[1:]) == 0\n"
+        "print(*sys.modules, file=sys.stderr)\n"
+    )
+
+    def imported(*arguments: str) -> set[str]:
+        command = [sys.executable, "-c", program, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return set(done.stderr.splitlines()[-1].split())
+
+    imported("train", *quick, "run_dir=run")
+    found = imported("generate", "run", "max_tokens=2")
+    assert "torch" in found
+    assert not found & {"torch._dynamo", "torch._inductor", "sympy", "matplotlib"}

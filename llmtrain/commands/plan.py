@@ -18,6 +18,7 @@ from llmtrain.display import lines
 from llmtrain.format import count, duration, rate, significant, size
 from llmtrain.lint import lint, overrides_of
 from llmtrain.model import LanguageModel
+from llmtrain.model.unfilled import Unfilled
 from llmtrain.planning.advice import Suggestion, largest_fitting, suggest
 from llmtrain.planning.blueprint import Blueprint
 from llmtrain.planning.chart import bar, draw
@@ -121,7 +122,7 @@ def main(plan: Plan, invocation: Invocation) -> int:
     run = plan.run
     tokenizer = run.tokenizer.build()
     corpus = run.data.build(tokenizer)
-    with torch.device("meta"):  # sizes only: nothing is allocated
+    with torch.device("meta"), Unfilled():  # sizes only: nothing is allocated
         model = run.model.build(run.vocab_size(tokenizer))
         generator = torch.Generator("cpu")
         run.objective.attach(model, corpus.labels, generator)

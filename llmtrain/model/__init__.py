@@ -1,4 +1,4 @@
-"""Language models: single-device modules, built on the meta device and initialised in place."""
+"""Language models: single-device modules, built without data and initialised in place."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.model.cache import KVCache
+from llmtrain.model.unfilled import Unfilled
 
 
 class LanguageModel(nn.Module, ABC):
@@ -145,9 +146,8 @@ class ModelConfig(ABC):
         """Construct the module for ``vocab_size`` tokens on torch's current default device."""
 
     def create(self, vocab_size: int, device: torch.device, generator: torch.Generator) -> LanguageModel:
-        """Build on meta, allocate once on ``device``, initialise there."""
-        with torch.device("meta"):
+        """Allocate on ``device``, initialise there; nothing is filled twice."""
+        with torch.device(device), Unfilled():
             model = self.build(vocab_size)
-        model.to_empty(device=device)
         model.initialise(generator)
         return model

@@ -154,12 +154,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, sight: Sight, dropout: flo
     )  # fmt: skip
 
 
-@torch.compiler.assume_constant_result
 def _has_flash(dtype: torch.dtype) -> bool:
     """Whether a GPU has flash attention: no other kernel has heads of keys for several of queries."""
     if dtype not in (torch.float16, torch.bfloat16):
         return False
     return not torch.cuda.is_initialized() or torch.cuda.get_device_capability() >= (8, 0)
+
+
+def prepare_compiling() -> None:
+    """What torch's compiler is to take as it is.  Called before it is used: to import it takes a second."""
+    torch.compiler.assume_constant_result(_has_flash)
 
 
 @cache

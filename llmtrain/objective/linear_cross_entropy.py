@@ -6,6 +6,9 @@ the gradient needs, so it is taken at once, in their place, and no logits are co
 matrix products of the output layer, and backward only scales what they gave.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +19,19 @@ from torch.autograd.function import once_differentiable
 IGNORE = -100  # a target without a loss
 CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # of a chunk's logits; more only takes memory
 ROWS_BYTES = 1 << 23  # of fp32 logits that a CPU works on at once: what its second-level cache about holds
+
+
+_PLANNED_FOR: ContextVar[str | None] = ContextVar("_PLANNED_FOR", default=None)
+
+
+@contextmanager
+def as_on(device_type: str) -> Iterator[None]:
+    """Have tensors cut into pieces as on ``device_type``, wherever they are: for tracing a step that runs elsewhere."""
+    token = _PLANNED_FOR.set(device_type)
+    try:
+        yield
+    finally:
+        _PLANNED_FOR.reset(token)
 
 
 @dataclass(frozen=True)
@@ -41,7 +57,7 @@ def linear_cross_entropy(
     is_differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    chunk_tokens = chunk_tokens or default_chunk(weight.shape[0], dtype, device)
+    chunk_tokens = chunk_tokens or default_chunk(weight.shape[0], dtype, _PLANNED_FOR.get() or device)
     with torch.autocast(device, enabled=False):
         return _LinearCrossEntropy.apply(hidden, weight, bias, targets, options, chunk_tokens, dtype, is_differentiated)
 
@@ -132,7 +148,7 @@ def _losses(
 ) -> Tensor:
     """The cross-entropy of each row of ``logits``, whose place the gradient takes if ``differentiate``."""
     rows = len(logits)
-    if logits.device.type == "cpu":
+    if (_PLANNED_FOR.get() or logits.device.type) == "cpu":
         rows = max(ROWS_BYTES // (exact.itemsize * logits.shape[1]), 1)
     parts = zip(logits.split(rows), classes.split(rows), strict=True)
     return torch.cat([_losses_of_rows(*part, bias, options, exact, differentiate) for part in parts])

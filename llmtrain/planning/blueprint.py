@@ -15,6 +15,7 @@ from llmtrain.clipping import Clipping
 from llmtrain.data import DataConfig
 from llmtrain.lora import Lora
 from llmtrain.model import LanguageModel, ModelConfig
+from llmtrain.model.unfilled import Unfilled
 from llmtrain.objective import Objective
 from llmtrain.optimizer import OptimizerConfig
 from llmtrain.precision import Precision, PrecisionConfig
@@ -92,12 +93,13 @@ class Blueprint:
         config: Any = self.settings.model
         if num_layers is not None:
             config = dataclasses.replace(config, num_layers=num_layers)
-        with torch.device(device):
-            model: LanguageModel = config.build(self.vocab_size)
         generator = torch.Generator(device)
-        model.initialise(generator)  # makes what is neither parameter nor argument
-        self.settings.objective.attach(model, self.labels, generator)
-        self.settings.lora.apply(model, generator)
+        with Unfilled():
+            with torch.device(device), Unfilled():
+                model: LanguageModel = config.build(self.vocab_size)
+            model.initialise(generator)  # makes what is neither parameter nor argument
+            self.settings.objective.attach(model, self.labels, generator)
+            self.settings.lora.apply(model, generator)
         optimizer = self.settings.optimizer.build(model)
         if self.checkpointing is not None:
             self.checkpointing.apply(model)

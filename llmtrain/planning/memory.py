@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from llmtrain.objective.linear_cross_entropy import as_on
 from llmtrain.planning.blueprint import Blueprint
 from llmtrain.planning.extrapolation import Irregular, extrapolate
 from llmtrain.planning.heap import heap_peak
@@ -63,7 +64,8 @@ def estimate(blueprint: Blueprint, *, gpu: bool, copied: bool = False) -> Memory
     ``copied``: whether a save copies weights and optimizer state to host memory while the run goes on.  Raises
     :class:`Untraceable` where a step cannot be done without data, and ValueError as building the parts does.
     """
-    phases, host, heap_over_live = _trace(blueprint, gpu)
+    with as_on("cuda" if gpu else "cpu"):
+        phases, host, heap_over_live = _trace(blueprint, gpu)
     by_phase: dict[Phase, int] = {}
     best, at, where = -1, np.zeros(len(Category), dtype=np.int64), Phase.held
     for phase, rows in phases:

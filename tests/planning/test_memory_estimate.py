@@ -5,10 +5,12 @@ import platform
 import statistics
 import threading
 
+import numpy as np
 import pytest
 import torch
 
 from llmtrain import Run
+from llmtrain.objective.linear_cross_entropy import as_on, default_chunk
 from llmtrain.planning.blueprint import Blueprint
 from llmtrain.planning.extrapolation import Irregular, aligned
 from llmtrain.planning.heap import Heap
@@ -92,6 +94,22 @@ def test_attention_is_the_fused_kernel_and_keeps_no_matrix_of_scores() -> None:
                      "accumulation.batch_size=1", "accumulation.micro_batch_size=1")  # fmt: skip
     scores = 4 * 2 * length * length  # of one layer: two heads
     assert estimate(long, gpu=True).parts["activations"] < scores
+
+
+def test_the_loss_is_cut_as_on_the_device_planned_for() -> None:
+    """Though the step is traced here: a GPU takes more tokens at once, and holds their logits in fp32 too."""
+    tokens, vocabulary = 8 * 1024, 50304
+    large = blueprint("model=tiny", "model.context_length=1024", "precision=bf16", vocab_size=50257)
+    logits = {gpu: max(int(rows[:, Category.logits].max()) for _, rows in phases(large, gpu)) for gpu in (False, True)}
+    for device, gpu, itemsize in (("cpu", False, 2), ("cuda", True, 2 + 4)):
+        at_once = min(default_chunk(vocabulary, torch.bfloat16, device), tokens)
+        assert at_once * vocabulary * itemsize <= logits[gpu] < 2.2 * at_once * vocabulary * itemsize
+
+
+def phases(blueprint: Blueprint, gpu: bool) -> list[tuple[Phase, np.ndarray]]:
+    with as_on("cuda" if gpu else "cpu"):
+        trace = trace_step(blueprint, torch.device("cpu"))
+    return [(span.phase, rows) for span, rows in zip(trace.spans, trace.timeline(), strict=True)]
 
 
 def test_a_copy_for_checkpoints_is_host_memory() -> None:
