@@ -3,8 +3,10 @@
 The comments are the only description of a key, so that help and config cannot say different things.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,21 @@ def show(verb: str, usage: str, composed: DictConfig, choices: Mapping[str, Any]
     """Print usage, groups and keys of the verb, as they are with the overrides that were given beside ``--help``."""
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = WIDEST
+        console.width = width()
     with console.capture() as capture:
         for part in parts(verb, usage, composed, choices):
             console.print(part)
     print("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+def width() -> int:
+    """Of the terminal that a pipe such as ``| less`` ends in, or ``COLUMNS``; ``WIDEST`` where there is neither."""
+    if os.environ.get("COLUMNS", "").isdigit():
+        return int(os.environ["COLUMNS"])
+    for stream in (2, 0):
+        with suppress(OSError):
+            return os.get_terminal_size(stream).columns
+    return WIDEST
 
 
 def parts(verb: str, usage: str, composed: DictConfig, choices: Mapping[str, Any]) -> Iterator[RenderableType]:
