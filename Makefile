@@ -20,6 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 train: setup
 	$(BIN)/llmtrain train experiment=laptop
+	@echo 'llmtrain is $(BIN)/llmtrain; "source $(BIN)/activate" puts it on the path'
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -48,7 +48,7 @@ def pattern_matches(key: str, value: str, names: Iterable[str]) -> None:
 
 def did_you_mean(value: str, names: Iterable[str]) -> str:
     """What to append to a message about a name that is not known: the nearest of ``names``, or nothing."""
-    nearest = difflib.get_close_matches(value, list(names), n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(value.lower(), list(names), n=1, cutoff=0.5)
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 VERBS = {
     "train": "compose a run and train it",
     "resume": "continue a run exactly where it stopped",
-    "plan": "parameters, FLOPs, tokens and steps of a run, without training it",
+    "plan": "parameters, FLOPs, memory, time, disk and price of a run, and whether it fits",
     "generate": "text from a run or a checkpoint",
     "chat": "talk to a model in the terminal",
     "predict": "classes for texts, by a model that was trained to tell them apart",
@@ -39,6 +39,7 @@ TARGETS = {
     "predict": (1, 1), "export": (1, 1), "verify": (1, 1),
     "report": (1, 1000),
 }  # fmt: skip
+ASKED = {"generate": ' prompt="…"', "predict": ' text="…"', "export": " to=DIR"}  # what a verb takes besides
 VALUE_FLAGS = {
     "--cfg": "--cfg", "-c": "--cfg", "--config-dir": "--config-dir", "-cd": "--config-dir",
     "--config-name": "--config-name", "-cn": "--config-name", "--config-path": "--config-path", "-cp": "--config-path",
@@ -69,6 +70,8 @@ Flags
   --config-dir DIR   a folder of your own with config groups, as in DIR/model/mine.yaml
   --debug            show the traceback of an error
   llmtrain VERB --help says what a verb takes: groups and their options, every key, its value and what it is.
+
+Exit status: 0 finished, 1 failed, 2 the command or its config is wrong, 75 stopped after saving (resume goes on).
 
 Shell completion: eval "$(llmtrain -sc install=bash)"   (or zsh, fish)
 """
@@ -196,7 +199,8 @@ def dispatch(verb: str, flags: list[str], targets: list[Path], overrides: list[s
         if only_shows and not targets:
             raise UsageError("resume shows the stored config of a run; name it: llmtrain resume RUN_DIR --help")
         wanted = {0: "no directory", 1: "one directory: a run's"}.get(most, "directories of runs or sweeps")
-        raise UsageError(f"{verb} takes {wanted}, as in: llmtrain {verb}{' RUN_DIR' * bool(most)}")
+        example = f"llmtrain {verb}{' RUN_DIR' * bool(most)}{ASKED.get(verb, '')}"
+        raise UsageError(f"{verb} takes {wanted}, as in: {example}")
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
     from llmtrain import config
@@ -227,7 +231,8 @@ def dispatch(verb: str, flags: list[str], targets: list[Path], overrides: list[s
         if helps:
             from llmtrain.help import show
 
-            show(verb, usage(verb), composed, hydra_config.runtime.choices)
+            named = [str(override).partition("=")[0] for override in hydra_config.overrides.task]
+            show(verb, usage(verb), composed, hydra_config.runtime.choices, named)
             return None
         values = config.resolve(composed, hydra_config.runtime.choices)
         prepare_plugins(values)
@@ -357,6 +362,8 @@ def explain(error: BaseException, verb: str) -> tuple[str | None, int]:
 
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
+        if group == "data" and (Path(option).exists() or "." in option or "/" in option):
+            return f"{group}={option}: no such option; to train on a file: data=text data.path={option}", USAGE_ERROR
         return f"{group}={option}: no such option{nearest(option, sorted(error.options))}", USAGE_ERROR
     if isinstance(error, HydraException | OmegaConfBaseException):
         key = find_key(error)
@@ -412,13 +419,23 @@ def suggest_key(key: str, verb: str) -> str:
     same_name = [name for name in known if name.rsplit(".", 1)[-1] == last]
     siblings = [name for name in known if name.rsplit(".", 1)[0] == key.rsplit(".", 1)[0]] if "." in key else []
     best = same_name or difflib.get_close_matches(key, siblings, n=1) or difflib.get_close_matches(key, known, n=1)
+    group, _, name = key.partition(".")
+    if name and not same_name and (options := options_with(group, name)):
+        return f"; the chosen option of {group} has none, others have: {' or '.join(f'{group}={o}' for o in options)}"
     if best == [key]:
-        group = key.split(".")[0]
         return f"; the chosen option of {group} has none (what it has: --cfg job --package {group})"
     if best:
         return f"; did you mean {best[0]}?"
     groups = sorted({name.split(".")[0] for name in known})
     return f"; there are: {', '.join(siblings or groups)}"
+
+
+def options_with(group: str, name: str) -> list[str]:
+    """The options of ``group`` that have a key ``name``."""
+    from llmtrain import config
+
+    files = sorted((config.conf_dir() / group).glob("*.yaml")) if group.isidentifier() else []
+    return [file.stem for file in files if re.search(rf"(?m)^{re.escape(name)}:", file.read_text(encoding="utf-8"))]
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> list[str]:
@@ -433,7 +450,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> list[str]:
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """What to say after "no such option": "; did you mean adamw? there are: …"."""
-    matches = difflib.get_close_matches(name, known, n=1)
+    matches = difflib.get_close_matches(name.lower(), known, n=1)
     hint = f"; did you mean {matches[0]}?" if matches else ""
     return f"{hint or ';'} there are: {', '.join(known)}"
 

@@ -34,6 +34,7 @@ REDACTED = "<redacted>"
 NOT_RUN_KEYS = ("run_dir", "output_dir", "plugins")  # where and with what code, not what
 AUTO = "llmtrain.hf.auto.Auto"  # stands for the model that it finds
 RUN_WEIGHTS = "llmtrain.weights.checkpoint.Checkpoint"
+ALIASES = {"gpu": "cuda"}  # what people call a value that has another name here
 SAME_AS_CONTEXT = "${model.context_length}"
 MOVED = {"llmtrain.lora.NoLora": "llmtrain.lora.none.NoLora"}  # classes by the names that older versions wrote
 
@@ -116,8 +117,8 @@ def _find_model(config: DictConfig) -> None:
         values = OmegaConf.to_container(config["model"], resolve=True, throw_on_missing=True)
     except (InterpolationResolutionError, MissingMandatoryValue) as error:
         raise ConfigError(
-            "model.path: model=auto needs a checkpoint to look at; give weights=huggingface weights.path=DIR, or, for "
-            "its architecture alone, model.path=DIR"
+            "weights.path: model=auto needs a checkpoint to look at; give a run of this program, weights=checkpoint "
+            "weights.path=RUN_DIR, or published weights, weights=huggingface weights.path=DIR"
         ) from error
     with naming("model"):
         stand_in: Any = build(values, object, path="model")  # type: ignore[arg-type]
@@ -230,7 +231,8 @@ def naming(group: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if re.match(rf"(?!{group}\b)\w+(\[\d+\])?(\.\w+)?=", str(error)):
+        key = re.match(rf"(?!{group}\b)(\w+)(\[\d+\])?(\.\w+)?=", str(error))
+        if key and not (key[3] and (conf_dir() / key[1]).is_dir()):  # another group's has its name already
             raise ConfigError(f"{group}.{error}") from error
         raise
 
@@ -300,7 +302,7 @@ def _wanted(key: str, hint: Any, value: Any) -> str | None:
         words = f"must be a list, in brackets: '{key}=[{','.join(items)}]'"
     elif isinstance(kind, type) and issubclass(kind, Enum):
         names = [item.name for item in kind]
-        words = f"must be one of {', '.join(names)}{did_you_mean(str(value), names)}"
+        words = f"must be one of {', '.join(names)}{did_you_mean(ALIASES.get(str(value), str(value)), names)}"
     else:
         words = {bool: "must be true or false", int: "must be a whole number", str: "must be a text",
                  float: "must be a number, as in 0.1 or 3e-4"}.get(kind, "")  # fmt: skip

@@ -68,7 +68,9 @@ def duration(seconds: float) -> str:
 
 
 def loss(value: float) -> str:
-    """Nats per token, four decimals: 3.4521; nan and inf as such."""
+    """Nats per token, four decimals: 3.4521; 2.1e-05 where those would show next to nothing; nan and inf as such."""
+    if 0 < abs(value) < 0.001:
+        return f"{value:.1e}"
     return f"{value:.4f}" if not abs(value) >= 10_000 else f"{value:.3e}"
 
 

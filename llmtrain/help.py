@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -22,16 +23,25 @@ from llmtrain.format import visible
 COMMENTED = re.compile(r"(?P<key>\w+):.*?(?:\s#\s*(?P<comment>.*))?")  # a key, its value and the comment behind it
 WIDEST = 130  # characters of a line where nobody says how wide the terminal is
 RESUME = "resume"  # whose config is the run's own
+ON_RESUME = [
+    "Go on with a run exactly where it stopped: llmtrain resume runs/2026-11-21/gpt124m-k3v9",
+    "A key that is given is a recorded change, as in loop.max_steps=4000 schedule=constant.  What would make it",
+    "another run is refused: name, model, tokenizer, data (but for its place), objective, weights, lora, runtime.seed.",
+    "checkpoint.step=800, or run_dir=DIR, branches off into a run directory of its own.",
+]
 
 
-def show(verb: str, usage: str, composed: DictConfig, choices: Mapping[str, Any]) -> None:
-    """Print usage, groups and keys of the verb, as they are with the overrides that were given beside ``--help``."""
+def show(verb: str, usage: str, composed: DictConfig, choices: Mapping[str, Any], named: Sequence[str]) -> None:
+    """Print usage, groups and keys of the verb, as they are with the overrides that were given beside ``--help``.
+
+    Of ``named`` groups, whose options the user has chosen, these alone.
+    """
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = width()
     with console.capture() as capture:
-        for part in parts(verb, usage, composed, choices):
-            console.print(part)
+        for part in parts(verb, usage, composed, choices, named):
+            console.print(part, soft_wrap=isinstance(part, Text))  # what is to be copied stays in one line
     print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
@@ -45,13 +55,21 @@ def width() -> int:
     return WIDEST
 
 
-def parts(verb: str, usage: str, composed: DictConfig, choices: Mapping[str, Any]) -> Iterator[RenderableType]:
+def parts(
+    verb: str, usage: str, composed: DictConfig, choices: Mapping[str, Any], named: Sequence[str]
+) -> Iterator[RenderableType]:
     """What the help consists of, from top to bottom."""
     folders = config_folders()
     groups = [str(name) for name in composed if name in choices and isinstance(composed[name], DictConfig)]
     recipe = choices.get("experiment")
     yield Text(usage, style="bold")
-    for line in leading_comment(folders, f"experiment/{recipe}" if recipe else verb):
+    if (of_interest := [group for group in groups if group in named]) and not recipe and verb != RESUME:
+        for group in of_interest:
+            yield from option_help(folders, group, choices[group], composed[group])
+        yield Text(f"\nall groups and keys: llmtrain {verb} --help")
+        return
+    head = ON_RESUME if verb == RESUME else leading_comment(folders, f"experiment/{recipe}" if recipe else verb)
+    for line in head:
         yield Text(visible(f"  {line}"), style="dim")
     if groups and verb != RESUME:
         yield groups_table({**{group: choices[group] for group in groups}, "experiment": recipe})
@@ -64,14 +82,29 @@ def parts(verb: str, usage: str, composed: DictConfig, choices: Mapping[str, Any
         if values:
             yield keys_table(title, f"{group}.", values, comments_of(folders, group, choices[group], composed[group]))
     if groups:
-        yield Text(f"\ngroup=option takes another file of a group; its keys: llmtrain {verb} group=option --help")
+        yield Text(f"\nwhat an option is, and its keys: llmtrain {verb} group=option --help")
     yield Text("--cfg job shows the composed config as YAML, --hydra-help Hydra's own flags")
 
 
+def option_help(folders: Sequence[Path], group: str, option: str, node: DictConfig) -> Iterator[RenderableType]:
+    """What an option is, and its keys."""
+    yield Text(f"\n{group}={option}", style="bold cyan")
+    for line in leading_comment(folders, f"{group}/{option}"):
+        yield Text(visible(f"  {line}"), style="dim")
+    values = dict(items(node))
+    if values:
+        yield keys_table("", f"{group}.", values, comments_of(folders, group, option, node))
+
+
 def items(node: DictConfig) -> Iterator[tuple[str, Any]]:
-    """The keys of ``node`` and their values, references as they are written."""
+    """The keys of ``node`` and their values; of those that refer to what is not given yet, the reference."""
     plain: Any = OmegaConf.to_container(node, resolve=False)
-    yield from ((key, value) for key, value in plain.items() if key != "_target_")
+    for key in (key for key in plain if key != "_target_"):
+        try:
+            value = OmegaConf.select(node, key, throw_on_missing=False)
+            yield key, OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        except OmegaConfBaseException:
+            yield key, plain[key]
 
 
 def groups_table(chosen: Mapping[str, Any]) -> Table:
@@ -98,7 +131,8 @@ def keys_table(title: str, prefix: str, values: Mapping[str, Any], comments: Map
 def titled(title: str) -> Table:
     """A table of two columns under its title."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.title, table.title_justify, table.title_style = f"\n{title}", "left", "bold cyan"
+    if title:
+        table.title, table.title_justify, table.title_style = f"\n{title}", "left", "bold cyan"
     table.add_column(overflow="fold", max_width=56)
     table.add_column(overflow="fold")
     return table

@@ -132,7 +132,7 @@ def check_changes(changes: Sequence[Change], *, branching: bool, has_base: bool 
     movable = (*MOVABLE, *["name"] * branching, *["weights.path"] * has_base)
     for key, before, after in changes:
         if key.startswith(FIXED) and key not in movable:
-            remedy = "start a new run"
+            remedy = f"start a new run with it, llmtrain train … {key}={_shown(after)}"
             if not has_base and not key.startswith(("model.", "tokenizer.", "lora.")):
                 remedy += ", from its weights with: weights=checkpoint weights.path=RUN_DIR"
             raise ValueError(
@@ -146,15 +146,20 @@ def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
-def check_length(before: Settings, run: Settings, max_steps: int, state: TrainState, num_sequences: int) -> None:
+def check_length(
+    before: Settings, run: Settings, max_steps: int, state: TrainState, num_sequences: int, kept: Sequence[int] = ()
+) -> None:
     """Raise ValueError if the run, with its ``max_steps``, cannot go on to its end from ``state``.
 
-    ``before`` is the run as it was stored, ``num_sequences`` the size of the training data.
+    ``before`` is the run as it was stored, ``num_sequences`` the size of the training data, ``kept`` the steps of the
+    checkpoints there are.
     """
     if state.step > max_steps:
+        earlier = max((step for step in kept if step <= max_steps), default=None)
+        branch = "" if earlier is None else f", or branch off from an earlier checkpoint: checkpoint.step={earlier}"
         raise ValueError(
-            f"loop.max_steps={max_steps}: the run is at step {state.step} already; take more, or branch off from an "
-            "earlier checkpoint: checkpoint.step=N"
+            f"loop.max_steps={max_steps}: the run is at step {state.step} already; take more, as in "
+            f"loop.max_steps={state.step + max_steps}{branch}"
         )
     if max_steps == run.loop.max_steps or run.loop.epochs is None or run.accumulation == before.accumulation:
         return

@@ -30,10 +30,7 @@ from llmtrain.run_config import Parts, RunConfig
 from llmtrain.run_directory import RunDirectory
 from llmtrain.runtime import describe_environment
 from llmtrain.state import TrainState
-from llmtrain.storage import (
-    sweep_leftovers,
-    write_atomically,
-)
+from llmtrain.storage import step_of, sweep_leftovers, write_atomically
 from llmtrain.training import Result, execute
 
 
@@ -121,7 +118,8 @@ class Run(RunConfig):
             state, reset = self.restore(origin.checkpoint, parts)
         self.check_data(state, parts)
         steps = before.loop.total_steps(before.accumulation, len(parts.corpus.train), before.data.sequence_length)
-        check_length(before, self, parts.max_steps, state, len(parts.corpus.train))
+        check_length(before, self, parts.max_steps, state, len(parts.corpus.train),
+                     [step_of(path) for path in origin.directory.find_checkpoints()])  # fmt: skip
         all_changes = since_older_version(changes(stored, self), stored)
         findings: list[Finding] = []
         if not origin.directory.environment.exists():  # a job of a sweep starts by being resumed
@@ -148,7 +146,9 @@ class Run(RunConfig):
         if state.data != parts.corpus.fingerprint:
             raise ValueError(
                 f"data: not what this run was started on ({parts.corpus.description}); it was edited, moved or "
-                "prepared otherwise, and step and position mean nothing in it; restore it, or start a new run"
+                "prepared otherwise, and step and position mean nothing in it; restore it, name the place that it "
+                "was moved to, data.path=…, or start a new run from these weights: weights=checkpoint "
+                "weights.path=RUN_DIR"
             )
         self.check_base(state)
 

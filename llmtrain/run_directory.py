@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmtrain.storage import CONFIG, MANIFEST, find_checkpoints, step_of, write_atomically
+from llmtrain.storage import CONFIG, MANIFEST, find_checkpoints, newest_run_in, step_of, write_atomically
 
 ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"  # no characters that are mistaken for one another
 
@@ -65,7 +65,7 @@ class RunDirectory:
                 f"a new run from its weights: weights=checkpoint weights.path={path}"
             )
         if not run.config.is_file():
-            raise ValueError(f"{path}: not a run directory (it has no {CONFIG})")
+            raise ValueError(f"{path}: not a run directory (it has no {CONFIG}){newest_run_in(path)}")
         return run
 
     def find_checkpoints(self) -> list[Path]:

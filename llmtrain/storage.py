@@ -124,6 +124,7 @@ def write_checkpoint(
             entries = {}
             for name, tensors in ((MODEL, model), (OPTIMIZER, optimizer)):
                 save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / name)
+                share(temporary / name)
                 entries[name] = synced.submit(_manifest_entry, temporary / name)
             for name, text in ((STATE, json.dumps(state, indent=1) + "\n"), (CONFIG, config)):
                 (temporary / name).write_text(text, encoding="utf-8")
@@ -138,6 +139,11 @@ def write_checkpoint(
         raise OSError(f"writing {path} failed: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def share(path: Path) -> None:
+    """Give a file the permissions that its directory has: safetensors makes files that its owner alone can read."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _manifest_entry(path: Path) -> dict[str, Any]:
@@ -315,7 +321,22 @@ def locate_checkpoint(target: Path) -> Path:
         raise CheckpointError(f"{target}: no such directory")
     if (target / CONFIG).is_file():
         raise CheckpointError(f"{target}: this run has no checkpoint yet")
-    raise CheckpointError(f"{target}: neither a run directory (no {CONFIG}) nor a checkpoint (no {MANIFEST})")
+    if (target / "config.json").is_file():
+        raise CheckpointError(
+            f"{target}: a model in Hugging Face's form, for transformers; a run starts from it with "
+            f"weights=huggingface weights.path={target}, and is what this verb takes"
+        )
+    raise CheckpointError(
+        f"{target}: neither a run directory (no {CONFIG}) nor a checkpoint (no {MANIFEST}){newest_run_in(target)}"
+    )
+
+
+def newest_run_in(folder: Path) -> str:
+    """What to say of a folder that is no run: which of the runs in it is the newest."""
+    runs = [path.parent for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/{CONFIG}")]
+    if not runs:
+        return ""
+    return f"; the newest run in it is {max(runs, key=lambda run: (run / CONFIG).stat().st_mtime)}"
 
 
 def step_of(checkpoint: Path) -> int:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from llmtrain.data import Corpus
-from llmtrain.format import count, duration, rate
+from llmtrain.format import count, rate
 from llmtrain.lint import Settings
 from llmtrain.loop import Loop
 from llmtrain.lora import trained_and_all
@@ -65,8 +65,6 @@ def header(
     yield "device", f"{device_name(parts.device)}, {parts.precision.name}, {rate(peak_flops, 'FLOP/s')} at most"
     if parts.precision.notice:
         yield "precision", parts.precision.notice
-    fastest = duration(flops / (0.6 * peak_flops))
-    yield "time", f"at least {fastest}, which takes 60% of that rate; an estimate follows with the steps"
 
 
 def summarise(name: str, verb: str, loop: Loop, reason: str) -> dict[str, Any]:

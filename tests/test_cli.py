@@ -43,9 +43,21 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         (["train", "optimizer=adamm"], "optimizer=adamm: no such option; did you mean adam?"),
         (["train", "optimizer=foo"], "there are: adafactor, adam, adamw, adamw_8bit, adamw_bf16, lion, muon, sgd"),
         (["train", "optimizer.lr=abc"], "optimizer.lr='abc': must be a number, as in 0.1 or 3e-4"),
+        (
+            ["train", "data.path=my.txt"],
+            "the chosen option of data has none, others have: data=instruction or ",
+        ),
+        (["train", "data=my.txt"], "to train on a file: data=text data.path=my.txt"),
+        (["train", "optimizer=adamW"], "did you mean adamw?"),
+        (
+            ["predict", "run", "You have won"],
+            "as in: llmtrain predict RUN_DIR text=",
+        ),
+        (["predict", "run", "text=a", "file=b"], "text='a' and file=b: give one of them, not both"),
+        (["train", "experiment=spam"], "weights.path: model=auto needs a checkpoint to look at; give a run"),
         (["train", "loop.max_steps=1.5"], "loop.max_steps=1.5: must be a whole number; or null"),
         (["train", "runtime.deterministic=maybe"], "runtime.deterministic='maybe': must be true or false"),
-        (["train", "runtime.device=gpu"], "runtime.device='gpu': must be one of auto, cpu, cuda"),
+        (["train", "runtime.device=gpu"], "runtime.device='gpu': must be one of auto, cpu, cuda; did you mean cuda?"),
         (["train", "lora=lora", "lora.targets=qkv"], "must be a list, in brackets: 'lora.targets=[qkv]'"),
         (["train", "lora=lora", "lora.targets='qkv, head'"], "must be a list, in brackets: 'lora.targets=[qkv,head]'"),
         (["train", "lora=lora", "lora.targets=qkv,head"], "if it takes a list: 'lora.targets=[qkv,head]'"),
@@ -62,10 +74,13 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         (["train", "weights=checkpoint", "weights.path=nowhere", *QUICK], "nowhere: no such directory"),
         (
             ["train", "model=auto", "weights=checkpoint", "weights.path=runs/base"],
-            "weights.path=runs/base: no such direc",
+            "llmtrain: weights.path=runs/base: no such direc",
         ),
         (["train", "model=auto", "weights=checkpoint", "weights.path=."], "weights.path=.: it has no config.yaml"),
-        (["train", "model=auto", "weights=huggingface", "weights.path=gpt2"], "gpt2: no such directory in /"),
+        (
+            ["train", "model=auto", "weights=huggingface", "weights.path=gpt2"],
+            " weights.path=gpt2: no such directory in /",
+        ),
         (
             ["train", "model=tiny", "data.sequence_length=4096"],
             "data.sequence_length=64, or a longer model.context_length",
@@ -293,6 +308,10 @@ def test_help_says_what_a_verb_takes(tmp_path: Path) -> None:
 
 
 def test_help_follows_the_overrides(tmp_path: Path) -> None:
+    alone = llmtrain("train", "optimizer=muon", "model=tiny", "-h", cwd=tmp_path).stdout
+    assert "Muon for the matrices of the blocks" in alone
+    assert re.search(r"^  model\.num_layers=2 +blocks", alone, re.MULTILINE)
+    assert "schedule=" not in alone
     shown = llmtrain("train", "experiment=spam", "optimizer=muon", "weights.path=x", "--help", cwd=tmp_path).stdout
     assert "Messages told apart, spam or not" in shown  # what the recipe is
     assert re.search(r"^  optimizer +muon  adafactor adam ", shown, re.MULTILINE)  # the chosen option first

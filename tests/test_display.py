@@ -139,7 +139,7 @@ def test_summary_of_an_interrupted_run(tmp_path: Path) -> None:
     assert stream.getvalue() == (
         "interrupted at step 120 of 5,000\n"
         "  train loss       3.1000\n"
-        "  validation loss  3.4000 (best 3.3000 at step 100)\n"
+        "  validation loss  3.4000 (best 3.3000 at step 100, not kept: checkpoint.keep_best=1 does)\n"
         "  tokens           246k\n"
         "  time             1h 02m\n"
         "  throughput       66.0 tok/s\n"

@@ -1,6 +1,7 @@
 """Checkpoint directories: whole or absent, and every damaged file named."""
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from llmtrain.storage import (
     find_checkpoints,
     locate_checkpoint,
     remove_checkpoint,
+    share,
     sweep_leftovers,
     verify_checkpoint,
     write_atomically,
@@ -206,3 +208,24 @@ def test_killed_writers_leave_whole_checkpoints(tmp_path: Path) -> None:
     for path in tmp_path.rglob("step-*"):
         verify_checkpoint(path)
     assert any(tmp_path.rglob("step-*"))
+
+
+def test_others_can_read_what_their_directory_lets_them(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    file = tmp_path / "model.safetensors"
+    file.touch(0o600)
+    share(file)
+    assert file.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_folder_of_runs_and_an_export_are_told_apart(tmp_path: Path) -> None:
+    for name, when in (("old", 1), ("new", 2)):
+        run = tmp_path / "runs" / "2026-01-02" / name
+        run.mkdir(parents=True)
+        (run / "config.yaml").touch()
+        os.utime(run / "config.yaml", (when, when))
+    with pytest.raises(CheckpointError, match=r"the newest run in it is .*2026-01-02/new$"):
+        locate_checkpoint(tmp_path / "runs")
+    (tmp_path / "config.json").touch()
+    with pytest.raises(CheckpointError, match=r"weights=huggingface weights\.path="):
+        locate_checkpoint(tmp_path)

@@ -283,7 +283,7 @@ def work(run: Run, planned: Planned) -> Table:
     is_whole = all(parameter.requires_grad for parameter in model.parameters())
     products = "6 N" if is_whole else "6 N, 4 or 2 N of what is frozen"
     formula = f"{products}: {count(model.flops_per_token(0))}, attention: {count(attention)}"
-    rows.add_row("FLOPs per token", f"{flops_per_token:,}", formula)
+    rows.add_row("FLOPs per token", f"{flops_per_token:,}", f"{formula}; N: parameters in matrix products")
     rows.add_row("FLOPs", f"{flops_per_token * tokens:.3e}", "")
     return rows
 

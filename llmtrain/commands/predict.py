@@ -50,8 +50,10 @@ class Predict:
         positive(batch_size=self.batch_size)
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold={self.threshold:g}: a probability, above 0 and below 1")
-        if (self.text is None) == (self.file is None):
+        if self.text is None and self.file is None:
             raise ValueError('text=null and file=null: give one of them, as in text="…" or file=messages.csv')
+        if self.text is not None and self.file is not None:
+            raise ValueError(f"text={self.text!r} and file={self.file}: give one of them, not both")
         if self.output is not None:
             if self.file is None:
                 raise ValueError(f"output={self.output}: is for file=…; the classes of one text are printed")

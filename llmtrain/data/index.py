@@ -72,7 +72,8 @@ class Index:
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}") from error
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{path}: damaged, or of another version: {what}") from error
         if found != cls.FORMAT:
             raise ValueError(f"{path}: format {found}, this version of the program reads {cls.FORMAT}")
         for shard, itemsize in index.files():

@@ -129,7 +129,7 @@ def summary(summary: Row, run_dir: Path) -> Text:
             (visible(reason), EXIT_STYLES.get(reason, "bold red")),
             f" at step {summary['step']:,} of {summary['max_steps']:,}",
         ),
-        *(Text.assemble((f"  {name:<16} ", "dim"), value) for name, value in _results(summary)),
+        *(Text.assemble((f"  {name:<16} ", "dim"), value) for name, value in _results(summary, run_dir)),
         Text.assemble(("  run directory    ", "dim"), visible(str(run_dir))),
         Text("next", style="bold"),
     ]
@@ -144,7 +144,7 @@ def summary(summary: Row, run_dir: Path) -> Text:
     return Text("\n").join(parts)
 
 
-def _results(summary: Row) -> list[tuple[str, str]]:
+def _results(summary: Row, run_dir: Path) -> list[tuple[str, str]]:
     results = []
     if summary.get("final_loss") is not None:
         results.append(("train loss", format.loss(summary["final_loss"])))
@@ -153,7 +153,10 @@ def _results(summary: Row) -> list[tuple[str, str]]:
     if summary.get("final_val_loss") is not None:
         value = format.loss(summary["final_val_loss"])
         if summary.get("best_val_loss") is not None and summary.get("best_val_step") is not None:
-            value += f" (best {format.loss(summary['best_val_loss'])} at step {summary['best_val_step']:,})"
+            best, last = summary["best_val_step"], summary["step"]
+            kept = (run_dir / "checkpoints" / f"step-{best:08d}").is_dir()
+            note = "" if best == last else ", kept" if kept else ", not kept: checkpoint.keep_best=1 does"
+            value += f" (best {format.loss(summary['best_val_loss'])} at step {best:,}{note})"
         results.append(("validation loss", value))
     if summary.get("accuracy") is not None:
         results.append(("accuracy", f"{format.percent(summary['accuracy'])}, macro-F1 {summary['macro_f1']:.3f}"))
@@ -188,5 +191,7 @@ def _label(key: str) -> str:
     """The key in words, without the unit that its value shows; nothing is left of ``bytes`` and ``seconds``."""
     if key in SELF_EXPLAINING:
         return ""
+    if key == "held_seconds":
+        return "training waited "
     words = [word for word in key.split("_") if word not in ("bytes", "seconds")]
     return visible(" ".join([*words, ""]))

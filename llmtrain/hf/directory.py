@@ -166,13 +166,13 @@ def locate(path: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ValueError(f"{path}: a file; give the directory that it is in")
+        raise ValueError(f"weights.path={path}: a file; give the directory that it is in")
     match = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", path)
     if match is None:
         raise ValueError(
-            f"{path}: no such directory{where(path)}, and no name of a model on the hub either, as org/name is "
-            "(openai-community/gpt2); give the directory of a copy, as save_pretrained writes it, or, with a network "
-            "and pip install 'llmtrain[huggingface]', the name on the hub"
+            f"weights.path={path}: no such directory{where(path)}, and no name of a model on the hub either, as "
+            "org/name is (openai-community/gpt2); give the directory of a copy, as save_pretrained writes it, or, "
+            "with a network and pip install 'llmtrain[huggingface]', the name on the hub"
         )
     return download(match[1], match[2], path)
 
@@ -184,14 +184,14 @@ def download(name: str, revision: str | None, path: str) -> Path:
         import huggingface_hub
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{path}: no such directory; to get a model from the hub: pip install 'llmtrain[huggingface]'"
+            f"weights.path={path}: no such directory; to get a model from the hub: pip install 'llmtrain[huggingface]'"
         ) from error
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED))
     except Exception as error:  # of the network, of the hub, of the disk: many kinds, no common one
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{path}: no such directory here, and it could not be got from the Hugging Face hub "
+            f"weights.path={path}: no such directory here, and it could not be got from the Hugging Face hub "
             f"({type(error).__name__}: {reason[:200]}); without a network, give the directory of a copy"
         ) from error
 

@@ -27,6 +27,7 @@ from llmtrain.storage import (
     locate_checkpoint,
     read_state,
     read_tensors,
+    share,
     verify_checkpoint,
     write_atomically,
 )
@@ -96,6 +97,7 @@ def export_adapter(
         tensors[key] = (tensor.t() if entry.transposed else tensor).contiguous()
     to.mkdir(parents=True, exist_ok=True)
     save_file(tensors, to / TENSORS, metadata={"format": "pt"})
+    share(to / TENSORS)
     write_atomically(to / CONFIG, json.dumps(config, indent=2) + "\n")
 
 

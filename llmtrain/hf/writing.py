@@ -15,6 +15,7 @@ from llmtrain.hf.config_json import NAME
 from llmtrain.hf.directory import INDEX, SINGLE, tensor_bytes
 from llmtrain.hf.reading import shapes_of
 from llmtrain.model import LanguageModel
+from llmtrain.storage import share
 
 GENERATION = "generation_config.json"
 
@@ -82,6 +83,7 @@ def write(
         if (embedding := tensors.get(family.embedding)) is not None:
             tensors[family.embedding] = F.pad(embedding, (0, 0, 0, values["vocab_size"] - len(embedding)))
         save_file(tensors, folder / name, metadata={"format": "pt"})
+        share(folder / name)
         total += sum(tensor.nbytes for tensor in tensors.values())
         where.update(dict.fromkeys(tensors, name))
     if len(shards) > 1:

@@ -20,7 +20,10 @@ def merge(model: LanguageModel) -> None:
     The weights keep their dtype; those that were packed are fp32 afterwards: rounded to fewer bits again they would
     lose what was learnt.  Raises ValueError where the model cannot hold the sum.
     """
-    if isinstance(model.get_submodule(EMBEDDING), LoraEmbedding) and not hasattr(model, HEAD):
+    is_output = not hasattr(model, HEAD) and not hasattr(
+        model, "classifier"
+    )  # what tells classes apart has no other use
+    if isinstance(model.get_submodule(EMBEDDING), LoraEmbedding) and is_output:
         raise ValueError(
             "lora.targets=[embeddings]: cannot be merged: this model's output layer is its embedding, and the adapter "
             "is for the input alone; keep it apart (format=peft)"

@@ -52,7 +52,7 @@ class GPTConfig(ModelConfig):
             nearest = min(divisors, key=lambda n: abs(n - self.num_heads))
             raise ValueError(
                 f"hidden_size={self.hidden_size}: must be divisible by num_heads={self.num_heads}; "
-                f"num_heads={nearest} would do"
+                f"model.num_heads={nearest} would do"
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")

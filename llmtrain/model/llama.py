@@ -72,7 +72,7 @@ class LlamaConfig(ModelConfig):
         if self.head_size is None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size}: must be divisible by num_heads={self.num_heads}; "
-                f"num_heads={nearest_divisor(self.hidden_size, self.num_heads)} would do, or a head_size"
+                f"model.num_heads={nearest_divisor(self.hidden_size, self.num_heads)} would do, or a head_size"
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(

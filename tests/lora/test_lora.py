@@ -21,6 +21,7 @@ from llmtrain.lora.merge import adapters, merge
 from llmtrain.lora.quantization import Quantization
 from llmtrain.model import LanguageModel
 from llmtrain.objective.causal import Causal
+from llmtrain.objective.classification import Classification, Part
 from llmtrain.optimizer import OptimizerConfig
 from llmtrain.planning.trace import fake_tensors
 from llmtrain.precision.fp8 import FP8Precision
@@ -119,6 +120,19 @@ def test_a_tied_embedding_does_not_merge(model: Callable) -> None:
     make(targets=["embeddings"]).apply(ours, seeded())
     with pytest.raises(ValueError, match="cannot be merged: this model's output layer is its embedding"):
         merge(ours)
+
+
+def test_a_tied_embedding_of_a_classifier_merges(model: Callable) -> None:
+    """Its output layer is not used."""
+    ours = model("gpt2")
+    Classification(Part.all, 1, False).attach(ours, ["a", "b"], seeded())
+    make(targets=["all-linear", "embeddings"]).apply(ours, seeded())
+    stir(ours)
+    with torch.no_grad():
+        ids = torch.arange(12).view(2, 6)
+        before = ours.classifier(ours.hidden(ids))
+        merge(ours)
+        torch.testing.assert_close(ours.classifier(ours.hidden(ids)), before, atol=1e-5, rtol=0)
 
 
 def test_bf16_keeps_what_autocast_multiplies_with(model: Callable) -> None:

@@ -223,7 +223,7 @@ def test_torch_initialisation_is_torchs() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size": 50}, "hidden_size=50: must be divisible by num_heads=4; num_heads=5 would do"),
+        ({"hidden_size": 50}, "hidden_size=50: must be divisible by num_heads=4; model.num_heads=5 would do"),
         ({"num_layers": 0}, "num_layers=0"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"vocab_size": 0}, "vocab_size=0"),

@@ -475,7 +475,7 @@ def test_initialisation() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size": 50}, "hidden_size=50: must be divisible by num_heads=4; num_heads=5 would do"),
+        ({"hidden_size": 50}, "hidden_size=50: must be divisible by num_heads=4; model.num_heads=5 would do"),
         ({"num_heads": 6}, "num_kv_heads=4: num_heads=6 must be divisible by it; 3 would do"),
         ({"head_size": 15}, "head_size=15: must be even"),
         ({"sliding_window": 0}, "sliding_window=0"),

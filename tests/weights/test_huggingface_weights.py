@@ -281,7 +281,7 @@ def test_no_such_place(gpt2: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytes
         ("nobody/nothing", "nobody/nothing: no such directory here, and it could not be got from the Hugging Face hub"),
     ):
         assert message in refused("model=auto", "weights=huggingface", f"weights.path={path}", capfd=capfd), path
-    assert "give weights=huggingface weights.path=DIR" in refused("model=auto", capfd=capfd)
+    assert "or published weights, weights=huggingface weights.path=DIR" in refused("model=auto", capfd=capfd)
     assert "weights.path" in refused("model=auto", "weights=huggingface", capfd=capfd)
     (gpt2 / "model.safetensors").unlink()
     assert "gpt2: neither model.safetensors nor" in refused("model=auto", *WEIGHTS, capfd=capfd)
