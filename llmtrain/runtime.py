@@ -214,13 +214,14 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     generator = torch.Generator(device).manual_seed(0)  # zeros would run faster than data does
     a = torch.randn(m, k, device=device, generator=generator).to(dtype)
     b = torch.randn(k, n, device=device, generator=generator).to(dtype)
-    a[: m // 16] @ b  # what is done but once, such as choosing a kernel, takes no more time for a large product
+    product = torch.empty(m, n, device=device, dtype=dtype)  # or else memory is measured, that is mapped anew each time
+    torch.mm(a[: m // 16], b, out=product[: m // 16])  # what is done but once, such as choosing a kernel
     seconds: list[float] = []
-    while len(seconds) < 2 or (len(seconds) < 8 and sum(seconds) < 0.2):
+    while len(seconds) < 2 or (len(seconds) < 16 and sum(seconds) < 0.2):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
-        a @ b
+        torch.mm(a, b, out=product)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)

@@ -1,6 +1,7 @@
 """Each message of a run as rich text: the plain lines, and what scrolls by above the live display."""
 
 import math
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,7 +70,8 @@ def sample_title(step: int, progress: Progress) -> Text:
 
 def sample(prompt: str, text: str) -> Text:
     """The prompt, told apart, and the model's continuation."""
-    return Text.assemble((visible(prompt), "bold"), visible(text))
+    shown = re.sub(r"\n(\s*\n){2,}", "\n\n", text)  # samples.jsonl has them all
+    return Text.assemble((visible(prompt), "bold"), visible(shown))
 
 
 def indented(text: Text, by: int = 4) -> Text:
