@@ -13,6 +13,7 @@ from typing import Any
 WARM_UP = 3  # steps left out of the measured time
 
 BASE = ("loop.eval_every=0", "loop.sample_every=0", "checkpoint.every_steps=0", "metrics.log_every=1")
+BASE_RUN = "{base}"  # stands for a run whose weights are adapted
 # model, precision, checkpointing, tokens of a step and of a micro-batch
 CONFIGURATIONS = {
     "tiny": ("model=tiny", "tokenizer=byte", "data.sequence_length=64", "precision=fp32"),
@@ -24,6 +25,8 @@ CONFIGURATIONS = {
                            "accumulation.micro_batch_size=16", "activation_checkpointing=selective"),
     "30m-bf16-full": ("model=gpt30m", "precision=bf16", "data.sequence_length=512", "accumulation.batch_size=16",
                       "accumulation.micro_batch_size=16", "activation_checkpointing=full"),
+    "30m-bf16-lora": ("model=gpt30m", "precision=bf16", "data.sequence_length=512", "lora=lora", "weights=checkpoint",
+                      f"weights.path={BASE_RUN}"),
     "124m-fp32": ("model=gpt124m", "precision=fp32", "accumulation.batch_size=2", "accumulation.micro_batch_size=2"),
     "124m-bf16": ("model=gpt124m", "precision=bf16", "accumulation.batch_size=4", "accumulation.micro_batch_size=4"),
     "124m-bf16-full-8bit": ("model=gpt124m", "precision=bf16", "accumulation.batch_size=4", "optimizer=adamw_8bit",
@@ -43,26 +46,45 @@ def main() -> None:
     parser.add_argument("--overrides", nargs="*", default=[], help="added to every configuration")
     parser.add_argument("--worker", choices=["train", "flops"], help=argparse.SUPPRESS)
     parser.add_argument("--of", help=argparse.SUPPRESS)
+    parser.add_argument("--base", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        overrides = [*CONFIGURATIONS[arguments.of], *BASE, *arguments.overrides]
+        overrides = overrides_of(arguments.of, arguments)
         worker = train if arguments.worker == "train" else count_flops
         print("RESULT " + json.dumps(worker(overrides, arguments.steps)))
         return
     results = []
-    for name in arguments.configurations:
-        measured = {"name": name, "plan": plan(name, arguments, "true"), "estimate": plan(name, arguments, "false"),
-                    "train": run_worker(name, "train"), "flops": run_worker(name, "flops")}  # fmt: skip
-        results.append(measured)
-        print(row(measured), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in arguments.configurations:
+            if any(BASE_RUN in override for override in CONFIGURATIONS[name]):
+                arguments.base = make_base(name, Path(folder) / name)
+            measured = {
+                "name": name, "plan": plan(name, arguments, "true"), "estimate": plan(name, arguments, "false"),
+                "train": run_worker(name, "train", arguments), "flops": run_worker(name, "flops", arguments),
+            }  # fmt: skip
+            results.append(measured)
+            print(row(measured), flush=True)
     report(arguments, results)
+
+
+def overrides_of(name: str, arguments: argparse.Namespace) -> list[str]:
+    """Those of a configuration, with what is added to every one."""
+    own = [override.replace(BASE_RUN, arguments.base) for override in CONFIGURATIONS[name]]
+    return [*own, *BASE, *arguments.overrides]
+
+
+def make_base(name: str, run_dir: Path) -> str:
+    """A run of the configuration's model, without adapters, of one step."""
+    own = [override for override in CONFIGURATIONS[name] if not override.startswith(("lora", "weights"))]
+    run([sys.executable, "-m", "llmtrain", "train", *own, *BASE, "loop.max_steps=1", f"run_dir={run_dir}"])
+    return str(run_dir)
 
 
 def plan(name: str, arguments: argparse.Namespace, probe: str) -> dict[str, Any]:
     """The figures of ``llmtrain plan``."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plan.json"
-        run([sys.executable, "-m", "llmtrain", "plan", *CONFIGURATIONS[name], *BASE, *arguments.overrides,
+        run([sys.executable, "-m", "llmtrain", "plan", *overrides_of(name, arguments),
              f"loop.max_steps={WARM_UP + arguments.steps}", f"probe={probe}", f"json={path}"])  # fmt: skip
         return json.loads(path.read_text())
 
@@ -75,9 +97,10 @@ def run(command: list[str]) -> str:
     return done.stdout
 
 
-def run_worker(name: str, worker: str) -> dict[str, Any]:
+def run_worker(name: str, worker: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """One measurement in a fresh process."""
-    output = run([sys.executable, __file__, *sys.argv[1:], "--worker", worker, "--of", name])
+    base = [f"--base={arguments.base}"]
+    output = run([sys.executable, __file__, *sys.argv[1:], "--worker", worker, "--of", name, *base])
     return json.loads(next(line for line in output.splitlines() if line.startswith("RESULT ")).removeprefix("RESULT "))
 
 
@@ -108,7 +131,7 @@ def count_flops(overrides: list[str], _: int) -> dict[str, Any]:
     from llmtrain.planning.blueprint import Blueprint
     from llmtrain.planning.trace import fake_tensors
 
-    composed = Run.compose(*overrides, "activation_checkpointing=none", "lora=none", "precision=fp32")
+    composed = Run.compose(*overrides, "activation_checkpointing=none", "precision=fp32")
     cpu = torch.device("cpu")
     vocabulary = composed.vocab_size(composed.tokenizer.build())
     blueprint = Blueprint(composed, vocabulary, composed.precision.build(cpu), 1)
