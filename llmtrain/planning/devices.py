@@ -82,7 +82,9 @@ def find_device(name: str) -> DeviceSpec:
     """The device of that name.  Raises ValueError, with the nearest, for one that is not in the table."""
     if name in DEVICES:
         return DEVICES[name]
-    matches = difflib.get_close_matches(name, DEVICES, n=1)
+    plain = name.lower().replace("-", "").replace("_", "")
+    matches = [known for known in DEVICES if plain and plain in known.replace("-", "")]
+    matches = matches or difflib.get_close_matches(name.lower(), DEVICES, n=1)
     hint = f" did you mean {matches[0]}?" if matches else ""
     raise ValueError(f"device={name}: not a known device;{hint} there are: {', '.join(DEVICES)}; null: this machine's")
 
