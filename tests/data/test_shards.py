@@ -239,7 +239,8 @@ def test_an_index_of_another_program(tmp_path: Path, common: dict[str, Any]) -> 
     (tmp_path / "a.bin").write_bytes(nanogpt(IDS))
     (tmp_path / "index.json").write_text('{"chunks": []}')
     with pytest.raises(
-        ValueError, match=r"index\.json: damaged, .*'format' is missing; .* \(if they are not llmtrain's, name their data\.format\)"
+        ValueError,
+        match=r"index\.json: damaged, .*'format' is missing; .*\(if they are not llmtrain's, name their data\.format\)",
     ):
         build(tmp_path, common)
     assert build(tmp_path, common | {"format": Format.nanogpt}).train.tokens == 101
