@@ -28,6 +28,7 @@ from llmtrain.hf.writing import config_json, is_transposed, write
 from llmtrain.lora.low_rank import LowRank
 from llmtrain.lora.merge import merge
 from llmtrain.lora.quantization import Quantization
+from llmtrain.lora.targets import HEAD
 from llmtrain.run_config import RunConfig
 from llmtrain.runtime import Device, Runtime
 from llmtrain.storage import locate_checkpoint
@@ -113,7 +114,11 @@ def whole(settings: Export, trained: Trained, folder: Path) -> None:
     tokens = {"bos_token_id": trained.tokenizer.bos, "eos_token_id": trained.tokenizer.end_of_text, "pad_token_id": pad}
     multi_label = bool(getattr(run.objective, "multi_label", False))
     values = config_json(model, dtype, tokens, labels, multi_label)  # refused, if it is, before anything is computed
+    is_tied = not hasattr(model, HEAD)
     merge(model)
+    if is_tied and hasattr(model, HEAD):
+        values = config_json(model, dtype, tokens, labels, multi_label)
+        print("the output layer, which was the embedding, is a matrix of its own: the adapter is for the input alone")
     before = ask(trained)
     if dtype != torch.float32:
         with torch.no_grad():

@@ -1,5 +1,8 @@
 """Adapters into the weights: a plain model again."""
 
+import dataclasses
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -18,16 +21,12 @@ def merge(model: LanguageModel) -> None:
     """Add each adapter to the weight that it belongs to, in float64, and leave plain layers.
 
     The weights keep their dtype; those that were packed are fp32 afterwards: rounded to fewer bits again they would
-    lose what was learnt.  Raises ValueError where the model cannot hold the sum.
+    lose what was learnt.  An output layer that is the embedding gets a matrix of its own where the embedding has an
+    adapter, which is for the input alone.  Raises ValueError where the model cannot have one.
     """
-    is_output = not hasattr(model, HEAD) and not hasattr(
-        model, "classifier"
-    )  # what tells classes apart has no other use
-    if isinstance(model.get_submodule(EMBEDDING), LoraEmbedding) and is_output:
-        raise ValueError(
-            "lora.targets=[embeddings]: cannot be merged: this model's output layer is its embedding, and the adapter "
-            "is for the input alone; keep it apart (format=peft)"
-        )
+    is_used = not hasattr(model, "classifier")  # as an output layer
+    if isinstance(model.get_submodule(EMBEDDING), LoraEmbedding) and not hasattr(model, HEAD) and is_used:
+        _untie(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraEmbedding):
             plain: nn.Module = nn.Embedding(module.num_embeddings, module.embedding_dim, device="meta")
@@ -43,3 +42,16 @@ def merge(model: LanguageModel) -> None:
         plain.weight = nn.Parameter(weight, requires_grad=False)
         exchange(model, name, plain.train(module.training))
     model.has_base = False
+
+
+def _untie(model: LanguageModel) -> None:
+    config: Any = model.config
+    if not hasattr(config, "tie_embeddings"):
+        raise ValueError(
+            "lora.targets=[embeddings]: cannot be merged: this model's output layer is its embedding, and the adapter "
+            "is for the input alone; keep it apart (format=peft)"
+        )
+    weight = model.head_weight
+    model.head = nn.Linear(weight.shape[1], len(weight), bias=False, device="meta")
+    model.head.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    model.config = dataclasses.replace(config, tie_embeddings=False)

@@ -151,6 +151,16 @@ def test_adapters(name: str, runs: Path, capfd: pytest.CaptureFixture[str]) -> N
                 assert (ours - theirs(ids).logits).abs().max() > 1e-2  # it was not the base all the while
 
 
+def test_the_adapter_of_a_tied_embedding(bases: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    base = ("weights=huggingface", f"weights.path={bases / 'gpt2'}")
+    lora = ("lora=lora", "lora.targets=[all-linear,embeddings]", "optimizer.lr=1e-2")
+    assert main(["train", *AUTO, *base, *lora, "run_dir=run"]) == 0
+    assert main(["export", "run", "to=out"]) == 0
+    assert "is a matrix of its own: the adapter is for the input alone" in capfd.readouterr().out
+    assert json.loads(Path("out/config.json").read_text())["tie_word_embeddings"] is False
+    assert difference(Path("run"), Path("out")) < 1e-5
+
+
 def test_a_base_that_has_moved(bases: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(bases / "gpt2", "here")
     assert main(["train", *AUTO, "weights=huggingface", "weights.path=here", "lora=lora", "run_dir=run"]) == 0

@@ -115,11 +115,18 @@ def test_merged_equals_unmerged(family: str, kind: str, quantization: Quantizati
     assert all(parameter.dtype == torch.float32 for parameter in ours.parameters())
 
 
-def test_a_tied_embedding_does_not_merge(model: Callable) -> None:
+def test_merging_the_adapter_of_a_tied_embedding_unties(model: Callable) -> None:
+    """The adapter is for the input alone, the output layer stays what it was."""
     ours = model("gpt2")
-    make(targets=["embeddings"]).apply(ours, seeded())
-    with pytest.raises(ValueError, match="cannot be merged: this model's output layer is its embedding"):
+    make(targets=["all-linear", "embeddings"]).apply(ours, seeded())
+    stir(ours)
+    with torch.no_grad():
+        before, output = logits(ours), ours.head_weight.clone()
         merge(ours)
+        torch.testing.assert_close(logits(ours), before, atol=1e-5, rtol=0)
+    assert not ours.config.tie_embeddings
+    assert torch.equal(ours.head.weight, output)
+    assert not torch.equal(ours.token_embedding.weight, output)
 
 
 def test_a_tied_embedding_of_a_classifier_merges(model: Callable) -> None:
