@@ -46,9 +46,9 @@ def pattern_matches(key: str, value: str, names: Iterable[str]) -> None:
         raise ValueError(f"{key}={value!r}: matches no parameter; the nearest are {', '.join(_nearest(value, names))}")
 
 
-def did_you_mean(value: str, names: Iterable[str]) -> str:
+def did_you_mean(value: str, names: Iterable[str], *, cutoff: float = 0.5) -> str:
     """What to append to a message about a name that is not known: the nearest of ``names``, or nothing."""
-    nearest = difflib.get_close_matches(value.lower(), list(names), n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(value.lower(), list(names), n=1, cutoff=cutoff)
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 

@@ -3,7 +3,6 @@
 Nothing heavy is imported before it is known what is asked for: ``--help`` imports no Hydra, ``--cfg job`` no torch.
 """
 
-import difflib
 import importlib
 import logging
 import os
@@ -18,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from llmtrain import __version__
 from llmtrain.commands import FAILED, FINISHED, USAGE_ERROR, Invocation
+from llmtrain.format import command as command_line
 from llmtrain.format import visible
+from llmtrain.suggestions import instead_of_flag, nearest, suggest_key
 
 if TYPE_CHECKING:
     from llmtrain.sweep import Job
@@ -39,7 +40,6 @@ TARGETS = {
     "predict": (1, 1), "export": (1, 1), "verify": (1, 1),
     "report": (1, 1000),
 }  # fmt: skip
-ASKED = {"generate": ' prompt="…"', "predict": ' text="…"', "export": " to=DIR"}  # what a verb takes besides
 VALUE_FLAGS = {
     "--cfg": "--cfg", "-c": "--cfg", "--config-dir": "--config-dir", "-cd": "--config-dir",
     "--config-name": "--config-name", "-cn": "--config-name", "--config-path": "--config-path", "-cp": "--config-path",
@@ -145,7 +145,9 @@ def split(verb: str, arguments: Sequence[str]) -> tuple[list[str], list[Path], l
                 flags.append(argument)
                 continue
             if name not in VALUE_FLAGS:
-                raise UsageError(f"{name}: no such flag{instead_of_flag(verb, name, value or ' '.join(queue[:1]))}")
+                value = value or " ".join(queue[:1])
+                hint = instead_of_flag(verb, name, value, [*FLAGS, *VALUE_FLAGS, "--debug"])
+                raise UsageError(f"{name}: no such flag{hint}")
             if not equals:
                 needs_value = name not in ("--info", "-i")
                 if needs_value and not queue:
@@ -161,19 +163,6 @@ def split(verb: str, arguments: Sequence[str]) -> tuple[list[str], list[Path], l
         if "=" not in override and not override.startswith("~"):
             raise UsageError(f"{override}: neither key=value nor group=option nor a flag")
     return flags, targets, overrides
-
-
-def instead_of_flag(verb: str, name: str, value: str) -> str:
-    """What to say of a flag that there is not: the key that it would be, without dashes; else the flags there are."""
-    from llmtrain import config
-
-    word = name.lstrip("-").replace("-", "_")
-    keys = flatten(config.compose("train" if verb == "resume" else verb, [])) if len(word) > 1 else []
-    same = [key for key in keys if key.rsplit(".", 1)[-1] == word or key == word]
-    if not same:
-        return nearest(name, [*FLAGS, *VALUE_FLAGS, "--debug"])
-    value = value if value and "=" not in value and not value.startswith("-") else "…"
-    return f"; settings have no dashes: {' or '.join(f'{key}={value}' for key in same)}"
 
 
 def quoted(override: str) -> str:
@@ -199,7 +188,7 @@ def dispatch(verb: str, flags: list[str], targets: list[Path], overrides: list[s
         if only_shows and not targets:
             raise UsageError("resume shows the stored config of a run; name it: llmtrain resume RUN_DIR --help")
         wanted = {0: "no directory", 1: "one directory: a run's"}.get(most, "directories of runs or sweeps")
-        example = f"llmtrain {verb}{' RUN_DIR' * bool(most)}{ASKED.get(verb, '')}"
+        example = command_line(verb, "RUN_DIR") if most else f"llmtrain {verb}"
         raise UsageError(f"{verb} takes {wanted}, as in: {example}")
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
@@ -232,7 +221,7 @@ def dispatch(verb: str, flags: list[str], targets: list[Path], overrides: list[s
             from llmtrain.help import show
 
             named = [str(override).partition("=")[0] for override in hydra_config.overrides.task]
-            show(verb, usage(verb), composed, hydra_config.runtime.choices, named)
+            show(verb, usage(verb), config.shown(composed), hydra_config.runtime.choices, named)
             return None
         values = config.resolve(composed, hydra_config.runtime.choices)
         prepare_plugins(values)
@@ -408,51 +397,6 @@ def find_key(error: BaseException | None) -> str | None:
             return match[1]
         error = error.__cause__
     return None
-
-
-def suggest_key(key: str, verb: str) -> str:
-    """The nearest key of the verb's config, wherever it is; else those beside it."""
-    from llmtrain import config
-
-    known = flatten(config.compose("train" if verb == "resume" else verb, []))
-    last = key.rsplit(".", 1)[-1]
-    same_name = [name for name in known if name.rsplit(".", 1)[-1] == last]
-    siblings = [name for name in known if name.rsplit(".", 1)[0] == key.rsplit(".", 1)[0]] if "." in key else []
-    best = same_name or difflib.get_close_matches(key, siblings, n=1) or difflib.get_close_matches(key, known, n=1)
-    group, _, name = key.partition(".")
-    if name and not same_name and (options := options_with(group, name)):
-        return f"; the chosen option of {group} has none, others have: {' or '.join(f'{group}={o}' for o in options)}"
-    if best == [key]:
-        return f"; the chosen option of {group} has none (what it has: --cfg job --package {group})"
-    if best:
-        return f"; did you mean {best[0]}?"
-    groups = sorted({name.split(".")[0] for name in known})
-    return f"; there are: {', '.join(siblings or groups)}"
-
-
-def options_with(group: str, name: str) -> list[str]:
-    """The options of ``group`` that have a key ``name``."""
-    from llmtrain import config
-
-    files = sorted((config.conf_dir() / group).glob("*.yaml")) if group.isidentifier() else []
-    return [file.stem for file in files if re.search(rf"(?m)^{re.escape(name)}:", file.read_text(encoding="utf-8"))]
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> list[str]:
-    """The dotted keys of a nested config, groups included."""
-    keys = []
-    for key, value in values.items():
-        if key != "_target_":
-            keys.append(prefix + key)
-            keys += flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else []
-    return keys
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """What to say after "no such option": "; did you mean adamw? there are: …"."""
-    matches = difflib.get_close_matches(name.lower(), known, n=1)
-    hint = f"; did you mean {matches[0]}?" if matches else ""
-    return f"{hint or ';'} there are: {', '.join(known)}"
 
 
 # --- shell completion --------------------------------------------------------------------------------------------

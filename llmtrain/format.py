@@ -47,6 +47,14 @@ def _scaled(value: float, units: tuple[str, ...]) -> str:
     return significant(value) + units[-1]
 
 
+ASKED = {"generate": ' prompt="…"', "predict": ' text="…"', "export": " to=DIR"}  # what a verb takes besides a run
+
+
+def command(verb: str, target: str) -> str:
+    """A command line to show: ``llmtrain predict RUN_DIR text="…"``."""
+    return f"llmtrain {verb} {target}{ASKED.get(verb, '')}"
+
+
 def duration(seconds: float) -> str:
     """A time span by its two largest units: 83 ms, 12.4 s, 3m 07s, 1h 02m, 2d 03h; whole seconds stay so: 12 s."""
     if not math.isfinite(seconds):

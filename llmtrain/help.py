@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from llmtrain import config
 from llmtrain.format import visible
 
 COMMENTED = re.compile(r"(?P<key>\w+):.*?(?:\s#\s*(?P<comment>.*))?")  # a key, its value and the comment behind it
@@ -31,7 +29,7 @@ ON_RESUME = [
 ]
 
 
-def show(verb: str, usage: str, composed: DictConfig, choices: Mapping[str, Any], named: Sequence[str]) -> None:
+def show(verb: str, usage: str, composed: Mapping[str, Any], choices: Mapping[str, Any], named: Sequence[str]) -> None:
     """Print usage, groups and keys of the verb, as they are with the overrides that were given beside ``--help``.
 
     Of ``named`` groups, whose options the user has chosen, these alone.
@@ -56,11 +54,11 @@ def width() -> int:
 
 
 def parts(
-    verb: str, usage: str, composed: DictConfig, choices: Mapping[str, Any], named: Sequence[str]
+    verb: str, usage: str, composed: Mapping[str, Any], choices: Mapping[str, Any], named: Sequence[str]
 ) -> Iterator[RenderableType]:
     """What the help consists of, from top to bottom."""
-    folders = config_folders()
-    groups = [str(name) for name in composed if name in choices and isinstance(composed[name], DictConfig)]
+    folders = config.folders()
+    groups = [str(name) for name in composed if name in choices and isinstance(composed[name], Mapping)]
     recipe = choices.get("experiment")
     yield Text(usage, style="bold")
     if (of_interest := [group for group in groups if group in named]) and not recipe and verb != RESUME:
@@ -73,11 +71,11 @@ def parts(
         yield Text(visible(f"  {line}"), style="dim")
     if groups and verb != RESUME:
         yield groups_table({**{group: choices[group] for group in groups}, "experiment": recipe})
-    plain = {key: value for key, value in items(composed) if key not in groups}
+    plain = {key: value for key, value in settings(composed).items() if key not in groups}
     comments = {**(commented(folders, "train") if groups else {}), **commented(folders, verb)}
     yield keys_table("settings", "", plain, comments)
     for group in groups:
-        values = dict(items(composed[group]))
+        values = settings(composed[group])
         title = group if verb == RESUME else f"{group}={choices[group]}"
         if values:
             yield keys_table(title, f"{group}.", values, comments_of(folders, group, choices[group], composed[group]))
@@ -86,34 +84,26 @@ def parts(
     yield Text("--cfg job shows the composed config as YAML, --hydra-help Hydra's own flags")
 
 
-def option_help(folders: Sequence[Path], group: str, option: str, node: DictConfig) -> Iterator[RenderableType]:
+def option_help(folders: Sequence[Path], group: str, option: str, node: Mapping[str, Any]) -> Iterator[RenderableType]:
     """What an option is, and its keys."""
     yield Text(f"\n{group}={option}", style="bold cyan")
     for line in leading_comment(folders, f"{group}/{option}"):
         yield Text(visible(f"  {line}"), style="dim")
-    values = dict(items(node))
+    values = settings(node)
     if values:
         yield keys_table("", f"{group}.", values, comments_of(folders, group, option, node))
 
 
-def items(node: DictConfig) -> Iterator[tuple[str, Any]]:
-    """The keys of ``node`` and their values; of those that refer to what is not given yet, the reference."""
-    plain: Any = OmegaConf.to_container(node, resolve=False)
-    for key in (key for key in plain if key != "_target_"):
-        try:
-            value = OmegaConf.select(node, key, throw_on_missing=False)
-            yield key, OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        except OmegaConfBaseException:
-            yield key, plain[key]
+def settings(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that can be set."""
+    return {key: value for key, value in node.items() if key != "_target_"}
 
 
 def groups_table(chosen: Mapping[str, Any]) -> Table:
     """Each group's options, the chosen one first."""
-    loader = GlobalHydra.instance().config_loader()
     table = titled("groups")
     for group, option in chosen.items():
-        options = loader.get_group_options(group)
-        others = [name for name in options if name != option]
+        others = [name for name in config.options(group) if name != option]
         first = Text(visible(str(option)), style="bold") if option else Text("none", style="bold")
         table.add_row(f"  {group}", Text.assemble(first, "  ", visible(" ".join(others))))
     return table
@@ -151,15 +141,7 @@ def written(value: Any) -> str:
 # --- comments ------------------------------------------------------------------------------------------------------
 
 
-def config_folders() -> list[Path]:
-    """The folders of config groups, those of the user among them."""
-    search = GlobalHydra.instance().config_loader().get_search_path().get_path()
-    return [
-        Path(entry.path.removeprefix("file://")) for entry in search if "://" not in entry.path.removeprefix("file://")
-    ]
-
-
-def comments_of(folders: Sequence[Path], group: str, option: str, node: DictConfig) -> dict[str, str]:
+def comments_of(folders: Sequence[Path], group: str, option: str, node: Mapping[str, Any]) -> dict[str, str]:
     """What is said of the keys of a group's option: in its file, else in another of the same class."""
     found = commented(folders, f"{group}/{option}")
     target = str(node.get("_target_"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from llmtrain import config
+from llmtrain import stored_config
 from llmtrain.display import PlainDisplay
 from llmtrain.evaluate import evaluate
 from llmtrain.inference import generate
@@ -54,7 +54,7 @@ def probe(run: Run, device: torch.device) -> Probed:
     """Train some steps of ``run`` from its start and time them.  Raises :class:`ProbeFailed` and ValueError."""
     with tempfile.TemporaryDirectory(prefix="llmtrain-probe-") as folder, contextlib.ExitStack() as stack:
         directory = RunDirectory(Path(folder))
-        directory.config.write_text(config.dump(run), encoding="utf-8")
+        directory.config.write_text(stored_config.dump(run), encoding="utf-8")
         run.runtime.seed_everything()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llmtrain import config
+from llmtrain import config, stored_config
 from llmtrain.accumulation import Accumulation
 from llmtrain.checkpoint import newest_whole, restore
 from llmtrain.lint import Finding, Settings
@@ -106,7 +106,7 @@ def changes(before: Mapping[str, Any], run: Settings) -> list[Change]:
 
     Keys of an option that is no more used are not listed: they follow from the other option.
     """
-    old, new = _flatten(config.redact(before)), _flatten(config.redact(config.to_plain(run)))
+    old, new = _flatten(stored_config.redact(before)), _flatten(stored_config.redact(stored_config.to_plain(run)))
     return [
         (key, old.get(key, ABSENT), value)
         for key, value in new.items()
@@ -207,7 +207,7 @@ def come_back(
     Returns the state, and, if the optimizer is of another kind and starts afresh, the names of both.  Raises
     :class:`CheckpointError` naming the file, and ValueError naming the optimizer's options that do not fit its state.
     """
-    before = config.complete(config.load(checkpoint / CONFIG))
+    before = config.complete(stored_config.load(checkpoint / CONFIG))
     changed = {key: (old, new) for key, old, new in changes(before, run)}
     reset = changed.get("optimizer._target_")
     options = {key: pair for key, pair in changed.items() if key.startswith("optimizer.") and key not in STATELESS}
@@ -238,10 +238,10 @@ def has_optimizer_of(checkpoint: Path, run: Settings) -> bool:
     True where the checkpoint's config cannot be read: that it is damaged is for others to tell.
     """
     try:
-        stored = config.load(checkpoint / CONFIG)
-    except config.ConfigError:
+        stored = stored_config.load(checkpoint / CONFIG)
+    except stored_config.ConfigError:
         return True
-    return stored.get("optimizer", {}).get("_target_") == config.to_plain(run.optimizer)["_target_"]
+    return stored.get("optimizer", {}).get("_target_") == stored_config.to_plain(run.optimizer)["_target_"]
 
 
 def _class_name(target: Any) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from llmtrain import config
+from llmtrain import config, stored_config
 from llmtrain.lint import Finding, lint, lint_changes, overrides_of, refuse
 from llmtrain.metrics.jsonl import drop_rows
 from llmtrain.resumption import (
@@ -68,14 +68,14 @@ class Run(RunConfig):
             for folder in (directory.path, directory.checkpoints):
                 sweep_leftovers(folder)
             parts, state, resumption = self.come_back(find_origin(directory, step), device, command)
-            now = describe_environment(device, config.redact_arguments(command))
+            now = describe_environment(device, stored_config.redact_arguments(command))
             history = resumption.history(directory.read_environment(), now)
             drop_rows(directory.samples, lambda row: row["step"] > state.step)
             directory.write_environment(history)
             if resumption.changes:
-                made = config.load(directory.config)
+                made = stored_config.load(directory.config)
                 run = replace(self, run_dir=made.get("run_dir"), output_dir=made.get("output_dir", self.output_dir))
-                write_atomically(directory.config, config.dump(run))
+                write_atomically(directory.config, stored_config.dump(run))
             return execute(self, parts, directory, state, resumption=resumption)
 
     def branch(self, parent: RunDirectory, *, step: int | None = None, command: Sequence[str] = ()) -> Result:
@@ -92,8 +92,8 @@ class Run(RunConfig):
             self.check_space(parts)
             child = self.create_directory()
             with child.lock():
-                now = describe_environment(device, config.redact_arguments(command))
-                make_child(child, resumption, now, config.dump(self))
+                now = describe_environment(device, stored_config.redact_arguments(command))
+                make_child(child, resumption, now, stored_config.dump(self))
                 return execute(self, parts, child, state, resumption=resumption)
 
     def come_back(
@@ -103,7 +103,7 @@ class Run(RunConfig):
 
         Writes nothing.  Raises ValueError for changes that cannot go on.
         """
-        stored = config.untrusted(config.load(origin.config), self.plugins)
+        stored = stored_config.untrusted(stored_config.load(origin.config), self.plugins)
         completed = config.complete(stored)
         check_changes(changes(completed, self), branching=parent is not None, has_base=self.lora.adapts)
         before = type(self).from_config(completed)
@@ -160,5 +160,5 @@ class Run(RunConfig):
 
     def describe(self, directory: RunDirectory, device: torch.device, command: Sequence[str]) -> None:
         """Write ``environment.json`` and ``config.yaml`` of a new run."""
-        directory.write_environment(describe_environment(device, config.redact_arguments(command)))
-        write_atomically(directory.config, config.dump(self))
+        directory.write_environment(describe_environment(device, stored_config.redact_arguments(command)))
+        write_atomically(directory.config, stored_config.dump(self))

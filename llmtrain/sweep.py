@@ -18,7 +18,7 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from llmtrain import config
+from llmtrain import config, stored_config
 from llmtrain.commands import FAILED, FINISHED, INTERRUPTED
 from llmtrain.format import visible
 from llmtrain.report.table import sweep_table
@@ -42,17 +42,17 @@ class Job:
         try:
             return cls(overrides, Run.from_config(values))
         except ValueError as error:
-            raise ValueError(f"{error} (in the job {' '.join(config.redact_arguments(overrides))})") from error
+            raise ValueError(f"{error} (in the job {' '.join(stored_config.redact_arguments(overrides))})") from error
 
     @property
     def digest(self) -> str:
         """Identifies what is trained, wherever it is stored."""
-        values = {k: v for k, v in config.to_plain(self.run).items() if k not in config.NOT_RUN_KEYS}
+        values = {k: v for k, v in stored_config.to_plain(self.run).items() if k not in config.NOT_RUN_KEYS}
         return short_hash(yaml.safe_dump(values))
 
     def directory(self, sweep: Path, varied: Sequence[str]) -> RunDirectory:
         """Where the job runs: the overrides that vary, and the digest."""
-        label = slug(",".join(config.redact_arguments(varied)).replace("=", "_"))[:80]
+        label = slug(",".join(stored_config.redact_arguments(varied)).replace("=", "_"))[:80]
         return RunDirectory(sweep / f"{label}-{self.digest}")
 
 
@@ -68,7 +68,7 @@ def run_sweep(jobs: Sequence[Job], sweep_dir: Path | None, overrides: Sequence[s
     statuses = []
     directories = [job.directory(sweep, varied_overrides(job, jobs)) for job in jobs]
     for number, (job, directory) in enumerate(zip(jobs, directories, strict=True), start=1):
-        label = " ".join(config.redact_arguments(varied_overrides(job, jobs)))
+        label = " ".join(stored_config.redact_arguments(varied_overrides(job, jobs)))
         console.rule(Text(visible(f"job {number} of {len(jobs)}: {label}")), align="left")
         if directory.is_finished():
             console.print(Text(visible(f"finished already: {directory.path}")))
@@ -102,8 +102,8 @@ def run_process(job: Job, directory: RunDirectory) -> int:
     """
     if not directory.config.exists():
         directory.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory.overrides, json.dumps(config.redact_arguments(job.overrides)) + "\n")
-        write_atomically(directory.config, config.dump(job.run))
+        write_atomically(directory.overrides, json.dumps(stored_config.redact_arguments(job.overrides)) + "\n")
+        write_atomically(directory.config, stored_config.dump(job.run))
     plugins = [f"plugins=[{','.join(job.run.plugins)}]"] if job.run.plugins else []
     command = [sys.executable, "-m", "llmtrain", "resume", str(directory.path), *plugins]
     process = subprocess.Popen(command, process_group=0)  # not the terminal's: signals reach it through us, once

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from llmtrain import config
+from llmtrain import config, stored_config
 from llmtrain.model import LanguageModel
 from llmtrain.precision import Precision
 from llmtrain.run_config import RunConfig
@@ -45,7 +45,7 @@ def load_trained(
     naming what does not fit, and :class:`CheckpointError` for a damaged checkpoint.
     """
     verify_checkpoint(checkpoint)
-    values = config.complete(config.untrusted(config.load(checkpoint / CONFIG), plugins))
+    values = config.complete(stored_config.untrusted(stored_config.load(checkpoint / CONFIG), plugins))
     state = TrainState.from_json(read_state(checkpoint))
     if base is not None:
         if not state.base:

@@ -1,21 +1,14 @@
-"""Keys and their descriptions, as ``--help`` shows them; the verbs' own output is in ``test_cli.py``."""
+"""Keys and their descriptions, as ``--help`` shows them: those of the options are in ``test_config.py``."""
 
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from llmtrain.help import commented, comments_of, written
+from llmtrain.help import ON_RESUME, commented, written
+from llmtrain.resumption import FIXED
 
 CONF = Path(__file__).parents[1] / "conf"
-OPTIONS = sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name != "experiment")
-
-
-@pytest.mark.parametrize("path", OPTIONS, ids=lambda path: f"{path.parent.name}={path.stem}")
-def test_every_key_of_every_option_is_described(path: Path) -> None:
-    node = OmegaConf.load(path)
-    comments = comments_of([CONF], path.parent.name, path.stem, node)
-    assert not [key for key in node if key not in comments and key not in ("_target_", "defaults")]
 
 
 @pytest.mark.parametrize("verb", ["train", "plan", "generate", "chat", "predict", "export", "verify", "report"])
@@ -39,3 +32,8 @@ def test_comments(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_values_are_as_on_a_command_line(value: object, text: str) -> None:
     assert written(value) == text
+
+
+def test_what_resume_refuses_is_said() -> None:
+    said = " ".join(ON_RESUME)
+    assert not [key for key in FIXED if key.removesuffix(".") not in said]

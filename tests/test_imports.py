@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "llmtrain"
 LAYERS = [
     "__init__ __main__",
     "cli",
-    "help sweep",
+    "help suggestions sweep",
     "commands",
     "comparison probe replay conversation",
     "run",
@@ -19,6 +19,7 @@ LAYERS = [
     "run_config",
     "lint planning",
     "config",
+    "stored_config",
     "loop",
     "looks saver",
     "loop_config",
@@ -37,7 +38,7 @@ CONTRACTS = {
 }  # fmt: skip
 OPTIONS = {"hf": {"model", "lora"}, "weights": {"hf"}}  # who knows the options too: names and keys of particular models
 
-HYDRA = {"cli", "config", "help"}
+HYDRA = {"cli", "config"}
 PROCESSES = {"runtime", "sweep"}  # git for environment.json, the jobs of a sweep
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy"}
 UNSAFE_CALLS = {

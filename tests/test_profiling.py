@@ -12,7 +12,7 @@ import torch
 from cli import TINY, cut_back, llmtrain, rows
 from safetensors.torch import load_file
 
-from llmtrain import Run, config
+from llmtrain import Run, stored_config
 from llmtrain.profiling import WIDTH
 from llmtrain.run_directory import RunDirectory
 
@@ -71,7 +71,7 @@ def test_a_resumed_run_profiles_its_own_first_steps(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", "runtime.profile=true", "loop.max_steps=16", "checkpoint.every_steps=8",
                   "checkpoint.keep_last=0")  # fmt: skip
     copy = cut_back(whole, 8, tmp_path / "copy")
-    Run.from_config(config.load(copy / "config.yaml")).resume(RunDirectory.open(copy))
+    Run.from_config(stored_config.load(copy / "config.yaml")).resume(RunDirectory.open(copy))
     assert numbers(copy) == numbers(whole)
     assert sorted(path.name for path in (copy / "profile").iterdir()) == ["step-00000005", "step-00000013"]
     assert [row["step"] for row in rows(copy) if row.get("event") == "profile"] == [7, 15]

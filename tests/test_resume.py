@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cli import TINY, assert_same_end, cut_back, llmtrain, only_run, rows, start
 
-from llmtrain import Run, config
+from llmtrain import Run, config, stored_config
 from llmtrain.run_directory import RunDirectory
 
 CHECKPOINTS = ("checkpoint.every_steps=1", "checkpoint.keep_last=0", "loop.max_steps=9")
@@ -55,7 +55,7 @@ def test_resume_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, varian
     whole = run.train().run_dir
     for step in (2, 5, 7):  # mid-epoch, at an epoch's edge, in the second epoch
         copy = cut_back(whole, step, tmp_path / f"from-{step}")
-        stored = Run.from_config(config.load(copy / "config.yaml"))
+        stored = Run.from_config(stored_config.load(copy / "config.yaml"))
         stored.resume(RunDirectory.open(copy))
         assert_same_end(whole, copy)
         numbers = [[r for r in rows(d) if "event" not in r] for d in (whole, copy)]
@@ -128,7 +128,7 @@ def test_resume_shows_and_records_changes(tmp_path: Path) -> None:
     (event,) = (row for row in rows(tmp_path / "run") if row.get("event") == "resume")
     assert event["step"] == 3
     assert ["loop.max_steps", 3, 5] in event["changes"]
-    assert config.load(tmp_path / "run" / "config.yaml")["optimizer"]["lr"] == 1e-4
+    assert stored_config.load(tmp_path / "run" / "config.yaml")["optimizer"]["lr"] == 1e-4
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["step"] == 5
 
 
@@ -154,5 +154,5 @@ def test_moved_runs_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     moved = cut_back(whole, 4, tmp_path / "elsewhere" / "moved")
     assert only_run(tmp_path) == moved
     monkeypatch.setattr(config, "conf_dir", lambda: tmp_path / "nowhere")
-    Run.from_config(config.load(moved / "config.yaml")).resume(RunDirectory.open(moved))
+    Run.from_config(stored_config.load(moved / "config.yaml")).resume(RunDirectory.open(moved))
     assert_same_end(whole, moved)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cli import TINY, assert_same_end, rows
 
-from llmtrain import Run, config
+from llmtrain import Run, stored_config
 from llmtrain.accumulation.auto import AutoBatch
 from llmtrain.loop import TrainingFailed
 from llmtrain.resumption import changes, come_back, find_origin, has_optimizer_of, make_child
@@ -48,7 +48,7 @@ def run_dir(made: Path, tmp_path: Path) -> Path:
 
 
 def stored(run_dir: Path) -> Run:
-    return Run.from_config(config.load(run_dir / CONFIG))
+    return Run.from_config(stored_config.load(run_dir / CONFIG))
 
 
 def checkpoint(run_dir: Path, step: int) -> Path:
@@ -125,7 +125,7 @@ def test_a_rollback_stops_at_another_optimizers_state(run_dir: Path) -> None:
     directory = RunDirectory.open(run_dir)
     with run.runtime.session() as device, directory.lock():
         parts, state, resumption = run.come_back(find_origin(directory), device, ())
-        directory.config.write_text(config.dump(run))
+        directory.config.write_text(stored_config.dump(run))
         poisoned = dataclasses.replace(parts, loss_sum=lambda *batch: parts.loss_sum(*batch) * math.nan)
         with pytest.raises(TrainingFailed, match="found no checkpoint old enough once"):
             execute(run, poisoned, directory, state, resumption=resumption)
@@ -133,7 +133,7 @@ def test_a_rollback_stops_at_another_optimizers_state(run_dir: Path) -> None:
 
 def test_changes_are_of_keys_that_are_read() -> None:
     run = Run.compose(*TINY)
-    before = config.to_plain(run) | {"run_dir": "elsewhere"}
+    before = stored_config.to_plain(run) | {"run_dir": "elsewhere"}
     assert changes(before, run) == []
     before["optimizer"] = before["optimizer"] | {"lr": 1.0, "option_of_another": 3}
     del before["optimizer"]["eps"]
@@ -147,7 +147,7 @@ def branch(run: Run, parent: RunDirectory, step: int, child: RunDirectory) -> No
     """Make the child and train no step: what a kill right after its creation leaves."""
     with run.runtime.session() as device:
         _, _, resumption = run.come_back(find_origin(parent, step), device, (), parent=parent)
-        make_child(child, resumption, describe_environment(device, []), config.dump(run))
+        make_child(child, resumption, describe_environment(device, []), stored_config.dump(run))
 
 
 def test_a_child_killed_at_its_birth_is_resumable(run_dir: Path, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_child_that_cannot_be_made_leaves_nothing(run_dir: Path, tmp_path: Pat
         _, _, resumption = run.come_back(find_origin(parent, 2), device, (), parent=parent)
         (checkpoint(run_dir, 2) / MODEL).unlink()  # the parent is at work, and removes what it needs no more
         with pytest.raises(FileNotFoundError):
-            make_child(child, resumption, {}, config.dump(run))
+            make_child(child, resumption, {}, stored_config.dump(run))
     assert not child.path.exists()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cli import TINY, rows
 
-from llmtrain import Run, config
+from llmtrain import Run, stored_config
 from llmtrain.run_directory import RunDirectory
 from llmtrain.stopwatch import Stopwatch
 
@@ -110,7 +110,7 @@ def test_a_run_whose_rows_have_no_breakdown_goes_on(tmp_path: Path) -> None:
     directory.summary.write_text(json.dumps(summary))
     assert summarise(directory.path).step == 2
     longer = Run.from_config(
-        config.load(directory.config) | {"loop": config.load(directory.config)["loop"] | {"max_steps": 4}}
+        stored_config.load(directory.config) | {"loop": stored_config.load(directory.config)["loop"] | {"max_steps": 4}}
     )
     assert longer.resume(directory).summary["step"] == 4
     assert ["forward_seconds" in row for row in rows(directory.path) if "loss" in row] == [False, False, True, True]

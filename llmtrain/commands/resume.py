@@ -2,7 +2,7 @@
 
 import shlex
 
-from llmtrain import config
+from llmtrain import config, stored_config
 from llmtrain.commands import FINISHED, INTERRUPTED, Invocation
 from llmtrain.format import visible
 from llmtrain.resumption import changes, check_changes, find_origin
@@ -17,7 +17,7 @@ def main(run: Run, invocation: Invocation) -> int:
     """
     directory, step = RunDirectory.open(invocation.targets[0]), invocation.step
     branching = run.run_dir is not None or directory.is_older(step)
-    stored = config.complete(config.load(directory.config_at(step)))
+    stored = config.complete(stored_config.load(directory.config_at(step)))
     changed = changes(stored, run)
     check_changes(changed, branching=branching, has_base=run.lora.adapts)  # ahead of all that takes time
     if branching:
@@ -28,8 +28,8 @@ def main(run: Run, invocation: Invocation) -> int:
             f"output_dir={run.output_dir}: this run goes on in {directory.path}; to branch off into another directory: "
             "run_dir=DIR, or an older checkpoint: checkpoint.step=N"
         )
-    if directory.is_finished() and not changed and not find_origin(directory, step).passed_over:
-        path, done = directory.path, find_origin(directory, step).step
+    if directory.is_finished() and not changed and not (origin := find_origin(directory, step)).passed_over:
+        path, done = directory.path, origin.step
         print(visible(f"{path}: finished already, at step {done:,}; to train on: "
                       f"llmtrain resume {shlex.quote(str(path))} loop.max_steps={2 * done}"))  # fmt: skip
         return FINISHED

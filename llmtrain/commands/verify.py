@@ -17,7 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from llmtrain import config
+from llmtrain import config, stored_config
 from llmtrain.checks import positive
 from llmtrain.commands import FAILED, FINISHED, Invocation
 from llmtrain.format import size, visible
@@ -100,7 +100,8 @@ def replay(console: Console, settings: Verify, directory: RunDirectory, checkpoi
         end, settled = changed[0], first or last  # what came after was trained with other settings
     if settings.replay_steps is not None:
         end = min(end, start + settings.replay_steps)
-    run = Run.from_config(config.complete(config.untrusted(config.load(settled / CONFIG), settings.plugins)))
+    stored = stored_config.untrusted(stored_config.load(settled / CONFIG), settings.plugins)
+    run = Run.from_config(config.complete(stored))
     run = dataclasses.replace(run, runtime=dataclasses.replace(run.runtime, device=settings.device))
     run.runtime.torch_device()  # an error in the settings is none of the run's
     console.print(f"\nreplaying {end - start:,} steps from {f'step {start:,}' if first else 'the start'}")

@@ -18,7 +18,6 @@ EXPECTED_EVENTS = ("save", "resume", "profile")  # others are worth a look
 SELF_EXPLAINING = ("path", "message", "reason", "from")  # keys of an event whose values need no label
 # Keys of an event that are not shown as they are: what a reason says already, what has lines of its own, what is long.
 IN_OTHER_WORDS = {"event", "step", "examples", "changes", "rates", "removed", "loss", "grad_norm"}
-ASKED = {"generate": ' prompt="…"', "predict": ' text="…"'}  # what a verb takes besides the run
 EXIT_STYLES = {"finished": "bold green", "interrupted": "bold yellow"}
 
 
@@ -139,10 +138,8 @@ def summary(summary: Row, run_dir: Path) -> Text:
     if reason != "finished":
         parts.append(Text(f"  llmtrain resume {target}"))
     verb = str(summary.get("verb", "generate"))
-    parts.append(Text(f"  llmtrain {verb} {target}{ASKED.get(verb, '')}"))
-    parts.append(Text(f"  llmtrain report {target}"))
-    if reason == "finished":
-        parts.append(Text(f"  llmtrain export {target} to=DIR"))
+    verbs = [verb, "report", *["export"] * (reason == "finished")]
+    parts += [Text(f"  {format.command(each, target)}") for each in verbs]
     return Text("\n").join(parts)
 
 

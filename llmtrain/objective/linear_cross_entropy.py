@@ -19,9 +19,7 @@ from torch.autograd.function import once_differentiable
 IGNORE = -100  # a target without a loss
 CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # of a chunk's logits; more only takes memory
 ROWS_BYTES = 1 << 23  # of fp32 logits that a CPU works on at once: what its second-level cache about holds
-
-
-_PLANNED_FOR: ContextVar[str | None] = ContextVar("_PLANNED_FOR", default=None)
+_PLANNED_FOR: ContextVar[str | None] = ContextVar("_PLANNED_FOR", default=None)  # kind of device; None: where it runs
 
 
 @contextmanager

@@ -95,7 +95,7 @@ class Blueprint:
             config = dataclasses.replace(config, num_layers=num_layers)
         generator = torch.Generator(device)
         with Unfilled():
-            with torch.device(device), Unfilled():
+            with torch.device(device):
                 model: LanguageModel = config.build(self.vocab_size)
             model.initialise(generator)  # makes what is neither parameter nor argument
             self.settings.objective.attach(model, self.labels, generator)

@@ -8,7 +8,7 @@ import torch
 import yaml
 from cli import TINY
 
-from llmtrain import Run, config
+from llmtrain import Run, stored_config
 from llmtrain.cli import main, quoted
 from llmtrain.storage import CONFIG, MODEL, OPTIMIZER, locate_checkpoint, read_state, read_tensors, write_checkpoint
 
@@ -64,7 +64,7 @@ def test_text_from_a_checkpoint_of_an_older_version(
 ) -> None:
     """Its config lacks groups and keys of today."""
     path = run_dir / "checkpoints" / "step-00000003"
-    stored = config.load(path / CONFIG)
+    stored = stored_config.load(path / CONFIG)
     del stored["activation_checkpointing"], stored["loop"]["eval_every"]
     older = tmp_path / "step-00000003"
     model, optimizer = (read_tensors(path / name) for name in (MODEL, OPTIMIZER))

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from cli import TINY, assert_same_end, cut_back, llmtrain, rows
 
-from llmtrain import Run, config
+from llmtrain import Run, stored_config
 from llmtrain.cli import main
 from llmtrain.storage import CONFIG, STATE, read_tensors
 
@@ -174,7 +174,7 @@ def test_a_branch_leaves_its_parent_alone(whole: Path, run: Path, capfd: pytest.
     assert samples == [3, 6, 9]
     saved = [row["step"] for row in events(child, "save")]
     assert sorted(saved) == list(range(1, STEPS + 1))
-    stored = config.load(child / CONFIG)
+    stored = stored_config.load(child / CONFIG)
     assert (stored["optimizer"]["lr"], stored["checkpoint"]["step"], stored["name"]) == (1e-3, None, "slower")
     facts = environment(child)
     assert facts["parent"] == {"run": str(run.resolve()), "step": 4}
@@ -337,7 +337,7 @@ def test_batches_of_another_size_go_on_where_the_data_were(run: Path) -> None:
 
 
 def test_keys_that_an_older_version_did_not_know(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    stored = config.load(run / CONFIG)
+    stored = stored_config.load(run / CONFIG)
     del stored["recovery"], stored["activation_checkpointing"]
     del stored["checkpoint"]["before_evaluation"], stored["data"]["cache_dir"]
     (run / CONFIG).write_text(yaml.safe_dump(stored))
@@ -350,12 +350,12 @@ def test_keys_that_an_older_version_did_not_know(run: Path, capfd: pytest.Captur
         "activation_checkpointing._target_": ("not stored", "llmtrain.activation_checkpointing.none.KeepAll"),
     }
     assert "recovery._target_" in capfd.readouterr().out
-    assert config.load(run / CONFIG)["checkpoint"]["before_evaluation"] is True
+    assert stored_config.load(run / CONFIG)["checkpoint"]["before_evaluation"] is True
 
 
 def test_a_key_without_one_default_is_named(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The sizes of the models disagree on it."""
-    stored = config.load(run / CONFIG)
+    stored = stored_config.load(run / CONFIG)
     del stored["model"]["num_layers"]
     (run / CONFIG).write_text(yaml.safe_dump(stored))
     assert "model.num_layers: missing" in refused(capfd, "run")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from cli import TINY, llmtrain, only_run, rows
 
-from llmtrain import Run, config
+from llmtrain import Run, stored_config
 from llmtrain.cli import main
 
 QUIET = (*TINY, "loop.max_steps=3")
@@ -150,7 +150,7 @@ def test_a_job_of_a_sweep_shows_its_own(tmp_path: Path) -> None:
     llmtrain("train", "-m", *QUIET, "loop.eval_batches=2", "optimizer.lr=1e-3,10", cwd=tmp_path)
     jobs = [path.parent for path in tmp_path.glob("runs/sweeps/*/*/config.yaml")]
     found = {
-        config.load(job / "config.yaml")["optimizer"]["lr"]: {
+        stored_config.load(job / "config.yaml")["optimizer"]["lr"]: {
             row["key"] for row in rows(job) if row.get("event") == "warning"
         }
         for job in jobs
