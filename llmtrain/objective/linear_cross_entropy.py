@@ -148,7 +148,10 @@ def _losses(
     rows = len(logits)
     if (_PLANNED_FOR.get() or logits.device.type) == "cpu":
         rows = max(ROWS_BYTES // (exact.itemsize * logits.shape[1]), 1)
-    parts = zip(logits.split(rows), classes.split(rows), strict=True)
+    parts = list(zip(logits.split(rows), classes.split(rows), strict=True))
+    if _PLANNED_FOR.get() is not None:  # each part takes what the first one does, and lets it go
+        rest = torch.empty(len(logits) - len(parts[0][0]), dtype=exact, device=logits.device)
+        return torch.cat([_losses_of_rows(*parts[0], bias, options, exact, differentiate), rest])
     return torch.cat([_losses_of_rows(*part, bias, options, exact, differentiate) for part in parts])
 
 
