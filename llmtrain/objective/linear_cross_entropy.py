@@ -104,6 +104,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += torch.where(is_target[chunk], losses, 0.0).sum()
             if hidden_grad is not None:
                 torch.mm(logits, low_weight, out=hidden_grad[chunk])
+            # This is where a step holds the most: what is not needed any more goes at once.
+            if start + chunk_tokens >= len(hidden):
+                del low_weight
             if for_weight:
                 weight_grad = _plus_product(weight_grad, logits.t(), low_targets[chunk], exact)
             del logits  # before those of the next chunk are made
@@ -121,7 +124,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if hidden_grad is not None:
             hidden_grad = (hidden_grad * grad).to(ctx.hidden_dtype)
         if weight_grad is not None:
-            weight_grad = weight_grad.mul_(grad).to(ctx.weight_dtype)
+            exact = torch.promote_types(weight_grad.dtype, grad.dtype)
+            weight_grad = torch.mul(
+                weight_grad, grad.to(exact)[None, None], out=weight_grad if weight_grad.dtype == exact else None
+            ).to(ctx.weight_dtype)
         return hidden_grad, weight_grad, None, None, None, None, None, None
 
 
@@ -130,7 +136,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, exact: torch.dtype) -> Tensor:
-    """``total + left @ right`` in ``exact``; ``total`` None: nothing yet."""
+    """``total + left @ right`` in ``exact``; ``total`` None: nothing yet, and a lone product may stay as it came."""
     if left.dtype == exact:
         return torch.mm(left, right) if total is None else total.addmm_(left, right)
     if left.is_cuda:
@@ -138,7 +144,7 @@ def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, exact: torc
             return torch.mm(left, right, out_dtype=exact)
         return torch.addmm(total, left, right, out_dtype=exact)
     product = torch.mm(left, right)
-    return product.to(exact) if total is None else total.add_(product)
+    return product if total is None else total.to(exact).add_(product)
 
 
 def _losses(
