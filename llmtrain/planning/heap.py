@@ -5,7 +5,6 @@ from bisect import bisect_left, insort
 from llmtrain.planning.trace import Trace
 
 ALIGNMENT = 64  # bytes, of torch's tensors
-HUGE_PAGE = 2 << 20  # bytes; from this size on tensors begin at a huge page, see ``runtime.prepare_process``
 STEPS = 3  # simulated; in the first one the order of blocks is not yet what it will be
 
 
@@ -29,15 +28,14 @@ class Heap:
     def allocate(self, key: object, num_bytes: int) -> None:
         """Take a block, to be given back under ``key``."""
         size = -(-num_bytes // ALIGNMENT) * ALIGNMENT + ALIGNMENT
-        alignment = HUGE_PAGE if num_bytes >= HUGE_PAGE else ALIGNMENT
-        wanted = size + alignment
+        wanted = size + ALIGNMENT
         place = bisect_left(self._sizes, (wanted, 0))
         if place < len(self._sizes):
             found, begin = self._sizes[place]
             self._remove(begin)
         else:
             found, begin, self.top = wanted, self.top, self.top + wanted
-        start = -(-begin // alignment) * alignment
+        start = -(-begin // ALIGNMENT) * ALIGNMENT
         self._blocks[key] = start, size
         self._give_back(begin, start - begin)
         self._give_back(start + size, begin + found - start - size)
