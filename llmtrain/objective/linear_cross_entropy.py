@@ -93,23 +93,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.empty_like(low) if for_hidden else None
         weight_grad: Tensor | None = None
         total = torch.zeros((), dtype=exact, device=hidden.device)
+        # One block of memory for the logits of all chunks: a freed one need not fit the next, for a CPU's malloc.
+        buffer = torch.empty((min(chunk_tokens, len(low)), len(weight)), dtype=dtype, device=low.device)
         for start in range(0, len(hidden), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             # On a CPU the product would first fill all logits with the bias: a pass over memory more.
             in_product = bias if options.softcap is None and hidden.is_cuda else None
             later = bias if in_product is None else None
-            logits = _linear(low[chunk], low_weight, in_product)
+            logits = _linear(low[chunk], low_weight, in_product, buffer[: len(low[chunk])])
             differentiate = for_hidden or for_weight
             losses = _losses(logits, later, classes[chunk], options, exact, differentiate=differentiate)
             total += torch.where(is_target[chunk], losses, 0.0).sum()
             if hidden_grad is not None:
                 torch.mm(logits, low_weight, out=hidden_grad[chunk])
-            # This is where a step holds the most: what is not needed any more goes at once.
             if start + chunk_tokens >= len(hidden):
-                del low_weight
+                del low_weight  # here a step holds the most
             if for_weight:
                 weight_grad = _plus_product(weight_grad, logits.t(), low_targets[chunk], exact)
-            del logits  # before those of the next chunk are made
         if hidden_grad is not None:
             hidden_grad *= is_target[:, None]
         ctx.hidden_grad, ctx.weight_grad = hidden_grad, weight_grad
@@ -131,8 +131,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return hidden_grad, weight_grad, None, None, None, None, None, None
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias.to(x.dtype), x, weight.t(), out=out)
 
 
 def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, exact: torch.dtype) -> Tensor:
