@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.lora.quantization import Packed
+from llmtrain.model.embedding import Embedding, look_up
 
 
 class PackedProduct(torch.autograd.Function):
@@ -206,7 +207,7 @@ class LoraHead(Adapter):
             return self.adapted(self.lora_A.dtype)
 
 
-class LoraEmbedding(nn.Embedding, Adapter):
+class LoraEmbedding(Embedding, Adapter):
     """``W[id] + scaling B A[:, id]``; ``lora_A`` is ``(rank, rows)``, and as in PEFT zero, with B normal."""
 
     axis = 0
@@ -232,8 +233,8 @@ class LoraEmbedding(nn.Embedding, Adapter):
         return self.scaling * (self.lora_A.to(dtype).t() @ self.lora_B.to(dtype).t())
 
     def forward(self, ids: Tensor) -> Tensor:
-        y = F.embedding(ids, self.weight)
-        added = F.linear(F.embedding(ids, self.lora_A.t()) * self.scaling, self.lora_B)
+        y = look_up(ids, self.weight)
+        added = F.linear(look_up(ids, self.lora_A.t()) * self.scaling, self.lora_B)
         if self.lora_magnitude is None:
             return y + added
         scale = self.lora_magnitude / self.norm()

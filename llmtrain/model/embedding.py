@@ -9,16 +9,21 @@ from torch.autograd.function import once_differentiable
 
 
 class Embedding(nn.Embedding):
-    """torch's embedding; on a CPU the gradient, the same to the bit in fp32, takes a tenth of the time or less.
+    """torch's embedding, looked up by :func:`look_up`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return look_up(input, self.weight)
+
+
+def look_up(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows ``ids`` of ``weight``; on a CPU the gradient, the same to the bit in fp32, takes a tenth of the time.
 
     torch's kernel does some operations on small tensors for every token: 170 ms for 2,048 tokens of GPT-2, 6% of a
     step in bf16 on two cores.
     """
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.weight.device.type == "cpu" and self.weight.requires_grad and torch.is_grad_enabled():
-            return _Rows.apply(self.weight, input)
-        return F.embedding(input, self.weight)
+    if weight.device.type == "cpu" and weight.requires_grad and torch.is_grad_enabled():
+        return _Rows.apply(weight, ids)
+    return F.embedding(ids, weight)
 
 
 class _Rows(torch.autograd.Function):
