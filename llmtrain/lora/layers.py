@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.lora.quantization import Packed
-from llmtrain.model.embedding import Embedding, look_up
+from llmtrain.model import Embedding, look_up
 
 
 class PackedProduct(torch.autograd.Function):

@@ -8,8 +8,7 @@ from torch import nn
 
 from llmtrain.lora.layers import Adapter, FrozenLinear, LoraEmbedding, LoraHead
 from llmtrain.lora.targets import EMBEDDING, HEAD, exchange
-from llmtrain.model import LanguageModel
-from llmtrain.model.embedding import Embedding
+from llmtrain.model import Embedding, LanguageModel
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
