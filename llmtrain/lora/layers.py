@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.lora.quantization import Packed
-from llmtrain.model import Embedding, look_up
 
 
 class PackedProduct(torch.autograd.Function):
@@ -207,7 +206,7 @@ class LoraHead(Adapter):
             return self.adapted(self.lora_A.dtype)
 
 
-class LoraEmbedding(Embedding, Adapter):
+class LoraEmbedding(nn.Embedding, Adapter):
     """``W[id] + scaling B A[:, id]``; ``lora_A`` is ``(rank, rows)``, and as in PEFT zero, with B normal."""
 
     axis = 0
@@ -233,8 +232,8 @@ class LoraEmbedding(Embedding, Adapter):
         return self.scaling * (self.lora_A.to(dtype).t() @ self.lora_B.to(dtype).t())
 
     def forward(self, ids: Tensor) -> Tensor:
-        y = look_up(ids, self.weight)
-        added = F.linear(look_up(ids, self.lora_A.t()) * self.scaling, self.lora_B)
+        y = F.embedding(ids, self.weight)
+        added = F.linear(F.embedding(ids, self.lora_A.t()) * self.scaling, self.lora_B)
         if self.lora_magnitude is None:
             return y + added
         scale = self.lora_magnitude / self.norm()

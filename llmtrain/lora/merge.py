@@ -8,7 +8,7 @@ from torch import nn
 
 from llmtrain.lora.layers import Adapter, FrozenLinear, LoraEmbedding, LoraHead
 from llmtrain.lora.targets import EMBEDDING, HEAD, exchange
-from llmtrain.model import Embedding, LanguageModel
+from llmtrain.model import LanguageModel
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -29,7 +29,7 @@ def merge(model: LanguageModel) -> None:
         _untie(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraEmbedding):
-            plain: nn.Module = Embedding(module.num_embeddings, module.embedding_dim, device="meta")
+            plain: nn.Module = nn.Embedding(module.num_embeddings, module.embedding_dim, device="meta")
         elif isinstance(module, FrozenLinear):
             plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
             plain.register_parameter("bias", module.bias)

@@ -9,10 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.model.cache import KVCache
-from llmtrain.model.embedding import Embedding, look_up
 from llmtrain.model.unfilled import Unfilled
-
-__all__ = ["Embedding", "LanguageModel", "ModelConfig", "look_up"]
 
 
 class LanguageModel(nn.Module, ABC):

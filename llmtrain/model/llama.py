@@ -18,7 +18,6 @@ from llmtrain.model import LanguageModel, ModelConfig
 from llmtrain.model.attention import Sight, alibi_slopes, attend, has_blockwise, segment_starts, sight
 from llmtrain.model.cache import KVCache, LayerCache
 from llmtrain.model.dropout import Dropout
-from llmtrain.model.embedding import Embedding
 from llmtrain.model.rotary import Rotary, Scaling, Turns, rotate, turns
 from llmtrain.model.vocabulary import hide_padding, logit_bias, padded_size
 
@@ -250,7 +249,7 @@ class Llama(LanguageModel):
         self.context_length = config.context_length
         self.num_layers = config.num_layers
         self.logit_softcap = config.logit_softcap
-        self.token_embedding = Embedding(self.padded_vocab_size, config.hidden_size)
+        self.token_embedding = nn.Embedding(self.padded_vocab_size, config.hidden_size)
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)

@@ -24,7 +24,10 @@ _PLANNED_FOR: ContextVar[str | None] = ContextVar("_PLANNED_FOR", default=None) 
 
 @contextmanager
 def as_on(device_type: str) -> Iterator[None]:
-    """Have tensors cut into pieces as on ``device_type``, wherever they are: for tracing a step that runs elsewhere."""
+    """For tracing a step on tensors without data: cut into pieces as on ``device_type``, wherever they are.
+
+    Of pieces that come and go in the same way only the first is done.
+    """
     token = _PLANNED_FOR.set(device_type)
     try:
         yield
@@ -124,10 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if hidden_grad is not None:
             hidden_grad = (hidden_grad * grad).to(ctx.hidden_dtype)
         if weight_grad is not None:
-            exact = torch.promote_types(weight_grad.dtype, grad.dtype)
-            weight_grad = torch.mul(
-                weight_grad, grad.to(exact)[None, None], out=weight_grad if weight_grad.dtype == exact else None
-            ).to(ctx.weight_dtype)
+            weight_grad = weight_grad.to(grad.dtype).mul_(grad).to(ctx.weight_dtype)
         return hidden_grad, weight_grad, None, None, None, None, None, None
 
 
@@ -153,14 +153,15 @@ def _losses(
     logits: Tensor, bias: Tensor | None, classes: Tensor, options: Options, exact: torch.dtype, *, differentiate: bool
 ) -> Tensor:
     """The cross-entropy of each row of ``logits``, whose place the gradient takes if ``differentiate``."""
+    planned_for = _PLANNED_FOR.get()
     rows = len(logits)
-    if (_PLANNED_FOR.get() or logits.device.type) == "cpu":
+    if (planned_for or logits.device.type) == "cpu":
         rows = max(ROWS_BYTES // (exact.itemsize * logits.shape[1]), 1)
     parts = list(zip(logits.split(rows), classes.split(rows), strict=True))
-    if _PLANNED_FOR.get() is not None:  # each part takes what the first one does, and lets it go
-        rest = torch.empty(len(logits) - len(parts[0][0]), dtype=exact, device=logits.device)
-        return torch.cat([_losses_of_rows(*parts[0], bias, options, exact, differentiate), rest])
-    return torch.cat([_losses_of_rows(*part, bias, options, exact, differentiate) for part in parts])
+    done = parts if planned_for is None else parts[:1]
+    losses = [_losses_of_rows(*part, bias, options, exact, differentiate) for part in done]
+    losses += [torch.empty(len(part), dtype=exact, device=part.device) for part, _ in parts[len(done) :]]
+    return torch.cat(losses)
 
 
 def _losses_of_rows(

@@ -26,7 +26,7 @@ __all__ = ["Category", "Memory", "Phase", "Untraceable", "at_micro_batch", "esti
 # tokenizer.
 CPU_LIBRARIES = 365_000_000
 # Over the simulated heap: small blocks, which a simulation of tensors does not see, come to lie where large ones were,
-# and the heap grows for some steps.  Measured: 1.2 to 1.8 after ten steps, so that a probe knows better.
+# and the heap grows for some steps.  Measured: 1.0 to 1.8 after ten steps, so that a probe knows better.
 CPU_FRAGMENTATION = 1.1
 CPU_LEAST_HEAP = 90_000_000  # the matrices that the arithmetic's speed is measured with when a run starts
 # cuBLAS' workspace, which comes from torch's allocator: 32 MiB on Hopper, 8 MiB before.

@@ -63,7 +63,7 @@ def test_a_run_with_recovery_ends_as_one_on_clean_text(tmp_path: Path) -> None:
 
     clean = final(train(tmp_path / "clean", text, *long))
     recovered = train(tmp_path / "on", bad, *long, 'recovery="on"')
-    assert abs(final(recovered) / clean - 1) < 0.04  # 0.7 to 2.5%, by the seed and the kind of CPU
+    assert abs(final(recovered) / clean - 1) < 0.04  # 0.7 to 2.5% with three seeds
     assert final(train(tmp_path / "off", planted(text, spike=spike), *long, "recovery=off")) / clean > 1.05
     gave_up = train(tmp_path / "off-nan", bad, *long, "recovery=off", check=1)
     assert json.loads((gave_up / "summary.json").read_text())["exit_reason"] == "failed"
