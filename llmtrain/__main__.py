@@ -1,8 +1,20 @@
-"""``python -m llmtrain``."""
+"""The program: ``llmtrain`` and ``python -m llmtrain``."""
 
 import sys
 
-from llmtrain.cli import main
+from llmtrain.runtime import restart_with_tunables
+
+TRAINING = ("train", "resume", "plan", "verify")  # verbs that do training steps
+
+
+def run() -> int:
+    """The command line of this process; returns the exit status."""
+    if sys.argv[1:2] and sys.argv[1] in TRAINING:
+        restart_with_tunables()  # before anything else is imported
+    from llmtrain.cli import main
+
+    return main()
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

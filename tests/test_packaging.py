@@ -38,7 +38,7 @@ def test_the_wheel_holds_all_that_the_program_reads(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         shipped = {name for name in archive.namelist() if ".dist-info/" not in name}
         entry_points = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
-        assert "llmtrain = llmtrain.cli:main" in archive.read(entry_points).decode()
+        assert "llmtrain = llmtrain.__main__:run" in archive.read(entry_points).decode()
         licences = [name for name in archive.namelist() if "/licenses/" in name]
     code = {str(path.relative_to(source)) for path in (source / "llmtrain").rglob("*") if path.is_file()}
     conf = {f"llmtrain/{path.relative_to(source)}" for path in (source / "conf").rglob("*") if path.is_file()}

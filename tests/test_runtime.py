@@ -1,6 +1,9 @@
 """The process that trains: device, threads, compilation."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ import torch
 from cli import TINY, rows
 
 from llmtrain import Run
-from llmtrain.runtime import Device, Runtime, measure_matmul_flops, physical_cores
+from llmtrain.runtime import Device, Runtime, is_glibc, measure_matmul_flops, physical_cores
 
 
 @pytest.mark.slow
@@ -21,6 +24,33 @@ def test_a_compiled_run_has_the_same_curve(tmp_path: Path) -> None:
         values = [row.get("loss", row.get("val_loss")) for row in rows(run.train().run_dir) if "event" not in row]
         losses.append(values)
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+TOLD = """
+import os, sys
+from llmtrain.runtime import restart_with_tunables
+print(os.getpid(), flush=True)
+restart_with_tunables()
+print(sys.argv[1:], sys.flags.dev_mode, os.environ["GLIBC_TUNABLES"])
+sys.exit(3)
+"""
+
+
+@pytest.mark.skipif(not is_glibc(), reason="malloc is not glibc's")
+@pytest.mark.parametrize("before", [None, "glibc.malloc.arena_max=2", "glibc.malloc.tcache_count=7"])
+def test_a_program_restarts_once_with_what_malloc_reads(tmp_path: Path, before: str | None) -> None:
+    (tmp_path / "program.py").write_text(TOLD)
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    environment |= {} if before is None else {"GLIBC_TUNABLES": before}
+    done = subprocess.run([sys.executable, "-X", "dev", "program.py", "a b", "c=1"], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True)  # fmt: skip
+    assert (done.returncode, done.stderr) == (3, "")
+    *pids, last = done.stdout.splitlines()
+    is_set = before is not None and "tcache_count" in before
+    expected = before if is_set else ":".join([*([before] if before else []), "glibc.malloc.tcache_count=0"])
+    assert len(pids) == (1 if is_set else 2)
+    assert len(set(pids)) == 1  # whoever waits for the process still does
+    assert last == f"['a b', 'c=1'] True {expected}"
 
 
 OFF = {"compile": False, "cuda_graphs": False, "profile": False}

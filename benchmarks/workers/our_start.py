@@ -23,8 +23,9 @@ def measure(task: Task) -> dict[str, Any]:
         mark = now
 
     ended("Python starts")
-    from llmtrain.runtime import prepare_process
+    from llmtrain.runtime import prepare_process, restart_with_tunables
 
+    restart_with_tunables()
     prepare_process()
     import torch  # noqa: F401
 

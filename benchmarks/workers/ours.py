@@ -24,8 +24,9 @@ def overrides(task: Task) -> list[str]:
 def measure(task: Task) -> dict[str, Any]:
     """Train for so many steps; the checkpoint at the end of a run is not in the figures."""
     if task.prepare_process:
-        from llmtrain.runtime import prepare_process
+        from llmtrain.runtime import prepare_process, restart_with_tunables
 
+        restart_with_tunables()
         prepare_process()
     from llmtrain import Run
     from llmtrain.metrics import read_metrics

@@ -13,7 +13,10 @@ from llmtrain.runtime import available_memory, device_name, peak_flops
 # The share of a device's dense peak that whole training steps come to, where nothing was measured: for the matrix
 # units of GPUs what PaLM and nanoGPT report (46% and 38 to 50%), and well more where the peak is low.
 UTILISATION = {"bf16": 0.40, "fp16": 0.40, "fp8": 0.30, "tf32": 0.40, "fp32": 0.65}
-CPU_UTILISATION = {"bf16": 0.35, "fp16": 0.35, "fp8": 0.30, "tf32": 0.65, "fp32": 0.65}
+# On a CPU the rest of a step weighs the more, the faster the products are.  Measured with GPT-2 124M on two CPUs with
+# AVX512-BF16 and with AMX, whose rates are 0.16 to 1.3 TFLOP/s a thread: 77 to 24% in all, within a quarter of this.
+CPU_PRODUCTS = 1.1  # time of all products over that at the rate of the fastest
+CPU_OTHERS = 1.6e-12  # seconds of a thread for everything else, a FLOP of the model
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ class DeviceSpec:
 
     def utilisation(self, precision: Precision) -> float:
         """The share of :meth:`peak_flops` that training comes to."""
-        table = UTILISATION if self.is_gpu else CPU_UTILISATION
-        return table.get(precision.name, 0.3)
+        if self.is_gpu:
+            return UTILISATION.get(precision.name, 0.3)
+        return 1 / (CPU_PRODUCTS + CPU_OTHERS * self.peak_flops(precision) / torch.get_num_threads())
 
 
 def _gpu(
@@ -92,11 +96,11 @@ def find_device(name: str) -> DeviceSpec:
 def present_device(device: torch.device, precision: Precision) -> DeviceSpec:
     """The device of this machine that training would take, with what of its memory is free.
 
-    A GPU that is not in the table, or a CPU, has its rate measured: a few tens of milliseconds.
+    A GPU that is not in the table, or a CPU, has its rate measured: some tens of milliseconds.
     """
     title = device_name(device)
     if device.type == "cpu":
-        flops = {precision.name: quick_flops(precision.dtype)}
+        flops = {precision.name: quick_flops(precision)}
         return DeviceSpec("cpu", title, available_memory(), flops, None, None, is_gpu=False)
     free, _ = torch.cuda.mem_get_info(device)
     known = next((spec for spec in DEVICES.values() if spec.title.split(" ", 1)[1].split(" ")[0] in title), None)
@@ -123,14 +127,16 @@ def arithmetic(config: PrecisionConfig, spec: DeviceSpec | None) -> Precision:
         return Precision(name, cpu, torch.bfloat16 if name.startswith("fp8") else torch.float32)
 
 
-def quick_flops(dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of a few matrix products on the CPU, some 1 GFLOP each."""
+def quick_flops(precision: Precision) -> float:
+    """FLOP/s of the fastest of some matrix products on the CPU, 1 GFLOP each, as the run would do them."""
     generator = torch.Generator().manual_seed(0)
-    a = torch.randn(512, 1024, generator=generator).to(dtype)
-    b = torch.randn(1024, 1024, generator=generator).to(dtype)
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - start)
-    return 2 * 512 * 1024 * 1024 / min(seconds[1:])
+    a = torch.randn(512, 1024, generator=generator).to(precision.dtype)
+    b = torch.randn(1024, 1024, generator=generator).to(precision.dtype)
+    product = torch.empty(512, 1024, dtype=precision.dtype)
+    seconds: list[float] = []
+    with precision.arithmetic():
+        while len(seconds) < 3 or (len(seconds) < 20 and sum(seconds) < 0.03):
+            start = time.perf_counter()
+            torch.mm(a, b, out=product)
+            seconds.append(time.perf_counter() - start)
+    return 2 * 512 * 1024 * 1024 / min(seconds)

@@ -9,7 +9,7 @@ STEPS = 3  # simulated; in the first one the order of blocks is not yet what it 
 
 
 class Heap:
-    """malloc as ``runtime.prepare_process`` sets it up: one heap that never shrinks, the best fit, neighbours merged.
+    """malloc as ``runtime`` sets it up: one heap that never shrinks, the best fit, neighbours merged at once.
 
     glibc 2.36, ``_int_memalign``: for an aligned block one larger by the alignment is cut, and both ends given back.
     """
