@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import torch
 
 
-# malloc's cache of small blocks would keep the slivers that are cut off aligned blocks: a freed tensor's hole would then
-# be too small for the next tensor of that size, and the heap would grow by up to 0.4 GB over the first steps.
+# malloc's cache of small blocks would keep the slivers that are cut off aligned blocks: a freed tensor's hole would be
+# too small for the next tensor of that size, and the heap would grow by up to 0.4 GB over the first steps.
 TUNABLES = {"glibc.malloc.tcache_count": "0"}
 
 

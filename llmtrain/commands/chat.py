@@ -30,6 +30,7 @@ COMMANDS = {
     "/help": "this list",
     "/exit": "leave (also Ctrl-D); Ctrl-C cuts a reply short",
 }
+LEAVING = ("exit", "quit", "bye")  # what people type who want to leave; from a file it is a message like any other
 HISTORY_LINES = 1000
 
 
@@ -80,6 +81,9 @@ def main(settings: Chat, invocation: Invocation) -> int:
         with line_editing() as read:
             while (line := read()) is not None:
                 if not line.strip():
+                    continue
+                if line.strip().lower() in LEAVING and sys.stdin.isatty():
+                    console.print(Text("/exit leaves, or Ctrl-D", style="dim"))
                     continue
                 if line.startswith("/"):
                     if not obey(line.strip(), conversation, console):

@@ -135,7 +135,7 @@ def quick_flops(precision: Precision) -> float:
     product = torch.empty(512, 1024, dtype=precision.dtype)
     seconds: list[float] = []
     with precision.arithmetic():
-        while len(seconds) < 3 or (len(seconds) < 20 and sum(seconds) < 0.03):
+        while len(seconds) < 3 or (len(seconds) < 50 and sum(seconds) < 0.06):
             start = time.perf_counter()
             torch.mm(a, b, out=product)
             seconds.append(time.perf_counter() - start)

@@ -164,10 +164,19 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def chat(folder: Path, said: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """What is printed when ``said`` comes through a pipe."""
+class Typed(io.StringIO):
+    """What somebody types at a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def chat(
+    folder: Path, said: str | Typed, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> str:  # fmt: skip
+    """What is printed when ``said`` comes through a pipe, or is typed."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("sys.stdin", io.StringIO(said))
+    monkeypatch.setattr("sys.stdin", io.StringIO(said) if isinstance(said, str) else said)
     assert main(["chat", "run", "temperature=0", "max_tokens=12"]) == 0
     return capfd.readouterr().out
 
@@ -181,6 +190,16 @@ def test_chat_by_pipe(talker: Path, capfd: pytest.CaptureFixture[str], monkeypat
     roles = [message["role"] for message in saved[0]["messages"]]
     assert roles == ["user", "assistant", "user", "assistant"]
     assert "\nQ:" not in saved[0]["messages"][1]["content"]  # it ends where its turn does
+
+
+def test_leaving_a_chat_in_other_words(
+    talker: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMTRAIN_CACHE", str(talker / "cache"))  # the history of what was typed
+    typed = chat(talker, Typed("quit\n/history\n/exit\n"), capfd, monkeypatch)
+    assert "/exit leaves, or Ctrl-D" in typed
+    assert "user: quit" not in typed
+    assert "user: quit" in chat(talker, "quit\n/history\n", capfd, monkeypatch)  # in a file it is what it is
 
 
 def test_prompts_from_a_file(talker: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
