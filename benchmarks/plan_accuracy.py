@@ -106,10 +106,9 @@ def run_worker(name: str, worker: str, arguments: argparse.Namespace) -> dict[st
 
 def train(overrides: list[str], steps: int) -> dict[str, Any]:
     """A real run, read from its metrics."""
-    from llmtrain.runtime import prepare_process, restart_with_tunables
+    from llmtrain.runtime import prepare_program
 
-    restart_with_tunables()
-    prepare_process()  # as the command does
+    prepare_program()  # as the command does
     from llmtrain import Run
     from llmtrain.metrics import read_metrics
 

@@ -9,7 +9,7 @@ TRAINING = ("train", "resume", "plan", "verify")  # verbs that do training steps
 
 def run() -> int:
     """The command line of this process; returns the exit status."""
-    if sys.argv[1:2] and sys.argv[1] in TRAINING:
+    if any(verb in sys.argv[1:] for verb in TRAINING):
         restart_with_tunables()  # before anything else is imported
     from llmtrain.cli import main
 

@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # malloc's cache of small blocks would keep the slivers that are cut off aligned blocks: a freed tensor's hole would be
 # too small for the next tensor of that size, and the heap would grow by up to 0.4 GB over the first steps.
-TUNABLES = {"glibc.malloc.tcache_count": "0"}
+TUNABLE = "glibc.malloc.tcache_count"
 
 
 def is_glibc() -> bool:
@@ -34,25 +34,23 @@ def is_glibc() -> bool:
     return platform.libc_ver()[0] == "glibc"
 
 
-def tunables(environment: Mapping[str, str]) -> dict[str, str]:
-    """What glibc has to find in the environment of a process that trains beyond what is there; usually once."""
-    present = environment.get("GLIBC_TUNABLES", "")
-    missing = [f"{name}={value}" for name, value in TUNABLES.items() if name not in present]
-    if not missing or not is_glibc():
-        return {}
-    return {"GLIBC_TUNABLES": ":".join([*([present] if present else []), *missing])}
-
-
 def restart_with_tunables() -> None:
-    """Start the program anew, in the same process, with :func:`tunables`: glibc reads them before Python is there.
+    """Start the program anew, in the same process, without malloc's cache: glibc reads that before Python is there.
 
-    To be called when nothing has been imported or read yet; it takes 15 ms.  Does nothing where they are set, or there
-    is no program to start.
+    To be called when nothing has been imported or read yet; it takes 40 ms.  Does nothing where the environment has a
+    size for the cache already, malloc is not glibc's, or there is no program to start.
     """
-    added = tunables(os.environ)
-    if added and sys.executable and sys.orig_argv:
-        os.environ.update(added)
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    present = os.environ.get("GLIBC_TUNABLES", "")
+    if TUNABLE in present or not is_glibc() or not sys.executable or not sys.orig_argv:
+        return
+    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [present, f"{TUNABLE}=0"]))
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def prepare_program() -> None:
+    """All that the command does before it imports torch to train, for a program that calls :class:`Run` itself."""
+    restart_with_tunables()
+    prepare_process()
 
 
 def prepare_process() -> None:
@@ -60,9 +58,9 @@ def prepare_process() -> None:
 
     On a CPU, freshly mapped memory costs a page fault every 4 KiB, a third of a training step and more.  So glibc's
     malloc neither maps big blocks one by one nor gives freed memory back: from the second step on, few new pages are
-    touched, and with :func:`tunables` next to none.  (torch's huge pages are left off: their alignment to 2 MiB leaves
-    gaps, 0.5 GB for GPT-2 in fp32, and with memory that is kept they save nothing.)  On a GPU, expandable segments keep
-    the allocator from fragmenting.
+    touched, and after :func:`restart_with_tunables` next to none.  (torch's huge pages are left off: their alignment to
+    2 MiB leaves gaps, 0.5 GB for GPT-2 in fp32, and with memory that is kept they save nothing.)  On a GPU, expandable
+    segments keep the allocator from fragmenting.
     """
     # Python looks for garbage in cycles at every 700 new objects, and through all of them at exit: a third of the time
     # of a program that only imports torch and its compiler.  A training step leaves no tensor in a cycle.

@@ -20,10 +20,9 @@ MODES = ("none", "asynchronous", "synchronous")
 
 def measure(task: Task) -> dict[str, Any]:
     """A block of each kind."""
-    from llmtrain.runtime import prepare_process, restart_with_tunables
+    from llmtrain.runtime import prepare_program
 
-    restart_with_tunables()
-    prepare_process()
+    prepare_program()
     from llmtrain import Run
     from llmtrain.metrics import read_metrics
 

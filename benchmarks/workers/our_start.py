@@ -23,10 +23,9 @@ def measure(task: Task) -> dict[str, Any]:
         mark = now
 
     ended("Python starts")
-    from llmtrain.runtime import prepare_process, restart_with_tunables
+    from llmtrain.runtime import prepare_program
 
-    restart_with_tunables()
-    prepare_process()
+    prepare_program()
     import torch  # noqa: F401
 
     ended("import torch")

@@ -24,10 +24,9 @@ def overrides(task: Task) -> list[str]:
 def measure(task: Task) -> dict[str, Any]:
     """Train for so many steps; the checkpoint at the end of a run is not in the figures."""
     if task.prepare_process:
-        from llmtrain.runtime import prepare_process, restart_with_tunables
+        from llmtrain.runtime import prepare_program
 
-        restart_with_tunables()
-        prepare_process()
+        prepare_program()
     from llmtrain import Run
     from llmtrain.metrics import read_metrics
 

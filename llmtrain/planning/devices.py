@@ -14,7 +14,7 @@ from llmtrain.runtime import available_memory, device_name, peak_flops
 # units of GPUs what PaLM and nanoGPT report (46% and 38 to 50%), and well more where the peak is low.
 UTILISATION = {"bf16": 0.40, "fp16": 0.40, "fp8": 0.30, "tf32": 0.40, "fp32": 0.65}
 # On a CPU the rest of a step weighs the more, the faster the products are.  Measured with GPT-2 124M on two CPUs with
-# AVX512-BF16 and with AMX, whose rates are 0.16 to 1.3 TFLOP/s a thread: 77 to 24% in all, within a quarter of this.
+# AVX512-BF16 and with AMX, whose rates are 0.16 to 1.3 TFLOP/s a thread: 77 to 24% in all, within a third of this.
 CPU_PRODUCTS = 1.1  # time of all products over that at the rate of the fastest
 CPU_OTHERS = 1.6e-12  # seconds of a thread for everything else, a FLOP of the model
 

@@ -26,7 +26,7 @@ __all__ = ["Category", "Memory", "Phase", "Untraceable", "at_micro_batch", "esti
 # tokenizer.
 CPU_LIBRARIES = 365_000_000
 # What the kernels take for themselves while they run: packed weights, copies in another order.  Measured: 45 to 225 MB
-# from `model=laptop` to `model=gpt124m`.
+# over the simulated heap from `model=laptop` to `model=gpt124m`; the latter in fp32 stays below it.
 CPU_WORKSPACE = 65_000_000
 CPU_LEAST_HEAP = 90_000_000  # the matrices that the arithmetic's speed is measured with when a run starts
 # cuBLAS' workspace, which comes from torch's allocator: 32 MiB on Hopper, 8 MiB before.

@@ -171,9 +171,7 @@ class Typed(io.StringIO):
         return True
 
 
-def chat(
-    folder: Path, said: str | Typed, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> str:  # fmt: skip
+def chat(folder: Path, said: str | Typed, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
     """What is printed when ``said`` comes through a pipe, or is typed."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr("sys.stdin", io.StringIO(said) if isinstance(said, str) else said)
