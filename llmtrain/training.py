@@ -18,6 +18,7 @@ from llmtrain.looks import Looks
 from llmtrain.loop import Loop
 from llmtrain.metrics import Metrics
 from llmtrain.model import LanguageModel
+from llmtrain.model.attention import why_slow
 from llmtrain.optimizer.state import state_tensors
 from llmtrain.planning.blueprint import Blueprint
 from llmtrain.planning.memory import estimate
@@ -133,6 +134,9 @@ def tune(run: RunConfig, parts: Parts, state: TrainState, peak_flops: float) -> 
     )  # fmt: skip
     if loss_sum is not None:
         parts = replace(parts, loss_sum=loss_sum)
+    if reason := why_slow(parts.device, parts.precision.dtype):
+        message = f"torch's kernel: {reason}; training is slower with it on this CPU"
+        events.append({"event": "attention", "step": state.step, "message": message})
     return parts, [*events, *([] if event is None else [event])]
 
 

@@ -26,7 +26,7 @@ LAYERS = [
     "checkpoint display evaluate inference offenders report tuning",
     "accumulation activation_checkpointing clipping data hf lora metrics model objective optimizer precision recovery "
     "schedule tokenizer weights",
-    "profiling",
+    "native profiling",
     "memory_timeline run_directory",
     "checks figures format memory readback runtime signals state stopwatch storage",
 ]
@@ -39,7 +39,7 @@ CONTRACTS = {
 OPTIONS = {"hf": {"model", "lora"}, "weights": {"hf"}}  # who knows the options too: names and keys of particular models
 
 HYDRA = {"cli", "config"}
-PROCESSES = {"runtime", "sweep"}  # git for environment.json, the jobs of a sweep
+PROCESSES = {"native", "runtime", "sweep"}  # a compiler, git for environment.json, the jobs of a sweep
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy"}
 UNSAFE_CALLS = {
     "eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "torch.save", "torch.jit.load",

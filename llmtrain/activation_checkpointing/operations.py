@@ -25,10 +25,10 @@ KEPT_NAMES = (
     # matrix products: every device; fp8; oneDNN's on a CPU
     "aten::mm", "aten::addmm", "aten::linear", "aten::_scaled_mm", "aten::_addmm_activation",
     "mkldnn::_linear_pointwise", "mkl::_mkl_linear",
-    # attention: CUDA, CPU
+    # attention: CUDA, CPU, our own
     "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_fused_attention_overrideable",
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention_for_cpu", "llmtrain::causal_attention",
 )  # fmt: skip
 
 

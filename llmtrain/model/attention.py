@@ -7,6 +7,7 @@ layers, a mask if there has to be one, is made once a forward pass (:func:`sight
 
 import importlib.util
 from collections.abc import Callable
+from enum import Enum
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -16,10 +17,19 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from llmtrain.model import cpu_attention
 from llmtrain.model.dropout import attend_with_dropout, is_drawn_here
 
 BLOCK = 128  # queries and keys that FlexAttention leaves out, or takes, at once
 MIN_HEAD_SIZE = 16  # of FlexAttention's kernels
+
+
+class Kernel(Enum):
+    """What computes attention.  But for the first they see neither a mask nor make the matrix of all scores."""
+
+    sdpa = "sdpa"  # torch.nn.functional.scaled_dot_product_attention
+    flex = "flex"  # FlexAttention
+    own = "own"  # llmtrain.model.cpu_attention
 
 
 class Blockwise(NamedTuple):
@@ -29,7 +39,14 @@ class Blockwise(NamedTuple):
     slopes: Tensor | None  # (heads,)
 
 
-Sight = Tensor | Blockwise | None  # a mask: boolean, or added to the scores; None: all keys up to the query's own
+class FirstKeys(NamedTuple):
+    """What our own kernel is told: the first key that each query sees, ``(batch or 1, sequence)``, int32."""
+
+    numbers: Tensor
+
+
+# a mask: boolean, or added to the scores; None: all keys up to the query's own
+Sight = Tensor | Blockwise | FirstKeys | None
 
 
 def segment_starts(segments: Tensor) -> Tensor:
@@ -58,13 +75,13 @@ def sight(
     starts: Tensor | None = None,
     window: int | None = None,
     slopes: Tensor | None = None,
-    blockwise: bool = False,
+    kernel: Kernel = Kernel.sdpa,
 ) -> Sight:
     """Which keys ``new`` tokens behind ``past`` cached ones see, for a layer of any number of heads.
 
     ``starts``: of :func:`segment_starts`.  ``window``: a query sees its own key and ``window - 1`` before it.
     ``slopes`` ``(heads,)``: ALiBi, ``slope * (key - query)`` is added to the scores (Press et al. 2021,
-    https://arxiv.org/abs/2108.12409).  ``blockwise``: FlexAttention can be had (:func:`has_blockwise`).
+    https://arxiv.org/abs/2108.12409).  ``kernel``: what computes it (:func:`kernel_for`).
     """
     if window is not None and past + new <= window:
         window = None
@@ -74,7 +91,9 @@ def sight(
     first = torch.zeros_like(queries)[None] if starts is None else starts  # key that each query sees
     if window is not None:
         first = torch.maximum(first, queries - (window - 1))
-    if blockwise:
+    if kernel is Kernel.own and slopes is None:
+        return FirstKeys(first.to(torch.int32))
+    if kernel is Kernel.flex:
         if is_fake(first):
             return None  # what is planned for, all keys, has the same memory
         return Blockwise(block_mask(first), slopes)
@@ -88,15 +107,20 @@ def sight(
     return bias.masked_fill(~mask, -torch.inf)
 
 
-def has_blockwise(ids: Tensor, head_size: int, dropout: float) -> bool:
-    """Whether FlexAttention computes this attention, backward included: it neither sees a mask nor keeps one.
+def kernel_for(ids: Tensor, head_size: int, dropout: float) -> Kernel:
+    """What computes attention without cached keys, backward included.
 
-    Its kernels are compiled with a block or by themselves.  A model compiled as a whole makes a mask: on a CPU torch
-    2.13 refuses block masks that are made in the same graph.
+    FlexAttention's kernels are compiled with a block or by themselves.  A model compiled as a whole makes a mask: on a
+    CPU torch 2.13 refuses block masks that are made in the same graph.
     """
-    if ids.device.type != "cuda" or head_size < MIN_HEAD_SIZE or dropout or torch.compiler.is_compiling():
-        return False
-    return is_fake(ids) or importlib.util.find_spec("triton") is not None
+    if dropout or torch.compiler.is_compiling():
+        return Kernel.sdpa
+    if ids.device.type == "cpu":
+        has_own = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        return Kernel.own if has_own and cpu_attention.fits(head_size) else Kernel.sdpa
+    if ids.device.type != "cuda" or head_size < MIN_HEAD_SIZE:
+        return Kernel.sdpa
+    return Kernel.flex if is_fake(ids) or importlib.util.find_spec("triton") is not None else Kernel.sdpa
 
 
 def block_mask(first: Tensor) -> BlockMask:
@@ -139,6 +163,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, sight: Sight, dropout: flo
         flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
         bias = None if sight.slopes is None else _distance_bias(sight.slopes)
         return flex(query, key, value, score_mod=bias, block_mask=sight.mask, enable_gqa=repeats > 1)
+    if isinstance(sight, FirstKeys):
+        return cpu_attention.attend(query, key, value, sight.numbers)
+    if sight is None and query.shape[2] == key.shape[2] and not dropout and cpu_attention.takes(query):
+        return cpu_attention.attend(query, key, value)
     if sight is not None and sight.dtype != torch.bool:
         sight = sight.to(query.dtype)
     is_written_out = dropout > 0 and is_drawn_here(query)
@@ -161,9 +189,15 @@ def _has_flash(dtype: torch.dtype) -> bool:
     return not torch.cuda.is_initialized() or torch.cuda.get_device_capability() >= (8, 0)
 
 
+def why_slow(device: torch.device, dtype: torch.dtype) -> str:
+    """What there is to say if a faster attention cannot be had; mostly nothing."""
+    return cpu_attention.find_kernel()[1] if device.type == "cpu" and dtype == torch.bfloat16 else ""
+
+
 def prepare_compiling() -> None:
     """What torch's compiler is to take as it is.  Called before it is used: to import it takes a second."""
     torch.compiler.assume_constant_result(_has_flash)
+    torch.compiler.assume_constant_result(cpu_attention.is_there)
 
 
 @cache

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.model import LanguageModel, ModelConfig
-from llmtrain.model.attention import Sight, attend, has_blockwise, segment_starts, sight
+from llmtrain.model.attention import Kernel, Sight, attend, kernel_for, segment_starts, sight
 from llmtrain.model.cache import KVCache, LayerCache
 from llmtrain.model.dropout import Dropout
 from llmtrain.model.vocabulary import hide_padding, logit_bias, padded_size
@@ -141,8 +141,9 @@ class GPT(LanguageModel):
         if starts is not None:
             positions = positions - starts
         dropout = self.config.dropout if self.training else 0.0
-        blockwise = cache is None and has_blockwise(ids, self.config.hidden_size // self.config.num_heads, dropout)
-        seen = sight(length, past, ids.device, starts=starts, blockwise=blockwise)
+        head_size = self.config.hidden_size // self.config.num_heads
+        kernel = kernel_for(ids, head_size, dropout) if cache is None else Kernel.sdpa
+        seen = sight(length, past, ids.device, starts=starts, kernel=kernel)
         x = self.dropout(self.token_embedding(ids) + self.position_embedding(positions))
         if cache is None:
             for block in self.callable_blocks:

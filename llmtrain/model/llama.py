@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.model import LanguageModel, ModelConfig
-from llmtrain.model.attention import Sight, alibi_slopes, attend, has_blockwise, segment_starts, sight
+from llmtrain.model.attention import Kernel, Sight, alibi_slopes, attend, kernel_for, segment_starts, sight
 from llmtrain.model.cache import KVCache, LayerCache
 from llmtrain.model.dropout import Dropout
 from llmtrain.model.rotary import Rotary, Scaling, Turns, rotate, turns
@@ -291,10 +291,10 @@ class Llama(LanguageModel):
         """Which keys queries see, for each window that a layer has."""
         length, past = ids.shape[1], 0 if cache is None else cache.length
         dropout = self.config.dropout if self.training else 0.0
-        blockwise = cache is None and has_blockwise(ids, self.config.size_of_head, dropout)
+        kernel = kernel_for(ids, self.config.size_of_head, dropout) if cache is None else Kernel.sdpa
         slopes = self.positions.value if self.rotary is None else None
         return {
-            window: sight(length, past, ids.device, starts=starts, window=window, slopes=slopes, blockwise=blockwise)
+            window: sight(length, past, ids.device, starts=starts, window=window, slopes=slopes, kernel=kernel)
             for window in {self.config.window(layer) for layer in range(self.num_layers)}
         }
 

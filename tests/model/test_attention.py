@@ -5,7 +5,18 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from llmtrain.model.attention import Blockwise, alibi_slopes, attend, block_mask, has_blockwise, segment_starts, sight
+from llmtrain.model import cpu_attention
+from llmtrain.model.attention import (
+    Blockwise,
+    FirstKeys,
+    Kernel,
+    alibi_slopes,
+    attend,
+    block_mask,
+    kernel_for,
+    segment_starts,
+    sight,
+)
 
 CPU = torch.device("cpu")
 SEGMENTS = torch.tensor([[1] * 5 + [2] * 3 + [3] + [0] * 3, [1] * 12, [4] * 4 + [9] * 8], dtype=torch.int32)
@@ -81,7 +92,7 @@ def test_blocks_are_those_that_torch_finds_pair_by_pair(length: int, window: int
     draw = torch.Generator().manual_seed(length)
     cuts = [torch.randint(0, length, (4,), generator=draw).tolist() for _ in range(2)]
     segments = torch.tensor([[sum(cut <= i for cut in row) for i in range(length)] for row in cuts])
-    seen = sight(length, 0, CPU, starts=segment_starts(segments), window=window, blockwise=True)
+    seen = sight(length, 0, CPU, starts=segment_starts(segments), window=window, kernel=Kernel.flex)
     assert isinstance(seen, Blockwise)
     ours, theirs = seen.mask, create_block_mask(seen.mask.mask_mod, 2, None, length, length, device="cpu")
     assert torch.equal(ours.to_dense(), theirs.to_dense())
@@ -101,14 +112,14 @@ def test_flex_attention_is_told_the_same_as_a_mask_tells(biased: bool, monkeypat
     segments = torch.arange(200).div(70, rounding_mode="floor").expand(3, -1)
     starts, slopes = segment_starts(segments), alibi_slopes(4) if biased else None
     by_blocks, by_mask = (
-        attend(query, key, value, sight(200, 0, CPU, starts=starts, window=40, slopes=slopes, blockwise=blockwise))
-        for blockwise in (True, False)
+        attend(query, key, value, sight(200, 0, CPU, starts=starts, window=40, slopes=slopes, kernel=kernel))
+        for kernel in (Kernel.flex, Kernel.sdpa)
     )
     torch.testing.assert_close(by_blocks, by_mask, atol=1e-6, rtol=0)
 
 
 def test_flex_attention_is_for_gpus() -> None:
-    assert not has_blockwise(torch.zeros(1, 8, dtype=torch.long), 64, 0.0)
+    assert kernel_for(torch.zeros(1, 8, dtype=torch.long), 64, 0.0) is Kernel.sdpa
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -119,18 +130,46 @@ def test_on_a_gpu_blocks_give_what_a_mask_gives(dtype: torch.dtype, biased: bool
     draw = torch.Generator(cuda).manual_seed(0)
     segments = torch.arange(320, device=cuda).div(90, rounding_mode="floor").expand(2, -1)
     slopes = alibi_slopes(4).to(cuda) if biased else None
-    assert has_blockwise(segments, 64, 0.0)
+    assert kernel_for(segments, 64, 0.0) is Kernel.flex
     found = []
     tensors = [torch.randn(2, n, 320, 64, device=cuda, generator=draw) for n in (4, 2, 2, 4)]
-    for blockwise, to in ((True, dtype), (False, torch.float32)):
+    for kernel, to in ((Kernel.flex, dtype), (Kernel.sdpa, torch.float32)):
         query, key, value = (tensor.to(to).requires_grad_() for tensor in tensors[:3])
-        seen = sight(320, 0, cuda, starts=segment_starts(segments), window=200, slopes=slopes, blockwise=blockwise)
+        seen = sight(320, 0, cuda, starts=segment_starts(segments), window=200, slopes=slopes, kernel=kernel)
         y = attend(query, key, value, seen)
         y.backward(tensors[3].to(to))
         found.append([tensor.float() for tensor in (y, query.grad, key.grad, value.grad) if tensor is not None])
     tolerance = 1e-4 if dtype == torch.float32 else 4e-2
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+# --- our own kernel ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not cpu_attention.is_there(), reason="needs a CPU with AVX512-BF16 and without AMX, and g++")
+def test_our_own_kernel_is_for_bf16_on_a_cpu() -> None:
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kernel_for(ids, 64, 0.0) is Kernel.own
+        assert kernel_for(ids, 24, 0.0) is Kernel.sdpa
+        assert kernel_for(ids, 64, 0.1) is Kernel.sdpa
+        slopes = alibi_slopes(4)
+        assert isinstance(sight(8, 0, CPU, window=4, kernel=Kernel.own), FirstKeys)
+        assert isinstance(sight(8, 0, CPU, window=4, slopes=slopes, kernel=Kernel.own), Tensor)
+
+
+@pytest.mark.skipif(not cpu_attention.is_there(), reason="needs a CPU with AVX512-BF16 and without AMX, and g++")
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize("window", [None, 4, 12])
+@pytest.mark.parametrize("packed", [False, True])
+def test_our_own_kernel_sees_the_keys_that_a_mask_shows(packed: bool, window: int | None, key_heads: int) -> None:
+    query, key, value = (heads(count, 12, seed, 16).bfloat16() for seed, count in enumerate((4, key_heads, key_heads)))
+    starts = segment_starts(SEGMENTS) if packed else None
+    seen = sight(12, 0, CPU, starts=starts, window=window, kernel=Kernel.own)
+    assert seen is None or isinstance(seen, FirstKeys)
+    reference = expected(query, key, value, SEGMENTS if packed else None, window, None)
+    torch.testing.assert_close(attend(query, key, value, seen).double(), reference, atol=2e-2, rtol=2e-2)
 
 
 def test_the_first_block_of_a_row_sees_itself() -> None:
