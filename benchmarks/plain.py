@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmtrain.model import LanguageModel
+from llmtrain.model import LanguageModel, cpu_attention
+from llmtrain.model.gpt import GPT, GPTConfig
 from llmtrain.objective.causal import Causal
 from llmtrain.optimizer.adamw import AdamW
 from llmtrain.optimizer.groups import parameter_groups
@@ -31,3 +32,12 @@ class PlainLoss(Causal):
         return F.cross_entropy(
             model(inputs, segments=segments).float().flatten(0, 1), targets.flatten(), reduction="sum"
         )
+
+
+@dataclass(frozen=True)
+class TorchAttention(GPTConfig):
+    """GPT-2 with torch's attention, in all of the process, where there is one of our own."""
+
+    def build(self, vocab_size: int) -> GPT:
+        cpu_attention.find_kernel = lambda: (None, "")  # type: ignore[assignment]
+        return super().build(vocab_size)

@@ -21,6 +21,7 @@ VARIANTS = {
     "both": (),
     "compiled": ("runtime.compile=true",),
     "bf16": ("precision=bf16",),
+    "bf16, torch's attention": ("precision=bf16", "model._target_=benchmarks.plain.TorchAttention"),
     "bf16, compiled": ("precision=bf16", "runtime.compile=true"),
     "checkpointing=selective": ("activation_checkpointing=selective",),
     "checkpointing=full": ("activation_checkpointing=full",),

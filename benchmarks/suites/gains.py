@@ -18,6 +18,7 @@ class Switch:
     overrides: tuple[str, ...] = ()
     task: tuple[tuple[str, Any], ...] = ()
     only_compiled: bool = False
+    only_bf16: bool = False
 
 
 PLUGINS = "plugins=[benchmarks]"
@@ -26,6 +27,7 @@ SWITCHES = (
     Switch("allocator settings", task=(("prepare_process", False),)),
     Switch("fused AdamW", (PLUGINS, "optimizer._target_=benchmarks.plain.UnfusedAdamW")),
     Switch("loss of our own", (PLUGINS, "objective._target_=benchmarks.plain.PlainLoss")),
+    Switch("attention of our own", (PLUGINS, "model._target_=benchmarks.plain.TorchAttention"), only_bf16=True),
     Switch("compile", ("runtime.compile=false",), only_compiled=True),
 )
 
@@ -44,7 +46,11 @@ def plan(setup: Setup) -> list[list[Measurement]]:
 
 def switches_of(mode: str) -> list[Switch]:
     """Those that do something in ``mode``."""
-    return [switch for switch in SWITCHES if "compiled" in mode or not switch.only_compiled]
+    return [
+        switch
+        for switch in SWITCHES
+        if ("compiled" in mode or not switch.only_compiled) and ("bf16" in mode or not switch.only_bf16)
+    ]
 
 
 def without(setup: Setup, mode: str, switches: list[Switch], name: str) -> Measurement:
