@@ -26,7 +26,7 @@ constexpr int ROWS = 6;     // rows of a tile: 24 registers of sums, 4 of a pane
 constexpr float LOG2E = 1.44269504088896341f;
 
 // Blocks of queries and keys: multiples of ROWS on the side of the rows, of PANEL on the other.
-constexpr int QUERIES = 48, KEYS = 128;
+constexpr int QUERIES = 48, KEYS = 256;
 constexpr int BACKWARD_KEYS = 96, BACKWARD_QUERIES = 128;
 
 int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
