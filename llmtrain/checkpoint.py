@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,15 +65,15 @@ class Checkpoint:
         """How many checkpoints are on the disk in the long run, apart from those of ``keep_every``; at least 1."""
         return max(self.keep_last, 1) + self.keep_best
 
-    def superfluous(self, steps: Sequence[int], val_losses: Mapping[int, float]) -> set[int]:
+    def superfluous(self, steps: Sequence[int], standings: Mapping[int, Any]) -> set[int]:
         """Which of the whole checkpoints at ``steps`` need not be kept.
 
-        ``val_losses`` are the validation losses by step.  ``keep_last=0`` keeps all.
+        ``standings``: of what was evaluated by step, the least being the best.  ``keep_last=0`` keeps all.
         """
         if not self.keep_last:
             return set()
         kept = set(sorted(steps)[-self.keep_last :])
-        judged = sorted((val_losses[step], step) for step in steps if step in val_losses)
+        judged = sorted((standings[step], step) for step in steps if step in standings)
         kept |= {step for _, step in judged[: self.keep_best]}
         if self.keep_every:
             kept |= {step for step in steps if step % self.keep_every == 0}

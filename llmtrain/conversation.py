@@ -49,7 +49,7 @@ class Conversation:
     messages: list[Message] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.encoder = PartEncoder(self.trained.tokenizer)
+        self.encoder = PartEncoder(self.trained.tokenizer, self.template)
         self.stop_ids, self.stop_texts = self.encoder.stops(self.template)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:

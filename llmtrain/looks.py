@@ -15,7 +15,7 @@ from llmtrain.evaluate import Evaluated, LossSum, Score, evaluate
 from llmtrain.inference import generate
 from llmtrain.loop_config import LoopConfig
 from llmtrain.memory import halved_on_out_of_memory, is_out_of_memory
-from llmtrain.metrics import Metrics
+from llmtrain.metrics import Metrics, Standing, standing
 from llmtrain.metrics.jsonl import drop_rows
 from llmtrain.model import LanguageModel
 from llmtrain.precision import Precision
@@ -49,6 +49,7 @@ class Looks:
     generates: bool = True  # whether samples of text say something
 
     val_losses: dict[int, float] = field(default_factory=dict, init=False)  # by step
+    standings: dict[int, Standing] = field(default_factory=dict, init=False)  # the same, of the best the least
     last_val_loss: float | None = field(default=None, init=False)
     last_train_loss: float | None = field(default=None, init=False)  # evaluated as the validation loss is
     last_measures: dict[str, Any] = field(default_factory=dict, init=False)  # accuracy and so on
@@ -144,8 +145,15 @@ class Looks:
         self.evaluated_step = row["step"]
         self.last_val_loss, self.last_train_loss = row["val_loss"], row.get("train_loss")
         self.last_measures = {key: row[key] for key in MEASURES if key in row}
-        self.val_losses[row["step"]] = row["val_loss"]
-        if state.best_val_loss is None or row["val_loss"] < state.best_val_loss:
+        self.val_losses[row["step"]], self.standings[row["step"]] = row["val_loss"], standing(row)
+        best = state.best_val_step
+        if best is None or state.best_val_loss is None:
+            is_best = True
+        elif best in self.standings:
+            is_best = standing(row) < self.standings[best]
+        else:  # its own row is not read yet, or lost
+            is_best = row["step"] > best and row["val_loss"] < state.best_val_loss
+        if is_best:
             state.best_val_loss, state.best_val_step = row["val_loss"], row["step"]
 
     def forget_after(self, state: TrainState) -> None:
@@ -153,9 +161,10 @@ class Looks:
         step = state.step
         self.samples.rewrite(lambda: drop_rows(self.samples.path, lambda row: row["step"] > step))
         self.val_losses = {at: loss for at, loss in self.val_losses.items() if at <= step}
+        self.standings = {at: self.standings[at] for at in self.val_losses}
         self.evaluated_step = step if step in self.val_losses else None
         self.sampled_step = step
         self.last_val_loss = self.last_train_loss = None
         self.last_measures = {}
-        best = min(self.val_losses, key=self.val_losses.__getitem__, default=None)
+        best = min(self.standings, key=self.standings.__getitem__, default=None)
         state.best_val_step, state.best_val_loss = best, None if best is None else self.val_losses[best]

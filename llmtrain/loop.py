@@ -409,8 +409,8 @@ class Loop:
         if self.state.step not in (self.saved_step, self.tried_step):
             self.capture_state()
             model, optimizer = saved_tensors(self.model), state_tensors(self.optimizer)
-            state, val_losses = self.state.to_json(), self.looks.val_losses
-            self.saver.begin(model, optimizer, state, self.config_text, val_losses, copied=copied)
+            state, standings = self.state.to_json(), self.looks.standings
+            self.saver.begin(model, optimizer, state, self.config_text, standings, copied=copied)
             self.saved_step = self.tried_step = self.state.step
             self.trained_at_save = self.state.train_seconds
         self.mark = self.saved_at = self.clock()

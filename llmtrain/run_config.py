@@ -44,7 +44,7 @@ from llmtrain.weights.scratch import Scratch
 
 MOVED_BASE = (
     "the weights that adapters were trained on have to be there; if they were moved, say where to: base=DIR (generate, "
-    "chat, predict, export), weights.path=DIR (resume)"
+    "chat, predict, export, verify), weights.path=DIR (resume)"
 )
 TARGETS = {  # of the kinds of data, in words
     "text": "every next token of a text",

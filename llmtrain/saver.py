@@ -24,6 +24,7 @@ from torch import Tensor
 
 from llmtrain.checkpoint import Checkpoint
 from llmtrain.format import size
+from llmtrain.metrics import Standing
 from llmtrain.run_directory import RunDirectory
 from llmtrain.runtime import available_memory
 from llmtrain.storage import (
@@ -149,7 +150,7 @@ class Saver:
         optimizer: dict[str, Tensor],
         state: dict[str, Any],
         config: str,
-        val_losses: Mapping[int, float],
+        standings: Mapping[int, Standing],
         *,
         copied: bool = True,
     ) -> None:
@@ -162,7 +163,7 @@ class Saver:
         self._begun = time.perf_counter()
         path = self.directory.checkpoints / f"step-{state['step']:08d}"
         self._saved = saved = Saved(state["step"], path)
-        val_losses = dict(val_losses)
+        standings = dict(standings)
         saved.copied = self.is_behind and copied
         if saved.copied:
             self._snapshot.begin(model=model, optimizer=optimizer)
@@ -170,11 +171,11 @@ class Saver:
             def work() -> None:
                 self._snapshot.finish()
                 copies = self._snapshot.copies
-                self._write(saved, copies["model"], copies["optimizer"], state, config, val_losses)
+                self._write(saved, copies["model"], copies["optimizer"], state, config, standings)
         else:
 
             def work() -> None:
-                self._write(saved, model, optimizer, state, config, val_losses)
+                self._write(saved, model, optimizer, state, config, standings)
 
         self._future = self._pool.submit(work)
         if self.is_behind:
@@ -230,7 +231,7 @@ class Saver:
         optimizer: dict[str, Tensor],
         state: dict[str, Any],
         config: str,
-        val_losses: Mapping[int, float],
+        standings: Mapping[int, Standing],
     ) -> None:
         try:
             self.whole.discard(saved.path)
@@ -238,12 +239,12 @@ class Saver:
             write_checkpoint(saved.path, model=model, optimizer=optimizer, state=state, config=config)
             confirm_checkpoint(saved.path, model=model, optimizer=optimizer)
             self.whole.add(saved.path)
-            self._remove_superfluous(saved, val_losses)
+            self._remove_superfluous(saved, standings)
         except Exception as error:  # reported on the training thread, which decides what it means
             saved.error = error
         saved.seconds = time.perf_counter() - self._begun
 
-    def _remove_superfluous(self, saved: Saved, val_losses: Mapping[int, float]) -> None:
+    def _remove_superfluous(self, saved: Saved, standings: Mapping[int, Standing]) -> None:
         """Remove what the policy does not keep; a checkpoint that is not whole neither counts nor goes."""
         for path in self.directory.find_checkpoints():
             if path not in self.whole and path not in self.damaged:
@@ -253,7 +254,7 @@ class Saver:
                 except CheckpointError as error:
                     self.damaged.add(path)
                     saved.damaged.append(str(error))
-        for step in sorted(self.policy.superfluous([step_of(path) for path in self.whole], val_losses)):
+        for step in sorted(self.policy.superfluous([step_of(path) for path in self.whole], standings)):
             path = next(path for path in self.whole if step_of(path) == step)
             remove_checkpoint(path)
             self.whole.discard(path)

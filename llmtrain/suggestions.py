@@ -31,7 +31,7 @@ def suggest_key(key: str, verb: str) -> str:
     siblings = [name for name in known if name.rsplit(".", 1)[0] == key.rsplit(".", 1)[0]] if "." in key else []
     best = same_name or difflib.get_close_matches(key, siblings, n=1) or difflib.get_close_matches(key, known, n=1)
     group, _, name = key.partition(".")
-    if name and not same_name and (options := options_with(group, name)):
+    if name and group in known and not same_name and (options := options_with(group, name)):
         return f"; the chosen option of {group} has none, others have: {' or '.join(f'{group}={o}' for o in options)}"
     if best == [key]:
         return f"; the chosen option of {group} has none (what it has: --cfg job --package {group})"

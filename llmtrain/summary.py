@@ -11,7 +11,8 @@ from llmtrain.data import Corpus
 from llmtrain.format import count, rate
 from llmtrain.lint import Settings
 from llmtrain.loop import Loop
-from llmtrain.lora import trained_and_all
+from llmtrain.lora import Lora, trained_and_all
+from llmtrain.lora.low_rank import LowRank
 from llmtrain.model import LanguageModel
 from llmtrain.precision import Precision
 from llmtrain.runtime import device_name
@@ -46,10 +47,14 @@ def header(
     flops = tokens * model.flops_per_token(sequence)
     yield "run", str(path)
     yield "model", f"{name}, {count(model.num_parameters())} parameters, context {model.context_length}"
+    if path := getattr(run.weights, "path", None):
+        yield "weights", f"{_option(run.weights)}, {path}"
     trained, whole = trained_and_all(model)
     if trained < whole:
-        yield "trained", f"{trained:,} of {whole:,} parameters ({trained / whole:.2%})"
+        yield "trained", f"{trained:,} of {whole:,} parameters ({trained / whole:.2%}){_adapters(run.lora)}"
     yield "data", corpus.description
+    if template := getattr(run.data, "template", None):
+        yield "template", repr(template)[1:-1]
     epochs = steps_left * batch / len(corpus.train)
     split = f" in micro-batches of {micro}" if micro < batch else ""
     if corpus.train.mean_length == sequence:
@@ -59,17 +64,29 @@ def header(
     length = f"{steps_left:,} steps, {count(tokens)} tokens, {epochs:.2f} epochs, {flops:.2e} FLOPs"
     yield "length", length + (f", still to go after {state.step:,} steps" if state.step else "")
     warmup = run.schedule.warmup(parts.max_steps)
-    optimizer, schedule = (type(part).__module__.rpartition(".")[2] for part in (run.optimizer, run.schedule))
     warming = f", {warmup} warm-up steps" if warmup else ""
-    yield "optimizer", f"{optimizer}, learning rate {run.optimizer.lr:g}; schedule {schedule}{warming}"
+    rate_and_schedule = f"learning rate {run.optimizer.lr:g}; schedule {_option(run.schedule)}{warming}"
+    yield "optimizer", f"{_option(run.optimizer)}, {rate_and_schedule}"
     yield "device", f"{device_name(parts.device)}, {parts.precision.name}, {rate(peak_flops, 'FLOP/s')} at most"
     if parts.precision.notice:
         yield "precision", parts.precision.notice
 
 
+def _option(part: object) -> str:
+    """The name of an option: that of its module."""
+    return type(part).__module__.rpartition(".")[2]
+
+
+def _adapters(lora: Lora) -> str:
+    if not isinstance(lora, LowRank):
+        return ""
+    return f"; {_option(lora)}, rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}"
+
+
 def summarise(name: str, verb: str, loop: Loop, reason: str) -> dict[str, Any]:
     """``summary.json``; ``verb``: what the trained model is asked with."""
     state = loop.state
+    best = loop.looks.standings.get(state.best_val_step or 0)
     return {
         "exit_reason": reason,
         "name": name,
@@ -85,6 +102,8 @@ def summarise(name: str, verb: str, loop: Loop, reason: str) -> dict[str, Any]:
         "best_val_loss": finite(state.best_val_loss),
         "best_val_step": state.best_val_step,
         **loop.looks.last_measures,
+        **({"best_accuracy": -best[0]} if best is not None and "accuracy" in loop.looks.last_measures else {}),
+        "keep_best": loop.checkpoint.keep_best,
         "refused_steps": state.refused_steps,
         "skipped_sequences": state.skipped_sequences,
         "parameters": loop.model.num_parameters(),

@@ -79,6 +79,8 @@ def run_sweep(jobs: Sequence[Job], sweep_dir: Path | None, overrides: Sequence[s
             console.print(Text("stopped; the same command goes on from here"))
             return INTERRUPTED
         if statuses[-1]:
+            if not directory.summary.exists():  # it never came to train
+                write_atomically(directory.summary, json.dumps({"exit_reason": "failed", "step": 0}) + "\n")
             console.print(Text(f"this job failed with exit status {statuses[-1]}; the sweep goes on", style="red"))
     console.rule("sweep", align="left")
     wide.print(sweep_table(sweep))

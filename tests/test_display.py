@@ -152,6 +152,25 @@ def test_summary_of_an_interrupted_run(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"best_val_step": 0, "keep_best": 1}, "validation loss  3.4000 (best 3.3000 at step 0, before training)"),
+        ({"keep_best": 1}, "validation loss  3.4000 (best 3.3000 at step 100, where there was no checkpoint)"),
+        ({"best_val_step": 120}, "validation loss  3.4000 (best 3.3000 at step 120)"),
+        (
+            {"accuracy": 0.93, "macro_f1": 0.9, "best_accuracy": 0.95},
+            "accuracy         93.0%, macro-F1 0.900 (best 95.0% at step 100, not kept: checkpoint.keep_best=1 does)",
+        ),
+    ],
+)
+def test_the_best_step_and_whether_it_is_there(tmp_path: Path, changes: dict, line: str) -> None:
+    stream = io.StringIO()
+    with PlainDisplay(tmp_path, stream) as display:
+        display.summary(SUMMARY | changes)
+    assert f"  {line}\n" in stream.getvalue()
+
+
 def test_a_finished_run_offers_no_resume(tmp_path: Path) -> None:
     stream = io.StringIO()
     with PlainDisplay(tmp_path, stream) as display:

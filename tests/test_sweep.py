@@ -61,6 +61,17 @@ def test_a_failing_job_does_not_lose_the_others(tmp_path: Path) -> None:
     assert "failed" in done.stdout
 
 
+@pytest.mark.slow
+def test_a_job_that_never_came_to_train_has_failed(tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_text(" \n")
+    data = ("data=text", "data.path=bad.txt", "data.cache_dir=cache")
+    done = llmtrain(*SWEEP, "optimizer.lr=1e-4,1e-3", *data, cwd=tmp_path, check=1)
+    assert "pending" not in done.stdout
+    assert [json.loads((job / "summary.json").read_text())["exit_reason"] for job in runs(tmp_path)] == ["failed"] * 2
+    (tmp_path / "bad.txt").write_text((Path(__file__).parents[1] / "data" / "lighthouse.txt").read_text())
+    llmtrain(*SWEEP, "optimizer.lr=1e-4,1e-3", *data, cwd=tmp_path)
+
+
 def test_all_jobs_are_checked_before_the_first_starts(tmp_path: Path) -> None:
     done = llmtrain(*SWEEP, "model.num_heads=2,3", cwd=tmp_path, check=2)
     assert "must be divisible by num_heads=3" in done.stderr

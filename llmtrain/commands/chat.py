@@ -96,6 +96,7 @@ def main(settings: Chat, invocation: Invocation) -> int:
 def answer(text: str, conversation: Conversation, console: Console) -> None:
     """Stream the reply to ``text``; Ctrl-C leaves it as far as it has come."""
     is_terminal = sys.stdout.isatty()
+    room = conversation.room
     reply = conversation.reply(text)
     try:
         with contextlib.closing(reply):
@@ -105,7 +106,7 @@ def answer(text: str, conversation: Conversation, console: Console) -> None:
     except KeyboardInterrupt:
         console.print(Text(" …", style="dim"), end="")
     sys.stdout.write("\n\n" if is_terminal else "\n")
-    if conversation.room < 0:
+    if conversation.room < 0 <= room:
         reads = f"{conversation.trained.model.context_length:,} tokens"
         message = f"longer than the {reads} that the model reads: it no longer sees the beginning; /reset starts again"
         console.print(Text(message, style="yellow"))
@@ -125,7 +126,7 @@ def obey(line: str, conversation: Conversation, console: Console) -> bool:
             conversation.messages = [Message("system", argument)]
             console.print(Text("starting again", style="dim"))
         case "/undo" if any(message.role == "user" for message in conversation.messages):
-            take_back(conversation)
+            console.print(Text(f"taken back: {visible(take_back(conversation))}", style="dim"))
         case "/retry" if any(message.role == "user" for message in conversation.messages):
             answer(take_back(conversation), conversation, console)
         case "/undo" | "/retry":
@@ -142,12 +143,18 @@ def obey(line: str, conversation: Conversation, console: Console) -> bool:
                 console.print(
                     Text(f"{len(conversation.messages)} messages appended to {visible(argument)}", style="dim")
                 )
+        case "/save":
+            console.print(Text("/save FILE: a name is missing", style="yellow"))
+        case "/system":
+            console.print(Text("/system TEXT: a text is missing", style="yellow"))
         case "/history":
+            if not conversation.messages:
+                console.print(Text("nothing was said yet", style="yellow"))
             for message in conversation.messages:
                 console.print(Text.assemble((f"{message.role}: ", "bold"), visible(message.text)))
         case _:
             if command not in ("/help", "/?"):
-                console.print(Text(f"{visible(line)}: no such command, or something is missing", style="yellow"))
+                console.print(Text(f"{visible(line)}: no such command", style="yellow"))
             for name, meaning in COMMANDS.items():
                 console.print(Text.assemble((f"  {name:<14}", "bold"), meaning))
     return True

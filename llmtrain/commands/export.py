@@ -157,7 +157,7 @@ def taught(trained: Trained) -> Template | None:
 def ends_of(trained: Trained) -> int | list[int]:
     """The ids that end a text, and those that end a response in the run's template."""
     end, template = trained.tokenizer.end_of_text, taught(trained)
-    others = set() if template is None else PartEncoder(trained.tokenizer).stops(template)[0] - {end}
+    others = set() if template is None else PartEncoder(trained.tokenizer, template).stops(template)[0] - {end}
     return [end, *sorted(others)] if others else end
 
 

@@ -96,7 +96,7 @@ class Writer:
         self.stop_texts: tuple[str, ...] = ()
         if settings.template != AS_IT_IS:
             self.template = template_of(trained, None if settings.template == AS_TAUGHT else settings.template, None)
-            self.encoder = PartEncoder(trained.tokenizer)
+            self.encoder = PartEncoder(trained.tokenizer, self.template)
             self.stop_ids, self.stop_texts = self.encoder.stops(self.template)
 
     def texts(self, prompt: str) -> Iterator[str]:

@@ -127,6 +127,7 @@ def main(plan: Plan, invocation: Invocation) -> int:
         generator = torch.Generator("cpu")
         run.objective.attach(model, corpus.labels, generator)
         run.lora.apply(model, generator)
+        model.has_base = run.lora.adapts
     steps = run.loop.total_steps(run.accumulation, len(corpus.train), run.data.sequence_length)
     planned = Planned(tokenizer, corpus, model, steps)
 

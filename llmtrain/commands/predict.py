@@ -123,7 +123,7 @@ class Predictor:
 def show(predictor: Predictor, text: str) -> None:
     """Print the classes of ``text``, the likeliest first."""
     if not text.strip():
-        raise ValueError(f"text={text!r}: there is nothing in it")
+        raise ValueError(f"text={text!r}: there is nothing in it to tell the class of; give a text")
     found = predictor.probabilities([text])[0].tolist()
     decided = predictor.decide(found)
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
@@ -145,7 +145,7 @@ def predict_file(predictor: Predictor, settings: Predict) -> None:
             texts = [record.text(column, key) for record in window]
             for record, text in zip(window, texts, strict=True):
                 if not text.strip():
-                    raise ValueError(f"{record.origin}: the text is empty")
+                    raise ValueError(f"{record.origin}: the text is empty; remove the row, or fill it in")
             probabilities: dict[int, list[float]] = {}
             for rows in batched(sorted(range(len(texts)), key=lambda row: len(texts[row])), settings.batch_size):
                 found = predictor.probabilities([texts[row] for row in rows])

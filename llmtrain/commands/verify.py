@@ -26,7 +26,7 @@ from llmtrain.replay import Comparison, Replay, compare
 from llmtrain.run import Run
 from llmtrain.run_directory import RunDirectory
 from llmtrain.runtime import Device
-from llmtrain.storage import CONFIG, MANIFEST, CheckpointError, find_checkpoints, step_of, verify_checkpoint
+from llmtrain.storage import CONFIG, MANIFEST, CheckpointError, find_checkpoints, read_state, step_of, verify_checkpoint
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Verify:
     replay_steps: int | None
     tolerance: float
     device: Device
+    base: str | None
     plugins: list[str]
 
     def __post_init__(self) -> None:
@@ -100,7 +101,21 @@ def replay(console: Console, settings: Verify, directory: RunDirectory, checkpoi
         end, settled = changed[0], first or last  # what came after was trained with other settings
     if settings.replay_steps is not None:
         end = min(end, start + settings.replay_steps)
+    if end != step_of(last) and not any(start < step <= end for step in logged_at(directory)):
+        steps = f"the {end - start:,} steps to be replayed"
+        if settings.replay_steps is not None and end == start + settings.replay_steps:
+            steps = f"replay_steps={settings.replay_steps}"
+        raise ValueError(
+            f"{steps}: none of them was logged, so that there is nothing to compare; leave it out, or take as many as "
+            "there are between two rows of metrics.jsonl (metrics.log_every)"
+        )
     stored = stored_config.untrusted(stored_config.load(settled / CONFIG), settings.plugins)
+    if settings.base is not None:
+        if not read_state(settled).get("base"):
+            raise ValueError(
+                f"base={settings.base}: this run's checkpoints hold a whole model, no adapters; leave it out"
+            )
+        stored["weights"] = {**stored["weights"], "path": settings.base}
     run = Run.from_config(config.complete(stored))
     run = dataclasses.replace(run, runtime=dataclasses.replace(run.runtime, device=settings.device))
     run.runtime.torch_device()  # an error in the settings is none of the run's
@@ -110,7 +125,7 @@ def replay(console: Console, settings: Verify, directory: RunDirectory, checkpoi
         try:
             replayed = Replay.of(run, directory, Path(scratch), first, end, lambda: progress.advance(task))
         except ValueError as error:  # the data are damaged, or others
-            return fail(console, str(error))
+            return fail(console, "; ".join([str(error), *getattr(error, "__notes__", [])]))
         found = compare(replayed, directory, last if end == step_of(last) else None)
     return report(console, found, replayed.inexact, settings.tolerance)
 
@@ -119,6 +134,11 @@ def changed_at(directory: RunDirectory) -> list[int]:
     """The steps from which the run was resumed with other settings."""
     rows = read_metrics(directory.metrics)
     return [row["step"] for row in rows if row.get("event") == "resume" and row.get("changes")]
+
+
+def logged_at(directory: RunDirectory) -> list[int]:
+    """The steps that have a row in the metrics."""
+    return [row["step"] for row in read_metrics(directory.metrics) if "loss" in row and "event" not in row]
 
 
 def report(console: Console, found: Comparison, inexact: str | None, tolerance: float) -> int:

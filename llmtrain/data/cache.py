@@ -155,7 +155,7 @@ def _write_shards(
             log.info("tokenising %s: %.1f M tokens so far", source.name, tokens / 1e6)
             reported = time.monotonic()
     if not tokens:
-        raise ValueError(f"{source.name}: there is no text in it")
+        raise ValueError(f"{source.name}: there is no text in it; name other data: data.path=…")
     Index(FORMAT, dtype_of(tokenizer.vocab_size).str, tokenizer.fingerprint, train.close(), validation.close()).write(
         folder
     )

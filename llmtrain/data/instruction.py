@@ -105,7 +105,8 @@ class Instruction(ExampleData[list[Message]]):
         return find_template(self.template, tokenizer, system=self.system)
 
     def encoder(self, tokenizer: Tokenizer) -> Callable[[list[Message]], Encoded]:
-        template, encode_parts = self.find_template(tokenizer), PartEncoder(tokenizer)
+        template = self.find_template(tokenizer)
+        encode_parts = PartEncoder(tokenizer, template)
 
         def encode(messages: list[Message]) -> Encoded:
             last = [len(messages) - 1] if self.train_on is TrainOn.last else None

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
+from itertools import pairwise
 from string import Formatter
 from typing import NamedTuple
 
@@ -86,18 +87,26 @@ class Template(ABC):
 
     def spelled_out(self, tokenizer: Tokenizer) -> list[str]:
         """Those that are no tokens of ``tokenizer`` and stand as text, as far as that is known beforehand; sorted."""
-        return sorted(self.special_names() - special_tokens(tokenizer).keys())
+        return sorted(self.special_names() - special_tokens(tokenizer, self.special_names()).keys())
 
 
 # --- to ids -------------------------------------------------------------------------------------------------------
 
 
-def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """Special tokens by name, Baichuan's reserved ones among them: its files declare them as ordinary pieces."""
+def special_tokens(tokenizer: Tokenizer, names: Collection[str] = ()) -> dict[str, int]:
+    """Special tokens by name, and those of ``names`` and of the templates here that are a token though no special one.
+
+    Baichuan's files declare their reserved ones as ordinary pieces or as such as are found in any text.
+    """
     found = dict(tokenizer.special_tokens)
     for name, token in RESERVED.items():
         if token < tokenizer.vocab_size and tokenizer.decode_bytes([token]) == name.encode():
             found.setdefault(name, token)
+    known = (name for template in TEMPLATES.values() for name in template.special_names())
+    for name in {*known, *SPECIAL.findall(tokenizer.chat_template or ""), *names} - found.keys():
+        ids = tokenizer.encode_continuation(name).tolist()
+        if len(ids) == 1 and tokenizer.decode_bytes(ids) == name.encode():
+            found[name] = ids[0]
     return found
 
 
@@ -109,9 +118,9 @@ class PartEncoder:
     goes over such a border, where it might in a text that is encoded as a whole.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: Template | None = None) -> None:
         self.tokenizer = tokenizer
-        self.special = special_tokens(tokenizer)
+        self.special = special_tokens(tokenizer, () if template is None else template.special_names())
         names = sorted(self.special, key=len, reverse=True)  # the longest wins
         self.pattern = re.compile(f"({'|'.join(map(re.escape, names))})") if names else None
 
@@ -134,7 +143,7 @@ class PartEncoder:
         def flush() -> None:
             nonlocal run
             if run:
-                add((self.tokenizer.encode_continuation if is_under_way else self.tokenizer.encode)(run))
+                add(self._encode(run, is_under_way))
             run = ""
 
         for part in parts:
@@ -162,6 +171,16 @@ class PartEncoder:
         """What ends a response: ids, and strings where the tokenizer has no token of that name."""
         ids = {self.special[name] for name in template.stop if name in self.special}
         return frozenset({*ids, self.tokenizer.end_of_text}), tuple(s for s in template.stop if s not in self.special)
+
+    def _encode(self, text: str, is_under_way: bool) -> np.ndarray:
+        """Ids of text, in which a name is text too, even where the tokenizer finds that token in any text."""
+        ids = (self.tokenizer.encode_continuation if is_under_way else self.tokenizer.encode)(text)
+        found = [] if self.pattern is None else [m for m in self.pattern.finditer(text) if len(m[0]) > 1]
+        if not found or not np.isin(ids, [self.special[match[0]] for match in found]).any():
+            return ids
+        borders = [0, *(match.start() + 1 for match in found), len(text)]  # no name is whole between two of them
+        stretches = [text[start:end] for start, end in pairwise(borders) if start < end]
+        return np.concatenate([self._encode(each, is_under_way or i > 0) for i, each in enumerate(stretches)])
 
     def _pieces(self, part: Part) -> list[str | int]:
         match part.kind:

@@ -151,14 +151,14 @@ def _results(summary: Row, run_dir: Path) -> list[tuple[str, str]]:
         results.append(("train, evaluated", format.loss(summary["final_train_loss"])))
     if summary.get("final_val_loss") is not None:
         value = format.loss(summary["final_val_loss"])
-        if summary.get("best_val_loss") is not None and summary.get("best_val_step") is not None:
-            best, last = summary["best_val_step"], summary["step"]
-            kept = (run_dir / "checkpoints" / f"step-{best:08d}").is_dir()
-            note = "" if best == last else ", kept" if kept else ", not kept: checkpoint.keep_best=1 does"
-            value += f" (best {format.loss(summary['best_val_loss'])} at step {best:,}{note})"
+        if summary.get("best_val_loss") is not None and summary.get("accuracy") is None:
+            value += _best(summary, format.loss(summary["best_val_loss"]), run_dir)
         results.append(("validation loss", value))
     if summary.get("accuracy") is not None:
-        results.append(("accuracy", f"{format.percent(summary['accuracy'])}, macro-F1 {summary['macro_f1']:.3f}"))
+        value = f"{format.percent(summary['accuracy'])}, macro-F1 {summary['macro_f1']:.3f}"
+        if summary.get("best_accuracy") is not None:
+            value += _best(summary, format.percent(summary["best_accuracy"]), run_dir)
+        results.append(("accuracy", value))
     if summary.get("tokens") is not None:
         results.append(("tokens", format.count(summary["tokens"])))
     if summary.get("train_seconds") is not None:
@@ -175,6 +175,24 @@ def _results(summary: Row, run_dir: Path) -> list[tuple[str, str]]:
     if summary.get("profile"):
         results.append(("profile", visible(summary["profile"])))
     return results
+
+
+def _best(summary: Row, value: str, run_dir: Path) -> str:
+    """Which step was the best, and whether there is a checkpoint of it."""
+    best = summary.get("best_val_step")
+    if best is None:
+        return ""
+    if not best:
+        note = ", before training"
+    elif best == summary["step"]:
+        note = ""
+    elif (run_dir / "checkpoints" / f"step-{best:08d}").is_dir():
+        note = ", kept"
+    elif summary.get("keep_best"):
+        note = ", where there was no checkpoint"
+    else:
+        note = ", not kept: checkpoint.keep_best=1 does"
+    return f" (best {value} at step {best:,}{note})"
 
 
 def loss_style(value: float) -> str:

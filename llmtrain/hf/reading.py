@@ -26,6 +26,7 @@ FREE = {
 }  # fmt: skip
 # … and may have otherwise on purpose, to read longer texts, say: that is told.
 TOLD = {*CHANGES, "sliding_window", "sliding_window_from_layer", "logit_softcap"}
+MODEL_OF_THE_WEIGHTS = "the weights' own model is model=auto, by their config.json; where it is that and the files lack something, get them again"
 
 
 @torch.no_grad()
@@ -138,8 +139,11 @@ def check_tensors(maps: Iterable[Map], state: Mapping[str, Tensor], family: Fami
     problems += [f"{name} is not known" for name in unexpected]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        remedies = remedies or {MODEL_OF_THE_WEIGHTS}
         remedy = "".join(f"; {text}" for text in sorted(remedies))
-        raise ValueError(f"{directory.folder}: does not fit the model: {'; '.join(problems[:3])}{more}{remedy}")
+        raise ValueError(
+            f"weights.path={directory.folder}: does not fit the model: {'; '.join(problems[:3])}{more}{remedy}"
+        )
 
 
 def check_head(model: LanguageModel, family: Family, directory: Directory, maps: Iterable[Map]) -> None:

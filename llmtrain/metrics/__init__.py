@@ -6,12 +6,13 @@ Three kinds of rows, told apart by their keys:
   tokens_per_second, mfu, step_seconds, memory_bytes, batch_size, and loss_scale under fp16; data_seconds,
   forward_seconds, backward_seconds, optimizer_seconds and other_seconds add up to step_seconds (rows of older
   versions lack them);
-- validation: step, tokens, epoch, val_loss;
+- validation: step, tokens, epoch, val_loss; where classes are told apart accuracy, macro_f1, confusion and labels;
 - events: event ("save", "refused", "resume", ...), step, and what belongs to the event.
 
 ``step`` is the number of optimizer steps done when the row was made, ``tokens`` the number trained on.
 """
 
+import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,19 @@ from typing import Self
 
 from llmtrain.metrics.jsonl import Row, drop_rows, read_metrics
 
-__all__ = ["Metrics", "MetricsConfig", "Row", "drop_rows", "read_metrics"]
+__all__ = ["Metrics", "MetricsConfig", "Row", "Standing", "drop_rows", "read_metrics", "standing"]
+
+Standing = tuple[float, float]
+
+
+def standing(validation: Row) -> Standing:
+    """What validation rows of a run are compared by, the least being the best.
+
+    That is the accuracy where classes are told apart, and the loss among equals: a classifier that grows surer of
+    itself has a higher loss for its mistakes, and makes no more of them.  Elsewhere it is the loss.
+    """
+    loss = validation["val_loss"]
+    return -validation.get("accuracy", 0.0), math.inf if loss is None or not math.isfinite(loss) else loss
 
 
 class Metrics(ABC):

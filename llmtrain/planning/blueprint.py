@@ -88,6 +88,15 @@ class Blueprint:
         """Blocks of the model; None where its config does not say."""
         return getattr(self.settings.model, "num_layers", None)
 
+    def trained_bytes(self) -> int:
+        """Of the parameters that are trained, which is what a checkpoint has of them beside a frozen base."""
+        generator = torch.Generator("cpu")
+        with torch.device("meta"), Unfilled():
+            model = self.settings.model.build(self.vocab_size)
+            self.settings.objective.attach(model, self.labels, generator)
+            self.settings.lora.apply(model, generator)
+        return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+
     def build(self, device: torch.device, num_layers: int | None = None) -> Built:
         """Model, objective and optimizer on ``device``, with ``num_layers`` blocks (None: all); within a fake mode."""
         config: Any = self.settings.model

@@ -75,7 +75,10 @@ def estimate(blueprint: Blueprint, *, gpu: bool, copied: bool = False) -> Memory
         if total > best:
             best, at, where = total, row, phase
     parts = {category.name: int(at[category]) for category in Category}
-    copy = parts["weights"] + parts["optimizer"] if copied else 0
+    copy = 0
+    if copied:
+        adapts = blueprint.settings.lora.adapts
+        copy = (blueprint.trained_bytes() if adapts else parts["weights"]) + parts["optimizer"]
     if gpu:
         parts["libraries"] = GPU_WORKSPACE
         outside = GPU_CONTEXT + round(GPU_SLACK * best)

@@ -62,12 +62,13 @@ def draw_run(run_dir: Path) -> Path:
         loss_axes.plot(steps, _smooth(losses), color=TRAIN, linewidth=1.8, label="training (faint: as measured)")
         if validation:
             points, values = _column(validation, "val_loss")
-            best = f", best {format.loss(summary.best_val_loss)}" if summary.best_val_loss is not None else ""
+            is_shown = summary.best_val_loss is not None and summary.accuracy is None
+            best = f", best {format.loss(summary.best_val_loss)}" if is_shown else ""
             size = 4 if len(points) <= 40 else 0
             loss_axes.plot(
                 points, values, "o-", color=VALIDATION, linewidth=1.6, markersize=size, label="validation" + best
             )
-        loss_axes.set_ylabel("loss (nats per token)" if summary.accuracy is None else "loss (nats per text)")
+        loss_axes.set_ylabel(_unit([summary]))
         if summary.accuracy is not None:
             _draw_accuracy(loss_axes, validation)
         if matrix is not None:
@@ -85,6 +86,12 @@ def draw_run(run_dir: Path) -> Path:
         curves.align_ylabels()
         write_png(figure, path)
     return path
+
+
+def _unit(runs: Sequence[RunSummary]) -> str:
+    """What a loss is counted in; no unit where the runs differ in it."""
+    kinds = {run.accuracy is not None for run in runs}
+    return "loss" if len(kinds) > 1 else "loss (nats per text)" if kinds == {True} else "loss (nats per token)"
 
 
 def _draw_accuracy(axes: Axes, validation: Sequence[Row]) -> None:
@@ -115,7 +122,8 @@ def _draw_confusion(axes: Axes, summary: RunSummary) -> None:
         axes.text(column, row, f"{number:,}", ha="center", va="center", color=colour, fontsize=size)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    axes.set_title(f"accuracy {format.percent(summary.accuracy or 0.0)}", loc="left", weight="bold")
+    at = "" if summary.best_val_step is None else f", step {summary.best_val_step:,}"
+    axes.set_title(f"best accuracy {format.percent(summary.accuracy or 0.0)}{at}", loc="left", weight="bold")
 
 
 def draw_comparison(runs: Sequence[Path], path: Path) -> Path:
@@ -133,6 +141,7 @@ def draw_comparison(runs: Sequence[Path], path: Path) -> Path:
     starts = [None if parent is None else parent[1] for _, rows, parent in read if any(rows)]
     colours = _colours(len(curves))
     x = "tokens" if _differ_in_batch([train for train, _ in curves]) else "step"
+    unit = _unit(summaries)
     panels = [("validation loss", 1, "val_loss"), ("training loss (smoothed)", 0, "loss")]
     if not any(validation for _, validation in curves):
         del panels[0]
@@ -144,7 +153,7 @@ def draw_comparison(runs: Sequence[Path], path: Path) -> Path:
             own = [sum(row["step"] <= (start or -1) for row in run) for run, start in zip(rows, starts, strict=True)]
             lines = _draw_panel(axes, [_column(run, key, x) for run in rows], own, colours, smooth=key == "loss")
             axes.set_title(title, loc="left", weight="bold")
-            axes.set_ylabel("loss (nats per token)")
+            axes.set_ylabel(unit)
             _count_axis(axes, x)
         lines = lines[:MAX_LABELS]
         shown = labels[:MAX_LABELS]

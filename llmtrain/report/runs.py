@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from llmtrain.metrics import Row, read_metrics
+from llmtrain.metrics import Row, read_metrics, standing
 
 CONFIG, METRICS, SUMMARY, LOCK = "config.yaml", "metrics.jsonl", "summary.json", ".lock"
 ENVIRONMENT = "environment.json"
@@ -94,7 +94,7 @@ def summarise(run_dir: Path) -> RunSummary:
         end = {}
     state = "running" if running else end.get("exit_reason", "interrupted" if rows else "pending")
     last: Row = trained[-1] if trained else {"step": 0, "tokens": 0, "loss": None}
-    best: Row = min(validated, key=lambda row: _order(row["val_loss"]), default={})
+    best: Row = min(validated, key=standing, default={})
     seconds = _train_seconds(trained)
     facts: dict[str, Any] = {
         "name": config.get("name"),
@@ -126,15 +126,18 @@ def summarise(run_dir: Path) -> RunSummary:
 
 
 def ranked(runs: Sequence[RunSummary]) -> list[RunSummary]:
-    """Best first: by lowest validation loss, then last training loss; unknown and not finite ones last."""
-    return sorted(runs, key=lambda run: (_order(run.best_val_loss), _order(run.final_loss)))
+    """Best first: by accuracy where classes are told apart, then by validation loss, then by last training loss.
+
+    What is unknown or not finite comes last.
+    """
+    return sorted(runs, key=lambda run: (-(run.accuracy or 0), _order(run.best_val_loss), _order(run.final_loss)))
 
 
 def differences(runs: Sequence[RunSummary]) -> dict[str, list[Any]]:
     """The settings in which ``runs`` differ: dotted key -> the value of each run.
 
-    Another option of a group shows as the group's name with the class it stands for; keys that only some of
-    the options have are left out, as they follow from it.
+    Another option of a group shows as the group's name with the option; keys that only some of the options have are
+    left out, as they follow from it.
     """
     keys = [key for key in runs[0].config if key not in PLACES and all(key in run.config for run in runs)]
     result: dict[str, list[Any]] = {}
@@ -142,9 +145,15 @@ def differences(runs: Sequence[RunSummary]) -> dict[str, list[Any]]:
         values = [run.config[key] for run in runs]
         if any(value != values[0] for value in values):
             if key.endswith("._target_"):
-                key, values = key.removesuffix("._target_"), [str(value).rpartition(".")[2] for value in values]
+                key, values = key.removesuffix("._target_"), [_option(str(value)) for value in values]
             result[key] = values
     return result
+
+
+def _option(target: str) -> str:
+    """The option that a ``_target_`` stands for: ours are called as their modules, others' are known by their class."""
+    parts = target.split(".")
+    return parts[-2] if parts[0] == "llmtrain" and len(parts) > 2 else parts[-1]
 
 
 def is_locked(run_dir: Path) -> bool:

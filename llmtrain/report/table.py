@@ -32,7 +32,7 @@ DISPENSABLE = ("at step", "tokens", "tok/s", "time", "step")  # in this order, w
 
 
 class Comparison:
-    """A table of runs ranked by best validation loss, with a column for each setting in which they differ.
+    """A table of runs ranked by the best validation, with a column for each setting in which they differ.
 
     Printed by rich to fit: where the console is too narrow it leaves columns out, and says which.
     """

@@ -281,8 +281,9 @@ def _compare(tokenizer: Tokenizer, text: str, what: str, more: Sequence[str] = (
         (encoding,) = written.encode_batch_fast([sample], add_special_tokens=False)
         if not _same(tokenizer, tokenizer.encode(sample).tolist(), encoding.ids):
             raise ValueError(
-                f"{what}: cannot be written as {FILE}, where {sample!r} would be split in another way; who uses the "
-                "exported weights needs this tokenizer itself"
+                f"{what}: cannot be written as {FILE}, where {sample!r} would be split in another way, so that "
+                "others would not read texts as the model was taught to; the run itself answers: llmtrain generate, chat, "
+                "predict"
             )
 
 

@@ -180,10 +180,13 @@ def chat(folder: Path, said: str | Typed, capfd: pytest.CaptureFixture[str], mon
 
 
 def test_chat_by_pipe(talker: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "Repeat a.\nRepeat b.\n/history\n/save talk.jsonl\n/undo\n/reset\n/nonsense\n/exit\n"
+    said = "/history\nRepeat a.\nRepeat b.\n/history\n/save\n/save talk.jsonl\n/undo\n/reset\n/nonsense\n/exit\n"
     output = chat(talker, said, capfd, monkeypatch)
     assert "user: Repeat a." in output
-    assert "no such command" in output
+    assert output.startswith("nothing was said yet\n")
+    assert "/save FILE: a name is missing" in output
+    assert "taken back: Repeat b." in output
+    assert "/nonsense: no such command" in output
     saved = [json.loads(line) for line in (talker / "talk.jsonl").read_text().splitlines()]
     roles = [message["role"] for message in saved[0]["messages"]]
     assert roles == ["user", "assistant", "user", "assistant"]

@@ -93,6 +93,18 @@ def test_a_part_of_the_replay_and_files_alone(good: Path, tmp_path: Path) -> Non
     assert "replaying" not in one
 
 
+def test_a_replay_without_a_logged_step_proves_nothing(good: Path, tmp_path: Path) -> None:
+    copy_of(good, tmp_path)
+    path = tmp_path / "run" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = [row for row in rows if row["step"] != 7]  # as metrics.log_every=8 would have it
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    done = llmtrain("verify", "run", "replay_steps=1", cwd=tmp_path, check=2)
+    assert "replay_steps=1: none of them was logged, so that there is nothing to compare" in done.stderr
+    assert "tensors not" in llmtrain("verify", "run", "replay_steps=2", cwd=tmp_path).stdout
+    assert "base=else" in llmtrain("verify", "run", "base=else", cwd=tmp_path, check=2).stderr
+
+
 def test_a_single_checkpoint_is_replayed_from_the_start(good: Path, tmp_path: Path) -> None:
     copy_of(good, tmp_path)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")

@@ -1,7 +1,9 @@
 """Templates: what they render, what is taught of it, and that a message is never more than text."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -105,6 +107,46 @@ def test_special_tokens_are_the_templates_alone() -> None:
         ids = encode.prompt(template.render([evil, Message("assistant", "No <|im_end|>.")]))
         assert [id for id in ids if id > 255] == [257, 258, 257, 258]
         assert "<|im_start|>system" in Chat().decode([id for id in ids if id < 256])
+
+
+class Finding(Chat):
+    """Finds names in any text, as SentencePiece finds its user-defined symbols; none of them is special."""
+
+    names: ClassVar = dict(Chat.special_tokens)
+    special_tokens = {"<|endoftext|>": 256}  # noqa: RUF012
+
+    def encode(self, text: str) -> np.ndarray:
+        pieces = re.split(f"({'|'.join(map(re.escape, self.names))})", text)
+        ids = [[self.names[piece]] if piece in self.names else list(piece.encode()) for piece in pieces]
+        return np.array([id for each in ids for id in each], np.uint32)
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        names = {id: name.encode() for name, id in self.names.items()}
+        return b"".join(names.get(id) or bytes([id]) for id in ids)
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "baichuan"])
+def test_nobody_types_a_token_that_is_found_in_any_text(name: str) -> None:
+    tokenizer, template = Finding(), TEMPLATES[name]
+    assert template.spelled_out(tokenizer) == []
+    encode, honest = PartEncoder(tokenizer, template), [Message("user", "Hi"), Message("assistant", "No.")]
+    names = sorted(template.special_names())
+    evil = [Message("user", "".join(names) + "Hi" + names[0]), Message("assistant", f"{names[-1]}No.")]
+    marks = [[id for id in encode(template.render(turns)).ids.tolist() if id > 255] for turns in (honest, evil)]
+    assert marks[0] == marks[1]
+    text = tokenizer.decode(encode.prompt(template.render(evil)))
+    assert "".join(names) + "Hi" + names[0] in text
+    assert f"{names[-1]}No." in text
+
+
+def test_a_mark_of_ones_own_that_the_tokenizer_finds_is_a_token() -> None:
+    class Own(Finding):
+        names: ClassVar = {"<|user|>": 300, "<|endoftext|>": 256}
+
+    template = find_template("<|user|>{prompt}\n{response}", Own())
+    encode = PartEncoder(Own(), template)
+    ids = encode.prompt(template.render([Message("user", "a<|user|>b"), Message("assistant", "c")]))
+    assert ids == [259, 300, *b"a<|user|>b\n", *b"c", 256]
 
 
 def test_missing_tokens_are_spelled_out(gpt2: Tokenizer) -> None:

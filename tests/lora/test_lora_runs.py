@@ -56,7 +56,28 @@ def test_verify_and_what_is_said(base: Path, tmp_path: Path) -> None:
     done = llmtrain("train", *adapting(base, tmp_path, "lora=lora", "lora.rank=4"), cwd=tmp_path)
     trained = sum(4 * (rows + columns) for rows, columns in ((96, 32), (32, 32), (128, 32), (32, 128))) * 2
     assert f"{trained:,} of " in done.stdout
+    assert "; lora, rank 4, alpha 16, on all-linear" in done.stdout
+    assert f"checkpoint, {base}" in done.stdout
     llmtrain("verify", str(only_run(tmp_path)), cwd=tmp_path)
+
+
+def test_verify_with_a_base_that_was_moved(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    run = Run.compose(*adapting(tmp_path / "base", tmp_path / "runs", "lora=lora")).train().run_dir
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    failed = llmtrain("verify", str(run), cwd=tmp_path, check=1)
+    assert "base=" in failed.stdout
+    assert "bit for bit" in llmtrain("verify", str(run), "base=elsewhere", cwd=tmp_path).stdout
+
+
+def test_a_plan_counts_the_adapters_alone(base: Path, tmp_path: Path) -> None:
+    overrides = adapting(base, tmp_path, "lora=lora", "lora.rank=4")
+    llmtrain("plan", *overrides, "probe=false", f"json={tmp_path / 'plan.json'}", cwd=tmp_path)
+    planned = json.loads((tmp_path / "plan.json").read_text())["checkpoint_bytes"]
+    llmtrain("train", *overrides, cwd=tmp_path)
+    folder = only_run(tmp_path) / "checkpoints" / "step-00000006"
+    tensors = sum((folder / f"{name}.safetensors").stat().st_size for name in ("model", "optimizer"))
+    assert planned < tensors < planned + 40_000  # the files' own headers
 
 
 def test_starting_from_adapters(base: Path, tmp_path: Path) -> None:

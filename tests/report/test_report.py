@@ -19,7 +19,7 @@ from rich.console import Console
 from llmtrain.commands import Invocation
 from llmtrain.commands.report import Report, main
 from llmtrain.metrics.local import Local
-from llmtrain.report.curves import _draw_panel, _labels, _smooth, draw_comparison, draw_run
+from llmtrain.report.curves import _draw_panel, _labels, _smooth, _unit, draw_comparison, draw_run
 from llmtrain.report.runs import differences, find_runs, ranked, summarise
 from llmtrain.report.table import Comparison, sweep_table
 
@@ -188,10 +188,26 @@ def test_ranking(tmp_path: Path) -> None:
     assert [run.path.name for run in runs] == ["d", "c", "e", "a", "b"]
 
 
+def test_a_classifier_is_judged_by_its_accuracy(tmp_path: Path) -> None:
+    """It grows surer of itself: the loss of its mistakes rises, and they grow fewer."""
+    runs = [make_run(tmp_path / name, losses=(1.0,) * 3) for name in ("a", "b")]
+    found = {"a": [(0.2, 0.9), (0.3, 0.95), (0.4, 0.95)], "b": [(0.1, 0.8), (0.2, 0.94), (0.5, 0.93)]}
+    for run in runs:
+        with Local(log_every=1).build(run, resume_step=3) as metrics:
+            for step, (loss, accuracy) in enumerate(found[run.name], start=1):
+                metrics.row({"step": step, "tokens": step, "val_loss": loss, "accuracy": accuracy, "macro_f1": 0.5})
+    best = ranked([summarise(run) for run in runs])
+    assert [(run.path.name, run.best_val_step, run.accuracy, run.best_val_loss) for run in best] == [
+        ("a", 2, 0.95, 0.3), ("b", 2, 0.94, 0.2),
+    ]  # fmt: skip
+    assert _unit(best) == "loss (nats per text)"
+    assert _unit([*best, summarise(make_run(tmp_path / "c"))]) == "loss"
+
+
 def test_what_differs(tmp_path: Path) -> None:
     other = {"_target_": "llmtrain.optimizer.lion.Lion", "lr": 1e-3, "beta": 0.9}
     a, b = make_run(tmp_path / "a", lr=3e-4), make_run(tmp_path / "b", optimizer=other)
-    assert differences([summarise(a), summarise(b)]) == {"optimizer": ["AdamW", "Lion"], "optimizer.lr": [3e-4, 1e-3]}
+    assert differences([summarise(a), summarise(b)]) == {"optimizer": ["adamw", "lion"], "optimizer.lr": [3e-4, 1e-3]}
     assert differences([summarise(a)]) == {}
 
 

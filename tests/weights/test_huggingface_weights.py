@@ -160,7 +160,7 @@ def test_tensors_that_do_not_fit_are_listed(gpt2: Path, capfd: pytest.CaptureFix
         another=torch.ones(2),
     )  # fmt: skip
     line = refused(*GPT, *WEIGHTS, capfd=capfd)
-    assert line.startswith("llmtrain: gpt2: does not fit the model: ")
+    assert line.startswith("llmtrain: weights.path=gpt2: does not fit the model: ")
     assert "transformer.h.0.ln_1.weight is (31,), the model's is (32,)" in line
     assert "transformer.ln_f.bias is missing" in line
     assert "another is not known (and 1 more)" in line
