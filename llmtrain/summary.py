@@ -47,8 +47,8 @@ def header(
     flops = tokens * model.flops_per_token(sequence)
     yield "run", str(path)
     yield "model", f"{name}, {count(model.num_parameters())} parameters, context {model.context_length}"
-    if path := getattr(run.weights, "path", None):
-        yield "weights", f"{_option(run.weights)}, {path}"
+    if source := getattr(run.weights, "path", None):
+        yield "weights", f"{_option(run.weights)}, {source}"
     trained, whole = trained_and_all(model)
     if trained < whole:
         yield "trained", f"{trained:,} of {whole:,} parameters ({trained / whole:.2%}){_adapters(run.lora)}"
@@ -61,7 +61,7 @@ def header(
         yield "batch", f"{batch} × {sequence} = {batch * sequence:,} tokens a step{split}"
     else:
         yield "batch", f"{batch} sequences of {corpus.train.mean_length:.0f} tokens on average a step{split}"
-    length = f"{steps_left:,} steps, {count(tokens)} tokens, {epochs:.2f} epochs, {flops:.2e} FLOPs"
+    length = f"{steps_left:,} step{'s' * (steps_left != 1)}, {count(tokens)} tokens, {epochs:.2f} epochs, {flops:.2e} FLOPs"
     yield "length", length + (f", still to go after {state.step:,} steps" if state.step else "")
     warmup = run.schedule.warmup(parts.max_steps)
     warming = f", {warmup} warm-up steps" if warmup else ""

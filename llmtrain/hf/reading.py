@@ -26,7 +26,7 @@ FREE = {
 }  # fmt: skip
 # … and may have otherwise on purpose, to read longer texts, say: that is told.
 TOLD = {*CHANGES, "sliding_window", "sliding_window_from_layer", "logit_softcap"}
-MODEL_OF_THE_WEIGHTS = "the weights' own model is model=auto, by their config.json; where it is that and the files lack something, get them again"
+MODEL_OF_THE_WEIGHTS = "model=auto is the model of config.json; if it is that already, get the files again"
 
 
 @torch.no_grad()

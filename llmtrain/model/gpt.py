@@ -77,7 +77,8 @@ class Attention(nn.Module):
         """``x`` and the result: ``(batch, sequence, hidden)``."""
         batch, length, hidden = x.shape
         heads = self.qkv(x).view(batch, length, 3, self.num_heads, hidden // self.num_heads)
-        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each (batch, heads, sequence, head_size)
+        # each (batch, heads, sequence, head_size); in this order their gradients are put together by one copy
+        query, key, value = (each.transpose(1, 2) for each in heads.unbind(2))
         if cache is not None:
             key, value = cache.update(key, value)
         y = attend(query, key, value, sight, self.dropout if self.training else 0.0)

@@ -62,8 +62,8 @@ def draw_run(run_dir: Path) -> Path:
         loss_axes.plot(steps, _smooth(losses), color=TRAIN, linewidth=1.8, label="training (faint: as measured)")
         if validation:
             points, values = _column(validation, "val_loss")
-            is_shown = summary.best_val_loss is not None and summary.accuracy is None
-            best = f", best {format.loss(summary.best_val_loss)}" if is_shown else ""
+            loss = summary.best_val_loss if summary.accuracy is None else None
+            best = "" if loss is None else f", best {format.loss(loss)}"
             size = 4 if len(points) <= 40 else 0
             loss_axes.plot(
                 points, values, "o-", color=VALIDATION, linewidth=1.6, markersize=size, label="validation" + best
