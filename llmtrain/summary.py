@@ -61,7 +61,9 @@ def header(
         yield "batch", f"{batch} × {sequence} = {batch * sequence:,} tokens a step{split}"
     else:
         yield "batch", f"{batch} sequences of {corpus.train.mean_length:.0f} tokens on average a step{split}"
-    length = f"{steps_left:,} step{'s' * (steps_left != 1)}, {count(tokens)} tokens, {epochs:.2f} epochs, {flops:.2e} FLOPs"
+    length = (
+        f"{steps_left:,} step{'s' * (steps_left != 1)}, {count(tokens)} tokens, {epochs:.2f} epochs, {flops:.2e} FLOPs"
+    )
     yield "length", length + (f", still to go after {state.step:,} steps" if state.step else "")
     warmup = run.schedule.warmup(parts.max_steps)
     warming = f", {warmup} warm-up steps" if warmup else ""
