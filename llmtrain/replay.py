@@ -190,7 +190,7 @@ def inexact_because(run: Run, directory: RunDirectory, device: torch.device) -> 
     latest = [environment, *environment.get("resumes", [])][-1]
     now = describe_environment(device, [])
     if latest["device"] != now["device"]:
-        return f"the run was on {latest['device']}"
+        return f"the run was on {latest['device']}, this is {now['device']}"
     if latest["versions"]["torch"] != now["versions"]["torch"]:
-        return f"the run was with torch {latest['versions']['torch']}"
+        return f"the run was with torch {latest['versions']['torch']}, this is {now['versions']['torch']}"
     return None

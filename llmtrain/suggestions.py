@@ -29,10 +29,13 @@ def suggest_key(key: str, verb: str) -> str:
     last = key.rsplit(".", 1)[-1]
     same_name = [name for name in known if name.rsplit(".", 1)[-1] == last]
     siblings = [name for name in known if name.rsplit(".", 1)[0] == key.rsplit(".", 1)[0]] if "." in key else []
+    longer = [name for name in siblings if name.rsplit(".", 1)[-1].startswith(f"{last}_")]
     best = same_name or difflib.get_close_matches(key, siblings, n=1) or difflib.get_close_matches(key, known, n=1)
     group, _, name = key.partition(".")
     if name and group in known and not same_name and (options := options_with(group, name)):
         return f"; the chosen option of {group} has none, others have: {' or '.join(f'{group}={o}' for o in options)}"
+    if longer and not same_name:
+        return f"; did you mean {' or '.join(longer)}?"
     if best == [key]:
         return f"; the chosen option of {group} has none (what it has: --cfg job --package {group})"
     if best:

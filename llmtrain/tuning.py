@@ -18,7 +18,6 @@ from torch import Tensor
 from llmtrain.format import duration
 from llmtrain.memory import is_out_of_memory
 from llmtrain.model import LanguageModel
-from llmtrain.model.attention import prepare_compiling
 from llmtrain.precision import Precision
 from llmtrain.state import TrainState
 
@@ -213,7 +212,6 @@ class CompiledLoss:
     """
 
     def __init__(self, model: LanguageModel, loss_sum: LossSum) -> None:
-        prepare_compiling()
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
         self.model = model
         self.loss_sum = loss_sum
@@ -231,7 +229,6 @@ class GraphedLoss:
     """
 
     def __init__(self, loss_sum: LossSum) -> None:
-        prepare_compiling()
         self.compiled: LossSum = torch.compile(loss_sum, dynamic=False, mode="reduce-overhead")
 
     def __call__(self, inputs: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:

@@ -39,6 +39,7 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         (["trian"], "no such verb; did you mean train?"),
         (["train", "optimizer.lrr=1"], "optimizer.lrr: no such key; did you mean optimizer.lr?"),
         (["train", "optimizer.warmup_steps=1"], "did you mean schedule.warmup_steps?"),
+        (["train", "checkpoint.every=5"], "did you mean checkpoint.every_steps or checkpoint.every_minutes?"),
         (["train", "optimzer=adam"], "optimzer: no such key; did you mean optimizer?"),
         (["train", "optimizer=adamm"], "optimizer=adamm: no such option; did you mean adam?"),
         (["train", "optimizer=foo"], "there are: adafactor, adam, adamw, adamw_8bit, adamw_bf16, lion, muon, sgd"),

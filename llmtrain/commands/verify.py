@@ -101,13 +101,15 @@ def replay(console: Console, settings: Verify, directory: RunDirectory, checkpoi
         end, settled = changed[0], first or last  # what came after was trained with other settings
     if settings.replay_steps is not None:
         end = min(end, start + settings.replay_steps)
-    if end != step_of(last) and not any(start < step <= end for step in logged_at(directory)):
+    logged = [step for step in logged_at(directory) if start < step <= step_of(last)]
+    if end != step_of(last) and not any(step <= end for step in logged):
         steps = f"the {end - start:,} steps to be replayed"
         if settings.replay_steps is not None and end == start + settings.replay_steps:
             steps = f"replay_steps={settings.replay_steps}"
+        enough = f", or replay_steps={min(logged) - start}" if logged else ""
         raise ValueError(
-            f"{steps}: none of them was logged, so that there is nothing to compare; leave it out, or take as many as "
-            "there are between two rows of metrics.jsonl (metrics.log_every)"
+            f"{steps}: none of them was logged (metrics.log_every), so that there is nothing to compare; "
+            f"replay_steps=null{enough}"
         )
     stored = stored_config.untrusted(stored_config.load(settled / CONFIG), settings.plugins)
     if settings.base is not None:
@@ -156,7 +158,9 @@ def report(console: Console, found: Comparison, inexact: str | None, tolerance: 
     if bad:
         return FAILED
     how = "bit for bit" if found.equal else f"within {tolerance:g} ({inexact})"
-    console.print(Text(f"verified, {how}: from its checkpoints the run goes on as it went", style="bold green"))
+    console.print(
+        Text(f"verified, {how}: from its checkpoints the run goes on as it went", style="bold green"), soft_wrap=True
+    )
     if found.note:
         console.print(Text(visible(found.note)), soft_wrap=True)
     return FINISHED

@@ -301,8 +301,8 @@ class Preparation(Generic[T]):
             if purpose == VALIDATION and label not in trained:
                 raise ValueError(
                     f"{origin}: the label {label!r} is in the validation data alone, so that nothing is learnt of "
-                    f"it; in the training data there are {_few(sorted(trained, key=_sort_key))}; correct it, or move such a "
-                    "text to the training data"
+                    f"it; in the training data there are {_few(sorted(trained, key=_sort_key))}; correct it, or "
+                    "have such texts in the training data too"
                 )
             if label not in numbers:
                 raise ValueError(

@@ -194,10 +194,9 @@ def why_slow(device: torch.device, dtype: torch.dtype) -> str:
     return cpu_attention.find_kernel()[1] if device.type == "cpu" and dtype == torch.bfloat16 else ""
 
 
-def prepare_compiling() -> None:
-    """What torch's compiler is to take as it is.  Called before it is used: to import it takes a second."""
-    torch.compiler.assume_constant_result(_has_flash)
-    torch.compiler.assume_constant_result(cpu_attention.is_there)
+# What torch.compiler.assume_constant_result does; that would import the compiler, which takes a second.
+_has_flash._dynamo_marked_constant = True  # type: ignore[attr-defined]
+cpu_attention.is_there._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

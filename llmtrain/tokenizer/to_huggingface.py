@@ -282,8 +282,8 @@ def _compare(tokenizer: Tokenizer, text: str, what: str, more: Sequence[str] = (
         if not _same(tokenizer, tokenizer.encode(sample).tolist(), encoding.ids):
             raise ValueError(
                 f"{what}: cannot be written as {FILE}, where {sample!r} would be split in another way, so that "
-                "others would not read texts as the model was taught to; the run itself can be asked: llmtrain generate, "
-                "chat, predict"
+                "others would not read texts as the model was taught to; the run itself can be asked: llmtrain "
+                "generate, chat, predict"
             )
 
 
