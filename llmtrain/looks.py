@@ -48,8 +48,7 @@ class Looks:
     measures: Callable[[Tensor], dict[str, Any]] = lambda counted: {}  # what is told of that
     generates: bool = True  # whether samples of text say something
 
-    val_losses: dict[int, float] = field(default_factory=dict, init=False)  # by step
-    standings: dict[int, Standing] = field(default_factory=dict, init=False)  # the same, of the best the least
+    standings: dict[int, Standing] = field(default_factory=dict, init=False)  # by step, of the best the least
     last_val_loss: float | None = field(default=None, init=False)
     last_train_loss: float | None = field(default=None, init=False)  # evaluated as the validation loss is
     last_measures: dict[str, Any] = field(default_factory=dict, init=False)  # accuracy and so on
@@ -145,7 +144,7 @@ class Looks:
         self.evaluated_step = row["step"]
         self.last_val_loss, self.last_train_loss = row["val_loss"], row.get("train_loss")
         self.last_measures = {key: row[key] for key in MEASURES if key in row}
-        self.val_losses[row["step"]], self.standings[row["step"]] = row["val_loss"], standing(row)
+        self.standings[row["step"]] = standing(row)
         best = state.best_val_step
         if best is None or state.best_val_loss is None:
             is_best = True
@@ -160,11 +159,10 @@ class Looks:
         """Drop what was seen after the step of ``state``, which the run went back to: it will be seen again."""
         step = state.step
         self.samples.rewrite(lambda: drop_rows(self.samples.path, lambda row: row["step"] > step))
-        self.val_losses = {at: loss for at, loss in self.val_losses.items() if at <= step}
-        self.standings = {at: self.standings[at] for at in self.val_losses}
-        self.evaluated_step = step if step in self.val_losses else None
+        self.standings = {at: found for at, found in self.standings.items() if at <= step}
+        self.evaluated_step = step if step in self.standings else None
         self.sampled_step = step
         self.last_val_loss = self.last_train_loss = None
         self.last_measures = {}
         best = min(self.standings, key=self.standings.__getitem__, default=None)
-        state.best_val_step, state.best_val_loss = best, None if best is None else self.val_losses[best]
+        state.best_val_step, state.best_val_loss = best, None if best is None else self.standings[best][1]

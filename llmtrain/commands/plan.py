@@ -18,9 +18,8 @@ from llmtrain.display import lines
 from llmtrain.format import count, duration, rate, significant, size
 from llmtrain.lint import lint, overrides_of
 from llmtrain.model import LanguageModel
-from llmtrain.model.unfilled import Unfilled
 from llmtrain.planning.advice import Suggestion, largest_fitting, suggest
-from llmtrain.planning.blueprint import Blueprint
+from llmtrain.planning.blueprint import Blueprint, outline
 from llmtrain.planning.chart import bar, draw
 from llmtrain.planning.costs import Costs, Counts, Speed, add_up, count_looks, without_long_saves
 from llmtrain.planning.devices import DeviceSpec, arithmetic, find_device, present_device
@@ -122,12 +121,7 @@ def main(plan: Plan, invocation: Invocation) -> int:
     run = plan.run
     tokenizer = run.tokenizer.build()
     corpus = run.data.build(tokenizer)
-    with torch.device("meta"), Unfilled():  # sizes only: nothing is allocated
-        model = run.model.build(run.vocab_size(tokenizer))
-        generator = torch.Generator("cpu")
-        run.objective.attach(model, corpus.labels, generator)
-        run.lora.apply(model, generator)
-        model.has_base = run.lora.adapts
+    model = outline(run, run.vocab_size(tokenizer), corpus.labels)
     steps = run.loop.total_steps(run.accumulation, len(corpus.train), run.data.sequence_length)
     planned = Planned(tokenizer, corpus, model, steps)
 

@@ -42,6 +42,17 @@ class Settings(Protocol):
     def accumulation(self) -> Accumulation: ...
 
 
+def outline(settings: Settings, vocab_size: int, labels: Sequence[str]) -> LanguageModel:
+    """The model with its head and adapters on the meta device: sizes alone, nothing is allocated."""
+    with torch.device("meta"), Unfilled():
+        model = settings.model.build(vocab_size)
+        generator = torch.Generator("cpu")
+        settings.objective.attach(model, labels, generator)
+        settings.lora.apply(model, generator)
+    model.has_base = settings.lora.adapts
+    return model
+
+
 @dataclass
 class Built:
     """The parts of a step."""
@@ -87,15 +98,6 @@ class Blueprint:
     def num_layers(self) -> int | None:
         """Blocks of the model; None where its config does not say."""
         return getattr(self.settings.model, "num_layers", None)
-
-    def trained_bytes(self) -> int:
-        """Of the parameters that are trained, which is what a checkpoint has of them beside a frozen base."""
-        generator = torch.Generator("cpu")
-        with torch.device("meta"), Unfilled():
-            model = self.settings.model.build(self.vocab_size)
-            self.settings.objective.attach(model, self.labels, generator)
-            self.settings.lora.apply(model, generator)
-        return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
 
     def build(self, device: torch.device, num_layers: int | None = None) -> Built:
         """Model, objective and optimizer on ``device``, with ``num_layers`` blocks (None: all); within a fake mode."""

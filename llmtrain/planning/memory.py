@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from llmtrain.objective.linear_cross_entropy import as_on
-from llmtrain.planning.blueprint import Blueprint
+from llmtrain.planning.blueprint import Blueprint, outline
 from llmtrain.planning.extrapolation import Irregular, extrapolate
 from llmtrain.planning.heap import heap_peak
 from llmtrain.planning.trace import Category, Phase, Trace, Untraceable, trace_step
+from llmtrain.weights.checkpoint import saved_tensors
 
 __all__ = ["Category", "Memory", "Phase", "Untraceable", "at_micro_batch", "estimate"]
 
@@ -77,8 +78,11 @@ def estimate(blueprint: Blueprint, *, gpu: bool, copied: bool = False) -> Memory
     parts = {category.name: int(at[category]) for category in Category}
     copy = 0
     if copied:
-        adapts = blueprint.settings.lora.adapts
-        copy = (blueprint.trained_bytes() if adapts else parts["weights"]) + parts["optimizer"]
+        weights = parts["weights"]
+        if blueprint.settings.lora.adapts:  # those that are trained
+            model = outline(blueprint.settings, blueprint.vocab_size, blueprint.labels)
+            weights = sum(tensor.nbytes for tensor in saved_tensors(model).values())
+        copy = weights + parts["optimizer"]
     if gpu:
         parts["libraries"] = GPU_WORKSPACE
         outside = GPU_CONTEXT + round(GPU_SLACK * best)
