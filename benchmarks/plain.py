@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmtrain.model import LanguageModel, cpu_attention
+from llmtrain.kernels import cpu_attention
+from llmtrain.model import LanguageModel
 from llmtrain.model.gpt import GPT, GPTConfig
 from llmtrain.objective.causal import Causal
 from llmtrain.optimizer.adamw import AdamW

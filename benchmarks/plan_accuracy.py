@@ -106,7 +106,7 @@ def run_worker(name: str, worker: str, arguments: argparse.Namespace) -> dict[st
 
 def train(overrides: list[str], steps: int) -> dict[str, Any]:
     """A real run, read from its metrics."""
-    from llmtrain.runtime import prepare_program
+    from llmtrain.base.process import prepare_program
 
     prepare_program()  # as the command does
     from llmtrain import Run
@@ -128,8 +128,8 @@ def count_flops(overrides: list[str], _: int) -> dict[str, Any]:
     from torch.utils.flop_counter import FlopCounterMode
 
     from llmtrain import Run
-    from llmtrain.planning.blueprint import Blueprint
-    from llmtrain.planning.trace import fake_tensors
+    from llmtrain.plan.blueprint import Blueprint
+    from llmtrain.plan.trace import fake_tensors
 
     composed = Run.compose(*overrides, "activation_checkpointing=none", "precision=fp32")
     cpu = torch.device("cpu")
@@ -168,7 +168,7 @@ def report(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None
     """A table on the terminal, and both files of the results."""
     import torch
 
-    from llmtrain.runtime import device_name
+    from llmtrain.base.device import device_name
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines = [

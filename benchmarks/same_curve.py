@@ -73,7 +73,7 @@ def report(
     """A table on the terminal, and both files of the results."""
     import torch
 
-    from llmtrain.runtime import device_name
+    from llmtrain.base.device import device_name
 
     seeds = arguments.seeds
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

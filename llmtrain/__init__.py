@@ -9,7 +9,7 @@ __all__ = ["Run", "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name == "Run":  # lazily: ``llmtrain --help`` must not import torch
-        from llmtrain.run import Run
+        from llmtrain.run.run import Run
 
         return Run
     raise AttributeError(f"module 'llmtrain' has no attribute {name!r}")

@@ -2,7 +2,7 @@
 
 import sys
 
-from llmtrain.runtime import restart_with_tunables
+from llmtrain.base.process import restart_with_tunables
 
 TRAINING = ("train", "resume", "plan", "verify")  # verbs that do training steps
 
@@ -11,7 +11,7 @@ def run() -> int:
     """The command line of this process; returns the exit status."""
     if any(verb in sys.argv[1:] for verb in TRAINING):
         restart_with_tunables()  # before anything else is imported
-    from llmtrain.cli import main
+    from llmtrain.cli.main import main
 
     return main()
 

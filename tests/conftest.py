@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-# Before torch is imported, as llmtrain.runtime.prepare_process does: threads that wait for one another soon go to
+# Before torch is imported, as llmtrain.base.process.prepare_process does: threads that wait for one another soon go to
 # sleep.  Workers of pytest -n that spin on the same cores are many times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 

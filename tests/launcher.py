@@ -1,6 +1,6 @@
 """Starting the command line in a process of its own in milliseconds: a process that has imported everything forks.
 
-What is forked runs ``llmtrain.cli.main``, and what was to be done at the exit, as ``python -m llmtrain`` does; the
+What is forked runs ``llmtrain.cli.main.main``, and what was to be done at the exit, as ``python -m llmtrain`` does; the
 imports, seconds of them, are saved, what else a process does but once, and taking it all apart in the end.
 :class:`Launcher` and its server speak JSON, a packet a message.  ``tests/test_launcher.py`` compares it with the
 command itself.
@@ -198,7 +198,7 @@ class Launcher:
 
 def serve(channel: socket.socket) -> int:
     """Fork a victim for each request until the channel is closed."""
-    from llmtrain.runtime import prepare_process
+    from llmtrain.base.process import prepare_process
 
     prepare_process()
     import torch._dynamo  # torch imports it on the way, a second of it
@@ -210,8 +210,8 @@ def serve(channel: socket.socket) -> int:
     import llmtrain.commands.train
     import llmtrain.commands.verify
     import llmtrain.report.curves
-    import llmtrain.run
-    import llmtrain.sweep  # noqa: F401
+    import llmtrain.run.run
+    import llmtrain.sweep.jobs  # noqa: F401
 
     warm_up()
     assert torch.tensor(1.0).item() == 1.0
@@ -249,10 +249,10 @@ def warm_up() -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from llmtrain import config
-    from llmtrain.runtime import peak_flops
+    from llmtrain.base.device import peak_flops
+    from llmtrain.config.compose import compose
 
-    config.compose("train", [])
+    compose("train", [])
     figure = Figure(layout="constrained")
     figure.subplots().set_title("bold", weight="bold")
     FigureCanvasAgg(figure).print_png(io.BytesIO())
@@ -273,7 +273,7 @@ def tell(channel: socket.socket, **message: Any) -> None:
 
 def become_victim(request: dict[str, Any]) -> NoReturn:
     """Run the command line as requested, and end with its exit status."""
-    from llmtrain.cli import main
+    from llmtrain.cli.main import main
 
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # not to outlive the launcher
     os.environ.clear()

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmtrain.checkpoint import Checkpoint, newest_whole
-from llmtrain.storage import step_of, write_checkpoint
+from llmtrain.checkpoint.directory import step_of
+from llmtrain.checkpoint.format import write_checkpoint
+from llmtrain.checkpoint.policy import Checkpoint
+from llmtrain.checkpoint.restore import newest_whole
 
 
 def policy(**changes: float) -> Checkpoint:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from llmtrain import checks
+from llmtrain.base import checks
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import pytest
 from cli import TINY, llmtrain, only_run
 
 from llmtrain import Run
-from llmtrain.cli import VERBS, main, split
-from llmtrain.run_directory import RunDirectory
+from llmtrain.cli.arguments import VERBS, split
+from llmtrain.cli.main import main
+from llmtrain.run.directory import RunDirectory
 
 Failing = Callable[..., str]
 QUICK = (*TINY, "loop.max_steps=2")
@@ -70,7 +71,10 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         (["train", "loop.max_steps=-5"], "loop.max_steps=-5: must be at least 1"),
         (["train", "model.hidden_size=100"], "model.hidden_size=100: must be divisible by num_heads=12"),
         (["train", "optimizer._target_=os.system"], "not a class of llmtrain"),
-        (["train", "optimizer._target_=llmtrain.config.load"], "not a dataclass defined in llmtrain.config"),
+        (
+            ["train", "optimizer._target_=llmtrain.config.compose.load"],
+            "not a dataclass defined in llmtrain.config.compose",
+        ),
         (["train", "weights=checkpoint"], "weights.path: a value is required"),
         (["train", "weights=checkpoint", "weights.path=nowhere", *QUICK], "nowhere: no such directory"),
         (

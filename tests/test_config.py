@@ -7,9 +7,11 @@ import pytest
 import yaml
 from transformers import GPT2Config
 
-from llmtrain import Run, config, stored_config
-from llmtrain.config import REDACTED, ConfigError
-from llmtrain.help import commented
+from llmtrain import Run
+from llmtrain.cli.help import commented
+from llmtrain.config import stored_config
+from llmtrain.config.build import build
+from llmtrain.config.stored_config import REDACTED, ConfigError
 from llmtrain.optimizer.adamw import AdamW
 from llmtrain.schedule import Schedule
 
@@ -112,7 +114,7 @@ class Elsewhere(Schedule):
     [
         ("os.system", r"plugins=\[os\]"),
         ("builtins.open", "not a class of llmtrain"),
-        ("llmtrain.config.load", "not a dataclass defined in llmtrain.config"),
+        ("llmtrain.config.compose.load", "not a dataclass defined in llmtrain.config.compose"),
         ("llmtrain.schedule.constant.dataclass", "not a dataclass defined"),
         ("llmtrain.optimizer.adamw.AdamW", r"not a llmtrain.schedule.Schedule"),
         ("llmtrain.nowhere.Thing", "there is no module llmtrain.nowhere"),
@@ -123,12 +125,12 @@ class Elsewhere(Schedule):
 )
 def test_only_our_dataclasses_are_built(target: str | None, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        config.build({"_target_": target, "lr": 1.0}, Schedule, path="schedule")
+        build({"_target_": target, "lr": 1.0}, Schedule, path="schedule")
 
 
 def test_a_plugin_is_built_when_named(monkeypatch: pytest.MonkeyPatch) -> None:
     node = {"_target_": f"{__name__}.Elsewhere", "lr": 1}
-    built = config.build(node, Schedule, path="schedule", plugins=[__name__.split(".")[0]])
+    built = build(node, Schedule, path="schedule", plugins=[__name__.split(".")[0]])
     assert built == Elsewhere(1.0)
     assert isinstance(built.lr, float)
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from llmtrain import format
+from llmtrain.base import format
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from llmtrain.help import ON_RESUME, commented, written
-from llmtrain.resumption import FIXED
+from llmtrain.cli.help import ON_RESUME, commented, written
+from llmtrain.run.resume import FIXED
 
 CONF = Path(__file__).parents[1] / "conf"
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmtrain.inference import Sampling, as_text, generate
+from llmtrain.inference.generate import Sampling, as_text, generate
 from llmtrain.model.gpt import GPT, GPTConfig, Initialisation
 
 END = 50

@@ -10,13 +10,13 @@ from cli import TINY, rows
 from safetensors.torch import load_file
 
 from llmtrain import Run
+from llmtrain.config.run_config import Parts
 from llmtrain.data import IGNORE, Batch
-from llmtrain.loop import Loop
-from llmtrain.run_config import Parts
-from llmtrain.run_directory import RunDirectory
-from llmtrain.state import TrainState
-from llmtrain.stopwatch import Stopwatch
-from llmtrain.training import execute
+from llmtrain.run.directory import RunDirectory
+from llmtrain.run.session import execute
+from llmtrain.train.loop import Loop
+from llmtrain.train.state import TrainState
+from llmtrain.train.step_timer import Stopwatch
 
 
 def parts_of(run: Run) -> Parts:
@@ -127,8 +127,8 @@ def test_saves_ahead_of_evaluations_are_left_out_where_they_take_too_long(
         return [row["step"] for row in events if row.get("event") == "save"]
 
     assert saved(tmp_path / "short") == [2, 4, 6, 8]
-    monkeypatch.setattr("llmtrain.checkpoint.SHORT_SAVE", 0.0)
-    monkeypatch.setattr("llmtrain.checkpoint.MAX_SHARE", 0.0)
+    monkeypatch.setattr("llmtrain.checkpoint.policy.SHORT_SAVE", 0.0)
+    monkeypatch.setattr("llmtrain.checkpoint.policy.MAX_SHARE", 0.0)
     assert saved(tmp_path / "long") == [
         2,
         8,

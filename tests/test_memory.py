@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmtrain.memory import halved_on_out_of_memory, is_out_of_memory
+from llmtrain.train.out_of_memory import halved_on_out_of_memory, is_out_of_memory
 
 
 def test_sizes_are_halved_until_it_fits() -> None:

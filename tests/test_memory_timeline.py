@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from llmtrain.memory_timeline import MAX_POINTS, Border, Timeline, _thinned, draw
+from llmtrain.train.memory_timeline import MAX_POINTS, Border, Timeline, _thinned, draw
 
 CPU, CUDA = 0, 1
 

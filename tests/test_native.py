@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.native import load
+from llmtrain.kernels.build import load
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 

@@ -16,9 +16,9 @@ from llmtrain.data.sequences import Rows, Sequences, Stream
 from llmtrain.metrics.jsonl import to_line
 from llmtrain.model.gpt import GPTConfig, Initialisation
 from llmtrain.objective.causal import Causal
-from llmtrain.offenders import find_offenders
 from llmtrain.tokenizer.byte import Byte
 from llmtrain.tokenizer.gpt2 import GPT2
+from llmtrain.train.worst_sequences import find_offenders
 
 CPU = torch.device("cpu")
 BYTE = Byte().build()

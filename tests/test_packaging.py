@@ -61,7 +61,7 @@ def test_the_wheel_holds_all_that_the_program_reads(tmp_path: Path) -> None:
 def test_what_shows_only_is_light(tmp_path: Path, arguments: list[str], not_imported: set[str]) -> None:
     program = (
         "import sys\n"
-        "from llmtrain.cli import main\n"
+        "from llmtrain.cli.main import main\n"
         f"main({arguments!r})\n"
         "print(*{name.split('.')[0] for name in sys.modules}, file=sys.stderr)\n"
     )
@@ -77,7 +77,7 @@ def test_inference_imports_no_compiler(tmp_path: Path) -> None:
     quick = ("model=tiny", "tokenizer=byte", "data.sequence_length=32", "loop.max_steps=1", "loop.eval_every=0")
     program = (
         "import sys\n"
-        "from llmtrain.cli import main\n"
+        "from llmtrain.cli.main import main\n"
         "assert main(sys.argv[1:]) == 0\n"
         "print(*sys.modules, file=sys.stderr)\n"
     )

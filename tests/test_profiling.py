@@ -12,9 +12,10 @@ import torch
 from cli import TINY, cut_back, llmtrain, rows
 from safetensors.torch import load_file
 
-from llmtrain import Run, stored_config
-from llmtrain.profiling import WIDTH
-from llmtrain.run_directory import RunDirectory
+from llmtrain import Run
+from llmtrain.config import stored_config
+from llmtrain.run.directory import RunDirectory
+from llmtrain.train.profiler import WIDTH
 
 PNG = b"\x89PNG\r\n\x1a\n"
 FILES = {"trace.json.gz", "operations.txt", "memory.png"}

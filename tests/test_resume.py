@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from cli import TINY, assert_same_end, cut_back, llmtrain, only_run, rows, start
 
-from llmtrain import Run, config, stored_config
-from llmtrain.run_directory import RunDirectory
+from llmtrain import Run
+from llmtrain.config import stored_config
+from llmtrain.run.directory import RunDirectory
 
 CHECKPOINTS = ("checkpoint.every_steps=1", "checkpoint.keep_last=0", "loop.max_steps=9")
 TEXT = Path(__file__).parents[1] / "data" / "lighthouse.txt"
@@ -136,7 +137,7 @@ def test_resume_shows_and_records_changes(tmp_path: Path) -> None:
     "override", ["model.hidden_size=64", "tokenizer=gpt2", "data.sequence_length=16", "runtime.seed=5"]
 )
 def test_resume_refuses_what_cannot_continue(tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str) -> None:
-    from llmtrain.cli import main
+    from llmtrain.cli.main import main
 
     run = Run.compose(*TINY, "loop.max_steps=1", f"run_dir={tmp_path / 'run'}")
     run.train()
@@ -153,6 +154,6 @@ def test_moved_runs_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     whole = Run.compose(*TINY, *CHECKPOINTS, f"run_dir={tmp_path / 'whole'}").train().run_dir
     moved = cut_back(whole, 4, tmp_path / "elsewhere" / "moved")
     assert only_run(tmp_path) == moved
-    monkeypatch.setattr(config, "conf_dir", lambda: tmp_path / "nowhere")
+    monkeypatch.setattr("llmtrain.config.folders._installed", lambda package, folder: tmp_path / "nowhere")
     Run.from_config(stored_config.load(moved / "config.yaml")).resume(RunDirectory.open(moved))
     assert_same_end(whole, moved)

@@ -11,13 +11,9 @@ import pytest
 import torch
 from cli import TINY, assert_same_end, rows
 
-from llmtrain import Run, stored_config
+from llmtrain import Run
 from llmtrain.accumulation.auto import AutoBatch
-from llmtrain.loop import TrainingFailed
-from llmtrain.resumption import changes, come_back, find_origin, has_optimizer_of, make_child
-from llmtrain.run_directory import RunDirectory
-from llmtrain.runtime import describe_environment
-from llmtrain.storage import (
+from llmtrain.checkpoint.format import (
     CONFIG,
     MODEL,
     OPTIMIZER,
@@ -28,7 +24,12 @@ from llmtrain.storage import (
     verify_checkpoint,
     write_checkpoint,
 )
-from llmtrain.training import execute
+from llmtrain.config import stored_config
+from llmtrain.run.directory import RunDirectory
+from llmtrain.run.environment import describe_environment
+from llmtrain.run.resume import changes, come_back, find_origin, has_optimizer_of, make_child
+from llmtrain.run.session import execute
+from llmtrain.train.loop import TrainingFailed
 
 CPU = torch.device("cpu")
 FP16 = ("precision=fp16", "precision.initial_scale=65536")

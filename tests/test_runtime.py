@@ -11,7 +11,9 @@ import torch
 from cli import TINY, rows
 
 from llmtrain import Run
-from llmtrain.runtime import Device, Runtime, is_glibc, measure_matmul_flops, physical_cores
+from llmtrain.base.device import measure_matmul_flops, physical_cores
+from llmtrain.base.process import is_glibc
+from llmtrain.base.runtime import Device, Runtime
 
 
 @pytest.mark.slow
@@ -28,7 +30,7 @@ def test_a_compiled_run_has_the_same_curve(tmp_path: Path) -> None:
 
 TOLD = """
 import os, sys
-from llmtrain.runtime import restart_with_tunables
+from llmtrain.base.process import restart_with_tunables
 print(os.getpid(), flush=True)
 restart_with_tunables()
 print(sys.argv[1:], sys.flags.dev_mode, os.environ["GLIBC_TUNABLES"])

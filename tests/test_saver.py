@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file
 from test_checkpoint import policy
 
-from llmtrain.run_directory import RunDirectory
-from llmtrain.saver import Saver
-from llmtrain.storage import find_checkpoints, step_of, verify_checkpoint
+from llmtrain.checkpoint.directory import find_checkpoints, step_of
+from llmtrain.checkpoint.format import verify_checkpoint
+from llmtrain.checkpoint.writer import Saver
+from llmtrain.run.directory import RunDirectory
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from llmtrain.signals import stop_on_signals
+from llmtrain.train.signals import stop_on_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
@@ -33,7 +33,7 @@ def test_a_handler_of_before_is_called_after_the_save() -> None:
 
 TWO = """
 import signal, sys
-from llmtrain.signals import stop_on_signals
+from llmtrain.train.signals import stop_on_signals
 with stop_on_signals() as stop:
     for name in sys.argv[1:]:
         signal.raise_signal(getattr(signal, name))

@@ -6,9 +6,10 @@ import pytest
 import torch
 from cli import TINY, rows
 
-from llmtrain import Run, stored_config
-from llmtrain.run_directory import RunDirectory
-from llmtrain.stopwatch import Stopwatch
+from llmtrain import Run
+from llmtrain.config import stored_config
+from llmtrain.run.directory import RunDirectory
+from llmtrain.train.step_timer import Stopwatch
 
 
 class Clock:

@@ -11,17 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmtrain.storage import (
+from llmtrain.base.files import share, sweep_leftovers, write_atomically
+from llmtrain.checkpoint.directory import find_checkpoints, locate_checkpoint
+from llmtrain.checkpoint.format import (
     MANIFEST,
     CheckpointError,
     confirm_checkpoint,
-    find_checkpoints,
-    locate_checkpoint,
     remove_checkpoint,
-    share,
-    sweep_leftovers,
     verify_checkpoint,
-    write_atomically,
     write_checkpoint,
 )
 
@@ -121,7 +118,7 @@ def test_removing_leaves_no_half(tmp_path: Path) -> None:
 FULL = """
 import resource, signal, sys
 from pathlib import Path
-from llmtrain.storage import AppendedFile
+from llmtrain.base.files import AppendedFile
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 file = AppendedFile(Path(sys.argv[1]))
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -187,7 +184,7 @@ WRITERS = """
 import itertools, os, signal, sys, time
 from pathlib import Path
 import torch
-from llmtrain.storage import write_checkpoint
+from llmtrain.checkpoint.format import write_checkpoint
 weights = {"w": torch.zeros(500_000)}
 for attempt in range(8):
     if (writer := os.fork()) == 0:

@@ -9,11 +9,11 @@ import torch
 from cli import llmtrain
 
 from llmtrain import Run
+from llmtrain.config.run_config import Parts
 from llmtrain.metrics import read_metrics
-from llmtrain.run_config import Parts
-from llmtrain.state import TrainState
-from llmtrain.training import fits, tune
-from llmtrain.tuning import Rehearsal, compiling_pays, largest_that_fits
+from llmtrain.run.autotune import Rehearsal, compiling_pays, largest_that_fits
+from llmtrain.run.session import fits, tune
+from llmtrain.train.state import TrainState
 
 TINY = ("model=tiny", "tokenizer=byte", "loop.sample_every=0", "metrics.log_every=1")
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")

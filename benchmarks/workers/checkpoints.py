@@ -13,14 +13,14 @@ from benchmarks.workers.our_loop import open_loop
 from benchmarks.workers.ours import overrides
 
 if TYPE_CHECKING:
-    from llmtrain.loop import Loop
+    from llmtrain.train.loop import Loop
 
 MODES = ("none", "asynchronous", "synchronous")
 
 
 def measure(task: Task) -> dict[str, Any]:
     """A block of each kind."""
-    from llmtrain.runtime import prepare_program
+    from llmtrain.base.process import prepare_program
 
     prepare_program()
     from llmtrain import Run

@@ -15,7 +15,8 @@ LARGER_ERROR = 4.0  # a faster way of multiplying fp32 counts as fp32 up to so m
 
 def measure(task: Task) -> dict[str, Any]:
     """FLOP/s by precision, each product's and the best; on a GPU also of a square one."""
-    from llmtrain.runtime import DATASHEET_BF16, prepare_process
+    from llmtrain.base.device import DATASHEET_BF16
+    from llmtrain.base.process import prepare_process
 
     prepare_process()
     import torch

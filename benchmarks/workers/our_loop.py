@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llmtrain import Run
-    from llmtrain.loop import Loop
-    from llmtrain.run_config import Parts
+    from llmtrain.config.run_config import Parts
+    from llmtrain.train.loop import Loop
 
 
 @contextlib.contextmanager
 def open_loop(run: "Run", parts: "Parts", folder: Path) -> Iterator["Loop"]:
     """The loop of ``run`` over its assembled ``parts``, at step 0, writing into ``folder``."""
+    from llmtrain.checkpoint.writer import Saver
     from llmtrain.display import PlainDisplay
-    from llmtrain.run_directory import RunDirectory
-    from llmtrain.saver import Saver
-    from llmtrain.state import TrainState
-    from llmtrain.training import make_loop
+    from llmtrain.run.directory import RunDirectory
+    from llmtrain.run.session import make_loop
+    from llmtrain.train.state import TrainState
 
     folder.mkdir()
     directory = RunDirectory(folder)

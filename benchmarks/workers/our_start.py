@@ -23,16 +23,16 @@ def measure(task: Task) -> dict[str, Any]:
         mark = now
 
     ended("Python starts")
-    from llmtrain.runtime import prepare_program
+    from llmtrain.base.process import prepare_program
 
     prepare_program()
     import torch  # noqa: F401
 
     ended("import torch")
-    import llmtrain.run
+    import llmtrain.run.run
 
     ended("import the rest")
-    run = llmtrain.run.Run.compose(*overrides(task))
+    run = llmtrain.run.run.Run.compose(*overrides(task))
     ended("compose and check the config")
     with run.runtime.session() as device:
         run.runtime.seed_everything()

@@ -24,7 +24,7 @@ def overrides(task: Task) -> list[str]:
 def measure(task: Task) -> dict[str, Any]:
     """Train for so many steps; the checkpoint at the end of a run is not in the figures."""
     if task.prepare_process:
-        from llmtrain.runtime import prepare_program
+        from llmtrain.base.process import prepare_program
 
         prepare_program()
     from llmtrain import Run

@@ -19,11 +19,12 @@ def measure(task: Task) -> dict[str, Any]:
     import torch
 
     from llmtrain import Run
-    from llmtrain.data.encode import encode_documents
+    from llmtrain.base.device import available_memory, device_name, physical_cores
+    from llmtrain.data.cache.encode import encode_documents
     from llmtrain.data.python_stdlib import PythonStdlib
     from llmtrain.model.gpt import GPTConfig
-    from llmtrain.model.vocabulary import padded_size
-    from llmtrain.runtime import available_memory, device_name, git_commit, physical_cores
+    from llmtrain.model.layers.padded_vocabulary import padded_size
+    from llmtrain.run.environment import git_commit
 
     device = task.device if task.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     threads = task.threads or physical_cores()

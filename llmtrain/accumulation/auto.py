@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from llmtrain.accumulation import Accumulation
-from llmtrain.checks import positive
+from llmtrain.base.checks import positive
 
 
 @dataclass(frozen=True)

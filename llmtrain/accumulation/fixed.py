@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from llmtrain.accumulation import Accumulation
-from llmtrain.checks import positive
+from llmtrain.base.checks import positive
 
 
 @dataclass(frozen=True)

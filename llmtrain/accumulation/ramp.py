@@ -6,7 +6,7 @@ from enum import Enum
 from itertools import pairwise
 
 from llmtrain.accumulation import Accumulation
-from llmtrain.checks import positive
+from llmtrain.base.checks import positive
 
 
 class Unit(Enum):

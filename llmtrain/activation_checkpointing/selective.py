@@ -5,8 +5,8 @@ from enum import Enum
 
 from llmtrain.activation_checkpointing import ActivationCheckpointing
 from llmtrain.activation_checkpointing.offload import offload
-from llmtrain.activation_checkpointing.operations import recompute_cheap
 from llmtrain.activation_checkpointing.recompute import recompute
+from llmtrain.activation_checkpointing.selective_ops import recompute_cheap
 from llmtrain.model import LanguageModel
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from llmtrain.clipping import Clipped, Clipping
-from llmtrain.clipping.measured import measure
+from llmtrain.clipping.base import measure
 
 
 @dataclass(frozen=True)

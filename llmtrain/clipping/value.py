@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmtrain.checks import positive
-from llmtrain.clipping.measured import Gradients, MeasuredClipping
+from llmtrain.base.checks import positive
+from llmtrain.clipping.base import Gradients, MeasuredClipping
 
 
 @dataclass(frozen=True)

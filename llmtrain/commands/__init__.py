@@ -4,12 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Exit statuses
-FINISHED = 0
-FAILED = 1
-USAGE_ERROR = 2
-INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving; resume goes on
-
 
 @dataclass(frozen=True)
 class Invocation:

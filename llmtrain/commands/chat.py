@@ -11,14 +11,16 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from llmtrain.commands import FINISHED, Invocation
-from llmtrain.conversation import Conversation, check_writes, template_of
-from llmtrain.data.templates import Message
-from llmtrain.format import visible
-from llmtrain.inference import Sampling
-from llmtrain.runtime import Device, Runtime, cache_folder
-from llmtrain.storage import locate_checkpoint
-from llmtrain.trained import load_trained
+from llmtrain.base.exit_status import FINISHED
+from llmtrain.base.format import visible
+from llmtrain.base.process import cache_folder
+from llmtrain.base.runtime import Device, Runtime
+from llmtrain.checkpoint.directory import locate_checkpoint
+from llmtrain.commands import Invocation
+from llmtrain.data.chat.templates import Message
+from llmtrain.inference.generate import Sampling
+from llmtrain.run.conversation import Conversation, check_writes, template_of
+from llmtrain.run.load import load_trained
 
 COMMANDS = {
     "/reset": "forget what was said",

@@ -12,29 +12,30 @@ from pathlib import Path
 
 import torch
 
-from llmtrain.checks import positive
-from llmtrain.commands import FAILED, FINISHED, Invocation
-from llmtrain.comparison import Differs, answer, ask, ask_peft, ask_transformers, compare, has, read_back
-from llmtrain.conversation import template_of
+from llmtrain.base.checks import positive
+from llmtrain.base.exit_status import FAILED, FINISHED
+from llmtrain.base.format import significant, size
+from llmtrain.base.runtime import Device, Runtime
+from llmtrain.checkpoint.directory import locate_checkpoint
+from llmtrain.commands import Invocation
+from llmtrain.config.run_config import RunConfig
+from llmtrain.data.chat.templates import Markup, PartEncoder, Template
+from llmtrain.data.chat.to_jinja import to_jinja
 from llmtrain.data.labelled import Labelled
-from llmtrain.data.template_to_jinja import to_jinja
-from llmtrain.data.templates import Markup, PartEncoder, Template
-from llmtrain.format import significant, size
 from llmtrain.hf import CLASSIFIER, SCORE, config_of, family_for, module_names
+from llmtrain.hf.classifier_tokenizer import PAD, find_padding, wrapped
 from llmtrain.hf.config_json import ConfigJson
 from llmtrain.hf.directory import locate
 from llmtrain.hf.peft import export_adapter, import_adapter
+from llmtrain.hf.tokenizer_export import files
 from llmtrain.hf.writing import config_json, is_transposed, write
 from llmtrain.lora.low_rank import LowRank
 from llmtrain.lora.merge import merge
 from llmtrain.lora.quantization import Quantization
 from llmtrain.lora.targets import HEAD
-from llmtrain.run_config import RunConfig
-from llmtrain.runtime import Device, Runtime
-from llmtrain.storage import locate_checkpoint
-from llmtrain.tokenizer.to_huggingface import files
-from llmtrain.tokenizer.wrapped import PAD, find_padding, wrapped
-from llmtrain.trained import Trained, load_trained
+from llmtrain.run.conversation import template_of
+from llmtrain.run.load import Trained, load_trained
+from llmtrain.verify.logits import Differs, answer, ask, ask_peft, ask_transformers, compare, has, read_back
 from llmtrain.weights.huggingface import HuggingFace
 
 

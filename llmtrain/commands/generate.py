@@ -11,16 +11,17 @@ from typing import Any
 
 import torch
 
+from llmtrain.base.files import written_whole
+from llmtrain.base.format import visible
+from llmtrain.base.runtime import Device, Runtime
+from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.commands import Invocation
-from llmtrain.conversation import check_writes, template_of
-from llmtrain.data.documents import read_text
-from llmtrain.data.records import Reader, find_records
-from llmtrain.data.templates import Message, PartEncoder, Template
-from llmtrain.format import visible
-from llmtrain.inference import Sampling, as_text, generate
-from llmtrain.runtime import Device, Runtime
-from llmtrain.storage import locate_checkpoint, written_whole
-from llmtrain.trained import Trained, load_trained
+from llmtrain.data.chat.templates import Message, PartEncoder, Template
+from llmtrain.data.sources.documents import read_text
+from llmtrain.data.sources.records import Reader, find_records
+from llmtrain.inference.generate import Sampling, as_text, generate
+from llmtrain.run.conversation import check_writes, template_of
+from llmtrain.run.load import Trained, load_trained
 
 AS_IT_IS, AS_TAUGHT = "none", "run"  # of the templates
 

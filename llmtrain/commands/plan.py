@@ -11,26 +11,27 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmtrain.checks import non_negative, positive
-from llmtrain.commands import FINISHED, USAGE_ERROR, Invocation
+from llmtrain.base.checks import non_negative, positive
+from llmtrain.base.exit_status import FINISHED, USAGE_ERROR
+from llmtrain.base.files import write_atomically
+from llmtrain.base.format import count, duration, rate, significant, size
+from llmtrain.checkpoint.model_state import saved_tensors
+from llmtrain.commands import Invocation
 from llmtrain.data import Corpus
 from llmtrain.display import lines
-from llmtrain.format import count, duration, rate, significant, size
 from llmtrain.lint import lint, overrides_of
 from llmtrain.model import LanguageModel
-from llmtrain.planning.advice import Suggestion, largest_fitting, suggest
-from llmtrain.planning.blueprint import Blueprint, outline
-from llmtrain.planning.chart import bar, draw
-from llmtrain.planning.costs import Costs, Counts, Speed, add_up, count_looks, without_long_saves
-from llmtrain.planning.devices import DeviceSpec, arithmetic, find_device, present_device
-from llmtrain.planning.memory import Memory, Untraceable, at_micro_batch, estimate
-from llmtrain.planning.trace import Phase
+from llmtrain.plan.advice import Suggestion, largest_fitting, suggest
+from llmtrain.plan.blueprint import Blueprint, outline
+from llmtrain.plan.chart import bar, draw
+from llmtrain.plan.costs import Costs, Counts, Speed, add_up, count_looks, without_long_saves
+from llmtrain.plan.devices import DeviceSpec, arithmetic, find_device, present_device
+from llmtrain.plan.memory import Memory, Untraceable, at_micro_batch, estimate
+from llmtrain.plan.trace import Phase
 from llmtrain.precision import Precision
-from llmtrain.probe import Probed, ProbeFailed, probe
-from llmtrain.run import Run
-from llmtrain.storage import write_atomically
+from llmtrain.run.run import Run
+from llmtrain.run.time_steps import Probed, ProbeFailed, probe
 from llmtrain.tokenizer import Tokenizer
-from llmtrain.weights.checkpoint import saved_tensors
 
 WHEN = {Phase.held: "between two steps", Phase.forward: "in forward", Phase.backward: "in backward",
         Phase.update: "in the optimizer's step"}  # fmt: skip

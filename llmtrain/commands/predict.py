@@ -16,16 +16,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmtrain.checks import positive
-from llmtrain.commands import FINISHED, Invocation
+from llmtrain.base.checks import positive
+from llmtrain.base.exit_status import FINISHED
+from llmtrain.base.files import written_whole
+from llmtrain.base.format import percent, visible
+from llmtrain.base.runtime import Device, Runtime
+from llmtrain.checkpoint.directory import locate_checkpoint
+from llmtrain.commands import Invocation
 from llmtrain.data import padded
 from llmtrain.data.labelled import Labelled
-from llmtrain.data.records import Reader, Record, find_records
-from llmtrain.format import percent, visible
+from llmtrain.data.sources.records import Reader, Record, find_records
 from llmtrain.objective.classification import Classification
-from llmtrain.runtime import Device, Runtime
-from llmtrain.storage import locate_checkpoint, written_whole
-from llmtrain.trained import Trained, load_trained
+from llmtrain.run.load import Trained, load_trained
 
 WINDOW = 64  # batches that are read ahead, so that texts of like length go together
 FORMATS = (".jsonl", ".csv")

@@ -2,12 +2,14 @@
 
 import shlex
 
-from llmtrain import config, stored_config
-from llmtrain.commands import FINISHED, INTERRUPTED, Invocation
-from llmtrain.format import visible
-from llmtrain.resumption import changes, check_changes, find_origin
-from llmtrain.run import Run
-from llmtrain.run_directory import RunDirectory
+from llmtrain.base.exit_status import FINISHED, INTERRUPTED
+from llmtrain.base.format import visible
+from llmtrain.commands import Invocation
+from llmtrain.config import stored_config
+from llmtrain.config.load import complete
+from llmtrain.run.directory import RunDirectory
+from llmtrain.run.resume import changes, check_changes, find_origin
+from llmtrain.run.run import Run
 
 
 def main(run: Run, invocation: Invocation) -> int:
@@ -17,7 +19,7 @@ def main(run: Run, invocation: Invocation) -> int:
     """
     directory, step = RunDirectory.open(invocation.targets[0]), invocation.step
     branching = run.run_dir is not None or directory.is_older(step)
-    stored = config.complete(stored_config.load(directory.config_at(step)))
+    stored = complete(stored_config.load(directory.config_at(step)))
     changed = changes(stored, run)
     check_changes(changed, branching=branching, has_base=run.lora.adapts)  # ahead of all that takes time
     if branching:

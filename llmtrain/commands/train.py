@@ -1,7 +1,8 @@
 """``llmtrain train``: train a composed run from step 0."""
 
-from llmtrain.commands import FINISHED, INTERRUPTED, Invocation
-from llmtrain.run import Run
+from llmtrain.base.exit_status import FINISHED, INTERRUPTED
+from llmtrain.commands import Invocation
+from llmtrain.run.run import Run
 
 
 def main(run: Run, invocation: Invocation) -> int:

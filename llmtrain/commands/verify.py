@@ -17,16 +17,19 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from llmtrain import config, stored_config
-from llmtrain.checks import positive
-from llmtrain.commands import FAILED, FINISHED, Invocation
-from llmtrain.format import size, visible
+from llmtrain.base.checks import positive
+from llmtrain.base.exit_status import FAILED, FINISHED
+from llmtrain.base.format import size, visible
+from llmtrain.base.runtime import Device
+from llmtrain.checkpoint.directory import find_checkpoints, step_of
+from llmtrain.checkpoint.format import CONFIG, MANIFEST, CheckpointError, read_state, verify_checkpoint
+from llmtrain.commands import Invocation
+from llmtrain.config import stored_config
+from llmtrain.config.load import complete
 from llmtrain.metrics import read_metrics
-from llmtrain.replay import Comparison, Replay, compare
-from llmtrain.run import Run
-from llmtrain.run_directory import RunDirectory
-from llmtrain.runtime import Device
-from llmtrain.storage import CONFIG, MANIFEST, CheckpointError, find_checkpoints, read_state, step_of, verify_checkpoint
+from llmtrain.run.directory import RunDirectory
+from llmtrain.run.run import Run
+from llmtrain.verify.replay import Comparison, Replay, compare
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def replay(console: Console, settings: Verify, directory: RunDirectory, checkpoi
                 f"base={settings.base}: this run's checkpoints hold a whole model, no adapters; leave it out"
             )
         stored["weights"] = {**stored["weights"], "path": settings.base}
-    run = Run.from_config(config.complete(stored))
+    run = Run.from_config(complete(stored))
     run = dataclasses.replace(run, runtime=dataclasses.replace(run.runtime, device=settings.device))
     run.runtime.torch_device()  # an error in the settings is none of the run's
     console.print(f"\nreplaying {end - start:,} steps from {f'step {start:,}' if first else 'the start'}")

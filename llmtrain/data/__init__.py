@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from llmtrain.data.reader import DataFailed as DataFailed
+from llmtrain.data.cache.reader import DataFailed as DataFailed
 from llmtrain.data.sequences import Sequences
 from llmtrain.tokenizer import Tokenizer
 

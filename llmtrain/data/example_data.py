@@ -1,7 +1,7 @@
 """What the options for examples share: from files of records to a :class:`Corpus`.
 
 The records are read twice, one at a time.  First each is checked, and the hash of its content and its label decide what
-it is for; then it is encoded, on threads, into a cache as :mod:`llmtrain.data.cache` keeps it.
+it is for; then it is encoded, on threads, into a cache as :mod:`llmtrain.data.cache.token_cache` keeps it.
 """
 
 import logging
@@ -16,19 +16,19 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from llmtrain.checks import did_you_mean
+from llmtrain.base.checks import did_you_mean
+from llmtrain.base.format import percent
 from llmtrain.data import Corpus, DataConfig, DataFailed
-from llmtrain.data.cache import REPORT_SECONDS, find_or_make
-from llmtrain.data.corpus import check_options
-from llmtrain.data.encode import dtype_of
-from llmtrain.data.example_entry import FORMAT, Entry, ExampleIndex, digest_of
+from llmtrain.data.cache.encode import dtype_of
+from llmtrain.data.cache.example_cache import FORMAT, Entry, ExampleIndex, digest_of
+from llmtrain.data.cache.parallel import in_order
+from llmtrain.data.cache.shard_index import PartWriter
+from llmtrain.data.cache.token_cache import REPORT_SECONDS, find_or_make
 from llmtrain.data.examples import Examples, no_target
-from llmtrain.data.files import Stamp, remember, sha256, stamp
-from llmtrain.data.index import PartWriter
-from llmtrain.data.parallel import in_order
-from llmtrain.data.records import Reader, Record, find_records
-from llmtrain.data.split import column, content_hash, set_aside, undersample
-from llmtrain.format import percent
+from llmtrain.data.order.validation_split import column, content_hash, set_aside, undersample
+from llmtrain.data.sources.files import Stamp, remember, sha256, stamp
+from llmtrain.data.sources.records import Reader, Record, find_records
+from llmtrain.data.text_data import check_options
 from llmtrain.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

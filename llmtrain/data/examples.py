@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmtrain.data import IGNORE, padded
-from llmtrain.data.order import mix, order
-from llmtrain.data.packing import pack
-from llmtrain.data.reader import Tokens
+from llmtrain.data.cache.reader import Tokens
+from llmtrain.data.order.packing import pack
+from llmtrain.data.order.permutation import mix, order
 from llmtrain.data.sequences import Rows, Sequences
 
 BUCKET = 1024  # positions of an epoch whose examples are sorted by length among themselves

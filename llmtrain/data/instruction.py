@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from llmtrain.checks import did_you_mean
+from llmtrain.base.checks import did_you_mean
 from llmtrain.data import IGNORE
+from llmtrain.data.chat.templates import OWN, Message, PartEncoder, Template, find_template, parse_template
 from llmtrain.data.example_data import Encoded, ExampleData, Item
-from llmtrain.data.records import Record, shown
-from llmtrain.data.templates import OWN, Message, PartEncoder, Template, find_template, parse_template
+from llmtrain.data.sources.records import Record, shown
 from llmtrain.tokenizer import Tokenizer
 
 MESSAGES = ("messages", "conversations")  # columns that hold a conversation, if no other is named
@@ -33,7 +33,7 @@ class Instruction(ExampleData[list[Message]]):
 
     ``instruction``, ``input`` (may be missing) and ``output``, as Alpaca has them; ``messages`` or ``conversations``, a
     list of ``{role, content}`` or ``{from, value}``; ``prompt`` and ``completion``.  It becomes text by a template, as
-    :mod:`llmtrain.data.templates` describes.
+    :mod:`llmtrain.data.chat.templates` describes.
     """
 
     instruction_column: str

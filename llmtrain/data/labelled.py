@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from llmtrain.data.example_data import Encoded, ExampleData, Item
-from llmtrain.data.records import Record, shown
+from llmtrain.data.sources.records import Record, shown
 from llmtrain.tokenizer import Tokenizer
 
 SEPARATOR = "|"  # between several labels in one value

@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llmtrain.data.cache import Source
-from llmtrain.data.corpus import TextData
-from llmtrain.data.documents import Piece
+from llmtrain.data.cache.token_cache import Source
+from llmtrain.data.sources.documents import Piece
+from llmtrain.data.text_data import TextData
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtrain.data.cache import Source
-from llmtrain.data.corpus import TextData
-from llmtrain.data.documents import Piece
-from llmtrain.data.files import remember, sha256
+from llmtrain.data.cache.token_cache import Source
+from llmtrain.data.sources.documents import Piece
+from llmtrain.data.sources.files import remember, sha256
+from llmtrain.data.text_data import TextData
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # not the library, or its tests
 

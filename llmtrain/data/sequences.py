@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmtrain.data.order import order
-from llmtrain.data.reader import Tokens
+from llmtrain.data.cache.reader import Tokens
+from llmtrain.data.order.permutation import order
 
 Shard = np.ndarray | Tokens
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtrain.data import Corpus, DataConfig
-from llmtrain.data.corpus import check_options, make_corpus
-from llmtrain.data.files import find_files
-from llmtrain.data.index import INDEX
-from llmtrain.data.integrity import DamagedFile, open_checked
-from llmtrain.data.reader import Tokens
-from llmtrain.data.token_file import Format, TokenFile, read_indices, recognise
+from llmtrain.data.cache.integrity import DamagedFile, open_checked
+from llmtrain.data.cache.reader import Tokens
+from llmtrain.data.cache.shard_index import INDEX
+from llmtrain.data.cache.token_file import Format, TokenFile, read_indices, recognise
+from llmtrain.data.sources.files import find_files
+from llmtrain.data.text_data import check_options, make_corpus
 from llmtrain.tokenizer import Tokenizer
 
 # train.bin and val.bin (nanoGPT), fineweb_val_000000.bin (llm.c), validation-00000.bin (ours)

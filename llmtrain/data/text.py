@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtrain.data.cache import Source
-from llmtrain.data.corpus import TextData
-from llmtrain.data.documents import Piece, read_text, split_documents
-from llmtrain.data.files import find_files, remember, sha256, stamp
+from llmtrain.data.cache.token_cache import Source
+from llmtrain.data.sources.documents import Piece, read_text, split_documents
+from llmtrain.data.sources.files import find_files, remember, sha256, stamp
+from llmtrain.data.text_data import TextData
 
 SUFFIXES = (".txt", ".md", ".text")
 COMPRESSIONS = (".gz", ".zst")

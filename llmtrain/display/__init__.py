@@ -16,10 +16,10 @@ from typing import Self, TextIO
 from rich.console import RenderableType
 from rich.text import Text
 
+from llmtrain.base.files import AppendedFile
 from llmtrain.display import lines
 from llmtrain.display.progress import Progress
 from llmtrain.metrics import Row
-from llmtrain.storage import AppendedFile
 
 
 class Display(ABC):

@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.text import Text
 
-from llmtrain import format
+from llmtrain.base import format
+from llmtrain.base.format import visible
 from llmtrain.display.progress import Progress
-from llmtrain.format import visible
 from llmtrain.metrics import Row
 
 EXPECTED_EVENTS = ("save", "resume", "profile")  # others are worth a look

@@ -16,10 +16,10 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from llmtrain import format
+from llmtrain.base import format
+from llmtrain.base.format import visible
 from llmtrain.display import Display, lines
 from llmtrain.display.progress import Progress
-from llmtrain.format import visible
 from llmtrain.metrics import Row
 from llmtrain.metrics.smoothing import EMA
 

@@ -8,7 +8,7 @@ from llmtrain.hf import family_of
 from llmtrain.hf.config_json import ConfigJson
 from llmtrain.hf.directory import locate
 from llmtrain.model import ModelConfig
-from llmtrain.model.rotary import Scaling
+from llmtrain.model.layers.rotary import Scaling
 
 SEQUENCE = 1024  # tokens; what a sequence has at most where nobody says how long it is to be
 

@@ -12,8 +12,8 @@ from llmtrain.hf.config_json import ConfigJson
 from llmtrain.hf.llama import LlamaFamily, check_common, layer_maps
 from llmtrain.hf.rope import read_rope
 from llmtrain.model import ModelConfig
+from llmtrain.model.layers.rotary import Scaling
 from llmtrain.model.llama import LlamaConfig, Position
-from llmtrain.model.rotary import Scaling
 
 ROTARY_SIZE, ALIBI_SIZE = 4096, 5120  # hidden sizes of 7B and 13B
 FIRST_VOCABULARY = 64000  # of the first Baichuan

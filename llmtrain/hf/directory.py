@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmtrain.checks import where
+from llmtrain.base.checks import where
 from llmtrain.hf.config_json import ConfigJson
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

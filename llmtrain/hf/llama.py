@@ -6,8 +6,8 @@ from llmtrain.hf import HEAD, Family, Map
 from llmtrain.hf.config_json import ConfigJson
 from llmtrain.hf.rope import read_rope, write_rope
 from llmtrain.model import ModelConfig
+from llmtrain.model.layers.rotary import Scaling
 from llmtrain.model.llama import LlamaConfig, Position
-from llmtrain.model.rotary import Scaling
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",

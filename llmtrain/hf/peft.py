@@ -14,23 +14,16 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from llmtrain.base.files import share, write_atomically
+from llmtrain.checkpoint.directory import locate_checkpoint
+from llmtrain.checkpoint.format import CONFIG as STORED
+from llmtrain.checkpoint.format import MODEL, CheckpointError, read_state, read_tensors, verify_checkpoint
 from llmtrain.hf import SCORE, module_names
 from llmtrain.lora.layers import LoraEmbedding
 from llmtrain.lora.low_rank import CLASSIFIER, LowRank
 from llmtrain.lora.merge import adapters
 from llmtrain.lora.targets import EMBEDDING, HEAD, is_end
 from llmtrain.model import LanguageModel
-from llmtrain.storage import CONFIG as STORED
-from llmtrain.storage import (
-    MODEL,
-    CheckpointError,
-    locate_checkpoint,
-    read_state,
-    read_tensors,
-    share,
-    verify_checkpoint,
-    write_atomically,
-)
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtrain.format import setting
+from llmtrain.base.format import setting
 from llmtrain.hf import HEAD, Family, Map, config_of, family_of, with_classifier
 from llmtrain.hf.directory import Directory
 from llmtrain.hf.rope import CHANGES

@@ -4,8 +4,8 @@ import math
 from typing import Any
 
 from llmtrain.hf.config_json import ConfigJson
+from llmtrain.model.layers.rotary import BETA_FAST, BETA_SLOW, Scaling
 from llmtrain.model.llama import LlamaConfig
-from llmtrain.model.rotary import BETA_FAST, BETA_SLOW, Scaling
 
 DEFAULT_THETA = 10000.0
 KEYS = {  # of ours: of theirs

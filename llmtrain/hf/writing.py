@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llmtrain.base.files import share
 from llmtrain.hf import CLASSIFIER, Family, Map, config_of, family_for, with_classifier
 from llmtrain.hf.config_json import NAME
 from llmtrain.hf.directory import INDEX, SINGLE, tensor_bytes
 from llmtrain.hf.reading import shapes_of
 from llmtrain.model import LanguageModel
-from llmtrain.storage import share
 
 GENERATION = "generation_config.json"
 

@@ -12,19 +12,19 @@ import torch
 from llmtrain.accumulation import Accumulation
 from llmtrain.accumulation.fixed import FixedBatch
 from llmtrain.activation_checkpointing import ActivationCheckpointing
-from llmtrain.checkpoint import Checkpoint
+from llmtrain.base.runtime import Runtime
+from llmtrain.checkpoint.policy import Checkpoint
 from llmtrain.clipping import Clipping
 from llmtrain.data import Corpus, DataConfig
-from llmtrain.loop_config import LoopConfig
 from llmtrain.lora import Lora
 from llmtrain.metrics import MetricsConfig
 from llmtrain.model import LanguageModel, ModelConfig
 from llmtrain.optimizer import OptimizerConfig
 from llmtrain.precision import PrecisionConfig
 from llmtrain.recovery import RecoveryConfig
-from llmtrain.runtime import Runtime
 from llmtrain.schedule import Schedule
 from llmtrain.tokenizer import Tokenizer
+from llmtrain.train.config import LoopConfig
 from llmtrain.weights import Weights
 
 STRIDES = 10_000  # a run's batch sizes are added up in at most so many pieces
@@ -51,7 +51,7 @@ def error(key: str, message: str) -> Finding:
 
 
 class Settings(Protocol):
-    """What the checks read of a :class:`llmtrain.run.Run`, which is above them."""
+    """What the checks read of a :class:`llmtrain.run.run.Run`, which is above them."""
 
     @property
     def run_dir(self) -> str | None: ...

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from llmtrain.base.format import percent
 from llmtrain.data import IGNORE
 from llmtrain.data.sequences import Sequences
-from llmtrain.format import percent
 from llmtrain.lint.case import Case, Finding, error, option, warning
 from llmtrain.lint.overlap import spread
 from llmtrain.weights.scratch import Scratch

@@ -9,12 +9,12 @@ from llmtrain.activation_checkpointing.selective import By, Selective
 from llmtrain.data.shards import Shards
 from llmtrain.lint.case import Case, Finding, warning
 from llmtrain.precision.fp16 import FP16
-from llmtrain.profiling import FIRST
 from llmtrain.recovery.on import On
 from llmtrain.schedule.linear_warmup_cosine_lr import LinearWarmupCosineLR
 from llmtrain.schedule.step import StepDecay
 from llmtrain.schedule.warmup import Warmup
 from llmtrain.schedule.wsd import WSD
+from llmtrain.train.profiler import FIRST
 from llmtrain.weights.scratch import Scratch
 
 

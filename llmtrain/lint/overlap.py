@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from llmtrain.base.format import count, percent
 from llmtrain.data import DataConfig
 from llmtrain.data.sequences import Sequences, Stream
-from llmtrain.format import count, percent
 from llmtrain.lint.case import Case, Finding, error, option, warning
 
 STRETCH = 64  # tokens; a power of two

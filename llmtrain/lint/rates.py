@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from llmtrain import config
-from llmtrain.format import percent
+from llmtrain.base.format import percent
+from llmtrain.config.build import build
+from llmtrain.config.compose import compose
 from llmtrain.lint.case import Case, Finding, error, option, warning
 from llmtrain.optimizer import OptimizerConfig
 from llmtrain.optimizer.adafactor import Adafactor
@@ -153,8 +154,8 @@ def batch_of_recipe(case: Case) -> Iterator[Finding]:
         return
     kept = [o for o in case.overrides if NAMES_INPUT.match(o) and not o.startswith("data.sequence_length=")]
     try:
-        values = config.compose("train", [f"experiment={recipe}", *kept])
-        accumulation: Any = config.build(values["accumulation"], object, path="accumulation", plugins=case.run.plugins)
+        values = compose("train", [f"experiment={recipe}", *kept])
+        accumulation: Any = build(values["accumulation"], object, path="accumulation", plugins=case.run.plugins)
     except Exception as problem:  # Hydra's errors have no common class here; a comparison is not worth the run
         log.info("the batch is not compared with the recipe %s: %s", recipe, problem)
         return

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from llmtrain import config
+from llmtrain.config.build import naming
 from llmtrain.lint.case import Case, Finding, error, option, warning
 from llmtrain.lora.low_rank import LowRank
 from llmtrain.lora.merge import adapters
@@ -23,7 +23,7 @@ def nothing_trainable(case: Case) -> Iterator[Finding]:
         yield error("lora", f"lora={lora}: every parameter of the model is frozen, nothing would be learnt; lora=none")
         return
     optimizer = case.run.optimizer
-    with config.naming("optimizer"):
+    with naming("optimizer"):
         members = optimizer.members(case.parts.model) if isinstance(optimizer, GroupedOptimizer) else None
     if members is not None and not any(member.lr_multiplier for member in members):
         yield error(

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from llmtrain.checks import pattern, pattern_matches, positive
+from llmtrain.base.checks import pattern, pattern_matches, positive
 from llmtrain.lora import Lora
 from llmtrain.lora.layers import Adapter, FrozenLinear, LoraEmbedding, LoraHead, LoraLinear
 from llmtrain.lora.quantization import Quantization

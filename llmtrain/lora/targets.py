@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from llmtrain.checks import pattern
+from llmtrain.base.checks import pattern
 from llmtrain.model import LanguageModel
 
 ALL_LINEAR, EMBEDDINGS, HEAD, EMBEDDING = "all-linear", "embeddings", "head", "token_embedding"

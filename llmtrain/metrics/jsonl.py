@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llmtrain.storage import write_atomically
+from llmtrain.base.files import write_atomically
 
 Row = dict[str, Any]  # values are str, bool, int, float (also nan and infinite), None, or lists and dicts of these
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmtrain.base.files import AppendedFile
 from llmtrain.metrics import Metrics, MetricsConfig
 from llmtrain.metrics.jsonl import Row, drop_rows, to_line
-from llmtrain.storage import AppendedFile
 
 FILE = "metrics.jsonl"
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmtrain.model.cache import KVCache
-from llmtrain.model.unfilled import Unfilled
+from llmtrain.model.layers.kv_cache import KVCache
+from llmtrain.model.layers.skip_init import Unfilled
 
 
 class LanguageModel(nn.Module, ABC):

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmtrain.kernels.dropout import Dropout
 from llmtrain.model import LanguageModel, ModelConfig
-from llmtrain.model.attention import Kernel, Sight, attend, kernel_for, segment_starts, sight
-from llmtrain.model.cache import KVCache, LayerCache
-from llmtrain.model.dropout import Dropout
-from llmtrain.model.vocabulary import hide_padding, logit_bias, padded_size
+from llmtrain.model.layers.attention import Kernel, Sight, attend, kernel_for, segment_starts, sight
+from llmtrain.model.layers.kv_cache import KVCache, LayerCache
+from llmtrain.model.layers.padded_vocabulary import hide_padding, logit_bias, padded_size
 
 
 class Initialisation(Enum):

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llmtrain.checks import non_negative, positive
+from llmtrain.base.checks import non_negative, positive
+from llmtrain.kernels.linear_cross_entropy import Options, linear_cross_entropy
 from llmtrain.model import LanguageModel
 from llmtrain.objective import Objective
-from llmtrain.objective.linear_cross_entropy import Options, linear_cross_entropy
 
 
 @dataclass(frozen=True)

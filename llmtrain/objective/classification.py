@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmtrain.checks import positive
+from llmtrain.base.checks import positive
+from llmtrain.kernels.linear_cross_entropy import IGNORE
 from llmtrain.model import LanguageModel
 from llmtrain.objective import Objective
-from llmtrain.objective.linear_cross_entropy import IGNORE
 
 MAX_MATRIX = 20  # classes; beyond, metrics rows leave the confusion matrix out
 INITIAL_STD = 0.02  # of the head, as of GPT-2's weights

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llmtrain.checks import non_negative, positive
+from llmtrain.base.checks import non_negative, positive
 from llmtrain.optimizer.groups import GroupedOptimizer, parameter_groups
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmtrain.checks import non_negative
+from llmtrain.base.checks import non_negative
 from llmtrain.optimizer.groups import GroupedOptimizer, check_betas, has_fused_kernel, parameter_groups
 
 

@@ -7,15 +7,17 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from llmtrain.optimizer.compact import CompactAdamW, Moments
+from llmtrain.optimizer.blockwise_quantization import BLOCK, Codebook, dequantise, quantise
 from llmtrain.optimizer.groups import Layered, Member
-from llmtrain.optimizer.quantise import BLOCK, Codebook, dequantise, quantise
-from llmtrain.optimizer.rounding import BITS
+from llmtrain.optimizer.low_bit_adamw import CompactAdamW, Moments
+from llmtrain.optimizer.stochastic_rounding import BITS
 
 
 @dataclass(frozen=True)
 class AdamW8bit(CompactAdamW):
-    """Both moments block-wise quantised: 2.03 bytes a parameter instead of 8; see :mod:`llmtrain.optimizer.quantise`.
+    """Both moments quantised by block: 2.03 bytes a parameter instead of 8.
+
+    See :mod:`llmtrain.optimizer.blockwise_quantization`.
 
     As in the paper (section 2.3) embeddings keep theirs in fp32, unless ``fp32_embeddings`` is false: most of their
     rows have no gradient in most steps, and a few have large ones.

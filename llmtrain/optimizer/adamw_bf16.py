@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmtrain.optimizer.compact import CompactAdamW, Moments
-from llmtrain.optimizer.rounding import to_bf16
+from llmtrain.optimizer.low_bit_adamw import CompactAdamW, Moments
+from llmtrain.optimizer.stochastic_rounding import to_bf16
 
 
 @dataclass(frozen=True)
 class AdamWBF16(CompactAdamW):
-    """4 bytes a parameter instead of 8; see :mod:`llmtrain.optimizer.rounding` for what the rounding is about."""
+    """Both moments in bf16: 4 bytes a parameter instead of 8; see :mod:`llmtrain.optimizer.stochastic_rounding`."""
 
     def moments(self, parameters: Sequence[Tensor]) -> Moments:
         return RoundedMoments()

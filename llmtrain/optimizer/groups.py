@@ -7,7 +7,7 @@ from typing import Any, Protocol, cast
 
 from torch import nn
 
-from llmtrain.checks import fraction, non_negative, pattern, pattern_matches, positive
+from llmtrain.base.checks import fraction, non_negative, pattern, pattern_matches, positive
 from llmtrain.optimizer import OptimizerConfig
 
 

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from llmtrain.checks import non_negative, positive
+from llmtrain.base.checks import non_negative, positive
 from llmtrain.optimizer.adam import build_adam
 from llmtrain.optimizer.composite import Composite
 from llmtrain.optimizer.groups import GroupedOptimizer, Layered, Member, check_betas, parameter_groups

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtrain.checks import non_negative
+from llmtrain.base.checks import non_negative
 from llmtrain.recovery import Action, GiveUp, RecoveryConfig, Verdict
-from llmtrain.recovery.lagged import Lagged
+from llmtrain.recovery.delayed import Lagged
 
 MAX_REFUSED_IN_A_ROW = 3
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtrain.checks import fraction, non_negative, positive
+from llmtrain.base.checks import fraction, non_negative, positive
 from llmtrain.recovery import Action, GiveUp, LowerRate, RecoveryConfig, RollBack, Skip, Verdict
-from llmtrain.recovery.lagged import Lagged
+from llmtrain.recovery.delayed import Lagged
 from llmtrain.recovery.window import Window
 
 

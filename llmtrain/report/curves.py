@@ -12,9 +12,9 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from llmtrain import format
-from llmtrain.figures import write_png
-from llmtrain.format import setting, visible
+from llmtrain.base import format
+from llmtrain.base.format import setting, visible
+from llmtrain.base.png import write_png
 from llmtrain.metrics import Row, read_metrics
 from llmtrain.metrics.smoothing import EMA
 from llmtrain.report.runs import METRICS, RunSummary, differences, ranked, summarise

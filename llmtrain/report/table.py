@@ -8,8 +8,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from llmtrain import format
-from llmtrain.format import setting, visible
+from llmtrain.base import format
+from llmtrain.base.format import setting, visible
 from llmtrain.report.runs import RunSummary, differences, find_runs, ranked, summarise
 
 MAX_SETTINGS = 5  # columns for the settings that differ

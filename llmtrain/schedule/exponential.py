@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llmtrain.checks import fraction, positive
+from llmtrain.base.checks import fraction, positive
 from llmtrain.schedule.warmup import WarmupDecay
 
 

@@ -6,7 +6,7 @@ Li et al. 2022, https://arxiv.org/abs/2209.09019; ``lavis/common/optims.py``.
 import math
 from dataclasses import dataclass
 
-from llmtrain.checks import non_negative, positive
+from llmtrain.base.checks import non_negative, positive
 from llmtrain.schedule import Schedule
 
 

@@ -4,7 +4,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
 
-from llmtrain.checks import fraction, positive
+from llmtrain.base.checks import fraction, positive
 from llmtrain.schedule.warmup import Warmup
 
 

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from dataclasses import dataclass
 
-from llmtrain.checks import fraction, non_negative
+from llmtrain.base.checks import fraction, non_negative
 from llmtrain.schedule import Schedule
 
 

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-from llmtrain.checks import fraction, non_negative
+from llmtrain.base.checks import fraction, non_negative
 from llmtrain.schedule.warmup import WarmupDecay
 
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmtrain.tokenizer import UNUSED, Tokenizer, TokenizerConfig
-from llmtrain.tokenizer.pieces import Decoder, flatten
-from llmtrain.tokenizer.sidecar import Sidecar, locate, parse_object, read_file
-from llmtrain.tokenizer.words import cuts_of, puts_space_first
+from llmtrain.tokenizer.directory import Sidecar, locate, parse_object, read_file
+from llmtrain.tokenizer.safe_cuts import cuts_of, puts_space_first
+from llmtrain.tokenizer.token_bytes import Decoder, flatten
 
 if TYPE_CHECKING:
     import tokenizers

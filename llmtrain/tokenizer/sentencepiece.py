@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmtrain.tokenizer import UNUSED, Tokenizer, TokenizerConfig
-from llmtrain.tokenizer.pieces import BYTE, SPACE
+from llmtrain.tokenizer.directory import Sidecar, locate
+from llmtrain.tokenizer.safe_cuts import cuts_of_pieces
 from llmtrain.tokenizer.sentencepiece_model import Algorithm, Kind, Model, Piece
-from llmtrain.tokenizer.sidecar import Sidecar, locate
-from llmtrain.tokenizer.words import cuts_of_pieces
+from llmtrain.tokenizer.token_bytes import BYTE, SPACE
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor

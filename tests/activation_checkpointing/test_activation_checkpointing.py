@@ -15,9 +15,9 @@ from llmtrain.activation_checkpointing import ActivationCheckpointing
 from llmtrain.activation_checkpointing.full import Full
 from llmtrain.activation_checkpointing.none import KeepAll
 from llmtrain.activation_checkpointing.offload import Offloader, attach
-from llmtrain.activation_checkpointing.operations import recompute_cheap
 from llmtrain.activation_checkpointing.recompute import recompute
 from llmtrain.activation_checkpointing.selective import By, Selective
+from llmtrain.activation_checkpointing.selective_ops import recompute_cheap
 from llmtrain.model import LanguageModel
 from llmtrain.model.gpt import GPTConfig, Initialisation
 

@@ -8,9 +8,12 @@ import torch
 import yaml
 from cli import TINY
 
-from llmtrain import Run, stored_config
-from llmtrain.cli import main, quoted
-from llmtrain.storage import CONFIG, MODEL, OPTIMIZER, locate_checkpoint, read_state, read_tensors, write_checkpoint
+from llmtrain import Run
+from llmtrain.checkpoint.directory import locate_checkpoint
+from llmtrain.checkpoint.format import CONFIG, MODEL, OPTIMIZER, read_state, read_tensors, write_checkpoint
+from llmtrain.cli.arguments import quoted
+from llmtrain.cli.main import main
+from llmtrain.config import stored_config
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ from cli import TINY
 from safetensors.torch import load_file
 
 from llmtrain import Run
-from llmtrain.cli import main
+from llmtrain.base.runtime import Device, Runtime
+from llmtrain.checkpoint.directory import locate_checkpoint
+from llmtrain.cli.main import main
 from llmtrain.commands import export
 from llmtrain.commands.export import DType, Export, Format
-from llmtrain.runtime import Device, Runtime
-from llmtrain.storage import locate_checkpoint
-from llmtrain.trained import load_trained
+from llmtrain.run.load import load_trained
 
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 AUTO = (*(override for override in TINY if not override.startswith("model=")), "model=auto", "loop.max_steps=3")
@@ -265,8 +265,8 @@ def test_a_classifier_that_transformers_does_not_have(bases: Path, capfd: pytest
 @pytest.mark.parametrize("template", ["Q: {prompt}\nA: {response}\n", "chatml"])
 def test_the_template_goes_along(template: str, bases: Path) -> None:
     """``apply_chat_template`` gives the ids that ``chat`` asks with."""
-    from llmtrain.conversation import template_of
-    from llmtrain.data.templates import Message, PartEncoder
+    from llmtrain.data.chat.templates import Message, PartEncoder
+    from llmtrain.run.conversation import template_of
 
     rows = [{"instruction": f"Say {index}.", "input": "", "output": str(index)} for index in range(20)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

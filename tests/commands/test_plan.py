@@ -12,9 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmtrain import Run
-from llmtrain.cli import main
-from llmtrain.planning.blueprint import Blueprint
-from llmtrain.planning.trace import fake_tensors
+from llmtrain.cli.main import main
+from llmtrain.plan.blueprint import Blueprint
+from llmtrain.plan.trace import fake_tensors
 
 NO_PROBE = (*TINY, "probe=false")
 
@@ -117,7 +117,7 @@ def test_a_plan_trains_what_train_would_refuse_to(capfd: pytest.CaptureFixture[s
 def test_a_large_model_is_planned_in_little_memory(tmp_path: Path) -> None:
     code = """
 from pathlib import Path
-from llmtrain.cli import main
+from llmtrain.cli.main import main
 assert main(["plan", "model=gpt1558m", "probe=false", "device=h100-80gb"]) == 0
 status = Path("/proc/self/status").read_text().splitlines()  # ru_maxrss would begin with that of the parent
 print("RESIDENT", next(line.split()[1] for line in status if line.startswith("VmHWM:")))

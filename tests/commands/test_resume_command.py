@@ -11,9 +11,10 @@ import pytest
 import yaml
 from cli import TINY, assert_same_end, cut_back, llmtrain, rows
 
-from llmtrain import Run, stored_config
-from llmtrain.cli import main
-from llmtrain.storage import CONFIG, STATE, read_tensors
+from llmtrain import Run
+from llmtrain.checkpoint.format import CONFIG, STATE, read_tensors
+from llmtrain.cli.main import main
+from llmtrain.config import stored_config
 
 TEXT = Path(__file__).parents[2] / "data" / "lighthouse.txt"
 STEPS = 9

@@ -8,7 +8,7 @@ import pytest
 from cli import TINY, llmtrain
 from safetensors.torch import load_file
 
-from llmtrain.storage import read_state, verify_checkpoint, write_checkpoint
+from llmtrain.checkpoint.format import read_state, verify_checkpoint, write_checkpoint
 
 TEXT = Path(__file__).parents[2] / "data" / "lighthouse.txt"
 

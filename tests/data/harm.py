@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llmtrain.data.files import read_memo, write_memo
+from llmtrain.data.sources.files import read_memo, write_memo
 
 
 def flip(file: Path, place: int, bit: int = 1) -> None:

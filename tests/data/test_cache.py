@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from harm import flip_unnoticed
 
-from llmtrain.data.cache import Entry, Source, prepare
-from llmtrain.data.documents import Piece
-from llmtrain.data.index import INDEX, Index
-from llmtrain.data.reader import Tokens
+from llmtrain.data.cache.reader import Tokens
+from llmtrain.data.cache.shard_index import INDEX, Index
+from llmtrain.data.cache.token_cache import Entry, Source, prepare
+from llmtrain.data.sources.documents import Piece
 from llmtrain.tokenizer import Tokenizer
 
 TEXTS = [f"document {i}" for i in range(40)]
@@ -248,8 +248,8 @@ def test_a_full_disk(tmp_path: Path, byte: Tokenizer) -> None:
     script = f"""
 import resource, signal
 from pathlib import Path
-from llmtrain.data.cache import Source, prepare
-from llmtrain.data.documents import Piece
+from llmtrain.data.cache.token_cache import Source, prepare
+from llmtrain.data.sources.documents import Piece
 from llmtrain.tokenizer.byte import Byte
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -292,8 +292,8 @@ def test_a_killed_writer_is_waited_for_and_swept_away(tmp_path: Path, byte: Toke
     script = f"""
 import time
 from pathlib import Path
-from llmtrain.data.cache import Source, prepare
-from llmtrain.data.documents import Piece
+from llmtrain.data.cache.token_cache import Source, prepare
+from llmtrain.data.sources.documents import Piece
 from llmtrain.tokenizer.byte import Byte
 def pieces():
     yield Piece("x" * (1 << 21), True)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from llmtrain.data import documents
-from llmtrain.data.documents import Piece, read_text, split_documents
+from llmtrain.data.sources import documents
+from llmtrain.data.sources.documents import Piece, read_text, split_documents
 from llmtrain.tokenizer import Tokenizer
 from llmtrain.tokenizer.bpe import END_OF_TEXT, PATTERNS
 from llmtrain.tokenizer.gpt2 import RANKS

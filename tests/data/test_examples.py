@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from llmtrain.data import IGNORE, DataFailed, padded
+from llmtrain.data.cache.reader import OpenFile, Tokens
 from llmtrain.data.examples import BUCKET, GROUP, Examples, Stored, no_target
 from llmtrain.data.loader import Loader
-from llmtrain.data.order import order
-from llmtrain.data.packing import WINDOW, pack
-from llmtrain.data.reader import OpenFile, Tokens
+from llmtrain.data.order.packing import WINDOW, pack
+from llmtrain.data.order.permutation import order
 
 
 def shards(folder: Path, stream: np.ndarray, cuts: tuple[int, ...] = ()) -> list[Tokens]:

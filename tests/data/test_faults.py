@@ -13,9 +13,9 @@ import pytest
 from cli import TINY, llmtrain, rows, start
 from harm import flip
 
-from llmtrain.cli import main
-from llmtrain.data.cache import Source, prepare
-from llmtrain.data.documents import Piece
+from llmtrain.cli.main import main
+from llmtrain.data.cache.token_cache import Source, prepare
+from llmtrain.data.sources.documents import Piece
 from llmtrain.tokenizer import Tokenizer
 
 QUICK = (*TINY, "loop.max_steps=2")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from harm import flip, flip_unnoticed
 
-from llmtrain.data.files import read_memo, remember, sha256
+from llmtrain.data.sources.files import read_memo, remember, sha256
 
 
 def test_facts_are_remembered_until_the_file_changes(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_processes_that_learn_at_once_lose_nothing(tmp_path: Path) -> None:
     script = f"""
 import sys
 from pathlib import Path
-from llmtrain.data.files import remember, sha256
+from llmtrain.data.sources.files import remember, sha256
 for i in range(200):
     file = Path({str(tmp_path)!r}) / f"{{sys.argv[1]}}-{{i}}"
     file.write_text("content")

@@ -12,7 +12,7 @@ from cli import assert_same_end, cut_back, llmtrain, only_run, rows
 from llmtrain.data import IGNORE
 from llmtrain.data.instruction import Instruction
 from llmtrain.data.sequences import Sequences
-from llmtrain.run import Run
+from llmtrain.run.run import Run
 from llmtrain.tokenizer import Tokenizer
 
 SAMPLE = Path(__file__).parents[2] / "data" / "instructions.json"

@@ -11,9 +11,9 @@ import pytest
 from llmtrain.data import IGNORE, Corpus
 from llmtrain.data.examples import Examples
 from llmtrain.data.labelled import Labelled
+from llmtrain.data.order.validation_split import set_aside, undersample
 from llmtrain.data.sequences import Sequences
-from llmtrain.data.split import set_aside, undersample
-from llmtrain.run import Run
+from llmtrain.run.run import Run
 from llmtrain.tokenizer import Tokenizer
 
 END = 256  # of a text, in bytes

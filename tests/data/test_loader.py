@@ -16,11 +16,11 @@ from harm import flip
 
 from llmtrain.data import Batch, DataFailed
 from llmtrain.data import loader as module
-from llmtrain.data.integrity import open_checked
+from llmtrain.data.cache.integrity import open_checked
+from llmtrain.data.cache.token_file import TokenFile
 from llmtrain.data.loader import Loader
-from llmtrain.data.order import order
+from llmtrain.data.order.permutation import order
 from llmtrain.data.sequences import Sequences, Stream
-from llmtrain.data.token_file import TokenFile
 
 CPU = torch.device("cpu")
 SEQUENCES = Stream([np.arange(0, 61, dtype="<u2"), np.arange(61, 101, dtype="<u2")], 4)  # 25 of them

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llmtrain.data.order import order
+from llmtrain.data.order.permutation import order
 
 
 def test_every_epoch_visits_everything_once() -> None:

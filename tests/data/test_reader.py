@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from llmtrain.data import DataFailed
-from llmtrain.data.integrity import open_checked
-from llmtrain.data.reader import OpenFile, Tokens
+from llmtrain.data.cache.integrity import open_checked
+from llmtrain.data.cache.reader import OpenFile, Tokens
+from llmtrain.data.cache.token_file import TokenFile
 from llmtrain.data.sequences import Shard, Stream, slice_stream
-from llmtrain.data.token_file import TokenFile
 
 
 def write(folder: Path, number: int, ids: np.ndarray, offset: int) -> TokenFile:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from llmtrain.data.records import Reader, Record, find_records
+from llmtrain.data.sources.records import Reader, Record, find_records
 
 ROWS: list[dict[str, Any]] = [
     {"text": "plain", "label": "a"},

@@ -13,12 +13,12 @@ import pytest
 from harm import flip, flip_unnoticed
 
 from llmtrain.data import Corpus
-from llmtrain.data.cache import Source, prepare
-from llmtrain.data.documents import Piece
-from llmtrain.data.files import read_memo
-from llmtrain.data.reader import BLOCK
+from llmtrain.data.cache.reader import BLOCK
+from llmtrain.data.cache.token_cache import Source, prepare
+from llmtrain.data.cache.token_file import Format
 from llmtrain.data.shards import Shards
-from llmtrain.data.token_file import Format
+from llmtrain.data.sources.documents import Piece
+from llmtrain.data.sources.files import read_memo
 from llmtrain.tokenizer import Tokenizer
 from llmtrain.tokenizer.byte import Byte
 

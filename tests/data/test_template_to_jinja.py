@@ -6,10 +6,10 @@ import pytest
 import transformers
 from tokenizers import Tokenizer as Library
 
-from llmtrain.data.template_to_jinja import to_jinja
-from llmtrain.data.templates import TEMPLATES, Kind, Markup, Message, parse_template
+from llmtrain.data.chat.templates import TEMPLATES, Kind, Markup, Message, parse_template
+from llmtrain.data.chat.to_jinja import to_jinja
+from llmtrain.hf.tokenizer_export import tokenizer_json
 from llmtrain.tokenizer.byte import Byte
-from llmtrain.tokenizer.to_huggingface import tokenizer_json
 
 OWN = 'Q: {prompt}\n"A" {{% x %}} {{{{ y }}}}: {response}\n'  # with what would mean something to Jinja
 CONVERSATIONS = [

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from llmtrain.data import IGNORE
-from llmtrain.data.chat_template import ChatTemplate
-from llmtrain.data.templates import (
+from llmtrain.data.chat.jinja_template import ChatTemplate
+from llmtrain.data.chat.templates import (
     TEMPLATES,
     Encoded,
     Kind,

@@ -12,9 +12,9 @@ import zstandard
 from harm import flip_unnoticed
 
 from llmtrain.data import Corpus
-from llmtrain.data.files import read_memo, write_memo
 from llmtrain.data.python_docs import PythonDocs
 from llmtrain.data.python_stdlib import PythonStdlib
+from llmtrain.data.sources.files import read_memo, write_memo
 from llmtrain.data.text import Text
 from llmtrain.tokenizer import Tokenizer
 

@@ -35,7 +35,7 @@ from victims import (
     whole_rows,
 )
 
-from llmtrain.storage import CheckpointError, verify_checkpoint
+from llmtrain.checkpoint.format import CheckpointError, verify_checkpoint
 
 PLUGINS = "plugins=[objectives]"
 # Evaluations take long enough to be met; their numbers are those of the run that others are compared with.

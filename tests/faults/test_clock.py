@@ -13,11 +13,11 @@ from launcher import Launcher
 from victims import STANDARD, assert_log_whole, assert_same_rows, events, prepare, steps, wait_for_step
 
 from llmtrain import Run
+from llmtrain.checkpoint.writer import Saver
 from llmtrain.display import open_display
-from llmtrain.loop import Loop
-from llmtrain.saver import Saver
-from llmtrain.state import TrainState
-from llmtrain.training import make_loop
+from llmtrain.run.session import make_loop
+from llmtrain.train.loop import Loop
+from llmtrain.train.state import TrainState
 
 NEVER = ("checkpoint.every_steps=0", "checkpoint.before_evaluation=false")
 

@@ -20,7 +20,7 @@ from victims import (
     wait_for,
 )
 
-from llmtrain.storage import CheckpointError, verify_checkpoint
+from llmtrain.checkpoint.format import CheckpointError, verify_checkpoint
 
 
 @pytest.fixture(scope="session")

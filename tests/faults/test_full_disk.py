@@ -110,7 +110,7 @@ GOING_BACK = """
 import resource, sys
 from pathlib import Path
 from llmtrain.metrics.jsonl import drop_rows
-from llmtrain.storage import AppendedFile
+from llmtrain.base.files import AppendedFile
 path = Path(sys.argv[1])
 file = AppendedFile(path)
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]

@@ -13,7 +13,7 @@ from cli import TINY, rows
 from launcher import Victim
 from safetensors import safe_open
 
-from llmtrain.storage import verify_checkpoint
+from llmtrain.checkpoint.format import verify_checkpoint
 
 ROOT = Path(__file__).parents[2]
 TEXT_BYTES = 3000  # 84 training sequences: an epoch is 21 steps

@@ -11,7 +11,7 @@ from checkpoints import GPT2_SIZES, SIZES
 from llmtrain.hf import family_of
 from llmtrain.hf.auto import Auto
 from llmtrain.hf.config_json import ConfigJson
-from llmtrain.model.rotary import Scaling
+from llmtrain.model.layers.rotary import Scaling
 
 LLAMA = {"model_type": "llama", "hidden_act": "silu"} | SIZES
 GPT2 = {"model_type": "gpt2"} | GPT2_SIZES

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from llmtrain.hf import family_for, module_names
 from llmtrain.hf.writing import config_json, write
-from llmtrain.inference import Sampling, generate
+from llmtrain.inference.generate import Sampling, generate
 from llmtrain.model import LanguageModel
 from llmtrain.model.gpt import GPTConfig, Initialisation
 from llmtrain.model.llama import LlamaConfig

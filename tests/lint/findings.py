@@ -7,9 +7,9 @@ import torch
 
 from llmtrain import Run
 from llmtrain.commands.plan import Planned
+from llmtrain.config.run_config import Parts
 from llmtrain.data.sequences import Sequences
 from llmtrain.lint import Finding, lint
-from llmtrain.run_config import Parts
 
 QUIET = ("model=tiny", "tokenizer=byte", "loop.max_steps=200")  # less than an epoch
 

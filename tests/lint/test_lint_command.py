@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from cli import TINY, llmtrain, only_run, rows
 
-from llmtrain import Run, stored_config
-from llmtrain.cli import main
+from llmtrain import Run
+from llmtrain.cli.main import main
+from llmtrain.config import stored_config
 
 QUIET = (*TINY, "loop.max_steps=3")
 WARMUP = "schedule.warmup_steps=3: the warm-up takes all 3 steps of the run"

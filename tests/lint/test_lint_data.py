@@ -10,12 +10,12 @@ import pytest
 from findings import QUIET, find, parts_of, with_corpus
 
 from llmtrain import Run
+from llmtrain.config.run_config import Parts
 from llmtrain.data import IGNORE
-from llmtrain.data.order import order
+from llmtrain.data.order.permutation import order
 from llmtrain.data.sequences import Rows, Sequences, Stream
 from llmtrain.lint import lint
 from llmtrain.lint.overlap import STRETCH, number_in_all, window_hashes
-from llmtrain.run_config import Parts
 
 # --- masked targets ----------------------------------------------------------------------------------------------
 

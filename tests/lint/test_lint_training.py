@@ -8,10 +8,10 @@ import torch
 from findings import QUIET, find, find_in, parts_of
 
 from llmtrain import Run
+from llmtrain.config.run_config import Parts
 from llmtrain.lint import lint
 from llmtrain.lint.rates import adamw_rate
 from llmtrain.precision.auto import has_native_bf16
-from llmtrain.run_config import Parts
 
 ROOT = Path(__file__).parents[2]
 

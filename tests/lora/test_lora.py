@@ -11,10 +11,10 @@ from adapted import FAMILIES, IDS, KINDS, logits, make, make_pair, seeded, stir
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from llmtrain import config
 from llmtrain.activation_checkpointing import ActivationCheckpointing
 from llmtrain.activation_checkpointing.full import Full
 from llmtrain.activation_checkpointing.selective import By, Selective
+from llmtrain.config.build import build
 from llmtrain.lora import trained_and_all
 from llmtrain.lora.layers import LoraLinear
 from llmtrain.lora.merge import adapters, merge
@@ -23,7 +23,7 @@ from llmtrain.model import LanguageModel
 from llmtrain.objective.causal import Causal
 from llmtrain.objective.classification import Classification, Part
 from llmtrain.optimizer import OptimizerConfig
-from llmtrain.planning.trace import fake_tensors
+from llmtrain.plan.trace import fake_tensors
 from llmtrain.precision.fp8 import FP8Precision
 from llmtrain.precision.fp8_linear import Recipe
 
@@ -205,7 +205,7 @@ def test_every_optimizer_trains_adapters_alone(name: str, model: Callable) -> No
     frozen = {name: p.clone() for name, p in ours.named_parameters() if not p.requires_grad}
     values = yaml.safe_load((CONF / "optimizer" / f"{name}.yaml").read_text())
     values = {key: values["lr"] if value == "${optimizer.lr}" else value for key, value in values.items()}
-    optimizer = config.build(values, OptimizerConfig).build(ours)
+    optimizer = build(values, OptimizerConfig).build(ours)
     groups = optimizer.param_groups
     trained = {name for name, p in ours.named_parameters() if p.requires_grad}
     assert {name for group in groups for name in group["names"]} == trained

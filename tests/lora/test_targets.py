@@ -9,13 +9,13 @@ import torch
 import yaml
 from adapted import make, seeded
 
-from llmtrain import config as door
+from llmtrain.config.build import build
 from llmtrain.lora import trained_and_all
 from llmtrain.lora.targets import find_targets
 from llmtrain.model import LanguageModel, ModelConfig
 from llmtrain.model.gpt import GPTConfig, Initialisation
+from llmtrain.model.layers.rotary import Scaling
 from llmtrain.model.llama import LlamaConfig, Position
-from llmtrain.model.rotary import Scaling
 
 GPT = GPTConfig(
     num_layers=2, hidden_size=16, num_heads=2, context_length=8, vocab_size=None, dropout=0.0, qkv_bias=True,
@@ -141,7 +141,7 @@ def test_trained_parameters_of_published_sizes(config: str, rank: int, expected:
     """``rank * (inputs + outputs)`` a layer: 2,359,296 for GPT-2; 19,988,480 for Llama 2, as PEFT counts them."""
     values = yaml.safe_load((Path(__file__).parents[2] / "conf" / "model" / f"{config}.yaml").read_text())
     with torch.device("meta"):
-        built = door.build(values, ModelConfig).build(50257 if config == "gpt124m" else 32000)
+        built = build(values, ModelConfig).build(50257 if config == "gpt124m" else 32000)
         make(rank=rank).apply(built, seeded())
     trained, every = trained_and_all(built)
     assert trained == expected

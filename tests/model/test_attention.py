@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from llmtrain.model import cpu_attention
-from llmtrain.model.attention import (
+from llmtrain.kernels import cpu_attention
+from llmtrain.model.layers.attention import (
     Blockwise,
     FirstKeys,
     Kernel,
@@ -107,7 +107,9 @@ def test_blocks_are_those_that_torch_finds_pair_by_pair(length: int, window: int
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("biased", [False, True])
 def test_flex_attention_is_told_the_same_as_a_mask_tells(biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmtrain.model.attention._compiled_flex", lambda: flex_attention)  # compiling takes long
+    monkeypatch.setattr(
+        "llmtrain.model.layers.attention._compiled_flex", lambda: flex_attention
+    )  # compiling takes long
     query, key, value = heads(4, 200, 0, 16), heads(2, 200, 1, 16), heads(2, 200, 2, 16)
     segments = torch.arange(200).div(70, rounding_mode="floor").expand(3, -1)
     starts, slopes = segment_starts(segments), alibi_slopes(4) if biased else None

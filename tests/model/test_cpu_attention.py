@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmtrain.model import cpu_attention
-from llmtrain.model.cpu_attention import attend, find_kernel, is_there, takes
+from llmtrain.kernels import cpu_attention
+from llmtrain.kernels.cpu_attention import attend, find_kernel, is_there, takes
 
 pytestmark = pytest.mark.skipif(
     not torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),

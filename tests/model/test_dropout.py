@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmtrain.model import dropout as module
-from llmtrain.model.attention import attend
-from llmtrain.model.dropout import Dropout, attend_with_dropout, draw_kept
+from llmtrain.kernels import dropout as module
+from llmtrain.kernels.dropout import Dropout, attend_with_dropout, draw_kept
+from llmtrain.model.layers.attention import attend
 
 RATE = 0.25
 

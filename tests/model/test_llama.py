@@ -12,13 +12,13 @@ import yaml
 from cli import llmtrain, only_run, rows
 from torch import Tensor
 
-from llmtrain import config
 from llmtrain.activation_checkpointing.full import Full
 from llmtrain.activation_checkpointing.selective import By, Selective
+from llmtrain.config.build import build
 from llmtrain.model import LanguageModel, ModelConfig
 from llmtrain.model.gpt import GPTConfig, Initialisation
+from llmtrain.model.layers.rotary import Scaling
 from llmtrain.model.llama import Llama, LlamaConfig, Position
-from llmtrain.model.rotary import Scaling
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 CPU = torch.device("cpu")
@@ -160,7 +160,7 @@ def test_frequencies_of_llama_3_1_are_transformers_to_the_bit_or_nearly() -> Non
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     values = yaml.safe_load((CONF / "llama3_1_8b.yaml").read_text())
-    ours = config.build(values, ModelConfig)  # type: ignore[type-abstract]
+    ours = build(values, ModelConfig)  # type: ignore[type-abstract]
     assert isinstance(ours, LlamaConfig)
     assert ours.rotary is not None
     theirs = transformers.LlamaConfig(
@@ -401,7 +401,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_published_parameter_counts(size: str) -> None:
     text = (CONF / f"{size}.yaml").read_text()
-    settings = config.build(yaml.safe_load(text), ModelConfig)  # type: ignore[type-abstract]
+    settings = build(yaml.safe_load(text), ModelConfig)  # type: ignore[type-abstract]
     assert settings.vocab_size is not None
     with torch.device("meta"):
         model = settings.build(settings.vocab_size)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from llmtrain import Run
-from llmtrain.model.unfilled import Unfilled
+from llmtrain.model.layers.skip_init import Unfilled
 
 
 def test_no_random_number_is_drawn() -> None:

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmtrain.kernels.linear_cross_entropy import IGNORE
 from llmtrain.model.gpt import GPT, GPTConfig, Initialisation
 from llmtrain.objective import Objective
 from llmtrain.objective.classification import Classification, Part
-from llmtrain.objective.linear_cross_entropy import IGNORE
 
 LABELS = ("ham", "spam", "other")
 

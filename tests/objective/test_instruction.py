@@ -11,7 +11,7 @@ from torch import Tensor
 from llmtrain.data import IGNORE, Batch, Corpus
 from llmtrain.data.sequences import Rows
 from llmtrain.model import LanguageModel
-from llmtrain.run import Run
+from llmtrain.run.run import Run
 
 SAMPLE = Path(__file__).parents[2] / "data" / "instructions.json"
 MODELS = ("tiny", "llama_tiny")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmtrain.objective.linear_cross_entropy import IGNORE, Options, default_chunk, linear_cross_entropy
+from llmtrain.kernels.linear_cross_entropy import IGNORE, Options, default_chunk, linear_cross_entropy
 
 TOKENS, HIDDEN, VOCABULARY, PADDED = 50, 16, 120, 128
 
@@ -114,7 +114,7 @@ def test_chunks_are_of_some_hundred_megabytes() -> None:
 
 PEAK = """
 import sys, torch
-from llmtrain.objective.linear_cross_entropy import Options, linear_cross_entropy
+from llmtrain.kernels.linear_cross_entropy import Options, linear_cross_entropy
 torch.set_num_threads(1)
 
 def peak():  # kilobytes; of this process alone, which getrusage is not

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmtrain.checkpoint.optimizer_state import load_state_tensors, state_tensors
 from llmtrain.optimizer.groups import Rule
-from llmtrain.optimizer.state import load_state_tensors, state_tensors
 
 
 def train(model, optimizer, steps):

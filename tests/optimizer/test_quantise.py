@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmtrain.optimizer.quantise import Codebook, dequantise, dynamic_values, quantise
+from llmtrain.optimizer.blockwise_quantization import Codebook, dequantise, dynamic_values, quantise
 
 CPU = torch.device("cpu")
 

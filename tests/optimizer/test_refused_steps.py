@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from llmtrain.checkpoint.optimizer_state import state_tensors
 from llmtrain.optimizer import step
-from llmtrain.optimizer.state import state_tensors
 
 REFUSE, ALLOW = torch.tensor(1.0), torch.tensor(0.0)
 

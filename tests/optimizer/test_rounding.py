@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmtrain.optimizer.rounding import BITS, noise, seed_of, step_seeds, to_bf16
+from llmtrain.optimizer.stochastic_rounding import BITS, noise, seed_of, step_seeds, to_bf16
 
 
 def seed(step: int, name: str = "blocks.0.weight", begin: int = 0) -> torch.Tensor:

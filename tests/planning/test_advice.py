@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from llmtrain import Run
-from llmtrain.planning.advice import suggest
-from llmtrain.planning.blueprint import Blueprint
-from llmtrain.planning.memory import estimate
+from llmtrain.plan.advice import suggest
+from llmtrain.plan.blueprint import Blueprint
+from llmtrain.plan.memory import estimate
 
 OVERRIDES = ("model=tiny", "tokenizer=byte", "model.num_layers=6", "data.sequence_length=64", "precision=fp32",
              "accumulation.batch_size=64", "accumulation.micro_batch_size=64")  # fmt: skip

@@ -3,7 +3,7 @@
 import pytest
 
 from llmtrain import Run
-from llmtrain.planning.costs import SAVED_PER_SECOND, Speed, add_up, count_looks, without_long_saves
+from llmtrain.plan.costs import SAVED_PER_SECOND, Speed, add_up, count_looks, without_long_saves
 
 TINY = ("model=tiny", "tokenizer=byte")
 

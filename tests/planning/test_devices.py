@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmtrain import Run
-from llmtrain.planning.devices import DEVICES, arithmetic, find_device, quick_flops
+from llmtrain.plan.devices import DEVICES, arithmetic, find_device, quick_flops
 from llmtrain.precision import Precision
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from llmtrain import Run
-from llmtrain.objective.linear_cross_entropy import as_on, default_chunk
-from llmtrain.planning.blueprint import Blueprint
-from llmtrain.planning.extrapolation import Irregular, aligned
-from llmtrain.planning.heap import Heap
-from llmtrain.planning.memory import Phase, at_micro_batch, estimate
-from llmtrain.planning.trace import Category, trace_step
+from llmtrain.kernels.linear_cross_entropy import as_on, default_chunk
+from llmtrain.plan.blueprint import Blueprint
+from llmtrain.plan.extrapolation import Irregular, aligned
+from llmtrain.plan.heap import Heap
+from llmtrain.plan.memory import Phase, at_micro_batch, estimate
+from llmtrain.plan.trace import Category, trace_step
 
 CPU = torch.device("cpu")
 SMALL = ("model=tiny", "tokenizer=byte", "data.sequence_length=64", "precision=fp32")

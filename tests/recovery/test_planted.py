@@ -11,7 +11,7 @@ import pytest
 from cli import TINY, assert_same_end, cut_back, environment, llmtrain, rows
 from planted import MARKER
 
-from llmtrain.storage import find_checkpoints, step_of
+from llmtrain.checkpoint.directory import find_checkpoints, step_of
 
 LENGTH, BATCH = 64, 8
 STEP = LENGTH * BATCH  # characters that a step takes

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
+from llmtrain.hf.tokenizer_export import files, tokenizer_config, tokenizer_json
 from llmtrain.tokenizer import Tokenizer
 from llmtrain.tokenizer.bpe import END_OF_TEXT, for_oniguruma
 from llmtrain.tokenizer.byte import Byte
@@ -19,7 +20,6 @@ from llmtrain.tokenizer.gpt2 import GPT2, RANKS
 from llmtrain.tokenizer.huggingface import HuggingFace
 from llmtrain.tokenizer.sentencepiece import SentencePiece
 from llmtrain.tokenizer.tiktoken import Tiktoken
-from llmtrain.tokenizer.to_huggingface import files, tokenizer_config, tokenizer_json
 from tests.tokenizer.conftest import CORPUS, EVERY, random_texts, train_sentencepiece
 
 

@@ -13,9 +13,10 @@ from cli import TINY, rows
 from safetensors.torch import load_file, save_file
 
 from llmtrain import Run
-from llmtrain.cli import main
+from llmtrain.checkpoint.directory import locate_checkpoint
+from llmtrain.checkpoint.format import read_tensors
+from llmtrain.cli.main import main
 from llmtrain.hf.directory import SAMPLE, Directory, download, fingerprint, locate
-from llmtrain.storage import locate_checkpoint, read_tensors
 
 TRAIN = (*(override for override in TINY if not override.startswith("model=")), "loop.max_steps=1")
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

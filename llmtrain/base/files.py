@@ -1,0 +1,145 @@
+"""Files that are whole or absent: written beside, synced and renamed; and logs that survive a full disk."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+REPLACED = ".tmp-replaced-"  # a checkpoint that a new one of its name is taking the place of
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text`` such that a reader or a crash sees the old or the new, never a part."""
+    with written_whole(path) as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[IO[str]]:
+    """A text file that takes the place of ``path`` once all of it is written; after an error nothing does."""
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        fsync(path.parent)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error  # a write's error names no file
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class AppendedFile:
+    """Lines at the end of a file; each has left the process when :meth:`append` returns.
+
+    Where the disk is full, what does not fit waits in memory and goes first the next time: a run does not die of its
+    log, and no line is torn or lost unless the process ends before there is room.  The next process leaves a torn line
+    as a line of its own.  The file is made by the first line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+        self._waiting = b""  # from the beginning of a line on
+        self._written = 0  # bytes of it that are in the file already: the line there is torn
+
+    def append(self, text: str) -> None:
+        """Write ``text``, which ends with a newline.  Raises OSError for anything but a full disk."""
+        self._waiting += text.encode("utf-8", errors="backslashreplace")
+        try:
+            if self._descriptor is None:
+                self._descriptor = self._open()
+            while self._written < len(self._waiting):
+                self._written += os.write(self._descriptor, self._waiting[self._written :])
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+        whole = self._waiting.rfind(b"\n", 0, self._written) + 1
+        self._waiting, self._written = self._waiting[whole:], self._written - whole
+
+    def _open(self) -> int:
+        # Not through a link: that of a run from elsewhere may lead to any file of the user's.
+        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        size = os.fstat(descriptor).st_size
+        if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
+            self._written = 0  # if a line was torn, it went when the file was rewritten
+        elif self._written == 0:  # torn by a process that ended before there was room
+            self._waiting = b"\n" + self._waiting
+        return descriptor
+
+    def rewrite(self, change: Callable[[], None]) -> None:
+        """Call ``change()``, which may replace the file, and go on at the end of what is there then."""
+        self.close()
+        change()
+
+    def close(self) -> None:
+        """Close the file; the next line opens it again."""
+        if self._waiting:
+            self.append("")
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def share(path: Path) -> None:
+    """Give a file the permissions that its directory has: safetensors makes files that its owner alone can read."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def check_room(folder: Path, needed_bytes: int) -> None:
+    """Raise OSError if the disk of ``folder`` has less room than that."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise OSError(errno.ENOSPC, f"{needed_bytes:,} bytes are needed and {free:,} are free", str(folder))
+
+
+def replace_directory(new: Path, path: Path) -> None:
+    """Rename ``new`` to ``path``.
+
+    An older directory of that name makes room first.  It comes back if the renaming fails, and, after a kill between
+    the two, when leftovers are swept.
+    """
+    old = path.with_name(f"{REPLACED}{path.name}")
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+    fsync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sweep_leftovers(directory: Path) -> None:
+    """Remove what killed writers left in ``directory``.  Only the holder of the run's lock may call this."""
+    for replaced in directory.glob(f"{REPLACED}*"):
+        with contextlib.suppress(OSError):  # the new one is in place: the old one is left over
+            replaced.rename(replaced.with_name(replaced.name.removeprefix(REPLACED)))
+    for leftover in directory.glob(".tmp-*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,195 @@
+"""Files that are whole or absent, and the checkpoint directory built from them.
+
+A checkpoint is written into ``.tmp-…``, each file fsynced, the manifest last, then the directory is renamed and its
+parent fsynced: a kill at any moment leaves either no checkpoint or a whole one (and a ``.tmp-…`` that the next
+writer sweeps away).  Tensors are safetensors, everything else JSON or YAML; nothing is pickled.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llmtrain.base.files import check_room, fsync, replace_directory, sha256, share
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+MODEL, OPTIMIZER, STATE, CONFIG = "model.safetensors", "optimizer.safetensors", "state.json", "config.yaml"
+CHUNK = 1 << 22  # bytes compared at once
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file."""
+
+
+def write_checkpoint(
+    path: Path, *, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], config: str
+) -> None:
+    """Write the checkpoint directory ``path``.  On any error (no space, …) nothing of it remains; OSError."""
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fsync(path.parent.parent)
+    check_room(path.parent, sum(tensor.nbytes for tensors in (model, optimizer) for tensor in tensors.values()))
+    try:
+        temporary.mkdir()
+        with ThreadPoolExecutor(1) as synced:  # one file goes to the disk and is hashed while the next is written
+            entries = {}
+            for name, tensors in ((MODEL, model), (OPTIMIZER, optimizer)):
+                save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / name)
+                share(temporary / name)
+                entries[name] = synced.submit(_manifest_entry, temporary / name)
+            for name, text in ((STATE, json.dumps(state, indent=1) + "\n"), (CONFIG, config)):
+                (temporary / name).write_text(text, encoding="utf-8")
+                entries[name] = synced.submit(_manifest_entry, temporary / name)
+            files = {name: entry.result() for name, entry in entries.items()}
+        manifest = {"format": FORMAT, "step": state["step"], "files": files}
+        (temporary / MANIFEST).write_text(_render_manifest(manifest), encoding="utf-8")
+        fsync(temporary / MANIFEST)
+        fsync(temporary)
+        replace_directory(temporary, path)
+    except SafetensorError as error:  # what safetensors makes of a failed write
+        raise OSError(f"writing {path} failed: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _manifest_entry(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file, once that is on the disk."""
+    fsync(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _render_manifest(manifest: dict[str, Any]) -> str:
+    """The manifest's text, its own sha256 in it: a change of any byte of it shows."""
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(body, indent=1).encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest}, indent=1) + "\n"
+
+
+def copy_checkpoint(source: Path, path: Path) -> None:
+    """Make ``path`` the checkpoint that ``source`` is, whole or not at all: hard links where the disk has them.
+
+    A checkpoint's files are replaced, never changed in place, so two runs can share them.  Raises OSError, and
+    :class:`CheckpointError` if a copy is not what the manifest says.
+    """
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.mkdir()
+        for name in (*_read_manifest(source), MANIFEST):
+            try:
+                os.link(source / name, temporary / name)
+            except OSError:  # another disk, or a file system without links
+                shutil.copyfile(source / name, temporary / name)
+                fsync(temporary / name)
+        verify_checkpoint(temporary)
+        fsync(temporary)
+        replace_directory(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint: a kill on the way leaves it whole, or leftovers to be swept."""
+    doomed = path.with_name(f".tmp-removed-{path.name}-{os.getpid()}")
+    path.rename(doomed)
+    fsync(path.parent)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def confirm_checkpoint(path: Path, *, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+    """Read a checkpoint back and compare it with the tensors that it was written from, byte by byte.
+
+    Raises :class:`CheckpointError` naming the file and the tensor.
+    """
+    for name, tensors in ((MODEL, model), (OPTIMIZER, optimizer)):
+        with safe_open(path / name, framework="pt") as file:
+            if set(file.keys()) != tensors.keys():
+                raise CheckpointError(f"{path / name}: holds other tensors than were written")
+            for key, tensor in tensors.items():
+                if not _same_bytes(file.get_tensor(key), tensor):
+                    raise CheckpointError(f"{path / name}: {key} reads back differently from what was written")
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    left, right = (_bytes(tensor.contiguous()) for tensor in (one, other.cpu()))
+    pieces = range(0, len(left), CHUNK)
+    return len(left) == len(right) and all(np.array_equal(left[i : i + CHUNK], right[i : i + CHUNK]) for i in pieces)
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def verify_checkpoint(path: Path, *, only: str | None = None) -> None:
+    """Compare every file of the checkpoint, or ``only`` one, with the manifest.
+
+    Raises :class:`CheckpointError` naming the file.
+    """
+    files = _read_manifest(path)
+    for name, (size, digest) in files.items():
+        if only not in (None, name):
+            continue
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{file}: {file.stat().st_size} bytes, the manifest says {size}")
+        try:
+            found = sha256(file)
+        except OSError as error:  # a bad block of the disk
+            raise CheckpointError(f"{file}: {error.strerror}") from error
+        if found != digest:
+            raise CheckpointError(f"{file}: its sha256 is not the manifest's; the file was changed or damaged")
+    if extra := sorted(entry.name for entry in path.iterdir() if entry.name not in (*files, MANIFEST)):
+        raise CheckpointError(f"{path / extra[0]}: not of this checkpoint; its manifest does not list it")
+
+
+def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
+    """Size and sha256 of every file of a checkpoint.  Raises :class:`CheckpointError` for a damaged manifest."""
+    manifest_path = path / MANIFEST
+    if not manifest_path.is_file():
+        raise CheckpointError(f"{path}: not a checkpoint (no {MANIFEST})")
+    try:
+        text = manifest_path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        found = manifest["format"]
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{manifest_path}: damaged ({type(error).__name__}: {error})") from error
+    if found != FORMAT:
+        raise CheckpointError(f"{manifest_path}: format {found!r} is not known here (this version: {FORMAT})")
+    for name in files:
+        if Path(name).name != name or name in (".", ".."):
+            raise CheckpointError(f"{manifest_path}: {name!r} is not a plain file name")
+    if text != _render_manifest(manifest):
+        raise CheckpointError(f"{manifest_path}: it does not have the sha256 that it names; changed or damaged")
+    if missing := {MODEL, OPTIMIZER, STATE, CONFIG} - files.keys():
+        raise CheckpointError(f"{manifest_path}: does not list {', '.join(sorted(missing))}")
+    return files
+
+
+def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a safetensors file.  Raises :class:`CheckpointError` naming it."""
+    try:
+        return load_file(path, device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """``state.json`` of a checkpoint."""
+    try:
+        return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint / STATE}: {error}") from error

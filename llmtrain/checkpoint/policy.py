@@ -1,0 +1,64 @@
+"""When checkpoints are written, which are kept, and how a run comes back from one."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmtrain.base.checks import non_negative
+
+SHORT_SAVE = 1.0  # seconds: such a save is made ahead of every evaluation
+MAX_SHARE = 0.1  # of the training since the save before, that a longer one ahead of an evaluation may take
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The ``checkpoint`` group."""
+
+    every_steps: int
+    every_minutes: float
+    before_evaluation: bool
+    asynchronous: bool
+    keep_last: int
+    keep_best: int
+    keep_every: int
+    step: int | None
+
+    def __post_init__(self) -> None:
+        non_negative(
+            every_steps=self.every_steps,
+            every_minutes=self.every_minutes,
+            keep_last=self.keep_last,
+            keep_best=self.keep_best,
+            keep_every=self.keep_every,
+            step=self.step,
+        )
+
+    def is_due(self, step: int, seconds: float) -> bool:
+        """Whether to save after ``step`` steps, ``seconds`` after the last save."""
+        by_steps = self.every_steps > 0 and step % self.every_steps == 0
+        return by_steps or 0 < 60 * self.every_minutes <= seconds
+
+    def is_due_ahead(self, trained: float, cost: float) -> bool:
+        """Whether to save ahead of an evaluation, ``trained`` seconds of training after a save that took ``cost``.
+
+        What an evaluation could lose is that training.  ``cost`` is 0 where none has been made yet.
+        """
+        return self.before_evaluation and (cost < SHORT_SAVE or cost <= MAX_SHARE * trained)
+
+    def kept(self) -> int:
+        """How many checkpoints are on the disk in the long run, apart from those of ``keep_every``; at least 1."""
+        return max(self.keep_last, 1) + self.keep_best
+
+    def superfluous(self, steps: Sequence[int], standings: Mapping[int, Any]) -> set[int]:
+        """Which of the whole checkpoints at ``steps`` need not be kept.
+
+        ``standings``: of what was evaluated by step, the least being the best.  ``keep_last=0`` keeps all.
+        """
+        if not self.keep_last:
+            return set()
+        kept = set(sorted(steps)[-self.keep_last :])
+        judged = sorted((standings[step], step) for step in steps if step in standings)
+        kept |= {step for _, step in judged[: self.keep_best]}
+        if self.keep_every:
+            kept |= {step for step in steps if step % self.keep_every == 0}
+        return set(steps) - kept

@@ -1,0 +1,53 @@
+"""Reading a checkpoint back into a model and an optimizer."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import torch
+
+from llmtrain.checkpoint.directory import step_of
+from llmtrain.checkpoint.format import MODEL, OPTIMIZER, CheckpointError, read_state, read_tensors, verify_checkpoint
+from llmtrain.checkpoint.model_state import load_model
+from llmtrain.checkpoint.optimizer_state import load_state_tensors
+from llmtrain.model import LanguageModel
+from llmtrain.train.state import TrainState
+
+
+def restore(
+    path: Path, model: LanguageModel, optimizer: torch.optim.Optimizer, *, fresh_optimizer: bool = False
+) -> TrainState:
+    """Fill ``model`` and ``optimizer`` from the checkpoint at ``path`` and return the state.
+
+    With ``fresh_optimizer`` the optimizer keeps the state that it has: it is another one than the checkpoint's.
+    Everything is checked against the manifest first.  Raises :class:`CheckpointError` naming the file.
+    """
+    verify_checkpoint(path)
+    load_model(model, path / MODEL)
+    try:
+        if not fresh_optimizer:
+            load_state_tensors(optimizer, read_tensors(path / OPTIMIZER))
+        return TrainState.from_json(read_state(path))
+    except (ValueError, TypeError, KeyError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def newest_whole(
+    checkpoints: Sequence[Path], *, at_most: int | None = None, known: Collection[Path] = ()
+) -> tuple[Path | None, list[CheckpointError]]:
+    """The newest of ``checkpoints`` that agrees with its manifest, and what is wrong with those passed over.
+
+    ``at_most`` leaves out later steps; those in ``known`` are whole already.  None where there is no whole one.
+    """
+    damaged: list[CheckpointError] = []
+    for path in sorted(checkpoints, reverse=True):
+        if at_most is not None and step_of(path) > at_most:
+            continue
+        try:
+            if path not in known:
+                verify_checkpoint(path)
+            return path, damaged
+        except CheckpointError as error:
+            damaged.append(error)
+    return None, damaged

@@ -1,0 +1,266 @@
+"""Checkpoints written behind training's back.
+
+Weights and optimizer state change in one place, the optimizer's step.  So a save only notes that they are to be
+copied: the copy to the host goes on beside the next forward and backward pass, and the next update waits for it, on
+a GPU without the host noticing.  Hashing, writing, syncing, renaming, reading back and the removal of older
+checkpoints follow in a thread of low priority.  At most one save is under way; what becomes of it is reported to the
+training thread, which alone writes metrics and decides.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmtrain.base.device import available_memory
+from llmtrain.base.format import size
+from llmtrain.checkpoint.directory import step_of
+from llmtrain.checkpoint.format import (
+    CheckpointError,
+    confirm_checkpoint,
+    remove_checkpoint,
+    verify_checkpoint,
+    write_checkpoint,
+)
+from llmtrain.checkpoint.policy import Checkpoint
+from llmtrain.metrics import Standing
+from llmtrain.run.directory import RunDirectory
+
+NICENESS = 10  # of the writing thread: it takes what the training threads leave
+COPY_BYTES = 1 << 24  # copied at once on a CPU
+
+
+@dataclass
+class Saved:
+    """What became of one save."""
+
+    step: int
+    path: Path
+    seconds: float = 0.0  # from the call to the end of all that belongs to it
+    held_seconds: float = 0.0  # of these, spent by the training thread
+    error: Exception | None = None  # it was not written, or does not read back
+    copied: bool = False  # from a copy, which alone the next update waits for
+    removed: list[int] = field(default_factory=list)  # steps whose checkpoints were removed after it
+    damaged: list[str] = field(default_factory=list)  # messages about older checkpoints that are not whole
+
+
+class Snapshot:
+    """Host copies of the tensors of a moment.  The buffers are kept from one save to the next."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.copies: dict[str, dict[str, Tensor]] = {}
+        self._pairs: list[tuple[Tensor, Tensor]] = []  # copy, source
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._event: torch.cuda.Event | None = None
+        self._copied = threading.Event()
+        self._copied.set()
+
+    def begin(self, **groups: dict[str, Tensor]) -> None:
+        """Start to copy the tensors, which must not change until :meth:`before_change` has returned."""
+        before, self.copies, self._pairs = self.copies, {}, []
+        for group, tensors in groups.items():
+            buffers = before.get(group, {})
+            self.copies[group] = {name: self._buffer(buffers.get(name), tensor) for name, tensor in tensors.items()}
+            self._pairs += [(self.copies[group][name], tensor.detach()) for name, tensor in tensors.items()]
+        if self._stream is None:
+            self._copied.clear()
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            for copy, source in self._pairs:
+                copy.copy_(source, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(self._stream)
+
+    def _buffer(self, old: Tensor | None, source: Tensor) -> Tensor:
+        if old is not None and (old.shape, old.dtype) == (source.shape, source.dtype):
+            return old
+        return torch.empty(source.shape, dtype=source.dtype, pin_memory=self._stream is not None)
+
+    def finish(self) -> None:
+        """In the writing thread: copy, or wait until the device has."""
+        try:
+            if self._event is not None:
+                self._event.synchronize()
+            else:
+                for copy, source in self._pairs:
+                    _copy(copy, source)
+        finally:
+            self._pairs = []
+            self._copied.set()
+
+    def before_change(self) -> None:
+        """In the training thread, ahead of the update: wait for the copy; on a GPU only its stream does."""
+        if self._event is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._event)
+        elif not self._copied.is_set():
+            self._copied.wait()
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    """On one thread and without Python's lock; torch's copy would start threads that compete with training's."""
+    if not source.is_contiguous():
+        target.copy_(source)
+        return
+    left, right = (tensor.reshape(-1).view(torch.uint8).numpy() for tensor in (target, source))
+    for start in range(0, len(right), COPY_BYTES):
+        np.copyto(left[start : start + COPY_BYTES], right[start : start + COPY_BYTES])
+
+
+class Saver:
+    """Writes the checkpoints of one run in ``directory`` by ``policy``.  A context manager: leaving it waits."""
+
+    def __init__(self, policy: Checkpoint, directory: RunDirectory, device: torch.device) -> None:
+        self.policy = policy
+        self.directory = directory
+        self.whole: set[Path] = set()  # written and read back here, or checked against their manifests
+        self.damaged: set[Path] = set()
+        self.is_behind = policy.asynchronous  # whether training goes on while a checkpoint is written
+        self._snapshot = Snapshot(device)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_lower_priority)
+        self._future: Future[None] | None = None
+        self._saved: Saved | None = None  # of the save that is under way
+        self._begun = 0.0
+
+    def check_memory(self, num_bytes: int) -> str | None:
+        """What to tell the user where host memory has no room for a copy of ``num_bytes``: training then waits."""
+        available = available_memory()
+        if not self.is_behind or available is None or available > 1.25 * num_bytes:
+            return None
+        self.is_behind = False
+        return (
+            f"checkpoint.asynchronous=true: a copy for it takes {size(num_bytes)} of host memory and {size(available)} "
+            "are free; training waits while a checkpoint is written (checkpoint.asynchronous=false says the same)"
+        )
+
+    def begin(
+        self,
+        model: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+        state: dict[str, Any],
+        config: str,
+        standings: Mapping[int, Standing],
+        *,
+        copied: bool = True,
+    ) -> None:
+        """Start to write the checkpoint of this moment.  The one before must have been collected.
+
+        Without ``copied`` it is written from the tensors themselves: for when no update comes before it is through.
+        One that does come waits for it.
+        """
+        assert self._future is None
+        self._begun = time.perf_counter()
+        path = self.directory.checkpoints / f"step-{state['step']:08d}"
+        self._saved = saved = Saved(state["step"], path)
+        standings = dict(standings)
+        saved.copied = self.is_behind and copied
+        if saved.copied:
+            self._snapshot.begin(model=model, optimizer=optimizer)
+
+            def work() -> None:
+                self._snapshot.finish()
+                copies = self._snapshot.copies
+                self._write(saved, copies["model"], copies["optimizer"], state, config, standings)
+        else:
+
+            def work() -> None:
+                self._write(saved, model, optimizer, state, config, standings)
+
+        self._future = self._pool.submit(work)
+        if self.is_behind:
+            saved.held_seconds = time.perf_counter() - self._begun
+        else:
+            self._wait()
+
+    def before_update(self) -> None:
+        """To be called before weights or optimizer state change."""
+        if self._saved is None:
+            return
+        if not self._saved.copied:
+            self._wait()
+        else:
+            start = time.perf_counter()
+            self._snapshot.before_change()
+            self._saved.held_seconds += time.perf_counter() - start
+
+    def collect(self, *, wait: bool) -> Saved | None:
+        """What became of the save under way, once; None where there is none, or it is not through yet."""
+        if self._future is None or not (wait or self._future.done()):
+            return None
+        self._wait()
+        saved, self._future, self._saved = self._saved, None, None
+        return saved
+
+    def _wait(self) -> None:
+        """Wait for the save under way.  Its time counts as training's."""
+        assert self._future is not None
+        assert self._saved is not None
+        start = time.perf_counter()
+        self._future.result()
+        self._saved.held_seconds += time.perf_counter() - start
+
+    def close(self) -> None:
+        """Let the save under way come to its end."""
+        self._pool.shutdown(wait=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- in the thread ----------------------------------------------------------------------------------------------
+
+    def _write(
+        self,
+        saved: Saved,
+        model: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+        state: dict[str, Any],
+        config: str,
+        standings: Mapping[int, Standing],
+    ) -> None:
+        try:
+            self.whole.discard(saved.path)
+            self.damaged.discard(saved.path)
+            write_checkpoint(saved.path, model=model, optimizer=optimizer, state=state, config=config)
+            confirm_checkpoint(saved.path, model=model, optimizer=optimizer)
+            self.whole.add(saved.path)
+            self._remove_superfluous(saved, standings)
+        except Exception as error:  # reported on the training thread, which decides what it means
+            saved.error = error
+        saved.seconds = time.perf_counter() - self._begun
+
+    def _remove_superfluous(self, saved: Saved, standings: Mapping[int, Standing]) -> None:
+        """Remove what the policy does not keep; a checkpoint that is not whole neither counts nor goes."""
+        for path in self.directory.find_checkpoints():
+            if path not in self.whole and path not in self.damaged:
+                try:
+                    verify_checkpoint(path)
+                    self.whole.add(path)
+                except CheckpointError as error:
+                    self.damaged.add(path)
+                    saved.damaged.append(str(error))
+        for step in sorted(self.policy.superfluous([step_of(path) for path in self.whole], standings)):
+            path = next(path for path in self.whole if step_of(path) == step)
+            remove_checkpoint(path)
+            self.whole.discard(path)
+            saved.removed.append(step)
+
+
+def _lower_priority() -> None:
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

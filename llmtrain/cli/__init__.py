@@ -1,0 +1,1 @@
+"""The command line: arguments, help, completion and error messages."""

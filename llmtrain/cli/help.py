@@ -1,0 +1,186 @@
+"""``llmtrain VERB --help``: what a verb takes, from the YAML of its config and the comments beside its keys.
+
+The comments are the only description of a key, so that help and config cannot say different things.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from llmtrain.base.format import visible
+from llmtrain.config.compose import folders, options
+
+COMMENTED = re.compile(r"(?P<key>\w+):.*?(?:\s#\s*(?P<comment>.*))?")  # a key, its value and the comment behind it
+WIDEST = 130  # characters of a line where nobody says how wide the terminal is
+RESUME = "resume"  # whose config is the run's own
+ON_RESUME = [
+    "Go on with a run exactly where it stopped: llmtrain resume runs/2026-11-21/gpt124m-k3v9",
+    "A key that is given is a recorded change, as in loop.max_steps=4000 schedule=constant.  What would make it",
+    "another run is refused: name, model, tokenizer, data (but for its place), objective, weights, lora, runtime.seed.",
+    "checkpoint.step=800, or run_dir=DIR, branches off into a run directory of its own.",
+]
+
+
+def show(verb: str, usage: str, composed: Mapping[str, Any], choices: Mapping[str, Any], named: Sequence[str]) -> None:
+    """Print usage, groups and keys of the verb, as they are with the overrides that were given beside ``--help``.
+
+    Of ``named`` groups, whose options the user has chosen, these alone.
+    """
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = width()
+    with console.capture() as capture:
+        for part in parts(verb, usage, composed, choices, named):
+            console.print(part, soft_wrap=isinstance(part, Text))  # what is to be copied stays in one line
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+def width() -> int:
+    """Of the terminal that a pipe such as ``| less`` ends in, or ``COLUMNS``; ``WIDEST`` where there is neither."""
+    if os.environ.get("COLUMNS", "").isdigit():
+        return int(os.environ["COLUMNS"])
+    for stream in (2, 0):
+        with suppress(OSError):
+            return os.get_terminal_size(stream).columns
+    return WIDEST
+
+
+def parts(
+    verb: str, usage: str, composed: Mapping[str, Any], choices: Mapping[str, Any], named: Sequence[str]
+) -> Iterator[RenderableType]:
+    """What the help consists of, from top to bottom."""
+    searched = folders()
+    groups = [str(name) for name in composed if name in choices and isinstance(composed[name], Mapping)]
+    recipe = choices.get("experiment")
+    yield Text(usage, style="bold")
+    if (of_interest := [group for group in groups if group in named]) and not recipe and verb != RESUME:
+        for group in of_interest:
+            yield from option_help(searched, group, choices[group], composed[group])
+        yield Text(f"\nall groups and keys: llmtrain {verb} --help")
+        return
+    head = ON_RESUME if verb == RESUME else leading_comment(searched, f"experiment/{recipe}" if recipe else verb)
+    for line in head:
+        yield Text(visible(f"  {line}"), style="dim")
+    if groups and verb != RESUME:
+        yield groups_table({**{group: choices[group] for group in groups}, "experiment": recipe})
+    plain = {key: value for key, value in settings(composed).items() if key not in groups}
+    comments = {**(commented(searched, "train") if groups else {}), **commented(searched, verb)}
+    yield keys_table("settings", "", plain, comments)
+    for group in groups:
+        values = settings(composed[group])
+        title = group if verb == RESUME else f"{group}={choices[group]}"
+        if values:
+            yield keys_table(title, f"{group}.", values, comments_of(searched, group, choices[group], composed[group]))
+    if groups:
+        yield Text(f"\nwhat an option is, and its keys: llmtrain {verb} group=option --help")
+    yield Text("--cfg job shows the composed config as YAML, --hydra-help Hydra's own flags")
+
+
+def option_help(folders: Sequence[Path], group: str, option: str, node: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """What an option is, and its keys."""
+    yield Text(f"\n{group}={option}", style="bold cyan")
+    for line in leading_comment(folders, f"{group}/{option}"):
+        yield Text(visible(f"  {line}"), style="dim")
+    values = settings(node)
+    if values:
+        yield keys_table("", f"{group}.", values, comments_of(folders, group, option, node))
+
+
+def settings(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that can be set."""
+    return {key: value for key, value in node.items() if key != "_target_"}
+
+
+def groups_table(chosen: Mapping[str, Any]) -> Table:
+    """Each group's options, the chosen one first."""
+    table = titled("groups")
+    for group, option in chosen.items():
+        others = [name for name in options(group) if name != option]
+        first = Text(visible(str(option)), style="bold") if option else Text("none", style="bold")
+        table.add_row(f"  {group}", Text.assemble(first, "  ", visible(" ".join(others))))
+    return table
+
+
+def keys_table(title: str, prefix: str, values: Mapping[str, Any], comments: Mapping[str, str]) -> Table:
+    """Each key with its value and what it is."""
+    table = titled(title)
+    for key, value in values.items():
+        setting = Text.assemble(f"  {prefix}{key}", ("=", "dim"), (written(value), "bold"))
+        table.add_row(setting, Text(visible(comments.get(key, ""))))
+    return table
+
+
+def titled(title: str) -> Table:
+    """A table of two columns under its title."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    if title:
+        table.title, table.title_justify, table.title_style = f"\n{title}", "left", "bold cyan"
+    table.add_column(overflow="fold", max_width=56)
+    table.add_column(overflow="fold")
+    return table
+
+
+def written(value: Any) -> str:
+    """A value as it is written on a command line."""
+    if isinstance(value, str) and not value.isprintable():
+        return repr(value)[1:-1].join('""')
+    if isinstance(value, float):
+        return repr(value)
+    text = yaml.safe_dump(value, default_flow_style=True, width=1 << 20, allow_unicode=True).strip()
+    return visible(text.removesuffix("\n...").strip() if text != "''" else '""')
+
+
+# --- comments ------------------------------------------------------------------------------------------------------
+
+
+def comments_of(folders: Sequence[Path], group: str, option: str, node: Mapping[str, Any]) -> dict[str, str]:
+    """What is said of the keys of a group's option: in its file, else in another of the same class."""
+    found = commented(folders, f"{group}/{option}")
+    target = str(node.get("_target_"))
+    for folder in folders:
+        for path in sorted((folder / group).glob("*.yaml")):
+            if any(key not in found for key in node) and f"_target_: {target}" in path.read_text(encoding="utf-8"):
+                found = {**commented(folders, f"{group}/{path.stem}"), **found}
+    return found
+
+
+def commented(folders: Sequence[Path], name: str) -> dict[str, str]:
+    """The comment behind each key of a file, with the lines below that go on with it."""
+    found: dict[str, str] = {}
+    key = None
+    for line in read(folders, name):
+        if match := COMMENTED.fullmatch(line):
+            key = match["key"] if match["comment"] else None
+            found |= {match["key"]: match["comment"]} if match["comment"] else {}
+        elif key and (more := re.match(r"\s+#\s*(.*)", line)):
+            found[key] += f" {more[1]}"
+        else:
+            key = None
+    return found
+
+
+def leading_comment(folders: Sequence[Path], name: str) -> list[str]:
+    """The lines that a file begins with."""
+    lines = []
+    for line in read(folders, name):
+        if line.startswith("# @package"):
+            continue
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").removeprefix(" "))
+    return lines
+
+
+def read(folders: Sequence[Path], name: str) -> list[str]:
+    """The lines of the first file of this name; none if there is none."""
+    files = (folder / f"{name}.yaml" for folder in folders)
+    path = next((path for path in files if path.is_file()), None)
+    return [] if path is None else path.read_text(encoding="utf-8").splitlines()

@@ -1,0 +1,1 @@
+"""From a composed config to checked dataclasses, and back to `config.yaml`."""

@@ -1,0 +1,56 @@
+"""The model that ``model=auto`` stands for, found when a config is composed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
+
+from llmtrain.base.checks import where
+from llmtrain.config.build import build, naming
+from llmtrain.config.stored_config import ConfigError, escape, load, to_plain
+
+AUTO = "llmtrain.hf.auto.Auto"  # stands for the model that it finds
+RUN_WEIGHTS = "llmtrain.weights.checkpoint.Checkpoint"
+SAME_AS_CONTEXT = "${model.context_length}"
+
+
+def find_model(config: DictConfig) -> None:
+    """Put the model that ``model=auto`` finds in its place, before other keys refer to it."""
+    if "model" not in config or OmegaConf.select(config, "model._target_") != AUTO:
+        return
+    try:
+        values = OmegaConf.to_container(config["model"], resolve=True, throw_on_missing=True)
+    except (InterpolationResolutionError, MissingMandatoryValue) as error:
+        raise ConfigError(
+            "weights.path: model=auto needs a checkpoint to look at; give a run of this program, weights=checkpoint "
+            "weights.path=RUN_DIR, or published weights, weights=huggingface weights.path=DIR"
+        ) from error
+    with naming("model"):
+        stand_in: Any = build(values, object, path="model")  # type: ignore[arg-type]
+        path = Path(stand_in.path).expanduser()
+        if OmegaConf.select(config, "weights._target_") == RUN_WEIGHTS and not (path / "config.yaml").is_file():
+            is_weights = stand_in.path == OmegaConf.select(config, "weights.path")
+            key, what = "weights.path" if is_weights else "model.path", "a run or checkpoint of this program"
+            there = "it has no config.yaml" if path.exists() else f"no such directory{where(stand_in.path)}"
+            raise ConfigError(f"{key}={stand_in.path}: {there}; weights=checkpoint takes {what}")
+        model = stand_in.adapted(_model_of_run(path)) if (path / "config.yaml").is_file() else stand_in.resolved()
+    config["model"] = escape(to_plain(model))
+    data = OmegaConf.to_container(config["data"], resolve=False)
+    if isinstance(data, dict) and data.get("sequence_length") == SAME_AS_CONTEXT:
+        config["data"]["sequence_length"] = stand_in.sequence_length(model.context_length)
+
+
+def _model_of_run(path: Path) -> Any:
+    """The model's config that a run or checkpoint of this program stores."""
+    stored = load(path / "config.yaml")
+    plugins = [name for name in stored.get("plugins") or [] if name]
+    if not isinstance(stored.get("model"), Mapping):
+        raise ConfigError(f"{path / 'config.yaml'}: says nothing of a model")
+    try:
+        return build(stored["model"], object, path="model")
+    except ConfigError as error:
+        if plugins:
+            raise ConfigError(f"{error}; name its model with model=…, as that run did") from error
+        raise

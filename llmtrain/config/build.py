@@ -1,0 +1,159 @@
+"""Building checked dataclasses from plain configs.
+
+A node's ``_target_`` names a frozen dataclass of ours.  The node is merged into that dataclass' schema, so every key
+and type is checked and errors name ``group.key``.  ``hydra.utils.instantiate`` is never called: it runs whatever a
+config names, and run directories travel.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llmtrain.base.checks import did_you_mean
+from llmtrain.config.folders import conf_dir
+from llmtrain.config.stored_config import ConfigError, escape
+
+T = TypeVar("T")
+ALIASES = {"gpu": "cuda"}  # what people call a value that has another name here
+
+
+def build(node: Mapping[str, Any], base: type[T], *, path: str = "", plugins: Sequence[str] = ()) -> T:
+    """Build the dataclass that ``node["_target_"]`` names, a ``base``, with everything below it.
+
+    ``node`` is plain and resolved.  ``path`` is the dotted key of the node, for messages.  Targets outside of this
+    package and of ``plugins`` are refused, and so is anything but a dataclass defined there.
+    """
+    cls: Any = _find_class(node.get("_target_"), base, path, plugins)
+    hints = get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls) if field.init]
+    dotted = f"{path}." if path else ""
+    _check_keys(node, [*names, "_target_"], dotted)
+    required = [f.name for f in dataclasses.fields(cls) if f.init and f.default is f.default_factory]
+    if missing := [name for name in required if name not in node]:
+        raise ConfigError(f"{dotted}{missing[0]}: missing; {cls.__name__} needs it")
+    parts = {name: hints[name] for name in names if _is_component(hints[name])}
+    values: dict[str, Any] = {
+        name: _build_part(node[name], hint, f"{dotted}{name}", plugins) for name, hint in parts.items() if name in node
+    }
+    plain = {key: value for key, value in node.items() if key in names and key not in parts}
+    for name, value in plain.items():
+        for element in get_args(hints[name]):  # list[Rule] and the like
+            if dataclasses.is_dataclass(element) and isinstance(value, list):
+                for index, item in enumerate(value):
+                    known = [field.name for field in dataclasses.fields(element)]
+                    _check_keys(item if isinstance(item, Mapping) else {}, known, f"{dotted}{name}[{index}].")
+    values |= _check_types({name: hints[name] for name in plain}, plain, dotted)
+    try:
+        return cls(**values)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{dotted}{error}") from error
+
+
+def _check_keys(node: Mapping[str, Any], known: Sequence[str], dotted: str) -> None:
+    for key in node:
+        if key not in known:
+            names = [name for name in known if name != "_target_"]
+            raise ConfigError(f"{dotted}{key}: no such key{suggest(str(key), names, dotted)}")
+
+
+@contextmanager
+def naming(group: str) -> Iterator[None]:
+    """Put ``group.`` before an error that starts with a bare key, as a component's own checks make them."""
+    try:
+        yield
+    except ValueError as error:
+        key = re.match(rf"(?!{group}\b)(\w+)(\[\d+\])?(\.\w+)?=", str(error))
+        if key and not (key[3] and (conf_dir() / key[1]).is_dir()):  # another group's has its name already
+            raise ConfigError(f"{group}.{error}") from error
+        raise
+
+
+def _build_part(node: Any, base: type, path: str, plugins: Sequence[str]) -> Any:
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{path}={node!r}: an option of this group is needed, with its _target_")
+    return build(node, base, path=path, plugins=plugins)
+
+
+def _is_component(hint: Any) -> bool:
+    return isinstance(hint, type) and (inspect.isabstract(hint) or dataclasses.is_dataclass(hint))
+
+
+def _find_class(target: Any, base: type[T], path: str, plugins: Sequence[str]) -> type[T]:
+    if not isinstance(target, str) or "." not in target:
+        raise ConfigError(f"{path or 'config'}._target_={target!r}: must name a dataclass, as in package.module.Class")
+    allowed = ("llmtrain", *plugins)
+    if target.split(".")[0] not in allowed:
+        raise ConfigError(
+            f"{path or 'config'}._target_={target}: not a class of llmtrain; "
+            f"if you trust it, name its package: plugins=[{target.split('.')[0]}]"
+        )
+    module_name, _, class_name = target.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and not module_name.startswith(error.name):  # it exists, and needs something that does not
+            raise
+        raise ConfigError(f"{path or 'config'}._target_={target}: there is no module {module_name}") from error
+    cls = getattr(module, class_name, None)
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__module__ == module_name):
+        raise ConfigError(f"{path or 'config'}._target_={target}: not a dataclass defined in {module_name}")
+    if not issubclass(cls, base):
+        raise ConfigError(
+            f"{path or 'config'}._target_={target}: not a {base.__module__}.{base.__name__}, which this place needs"
+        )
+    return cls
+
+
+def _check_types(hints: Mapping[str, Any], values: Mapping[str, Any], dotted: str) -> dict[str, Any]:
+    """``values`` converted to their annotated types."""
+    schema = dataclasses.make_dataclass("Schema", [(name, hint, dataclasses.MISSING) for name, hint in hints.items()])
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), escape(dict(values)))
+        built = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or getattr(error, "key", None) or ""
+        top = re.split(r"[.\[]", str(key))[0]
+        wanted = _wanted(f"{dotted}{key}", hints[key], values[key]) if key in values else None
+        reason = wanted or str(error).splitlines()[0]
+        shown = f"={values[top]!r}" if top in values else ""
+        raise ConfigError(f"{dotted}{key}{shown}: {reason}") from error
+    except ValueError as error:  # a nested dataclass' own check
+        raise ConfigError(f"{dotted.rstrip('.')}: {error}" if dotted else str(error)) from error
+    return {name: getattr(built, name) for name in hints}
+
+
+def _wanted(key: str, hint: Any, value: Any) -> str | None:
+    """What a value of the type ``hint`` has to be, in words; None where there are none better than the library's."""
+    alternatives = [kind for kind in get_args(hint) if kind is not NoneType] if isinstance(hint, UnionType) else [hint]
+    (kind, *others) = alternatives
+    if others:
+        return None
+    if get_origin(kind) is list:
+        items = [part.strip() for part in value.split(",")] if isinstance(value, str) else ["…"]
+        words = f"must be a list, in brackets: '{key}=[{','.join(items)}]'"
+    elif isinstance(kind, type) and issubclass(kind, Enum):
+        names = [item.name for item in kind]
+        words = f"must be one of {', '.join(names)}{did_you_mean(ALIASES.get(str(value), str(value)), names)}"
+    else:
+        words = {bool: "must be true or false", int: "must be a whole number", str: "must be a text",
+                 float: "must be a number, as in 0.1 or 3e-4"}.get(kind, "")  # fmt: skip
+    return words and words + "; or null" * (len(get_args(hint)) > 1 and kind is not hint)
+
+
+def suggest(key: str, known: Sequence[str], dotted: str = "") -> str:
+    """What to append to "no such key": the nearest name, or all of them."""
+    if nearest := difflib.get_close_matches(key, known, n=1, cutoff=0.5):
+        return f"; did you mean {dotted}{nearest[0]}?"
+    return f"; there are: {', '.join(known)}" if known else ""

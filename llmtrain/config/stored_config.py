@@ -1,0 +1,113 @@
+"""``config.yaml`` of a run: every value, typed, without secrets; written, read back as data, compared.
+
+Nothing in here composes: that is :mod:`llmtrain.config.compose`, which also completes what an older version stored.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SECRET = re.compile(r"(^|[_.])(api_?)?(key|secret|token|passw(or)?d|credentials?)$", re.IGNORECASE)
+REDACTED = "<redacted>"
+NOT_RUN_KEYS = ("run_dir", "output_dir", "plugins")  # where and with what code, not what
+MOVED = {"llmtrain.lora.NoLora": "llmtrain.lora.none.NoLora"}  # classes by the names that older versions wrote
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message names key, value and remedy."""
+
+
+def to_plain(value: Any, *, in_list: bool = False) -> Any:
+    """Built dataclasses as plain, typed values: the inverse of :func:`build`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        target = {} if in_list else {"_target_": f"{type(value).__module__}.{type(value).__qualname__}"}
+        return target | {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item, in_list=True) for item in value]
+    return value
+
+
+def redact(value: Any, key: str = "") -> Any:
+    """``value`` with everything under a key that names a secret replaced."""
+    if isinstance(value, Mapping):
+        return {name: redact(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list):
+        return [redact(item, key) for item in value]
+    return REDACTED if value is not None and SECRET.search(key) else value
+
+
+def redact_arguments(arguments: Sequence[str]) -> list[str]:
+    """A command line with the values of secret keys replaced."""
+    shown = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        within = re.findall(r"([\w.]+)['\"]?\s*:", value) if "{" in value else []  # the keys of a dictionary
+        is_secret = any(SECRET.search(name) for name in (key, *within))
+        shown.append(f"{key}={REDACTED}" if equals and is_secret else argument)
+    return shown
+
+
+def dump(run: Any) -> str:
+    """``config.yaml``: every value of ``run``, typed, without secrets."""
+    return yaml.safe_dump(redact(to_plain(run)), sort_keys=False, allow_unicode=True, width=120)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A stored config.  It is data: nothing in it is interpolated or run.  Raises :class:`ConfigError`."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: not a config (a mapping of keys is needed)")
+    _check_plain(config, path)
+    for node in config.values():
+        if isinstance(node, dict) and str(node.get("_target_")) in MOVED:
+            node["_target_"] = MOVED[node["_target_"]]
+    return config
+
+
+def _check_plain(config: Mapping[Any, Any], path: Path) -> None:
+    """Refuse keys that mean something to Hydra: with ``hydra.callbacks`` a stored config could run what it likes."""
+    nodes = {"": config} | {f"{key}.": node for key, node in config.items() if isinstance(node, Mapping)}
+    for prefix, node in nodes.items():
+        for key in node:
+            if not isinstance(key, str) or not key.isidentifier() or key in ("hydra", "defaults"):
+                raise ConfigError(f"{path}: {prefix}{key}: no key of a run's config")
+
+
+def untrusted(values: dict[str, Any], plugins: Sequence[str] = ()) -> dict[str, Any]:
+    """A stored config with the ``plugins`` that the user names now in place of those that it names itself."""
+    return values | {"plugins": list(plugins)}
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """The values that differ, as (dotted key, before, after); None where there is none."""
+    rows: list[tuple[str, Any, Any]] = []
+    for key in [*before, *(key for key in after if key not in before)]:
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            rows += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            rows.append((f"{prefix}{key}", old, new))
+    return rows
+
+
+def escape(value: Any) -> Any:
+    """Resolved values for OmegaConf: a literal ``${`` stays literal."""
+    if isinstance(value, Mapping):
+        return {key: escape(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [escape(item) for item in value]
+    if isinstance(value, str):  # backslashes before it would escape ours
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", value)
+    return value

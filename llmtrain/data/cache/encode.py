@@ -1,0 +1,121 @@
+"""Documents to token ids, in parallel, in order, in bounded memory."""
+
+from collections.abc import Iterable, Iterator
+from math import floor
+from typing import NamedTuple
+
+import numpy as np
+
+from llmtrain.data.cache.parallel import in_order
+from llmtrain.data.cache.reader import DataFailed
+from llmtrain.data.sources.documents import PIECE, Piece
+from llmtrain.tokenizer import CUTS, Tokenizer
+
+LONGEST_WHOLE = 4 * PIECE  # characters of a document that are encoded at once where a cut may change ids
+
+
+class Encoded(NamedTuple):
+    """Some consecutive documents of one part of the data, or a stretch of one document."""
+
+    is_validation: bool
+    ids: np.ndarray  # as wide as the tokenizer's ids need; every document ends with its end-of-text token
+    documents: int  # how many documents end in here
+
+
+def dtype_of(vocab_size: int) -> np.dtype:
+    """The type that token ids are stored in, little-endian."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def is_validation(document: int, fraction: float) -> bool:
+    """Whether the document of this number is set aside: ``fraction`` of them, evenly spread, never the first."""
+    return floor((document + 1) * fraction) > floor(document * fraction)
+
+
+def encode_documents(
+    pieces: Iterable[Piece], tokenizer: Tokenizer, validation_fraction: float, *, num_threads: int | None = None
+) -> Iterator[Encoded]:
+    """Encode documents on threads (tokenizers of native code let go of Python's lock).
+
+    Results keep the order of the documents within each part, whatever the number of threads (None: one a core).
+    At most two jobs a thread of about ``PIECE`` characters are in memory (of ``LONGEST_WHOLE`` where the tokenizer
+    wants documents whole).  Raises :class:`DataFailed`, naming the document, if one cannot be encoded.
+    """
+    dtype = dtype_of(tokenizer.vocab_size)
+    end_of_text = np.array([tokenizer.end_of_text], dtype)
+
+    def encode(job: "_Job") -> Encoded:
+        arrays = []
+        at = job.pieces[0]
+        try:
+            for at in job.pieces:
+                _, piece = at
+                ids = (tokenizer.encode if piece.starts_document else tokenizer.encode_continuation)(piece.text)
+                if (largest := ids.max(initial=0)) >= tokenizer.vocab_size:
+                    raise DataFailed(f"id {largest} is beyond the tokenizer's vocabulary of {tokenizer.vocab_size:,}")
+                arrays.append(ids.astype(dtype))
+                if piece.ends_document:
+                    arrays.append(end_of_text)
+            ended = sum(piece.ends_document for _, piece in job.pieces)
+            return Encoded(job.is_validation, np.concatenate(arrays), ended)
+        except BaseException as error:  # what a tokenizer of native code raises may be no Exception
+            what = str(error) if isinstance(error, DataFailed) else f"{type(error).__name__}: {error}".rstrip(": ")
+            document, piece = at
+            origin = f" ({piece.origin})" if piece.origin else ""
+            raise DataFailed(f"document {document:,}{origin} cannot be encoded: {what}") from error
+
+    yield from in_order(encode, _make_jobs(_rejoin(pieces, tokenizer), validation_fraction), num_threads)
+
+
+class _Stretch(NamedTuple):
+    """A piece, or several that are better encoded as one."""
+
+    text: str
+    starts_document: bool
+    ends_document: bool
+    origin: str
+
+
+def _rejoin(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[_Stretch]:
+    """Undo the cuts of documents at which ``tokenizer`` would give other ids, up to ``LONGEST_WHOLE`` characters."""
+    held: _Stretch | None = None
+    for piece in pieces:
+        if held and not (len(held.text) >= LONGEST_WHOLE or _may_cut(held.text, piece.text, tokenizer)):
+            held = held._replace(text=held.text + piece.text, ends_document=piece.ends_document)
+        else:
+            starts = held is None
+            if held:
+                yield held
+            held = _Stretch(piece.text, starts, piece.ends_document, piece.origin)
+        if held.ends_document:
+            yield held
+            held = None
+    if held:
+        yield held
+
+
+def _may_cut(left: str, right: str, tokenizer: Tokenizer) -> bool:
+    return tokenizer.cuts is CUTS or any(cut.match(left[-1:] + right[:1]) for cut in tokenizer.cuts)
+
+
+class _Job(NamedTuple):
+    is_validation: bool
+    pieces: list[tuple[int, _Stretch]]  # each with the number of its document, from 1
+
+
+def _make_jobs(pieces: Iterable[_Stretch], validation_fraction: float) -> Iterator[_Job]:
+    """Collect pieces of the same part to about ``PIECE`` characters: a job for a small document is all overhead."""
+    collected: dict[bool, list[tuple[int, _Stretch]]] = {False: [], True: []}
+    sizes = {False: 0, True: 0}
+    document = 0
+    for piece in pieces:
+        part = is_validation(document, validation_fraction)
+        collected[part].append((document + 1, piece))
+        document += piece.ends_document
+        sizes[part] += len(piece.text)
+        if sizes[part] >= PIECE:
+            yield _Job(part, collected[part])
+            collected[part], sizes[part] = [], 0
+    for part, rest in collected.items():
+        if rest:
+            yield _Job(part, rest)

@@ -1,0 +1,87 @@
+"""Examples in the cache: a folder of their ids and numbers, and ``index.json``, which describes them."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from llmtrain.data.cache.integrity import open_checked
+from llmtrain.data.cache.reader import Tokens
+from llmtrain.data.cache.shard_index import Index, Part, Shard
+from llmtrain.data.cache.token_file import TokenFile
+from llmtrain.data.examples import Stored
+from llmtrain.tokenizer import Tokenizer
+
+FORMAT = "examples-1"
+
+
+def digest_of(has_targets: bool, labels: Sequence[str], notes: Sequence[str]) -> str:
+    """sha256 of what no other file could be compared with."""
+    return hashlib.sha256(json.dumps([has_targets, list(labels), list(notes)]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class ExampleIndex(Index):
+    """What ``index.json`` says of a folder of examples."""
+
+    FORMAT = FORMAT
+
+    train_examples: Part  # of each example its inputs and its label: pairs of int64
+    validation_examples: Part
+    has_targets: bool
+    labels: list[str]
+    notes: list[str]
+    sha256: str  # of what the lines above say; the files have theirs
+
+    @classmethod
+    def parse(cls, stored: dict[str, Any]) -> dict[str, Any]:
+        parts = {name: Part.parse(stored[name]) for name in ("train_examples", "validation_examples")}
+        facts = bool(stored["has_targets"]), list(map(str, stored["labels"])), list(map(str, stored["notes"]))
+        if stored["sha256"] != digest_of(*facts):
+            raise ValueError("its sha256 is not that of labels and notes")
+        others = dict(zip(("has_targets", "labels", "notes"), facts, strict=True)) | {"sha256": stored["sha256"]}
+        return super().parse(stored) | parts | others
+
+    def files(self) -> Iterator[tuple[Shard, int]]:
+        yield from super().files()
+        for shard in self.train_examples.shards + self.validation_examples.shards:
+            yield shard, 8
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A whole entry of the cache, every byte of it as it was written."""
+
+    folder: Path
+    index: ExampleIndex
+    train: Stored
+    validation: Stored
+
+    @classmethod
+    def open(cls, folder: Path, tokenizer: Tokenizer, *, verify: bool = False) -> Self:
+        """Open and check the entry ``folder``.  Raises ValueError, naming the file, if it is missing or damaged."""
+        index = ExampleIndex.read(folder)
+
+        def check(shards: Sequence[Shard], dtype: str) -> list[Tokens]:
+            files = [TokenFile(folder / shard.name, dtype, 0, index.tokenizer, shard.sha256) for shard in shards]
+            return open_checked(files, 1 << 63, folder.parent, verify=verify)  # the keys tell the tokenizer
+
+        def stored(part: Part, examples: Part) -> Stored:
+            numbers = np.concatenate([np.empty(0, "<i8"), *map(_read, check(examples.shards, "<i8"))]).reshape(-1, 2)
+            shards = check(part.shards, index.dtype)
+            return Stored(shards, numbers[:, 0].copy(), numbers[:, 1].copy(), index.has_targets)
+
+        return cls(
+            folder, index, stored(index.train, index.train_examples),
+            stored(index.validation, index.validation_examples),
+        )  # fmt: skip
+
+
+def _read(tokens: Tokens) -> np.ndarray:
+    out = np.empty(len(tokens), tokens.dtype)
+    tokens.read(0, out)
+    return out

@@ -1,0 +1,89 @@
+"""Files of token ids as other programs and this one write them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from llmtrain.data.cache.shard_index import INDEX, Index, Shard
+
+HEADER = np.dtype(("<i4", 256))
+LLMC_VERSIONS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version): ids; GPT-2's and Llama 3's
+LLMC_MAGICS = {magic for magic, _ in LLMC_VERSIONS}
+
+
+class Format(Enum):
+    """The layout of a token file."""
+
+    auto = "from the content: a header of llm.c, an index.json beside the file, else nanogpt"
+    llmtrain = "this program's shards, with their index.json"
+    nanogpt = "ids as uint16, nothing else"
+    llmc = "llm.c's and modded-nanogpt's: 256 int32 (magic, version, number of tokens), then ids as uint16 or uint32"
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """Where the ids are in a file, and how wide."""
+
+    path: Path
+    dtype: str
+    offset: int  # bytes before the first id
+    tokenizer: str | None = None  # fingerprint of the tokenizer that made them, if the file says
+    sha256: str | None = None  # what the content should have, if the file says
+
+    @classmethod
+    def of_index(cls, folder: Path, index: Index, shard: Shard) -> Self:
+        """One of this program's shards."""
+        return cls(folder / shard.name, index.dtype, 0, index.tokenizer, shard.sha256)
+
+
+def read_indices(folders: Iterable[Path], form: Format) -> dict[Path, Index]:
+    """The indices of those ``folders`` that have one.  Raises ValueError if one is damaged or its shards are."""
+    if form not in (Format.auto, Format.llmtrain):
+        return {}
+    try:
+        return {folder: Index.read(folder) for folder in folders if (folder / INDEX).exists()}
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; restore it from a copy or prepare the shards again (if they are not llmtrain's, name their "
+            "data.format)"
+        ) from error
+
+
+def recognise(path: Path, form: Format, index: Index | None) -> TokenFile:
+    """How to read a token file; ``index`` is its folder's.
+
+    Raises ValueError, naming the file, if it is empty, cut or not of the format.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(HEADER.itemsize)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    if not size:
+        raise ValueError(f"{path}: an empty file")
+    for shard in index.shards if index is not None else ():
+        if shard.name == path.name:
+            assert index is not None
+            return TokenFile.of_index(path.parent, index, shard)
+    if form is Format.llmtrain:
+        raise ValueError(f"{path}: no {INDEX} beside it names it; take data.format=auto")
+    magic, version, tokens = np.frombuffer(head[:12].ljust(12, b"\0"), "<i4").tolist()
+    if form is Format.llmc or (form is Format.auto and magic in LLMC_MAGICS):
+        if (magic, version) not in LLMC_VERSIONS:
+            known = ", ".join(f"{m} version {v}" for m, v in LLMC_VERSIONS)
+            raise ValueError(f"{path}: its header has magic {magic} version {version}; llm.c's are {known}")
+        file_dtype = LLMC_VERSIONS[magic, version]
+        expected = HEADER.itemsize + tokens * np.dtype(file_dtype).itemsize
+        if size != expected or tokens <= 0:
+            raise ValueError(
+                f"{path}: cut or damaged: {size:,} bytes, where its header says {tokens:,} tokens ({expected:,} bytes)"
+            )
+        return TokenFile(path, file_dtype, HEADER.itemsize)
+    if size % 2:
+        raise ValueError(f"{path}: cut or no token file: {size:,} bytes is no whole number of uint16 ids")
+    return TokenFile(path, "<u2", 0)

@@ -1,0 +1,55 @@
+"""A template as Jinja source, so that ``apply_chat_template`` of transformers puts messages as we do."""
+
+import json
+from string import Formatter
+
+from llmtrain.data.chat.templates import Markup
+
+REFUSED = "this template has places for system, user and assistant"
+
+
+def to_jinja(template: Markup, *, has_bos: bool) -> str:
+    """The source of ``chat_template.jinja``; ``has_bos``: whether the tokenizer has a token that begins a text.
+
+    The one thing that it cannot say is an instruction with an input given apart: there, messages have no such field.
+    """
+    trim = " | trim" if template.strips else ""
+    first = "messages[0]['content']"
+    default = _filled(template.system, json.dumps(template.default_system), trim) if template.default_system else ""
+    end = _text(template.end) if template.end else "{{ eos_token }}"
+    if not template.end and template.ends_once:
+        end = "{% if loop.last and not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    after = _text(template.after)
+    return "".join(
+        [
+            "{{ bos_token }}" if template.begins_text and has_bos else "",
+            "{% if messages and messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}",
+            _filled(template.system, first, trim),
+            "{% else %}{% set turns = messages %}",
+            default,
+            "{% endif %}{% for message in turns %}{% if message['role'] == 'assistant' %}",
+            _text(template.before),
+            f"{{{{ message['content']{trim} }}}}",
+            end,
+            f"{{% if not loop.last or add_generation_prompt %}}{after}{{% endif %}}" if after else "",
+            "{% elif message['role'] == 'user' %}",
+            _filled(template.user, "message['content']", trim),
+            f"{{% else %}}{{{{ raise_exception({json.dumps(REFUSED)}) }}}}{{% endif %}}{{% endfor %}}",
+            f"{{% if add_generation_prompt %}}{_text(template.before)}{{% endif %}}" if template.before else "",
+        ]
+    )
+
+
+def _filled(form: str, content: str, trim: str) -> str:
+    """``form`` with the Jinja expression ``content`` in the place of its field."""
+    source = ""
+    for literal, name, _, _ in Formatter().parse(form):
+        source += _text(literal)
+        if name and name != "input":
+            source += f"{{{{ {content}{trim} }}}}"
+    return source
+
+
+def _text(text: str) -> str:
+    """``text`` as it is, whatever in it would mean something to Jinja."""
+    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""

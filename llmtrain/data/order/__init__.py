@@ -1,0 +1,1 @@
+"""Which sequences are visited when: permutation, packing, and the validation split."""

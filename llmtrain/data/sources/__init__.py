@@ -1,0 +1,1 @@
+"""Raw inputs: files, documents and records."""

@@ -1,0 +1,101 @@
+"""What the options share: from documents to a :class:`Corpus`."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmtrain.data import Corpus, DataConfig
+from llmtrain.data.cache.token_cache import Source, prepare
+from llmtrain.data.sequences import Shard, Stream, slice_stream
+from llmtrain.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TextData(DataConfig):
+    """Base of the options that tokenise text."""
+
+    sequence_length: int
+    validation_fraction: float
+    shuffle: bool
+    cache_dir: str
+
+    def __post_init__(self) -> None:
+        check_options(self.sequence_length, self.validation_fraction)
+
+    @abstractmethod
+    def source(self, *, verify: bool = False) -> Source:
+        """The documents; with ``verify`` whatever is remembered of them is read again.
+
+        Raises ValueError where there are none, or a file that is verified is not what it was.
+        """
+
+    def build(self, tokenizer: Tokenizer) -> Corpus:
+        return self._open(tokenizer, verify=False)
+
+    def verify(self, tokenizer: Tokenizer) -> Corpus:
+        return self._open(tokenizer, verify=True)
+
+    def _open(self, tokenizer: Tokenizer, *, verify: bool) -> Corpus:
+        source = self.source(verify=verify)
+        cache_dir = Path(self.cache_dir).expanduser()
+        entry = prepare(source, tokenizer, self.validation_fraction, cache_dir, verify=verify)
+        documents = entry.index.train.documents + entry.index.validation.documents
+        return make_corpus(
+            entry.train,
+            entry.validation,
+            validation_fraction=self.validation_fraction,
+            sequence_length=self.sequence_length,
+            name=f"{source.name}, {documents:,} document{'s' * (documents != 1)}",
+            fingerprint=entry.folder.name,
+        )
+
+
+def check_options(sequence_length: int, validation_fraction: float) -> None:
+    """Raise ValueError for values that no corpus can have."""
+    if sequence_length < 1:
+        raise ValueError(f"sequence_length={sequence_length}: must be positive")
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction={validation_fraction}: must be at least 0 (no validation) and below 1")
+
+
+def make_corpus(
+    train: Sequence[Shard],
+    validation: Sequence[Shard],
+    *,
+    validation_fraction: float,
+    sequence_length: int,
+    name: str,
+    fingerprint: str,
+) -> Corpus:
+    """Sequences over streams of token ids.
+
+    Where nothing has been set aside as ``validation``, the last ``validation_fraction`` of the tokens is.  Raises
+    ValueError for a part that is too short for one sequence.
+    """
+    if not validation and validation_fraction > 0:
+        train, validation = _split(train, validation_fraction)
+    training = Stream(train, sequence_length)
+    if not training:
+        raise ValueError(
+            f"data.sequence_length={sequence_length}: {name}: {training.tokens:,} tokens for training make no "
+            f"sequence, which takes {sequence_length + 1:,}; give more text, or data.sequence_length="
+            f"{max(training.tokens - 1, 1)} or less"
+        )
+    if not validation_fraction and not validation:
+        return Corpus(training, None, f"{name}, {training.tokens:,} tokens", fingerprint)
+    held_out = Stream(validation, sequence_length)
+    if not held_out:
+        raise ValueError(
+            f"data.validation_fraction={validation_fraction}: {name}: {held_out.tokens:,} tokens for validation make "
+            f"no sequence, which takes {sequence_length + 1:,}; take a larger fraction, 0 for no validation, "
+            f"or data.sequence_length={max(held_out.tokens - 1, 1)} or less"
+        )
+    tokens = f"{training.tokens:,} tokens for training, {held_out.tokens:,} for validation"
+    return Corpus(training, held_out, f"{name}, {tokens}", fingerprint)
+
+
+def _split(shards: Sequence[Shard], fraction: float) -> tuple[list[Shard], list[Shard]]:
+    tokens = sum(map(len, shards))
+    cut = tokens - int(tokens * fraction)
+    return slice_stream(shards, 0, cut), slice_stream(shards, cut, tokens)

@@ -1,0 +1,53 @@
+"""The files of an exported tokenizer, made to put around a text what a classifier was trained to find there."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from llmtrain.hf.tokenizer_export import FILE
+from llmtrain.tokenizer import Tokenizer
+from llmtrain.tokenizer.directory import CONFIG
+
+PAD = "<|pad|>"
+
+
+def find_padding(tokenizer: Tokenizer, files: Mapping[str, str]) -> tuple[str, int] | None:
+    """The token that pads a batch, by name and id; None if there is none, or one that texts have."""
+    named = json.loads(files[CONFIG]).get("pad_token")
+    name = named.get("content") if isinstance(named, dict) else named
+    id = tokenizer.special_tokens.get(str(name))
+    return None if id is None or id in (tokenizer.bos, tokenizer.end_of_text) else (str(name), id)
+
+
+def wrapped(
+    files: Mapping[str, str], tokenizer: Tokenizer, *, begins: bool, ends: bool, pad: tuple[str, int] | None
+) -> dict[str, str]:
+    """``files`` of :mod:`llmtrain.hf.tokenizer_export` for a tokenizer that adds tokens when it is called.
+
+    ``begins``, ``ends``: the token that a text begins with before it, the one that ends it behind it.  ``pad``: name
+    and id of what pads a batch on the right, added if the tokenizer has no such token.
+    """
+    spec, config = json.loads(files[FILE]), json.loads(files[CONFIG])
+    names = {id: name for name, id in tokenizer.special_tokens.items()}
+    before = [tokenizer.bos] if begins and tokenizer.bos is not None else []
+    behind = [tokenizer.end_of_text] if ends else []
+
+    def around(text: str, type_id: int) -> list[dict[str, Any]]:
+        special = [[{"SpecialToken": {"id": names[id], "type_id": type_id}} for id in ids] for ids in (before, behind)]
+        return [*special[0], {"Sequence": {"id": text, "type_id": type_id}}, *special[1]]
+
+    spec["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": around("A", 0),
+        "pair": around("A", 0) + around("B", 1),
+        "special_tokens": {names[id]: {"id": names[id], "ids": [id], "tokens": [names[id]]} for id in before + behind},
+    }
+    config.pop("pad_token", None)
+    if pad is not None:
+        name, id = pad
+        if all(token["content"] != name for token in spec["added_tokens"]):
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            spec["added_tokens"].append({"id": id, "content": name, **flags, "special": True})
+        config |= {"pad_token": name, "padding_side": "right"}
+    dumped = {FILE: spec, CONFIG: config}
+    return {**files, **{name: json.dumps(each, ensure_ascii=False, indent=2) + "\n" for name, each in dumped.items()}}

@@ -1,0 +1,306 @@
+"""Any tokenizer as a ``tokenizer.json``, so that transformers splits text exactly as we do."""
+
+import json
+import random
+from base64 import b64encode
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from llmtrain.tokenizer import Tokenizer
+from llmtrain.tokenizer.bpe import BPE, PATTERNS, for_oniguruma
+from llmtrain.tokenizer.byte import ByteTokenizer
+from llmtrain.tokenizer.directory import CONFIG, TEMPLATE
+from llmtrain.tokenizer.huggingface import HuggingFaceTokenizer
+from llmtrain.tokenizer.sentencepiece import SentencePieceTokenizer
+from llmtrain.tokenizer.sentencepiece_model import Algorithm, Kind, Model
+from llmtrain.tokenizer.token_bytes import SPACE, to_byte_level
+
+FILE = "tokenizer.json"
+
+# Of the tokenizer that a model came with, these stay as they are: what pads, masks and separates its input.
+KEPT = (
+    "pad_token", "unk_token", "sep_token", "cls_token", "mask_token", "additional_special_tokens",
+    "extra_special_tokens", "padding_side", "model_input_names",
+)  # fmt: skip
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+TIE = 1e-3  # between scores in fp32 of some tens to hundreds
+
+SAMPLES = 300  # random texts that a converted tokenizer is compared on
+WORDS = "a b e the The THE ing 's 'LL ’s 1 12 1234 3.14 _ x_y é e\u0301 ß ſ K ﬁ ǅ Ⅷ ² Ñ"
+SYMBOLS = "世界 日本語 こんにちは русский עברית ไทย 🙂 👩‍👩‍👧 - / // ... !? 。 、 「 $ += <s> </s> {} ▁ ▁▁"
+FRAGMENTS = [
+    *WORDS.split(" "),
+    *SYMBOLS.split(" "),
+    *["\0", "\a", "\x7f", "\u0085", "\u200b", "\ufeff", "\ufffd", "\U0010ffff", "\u0301"],
+    *[" ", "  ", "    ", "\n", "\n\n", "\r\n", "\t", "\v", "\x1c", "\u00a0", "\u2003", "\u2028", "\u3000", " " * 30],
+]
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> str:
+    """The content of ``tokenizer.json``.
+
+    Raises ValueError where the format cannot say what the tokenizer does.
+    """
+    match tokenizer:
+        case HuggingFaceTokenizer():
+            return tokenizer.source
+        case ByteTokenizer():
+            model = _bpe({bytes([byte]): byte for byte in range(256)}, tokenizer.special_tokens)
+            spec = _spec(_byte_level(None), model | {"ignore_merges": False}, BYTE_LEVEL)  # no word to be one token
+        case BPE():
+            return _of_ranks(tokenizer)
+        case SentencePieceTokenizer():
+            spec = _of_sentencepiece(tokenizer.model)
+        case _:
+            raise ValueError(f"{type(tokenizer).__name__} cannot be written as {FILE}")
+    text = _dump(spec, tokenizer)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        defined = [piece.text for piece in tokenizer.model.pieces if piece.kind is Kind.USER_DEFINED]
+        _compare(tokenizer, text, f"tokenizer.path={tokenizer.file}", defined[:50])
+    return text
+
+
+def tokenizer_config(tokenizer: Tokenizer, model_max_length: int, chat_template: str | None = None) -> dict[str, Any]:
+    """The content of ``tokenizer_config.json``; ``chat_template``: of the training, null for the tokenizer's own."""
+    kept: dict[str, Any] = {}
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        kept = {key: value for key, value in tokenizer.sidecar.tokenizer.items() if key in KEPT}
+    names = {id: name for name, id in tokenizer.special_tokens.items()}
+    config = kept | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model_max_length,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": names[tokenizer.end_of_text],
+    }
+    if tokenizer.bos is not None:
+        config["bos_token"] = names[tokenizer.bos]
+    template = tokenizer.chat_template if chat_template is None else chat_template
+    return config if template is None else config | {"chat_template": template}
+
+
+def files(tokenizer: Tokenizer, model_max_length: int, chat_template: str | None = None) -> dict[str, str]:
+    """Names and contents of what goes into an exported directory."""
+    config = tokenizer_config(tokenizer, model_max_length, chat_template)
+    contents = {FILE: tokenizer_json(tokenizer)}
+    if template := config.get("chat_template"):
+        contents[TEMPLATE] = template
+    return contents | {CONFIG: json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
+
+
+def _dump(spec: dict[str, Any], tokenizer: Tokenizer) -> str:
+    added = sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
+    spec["added_tokens"] = [_added(name, id) for name, id in added]
+    return json.dumps(spec, ensure_ascii=False, indent=2) + "\n"
+
+
+def _spec(pre_tokenizer: Any, model: Any, decoder: Any, normalizer: Any = None) -> dict[str, Any]:
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": model,
+    }
+
+
+def _added(name: str, id: int) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": id, "content": name, **flags, "special": True}
+
+
+def _sequence(key: str, steps: list[Any]) -> Any:
+    if len(steps) < 2:
+        return steps[0] if steps else None
+    return {"type": "Sequence", key: steps}
+
+
+# --- byte-level BPE ----------------------------------------------------------------------------------------------
+
+
+def _of_ranks(tokenizer: BPE) -> str:
+    encoding = tokenizer.encoding
+    model = _bpe(encoding._mergeable_ranks, tokenizer.special_tokens)
+    spec = _spec(_byte_level(encoding._pat_str), model, BYTE_LEVEL)
+    text = _dump(spec, tokenizer)
+    if encoding._pat_str not in PATTERNS.values():  # in the two engines a pattern may mean different things
+        _compare(tokenizer, text, "tokenizer.pattern")
+    return text
+
+
+def _byte_level(pattern: str | None) -> dict[str, Any]:
+    """To bytes, after a split by ``pattern``."""
+    if pattern is None:
+        return BYTE_LEVEL
+    regex = {"Regex": for_oniguruma(pattern)}
+    split = {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]}
+
+
+def _bpe(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> dict[str, Any]:
+    """A BPE model that merges as tiktoken does.
+
+    tiktoken joins any two neighbours that make a token, the lowest rank first: so a token is given every pair of
+    tokens that it can be made of.  A word that is a token itself is not split at all (``ignore_merges``).  Special
+    tokens are in the vocabulary as well, or they would get the ids after the number of the others.
+    """
+    by_rank = sorted(ranks, key=ranks.__getitem__)
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": True,
+        "vocab": {to_byte_level(token): ranks[token] for token in by_rank} | dict(special_tokens),
+        "merges": [" ".join(map(to_byte_level, pair)) for token in by_rank for pair in _pairs(token, ranks)],
+    }
+
+
+def _pairs(token: bytes, ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """Every pair of tokens that makes ``token``.
+
+    Of two that overlap in a text (xy and yz, both ``token``) tiktoken takes the left one, the library the first that
+    is listed.  They overlap where one splits ``token`` after i bytes, the other i before its end, and x stands at both
+    ends of y's.
+    """
+    size = len(token)
+    splits = {i for i in range(1, size) if token[:i] in ranks and token[i:] in ranks}
+    for i in range(1, size // 2 + 1):
+        order = [i, size - i] if i != size - i else [i]
+        if token[:i] == token[-i:] and token[: size - i] != token[i:]:
+            order.reverse()
+        for split in order:
+            if split in splits:
+                yield token[:split], token[split:]
+
+
+# --- SentencePiece -----------------------------------------------------------------------------------------------
+
+
+def _of_sentencepiece(model: Model) -> dict[str, Any]:
+    """Normaliser, vocabulary and decoder of a SentencePiece model, in the library's terms."""
+    if model.algorithm not in (Algorithm.UNIGRAM, Algorithm.BPE):
+        raise ValueError(f"a SentencePiece model of kind {model.algorithm.name} cannot be written as {FILE}")
+    unknown = next(id for id, piece in enumerate(model.pieces) if piece.kind is Kind.UNKNOWN)
+    defined = [piece.text for piece in model.pieces if piece.kind is Kind.USER_DEFINED]
+    normalizers: list[Any] = []
+    if model.charsmap:
+        normalizers.append({"type": "Precompiled", "precompiled_charsmap": b64encode(model.charsmap).decode()})
+    if model.trims_spaces:
+        normalizers.append({"type": "Replace", "pattern": {"Regex": r"\A +| +(?= )"}, "content": ""})
+    if model.adds_space:
+        normalizers.append({"type": "Prepend", "prepend": SPACE})
+    normalizers.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
+    if model.trims_spaces:  # at the end of a text the character that stands for a space as well
+        normalizers.append({"type": "Replace", "pattern": {"Regex": rf"{SPACE}+\z"}, "content": ""})
+    steps: list[Any] = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}]
+    steps += [{"type": "ByteFallback"}] if model.has_bytes else []
+    steps += [{"type": "Fuse"}]
+    steps += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if model.adds_space else []
+    algorithm = _unigram if model.algorithm is Algorithm.UNIGRAM else _merges
+    return _spec(
+        _split_at(defined),
+        algorithm(model, unknown),
+        _sequence("decoders", steps),
+        _sequence("normalizers", normalizers),
+    )
+
+
+def _split_at(names: list[str]) -> dict[str, Any] | None:
+    """User-defined symbols are found before anything else, the longest first."""
+    if not names:
+        return None
+    pattern = "|".join(map(_quote, sorted(names, key=len, reverse=True)))
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def _quote(name: str) -> str:
+    return "".join(rf"\x{{{ord(character):x}}}" for character in name)
+
+
+def _unigram(model: Model, unknown: int) -> dict[str, Any]:
+    """Names of bytes and control symbols are text for SentencePiece: they get a score that is too low to win."""
+    in_text = (Kind.NORMAL, Kind.USER_DEFINED)
+    low = min(piece.score for piece in model.pieces) - 1000
+    vocabulary = [[piece.text, piece.score if piece.kind in in_text else low] for piece in model.pieces]
+    return {"type": "Unigram", "unk_id": unknown, "vocab": vocabulary, "byte_fallback": model.has_bytes}
+
+
+def _merges(model: Model, unknown: int) -> dict[str, Any]:
+    """SentencePiece joins the neighbours whose piece has the highest score, the leftmost of equals."""
+    pieces = {piece.text: (piece.score, id) for id, piece in enumerate(model.pieces) if piece.kind is Kind.NORMAL}
+    ordered = sorted(pieces, key=lambda text: (-pieces[text][0], pieces[text][1]))
+    merges = [
+        [text[:i], text[i:]]
+        for text in ordered
+        for i in range(1, len(text))
+        if text[:i] in pieces and text[i:] in pieces
+    ]
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": model.pieces[unknown].text,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": model.has_bytes,
+        "ignore_merges": any(piece.kind is Kind.USER_DEFINED for piece in model.pieces),  # no merges make those
+        "vocab": {piece.text: id for id, piece in enumerate(model.pieces)},
+        "merges": merges,
+    }
+
+
+# --- is it the same? ---------------------------------------------------------------------------------------------
+
+
+def _compare(tokenizer: Tokenizer, text: str, what: str, more: Sequence[str] = ()) -> None:
+    """Raise ValueError if what was written splits a text in another way, ``more`` of its parts among them."""
+    try:
+        import tokenizers
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{what}: to be compared with what it is written as, it takes the tokenizers package; "
+            "pip install 'llmtrain[huggingface]'"
+        ) from error
+    try:
+        written = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:
+        raise ValueError(f"{what}: cannot be written as {FILE}: {error}") from error
+    written.encode_special_tokens = True
+    fragments = [part for part in [*FRAGMENTS, *more] if part not in tokenizer.special_tokens]
+    for sample in _samples(fragments):
+        (encoding,) = written.encode_batch_fast([sample], add_special_tokens=False)
+        if not _same(tokenizer, tokenizer.encode(sample).tolist(), encoding.ids):
+            raise ValueError(
+                f"{what}: cannot be written as {FILE}, where {sample!r} would be split in another way, so that "
+                "others would not read texts as the model was taught to; the run itself can be asked: llmtrain "
+                "generate, chat, predict"
+            )
+
+
+def _same(tokenizer: Tokenizer, ours: list[int], theirs: list[int]) -> bool:
+    """Of several splits that a Unigram model gives one score, rounding decides, and the two libraries' differ."""
+    if ours == theirs:
+        return True
+    if not isinstance(tokenizer, SentencePieceTokenizer) or tokenizer.model.algorithm is not Algorithm.UNIGRAM:
+        return False
+    pieces = tokenizer.model.pieces
+    scores = [sum(pieces[id].score for id in ids) for ids in (ours, theirs)]
+    return tokenizer.decode_bytes(ours) == tokenizer.decode_bytes(theirs) and abs(scores[0] - scores[1]) < TIE
+
+
+def _samples(fragments: list[str]) -> Iterator[str]:
+    rng = random.Random(0)
+    yield from fragments
+    yield from map("".join, pairwise(fragments))
+    for _ in range(SAMPLES):
+        yield "".join(rng.choices(fragments, k=rng.randint(1, 30)))

@@ -1,0 +1,1 @@
+"""Operations that are faster than torch's own, each with a fallback."""

@@ -1,0 +1,211 @@
+"""What attention is in every decoder here: which keys a query sees, and the product itself.
+
+A query sees the keys up to its own; with packed examples those of its own example, with a sliding window the last few.
+So the keys that it sees are always neighbours, and an index says where they begin.  What follows from it for all
+layers, a mask if there has to be one, is made once a forward pass (:func:`sight`) and given to every block.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from enum import Enum
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from llmtrain.kernels import cpu_attention
+from llmtrain.kernels.dropout import attend_with_dropout, is_drawn_here
+
+BLOCK = 128  # queries and keys that FlexAttention leaves out, or takes, at once
+MIN_HEAD_SIZE = 16  # of FlexAttention's kernels
+
+
+class Kernel(Enum):
+    """What computes attention.  But for the first they see neither a mask nor make the matrix of all scores."""
+
+    sdpa = "sdpa"  # torch.nn.functional.scaled_dot_product_attention
+    flex = "flex"  # FlexAttention
+    own = "own"  # llmtrain.kernels.cpu_attention
+
+
+class Blockwise(NamedTuple):
+    """What FlexAttention is told: a mask that names the blocks without a visible pair, and ALiBi's slopes."""
+
+    mask: BlockMask
+    slopes: Tensor | None  # (heads,)
+
+
+class FirstKeys(NamedTuple):
+    """What our own kernel is told: the first key that each query sees, ``(batch or 1, sequence)``, int32."""
+
+    numbers: Tensor
+
+
+# a mask: boolean, or added to the scores; None: all keys up to the query's own
+Sight = Tensor | Blockwise | FirstKeys | None
+
+
+def segment_starts(segments: Tensor) -> Tensor:
+    """Where the segment of each token begins, ``(batch, sequence)``; a segment is a run of equal numbers."""
+    index = torch.arange(segments.shape[1], device=segments.device)
+    begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    return torch.where(begins, index, 0).cummax(dim=1).values
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """Slopes ``(heads,)``, fp32: powers of ``2 ** (-8 / heads)``.
+
+    Where the number of heads is no power of 2: those of the next smaller power, then every other one of twice as many.
+    """
+    power = 1 << (heads.bit_length() - 1)
+    ratios = [-8 * (i + 1) / power for i in range(power)]
+    ratios += [-8 * (2 * i + 1) / (2 * power) for i in range(heads - power)]
+    return torch.tensor([2.0**ratio for ratio in ratios], device="cpu")
+
+
+def sight(
+    new: int,
+    past: int,
+    device: torch.device,
+    *,
+    starts: Tensor | None = None,
+    window: int | None = None,
+    slopes: Tensor | None = None,
+    kernel: Kernel = Kernel.sdpa,
+) -> Sight:
+    """Which keys ``new`` tokens behind ``past`` cached ones see, for a layer of any number of heads.
+
+    ``starts``: of :func:`segment_starts`.  ``window``: a query sees its own key and ``window - 1`` before it.
+    ``slopes`` ``(heads,)``: ALiBi, ``slope * (key - query)`` is added to the scores (Press et al. 2021,
+    https://arxiv.org/abs/2108.12409).  ``kernel``: what computes it (:func:`kernel_for`).
+    """
+    if window is not None and past + new <= window:
+        window = None
+    if starts is None and window is None and slopes is None and (past == 0 or new == 1):
+        return None
+    queries = torch.arange(past, past + new, device=device)
+    first = torch.zeros_like(queries)[None] if starts is None else starts  # key that each query sees
+    if window is not None:
+        first = torch.maximum(first, queries - (window - 1))
+    if kernel is Kernel.own and slopes is None:
+        return FirstKeys(first.to(torch.int32))
+    if kernel is Kernel.flex:
+        if is_fake(first):
+            return None  # what is planned for, all keys, has the same memory
+        return Blockwise(block_mask(first), slopes)
+    keys = torch.arange(past + new, device=device)
+    mask = ((keys <= queries[:, None]) & (keys >= first[..., None])).unsqueeze(1)  # (batch or 1, 1, new, past + new)
+    if slopes is None:
+        return mask
+    bias = slopes[:, None, None] * (keys - queries[:, None])
+    if torch.is_autocast_enabled(device.type):  # once, and not in every layer
+        bias = bias.to(torch.get_autocast_dtype(device.type))
+    return bias.masked_fill(~mask, -torch.inf)
+
+
+def kernel_for(ids: Tensor, head_size: int, dropout: float) -> Kernel:
+    """What computes attention without cached keys, backward included.
+
+    FlexAttention's kernels are compiled with a block or by themselves.  A model compiled as a whole makes a mask: on a
+    CPU torch 2.13 refuses block masks that are made in the same graph.
+    """
+    if dropout or torch.compiler.is_compiling():
+        return Kernel.sdpa
+    if ids.device.type == "cpu":
+        has_own = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        return Kernel.own if has_own and cpu_attention.fits(head_size) else Kernel.sdpa
+    if ids.device.type != "cuda" or head_size < MIN_HEAD_SIZE:
+        return Kernel.sdpa
+    return Kernel.flex if is_fake(ids) or importlib.util.find_spec("triton") is not None else Kernel.sdpa
+
+
+def block_mask(first: Tensor) -> BlockMask:
+    """FlexAttention's mask of queries that see the keys from ``first`` ``(batch, sequence)`` to their own.
+
+    ``first`` never falls along a row.  Of each block the first query then sees furthest back and the last one least, so
+    that no mask of ``(sequence, sequence)`` has to be made to find the blocks.
+    """
+    length = first.shape[1]
+    index = torch.arange(-(-length // BLOCK), device=first.device)
+    least = first[:, ::BLOCK, None]  # (batch, blocks, 1): of each block of queries
+    most = first[:, ((index + 1) * BLOCK - 1).clamp(max=length - 1), None]
+    past, seen = index < index[:, None], index <= index[:, None]
+    whole = (index[:, None] + 1) * BLOCK <= length
+    inner = past & whole & (index * BLOCK >= most)  # every query sees every key
+    outer = seen & ((index + 1) * BLOCK > least) & ~inner
+
+    def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (key >= first[batch, query])
+
+    return BlockMask.from_kv_blocks(
+        *_numbers(outer), *_numbers(inner), BLOCK_SIZE=BLOCK, mask_mod=is_visible, seq_lengths=(length, length)
+    )
+
+
+def _numbers(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries has, and which: the others behind; with one head for all."""
+    blocks = blocks.unsqueeze(1).to(torch.int32)
+    return blocks.sum(-1, dtype=torch.int32), blocks.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, sight: Sight, dropout: float = 0.0) -> Tensor:
+    """Attention of ``query`` ``(batch, heads, new, head_size)``; the result has its shape.
+
+    ``key`` and ``value``: ``(batch, key_heads, seen, head_size)``, each of their heads for ``heads / key_heads`` of the
+    query's (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245).
+    """
+    repeats = query.shape[1] // key.shape[1]
+    if isinstance(sight, Blockwise):
+        flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+        bias = None if sight.slopes is None else _distance_bias(sight.slopes)
+        return flex(query, key, value, score_mod=bias, block_mask=sight.mask, enable_gqa=repeats > 1)
+    if isinstance(sight, FirstKeys):
+        return cpu_attention.attend(query, key, value, sight.numbers)
+    if sight is None and query.shape[2] == key.shape[2] and not dropout and cpu_attention.takes(query):
+        return cpu_attention.attend(query, key, value)
+    if sight is not None and sight.dtype != torch.bool:
+        sight = sight.to(query.dtype)
+    is_written_out = dropout > 0 and is_drawn_here(query)
+    has_shares = query.device.type == "cpu" or (sight is None and _has_flash(query.dtype))
+    is_shared = repeats > 1 and has_shares and not is_written_out
+    if repeats > 1 and not is_shared:
+        key, value = (heads.repeat_interleave(repeats, dim=1) for heads in (key, value))
+    if is_written_out:
+        return attend_with_dropout(query, key, value, sight, dropout)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=sight, dropout_p=dropout,
+        is_causal=sight is None and query.shape[2] == key.shape[2], enable_gqa=is_shared,
+    )  # fmt: skip
+
+
+def _has_flash(dtype: torch.dtype) -> bool:
+    """Whether a GPU has flash attention: no other kernel has heads of keys for several of queries."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return not torch.cuda.is_initialized() or torch.cuda.get_device_capability() >= (8, 0)
+
+
+def why_slow(device: torch.device, dtype: torch.dtype) -> str:
+    """What there is to say if a faster attention cannot be had; mostly nothing."""
+    return cpu_attention.find_kernel()[1] if device.type == "cpu" and dtype == torch.bfloat16 else ""
+
+
+# What torch.compiler.assume_constant_result does; that would import the compiler, which takes a second.
+_has_flash._dynamo_marked_constant = True  # type: ignore[attr-defined]
+cpu_attention.is_there._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _compiled_flex() -> Any:
+    return torch.compile(flex_attention)  # as it is, it would make the matrix of all scores
+
+
+def _distance_bias(slopes: Tensor) -> Callable[..., Tensor]:
+    def bias(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + slopes[head] * (key - query)
+
+    return bias

@@ -1,0 +1,183 @@
+"""AdamW whose moments are kept in fewer bits than 32: what its options share."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.base.checks import non_negative
+from llmtrain.optimizer.adam import build_adam
+from llmtrain.optimizer.adamw import AdamW
+from llmtrain.optimizer.blockwise_quantization import BLOCK
+from llmtrain.optimizer.composite import Composite
+from llmtrain.optimizer.groups import Member, parameter_groups
+from llmtrain.optimizer.stochastic_rounding import noise, seed_of, step_seeds
+
+# Elements worked on at once: what is in fp32 for a moment is some 10 times as many numbers.
+CHUNK_ON_CPU, CHUNK = 1 << 18, 1 << 22
+
+
+class Moments(ABC):
+    """How the two moments of a parameter are kept between the steps."""
+
+    @abstractmethod
+    def zeros(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The state of step 0: flat or of the parameter's shape, an entry for each element or for each block."""
+
+    @abstractmethod
+    def read(self, kept: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Both moments (blocks, numbers) in fp32, of a stretch of the entries of :meth:`zeros`, in their order."""
+
+    @abstractmethod
+    def write(self, exp_avg: Tensor, exp_avg_sq: Tensor, noise: tuple[Tensor, Tensor]) -> Sequence[Tensor]:
+        """The inverse of :meth:`read`, rounded by ``noise`` of its shape (see ``stochastic_rounding``)."""
+
+
+@dataclass(frozen=True)
+class CompactAdamW(AdamW):
+    """AdamW that keeps the moments of its larger parameters in few bits, and of the others in fp32."""
+
+    min_elements: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        non_negative(min_elements=self.min_elements)
+
+    @abstractmethod
+    def moments(self, parameters: Sequence[Tensor]) -> Moments:
+        """How those of ``parameters`` are kept."""
+
+    def is_compact(self, member: Member, model: nn.Module) -> bool:
+        """Whether the moments of this parameter are kept in few bits."""
+        return member.parameter.numel() >= self.min_elements and member.parameter.is_contiguous()
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        members = self.members(model)
+        compact = [member for member in members if self.is_compact(member, model)]
+        whole = [member for member in members if not self.is_compact(member, model)]
+        parts: list[torch.optim.Optimizer] = []
+        if compact:
+            moments = self.moments([member.parameter for member in compact])
+            parts.append(CompactAdamWOptimizer(parameter_groups(compact, self.lr), self.betas, self.eps, moments))
+        if whole:
+            parts.append(
+                build_adam(torch.optim.AdamW, parameter_groups(whole, self.lr), betas=self.betas, eps=self.eps)
+            )
+        return Composite(parts)
+
+
+class CompactAdamWOptimizer(torch.optim.Optimizer):
+    """torch's AdamW, step for step, but for the rounding of the moments after each.
+
+    A stretch of one parameter at a time is brought to fp32 and back.  As with the fused AdamW a step may be refused on
+    the device: while the attribute ``found_inf`` is a tensor of 1.0, :meth:`step` changes nothing.
+
+    ``update``, for stretches of whole blocks, may be replaced by itself through ``torch.compile``, which makes a few
+    kernels of some 60.  What is left over of a parameter is done without: torch 2.13's compiler for CPUs, for one,
+    comes to indices out of bounds where a row does not fill its vectors.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(self, groups: list[dict[str, Any]], betas: list[float], eps: float, moments: Moments) -> None:
+        super().__init__(groups, {"betas": tuple(betas), "eps": eps})
+        self.moments = moments
+        self.update: Callable[..., None] = self._update
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                step = torch.zeros((), device=parameter.device)
+                self.state[parameter] = {"step": step, **moments.zeros(parameter.detach())}
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]  # no closures
+        """Update every parameter that has a gradient."""
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            pairs = zip(group["names"], group["params"], strict=True)
+            named = [(name, parameter) for name, parameter in pairs if parameter.grad is not None]
+            if named:
+                self._step(named, group, found_inf)
+
+    def _step(self, named: list[tuple[str, Tensor]], group: dict[str, Any], found_inf: Tensor | None) -> None:
+        beta1, beta2 = group["betas"]
+        steps = [self.state[parameter]["step"] for _, parameter in named]
+        refused = None
+        if found_inf is None:
+            torch._foreach_add_(steps, 1)
+        else:
+            refused = found_inf != 0
+            torch._foreach_add_(steps, [1 - refused.to(steps[0].dtype)] * len(steps))
+        # Numbers that change from step to step are tensors: else a compiled update would be compiled each time.
+        count = torch.stack(steps)
+        rates = group["lr"] / bias_correction(beta1, count)
+        roots = bias_correction(beta2, count).sqrt()
+        decay = torch.full((), 1 - group["lr"] * group["weight_decay"], device=count.device)
+        seeds = step_seeds(count)
+        for i, (name, parameter) in enumerate(named):
+            assert parameter.grad is not None
+            kept = [value for key, value in self.state[parameter].items() if key != "step"]
+            for begin, weights, gradient, *stretch in stretches(parameter, parameter.grad, *kept):
+                seed = seed_of(seeds[i], name, begin)
+                update = self.update if weights.shape[1] == BLOCK else self._update
+                scalars = (rates[i], roots[i], decay, seed, refused, beta1, beta2, group["eps"])
+                update(weights, gradient, stretch, *scalars)
+
+    def _update(
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        kept: list[Tensor],
+        rate: Tensor,
+        root: Tensor,
+        decay: Tensor,
+        seed: Tensor,
+        refused: Tensor | None,
+        beta1: float,
+        beta2: float,
+        eps: float,
+    ) -> None:
+        """One stretch: ``parameter`` and ``gradient`` (blocks, numbers), the state's entries for it."""
+        gradient = gradient.float()
+        exp_avg, exp_avg_sq = self.moments.read(kept)
+        exp_avg = exp_avg.lerp(gradient, 1 - beta1)
+        exp_avg_sq = (exp_avg_sq * beta2).addcmul(gradient, gradient, value=1 - beta2)
+        denominator = exp_avg_sq.sqrt().div(root).add(eps)
+        wide = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+        new = wide * decay - exp_avg / denominator * rate
+        first, second = (numbers.view_as(gradient) for numbers in noise(seed, gradient.numel()))
+        for old, value in zip(
+            (parameter, *kept), (new, *self.moments.write(exp_avg, exp_avg_sq, (first, second))), strict=True
+        ):
+            old.copy_(value if refused is None else torch.where(refused, old, value.to(old.dtype)))
+
+
+def bias_correction(beta: float, count: Tensor) -> Tensor:
+    """``1 - beta ** count``, without the digits that fp32 would lose to the difference."""
+    return -torch.expm1(count * (math.log(beta) if beta else -math.inf))
+
+
+def stretches(parameter: Tensor, *others: Tensor) -> Iterator[tuple[Any, ...]]:
+    """The number of its first element and the views of a stretch of ``parameter`` and ``others``, one by one.
+
+    Views are (blocks, BLOCK); the last block of a parameter, if it is shorter, is a stretch of its own.  Those of
+    what has a number for each block are (blocks,).
+    """
+    size = parameter.numel()
+    chunk = CHUNK_ON_CPU if parameter.device.type == "cpu" else CHUNK
+    edges = [*range(0, size - size % BLOCK, chunk), size - size % BLOCK, size]
+    for begin, end in pairwise(edges):
+        if begin == end:
+            continue
+        width = min(BLOCK, end - begin)
+        views = [
+            tensor.reshape(-1)[begin:end].view(-1, width)
+            if tensor.numel() == size
+            else tensor[begin // BLOCK : -(-end // BLOCK)]
+            for tensor in (parameter, *others)
+        ]
+        yield begin, *views

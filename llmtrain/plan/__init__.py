@@ -1,0 +1,1 @@
+"""Estimates of memory, time, disk and cost of a run, without training it."""

@@ -1,0 +1,141 @@
+"""The directory of one run: made once, locked while a process works in it."""
+
+import datetime
+import fcntl
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llmtrain.base.files import write_atomically
+from llmtrain.checkpoint.directory import find_checkpoints, newest_run_in, step_of
+from llmtrain.checkpoint.format import CONFIG, MANIFEST
+
+ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"  # no characters that are mistaken for one another
+
+
+class RunDirectory:
+    """Names of the files of a run.  ``metrics.jsonl`` and its kin belong to their writers."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / CONFIG
+        self.environment = path / "environment.json"
+        self.overrides = path / "overrides.json"  # of a sweep's job: what its command line said
+        self.metrics = path / "metrics.jsonl"
+        self.samples = path / "samples.jsonl"
+        self.summary = path / "summary.json"
+        self.checkpoints = path / "checkpoints"
+
+    @classmethod
+    def create(cls, output_dir: Path, name: str) -> "RunDirectory":
+        """Make ``output_dir/<date>/<name>-<random>``; two processes never get the same one."""
+        day = output_dir / datetime.date.today().isoformat()
+        day.mkdir(parents=True, exist_ok=True)
+        while True:
+            path = day / f"{slug(name)}-{''.join(secrets.choice(ALPHABET) for _ in range(4))}"
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            return cls(path)
+
+    @classmethod
+    def create_at(cls, path: Path) -> "RunDirectory":
+        """Make exactly ``path``.  Raises ValueError if it is there already."""
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            raise ValueError(
+                f"run_dir={path}: exists already; name another, or go on with: llmtrain resume {path}"
+            ) from None
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDirectory":
+        """The run at ``path``.  Raises ValueError if it is none."""
+        run = cls(path)
+        if not path.is_dir():
+            raise ValueError(f"{path}: no such run directory")
+        if (path / MANIFEST).is_file():
+            raise ValueError(
+                f"{path}: a checkpoint without its run; name the run, RUN_DIR/checkpoints/{path.name} in it, or start "
+                f"a new run from its weights: weights=checkpoint weights.path={path}"
+            )
+        if not run.config.is_file():
+            raise ValueError(f"{path}: not a run directory (it has no {CONFIG}){newest_run_in(path)}")
+        return run
+
+    def find_checkpoints(self) -> list[Path]:
+        """The checkpoints there are, oldest first."""
+        return find_checkpoints(self.path)
+
+    def is_older(self, step: int | None) -> bool:
+        """Whether there are newer checkpoints than that of ``step``."""
+        return step is not None and any(step_of(path) > step for path in self.find_checkpoints())
+
+    def config_at(self, step: int | None) -> Path:
+        """The config that going on from the checkpoint of ``step`` (None: the newest) starts from.
+
+        The run's own; from an older checkpoint the one that was trained with then, as what has been changed since
+        belongs to another continuation.
+        """
+        older = [path for path in self.find_checkpoints() if step_of(path) == step] if self.is_older(step) else []
+        return older[0] / CONFIG if older else self.config
+
+    def read_environment(self) -> dict[str, Any] | None:
+        """``environment.json``; None if there is none.  Raises ValueError naming it if it cannot be read."""
+        if not self.environment.exists():
+            return None
+        try:
+            environment = json.loads(self.environment.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{self.environment}: not JSON ({error}); restore it, or remove it to go on") from error
+        if not isinstance(environment, dict) or not isinstance(environment.get("resumes", []), list):
+            raise ValueError(f"{self.environment}: not a run's environment; restore it, or remove it to go on")
+        return environment
+
+    def write_environment(self, environment: dict[str, Any]) -> None:
+        """Replace ``environment.json``: the facts of the start, ``resumes`` (one entry each) and ``parent``."""
+        write_atomically(self.environment, json.dumps(environment, indent=1) + "\n")
+
+    def read_overrides(self) -> list[str]:
+        """What the command line of a sweep's job said; empty for another run.  Hydra's own settings are left out."""
+        if not self.overrides.exists():
+            return []
+        overrides = json.loads(self.overrides.read_text(encoding="utf-8"))
+        return [override for override in overrides if not override.startswith("hydra")]
+
+    def is_finished(self) -> bool:
+        """Whether the run came to its end, as its summary has it."""
+        try:
+            return json.loads(self.summary.read_text(encoding="utf-8"))["exit_reason"] == "finished"
+        except (OSError, ValueError, KeyError, TypeError):
+            return False  # no summary, or one that a kill left behind: the run has to go on
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run.  Raises ValueError if another process does; the lock dies with its process."""
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # a link in a run from elsewhere leads anywhere
+        with os.fdopen(os.open(self.path / ".lock", flags, 0o666), "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise ValueError(
+                    f"{self.path}: another process (pid {file.read().strip() or 'unknown'}) is working in this run; "
+                    "wait for it or stop it first"
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+
+def slug(text: str) -> str:
+    """``text`` as a file name that needs no quoting in a shell."""
+    return re.sub(r"[^A-Za-z0-9._=+-]+", "_", text).strip("._") or "run"

@@ -1,0 +1,59 @@
+"""The model of a checkpoint, put together to be used."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llmtrain.base.runtime import Runtime
+from llmtrain.checkpoint.format import CONFIG, MODEL, read_state, verify_checkpoint
+from llmtrain.checkpoint.model_state import load_model
+from llmtrain.config import stored_config
+from llmtrain.config.load import complete
+from llmtrain.config.run_config import RunConfig
+from llmtrain.model import LanguageModel
+from llmtrain.precision import Precision
+from llmtrain.tokenizer import Tokenizer
+from llmtrain.train.state import TrainState
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The model of a checkpoint, with what it takes to use it."""
+
+    run: RunConfig
+    tokenizer: Tokenizer
+    model: LanguageModel  # in evaluation mode, adapters and the weights that they were trained on put together
+    state: TrainState
+    device: torch.device
+    precision: Precision  # for inference
+
+
+@contextlib.contextmanager
+def load_trained(
+    checkpoint: Path, runtime: Runtime, *, base: str | None = None, plugins: Sequence[str] = ()
+) -> Iterator[Trained]:
+    """The model of ``checkpoint``, for the length of a context.
+
+    ``base``: where the weights are now that its adapters stand on; None: where they were.  Raises ValueError
+    naming what does not fit, and :class:`CheckpointError` for a damaged checkpoint.
+    """
+    verify_checkpoint(checkpoint)
+    values = complete(stored_config.untrusted(stored_config.load(checkpoint / CONFIG), plugins))
+    state = TrainState.from_json(read_state(checkpoint))
+    if base is not None:
+        if not state.base:
+            raise ValueError(f"base={base}: {checkpoint} holds a whole model, no adapters; leave it out")
+        values["weights"] = {**values["weights"], "path": base}
+    run = RunConfig.from_config(values)
+    with runtime.session() as device:
+        precision = run.precision.inference(device)
+        tokenizer = run.tokenizer.build()
+        run.check_base(state)
+        generator = torch.Generator(device).manual_seed(0)
+        model = run.make_model(run.vocab_size(tokenizer), state.labels, device, generator, load_weights=False)
+        load_model(model, checkpoint / MODEL)
+        with precision.arithmetic():
+            yield Trained(run, tokenizer, model.eval(), state, device, precision)

@@ -1,0 +1,119 @@
+"""What a run says at its start, and what it came to."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from llmtrain.base.device import device_name
+from llmtrain.base.format import count, rate
+from llmtrain.data import Corpus
+from llmtrain.lint import Settings
+from llmtrain.lora import Lora, trained_and_all
+from llmtrain.lora.low_rank import LowRank
+from llmtrain.model import LanguageModel
+from llmtrain.precision import Precision
+from llmtrain.train.loop import Loop
+from llmtrain.train.state import TrainState
+
+
+class Built(Protocol):
+    """What the header reads of the parts that were built of a run."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def corpus(self) -> Corpus: ...
+    @property
+    def model(self) -> LanguageModel: ...
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def max_steps(self) -> int: ...
+
+
+def header(
+    name: str, run: Settings, parts: Built, path: Path, state: TrainState, peak_flops: float
+) -> Iterator[tuple[str, str]]:
+    """What is trained, on what, how long it will take; ``peak_flops`` in FLOP/s."""
+    model, corpus = parts.model, parts.corpus
+    sequence = run.data.sequence_length
+    batch = run.accumulation.batch_size_at(state.step, state.tokens)
+    micro = min(run.accumulation.micro_batch_size, batch)
+    steps_left = parts.max_steps - state.step
+    tokens = round(steps_left * batch * corpus.train.mean_length)
+    flops = tokens * model.flops_per_token(sequence)
+    yield "run", str(path)
+    yield "model", f"{name}, {count(model.num_parameters())} parameters, context {model.context_length}"
+    if source := getattr(run.weights, "path", None):
+        yield "weights", f"{_option(run.weights)}, {source}"
+    trained, whole = trained_and_all(model)
+    if trained < whole:
+        yield "trained", f"{trained:,} of {whole:,} parameters ({trained / whole:.2%}){_adapters(run.lora)}"
+    yield "data", corpus.description
+    if template := getattr(run.data, "template", None):
+        yield "template", repr(template)[1:-1]
+    epochs = steps_left * batch / len(corpus.train)
+    split = f" in micro-batches of {micro}" if micro < batch else ""
+    if corpus.train.mean_length == sequence:
+        yield "batch", f"{batch} × {sequence} = {batch * sequence:,} tokens a step{split}"
+    else:
+        yield "batch", f"{batch} sequences of {corpus.train.mean_length:.0f} tokens on average a step{split}"
+    length = (
+        f"{steps_left:,} step{'s' * (steps_left != 1)}, {count(tokens)} tokens, {epochs:.2f} epochs, {flops:.2e} FLOPs"
+    )
+    yield "length", length + (f", still to go after {state.step:,} steps" if state.step else "")
+    warmup = run.schedule.warmup(parts.max_steps)
+    warming = f", {warmup} warm-up steps" if warmup else ""
+    rate_and_schedule = f"learning rate {run.optimizer.lr:g}; schedule {_option(run.schedule)}{warming}"
+    yield "optimizer", f"{_option(run.optimizer)}, {rate_and_schedule}"
+    yield "device", f"{device_name(parts.device)}, {parts.precision.name}, {rate(peak_flops, 'FLOP/s')} at most"
+    if parts.precision.notice:
+        yield "precision", parts.precision.notice
+
+
+def _option(part: object) -> str:
+    """The name of an option: that of its module."""
+    return type(part).__module__.rpartition(".")[2]
+
+
+def _adapters(lora: Lora) -> str:
+    if not isinstance(lora, LowRank):
+        return ""
+    return f"; {_option(lora)}, rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}"
+
+
+def summarise(name: str, verb: str, loop: Loop, reason: str) -> dict[str, Any]:
+    """``summary.json``; ``verb``: what the trained model is asked with."""
+    state = loop.state
+    best = loop.looks.standings.get(state.best_val_step or 0)
+    return {
+        "exit_reason": reason,
+        "name": name,
+        "verb": verb,
+        "step": state.step,
+        "max_steps": loop.max_steps,
+        "tokens": state.tokens,
+        "train_seconds": round(state.train_seconds, 3),
+        "tokens_per_second": round(state.tokens / state.train_seconds, 1) if state.train_seconds else None,
+        "final_loss": finite(loop.last_loss),
+        "final_train_loss": finite(loop.looks.last_train_loss),
+        "final_val_loss": finite(loop.looks.last_val_loss),
+        "best_val_loss": finite(state.best_val_loss),
+        "best_val_step": state.best_val_step,
+        **loop.looks.last_measures,
+        **({"best_accuracy": -best[0]} if best is not None and "accuracy" in loop.looks.last_measures else {}),
+        "keep_best": loop.checkpoint.keep_best,
+        "refused_steps": state.refused_steps,
+        "skipped_sequences": state.skipped_sequences,
+        "parameters": loop.model.num_parameters(),
+        "time_shares": loop.stopwatch.shares(),
+        "profile": None if loop.profiler.path is None else str(loop.profiler.path),
+    }
+
+
+def finite(value: float | None) -> float | None:
+    """``value``, or None where there is no number to speak of: JSON has no NaN."""
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,152 @@
+"""A few real steps of a run, timed: through the run's own loop, in a directory that is gone afterwards."""
+
+import contextlib
+import io
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from llmtrain.base.device import peak_flops, peak_memory
+from llmtrain.checkpoint.writer import Saver
+from llmtrain.config import stored_config
+from llmtrain.config.run_config import Parts
+from llmtrain.display import PlainDisplay
+from llmtrain.evaluation.loss import evaluate
+from llmtrain.inference.generate import generate
+from llmtrain.metrics import read_metrics
+from llmtrain.metrics.local import FILE, Local
+from llmtrain.run.directory import RunDirectory
+from llmtrain.run.run import Run
+from llmtrain.run.session import make_loop, tune
+from llmtrain.train.out_of_memory import is_out_of_memory
+
+WARM_UP = 2  # steps left out: they touch memory for the first time
+LEAST, MOST = 3, 20  # timed steps
+ENOUGH_SECONDS = 3.0  # of timed steps
+LONG_SECONDS = 30.0  # of timed steps: no more are made
+SAMPLED = 4  # tokens
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a few steps took."""
+
+    steps: int  # timed
+    step_seconds: float  # median
+    batch_size: int  # sequences of such a step
+    micro_batch_size: int  # as configured, or what accumulation=auto has come to
+    first_seconds: float  # the first step beyond a usual one: the first touch of memory
+    compile_seconds: float | None  # None: nothing is compiled
+    phase_seconds: dict[str, float]  # of a step: forward, backward, …; empty where the loop does not tell
+    evaluated_seconds: float  # a sequence of evaluation
+    sampled_seconds: float  # a token of a sample
+    peak_bytes: int  # as ``memory_bytes`` in the metrics
+
+
+class ProbeFailed(RuntimeError):
+    """The steps could not be done; the message says why."""
+
+
+def probe(run: Run, device: torch.device) -> Probed:
+    """Train some steps of ``run`` from its start and time them.  Raises :class:`ProbeFailed` and ValueError."""
+    with tempfile.TemporaryDirectory(prefix="llmtrain-probe-") as folder, contextlib.ExitStack() as stack:
+        directory = RunDirectory(Path(folder))
+        directory.config.write_text(stored_config.dump(run), encoding="utf-8")
+        run.runtime.seed_everything()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            return _steps(run, run.assemble(device), directory, stack)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ProbeFailed(f"out of memory: {str(error).splitlines()[0]}") from error
+
+
+def _steps(run: Run, parts: Parts, directory: RunDirectory, stack: contextlib.ExitStack) -> Probed:
+    stack.enter_context(parts.precision.arithmetic())
+    metrics = stack.enter_context(Local(log_every=1).build(directory.path, resume_step=None))
+    steps_at_most = max(parts.max_steps, WARM_UP + MOST)
+    state = run.first_state(parts)
+    parts, found = tune(run, parts, state, peak_flops(parts.device, parts.precision.dtype))
+    compile_seconds = next((event["seconds"] for event in found if event["event"] == "compiled"), None)
+    loop = make_loop(
+        run, replace(parts, max_steps=steps_at_most), directory, state, metrics=metrics,
+        display=PlainDisplay(directory.path, io.StringIO()),
+        saver=stack.enter_context(Saver(run.checkpoint, directory, parts.device)), peak_flops=1.0,
+        stop=lambda: None, log_every=1,
+    )  # fmt: skip
+    stack.enter_context(contextlib.closing(loop))
+    parts.model.train()
+    seconds: list[float] = []
+    peaks: list[int] = []
+    while len(seconds) < WARM_UP + MOST and not _is_enough(seconds[WARM_UP:], peaks):
+        start = time.perf_counter()
+        loop.advance()
+        if parts.device.type == "cuda":
+            torch.cuda.synchronize(parts.device)
+        seconds.append(time.perf_counter() - start)
+        peaks.append(peak_memory(parts.device))
+    batch = run.accumulation.batch_size_at(0, 0)
+    micro = loop.micro_batch_size(batch)
+    if micro < min(run.accumulation.micro_batch_size, batch) and not run.accumulation.is_probed:
+        raise ProbeFailed(f"out of memory: only micro-batches of {micro} fit")
+    timed = sorted(seconds[WARM_UP:])
+    median = timed[len(timed) // 2]
+    rows = [row for row in read_metrics(directory.path / FILE) if "loss" in row and "event" not in row][WARM_UP:]
+    phases = {key.removesuffix("_seconds"): sorted(row[key] for row in rows)[len(rows) // 2]
+              for key in (rows[0] if rows else {}) if key.endswith("_seconds") and key != "step_seconds"}  # fmt: skip
+    return Probed(
+        steps=len(timed),
+        step_seconds=median,
+        batch_size=batch,
+        micro_batch_size=micro,
+        first_seconds=max(seconds[0] - median, 0.0),
+        compile_seconds=compile_seconds,
+        phase_seconds=phases,
+        evaluated_seconds=_evaluated(run, parts),
+        sampled_seconds=_sampled(run, parts),
+        peak_bytes=peaks[-1],
+    )
+
+
+def _is_enough(timed: list[float], peaks: list[int]) -> bool:
+    """Whether time is known well enough, and memory has stopped to grow or will not within reason."""
+    if sum(timed) > LONG_SECONDS:
+        return True
+    settled = len(peaks) > LEAST and peaks[-1] == peaks[-1 - LEAST]
+    return len(timed) >= LEAST and sum(timed) >= ENOUGH_SECONDS and settled
+
+
+def _evaluated(run: Run, parts: Parts) -> float:
+    """Seconds for a sequence of evaluation; 0 where there is none."""
+    if parts.corpus.validation is None or run.loop.eval_every == 0:
+        return 0.0
+    size = min(run.accumulation.micro_batch_size, run.accumulation.batch_size_at(0, 0), len(parts.corpus.validation))
+    best = float("inf")
+    for _ in range(2):
+        start = time.perf_counter()
+        evaluate(
+            parts.loss_sum, parts.plain_loss_sum, parts.model, parts.corpus.validation, batch_size=size,
+            max_sequences=size, precision=parts.precision, device=parts.device,
+        )  # fmt: skip
+        best = min(best, time.perf_counter() - start)
+    return best / size
+
+
+def _sampled(run: Run, parts: Parts) -> float:
+    """Seconds for a token of a sample; 0 where there are none."""
+    if run.loop.sample_every == 0 or run.loop.sample_tokens == 0:
+        return 0.0
+    start = time.perf_counter()
+    with parts.precision.autocast():
+        ids = list(generate(
+            parts.model, parts.tokenizer.encode(run.loop.sample_prompt).tolist(),
+            max_tokens=min(SAMPLED, run.loop.sample_tokens), sampling=run.loop.sampling(),
+            generator=torch.Generator(parts.device).manual_seed(run.runtime.seed), dtype=parts.precision.dtype,
+            end_of_text=parts.tokenizer.end_of_text,
+        ))  # fmt: skip
+    return (time.perf_counter() - start) / max(len(ids), 1)

@@ -1,0 +1,134 @@
+"""A sweep: jobs that are checked together and run one by one, each in a process of its own.
+
+The directory of a sweep is named by its overrides, that of a job by what it varies and a hash of its whole config.
+So the same command finds its jobs again: a finished one is skipped, a started one resumed.
+"""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.text import Text
+
+from llmtrain.base.exit_status import FAILED, FINISHED, INTERRUPTED
+from llmtrain.base.files import write_atomically
+from llmtrain.base.format import visible
+from llmtrain.config import stored_config
+from llmtrain.config.stored_config import NOT_RUN_KEYS
+from llmtrain.report.table import sweep_table
+from llmtrain.run.directory import RunDirectory, slug
+from llmtrain.run.run import Run
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    overrides: list[str]
+    run: Run
+
+    @classmethod
+    def check(cls, values: dict[str, Any], overrides: list[str]) -> "Job":
+        """Build the job's config.  Raises ValueError naming the job."""
+        if values.get("run_dir") is not None:
+            raise ValueError("run_dir: a sweep names its directories itself; hydra.sweep.dir=DIR says where")
+        try:
+            return cls(overrides, Run.from_config(values))
+        except ValueError as error:
+            raise ValueError(f"{error} (in the job {' '.join(stored_config.redact_arguments(overrides))})") from error
+
+    @property
+    def digest(self) -> str:
+        """Identifies what is trained, wherever it is stored."""
+        values = {k: v for k, v in stored_config.to_plain(self.run).items() if k not in NOT_RUN_KEYS}
+        return short_hash(yaml.safe_dump(values))
+
+    def directory(self, sweep: Path, varied: Sequence[str]) -> RunDirectory:
+        """Where the job runs: the overrides that vary, and the digest."""
+        label = slug(",".join(stored_config.redact_arguments(varied)).replace("=", "_"))[:80]
+        return RunDirectory(sweep / f"{label}-{self.digest}")
+
+
+def run_sweep(jobs: Sequence[Job], sweep_dir: Path | None, overrides: Sequence[str]) -> int:
+    """Run ``jobs`` that are not finished yet; rank all at the end.  A failed job does not stop the others.
+
+    Returns 0 if all finished, 1 if any failed, 75 if a signal stopped the sweep.
+    """
+    first = jobs[0].run
+    sweep = sweep_dir or Path(first.output_dir) / "sweeps" / f"{slug(first.name)}-{short_hash(*sorted(overrides))}"
+    console = Console(highlight=False)
+    wide = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)  # no columns lost in a pipe
+    statuses = []
+    directories = [job.directory(sweep, varied_overrides(job, jobs)) for job in jobs]
+    for number, (job, directory) in enumerate(zip(jobs, directories, strict=True), start=1):
+        label = " ".join(stored_config.redact_arguments(varied_overrides(job, jobs)))
+        console.rule(Text(visible(f"job {number} of {len(jobs)}: {label}")), align="left")
+        if directory.is_finished():
+            console.print(Text(visible(f"finished already: {directory.path}")))
+            statuses.append(FINISHED)
+            continue
+        statuses.append(run_process(job, directory))
+        if statuses[-1] in (INTERRUPTED, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+            console.print(Text("stopped; the same command goes on from here"))
+            return INTERRUPTED
+        if statuses[-1]:
+            if not directory.summary.exists():  # it never came to train
+                write_atomically(directory.summary, json.dumps({"exit_reason": "failed", "step": 0}) + "\n")
+            console.print(Text(f"this job failed with exit status {statuses[-1]}; the sweep goes on", style="red"))
+    console.rule("sweep", align="left")
+    wide.print(sweep_table(sweep))
+    console.print(Text(visible(f"curves: llmtrain report {sweep}")))
+    return FAILED if any(statuses) else FINISHED
+
+
+def run_alone(job: Job, sweep_dir: Path | None) -> float | None:
+    """Run a job for a launcher or sweeper of Hydra's: returns its best validation loss, which those minimise."""
+    sweep = sweep_dir or Path(job.run.output_dir) / "sweeps" / slug(job.run.name)
+    directory = job.directory(sweep, job.overrides)
+    if not directory.is_finished() and (status := run_process(job, directory)):
+        raise RuntimeError(f"{directory.path}: the job ended with exit status {status}")
+    return json.loads(directory.summary.read_text(encoding="utf-8"))["best_val_loss"]
+
+
+def run_process(job: Job, directory: RunDirectory) -> int:
+    """Run or resume a job in a process of its own; returns its exit status.
+
+    A signal to this process goes on to the job, which saves and exits 75.
+    """
+    if not directory.config.exists():
+        directory.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(directory.overrides, json.dumps(stored_config.redact_arguments(job.overrides)) + "\n")
+        write_atomically(directory.config, stored_config.dump(job.run))
+    plugins = [f"plugins=[{','.join(job.run.plugins)}]"] if job.run.plugins else []
+    command = [sys.executable, "-m", "llmtrain", "resume", str(directory.path), *plugins]
+    process = subprocess.Popen(command, process_group=0)  # not the terminal's: signals reach it through us, once
+
+    def forward(number: int, _: Any) -> None:
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
+
+
+def varied_overrides(job: Job, jobs: Sequence[Job]) -> list[str]:
+    """The overrides of ``job`` that not all ``jobs`` have."""
+    common = set.intersection(*(set(other.overrides) for other in jobs))
+    return [override for override in job.overrides if override not in common] or job.overrides
+
+
+def short_hash(*texts: str) -> str:
+    """Eight hexadecimal digits that stand for ``texts``."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:8]

@@ -1,0 +1,58 @@
+"""How long to train, and what to look at on the way."""
+
+import math
+from dataclasses import dataclass
+
+from llmtrain.accumulation import Accumulation
+from llmtrain.inference.generate import Sampling
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """The ``loop`` group."""
+
+    max_steps: int | None
+    epochs: float | None
+    max_minutes: float | None
+    eval_every: int
+    eval_batches: int | None
+    eval_train_batches: int
+    sample_every: int
+    sample_prompt: str
+    sample_tokens: int
+    sample_temperature: float
+    sample_top_k: int
+
+    def __post_init__(self) -> None:
+        if self.max_steps is None and self.epochs is None:
+            raise ValueError("max_steps=null and epochs=null: give one of them")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps={self.max_steps}: must be at least 1")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ValueError(f"epochs={self.epochs}: must be above 0")
+        if self.max_minutes is not None and not 0 < self.max_minutes < math.inf:
+            raise ValueError(f"max_minutes={self.max_minutes}: must be above 0, or null for no limit")
+        if self.eval_batches is not None and self.eval_batches < 1:
+            raise ValueError(f"eval_batches={self.eval_batches}: must be at least 1, or null for the whole split")
+        for key in ("eval_every", "eval_train_batches", "sample_every", "sample_tokens"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key}={getattr(self, key)}: must be 0 (never) or more")
+        try:
+            self.sampling()
+        except ValueError as error:
+            raise ValueError(f"sample_{error}") from None
+
+    def sampling(self) -> Sampling:
+        """How samples are drawn."""
+        return Sampling(self.sample_temperature, self.sample_top_k, 1.0)
+
+    def total_steps(self, accumulation: Accumulation, sequences: int, sequence_length: int) -> int:
+        """Optimizer steps of the run: ``max_steps``, or fewer where ``epochs`` passes over ``sequences`` end first."""
+        if self.epochs is None:
+            assert self.max_steps is not None
+            return self.max_steps
+        target, position, steps = math.ceil(self.epochs * sequences), 0, 0
+        while position < target and (self.max_steps is None or steps < self.max_steps):
+            position += accumulation.batch_size_at(steps, position * sequence_length)
+            steps += 1
+        return steps

@@ -1,0 +1,164 @@
+"""What a model answers here and, written to a directory, in other programs: the same logits, or an export is none."""
+
+import contextlib
+import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.base.format import significant
+from llmtrain.data.labelled import Labelled
+from llmtrain.hf import family_of
+from llmtrain.hf.config_json import ConfigJson
+from llmtrain.hf.reading import load
+from llmtrain.model import LanguageModel, ModelConfig
+from llmtrain.run.load import Trained
+
+# What all are asked: text in a few languages, code, and ids from all over the vocabulary.
+PROMPTS = ("The quick brown fox jumps over", "def area(r):\n    return 3.14159 * r", "Füße, 你好, привет 🙂 1234")
+RANDOM_IDS = 64
+TOLERANCE = 1e-4  # of logits, of their largest: sums in another order differ by a tenth of it in a deep model
+
+
+class Differs(Exception):
+    """What was written is not what was trained."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Prompts as ids, ``(sequence,)`` each, and the logits that a model gave."""
+
+    prompts: list[Tensor]
+    logits: list[Tensor]  # (sequence, vocabulary), or (classes,)
+
+    def difference(self, others: Sequence[Tensor]) -> float:
+        """The largest difference of a logit; NaN where either has one."""
+        return float(torch.stack([(a - b).abs().max() for a, b in zip(self.logits, others, strict=True)]).max())
+
+    @property
+    def allowed(self) -> float:
+        """How large it may be."""
+        return TOLERANCE * max(1.0, *(float(each.abs().max()) for each in self.logits))
+
+
+def compare(name: str, before: Answers, after: Sequence[Tensor]) -> None:
+    """Print the largest difference.  Raises :class:`Differs` if it is more than rounding."""
+    difference = before.difference(after)
+    if not difference <= before.allowed:
+        raise Differs(f"loaded by {name}, its logits differ by up to {significant(difference)}")
+    print(f"loaded by {name}: logits differ by up to {significant(difference) if difference else 0}")
+
+
+def has(package: str) -> bool:
+    """Whether a package is installed."""
+    return importlib.util.find_spec(package) is not None
+
+
+# --- here ---------------------------------------------------------------------------------------------------------
+
+
+def prompts_of(trained: Trained) -> list[Tensor]:
+    """Prompts as ids: for a classifier as its run encodes texts."""
+    model, data = trained.model, trained.run.data
+    if isinstance(data, Labelled):
+        encode = data.encoder(trained.tokenizer)
+        return [torch.from_numpy(encode(text).inputs.astype("int64")) for text in PROMPTS]
+    texts = [torch.from_numpy(trained.tokenizer.encode(text).astype("int64")) for text in PROMPTS]
+    texts.append(torch.randint(model.vocab_size, (RANDOM_IDS,), generator=torch.Generator().manual_seed(0)))
+    return [ids[: model.context_length] for ids in texts if len(ids)]
+
+
+def ask(trained: Trained) -> Answers:
+    """The logits of a run's model, fp32."""
+    prompts = prompts_of(trained)
+    return Answers(prompts, answer(trained.model, prompts))
+
+
+@torch.no_grad()
+def answer(model: LanguageModel, prompts: Sequence[Tensor]) -> list[Tensor]:
+    """The logits for each of ``prompts``: of the next tokens, or of the classes."""
+    if hasattr(model, "classifier"):
+        classifier: Any = model.classifier
+        return [classifier(model.hidden(ids[None])[0, -1]).float() for ids in prompts]
+    return [model(ids[None])[0, :, : model.vocab_size].float() for ids in prompts]
+
+
+def read_back(folder: Path, config: ModelConfig, classes: int, prompts: Sequence[Tensor]) -> list[Tensor]:
+    """The logits of a new model that the directory is loaded into; ``config``: of the one that was written."""
+    json = ConfigJson.read(folder)
+    found: Any = family_of(json).read_config(json)
+    found = replace(found, context_length=config.context_length)  # of dynamic scaling, config.json has the original
+    model = found.create(found.vocab_size, torch.device("cpu"), torch.Generator().manual_seed(1)).eval()
+    if classes:
+        model.classifier = nn.Linear(model.head_weight.shape[1], classes, bias=False)
+    with quiet():
+        load(model, folder)
+    return answer(model, prompts)
+
+
+# --- elsewhere ----------------------------------------------------------------------------------------------------
+
+
+def ask_transformers(folder: Path, trained: Trained, prompts: Sequence[Tensor]) -> list[Tensor]:
+    """The logits of what transformers loads, its tokenizer too: of a classifier all texts as one padded batch.
+
+    Raises :class:`Differs` if it splits a text otherwise.
+    """
+    with quiet():
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+        is_classifier = hasattr(trained.model, "classifier")
+        for text, ids in zip(PROMPTS, prompts, strict=False):  # behind them, ids that are no text
+            theirs = tokenizer(text, add_special_tokens=is_classifier, truncation=True)["input_ids"]
+            if theirs != ids.tolist():
+                raise Differs(f"transformers' tokenizer makes {theirs} of {text!r}, ours {ids.tolist()}")
+        auto = transformers.AutoModelForSequenceClassification if is_classifier else transformers.AutoModelForCausalLM
+        model = auto.from_pretrained(str(folder), dtype=torch.float32)
+        if is_classifier and tokenizer.pad_token is not None:
+            batch = tokenizer(list(PROMPTS), padding=True, truncation=True, return_tensors="pt")
+            with torch.no_grad():
+                return list(model.eval()(**batch).logits)
+        return _ask_module(model, prompts)
+
+
+def ask_peft(base: str, folder: Path, classes: int, prompts: Sequence[Tensor]) -> list[Tensor]:
+    """The logits of the base with the adapters, as PEFT loads them."""
+    with quiet():
+        import peft
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        if classes:
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(
+                base, num_labels=classes, dtype=torch.float32
+            )
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        return _ask_module(peft.PeftModel.from_pretrained(model, str(folder)), prompts)
+
+
+@torch.no_grad()
+def _ask_module(module: Any, prompts: Sequence[Tensor]) -> list[Tensor]:
+    module.eval()
+    return [module(ids[None]).logits[0] for ids in prompts]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the notes and warnings of loading what has just been written."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
