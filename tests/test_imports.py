@@ -6,40 +6,33 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "llmtrain"
 
-# Each module or folder may import those in the lines below its own; a folder's modules also one another.
+# A module imports from lines below its own, and from its own folder.
 LAYERS = [
-    "__init__ __main__",
-    "cli",
-    "help suggestions sweep",
-    "commands",
-    "comparison probe replay conversation",
+    "cli commands",
+    "sweep verify",
     "run",
-    "trained training",
-    "resumption summary",
-    "run_config",
-    "lint planning",
+    "lint plan report",
     "config",
-    "stored_config",
-    "loop",
-    "looks saver",
-    "loop_config",
-    "checkpoint display evaluate inference offenders report tuning",
-    "accumulation activation_checkpointing clipping data hf lora metrics model objective optimizer precision recovery "
-    "schedule tokenizer weights",
-    "native profiling",
-    "memory_timeline run_directory",
-    "checks figures format memory readback runtime signals state stopwatch storage",
+    "train",
+    "checkpoint display evaluation inference weights",
+    "accumulation activation_checkpointing clipping data hf kernels lora metrics model objective optimizer precision "
+    "recovery schedule tokenizer",
+    "base",
 ]
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names.split()}
+DEPTH |= {"__init__": -1, "__main__": -1}  # the two entrances
 
-# Within the line of the groups: who knows another one, and then its contract alone, not an option of it.
+# Within a line: who knows another folder's contract, the names of its ``__init__``, and no option of it …
 CONTRACTS = {
-    "activation_checkpointing": "model", "data": "tokenizer", "lora": "model", "objective": "model", "weights": "model",
+    "activation_checkpointing": {"model"}, "data": {"tokenizer"}, "lora": {"model"}, "objective": {"model"},
 }  # fmt: skip
-OPTIONS = {"hf": {"model", "lora"}, "weights": {"hf"}}  # who knows the options too: names and keys of particular models
+# … and who knows all of it: names and keys of particular models, kernels, a run's checkpoints.
+MODULES = {
+    "hf": {"model", "lora", "tokenizer"}, "model": {"kernels"}, "objective": {"kernels"}, "weights": {"checkpoint"},
+}  # fmt: skip
 
 HYDRA = {"cli", "config"}
-PROCESSES = {"native", "runtime", "sweep"}  # a compiler, git for environment.json, the jobs of a sweep
+PROCESSES = {"kernels", "run", "sweep"}  # a compiler, git for environment.json, the jobs of a sweep
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy"}
 UNSAFE_CALLS = {
     "eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "torch.save", "torch.jit.load",
@@ -76,8 +69,8 @@ def points_down(own: str, module: str) -> bool:
     if not module.startswith("llmtrain.") or module == "llmtrain.__version__":
         return True
     other = module.split(".")[1]
-    is_contract = CONTRACTS.get(own) == other and module == f"llmtrain.{other}"
-    return own == other or is_contract or other in OPTIONS.get(own, ()) or DEPTH[own] < DEPTH[other]
+    is_contract = other in CONTRACTS.get(own, ()) and module == f"llmtrain.{other}"
+    return own == other or is_contract or other in MODULES.get(own, ()) or DEPTH[own] < DEPTH[other]
 
 
 def test_the_table_is_complete() -> None:
@@ -95,9 +88,9 @@ def test_imports_point_down() -> None:
 def test_the_rule_notices() -> None:
     assert not points_down("clipping", "llmtrain.train.loop")
     assert not points_down("optimizer", "llmtrain.model")
-    assert not points_down("weights", "llmtrain.model.gpt")
-    assert not points_down("evaluate", "llmtrain.inference.generate")
-    assert points_down("weights", "llmtrain.model")
+    assert not points_down("lora", "llmtrain.model.gpt")
+    assert not points_down("evaluation", "llmtrain.inference.generate")
+    assert points_down("lora", "llmtrain.model")
 
 
 def test_only_the_door_knows_hydra() -> None:

@@ -3,12 +3,13 @@
 import re
 from pathlib import Path
 
-from llmtrain.checkpoint.format import CONFIG, MANIFEST, CheckpointError
+from llmtrain.base.run_files import CHECKPOINTS, CONFIG, MANIFEST
+from llmtrain.base.tensor_files import CheckpointError
 
 
 def find_checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoint directories of a run, oldest first."""
-    folders = (run_dir / "checkpoints").glob("step-*")
+    folders = (run_dir / CHECKPOINTS).glob("step-*")
     return sorted(path for path in folders if re.fullmatch(r"step-\d+", path.name) and path.is_dir())
 
 

@@ -16,19 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from llmtrain.base.files import check_room, fsync, replace_directory, sha256, share
+from llmtrain.base.run_files import CONFIG, MANIFEST, MODEL, OPTIMIZER, STATE
+from llmtrain.base.tensor_files import CheckpointError
 
 FORMAT = 2
-MANIFEST = "manifest.json"
-MODEL, OPTIMIZER, STATE, CONFIG = "model.safetensors", "optimizer.safetensors", "state.json", "config.yaml"
 CHUNK = 1 << 22  # bytes compared at once
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file."""
 
 
 def write_checkpoint(
@@ -177,14 +173,6 @@ def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
     if missing := {MODEL, OPTIMIZER, STATE, CONFIG} - files.keys():
         raise CheckpointError(f"{manifest_path}: does not list {', '.join(sorted(missing))}")
     return files
-
-
-def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The tensors of a safetensors file.  Raises :class:`CheckpointError` naming it."""
-    try:
-        return load_file(path, device=str(device))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

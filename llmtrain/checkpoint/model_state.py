@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llmtrain.checkpoint.format import CheckpointError, read_tensors
+from llmtrain.base.tensor_files import CheckpointError, read_tensors
 from llmtrain.model import LanguageModel
 
 

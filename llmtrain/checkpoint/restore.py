@@ -5,8 +5,10 @@ from pathlib import Path
 
 import torch
 
+from llmtrain.base.run_files import MODEL, OPTIMIZER
+from llmtrain.base.tensor_files import CheckpointError, read_tensors
 from llmtrain.checkpoint.directory import step_of
-from llmtrain.checkpoint.format import MODEL, OPTIMIZER, CheckpointError, read_state, read_tensors, verify_checkpoint
+from llmtrain.checkpoint.format import read_state, verify_checkpoint
 from llmtrain.checkpoint.model_state import load_model
 from llmtrain.checkpoint.optimizer_state import load_state_tensors
 from llmtrain.model import LanguageModel

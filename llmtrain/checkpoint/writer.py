@@ -24,14 +24,9 @@ from torch import Tensor
 
 from llmtrain.base.device import available_memory
 from llmtrain.base.format import size
+from llmtrain.base.tensor_files import CheckpointError
 from llmtrain.checkpoint.directory import step_of
-from llmtrain.checkpoint.format import (
-    CheckpointError,
-    confirm_checkpoint,
-    remove_checkpoint,
-    verify_checkpoint,
-    write_checkpoint,
-)
+from llmtrain.checkpoint.format import confirm_checkpoint, remove_checkpoint, verify_checkpoint, write_checkpoint
 from llmtrain.checkpoint.policy import Checkpoint
 from llmtrain.metrics import Standing
 from llmtrain.run.directory import RunDirectory

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from llmtrain.base.run_files import CHECKPOINTS
 from llmtrain.cli.suggestions import instead_of_flag
 
 
@@ -77,7 +78,7 @@ def named_checkpoint(target: Path, overrides: list[str]) -> tuple[Path, int | No
         raise UsageError(f"checkpoint.step={given[-1]}: must be the step of a checkpoint, as in checkpoint.step=800")
     step = int(given[-1]) if given and given[-1] != "null" else None
     path = target.absolute()
-    if path.parent.name == "checkpoints" and (match := re.fullmatch(r"step-(\d+)", path.name)):
+    if path.parent.name == CHECKPOINTS and (match := re.fullmatch(r"step-(\d+)", path.name)):
         if step not in (None, int(match[1])):
             raise UsageError(f"checkpoint.step={step}: the target is the checkpoint of step {int(match[1])}; name one")
         run_dir = path.parent.parent

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmtrain.base.exit_status import FAILED, USAGE_ERROR
+from llmtrain.base.invocation import FAILED, USAGE_ERROR
 from llmtrain.cli.suggestions import nearest, suggest_key
 
 if TYPE_CHECKING:

@@ -2,12 +2,9 @@
 
 import sys
 import tempfile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmtrain.cli.arguments import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 
 def run_hydra(verb: str, flags: list[str], overrides: list[str], task: Any) -> None:

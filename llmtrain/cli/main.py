@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtrain import __version__
-from llmtrain.base.exit_status import FAILED, FINISHED
 from llmtrain.base.format import command as command_line
 from llmtrain.base.format import visible
+from llmtrain.base.invocation import FAILED, FINISHED, Invocation
 from llmtrain.cli.arguments import TARGETS, VERBS, UsageError, named_checkpoint, split, take
 from llmtrain.cli.completion import complete
 from llmtrain.cli.errors import explain
 from llmtrain.cli.hydra_app import run_hydra
 from llmtrain.cli.suggestions import nearest
-from llmtrain.commands import Invocation
 
 if TYPE_CHECKING:
     from llmtrain.sweep.jobs import Job
@@ -119,11 +118,12 @@ def dispatch(verb: str, flags: list[str], targets: list[Path], overrides: list[s
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
     from llmtrain.config.compose import register_stored, resolve, shown
-    from llmtrain.config.load import load_run
 
     step: int | None = None
     if verb == "resume":
         targets[0], step, overrides = named_checkpoint(targets[0], overrides)
+        from llmtrain.run.resume import load_run
+
         register_stored(load_run(targets[0], step))
     multirun = verb == "train" and any(flag in ("-m", "--multirun") for flag in flags)
     sweep_dir, overrides = take(overrides, "hydra.sweep.dir=")

@@ -11,12 +11,11 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from llmtrain.base.exit_status import FINISHED
 from llmtrain.base.format import visible
+from llmtrain.base.invocation import FINISHED, Invocation
 from llmtrain.base.process import cache_folder
 from llmtrain.base.runtime import Device, Runtime
 from llmtrain.checkpoint.directory import locate_checkpoint
-from llmtrain.commands import Invocation
 from llmtrain.data.chat.templates import Message
 from llmtrain.inference.generate import Sampling
 from llmtrain.run.conversation import Conversation, check_writes, template_of

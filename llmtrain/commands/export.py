@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 
 from llmtrain.base.checks import positive
-from llmtrain.base.exit_status import FAILED, FINISHED
 from llmtrain.base.format import significant, size
+from llmtrain.base.invocation import FAILED, FINISHED, Invocation
 from llmtrain.base.runtime import Device, Runtime
 from llmtrain.checkpoint.directory import locate_checkpoint
-from llmtrain.commands import Invocation
 from llmtrain.config.run_config import RunConfig
 from llmtrain.data.chat.templates import Markup, PartEncoder, Template
 from llmtrain.data.chat.to_jinja import to_jinja

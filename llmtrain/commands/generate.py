@@ -13,9 +13,9 @@ import torch
 
 from llmtrain.base.files import written_whole
 from llmtrain.base.format import visible
+from llmtrain.base.invocation import Invocation
 from llmtrain.base.runtime import Device, Runtime
 from llmtrain.checkpoint.directory import locate_checkpoint
-from llmtrain.commands import Invocation
 from llmtrain.data.chat.templates import Message, PartEncoder, Template
 from llmtrain.data.sources.documents import read_text
 from llmtrain.data.sources.records import Reader, find_records

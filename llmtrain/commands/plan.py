@@ -12,14 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtrain.base.checks import non_negative, positive
-from llmtrain.base.exit_status import FINISHED, USAGE_ERROR
 from llmtrain.base.files import write_atomically
 from llmtrain.base.format import count, duration, rate, significant, size
+from llmtrain.base.invocation import FINISHED, USAGE_ERROR, Invocation
 from llmtrain.checkpoint.model_state import saved_tensors
-from llmtrain.commands import Invocation
+from llmtrain.config.overrides import overrides_of
 from llmtrain.data import Corpus
 from llmtrain.display import lines
-from llmtrain.lint import lint, overrides_of
+from llmtrain.lint import lint
 from llmtrain.model import LanguageModel
 from llmtrain.plan.advice import Suggestion, largest_fitting, suggest
 from llmtrain.plan.blueprint import Blueprint, outline

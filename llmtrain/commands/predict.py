@@ -17,12 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtrain.base.checks import positive
-from llmtrain.base.exit_status import FINISHED
 from llmtrain.base.files import written_whole
 from llmtrain.base.format import percent, visible
+from llmtrain.base.invocation import FINISHED, Invocation
 from llmtrain.base.runtime import Device, Runtime
 from llmtrain.checkpoint.directory import locate_checkpoint
-from llmtrain.commands import Invocation
 from llmtrain.data import padded
 from llmtrain.data.labelled import Labelled
 from llmtrain.data.sources.records import Reader, Record, find_records

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from llmtrain.base.format import visible
-from llmtrain.commands import Invocation
+from llmtrain.base.invocation import Invocation
 from llmtrain.report.curves import draw_comparison, draw_run
 from llmtrain.report.runs import find_runs, summarise
 from llmtrain.report.table import Comparison, confusion_table

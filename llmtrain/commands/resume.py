@@ -2,11 +2,10 @@
 
 import shlex
 
-from llmtrain.base.exit_status import FINISHED, INTERRUPTED
 from llmtrain.base.format import visible
-from llmtrain.commands import Invocation
+from llmtrain.base.invocation import FINISHED, INTERRUPTED, Invocation
 from llmtrain.config import stored_config
-from llmtrain.config.load import complete
+from llmtrain.config.older_versions import complete
 from llmtrain.run.directory import RunDirectory
 from llmtrain.run.resume import changes, check_changes, find_origin
 from llmtrain.run.run import Run

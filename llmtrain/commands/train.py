@@ -1,7 +1,6 @@
 """``llmtrain train``: train a composed run from step 0."""
 
-from llmtrain.base.exit_status import FINISHED, INTERRUPTED
-from llmtrain.commands import Invocation
+from llmtrain.base.invocation import FINISHED, INTERRUPTED, Invocation
 from llmtrain.run.run import Run
 
 

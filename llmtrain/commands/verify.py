@@ -18,14 +18,15 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtrain.base.checks import positive
-from llmtrain.base.exit_status import FAILED, FINISHED
 from llmtrain.base.format import size, visible
+from llmtrain.base.invocation import FAILED, FINISHED, Invocation
+from llmtrain.base.run_files import CONFIG, MANIFEST
 from llmtrain.base.runtime import Device
+from llmtrain.base.tensor_files import CheckpointError
 from llmtrain.checkpoint.directory import find_checkpoints, step_of
-from llmtrain.checkpoint.format import CONFIG, MANIFEST, CheckpointError, read_state, verify_checkpoint
-from llmtrain.commands import Invocation
+from llmtrain.checkpoint.format import read_state, verify_checkpoint
 from llmtrain.config import stored_config
-from llmtrain.config.load import complete
+from llmtrain.config.older_versions import complete
 from llmtrain.metrics import read_metrics
 from llmtrain.run.directory import RunDirectory
 from llmtrain.run.run import Run

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from llmtrain.base.checks import where
+from llmtrain.base.run_files import CONFIG
 from llmtrain.config.build import build, naming
 from llmtrain.config.stored_config import ConfigError, escape, load, to_plain
 
@@ -30,12 +31,12 @@ def find_model(config: DictConfig) -> None:
     with naming("model"):
         stand_in: Any = build(values, object, path="model")  # type: ignore[arg-type]
         path = Path(stand_in.path).expanduser()
-        if OmegaConf.select(config, "weights._target_") == RUN_WEIGHTS and not (path / "config.yaml").is_file():
+        if OmegaConf.select(config, "weights._target_") == RUN_WEIGHTS and not (path / CONFIG).is_file():
             is_weights = stand_in.path == OmegaConf.select(config, "weights.path")
             key, what = "weights.path" if is_weights else "model.path", "a run or checkpoint of this program"
             there = "it has no config.yaml" if path.exists() else f"no such directory{where(stand_in.path)}"
             raise ConfigError(f"{key}={stand_in.path}: {there}; weights=checkpoint takes {what}")
-        model = stand_in.adapted(_model_of_run(path)) if (path / "config.yaml").is_file() else stand_in.resolved()
+        model = stand_in.adapted(_model_of_run(path)) if (path / CONFIG).is_file() else stand_in.resolved()
     config["model"] = escape(to_plain(model))
     data = OmegaConf.to_container(config["data"], resolve=False)
     if isinstance(data, dict) and data.get("sequence_length") == SAME_AS_CONTEXT:
@@ -44,7 +45,7 @@ def find_model(config: DictConfig) -> None:
 
 def _model_of_run(path: Path) -> Any:
     """The model's config that a run or checkpoint of this program stores."""
-    stored = load(path / "config.yaml")
+    stored = load(path / CONFIG)
     plugins = [name for name in stored.get("plugins") or [] if name]
     if not isinstance(stored.get("model"), Mapping):
         raise ConfigError(f"{path / 'config.yaml'}: says nothing of a model")

@@ -16,6 +16,7 @@ import torch
 from llmtrain.accumulation import Accumulation
 from llmtrain.activation_checkpointing import ActivationCheckpointing
 from llmtrain.base.format import size
+from llmtrain.base.options import option_name
 from llmtrain.base.runtime import Runtime
 from llmtrain.checkpoint.model_state import saved_tensors
 from llmtrain.checkpoint.optimizer_state import state_tensors
@@ -23,10 +24,9 @@ from llmtrain.checkpoint.policy import Checkpoint
 from llmtrain.clipping import Clipping
 from llmtrain.config.build import build, naming
 from llmtrain.config.compose import compose
+from llmtrain.config.overrides import search_path
 from llmtrain.data import Corpus, DataConfig
 from llmtrain.evaluation.loss import LossSum
-from llmtrain.hf.peft import start_from
-from llmtrain.lint import option, search_path
 from llmtrain.lora import Lora
 from llmtrain.lora.low_rank import LowRank
 from llmtrain.metrics import MetricsConfig
@@ -41,6 +41,7 @@ from llmtrain.tokenizer import Tokenizer, TokenizerConfig
 from llmtrain.train.config import LoopConfig
 from llmtrain.train.state import TrainState
 from llmtrain.weights import Weights
+from llmtrain.weights.adapters import start_from
 from llmtrain.weights.scratch import Scratch
 
 MOVED_BASE = (
@@ -110,13 +111,13 @@ class RunConfig:
             )
         if self.data.gives not in self.objective.takes:
             raise ValueError(
-                f"objective={option(self.objective)}: does not go with data={option(self.data)}, whose targets are "
+                f"objective={option_name(self.objective)}: does not go with data={option_name(self.data)}, whose targets are "
                 f"{TARGETS[self.data.gives]}; it takes data whose targets are "
                 f"{' or '.join(TARGETS[kind] for kind in self.objective.takes)}"
             )
         if self.lora.adapts and isinstance(self.weights, Scratch):
             raise ValueError(
-                f"lora={option(self.lora)}: adapters on random weights learn nothing; name the weights to adapt, "
+                f"lora={option_name(self.lora)}: adapters on random weights learn nothing; name the weights to adapt, "
                 "weights=huggingface weights.path=DIR, or weights=checkpoint weights.path=RUN_DIR; or train all of "
                 "them: lora=none"
             )

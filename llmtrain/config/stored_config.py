@@ -15,7 +15,13 @@ import yaml
 SECRET = re.compile(r"(^|[_.])(api_?)?(key|secret|token|passw(or)?d|credentials?)$", re.IGNORECASE)
 REDACTED = "<redacted>"
 NOT_RUN_KEYS = ("run_dir", "output_dir", "plugins")  # where and with what code, not what
-MOVED = {"llmtrain.lora.NoLora": "llmtrain.lora.none.NoLora"}  # classes by the names that older versions wrote
+MOVED = {  # classes by the names that older versions wrote
+    "llmtrain.lora.NoLora": "llmtrain.lora.none.NoLora",
+    "llmtrain.checkpoint.Checkpoint": "llmtrain.checkpoint.policy.Checkpoint",
+    "llmtrain.loop_config.LoopConfig": "llmtrain.train.config.LoopConfig",
+    "llmtrain.runtime.Runtime": "llmtrain.base.runtime.Runtime",
+    "llmtrain.run.Run": "llmtrain.run.run.Run",
+}
 
 
 class ConfigError(ValueError):
@@ -70,7 +76,7 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: not a config (a mapping of keys is needed)")
     _check_plain(config, path)
-    for node in config.values():
+    for node in (config, *config.values()):
         if isinstance(node, dict) and str(node.get("_target_")) in MOVED:
             node["_target_"] = MOVED[node["_target_"]]
     return config

@@ -17,6 +17,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from llmtrain.base.files import AppendedFile
+from llmtrain.base.run_files import LOG
 from llmtrain.display import lines
 from llmtrain.display.progress import Progress
 from llmtrain.metrics import Row
@@ -32,7 +33,7 @@ class Display(ABC):
         self.run_dir = run_dir
         self._stream = stream
         self.progress = Progress(clock)
-        self._log = AppendedFile(run_dir / "train.log")
+        self._log = AppendedFile(run_dir / LOG)
 
     def header(self, rows: list[tuple[str, str]]) -> None:
         """Say what is about to be trained, as (name, value) pairs."""

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from llmtrain.base import format
 from llmtrain.base.format import visible
+from llmtrain.base.run_files import CHECKPOINTS
 from llmtrain.display.progress import Progress
 from llmtrain.metrics import Row
 
@@ -186,7 +187,7 @@ def _best(summary: Row, value: str, run_dir: Path) -> str:
         note = ", before training"
     elif best == summary["step"]:
         note = ""
-    elif (run_dir / "checkpoints" / f"step-{best:08d}").is_dir():
+    elif (run_dir / CHECKPOINTS / f"step-{best:08d}").is_dir():
         note = ", kept"
     elif summary.get("keep_best"):
         note = ", where there was no checkpoint"

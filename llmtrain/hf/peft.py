@@ -10,15 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmtrain.base.files import share, write_atomically
-from llmtrain.checkpoint.directory import locate_checkpoint
-from llmtrain.checkpoint.format import CONFIG as STORED
-from llmtrain.checkpoint.format import MODEL, CheckpointError, read_state, read_tensors, verify_checkpoint
-from llmtrain.hf import SCORE, module_names
+from llmtrain.base.tensor_files import CheckpointError, read_tensors
 from llmtrain.lora.layers import LoraEmbedding
 from llmtrain.lora.low_rank import CLASSIFIER, LowRank
 from llmtrain.lora.merge import adapters
@@ -127,36 +123,6 @@ def import_adapter(model: LanguageModel, lora: LowRank, names: Mapping[str, str]
         raise CheckpointError(f"{path / TENSORS}: does not fit lora.targets and lora.also_train: {shown}{more}")
     for key, entry in expected.items():
         entry.parameter.copy_(tensors[key].t() if entry.transposed else tensors[key])
-
-
-def start_from(model: LanguageModel, lora: LowRank, path: Path) -> None:
-    """Copy adapters, those of a PEFT directory or of one of our runs or checkpoints, into those of ``model``.
-
-    Raises ValueError where they are not such as ``lora`` has put into it, naming keys or tensors.
-    """
-    if (path / CONFIG).is_file():
-        names = module_names(model) | {CLASSIFIER.removesuffix("."): SCORE.removesuffix(".weight")}
-        import_adapter(model, lora, names, path)
-        return
-    checkpoint = locate_checkpoint(path)
-    verify_checkpoint(checkpoint)
-    if not read_state(checkpoint).get("base"):
-        raise ValueError(f"lora.path={path}: holds a whole model, no adapters; weights=checkpoint weights.path={path}")
-    stored = yaml.safe_load((checkpoint / STORED).read_text(encoding="utf-8"))["lora"]
-    kind = str(stored["_target_"]).split(".")[-2]
-    check_kind(lora, kind, stored["rank"], stored["alpha"], path)
-    tensors = read_tensors(checkpoint / MODEL, next(model.parameters()).device)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name in trained}
-    others = [name for name in (*shapes, *tensors) if name not in tensors or name not in shapes]
-    others += [name for name in tensors if name in shapes and tuple(tensors[name].shape) != shapes[name]]
-    if others:
-        more = f" (and {len(others) - 3} more)" if len(others) > 3 else ""
-        raise CheckpointError(
-            f"{checkpoint / MODEL}: does not fit lora.targets and lora.also_train: {', '.join(others[:3])}{more} "
-            "missing, too many or of another shape"
-        )
-    model.load_state_dict(tensors, strict=False)
 
 
 def entries(model: LanguageModel, names: Mapping[str, str], *, fan_in_fan_out: bool) -> Iterator[tuple[str, Entry]]:

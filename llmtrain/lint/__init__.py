@@ -7,11 +7,11 @@ number, and its time does not grow with the corpus or the run.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from llmtrain.lint import data, rates, training
-from llmtrain.lint.case import Built, Case, Finding, Settings, option, overrides_of, search_path
+from llmtrain.lint.case import Built, Case, Finding, Settings
 from llmtrain.lint.inert import inert_keys
 from llmtrain.lint.overlap import validation_in_training
 
-__all__ = ["Built", "Finding", "Settings", "lint", "lint_changes", "option", "overrides_of", "refuse", "search_path"]
+__all__ = ["Built", "Finding", "Settings", "lint", "lint_changes", "refuse"]
 
 Check = Callable[[Case], Iterator[Finding]]
 

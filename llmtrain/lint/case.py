@@ -1,11 +1,9 @@
 """What the checks look at, and what they say."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -28,7 +26,6 @@ from llmtrain.train.config import LoopConfig
 from llmtrain.weights import Weights
 
 STRIDES = 10_000  # a run's batch sizes are added up in at most so many pieces
-CONFIG_DIR = ("--config-dir", "-cd")
 
 
 @dataclass(frozen=True)
@@ -157,23 +154,3 @@ class Case:
     def evaluates(self) -> bool:
         """Whether there will be a validation loss."""
         return self.parts.corpus.validation is not None and self.run.loop.eval_every > 0
-
-
-def option(component: Any) -> str:
-    """The name of a component's option, as in ``optimizer=adamw``."""
-    return type(component).__module__.rpartition(".")[2]
-
-
-def overrides_of(command: Sequence[str]) -> list[str]:
-    """The overrides of a command line, and the folder of ``--config-dir`` as the override that it stands for."""
-    overrides = [argument for argument in command if re.match(r"\+{0,2}[a-zA-Z_][\w./@]*=", argument)]
-    for position, argument in enumerate(command):
-        flag, equals, folder = argument.partition("=")
-        if flag in CONFIG_DIR and (equals or position + 1 < len(command)):
-            overrides.append(search_path(folder or command[position + 1]))
-    return overrides
-
-
-def search_path(folder: str | Path) -> str:
-    """The override that ``--config-dir`` stands for."""
-    return f"hydra.searchpath=[file://{Path(folder).resolve()}]"

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from llmtrain.base.format import percent
+from llmtrain.base.options import option_name
 from llmtrain.data import IGNORE
 from llmtrain.data.sequences import Sequences
-from llmtrain.lint.case import Case, Finding, error, option, warning
+from llmtrain.lint.case import Case, Finding, error, warning
 from llmtrain.lint.overlap import spread
 from llmtrain.weights.scratch import Scratch
 
@@ -21,7 +22,7 @@ EPOCHS = 4  # beyond, repeated data are worth less and less: Muennighoff et al. 
 def masked_targets(case: Case) -> Iterator[Finding]:
     """Targets that are masked: without any there is no loss."""
     data, corpus = case.run.data, case.parts.corpus
-    key, name = "data", f"data={option(data)}"
+    key, name = "data", f"data={option_name(data)}"
     remedy = (
         "make the tokens that are to be predicted targets; if sequences are cut off before them, raise "
         f"data.sequence_length={data.sequence_length}"

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from llmtrain.base.format import count, percent
+from llmtrain.base.options import option_name
 from llmtrain.data import DataConfig
 from llmtrain.data.sequences import Sequences, Stream
-from llmtrain.lint.case import Case, Finding, error, option, warning
+from llmtrain.lint.case import Case, Finding, error, warning
 
 STRETCH = 64  # tokens; a power of two
 STRETCHES = 1024  # of the validation data, to look up
@@ -71,7 +72,7 @@ def source(data: DataConfig) -> tuple[str, str]:
     for key in ("validation_path", "path"):
         if value := getattr(data, key, None):
             return f"data.{key}", f"data.{key}={value}"
-    return "data", f"data={option(data)}"
+    return "data", f"data={option_name(data)}"
 
 
 def stretches(sequences: Sequences, at_most: int = STRETCHES) -> np.ndarray:

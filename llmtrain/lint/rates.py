@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from llmtrain.base.format import percent
+from llmtrain.base.options import option_name
 from llmtrain.config.build import build
 from llmtrain.config.compose import compose
-from llmtrain.lint.case import Case, Finding, error, option, warning
+from llmtrain.lint.case import Case, Finding, error, warning
 from llmtrain.optimizer import OptimizerConfig
 from llmtrain.optimizer.adafactor import Adafactor
 from llmtrain.optimizer.adam import Adam
@@ -78,14 +79,15 @@ def schedule(case: Case) -> Iterator[Finding]:
     elif highest == 0:
         yield error(
             "schedule",
-            f"schedule={option(rule)}: the learning rate is 0 in every step, nothing would be learnt; give it a peak "
-            "above 0",
+            f"schedule={option_name(rule)}: the learning rate is 0 in every step, nothing would be learnt; give it a "
+            "peak above 0",
         )
     elif (share := float((rates[warmup <= np.array(sampled)] < NEXT_TO_NOTHING * highest).mean())) > 0.5:
         yield warning(
             "schedule",
-            f"schedule={option(rule)}: for {percent(share)} of the run the learning rate is below a thousandth of its "
-            f"peak, {highest:g}, so that these steps change next to nothing; a slower decay, or fewer loop.max_steps",
+            f"schedule={option_name(rule)}: for {percent(share)} of the run the learning rate is below a thousandth of "
+            f"its peak, {highest:g}, so that these steps change next to nothing; a slower decay, or fewer "
+            "loop.max_steps",
         )
 
 
@@ -99,8 +101,8 @@ def learning_rate(case: Case) -> Iterator[Finding]:
             danger = "training may be unstable" if rate > usual else "training may hardly move"
             yield warning(
                 key,
-                f"{key}={rate:g}: {far(rate / usual)} what is usual with optimizer={option(case.run.optimizer)} and "
-                f"{parameters:,} parameters, about {usual:.2g}: {danger}; {key}={usual:.2g}",
+                f"{key}={rate:g}: {far(rate / usual)} what is usual with optimizer={option_name(case.run.optimizer)} "
+                f"and {parameters:,} parameters, about {usual:.2g}: {danger}; {key}={usual:.2g}",
             )
 
 

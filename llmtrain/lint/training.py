@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
+from llmtrain.base.options import option_name
 from llmtrain.config.build import naming
-from llmtrain.lint.case import Case, Finding, error, option, warning
+from llmtrain.lint.case import Case, Finding, error, warning
 from llmtrain.lora.low_rank import LowRank
 from llmtrain.lora.merge import adapters
 from llmtrain.optimizer.groups import GroupedOptimizer
@@ -19,7 +20,7 @@ def nothing_trainable(case: Case) -> Iterator[Finding]:
     """Parameters that are frozen, or that no learning rate moves."""
     trainable = {name: p for name, p in case.parts.model.named_parameters() if p.requires_grad}
     if not trainable:
-        lora = option(case.run.lora)
+        lora = option_name(case.run.lora)
         yield error("lora", f"lora={lora}: every parameter of the model is frozen, nothing would be learnt; lora=none")
         return
     optimizer = case.run.optimizer
@@ -35,7 +36,7 @@ def nothing_trainable(case: Case) -> Iterator[Finding]:
         moved = {id(p) for group in case.parts.optimizer.param_groups for p in group["params"]}
         left = [name for name, p in trainable.items() if id(p) not in moved]
         if left:
-            name = option(optimizer)
+            name = option_name(optimizer)
             yield warning(
                 "optimizer",
                 f"optimizer={name}: {len(left)} of {len(trainable)} parameters are in none of its groups and "

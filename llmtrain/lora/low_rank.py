@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from llmtrain.base.checks import pattern, pattern_matches, positive
+from llmtrain.base.options import option_name
 from llmtrain.lora import Lora
 from llmtrain.lora.layers import Adapter, FrozenLinear, LoraEmbedding, LoraHead, LoraLinear
 from llmtrain.lora.quantization import Quantization
@@ -45,7 +46,7 @@ class LowRank(Lora):
     @property
     def kind(self) -> str:
         """The option: lora, rslora or dora."""
-        return type(self).__module__.rpartition(".")[2]
+        return option_name(self)
 
     @property
     @abstractmethod

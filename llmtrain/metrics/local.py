@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtrain.base.files import AppendedFile
+from llmtrain.base.run_files import METRICS
 from llmtrain.metrics import Metrics, MetricsConfig
 from llmtrain.metrics.jsonl import Row, drop_rows, to_line
-
-FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Local(MetricsConfig):
 
     def build(self, run_dir: Path, *, resume_step: int | None) -> "LocalMetrics":
         """Open ``run_dir/metrics.jsonl``."""
-        path = run_dir / FILE
+        path = run_dir / METRICS
         if resume_step is not None:
             drop_rows(path, lambda row: _comes_again(row, resume_step))
         return LocalMetrics(path, new=resume_step is None)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmtrain.base.options import option_name
 from llmtrain.config.build import build
 from llmtrain.config.compose import compose
 from llmtrain.config.folders import conf_dir
@@ -114,12 +115,12 @@ def is_other(overrides: Sequence[str]) -> bool:
 def combinations(blueprint: Blueprint, options: "Options", bf16: bool) -> Iterator[tuple[tuple[str, ...], float]]:
     """Overrides beside the micro-batch, and what they make a step take; first none at all."""
     settings = blueprint.settings
-    present = {f"{group}={option(component)}" for group, component in (
+    present = {f"{group}={option_name(component)}" for group, component in (
         ("optimizer", settings.optimizer), ("lora", settings.lora),
         ("activation_checkpointing", blueprint.checkpointing),
     )}  # fmt: skip
     possible = [key for key in SLOWER if key in options.nodes and key not in present]
-    if option(settings.optimizer) not in ("adam", "adamw"):  # another kind of optimizer is another training
+    if option_name(settings.optimizer) not in ("adam", "adamw"):  # another kind of optimizer is another training
         possible = [key for key in possible if not key.startswith("optimizer=")]
     if "activation_checkpointing=full" in present:  # nothing keeps less
         possible = [key for key in possible if not key.startswith("activation_checkpointing=")]
@@ -132,11 +133,6 @@ def combinations(blueprint: Blueprint, options: "Options", bf16: bool) -> Iterat
                 for key in (*keep, *state):
                     factor *= SLOWER[key]
                 yield (*precision, *keep, *state), factor
-
-
-def option(component: Any) -> str:
-    """The name of a component's option, as in ``optimizer=adamw``."""
-    return type(component).__module__.rpartition(".")[2]
 
 
 @dataclass(frozen=True)

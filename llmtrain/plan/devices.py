@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from llmtrain.base.device import available_memory, device_name, peak_flops
+from llmtrain.base.options import option_name
 from llmtrain.kernels.cpu_attention import is_there
 from llmtrain.precision import Precision, PrecisionConfig
 
@@ -119,7 +120,7 @@ def arithmetic(config: PrecisionConfig, spec: DeviceSpec | None) -> Precision:
     What a CPU does not have is stood in for by the arithmetic whose tensors are as large.
     """
     cpu = torch.device("cpu")
-    name = type(config).__module__.rpartition(".")[2]
+    name = option_name(config)
     if spec is not None and spec.is_gpu and name == "auto":
         has_bf16 = "bf16" in spec.flops
         return Precision("bf16", cpu, torch.bfloat16) if has_bf16 else Precision("fp32", cpu)

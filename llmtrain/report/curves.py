@@ -15,9 +15,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from llmtrain.base import format
 from llmtrain.base.format import setting, visible
 from llmtrain.base.png import write_png
+from llmtrain.base.run_files import LOSS_PLOT, METRICS
 from llmtrain.metrics import Row, read_metrics
 from llmtrain.metrics.smoothing import EMA
-from llmtrain.report.runs import METRICS, RunSummary, differences, ranked, summarise
+from llmtrain.report.runs import RunSummary, differences, ranked, summarise
 
 TRAIN, VALIDATION, RATE, ACCURACY = "#3b6ea8", "#d1603d", "#6b6b6b", "#3f8f5f"
 Curve = tuple[list[float], list[float]]  # x, y; nan leaves a gap
@@ -47,7 +48,7 @@ def draw_run(run_dir: Path) -> Path:
     """Write ``run_dir/loss.png``: training and validation loss, and below them the learning rate."""
     summary = summarise(run_dir)
     train, validation = _read(run_dir)
-    path = run_dir / "loss.png"
+    path = run_dir / LOSS_PLOT
     with style.context(STYLE):
         figure = Figure(figsize=(8 + 4.2 * bool(summary.confusion), 5.4), layout="constrained")
         curves: Figure | SubFigure = figure

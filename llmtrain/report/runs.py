@@ -10,11 +10,10 @@ from typing import Any
 
 import yaml
 
+from llmtrain.base.options import option_of_target
+from llmtrain.base.run_files import CONFIG, ENVIRONMENT, LOCK, MANIFEST, METRICS, SUMMARY
 from llmtrain.metrics import Row, read_metrics, standing
 
-CONFIG, METRICS, SUMMARY, LOCK = "config.yaml", "metrics.jsonl", "summary.json", ".lock"
-ENVIRONMENT = "environment.json"
-CHECKPOINT_MARK = "manifest.json"  # a checkpoint has a config.yaml too
 DEPTH = 3  # levels below a target where runs are looked for: runs/sweeps/<sweep>/<job>
 PLACES = ("name", "output_dir", "run_dir")  # keys that say what a run is called and where it is, not what it does
 
@@ -58,7 +57,7 @@ def find_runs(targets: Sequence[Path]) -> list[Path]:
             raise ValueError(f"{target}: no such directory")
         found = list(_runs_within(target, DEPTH))
         if not found:
-            hint = " (it is a checkpoint; name the run that has it)" if (target / CHECKPOINT_MARK).exists() else ""
+            hint = " (it is a checkpoint; name the run that has it)" if (target / MANIFEST).exists() else ""
             raise ValueError(
                 f"{target}: neither a run nor a sweep{hint}; a run directory holds {CONFIG}, "
                 "a sweep directory holds run directories"
@@ -68,7 +67,7 @@ def find_runs(targets: Sequence[Path]) -> list[Path]:
 
 
 def _runs_within(path: Path, depth: int) -> Iterator[Path]:
-    if (path / CONFIG).is_file() and not (path / CHECKPOINT_MARK).exists():
+    if (path / CONFIG).is_file() and not (path / MANIFEST).exists():
         yield path
     elif depth:
         for child in sorted(path.iterdir()):
@@ -145,15 +144,9 @@ def differences(runs: Sequence[RunSummary]) -> dict[str, list[Any]]:
         values = [run.config[key] for run in runs]
         if any(value != values[0] for value in values):
             if key.endswith("._target_"):
-                key, values = key.removesuffix("._target_"), [_option(str(value)) for value in values]
+                key, values = key.removesuffix("._target_"), [option_of_target(str(value)) for value in values]
             result[key] = values
     return result
-
-
-def _option(target: str) -> str:
-    """The option that a ``_target_`` stands for: ours are called as their modules, others' are known by their class."""
-    parts = target.split(".")
-    return parts[-2] if parts[0] == "llmtrain" and len(parts) > 2 else parts[-1]
 
 
 def is_locked(run_dir: Path) -> bool:

@@ -12,8 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.base.files import write_atomically
+from llmtrain.base.run_files import (
+    CHECKPOINTS,
+    CONFIG,
+    ENVIRONMENT,
+    LOCK,
+    MANIFEST,
+    METRICS,
+    OVERRIDES,
+    SAMPLES,
+    SUMMARY,
+)
 from llmtrain.checkpoint.directory import find_checkpoints, newest_run_in, step_of
-from llmtrain.checkpoint.format import CONFIG, MANIFEST
 
 ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"  # no characters that are mistaken for one another
 
@@ -24,12 +34,12 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / CONFIG
-        self.environment = path / "environment.json"
-        self.overrides = path / "overrides.json"  # of a sweep's job: what its command line said
-        self.metrics = path / "metrics.jsonl"
-        self.samples = path / "samples.jsonl"
-        self.summary = path / "summary.json"
-        self.checkpoints = path / "checkpoints"
+        self.environment = path / ENVIRONMENT
+        self.overrides = path / OVERRIDES  # of a sweep's job: what its command line said
+        self.metrics = path / METRICS
+        self.samples = path / SAMPLES
+        self.summary = path / SUMMARY
+        self.checkpoints = path / CHECKPOINTS
 
     @classmethod
     def create(cls, output_dir: Path, name: str) -> "RunDirectory":
@@ -121,7 +131,7 @@ class RunDirectory:
     def lock(self) -> Iterator[None]:
         """Hold the run.  Raises ValueError if another process does; the lock dies with its process."""
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # a link in a run from elsewhere leads anywhere
-        with os.fdopen(os.open(self.path / ".lock", flags, 0o666), "a+") as file:
+        with os.fdopen(os.open(self.path / LOCK, flags, 0o666), "a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
+from llmtrain.base.run_files import CONFIG, MODEL
 from llmtrain.base.runtime import Runtime
-from llmtrain.checkpoint.format import CONFIG, MODEL, read_state, verify_checkpoint
+from llmtrain.checkpoint.format import read_state, verify_checkpoint
 from llmtrain.checkpoint.model_state import load_model
 from llmtrain.config import stored_config
-from llmtrain.config.load import complete
+from llmtrain.config.older_versions import complete
 from llmtrain.config.run_config import RunConfig
 from llmtrain.model import LanguageModel
 from llmtrain.precision import Precision

@@ -14,12 +14,14 @@ import torch
 
 from llmtrain.accumulation import Accumulation
 from llmtrain.base.files import write_atomically
+from llmtrain.base.run_files import CONFIG
+from llmtrain.base.tensor_files import CheckpointError
 from llmtrain.checkpoint.directory import step_of
-from llmtrain.checkpoint.format import CONFIG, CheckpointError, copy_checkpoint, verify_checkpoint
+from llmtrain.checkpoint.format import copy_checkpoint, verify_checkpoint
 from llmtrain.checkpoint.restore import newest_whole, restore
 from llmtrain.config import stored_config
-from llmtrain.config.load import complete
-from llmtrain.config.stored_config import NOT_RUN_KEYS
+from llmtrain.config.older_versions import complete
+from llmtrain.config.stored_config import NOT_RUN_KEYS, load, untrusted
 from llmtrain.lint import Finding, Settings
 from llmtrain.metrics import Row, drop_rows, read_metrics
 from llmtrain.model import LanguageModel
@@ -339,3 +341,19 @@ def make_child(child: RunDirectory, resumption: Resumption, environment: dict[st
     except BaseException:
         shutil.rmtree(child.path, ignore_errors=True)
         raise
+
+
+def load_run(run_dir: Path, step: int | None = None) -> dict[str, Any]:
+    """The stored config that going on from ``step`` (None: the newest checkpoint) of a run starts from.
+
+    It may name classes of a plugin; whoever resumes the run has to name the plugin again.  Where the run was made is
+    left out: it may have been moved.
+    """
+    from llmtrain.checkpoint.format import verify_checkpoint
+    from llmtrain.run.directory import RunDirectory  # imports torch
+
+    directory = RunDirectory.open(run_dir)
+    path = directory.config_at(step)
+    if path != directory.config:
+        verify_checkpoint(path.parent, only=path.name)
+    return complete(untrusted(load(path))) | {"run_dir": None}

@@ -13,9 +13,10 @@ import torch
 from llmtrain.base.files import sweep_leftovers, write_atomically
 from llmtrain.checkpoint.directory import step_of
 from llmtrain.config import stored_config
-from llmtrain.config.load import complete
+from llmtrain.config.older_versions import complete
+from llmtrain.config.overrides import overrides_of
 from llmtrain.config.run_config import Parts, RunConfig
-from llmtrain.lint import Finding, lint, lint_changes, overrides_of, refuse
+from llmtrain.lint import Finding, lint, lint_changes, refuse
 from llmtrain.metrics.jsonl import drop_rows
 from llmtrain.run.directory import RunDirectory
 from llmtrain.run.environment import describe_environment

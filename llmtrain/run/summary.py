@@ -9,6 +9,7 @@ import torch
 
 from llmtrain.base.device import device_name
 from llmtrain.base.format import count, rate
+from llmtrain.base.options import option_name
 from llmtrain.data import Corpus
 from llmtrain.lint import Settings
 from llmtrain.lora import Lora, trained_and_all
@@ -48,7 +49,7 @@ def header(
     yield "run", str(path)
     yield "model", f"{name}, {count(model.num_parameters())} parameters, context {model.context_length}"
     if source := getattr(run.weights, "path", None):
-        yield "weights", f"{_option(run.weights)}, {source}"
+        yield "weights", f"{option_name(run.weights)}, {source}"
     trained, whole = trained_and_all(model)
     if trained < whole:
         yield "trained", f"{trained:,} of {whole:,} parameters ({trained / whole:.2%}){_adapters(run.lora)}"
@@ -67,22 +68,17 @@ def header(
     yield "length", length + (f", still to go after {state.step:,} steps" if state.step else "")
     warmup = run.schedule.warmup(parts.max_steps)
     warming = f", {warmup} warm-up steps" if warmup else ""
-    rate_and_schedule = f"learning rate {run.optimizer.lr:g}; schedule {_option(run.schedule)}{warming}"
-    yield "optimizer", f"{_option(run.optimizer)}, {rate_and_schedule}"
+    rate_and_schedule = f"learning rate {run.optimizer.lr:g}; schedule {option_name(run.schedule)}{warming}"
+    yield "optimizer", f"{option_name(run.optimizer)}, {rate_and_schedule}"
     yield "device", f"{device_name(parts.device)}, {parts.precision.name}, {rate(peak_flops, 'FLOP/s')} at most"
     if parts.precision.notice:
         yield "precision", parts.precision.notice
 
 
-def _option(part: object) -> str:
-    """The name of an option: that of its module."""
-    return type(part).__module__.rpartition(".")[2]
-
-
 def _adapters(lora: Lora) -> str:
     if not isinstance(lora, LowRank):
         return ""
-    return f"; {_option(lora)}, rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}"
+    return f"; {option_name(lora)}, rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}"
 
 
 def summarise(name: str, verb: str, loop: Loop, reason: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from llmtrain.base.device import peak_flops, peak_memory
+from llmtrain.base.run_files import METRICS
 from llmtrain.checkpoint.writer import Saver
 from llmtrain.config import stored_config
 from llmtrain.config.run_config import Parts
@@ -17,7 +18,7 @@ from llmtrain.display import PlainDisplay
 from llmtrain.evaluation.loss import evaluate
 from llmtrain.inference.generate import generate
 from llmtrain.metrics import read_metrics
-from llmtrain.metrics.local import FILE, Local
+from llmtrain.metrics.local import Local
 from llmtrain.run.directory import RunDirectory
 from llmtrain.run.run import Run
 from llmtrain.run.session import make_loop, tune
@@ -96,7 +97,7 @@ def _steps(run: Run, parts: Parts, directory: RunDirectory, stack: contextlib.Ex
         raise ProbeFailed(f"out of memory: only micro-batches of {micro} fit")
     timed = sorted(seconds[WARM_UP:])
     median = timed[len(timed) // 2]
-    rows = [row for row in read_metrics(directory.path / FILE) if "loss" in row and "event" not in row][WARM_UP:]
+    rows = [row for row in read_metrics(directory.path / METRICS) if "loss" in row and "event" not in row][WARM_UP:]
     phases = {key.removesuffix("_seconds"): sorted(row[key] for row in rows)[len(rows) // 2]
               for key in (rows[0] if rows else {}) if key.endswith("_seconds") and key != "step_seconds"}  # fmt: skip
     return Probed(

@@ -18,9 +18,9 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from llmtrain.base.exit_status import FAILED, FINISHED, INTERRUPTED
 from llmtrain.base.files import write_atomically
 from llmtrain.base.format import visible
+from llmtrain.base.invocation import FAILED, FINISHED, INTERRUPTED
 from llmtrain.config import stored_config
 from llmtrain.config.stored_config import NOT_RUN_KEYS
 from llmtrain.report.table import sweep_table

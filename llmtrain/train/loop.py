@@ -13,8 +13,9 @@ from torch import Tensor
 
 from llmtrain.accumulation import Accumulation
 from llmtrain.base.device import peak_memory
+from llmtrain.base.tensor_files import CheckpointError
 from llmtrain.checkpoint.directory import step_of
-from llmtrain.checkpoint.format import CheckpointError, remove_checkpoint
+from llmtrain.checkpoint.format import remove_checkpoint
 from llmtrain.checkpoint.model_state import saved_tensors
 from llmtrain.checkpoint.optimizer_state import state_tensors
 from llmtrain.checkpoint.policy import Checkpoint

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from llmtrain.base.run_files import PROFILE
 from llmtrain.train import memory_timeline
 from llmtrain.train.memory_timeline import Border, Timeline
 
 FIRST, LAST = 5, 7  # steps of the session, counted from 1; the one before the first warms the profiler up
-FOLDER = "profile"
 TRACE, OPERATIONS, MEMORY = "trace.json.gz", "operations.txt", "memory.png"
 BORDER = "llmtrain: end of "  # how the trace names the borders between phases
 WIDTH = 120  # columns of operations.txt
@@ -125,7 +125,7 @@ class StepProfiler(Profiler):
         if recorded is None or last < FIRST:
             wanted = f"the steps {self._before + FIRST:,} to {self._before + LAST:,} are"
             return Profile(None, f"there is none: {wanted} profiled, and this session ended before them")
-        path = self._directory / FOLDER / f"step-{self._before + FIRST:08d}"
+        path = self._directory / PROFILE / f"step-{self._before + FIRST:08d}"
         aside = self._directory / f".tmp-profile-{os.getpid()}"  # what a killed process leaves of it is swept
         try:
             aside.mkdir()

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from llmtrain.base.device import peak_flops
-from llmtrain.checkpoint.format import MODEL, OPTIMIZER, read_state, read_tensors
+from llmtrain.base.run_files import METRICS, MODEL, OPTIMIZER
+from llmtrain.base.tensor_files import read_tensors
+from llmtrain.checkpoint.format import read_state
 from llmtrain.checkpoint.model_state import saved_tensors
 from llmtrain.checkpoint.optimizer_state import state_tensors
 from llmtrain.checkpoint.writer import Saver
 from llmtrain.display import PlainDisplay
 from llmtrain.metrics import read_metrics
-from llmtrain.metrics.local import FILE, Local
+from llmtrain.metrics.local import Local
 from llmtrain.run.directory import RunDirectory
 from llmtrain.run.environment import describe_environment
 from llmtrain.run.run import Run
@@ -82,7 +84,7 @@ class Replay:
                 loop.advance()
                 progress()
             loop.capture_state()
-            rows = [row for row in read_metrics(scratch / FILE) if "loss" in row and "event" not in row]
+            rows = [row for row in read_metrics(scratch / METRICS) if "loss" in row and "event" not in row]
             model = {name: tensor.cpu() for name, tensor in saved_tensors(parts.model).items()}
             optimizer = {name: tensor.cpu() for name, tensor in state_tensors(parts.optimizer).items()}
             return cls(inexact, rows, model, optimizer, json.loads(json.dumps(loop.state.to_json())))

@@ -4,8 +4,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmtrain.base.run_files import MANIFEST, MODEL
 from llmtrain.checkpoint.directory import locate_checkpoint
-from llmtrain.checkpoint.format import MANIFEST, MODEL, read_state, verify_checkpoint
+from llmtrain.checkpoint.format import read_state, verify_checkpoint
 from llmtrain.checkpoint.model_state import load_model
 from llmtrain.model import LanguageModel
 from llmtrain.weights import Weights

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cli import TINY, llmtrain, only_run, rows
 from torch import Tensor, nn
 
 from llmtrain.activation_checkpointing import ActivationCheckpointing
@@ -20,6 +19,7 @@ from llmtrain.activation_checkpointing.selective import By, Selective
 from llmtrain.activation_checkpointing.selective_ops import recompute_cheap
 from llmtrain.model import LanguageModel
 from llmtrain.model.gpt import GPTConfig, Initialisation
+from tests.helpers.cli import TINY, llmtrain, only_run, rows
 
 CPU = torch.device("cpu")
 WAYS = {

@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cli import TINY
 
 from llmtrain import Run
+from llmtrain.base.run_files import CONFIG, MODEL, OPTIMIZER
+from llmtrain.base.tensor_files import read_tensors
 from llmtrain.checkpoint.directory import locate_checkpoint
-from llmtrain.checkpoint.format import CONFIG, MODEL, OPTIMIZER, read_state, read_tensors, write_checkpoint
+from llmtrain.checkpoint.format import read_state, write_checkpoint
 from llmtrain.cli.arguments import quoted
 from llmtrain.cli.main import main
 from llmtrain.config import stored_config
+from tests.helpers.cli import TINY
 
 
 @pytest.fixture(scope="module")

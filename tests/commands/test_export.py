@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 import yaml
-from cli import TINY
 from safetensors.torch import load_file
 
 from llmtrain import Run
@@ -21,6 +20,7 @@ from llmtrain.cli.main import main
 from llmtrain.commands import export
 from llmtrain.commands.export import DType, Export, Format
 from llmtrain.run.load import load_trained
+from tests.helpers.cli import TINY
 
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 AUTO = (*(override for override in TINY if not override.startswith("model=")), "model=auto", "loop.max_steps=3")

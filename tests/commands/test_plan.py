@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli import TINY
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,6 +14,7 @@ from llmtrain import Run
 from llmtrain.cli.main import main
 from llmtrain.plan.blueprint import Blueprint
 from llmtrain.plan.trace import fake_tensors
+from tests.helpers.cli import TINY
 
 NO_PROBE = (*TINY, "probe=false")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain.cli.main import main
-from tests.cli import TINY, assert_same_end, cut_back, llmtrain, only_run, rows
+from tests.helpers.cli import TINY, assert_same_end, cut_back, llmtrain, only_run, rows
 
 WORDS = {"fruit": ("aaa", "aba", "bab", "bbb"), "tool": ("xxx", "xyx", "yxy", "yyy")}
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
-from cli import TINY, assert_same_end, cut_back, llmtrain, rows
 
 from llmtrain import Run
-from llmtrain.checkpoint.format import CONFIG, STATE, read_tensors
+from llmtrain.base.run_files import CONFIG, STATE
+from llmtrain.base.tensor_files import read_tensors
 from llmtrain.cli.main import main
 from llmtrain.config import stored_config
+from tests.helpers.cli import TINY, assert_same_end, cut_back, llmtrain, rows
 
 TEXT = Path(__file__).parents[2] / "data" / "lighthouse.txt"
 STEPS = 9

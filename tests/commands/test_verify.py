@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cli import TINY, llmtrain
 from safetensors.torch import load_file
 
 from llmtrain.checkpoint.format import read_state, verify_checkpoint, write_checkpoint
+from tests.helpers.cli import TINY, llmtrain
 
 TEXT = Path(__file__).parents[2] / "data" / "lighthouse.txt"
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli import TINY, llmtrain, rows, start
-from harm import flip
 
 from llmtrain.cli.main import main
 from llmtrain.data.cache.token_cache import Source, prepare
 from llmtrain.data.sources.documents import Piece
 from llmtrain.tokenizer import Tokenizer
+from tests.data.harm import flip
+from tests.helpers.cli import TINY, llmtrain, rows, start
 
 QUICK = (*TINY, "loop.max_steps=2")
 SHARDS = ("data=shards", "data.path=corpus", "data.validation_fraction=0")

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli import assert_same_end, cut_back, llmtrain, only_run, rows
 
 from llmtrain.data import IGNORE
 from llmtrain.data.instruction import Instruction
 from llmtrain.data.sequences import Sequences
 from llmtrain.run.run import Run
 from llmtrain.tokenizer import Tokenizer
+from tests.helpers.cli import assert_same_end, cut_back, llmtrain, only_run, rows
 
 SAMPLE = Path(__file__).parents[2] / "data" / "instructions.json"
 ALPACA = {"instruction": "Add.", "input": "2 and 3", "output": "5"}

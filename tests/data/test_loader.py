@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harm import flip
 
 from llmtrain.data import Batch, DataFailed
 from llmtrain.data import loader as module
@@ -21,6 +20,7 @@ from llmtrain.data.cache.token_file import TokenFile
 from llmtrain.data.loader import Loader
 from llmtrain.data.order.permutation import order
 from llmtrain.data.sequences import Sequences, Stream
+from tests.data.harm import flip
 
 CPU = torch.device("cpu")
 SEQUENCES = Stream([np.arange(0, 61, dtype="<u2"), np.arange(61, 101, dtype="<u2")], 4)  # 25 of them

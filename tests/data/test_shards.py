@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harm import flip, flip_unnoticed
 
 from llmtrain.data import Corpus
 from llmtrain.data.cache.reader import BLOCK
@@ -21,6 +20,7 @@ from llmtrain.data.sources.documents import Piece
 from llmtrain.data.sources.files import read_memo
 from llmtrain.tokenizer import Tokenizer
 from llmtrain.tokenizer.byte import Byte
+from tests.data.harm import flip, flip_unnoticed
 
 IDS = np.arange(101) % 257
 

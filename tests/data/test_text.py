@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
-from harm import flip_unnoticed
 
 from llmtrain.data import Corpus
 from llmtrain.data.python_docs import PythonDocs
@@ -17,6 +16,7 @@ from llmtrain.data.python_stdlib import PythonStdlib
 from llmtrain.data.sources.files import read_memo, write_memo
 from llmtrain.data.text import Text
 from llmtrain.tokenizer import Tokenizer
+from tests.data.harm import flip_unnoticed
 
 SEPARATOR = "<|endoftext|>"
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
-from cli import assert_same_end
-from clock import YEAR_SECONDS, WallClock
-from damage import Damage, absences, flips, names_the_place, truncations
-from launcher import Launcher, Victim
-from power import PRELUDE
-from victims import (
+from llmtrain.base.tensor_files import CheckpointError
+from llmtrain.checkpoint.format import verify_checkpoint
+from tests.faults.clock import YEAR_SECONDS, WallClock
+from tests.faults.damage import Damage, absences, flips, names_the_place, truncations
+from tests.faults.power import PRELUDE
+from tests.faults.victims import (
     STANDARD,
     assert_all_whole,
     assert_log_whole,
@@ -34,8 +34,8 @@ from victims import (
     unfinished_saves,
     whole_rows,
 )
-
-from llmtrain.checkpoint.format import CheckpointError, verify_checkpoint
+from tests.helpers.cli import assert_same_end
+from tests.helpers.launcher import Launcher, Victim
 
 PLUGINS = "plugins=[objectives]"
 # Evaluations take long enough to be met; their numbers are those of the run that others are compared with.

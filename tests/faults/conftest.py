@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launcher import Launcher
-from victims import STANDARD, prepare
+
+from tests.faults.victims import STANDARD, prepare
+from tests.helpers.launcher import Launcher
 
 if sys.platform != "linux":  # /proc, prlimit, the death of a parent
     collect_ignore_glob = ["test_*.py"]

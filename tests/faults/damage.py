@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from victims import FILES
+from tests.faults.victims import FILES
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Any
 
 PRELUDE = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from power import install
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from tests.faults.power import install
 del sys.path[0]
 install({{folder!r}}, at={{at}}, seed={{seed!r}})
 """

@@ -7,10 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli import assert_same_end
-from clock import YEAR_SECONDS, WallClock
-from launcher import Launcher
-from victims import STANDARD, assert_log_whole, assert_same_rows, events, prepare, steps, wait_for_step
 
 from llmtrain import Run
 from llmtrain.checkpoint.writer import Saver
@@ -18,6 +14,10 @@ from llmtrain.display import open_display
 from llmtrain.run.session import make_loop
 from llmtrain.train.loop import Loop
 from llmtrain.train.state import TrainState
+from tests.faults.clock import YEAR_SECONDS, WallClock
+from tests.faults.victims import STANDARD, assert_log_whole, assert_same_rows, events, prepare, steps, wait_for_step
+from tests.helpers.cli import assert_same_end
+from tests.helpers.launcher import Launcher
 
 NEVER = ("checkpoint.every_steps=0", "checkpoint.before_evaluation=false")
 

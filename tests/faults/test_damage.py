@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cli import assert_same_end
-from damage import Damage, absences, flips, names_the_place, truncations
-from launcher import Launcher
-from victims import (
+
+from llmtrain.base.tensor_files import CheckpointError
+from llmtrain.checkpoint.format import verify_checkpoint
+from tests.faults.damage import Damage, absences, flips, names_the_place, truncations
+from tests.faults.victims import (
     FILES,
     STANDARD,
     assert_all_whole,
@@ -19,8 +20,8 @@ from victims import (
     steps,
     wait_for,
 )
-
-from llmtrain.checkpoint.format import CheckpointError, verify_checkpoint
+from tests.helpers.cli import assert_same_end
+from tests.helpers.launcher import Launcher
 
 
 @pytest.fixture(scope="session")

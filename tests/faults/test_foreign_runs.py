@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
-from launcher import Launcher
-from victims import STANDARD, steps
+
+from tests.faults.victims import STANDARD, steps
+from tests.helpers.launcher import Launcher
 
 PLANTED = """
 from pathlib import Path

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli import assert_same_end
-from launcher import Launcher, Victim
-from victims import (
+
+from tests.faults.victims import (
     FILES,
     STANDARD,
     assert_all_whole,
@@ -23,6 +22,8 @@ from victims import (
     wait_for,
     wait_for_step,
 )
+from tests.helpers.cli import assert_same_end
+from tests.helpers.launcher import Launcher, Victim
 
 FAILED = "the run goes on and tries again"  # of the event's message
 SAVING = (*STANDARD, "checkpoint.every_steps=4", "checkpoint.before_evaluation=false")

@@ -6,9 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from cli import assert_same_end
-from launcher import Launcher
-from victims import (
+
+from tests.faults.victims import (
     STANDARD,
     assert_all_whole,
     assert_log_whole,
@@ -18,6 +17,8 @@ from victims import (
     unfinished_saves,
     wait_for_step,
 )
+from tests.helpers.cli import assert_same_end
+from tests.helpers.launcher import Launcher
 
 EVERY_STEP = (*STANDARD, "checkpoint.every_steps=1")
 

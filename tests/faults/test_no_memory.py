@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
-from cli import assert_same_end, rows
-from launcher import Launcher
-from victims import STANDARD, assert_all_whole, events
+
+from tests.faults.victims import STANDARD, assert_all_whole, events
+from tests.helpers.cli import assert_same_end, rows
+from tests.helpers.launcher import Launcher
 
 PLUGINS = "plugins=[objectives]"
 HUNGRY = ("objective._target_=objectives.Hungry", "+objective.passing=0", PLUGINS)

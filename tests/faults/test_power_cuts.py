@@ -5,10 +5,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from cli import assert_same_end
-from launcher import Launcher
-from power import PRELUDE
-from victims import STANDARD, assert_all_whole
+
+from tests.faults.power import PRELUDE
+from tests.faults.victims import STANDARD, assert_all_whole
+from tests.helpers.cli import assert_same_end
+from tests.helpers.launcher import Launcher
 
 SAVING = (*STANDARD, "checkpoint.every_steps=2", "checkpoint.keep_last=1", "checkpoint.before_evaluation=false")
 # A save syncs five files and their folder, renames it, syncs the one above; renames what it replaces, and syncs again.

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from launcher import Launcher
-from victims import STANDARD
+
+from tests.faults.victims import STANDARD
+from tests.helpers.launcher import Launcher
 
 SECRETS = ("hush-api", "hush-token", "hush-option")
 KEYED = ("plugins=[objectives]", "metrics._target_=objectives.Keyed")

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli import assert_same_end
-from launcher import Launcher, Victim
-from victims import (
+
+from tests.faults.victims import (
     STANDARD,
     assert_all_whole,
     assert_log_whole,
@@ -20,6 +19,8 @@ from victims import (
     wait_for,
     wait_for_step,
 )
+from tests.helpers.cli import assert_same_end
+from tests.helpers.launcher import Launcher, Victim
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 NEVER = ("checkpoint.every_steps=0", "checkpoint.before_evaluation=false")

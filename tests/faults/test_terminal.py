@@ -9,9 +9,10 @@ import threading
 from pathlib import Path
 
 import pytest
-from cli import rows
-from launcher import Launcher
-from victims import STANDARD
+
+from tests.faults.victims import STANDARD
+from tests.helpers.cli import rows
+from tests.helpers.launcher import Launcher
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J[bold red]loud[/]\x9b31m\u202e"
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")

@@ -4,8 +4,8 @@ import signal
 import time
 from pathlib import Path
 
-from launcher import Launcher
-from victims import STANDARD, assert_all_whole, steps, wait_for
+from tests.faults.victims import STANDARD, assert_all_whole, steps, wait_for
+from tests.helpers.launcher import Launcher
 
 
 def test_the_second_process_is_refused(launcher: Launcher, tmp_path: Path) -> None:

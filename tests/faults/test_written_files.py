@@ -4,8 +4,9 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from launcher import Launcher
-from victims import STANDARD
+
+from tests.faults.victims import STANDARD
+from tests.helpers.launcher import Launcher
 
 # How files begin that Python or torch would execute on loading: pickles of protocols 0 (as torch wrote them) to 5, zip
 # archives (torch.save, .npz, wheels), gzip, numpy arrays (which may hold pickles), compiled Python, ELF, scripts

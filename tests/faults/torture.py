@@ -19,15 +19,16 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # for the helpers of the other tests
+sys.path.append(str(Path(__file__).parents[2]))  # for the helpers of the other tests
 
-import campaigns
-from campaigns import SWEEP, Bench, Record
-from launcher import Launcher
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from victims import STANDARD, prepare
+
+from tests.faults import campaigns
+from tests.faults.campaigns import SWEEP, Bench, Record
+from tests.faults.victims import STANDARD, prepare
+from tests.helpers.launcher import Launcher
 
 HALF = ("checkpoint.every_steps=10", "checkpoint.keep_last=3", "checkpoint.before_evaluation=false")
 

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cli import TINY, rows
-from launcher import Victim
 from safetensors import safe_open
 
 from llmtrain.checkpoint.format import verify_checkpoint
+from tests.helpers.cli import TINY, rows
+from tests.helpers.launcher import Victim
 
 ROOT = Path(__file__).parents[2]
 TEXT_BYTES = 3000  # 84 training sequences: an epoch is 21 steps

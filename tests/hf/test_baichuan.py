@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import read
 from safetensors.torch import load_file, save_file
 
 from llmtrain.hf.config_json import ConfigJson
 from llmtrain.hf.reading import load
 from llmtrain.hf.writing import config_json, write
 from llmtrain.model.llama import Position
+from tests.hf.checkpoints import read
 
 HIDDEN, LAYERS, MLP, VOCABULARY, EPS = 48, 2, 80, 131, 1e-6
 COMMON = {

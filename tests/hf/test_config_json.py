@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import transformers
-from checkpoints import GPT2_SIZES, SIZES
 
 from llmtrain.hf import family_of
 from llmtrain.hf.auto import Auto
 from llmtrain.hf.config_json import ConfigJson
 from llmtrain.model.layers.rotary import Scaling
+from tests.hf.checkpoints import GPT2_SIZES, SIZES
 
 LLAMA = {"model_type": "llama", "hidden_act": "silu"} | SIZES
 GPT2 = {"model_type": "gpt2"} | GPT2_SIZES

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import CASES, SIZES, largest_difference, make, read, some_ids
 from safetensors.torch import load_file
 
 from llmtrain.hf import family_for, module_names
@@ -15,6 +14,7 @@ from llmtrain.inference.generate import Sampling, generate
 from llmtrain.model import LanguageModel
 from llmtrain.model.gpt import GPTConfig, Initialisation
 from llmtrain.model.llama import LlamaConfig
+from tests.hf.checkpoints import CASES, SIZES, largest_difference, make, read, some_ids
 
 FP32 = torch.float32
 TOLERANCE = 1e-5

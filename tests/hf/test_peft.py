@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from adapted import FAMILIES, IDS, Pair, edit, logits, make, make_pair, seeded, stir
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llmtrain.hf.peft import CONFIG, TENSORS, export_adapter, import_adapter, shortest, start_from
+from llmtrain.hf.peft import CONFIG, TENSORS, export_adapter, import_adapter, shortest
 from llmtrain.lora.low_rank import LowRank
+from llmtrain.weights.adapters import start_from
+from tests.helpers.adapted import FAMILIES, IDS, Pair, edit, logits, make, make_pair, seeded, stir
 
 peft = pytest.importorskip("peft")
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from findings import QUIET, find, parts_of
 
 from llmtrain import Run
+from llmtrain.config.overrides import overrides_of
 from llmtrain.lint import lint
-from llmtrain.lint.case import Case, overrides_of
+from llmtrain.lint.case import Case
 from llmtrain.lint.inert import TABLE, inert_keys
+from tests.lint.findings import QUIET, find, parts_of
 
 STEP = ("schedule=step", "schedule.every=null")
 WSD = ("schedule=wsd",)

@@ -4,11 +4,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cli import TINY, llmtrain, only_run, rows
 
 from llmtrain import Run
 from llmtrain.cli.main import main
 from llmtrain.config import stored_config
+from tests.helpers.cli import TINY, llmtrain, only_run, rows
 
 QUIET = (*TINY, "loop.max_steps=3")
 WARMUP = "schedule.warmup_steps=3: the warm-up takes all 3 steps of the run"

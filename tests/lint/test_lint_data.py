@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from findings import QUIET, find, parts_of, with_corpus
 
 from llmtrain import Run
 from llmtrain.config.run_config import Parts
@@ -16,6 +15,7 @@ from llmtrain.data.order.permutation import order
 from llmtrain.data.sequences import Rows, Sequences, Stream
 from llmtrain.lint import lint
 from llmtrain.lint.overlap import STRETCH, number_in_all, window_hashes
+from tests.lint.findings import QUIET, find, parts_of, with_corpus
 
 # --- masked targets ----------------------------------------------------------------------------------------------
 

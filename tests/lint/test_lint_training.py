@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from findings import QUIET, find, find_in, parts_of
 
 from llmtrain import Run
 from llmtrain.config.run_config import Parts
 from llmtrain.lint import lint
 from llmtrain.lint.rates import adamw_rate
 from llmtrain.precision.auto import has_native_bf16
+from tests.lint.findings import QUIET, find, find_in, parts_of
 
 ROOT = Path(__file__).parents[2]
 

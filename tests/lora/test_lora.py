@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from adapted import FAMILIES, IDS, KINDS, logits, make, make_pair, seeded, stir
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -26,6 +25,7 @@ from llmtrain.optimizer import OptimizerConfig
 from llmtrain.plan.trace import fake_tensors
 from llmtrain.precision.fp8 import FP8Precision
 from llmtrain.precision.fp8_linear import Recipe
+from tests.helpers.adapted import FAMILIES, IDS, KINDS, logits, make, make_pair, seeded, stir
 
 CONF = Path(__file__).parents[2] / "conf"
 EVERYTHING = ["all-linear", "head", "embeddings"]

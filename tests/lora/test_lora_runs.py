@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli import TINY, assert_same_end, cut_back, llmtrain, only_run, rows
 from safetensors.torch import load_file
 
 from llmtrain import Run
 from llmtrain.lint import lint
+from tests.helpers.cli import TINY, assert_same_end, cut_back, llmtrain, only_run, rows
 
 STEPS = ("checkpoint.every_steps=3", "loop.max_steps=6", "checkpoint.keep_last=0", "optimizer.lr=1e-2")
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from adapted import seeded
 from torch import Tensor, nn
 
 from llmtrain.lora.layers import FrozenLinear
 from llmtrain.lora.quantization import Packed, Quantization
+from tests.helpers.adapted import seeded
 
 PACKED = (Quantization.bf16, Quantization.int8, Quantization.nf4)
 BITS = {Quantization.bf16: 16, Quantization.int8: 8 + 32 / 256, Quantization.nf4: 4 + 8 / 64 + 32 / (64 * 256)}

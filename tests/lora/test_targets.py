@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from adapted import make, seeded
 
 from llmtrain.config.build import build
 from llmtrain.lora import trained_and_all
@@ -16,6 +15,7 @@ from llmtrain.model import LanguageModel, ModelConfig
 from llmtrain.model.gpt import GPTConfig, Initialisation
 from llmtrain.model.layers.rotary import Scaling
 from llmtrain.model.llama import LlamaConfig, Position
+from tests.helpers.adapted import make, seeded
 
 GPT = GPTConfig(
     num_layers=2, hidden_size=16, num_heads=2, context_length=8, vocab_size=None, dropout=0.0, qkv_bias=True,

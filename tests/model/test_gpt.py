@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from adapted import KEYS
 from torch import Tensor
 
 from llmtrain.lora.lora import LoRA
 from llmtrain.model.gpt import GPT, GPTConfig, Initialisation
+from tests.helpers.adapted import KEYS
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 SMALL = {

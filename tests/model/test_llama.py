@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from cli import llmtrain, only_run, rows
 from torch import Tensor
 
 from llmtrain.activation_checkpointing.full import Full
@@ -19,6 +18,7 @@ from llmtrain.model import LanguageModel, ModelConfig
 from llmtrain.model.gpt import GPTConfig, Initialisation
 from llmtrain.model.layers.rotary import Scaling
 from llmtrain.model.llama import Llama, LlamaConfig, Position
+from tests.helpers.cli import llmtrain, only_run, rows
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 CPU = torch.device("cpu")

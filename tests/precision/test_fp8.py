@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cli import TINY, llmtrain
 from torch import Tensor, nn
 
 from llmtrain.activation_checkpointing.full import Full
@@ -18,6 +17,7 @@ from llmtrain.model import LanguageModel
 from llmtrain.model.gpt import GPTConfig, Initialisation
 from llmtrain.precision.fp8 import FP8, FP8Precision
 from llmtrain.precision.fp8_linear import E4M3, E5M2, Fp8Linear, Recipe, convert, find_scale, quantise
+from tests.helpers.cli import TINY, llmtrain
 
 CPU = torch.device("cpu")
 RELATIVE = {E4M3: 2**-4, E5M2: 2**-3}

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import TINY, assert_same_end, cut_back, environment, llmtrain, rows
-from planted import MARKER
 
 from llmtrain.checkpoint.directory import find_checkpoints, step_of
+from tests.helpers.cli import TINY, assert_same_end, cut_back, environment, llmtrain, rows
+from tests.recovery.planted import MARKER
 
 LENGTH, BATCH = 64, 8
 STEP = LENGTH * BATCH  # characters that a step takes

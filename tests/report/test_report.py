@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
 
-from llmtrain.commands import Invocation
+from llmtrain.base.invocation import Invocation
 from llmtrain.commands.report import Report, main
 from llmtrain.metrics.local import Local
 from llmtrain.report.curves import _draw_panel, _labels, _smooth, _unit, draw_comparison, draw_run

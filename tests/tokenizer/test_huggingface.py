@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from llmtrain.tokenizer import CUTS
 from llmtrain.tokenizer import huggingface as module
 from llmtrain.tokenizer.huggingface import HuggingFace, HuggingFaceTokenizer
-from tests.cli import TINY, llmtrain, only_run
+from tests.helpers.cli import TINY, llmtrain, only_run
 from tests.tokenizer.conftest import CORPUS, random_texts, save
 
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 import transformers
 import yaml
-from cli import TINY, rows
 from safetensors.torch import load_file, save_file
 
 from llmtrain import Run
+from llmtrain.base.tensor_files import read_tensors
 from llmtrain.checkpoint.directory import locate_checkpoint
-from llmtrain.checkpoint.format import read_tensors
 from llmtrain.cli.main import main
 from llmtrain.hf.directory import SAMPLE, Directory, download, fingerprint, locate
+from tests.helpers.cli import TINY, rows
 
 TRAIN = (*(override for override in TINY if not override.startswith("model=")), "loop.max_steps=1")
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

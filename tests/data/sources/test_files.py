@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from harm import flip, flip_unnoticed
 
 from llmtrain.data.sources.files import read_memo, remember, sha256
+from tests.data.harm import flip, flip_unnoticed
 
 
 def test_facts_are_remembered_until_the_file_changes(tmp_path: Path) -> None:

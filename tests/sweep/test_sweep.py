@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cli import TINY, llmtrain, rows
+
+from tests.helpers.cli import TINY, llmtrain, rows
 
 SWEEP = ("train", "-m", *TINY, "loop.max_steps=6", "loop.eval_every=3", "checkpoint.every_steps=2")
 
@@ -68,7 +69,7 @@ def test_a_job_that_never_came_to_train_has_failed(tmp_path: Path) -> None:
     done = llmtrain(*SWEEP, "optimizer.lr=1e-4,1e-3", *data, cwd=tmp_path, check=1)
     assert "pending" not in done.stdout
     assert [json.loads((job / "summary.json").read_text())["exit_reason"] for job in runs(tmp_path)] == ["failed"] * 2
-    (tmp_path / "bad.txt").write_text((Path(__file__).parents[1] / "data" / "lighthouse.txt").read_text())
+    (tmp_path / "bad.txt").write_text((Path(__file__).parents[2] / "data" / "lighthouse.txt").read_text())
     llmtrain(*SWEEP, "optimizer.lr=1e-4,1e-3", *data, cwd=tmp_path)
 
 

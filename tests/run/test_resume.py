@@ -6,14 +6,14 @@ import time
 from pathlib import Path
 
 import pytest
-from cli import TINY, assert_same_end, cut_back, llmtrain, only_run, rows, start
 
 from llmtrain import Run
 from llmtrain.config import stored_config
 from llmtrain.run.directory import RunDirectory
+from tests.helpers.cli import TINY, assert_same_end, cut_back, llmtrain, only_run, rows, start
 
 CHECKPOINTS = ("checkpoint.every_steps=1", "checkpoint.keep_last=0", "loop.max_steps=9")
-TEXT = Path(__file__).parents[1] / "data" / "lighthouse.txt"
+TEXT = Path(__file__).parents[2] / "data" / "lighthouse.txt"
 # 20 training sequences of 32 bytes: with 4 a step an epoch is 5 steps
 SMALL_TEXT = ("data=text", "data.path=text.txt", "data.validation_fraction=0.1")
 

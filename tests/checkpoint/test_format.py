@@ -12,15 +12,10 @@ import pytest
 import torch
 
 from llmtrain.base.files import share, sweep_leftovers, write_atomically
+from llmtrain.base.run_files import MANIFEST
+from llmtrain.base.tensor_files import CheckpointError
 from llmtrain.checkpoint.directory import find_checkpoints, locate_checkpoint
-from llmtrain.checkpoint.format import (
-    MANIFEST,
-    CheckpointError,
-    confirm_checkpoint,
-    remove_checkpoint,
-    verify_checkpoint,
-    write_checkpoint,
-)
+from llmtrain.checkpoint.format import confirm_checkpoint, remove_checkpoint, verify_checkpoint, write_checkpoint
 
 
 def write(path: Path, value: float = 1.0) -> Path:

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli import TINY, llmtrain, only_run
 
 from llmtrain import Run
 from llmtrain.cli.arguments import VERBS, split
 from llmtrain.cli.main import main
 from llmtrain.run.directory import RunDirectory
+from tests.helpers.cli import TINY, llmtrain, only_run
 
 Failing = Callable[..., str]
 QUICK = (*TINY, "loop.max_steps=2")

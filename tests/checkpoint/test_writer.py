@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_checkpoint import policy
 
 from llmtrain.checkpoint.directory import find_checkpoints, step_of
 from llmtrain.checkpoint.format import verify_checkpoint
 from llmtrain.checkpoint.writer import Saver
 from llmtrain.run.directory import RunDirectory
+from tests.checkpoint.test_policy import policy
 
 CPU = torch.device("cpu")
 

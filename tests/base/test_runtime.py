@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli import TINY, rows
 
 from llmtrain import Run
 from llmtrain.base.device import measure_matmul_flops, physical_cores
 from llmtrain.base.process import is_glibc
 from llmtrain.base.runtime import Device, Runtime
+from tests.helpers.cli import TINY, rows
 
 
 @pytest.mark.slow

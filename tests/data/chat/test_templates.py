@@ -353,7 +353,7 @@ def test_ids_and_targets_as_transformers_has_them(tmp_path: Path) -> None:
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = tokenizers.decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    text_file = (Path(__file__).parents[2] / "data" / "lighthouse.txt").read_text()
+    text_file = (Path(__file__).parents[3] / "data" / "lighthouse.txt").read_text()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=800, special_tokens=special, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
     )

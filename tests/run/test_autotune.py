@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli import llmtrain
 
 from llmtrain import Run
 from llmtrain.config.run_config import Parts
@@ -14,6 +13,7 @@ from llmtrain.metrics import read_metrics
 from llmtrain.run.autotune import Rehearsal, compiling_pays, largest_that_fits
 from llmtrain.run.session import fits, tune
 from llmtrain.train.state import TrainState
+from tests.helpers.cli import llmtrain
 
 TINY = ("model=tiny", "tokenizer=byte", "loop.sample_every=0", "metrics.log_every=1")
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")

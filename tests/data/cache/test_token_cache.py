@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harm import flip_unnoticed
 
 from llmtrain.data.cache.reader import Tokens
 from llmtrain.data.cache.shard_index import INDEX, Index
 from llmtrain.data.cache.token_cache import Entry, Source, prepare
 from llmtrain.data.sources.documents import Piece
 from llmtrain.tokenizer import Tokenizer
+from tests.data.harm import flip_unnoticed
 
 TEXTS = [f"document {i}" for i in range(40)]
 

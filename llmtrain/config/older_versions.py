@@ -1,30 +1,13 @@
 """Stored configs completed: with the defaults of keys that an older version did not have."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from llmtrain.config.compose import compose
 from llmtrain.config.folders import conf_dir
-from llmtrain.config.stored_config import escape, load, untrusted
-
-
-def load_run(run_dir: Path, step: int | None = None) -> dict[str, Any]:
-    """The stored config that going on from ``step`` (None: the newest checkpoint) of a run starts from.
-
-    It may name classes of a plugin; whoever resumes the run has to name the plugin again.  Where the run was made is
-    left out: it may have been moved.
-    """
-    from llmtrain.checkpoint.format import verify_checkpoint
-    from llmtrain.run.directory import RunDirectory  # imports torch
-
-    directory = RunDirectory.open(run_dir)
-    path = directory.config_at(step)
-    if path != directory.config:
-        verify_checkpoint(path.parent, only=path.name)
-    return complete(untrusted(load(path))) | {"run_dir": None}
+from llmtrain.config.stored_config import escape
 
 
 def complete(stored: Mapping[str, Any]) -> dict[str, Any]:

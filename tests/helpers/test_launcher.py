@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli import TINY, assert_same_end, launcher, llmtrain, rows
+
+from tests.helpers.cli import TINY, assert_same_end, launcher, llmtrain, rows
 
 if sys.platform != "linux":
     pytest.skip("cli.llmtrain forks on Linux alone", allow_module_level=True)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from llmtrain.data import DataFailed
+from llmtrain.data.cache import encode as module
 from llmtrain.data.cache.encode import dtype_of, encode_documents, is_validation
-from llmtrain.data.cache.token_cache import encode as module
 from llmtrain.data.sources.documents import Piece, read_text, split_documents
 from llmtrain.tokenizer import CUTS, Tokenizer
 from llmtrain.tokenizer.byte import ByteTokenizer

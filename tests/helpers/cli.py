@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from launcher import Launcher
 from safetensors.torch import load_file
+
+from tests.helpers.launcher import Launcher
 
 TINY = (
     "model=tiny", "tokenizer=byte", "data.sequence_length=32", "runtime.num_threads=1", "metrics.log_every=1",

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from llmtrain.cli.help import ON_RESUME, commented, written
 from llmtrain.run.resume import FIXED
 
-CONF = Path(__file__).parents[1] / "conf"
+CONF = Path(__file__).parents[2] / "conf"
 
 
 @pytest.mark.parametrize("verb", ["train", "plan", "generate", "chat", "predict", "export", "verify", "report"])

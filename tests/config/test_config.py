@@ -15,7 +15,7 @@ from llmtrain.config.stored_config import REDACTED, ConfigError
 from llmtrain.optimizer.adamw import AdamW
 from llmtrain.schedule import Schedule
 
-CONF = Path(__file__).parents[1] / "conf"
+CONF = Path(__file__).parents[2] / "conf"
 GROUPS = sorted(p for p in CONF.iterdir() if p.is_dir() and p.name not in ("experiment", "__pycache__"))
 OPTIONS = sorted((p.parent.name, p.stem) for group in GROUPS for p in group.glob("*.yaml"))
 NEEDED = {  # values without a default

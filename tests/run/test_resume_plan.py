@@ -9,27 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from cli import TINY, assert_same_end, rows
 
 from llmtrain import Run
 from llmtrain.accumulation.auto import AutoBatch
-from llmtrain.checkpoint.format import (
-    CONFIG,
-    MODEL,
-    OPTIMIZER,
-    CheckpointError,
-    copy_checkpoint,
-    read_state,
-    read_tensors,
-    verify_checkpoint,
-    write_checkpoint,
-)
+from llmtrain.base.run_files import CONFIG, MODEL, OPTIMIZER
+from llmtrain.base.tensor_files import CheckpointError, read_tensors
+from llmtrain.checkpoint.format import copy_checkpoint, read_state, verify_checkpoint, write_checkpoint
 from llmtrain.config import stored_config
 from llmtrain.run.directory import RunDirectory
 from llmtrain.run.environment import describe_environment
 from llmtrain.run.resume import changes, come_back, find_origin, has_optimizer_of, make_child
 from llmtrain.run.session import execute
 from llmtrain.train.loop import TrainingFailed
+from tests.helpers.cli import TINY, assert_same_end, rows
 
 CPU = torch.device("cpu")
 FP16 = ("precision=fp16", "precision.initial_scale=65536")

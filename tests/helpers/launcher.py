@@ -2,8 +2,7 @@
 
 What is forked runs ``llmtrain.cli.main.main``, and what was to be done at the exit, as ``python -m llmtrain`` does; the
 imports, seconds of them, are saved, what else a process does but once, and taking it all apart in the end.
-:class:`Launcher` and its server speak JSON, a packet a message.  ``tests/test_launcher.py`` compares it with the
-command itself.
+:class:`Launcher` and its server speak JSON, a packet a message.
 """
 
 import atexit

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli import TINY, cut_back, llmtrain, rows
 from safetensors.torch import load_file
 
 from llmtrain import Run
 from llmtrain.config import stored_config
 from llmtrain.run.directory import RunDirectory
 from llmtrain.train.profiler import WIDTH
+from tests.helpers.cli import TINY, cut_back, llmtrain, rows
 
 PNG = b"\x89PNG\r\n\x1a\n"
 FILES = {"trace.json.gz", "operations.txt", "memory.png"}

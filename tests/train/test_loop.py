@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli import TINY, rows
 from safetensors.torch import load_file
 
 from llmtrain import Run
@@ -17,6 +16,7 @@ from llmtrain.run.session import execute
 from llmtrain.train.loop import Loop
 from llmtrain.train.state import TrainState
 from llmtrain.train.step_timer import Stopwatch
+from tests.helpers.cli import TINY, rows
 
 
 def parts_of(run: Run) -> Parts:

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli import TINY, rows
 
 from llmtrain import Run
 from llmtrain.config import stored_config
 from llmtrain.run.directory import RunDirectory
 from llmtrain.train.step_timer import Stopwatch
+from tests.helpers.cli import TINY, rows
 
 
 class Clock:

@@ -1,0 +1,19 @@
+"""A command's invocation: what a verb gets besides its config, and the exit statuses that it returns."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+FINISHED = 0
+FAILED = 1
+USAGE_ERROR = 2
+INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving; resume goes on
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """The command line besides the config."""
+
+    targets: Sequence[Path]  # run or checkpoint directories
+    command: Sequence[str]  # the whole command line, for the record
+    step: int | None = None  # resume: of the checkpoint that is named

@@ -1,0 +1,19 @@
+"""Names of the files in a run directory and in a checkpoint: the only place that spells them."""
+
+CONFIG = "config.yaml"  # of a run, and of each checkpoint
+ENVIRONMENT = "environment.json"
+OVERRIDES = "overrides.json"  # of a sweep's job: its overrides
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+SUMMARY = "summary.json"
+LOG = "train.log"
+LOSS_PLOT = "loss.png"
+LOCK = ".lock"
+PROFILE = "profile"  # folder
+CHECKPOINTS = "checkpoints"  # folder
+
+# of a checkpoint
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+MANIFEST = "manifest.json"

@@ -1,0 +1,46 @@
+"""Adapters to start from: those of a PEFT directory, of a run or of a checkpoint."""
+
+from pathlib import Path
+
+import yaml
+
+from llmtrain.base.options import option_of_target
+from llmtrain.base.run_files import CONFIG as STORED
+from llmtrain.base.run_files import MODEL
+from llmtrain.base.tensor_files import CheckpointError, read_tensors
+from llmtrain.checkpoint.directory import locate_checkpoint
+from llmtrain.checkpoint.format import read_state, verify_checkpoint
+from llmtrain.hf import SCORE, module_names
+from llmtrain.hf.peft import CONFIG, check_kind, import_adapter
+from llmtrain.lora.low_rank import CLASSIFIER, LowRank
+from llmtrain.model import LanguageModel
+
+
+def start_from(model: LanguageModel, lora: LowRank, path: Path) -> None:
+    """Copy adapters, those of a PEFT directory or of one of our runs or checkpoints, into those of ``model``.
+
+    Raises ValueError where they are not such as ``lora`` has put into it, naming keys or tensors.
+    """
+    if (path / CONFIG).is_file():
+        names = module_names(model) | {CLASSIFIER.removesuffix("."): SCORE.removesuffix(".weight")}
+        import_adapter(model, lora, names, path)
+        return
+    checkpoint = locate_checkpoint(path)
+    verify_checkpoint(checkpoint)
+    if not read_state(checkpoint).get("base"):
+        raise ValueError(f"lora.path={path}: holds a whole model, no adapters; weights=checkpoint weights.path={path}")
+    stored = yaml.safe_load((checkpoint / STORED).read_text(encoding="utf-8"))["lora"]
+    kind = option_of_target(str(stored["_target_"]))
+    check_kind(lora, kind, stored["rank"], stored["alpha"], path)
+    tensors = read_tensors(checkpoint / MODEL, next(model.parameters()).device)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name in trained}
+    others = [name for name in (*shapes, *tensors) if name not in tensors or name not in shapes]
+    others += [name for name in tensors if name in shapes and tuple(tensors[name].shape) != shapes[name]]
+    if others:
+        more = f" (and {len(others) - 3} more)" if len(others) > 3 else ""
+        raise CheckpointError(
+            f"{checkpoint / MODEL}: does not fit lora.targets and lora.also_train: {', '.join(others[:3])}{more} "
+            "missing, too many or of another shape"
+        )
+    model.load_state_dict(tensors, strict=False)
