@@ -1,18 +1,19 @@
 """The largest micro-batch that fits."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llmtrain.accumulation import Accumulation
+from llmtrain.accumulation import Accumulation, Stretch
 from llmtrain.base.checks import positive
 
 
 @dataclass(frozen=True)
 class AutoBatch(Accumulation):
-    """``batch_size`` sequences an optimizer step, as many of them at once as memory has room for.
+    """``batch_size`` sequences in an optimizer step, as many of them at once as fit into memory.
 
-    How many that is, is tried at the start of a run and kept in its checkpoints: whatever is chosen, the gradient is
-    the same.
+    Their number is found by trying, at the start of a run, and kept in its checkpoints.  The gradient does not depend
+    on it.
     """
 
     batch_size: int
@@ -23,8 +24,11 @@ class AutoBatch(Accumulation):
 
     @property
     def micro_batch_size(self) -> int:  # type: ignore[override]
-        """The most that there can be."""
+        """The largest possible micro-batch: the whole batch."""
         return self.batch_size
 
     def batch_size_at(self, step: int, tokens: int) -> int:
         return self.batch_size
+
+    def stretches(self, steps: int, sequence_length: int) -> Iterator[Stretch]:
+        yield Stretch(steps, self.batch_size)

@@ -1,14 +1,15 @@
 """The same batch size at every step."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llmtrain.accumulation import Accumulation
+from llmtrain.accumulation import Accumulation, Stretch
 from llmtrain.base.checks import positive
 
 
 @dataclass(frozen=True)
 class FixedBatch(Accumulation):
-    """``batch_size`` sequences an optimizer step, ``micro_batch_size`` at once; the last micro-batch takes the rest."""
+    """``batch_size`` sequences in an optimizer step, ``micro_batch_size`` at once; the last ones may be fewer."""
 
     batch_size: int
     micro_batch_size: int
@@ -18,3 +19,6 @@ class FixedBatch(Accumulation):
 
     def batch_size_at(self, step: int, tokens: int) -> int:
         return self.batch_size
+
+    def stretches(self, steps: int, sequence_length: int) -> Iterator[Stretch]:
+        yield Stretch(steps, self.batch_size)

@@ -1,16 +1,18 @@
 """A batch size that grows (McCandlish et al. 2018, https://arxiv.org/abs/1812.06162; GPT-3, section 2.3)."""
 
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
+from typing import ClassVar
 
-from llmtrain.accumulation import Accumulation
+from llmtrain.accumulation import Accumulation, Stretch
 from llmtrain.base.checks import positive
 
 
 class Unit(Enum):
-    """What the starts of the stages count."""
+    """The unit of the starts of the stages."""
 
     steps = "steps"
     tokens = "tokens"
@@ -18,7 +20,7 @@ class Unit(Enum):
 
 @dataclass(frozen=True)
 class Stage:
-    """``batch_size`` sequences an optimizer step once ``start`` steps or tokens are done."""
+    """``batch_size`` sequences in an optimizer step once ``start`` steps or tokens are done."""
 
     start: int
     batch_size: int
@@ -31,6 +33,7 @@ class RampedBatch(Accumulation):
     stages: list[Stage]
     unit: Unit
     micro_batch_size: int
+    batch_size_key: ClassVar[str] = "stages"
 
     def __post_init__(self) -> None:
         positive(micro_batch_size=self.micro_batch_size)
@@ -43,3 +46,17 @@ class RampedBatch(Accumulation):
     def batch_size_at(self, step: int, tokens: int) -> int:
         done = step if self.unit is Unit.steps else tokens
         return self.stages[bisect_right(self.stages, done, key=lambda stage: stage.start) - 1].batch_size
+
+    def stretches(self, steps: int, sequence_length: int) -> Iterator[Stretch]:
+        step = position = 0
+        for stage, following in zip(self.stages, [*self.stages[1:], None], strict=True):
+            left = steps - step
+            if following is not None and self.unit is Unit.steps:
+                left = min(left, following.start - step)
+            elif following is not None:  # a step may overshoot the start of a stage, or a whole stage
+                missing = following.start - position * sequence_length
+                left = min(left, max(-(-missing // (stage.batch_size * sequence_length)), 0))
+            if left:
+                yield Stretch(left, stage.batch_size)
+            step += left
+            position += left * stage.batch_size

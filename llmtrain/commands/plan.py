@@ -19,7 +19,7 @@ from llmtrain.checkpoint.model_state import saved_tensors
 from llmtrain.config.overrides import overrides_of
 from llmtrain.data import Corpus
 from llmtrain.display import lines
-from llmtrain.lint import lint
+from llmtrain.lint import Case, lint
 from llmtrain.model import LanguageModel
 from llmtrain.plan.advice import Suggestion, largest_fitting, suggest
 from llmtrain.plan.blueprint import Blueprint, outline
@@ -74,8 +74,6 @@ class Planned:
     corpus: Corpus
     model: LanguageModel  # on the meta device
     max_steps: int
-    device: torch.device | None = None
-    optimizer: torch.optim.Optimizer | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ def main(plan: Plan, invocation: Invocation) -> int:
         draw(Path(plan.chart), run.name, parts, outlook.spec.memory_bytes, outlook.costs.seconds)
     if plan.json is not None:
         write_atomically(Path(plan.json), json.dumps(figures(run, planned, outlook), indent=1) + "\n")
-    findings = lint(run, planned, overrides_of(invocation.command))
+    findings = lint(Case(run, tokenizer, corpus, model, steps, overrides=overrides_of(invocation.command)))
     if findings:
         console.print()
     for finding in findings:
@@ -164,11 +162,9 @@ def look_ahead(plan: Plan, run: Run, planned: Planned, device: torch.device) -> 
         if built.name != precision.name:  # auto
             precision = Precision(built.name, torch.device("cpu"), built.dtype)
     steps, batch = planned.max_steps, run.accumulation.batch_size_at(0, 0)
-    sequences = batch_sum(run, steps)
-    largest = run.accumulation.batch_size_at(max(steps - 1, 0), sequences * run.data.sequence_length)
-    blueprint = Blueprint(
-        run, run.vocab_size(planned.tokenizer), precision, max(batch, largest), labels=planned.corpus.labels
-    )
+    sequences = run.accumulation.position_after(steps, run.data.sequence_length)
+    largest = run.accumulation.largest_batch(steps, run.data.sequence_length)
+    blueprint = Blueprint(run, run.vocab_size(planned.tokenizer), precision, largest, labels=planned.corpus.labels)
     validation = 0 if planned.corpus.validation is None else len(planned.corpus.validation)
     counts = count_looks(run.loop, run.checkpoint, steps, sequences, batch, validation)
     is_copied = counts.copied_saves > 0 or (run.checkpoint.asynchronous and run.checkpoint.every_minutes > 0)
@@ -226,14 +222,6 @@ def speed_of(run: Run, model: LanguageModel, spec: DeviceSpec, precision: Precis
     return Speed.of_flops(model.flops_per_token(length), length, at, weights, spec.bandwidth)
 
 
-def batch_sum(run: Run, steps: int) -> int:
-    """Sequences that ``steps`` steps take."""
-    position = 0
-    for step in range(steps):
-        position += run.accumulation.batch_size_at(step, position * run.data.sequence_length)
-    return position
-
-
 # --- telling -----------------------------------------------------------------------------------------------------
 
 
@@ -263,7 +251,7 @@ def work(run: Run, planned: Planned) -> Table:
     """Tokens, steps, FLOPs."""
     model, corpus, steps = planned.model, planned.corpus, planned.max_steps
     sequence, batch = run.data.sequence_length, run.accumulation.batch_size_at(0, 0)
-    sequences = batch_sum(run, steps)
+    sequences = run.accumulation.position_after(steps, sequence)
     mean = corpus.train.mean_length
     tokens = round(sequences * mean)
     flops_per_token = model.flops_per_token(sequence)

@@ -111,8 +111,8 @@ class RunConfig:
             )
         if self.data.gives not in self.objective.takes:
             raise ValueError(
-                f"objective={option_name(self.objective)}: does not go with data={option_name(self.data)}, whose targets are "
-                f"{TARGETS[self.data.gives]}; it takes data whose targets are "
+                f"objective={option_name(self.objective)}: does not go with data={option_name(self.data)}, "
+                f"whose targets are {TARGETS[self.data.gives]}; it takes data whose targets are "
                 f"{' or '.join(TARGETS[kind] for kind in self.objective.takes)}"
             )
         if self.lora.adapts and isinstance(self.weights, Scratch):

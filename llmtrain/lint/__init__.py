@@ -5,13 +5,14 @@ number, and its time does not grow with the corpus or the run.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from llmtrain.lint import data, rates, training
-from llmtrain.lint.case import Built, Case, Finding, Settings
+from llmtrain.lint.case import Case, Finding
 from llmtrain.lint.inert import inert_keys
 from llmtrain.lint.overlap import validation_in_training
 
-__all__ = ["Built", "Finding", "Settings", "lint", "lint_changes", "refuse"]
+__all__ = ["Case", "Finding", "lint", "lint_changes", "refuse"]
 
 Check = Callable[[Case], Iterator[Finding]]
 
@@ -34,29 +35,20 @@ OF_SETTINGS: tuple[Check, ...] = (
 OF_DATA: tuple[Check, ...] = (data.masked_targets, validation_in_training)  # these read them
 
 
-def lint(run: Settings, parts: Built, overrides: Sequence[str] = ()) -> list[Finding]:
-    """What is wrong with a run that is about to start, errors first.
-
-    ``parts`` may be less than a run is built of: a model on the meta device, no optimizer.  ``overrides`` are what the
-    user has set, as ``key=value``; the keys among them that nothing reads are found.
-    """
-    findings = _findings(Case(run, parts, overrides), (*OF_DATA, *OF_SETTINGS))
+def lint(case: Case) -> list[Finding]:
+    """Find what is wrong with a run that is about to start; errors come first."""
+    findings = _findings(case, (*OF_DATA, *OF_SETTINGS))
     return sorted(findings, key=lambda finding: finding.level != "error")
 
 
-def lint_changes(
-    before: Settings, parts_before: Built, run: Settings, parts: Built, overrides: Sequence[str]
-) -> list[Finding]:
-    """What the changes from ``before`` to ``run`` bring about: what was so before is not said again.
+def lint_changes(before: Case, after: Case) -> list[Finding]:
+    """Find what the changes from ``before`` to ``after`` bring about; a finding that holds for both is left out.
 
-    The data are those that the run was started on, and not looked at once more.
+    The run is resumed: its data are those that it was started on, and are not checked again.
     """
-    known = set(_findings(Case(before, parts_before, (), is_resumed=True), OF_SETTINGS))
-    return [
-        finding
-        for finding in _findings(Case(run, parts, overrides, is_resumed=True), OF_SETTINGS)
-        if finding not in known
-    ]
+    known = set(_findings(replace(before, overrides=(), is_resumed=True), OF_SETTINGS))
+    found = _findings(replace(after, is_resumed=True), OF_SETTINGS)
+    return [finding for finding in found if finding not in known]
 
 
 def refuse(findings: Iterable[Finding]) -> None:

@@ -21,7 +21,7 @@ EPOCHS = 4  # beyond, repeated data are worth less and less: Muennighoff et al. 
 
 def masked_targets(case: Case) -> Iterator[Finding]:
     """Targets that are masked: without any there is no loss."""
-    data, corpus = case.run.data, case.parts.corpus
+    data, corpus = case.run.data, case.corpus
     key, name = "data", f"data={option_name(data)}"
     remedy = (
         "make the tokens that are to be predicted targets; if sequences are cut off before them, raise "
@@ -73,10 +73,10 @@ def repetition(case: Case) -> Iterator[Finding]:
     loop = case.run.loop
     if case.epochs <= EPOCHS or loop.epochs is not None or case.is_resumed:
         return
-    enough = max(1, int(case.steps * EPOCHS / case.epochs))
+    enough = max(1, int(case.max_steps * EPOCHS / case.epochs))
     yield warning(
         "loop.max_steps",
-        f"loop.max_steps={loop.max_steps}: goes {case.epochs:.3g} times through {case.parts.corpus.train.tokens:,} "
+        f"loop.max_steps={loop.max_steps}: goes {case.epochs:.3g} times through {case.corpus.train.tokens:,} "
         f"training tokens: beyond {EPOCHS} epochs repeated text is worth less and less, and is learnt by heart; more "
         f"text, loop.max_steps={enough}, or, if it is meant, loop.max_steps=null loop.epochs={math.ceil(case.epochs)}",
     )
@@ -84,7 +84,7 @@ def repetition(case: Case) -> Iterator[Finding]:
 
 def batch_beyond_data(case: Case) -> Iterator[Finding]:
     """An optimizer step that holds the same sequence more than once."""
-    sequences, batch = len(case.parts.corpus.train), case.largest_batch
+    sequences, batch = len(case.corpus.train), case.largest_batch
     if batch > sequences:
         key = case.batch_key
         yield warning(
@@ -109,7 +109,7 @@ def untrained_positions(case: Case) -> Iterator[Finding]:
 
 def unused_vocabulary(case: Case) -> Iterator[Finding]:
     """Rows of the embedding for ids that the tokenizer never gives."""
-    rows, ids = case.run.model.vocab_size, case.parts.tokenizer.vocab_size
+    rows, ids = case.run.model.vocab_size, case.tokenizer.vocab_size
     if rows is not None and rows > 1.1 * ids + 64 and isinstance(case.run.weights, Scratch):
         yield warning(
             "model.vocab_size",

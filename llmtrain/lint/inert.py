@@ -32,22 +32,22 @@ class Inert(NamedTuple):
 def ends_before_epochs(case: Case) -> bool:
     """Whether ``loop.max_steps`` ends the run before ``loop.epochs`` would."""
     loop = case.run.loop
-    return loop.epochs is not None and case.steps == loop.max_steps and case.epochs < loop.epochs
+    return loop.epochs is not None and case.max_steps == loop.max_steps and case.epochs < loop.epochs
 
 
 def ends_before_steps(case: Case) -> bool:
     """Whether ``loop.epochs`` ends the run before ``loop.max_steps`` would."""
-    return case.run.loop.max_steps is not None and case.steps < case.run.loop.max_steps
+    return case.run.loop.max_steps is not None and case.max_steps < case.run.loop.max_steps
 
 
 def no_validation(case: Case) -> bool:
     """Whether there is nothing to evaluate on."""
-    return case.parts.corpus.validation is None
+    return case.corpus.validation is None
 
 
 def has_validation_files(case: Case) -> bool:
     """Whether validation is files by their names: what is cut off the tokens has exactly the configured share."""
-    data, corpus = case.run.data, case.parts.corpus
+    data, corpus = case.run.data, case.corpus
     if not isinstance(data, Shards) or corpus.validation is None:
         return False
     tokens = corpus.train.tokens + corpus.validation.tokens
@@ -58,14 +58,14 @@ def has_no_decay(case: Case) -> bool:
     """Whether a warm-up, stable, decay schedule never decays."""
     rule = case.run.schedule
     return isinstance(rule, WSD) and not (
-        round(rule.decay_ratio * case.steps) if rule.decay_steps is None else rule.decay_steps
+        round(rule.decay_ratio * case.max_steps) if rule.decay_steps is None else rule.decay_steps
     )
 
 
 def drops_too_late(case: Case) -> bool:
     """Whether a step decay is still at its peak when the run ends."""
     rule = case.run.schedule
-    return isinstance(rule, StepDecay) and (rule.every or rule.milestones[0]) >= case.steps
+    return isinstance(rule, StepDecay) and (rule.every or rule.milestones[0]) >= case.max_steps
 
 
 def missed_stages(case: Case) -> list[Stage]:
@@ -73,7 +73,7 @@ def missed_stages(case: Case) -> list[Stage]:
     ramp = case.run.accumulation
     if not isinstance(ramp, RampedBatch):
         return []
-    end = case.steps if ramp.unit is Unit.steps else case.sequences * case.run.data.sequence_length
+    end = case.max_steps if ramp.unit is Unit.steps else case.sequences * case.run.data.sequence_length
     return [stage for stage in ramp.stages if stage.start >= end]
 
 
@@ -84,7 +84,7 @@ def is_off(case: Case, key: str) -> bool:
 
 def judges_too_late(case: Case) -> bool:
     """Whether the run ends before there are enough steps to tell a spike by."""
-    return isinstance(case.run.recovery, On) and case.run.recovery.min_window_steps >= case.steps
+    return isinstance(case.run.recovery, On) and case.run.recovery.min_window_steps >= case.max_steps
 
 
 def selects_operations(case: Case) -> bool:
@@ -109,15 +109,15 @@ TABLE = [
     Inert(r"loop\.eval_(every|batches|train_batches)", lambda c: c.run.loop.eval_every and no_validation(c),
           NO_VALIDATION),
     Inert(r"loop\.eval_(batches|train_batches)", lambda c: not c.run.loop.eval_every, NO_EVALUATION),
-    Inert(r"loop\.eval_every", lambda c: c.run.loop.eval_every > c.steps,
+    Inert(r"loop\.eval_every", lambda c: c.run.loop.eval_every > c.max_steps,
           ENDS + ", so that only its start and end are evaluated; loop.eval_every={tenth}"),
     Inert(r"loop\.sample_(prompt|tokens|temperature|top_k)", lambda c: not c.run.loop.sample_every,
           "no text is sampled with loop.sample_every=0; loop.sample_every={tenth}"),
     Inert(r"loop\.sample_top_k", lambda c: c.run.loop.sample_temperature == 0,
           "with loop.sample_temperature=0 it is always the most likely token; loop.sample_temperature=0.8"),
-    Inert(r"loop\.sample_every", lambda c: c.run.loop.sample_every > c.steps,
+    Inert(r"loop\.sample_every", lambda c: c.run.loop.sample_every > c.max_steps,
           ENDS + ", where one sample is taken in any case; loop.sample_every={tenth}"),
-    Inert(r"metrics\.log_every", lambda c: c.run.metrics.log_every > c.steps,
+    Inert(r"metrics\.log_every", lambda c: c.run.metrics.log_every > c.max_steps,
           ENDS + ", of which the first and the last are logged; metrics.log_every={tenth}"),
     # data
     Inert(r"data\.validation_fraction", lambda c: isinstance(c.run.data, Shards) and c.run.data.validation_path,
@@ -128,7 +128,8 @@ TABLE = [
     # the learning rate
     Inert(r"schedule\.warmup_ratio", lambda c: getattr(c.run.schedule, "warmup_steps", None) is not None,
           "schedule.warmup_steps={run.schedule.warmup_steps} wins; schedule.warmup_steps=null"),
-    Inert(r"schedule\.initial_lr", lambda c: isinstance(c.run.schedule, Warmup) and not c.run.schedule.warmup(c.steps),
+    Inert(r"schedule\.initial_lr",
+          lambda c: isinstance(c.run.schedule, Warmup) and not c.run.schedule.warmup(c.max_steps),
           "a warm-up begins with it, and there is none; schedule.warmup_steps={tenth}"),
     Inert(r"schedule\.decay_ratio", lambda c: getattr(c.run.schedule, "decay_steps", None) is not None,
           "schedule.decay_steps={run.schedule.decay_steps} wins; schedule.decay_steps=null"),
@@ -140,7 +141,7 @@ TABLE = [
           lambda c: isinstance(c.run.schedule, LinearWarmupCosineLR) and c.run.schedule.init_lr != c.run.optimizer.lr,
           "schedule.init_lr={run.schedule.init_lr:g} is the peak of this schedule; leave out schedule.init_lr"),
     Inert(r"precision\.growth_interval",
-          lambda c: isinstance(c.run.precision, FP16) and c.run.precision.growth_interval > c.steps,
+          lambda c: isinstance(c.run.precision, FP16) and c.run.precision.growth_interval > c.max_steps,
           ENDS + ", before the loss scale can grow; precision.growth_interval={tenth}"),
     Inert(r"activation_checkpointing\.every", selects_operations,
           "it counts blocks, and of every block operations are selected; activation_checkpointing.by=block"),
@@ -169,16 +170,16 @@ TABLE = [
     Inert(r"model\.(initialisation|initial_std)", lambda c: not isinstance(c.run.weights, Scratch),
           "every weight is loaded; weights=scratch starts from the model's own"),
     # what is stored, and where
-    Inert(r"runtime\.profile", lambda c: c.run.runtime.profile and c.steps < FIRST,
+    Inert(r"runtime\.profile", lambda c: c.run.runtime.profile and c.max_steps < FIRST,
           ENDS + f", before the steps that are profiled, from step {FIRST} on; a longer run"),
     Inert(r"output_dir", lambda c: c.run.run_dir, "run_dir={run.run_dir} is the directory; leave out either"),
-    Inert(r"checkpoint\.every_steps", lambda c: c.run.checkpoint.every_steps > c.steps,
+    Inert(r"checkpoint\.every_steps", lambda c: c.run.checkpoint.every_steps > c.max_steps,
           ENDS + ", where one is written in any case; checkpoint.every_steps={tenth}"),
     Inert(r"checkpoint\.(keep_best|keep_every)", lambda c: not c.run.checkpoint.keep_last,
           "checkpoint.keep_last=0 keeps all; checkpoint.keep_last=2"),
     Inert(r"checkpoint\.keep_best", no_validation, NO_VALIDATION),
     Inert(r"checkpoint\.keep_best", lambda c: not c.run.loop.eval_every, NO_EVALUATION),
-    Inert(r"checkpoint\.keep_every", lambda c: c.run.checkpoint.keep_every > c.steps,
+    Inert(r"checkpoint\.keep_every", lambda c: c.run.checkpoint.keep_every > c.max_steps,
           ENDS + ", so that no step is a multiple; checkpoint.keep_every={tenth}"),
 ]  # fmt: skip
 
@@ -196,9 +197,9 @@ def facts(case: Case) -> dict[str, Any]:
     """What the explanations name."""
     return {
         "run": case.run,
-        "steps": case.steps,
-        "tenth": max(1, case.steps // 10),
-        "half": max(1, case.steps // 2),
+        "steps": case.max_steps,
+        "tenth": max(1, case.max_steps // 10),
+        "half": max(1, case.max_steps // 2),
         "epochs": case.epochs,
         "batch": case.largest_batch,
         "batch_key": case.batch_key,

@@ -34,7 +34,7 @@ MULTIPLIERS = [pow(0xD1342543DE82EF95, 2**n, 2**64) for n in range(STRETCH.bit_l
 
 def validation_in_training(case: Case) -> Iterator[Finding]:
     """Validation data that are training data."""
-    train, validation = case.parts.corpus.train, case.parts.corpus.validation
+    train, validation = case.corpus.train, case.corpus.validation
     if not isinstance(validation, Stream) or not isinstance(train, Stream) or not case.evaluates:
         return  # of examples it is known since they were prepared
     rows = sampled_rows(train)

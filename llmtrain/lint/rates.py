@@ -52,7 +52,7 @@ NAMES_INPUT = re.compile(r"(data|tokenizer|weights|lora|objective|hydra\.searchp
 
 def schedule(case: Case) -> Iterator[Finding]:
     """A learning rate that never arrives, or is gone before the run is."""
-    rule, steps, peak = case.run.schedule, case.steps, case.run.optimizer.lr
+    rule, steps, peak = case.run.schedule, case.max_steps, case.run.optimizer.lr
     sampled = np.unique(np.linspace(0, steps - 1, min(steps, SAMPLED_STEPS)).astype(int)).tolist()
     rates = np.array([rule(step, peak=peak, total=steps) for step in sampled])
     warmup = rule.warmup(steps)
@@ -93,7 +93,7 @@ def schedule(case: Case) -> Iterator[Finding]:
 
 def learning_rate(case: Case) -> Iterator[Finding]:
     """A peak far from what others take for such a model and optimizer."""
-    parameters = case.parts.model.num_parameters()
+    parameters = case.model.num_parameters()
     is_new = isinstance(case.run.weights, Scratch) and not case.is_resumed
     lowest = 1 / FACTOR if is_new else 1 / (FACTOR * FINE_TUNING)
     for key, rate, usual in peaks(case, parameters):

@@ -18,22 +18,22 @@ LONG_RUN = 1000  # steps that are worth a checkpoint on the way
 
 def nothing_trainable(case: Case) -> Iterator[Finding]:
     """Parameters that are frozen, or that no learning rate moves."""
-    trainable = {name: p for name, p in case.parts.model.named_parameters() if p.requires_grad}
+    trainable = {name: p for name, p in case.model.named_parameters() if p.requires_grad}
     if not trainable:
         lora = option_name(case.run.lora)
         yield error("lora", f"lora={lora}: every parameter of the model is frozen, nothing would be learnt; lora=none")
         return
     optimizer = case.run.optimizer
     with naming("optimizer"):
-        members = optimizer.members(case.parts.model) if isinstance(optimizer, GroupedOptimizer) else None
+        members = optimizer.members(case.model) if isinstance(optimizer, GroupedOptimizer) else None
     if members is not None and not any(member.lr_multiplier for member in members):
         yield error(
             "optimizer.rules",
             "optimizer.rules: they multiply the learning rate of every parameter by 0, nothing would be learnt; "
             "optimizer.rules=[], or a pattern that leaves some parameters out",
         )
-    if case.parts.optimizer is not None:
-        moved = {id(p) for group in case.parts.optimizer.param_groups for p in group["params"]}
+    if case.optimizer is not None:
+        moved = {id(p) for group in case.optimizer.param_groups for p in group["params"]}
         left = [name for name, p in trainable.items() if id(p) not in moved]
         if left:
             name = option_name(optimizer)
@@ -49,7 +49,7 @@ def oversized_adapters(case: Case) -> Iterator[Finding]:
     lora = case.run.lora
     if not isinstance(lora, LowRank):
         return
-    with_adapter = adapters(case.parts.model)
+    with_adapter = adapters(case.model)
     sizes = {name: (module.lora_A.shape[1], module.lora_B.shape[0]) for name, module in with_adapter.items()}
     wide = [name for name, (inputs, outputs) in sizes.items() if lora.rank * (inputs + outputs) >= inputs * outputs]
     if wide:
@@ -64,17 +64,17 @@ def oversized_adapters(case: Case) -> Iterator[Finding]:
 def clipping_too_late(case: Case) -> Iterator[Finding]:
     """Clipping that begins when the run has ended."""
     start = case.run.clipping.start_step
-    if start >= case.steps:
+    if start >= case.max_steps:
         yield warning(
             "clipping.start_step",
-            f"clipping.start_step={start}: the run ends after {case.steps:,} steps, so that no gradient is ever "
+            f"clipping.start_step={start}: the run ends after {case.max_steps:,} steps, so that no gradient is ever "
             "clipped; clipping.start_step=0, or clipping=none if that is meant",
         )
 
 
 def slow_arithmetic(case: Case) -> Iterator[Finding]:
     """A precision that the device only imitates."""
-    precision, device = case.run.precision, case.parts.device
+    precision, device = case.run.precision, case.device
     if device is None:
         return
     if isinstance(precision, BF16) and not has_native_bf16(device):
@@ -93,7 +93,7 @@ def slow_arithmetic(case: Case) -> Iterator[Finding]:
 
 def default_on_cpu(case: Case) -> Iterator[Finding]:
     """The default model, chosen by nobody, where it takes hours: a first try is over sooner with the laptop's."""
-    device, parameters = case.parts.device, case.parts.model.num_parameters()
+    device, parameters = case.device, case.model.num_parameters()
     chosen = {"model", "experiment"} & case.given.keys() or case.is_resumed or case.run.plugins
     if device is not None and device.type == "cpu" and parameters > LAPTOP and not chosen:
         yield warning(
@@ -109,11 +109,11 @@ def lost_work(case: Case) -> Iterator[Finding]:
     intervals = [checkpoint.every_steps]
     if checkpoint.before_evaluation:
         intervals += [loop.eval_every * case.evaluates, loop.sample_every]
-    saves = any(0 < interval < case.steps for interval in intervals) or checkpoint.every_minutes
-    if case.steps >= LONG_RUN and not saves:
+    saves = any(0 < interval < case.max_steps for interval in intervals) or checkpoint.every_minutes
+    if case.max_steps >= LONG_RUN and not saves:
         yield warning(
             "checkpoint.every_steps",
             f"checkpoint.every_steps={checkpoint.every_steps}: the only checkpoint is that of the end, and a kill or a "
-            f"crash loses up to {case.steps:,} steps; checkpoint.every_steps={case.steps // 20}, or "
+            f"crash loses up to {case.max_steps:,} steps; checkpoint.every_steps={case.max_steps // 20}, or "
             "checkpoint.every_minutes=15",
         )

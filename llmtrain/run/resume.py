@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from llmtrain.accumulation import Accumulation
 from llmtrain.base.files import write_atomically
 from llmtrain.base.run_files import CONFIG
 from llmtrain.base.tensor_files import CheckpointError
@@ -21,8 +20,9 @@ from llmtrain.checkpoint.format import copy_checkpoint, verify_checkpoint
 from llmtrain.checkpoint.restore import newest_whole, restore
 from llmtrain.config import stored_config
 from llmtrain.config.older_versions import complete
+from llmtrain.config.run_config import RunConfig
 from llmtrain.config.stored_config import NOT_RUN_KEYS, load, untrusted
-from llmtrain.lint import Finding, Settings
+from llmtrain.lint import Finding
 from llmtrain.metrics import Row, drop_rows, read_metrics
 from llmtrain.model import LanguageModel
 from llmtrain.run.directory import RunDirectory
@@ -100,7 +100,7 @@ def last_saved(directory: RunDirectory) -> int | None:
 # --- what differs ------------------------------------------------------------------------------------------------
 
 
-def changes(before: Mapping[str, Any], run: Settings) -> list[Change]:
+def changes(before: Mapping[str, Any], run: RunConfig) -> list[Change]:
     """The values of ``run`` that are not those of the stored config ``before``; secrets and places are left out.
 
     Keys of an option that is no more used are not listed: they follow from the other option.
@@ -146,7 +146,7 @@ def _shown(value: Any) -> str:
 
 
 def check_length(
-    before: Settings, run: Settings, max_steps: int, state: TrainState, num_sequences: int, kept: Sequence[int] = ()
+    before: RunConfig, run: RunConfig, max_steps: int, state: TrainState, num_sequences: int, kept: Sequence[int] = ()
 ) -> None:
     """Raise ValueError if the run, with its ``max_steps``, cannot go on to its end from ``state``.
 
@@ -163,7 +163,8 @@ def check_length(
     if max_steps == run.loop.max_steps or run.loop.epochs is None or run.accumulation == before.accumulation:
         return
     length = run.data.sequence_length
-    if _position(run.accumulation, state.step, length) != _position(before.accumulation, state.step, length):
+    position = run.accumulation.position_after(state.step, length)
+    if position != before.accumulation.position_after(state.step, length):
         batch = run.accumulation.batch_size_at(state.step, state.tokens)
         left = math.ceil(max(run.loop.epochs * num_sequences - state.position, 0) / batch)
         raise ValueError(
@@ -172,15 +173,9 @@ def check_length(
         )
 
 
-def _position(accumulation: Accumulation, steps: int, sequence_length: int) -> int:
-    """Sequences that the first ``steps`` steps take."""
-    position = 0
-    for step in range(steps):
-        position += accumulation.batch_size_at(step, position * sequence_length)
-    return position
-
-
-def rates(before: Settings, steps_before: int, run: Settings, max_steps: int, step: int) -> tuple[float, float] | None:
+def rates(
+    before: RunConfig, steps_before: int, run: RunConfig, max_steps: int, step: int
+) -> tuple[float, float] | None:
     """The learning rate of the step after ``step`` by the stored config and now; None where it is the same.
 
     Beyond the stored end it is that of the last step.  What a recovery multiplies both with is left out.
@@ -196,7 +191,7 @@ def rates(before: Settings, steps_before: int, run: Settings, max_steps: int, st
 
 
 def come_back(
-    checkpoint: Path, run: Settings, model: LanguageModel, optimizer: torch.optim.Optimizer
+    checkpoint: Path, run: RunConfig, model: LanguageModel, optimizer: torch.optim.Optimizer
 ) -> tuple[TrainState, tuple[str, str] | None]:
     """Fill ``model`` and ``optimizer`` of ``run`` from a checkpoint, which may have been written under other settings.
 
@@ -231,7 +226,7 @@ def come_back(
     return state, None if reset is None else (_class_name(reset[0]), _class_name(reset[1]))
 
 
-def has_optimizer_of(checkpoint: Path, run: Settings) -> bool:
+def has_optimizer_of(checkpoint: Path, run: RunConfig) -> bool:
     """Whether the optimizer state of a checkpoint is of the kind of optimizer that ``run`` has.
 
     True where the checkpoint's config cannot be read: that it is damaged is for others to tell.

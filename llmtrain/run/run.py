@@ -16,7 +16,7 @@ from llmtrain.config import stored_config
 from llmtrain.config.older_versions import complete
 from llmtrain.config.overrides import overrides_of
 from llmtrain.config.run_config import Parts, RunConfig
-from llmtrain.lint import Finding, lint, lint_changes, refuse
+from llmtrain.lint import Case, Finding, lint, lint_changes, refuse
 from llmtrain.metrics.jsonl import drop_rows
 from llmtrain.run.directory import RunDirectory
 from llmtrain.run.environment import describe_environment
@@ -52,7 +52,7 @@ class Run(RunConfig):
             parts = self.assemble(device)
             self.metrics.check()
             self.check_space(parts)
-            findings = lint(self, parts, overrides_of(command) or self.overrides)
+            findings = lint(self.lint_case(parts, overrides_of(command) or self.overrides))
             refuse(findings)
             directory = self.create_directory()
             with directory.lock():
@@ -126,9 +126,10 @@ class Run(RunConfig):
         all_changes = since_older_version(changes(stored, self), stored)
         findings: list[Finding] = []
         if not origin.directory.environment.exists():  # a job of a sweep starts by being resumed
-            findings = lint(self, parts, origin.directory.read_overrides())
+            findings = lint(self.lint_case(parts, origin.directory.read_overrides()))
         elif all_changes:
-            findings = lint_changes(before, replace(parts, max_steps=steps), self, parts, overrides_of(command))
+            case = self.lint_case(parts, overrides_of(command))
+            findings = lint_changes(replace(case, run=before, max_steps=steps), case)
         refuse(findings)
         learning_rate = rates(before, steps, self, parts.max_steps, state.step)
         return parts, state, Resumption(origin, parent, all_changes, learning_rate, reset, seen, findings)
@@ -154,6 +155,12 @@ class Run(RunConfig):
                 "weights.path=RUN_DIR"
             )
         self.check_base(state)
+
+    def lint_case(self, parts: Parts, overrides: Sequence[str]) -> Case:
+        """The run as the linter takes it; ``overrides``: the keys that the user has set, as ``key=value``."""
+        return Case(
+            self, parts.tokenizer, parts.corpus, parts.model, parts.max_steps, parts.device, parts.optimizer, overrides
+        )
 
     def create_directory(self) -> RunDirectory:
         """The new run's directory."""

@@ -10,8 +10,8 @@ import torch
 from llmtrain.base.device import device_name
 from llmtrain.base.format import count, rate
 from llmtrain.base.options import option_name
+from llmtrain.config.run_config import RunConfig
 from llmtrain.data import Corpus
-from llmtrain.lint import Settings
 from llmtrain.lora import Lora, trained_and_all
 from llmtrain.lora.low_rank import LowRank
 from llmtrain.model import LanguageModel
@@ -36,7 +36,7 @@ class Built(Protocol):
 
 
 def header(
-    name: str, run: Settings, parts: Built, path: Path, state: TrainState, peak_flops: float
+    name: str, run: RunConfig, parts: Built, path: Path, state: TrainState, peak_flops: float
 ) -> Iterator[tuple[str, str]]:
     """What is trained, on what, how long it will take; ``peak_flops`` in FLOP/s."""
     model, corpus = parts.model, parts.corpus

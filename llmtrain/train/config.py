@@ -51,8 +51,4 @@ class LoopConfig:
         if self.epochs is None:
             assert self.max_steps is not None
             return self.max_steps
-        target, position, steps = math.ceil(self.epochs * sequences), 0, 0
-        while position < target and (self.max_steps is None or steps < self.max_steps):
-            position += accumulation.batch_size_at(steps, position * sequence_length)
-            steps += 1
-        return steps
+        return accumulation.steps_to(math.ceil(self.epochs * sequences), sequence_length, at_most=self.max_steps)

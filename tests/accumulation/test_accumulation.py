@@ -2,6 +2,8 @@
 
 import pytest
 
+from llmtrain.accumulation import Accumulation
+from llmtrain.accumulation.auto import AutoBatch
 from llmtrain.accumulation.fixed import FixedBatch
 from llmtrain.accumulation.ramp import RampedBatch, Stage, Unit
 
@@ -41,3 +43,42 @@ def test_ramp_over_tokens():
 def test_impossible_values_are_refused(make, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         make()
+
+
+class StepByStep(Accumulation):
+    """The sums of the contract over the batch sizes of another option."""
+
+    def __init__(self, option: Accumulation) -> None:
+        self.option = option
+
+    def batch_size_at(self, step: int, tokens: int) -> int:
+        return self.option.batch_size_at(step, tokens)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        FixedBatch(6, 2),
+        AutoBatch(6),
+        RampedBatch(STAGES, Unit.steps, 2),
+        RampedBatch(STAGES, Unit.tokens, 2),
+        RampedBatch([Stage(0, 8), Stage(200, 4), Stage(201, 6), Stage(240, 2), Stage(900, 16)], Unit.tokens, 2),
+    ],
+)
+@pytest.mark.parametrize("sequence_length", [1, 3, 64])
+def test_stretches_are_the_batch_sizes_of_the_steps(option: Accumulation, sequence_length: int) -> None:
+    reference = StepByStep(option)
+    for steps in range(1, 80):
+        assert option.position_after(steps, sequence_length) == reference.position_after(steps, sequence_length)
+        assert option.largest_batch(steps, sequence_length) == reference.largest_batch(steps, sequence_length)
+    for position in range(200):
+        steps = option.steps_to(position, sequence_length)
+        assert steps == reference.steps_to(position, sequence_length)
+        assert option.position_after(steps, sequence_length) >= position
+        assert not steps or option.position_after(steps - 1, sequence_length) < position
+        assert option.steps_to(position, sequence_length, at_most=7) == min(steps, 7)
+
+
+def test_position_after_no_step() -> None:
+    for option in (FixedBatch(6, 2), AutoBatch(6), RampedBatch(STAGES, Unit.tokens, 2)):
+        assert option.position_after(0, 32) == 0

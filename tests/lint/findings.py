@@ -6,10 +6,9 @@ from collections.abc import Callable
 import torch
 
 from llmtrain import Run
-from llmtrain.commands.plan import Planned
 from llmtrain.config.run_config import Parts
 from llmtrain.data.sequences import Sequences
-from llmtrain.lint import Finding, lint
+from llmtrain.lint import Case, Finding, lint
 
 QUIET = ("model=tiny", "tokenizer=byte", "loop.max_steps=200")  # less than an epoch
 
@@ -21,7 +20,7 @@ def parts_of(run: Run) -> Parts:
 def find(*overrides: str, change: Callable[[Parts], Parts] = lambda parts: parts) -> dict[str, Finding]:
     """The findings of a small run by key; ``change`` has a hand in its parts."""
     run = Run.compose(*QUIET, *overrides)
-    return {finding.key: finding for finding in lint(run, change(parts_of(run)), run.overrides)}
+    return {finding.key: finding for finding in lint(run.lint_case(change(parts_of(run)), run.overrides))}
 
 
 def with_corpus(**changes: Sequences | None) -> Callable[[Parts], Parts]:
@@ -37,5 +36,6 @@ def find_in(*overrides: str) -> dict[str, Finding]:
     with torch.device("meta"):
         model = run.model.build(run.vocab_size(tokenizer))
     steps = run.loop.total_steps(run.accumulation, len(corpus.train), run.data.sequence_length)
-    parts = Planned(tokenizer, corpus, model, steps, torch.device("cpu"), run.optimizer.build(model))
-    return {finding.key: finding for finding in lint(run, parts, run.overrides)}
+    optimizer = run.optimizer.build(model)
+    case = Case(run, tokenizer, corpus, model, steps, torch.device("cpu"), optimizer, run.overrides)
+    return {finding.key: finding for finding in lint(case)}

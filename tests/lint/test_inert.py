@@ -1,6 +1,7 @@
 """Keys that nothing reads: each row of the table with runs in which it holds and in which it does not."""
 
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -74,7 +75,7 @@ CASES = [
 @cache
 def case_of(*overrides: str) -> Case:
     run = Run.compose(*QUIET, *overrides)
-    return Case(run, parts_of(run), run.overrides)
+    return run.lint_case(parts_of(run), run.overrides)
 
 
 @pytest.mark.parametrize(("inert", "override", "text", "read"), CASES, ids=[case[1].split("=[")[0] for case in CASES])
@@ -85,7 +86,7 @@ def test_rows(inert: tuple[str, ...], override: str, text: str, read: tuple[str,
     assert message.startswith(f"{override}: has no effect: ")
     assert text in message
     assert re.search(r"; \S+", message)  # what would work
-    assert not list(inert_keys(Case(case.run, case.parts, ())))  # what the user has not set is nobody's concern
+    assert not list(inert_keys(replace(case, overrides=())))  # what the user has not set is nobody's concern
     assert key not in find(*read, override)
 
 
@@ -134,7 +135,7 @@ def test_overrides_of_a_command() -> None:
     assert overrides == ["model=tiny", "+plugins=[x]", "optimizer.lr=1e-4,1e-3", "loop.sample_prompt=a=b",
                          "hydra.searchpath=[file:///mine]"]  # fmt: skip
     case = case_of()
-    given = Case(case.run, case.parts, overrides).given
+    given = replace(case, overrides=overrides).given
     assert given["plugins"] == "[x]"
     assert given["loop.sample_prompt"] == "a=b"
 
@@ -142,5 +143,5 @@ def test_overrides_of_a_command() -> None:
 def test_python_knows_what_compose_was_given(tmp_path: Path) -> None:
     run = Run.compose(*QUIET, "loop.eval_every=0", "loop.eval_batches=3", config_dir=tmp_path)
     assert run.overrides[-1] == f"hydra.searchpath=[file://{tmp_path}]"
-    assert [finding.key for finding in lint(run, parts_of(run), run.overrides)] == ["loop.eval_batches"]
-    assert lint(run, parts_of(run)) == []
+    assert [finding.key for finding in lint(run.lint_case(parts_of(run), run.overrides))] == ["loop.eval_batches"]
+    assert lint(run.lint_case(parts_of(run), ())) == []

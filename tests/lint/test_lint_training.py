@@ -182,7 +182,7 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\naccumulation:\n  batch_size: 2\n")
     run = Run.compose(*QUIET, "experiment=mine", "accumulation.batch_size=8", config_dir=tmp_path)
-    (found,) = lint(run, parts_of(run), run.overrides)
+    (found,) = lint(run.lint_case(parts_of(run), run.overrides))
     assert "a step takes 512 tokens, in the recipe mine 2,048" in found.message  # 2 of the default model's 1,024
 
 
@@ -197,6 +197,6 @@ def test_the_batch_of_a_recipe_of_examples(tmp_path: Path, overrides: tuple[str,
     base = Run.compose("model=tiny", "tokenizer=byte", "loop.max_steps=1", f"run_dir={tmp_path / 'base'}").train()
     run = Run.compose("experiment=spam", "tokenizer=byte", "weights=checkpoint", f"weights.path={base.run_dir}",
                       "data.sequence_length=64", *overrides)  # fmt: skip
-    (*found,) = (f.message for f in lint(run, parts_of(run), run.overrides) if "in the recipe" in f.message)
+    (*found,) = (f.message for f in lint(run.lint_case(parts_of(run), run.overrides)) if "in the recipe" in f.message)
     assert len(found) == (said is not None)
     assert said is None or said in found[0]

@@ -110,7 +110,7 @@ def test_adapters_as_large_as_their_matrices(base: Path, tmp_path: Path) -> None
 
     def found(rank: int) -> dict[str, str]:
         run = Run.compose(*keys, f"lora.rank={rank}")
-        findings = lint(run, run.assemble(torch.device("cpu")), run.overrides)
+        findings = lint(run.lint_case(run.assemble(torch.device("cpu")), run.overrides))
         return {finding.key: finding.message for finding in findings}
 
     message = found(20)["lora.rank"]  # qkv: 20 * (96 + 32) < 96 * 32; projection: 20 * (32 + 32) >= 32 * 32
