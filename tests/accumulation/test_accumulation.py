@@ -10,19 +10,19 @@ from llmtrain.accumulation.ramp import RampedBatch, Stage, Unit
 STAGES = [Stage(0, 2), Stage(10, 4), Stage(25, 7)]
 
 
-def test_fixed():
+def test_fixed_has_one_batch_size_for_every_step():
     batch = FixedBatch(batch_size=10, micro_batch_size=4)  # the last micro-batch has 2
     assert {batch.batch_size_at(step, step * 100) for step in range(5)} == {10}
     assert batch.micro_batch_size == 4
 
 
-def test_ramp_over_steps():
+def test_ramp_follows_its_stages_by_step():
     batch = RampedBatch(stages=STAGES, unit=Unit.steps, micro_batch_size=2)
     expected = {0: 2, 9: 2, 10: 4, 24: 4, 25: 7, 10**9: 7}
     assert {step: batch.batch_size_at(step, tokens=0) for step in expected} == expected
 
 
-def test_ramp_over_tokens():
+def test_ramp_follows_its_stages_by_token():
     batch = RampedBatch(stages=STAGES, unit=Unit.tokens, micro_batch_size=2)
     expected = {0: 2, 9: 2, 10: 4, 24: 4, 25: 7, 10**12: 7}
     assert {tokens: batch.batch_size_at(0, tokens) for tokens in expected} == expected
