@@ -75,7 +75,7 @@ def test_losses_and_gradients_are_equal_to_the_bit(way: str, dropout: float, dty
 
 
 @pytest.mark.parametrize("way", ["full", "operation"])
-def test_so_they_are_through_the_command(way: str, tmp_path: Path) -> None:
+def test_recomputing_through_the_command_gives_equal_losses_and_norms(way: str, tmp_path: Path) -> None:
     option = {"full": ["full"], "operation": ["selective"]}[way]
     arguments = [*TINY, "loop.max_steps=3", "precision=fp32", "model.dropout=0.1", "accumulation.micro_batch_size=2"]
     found = []
@@ -90,7 +90,7 @@ def test_so_they_are_through_the_command(way: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("way", WAYS)
-def test_compiled_blocks_do_the_same(way: str) -> None:
+def test_compiled_blocks_give_the_same_gradients(way: str) -> None:
     models = make(0.1), make(0.1)
     WAYS[way].apply(models[0])
     for model in models:
@@ -113,7 +113,7 @@ class Attending(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
-def test_what_is_compiled_within_a_block_is_computed_again() -> None:
+def test_a_part_compiled_within_a_block_is_recomputed() -> None:
     block, x = Attending(), torch.randn(5, 8, requires_grad=True)
     block(x).sum().backward()
     expected = block.linear.weight.grad
@@ -149,7 +149,7 @@ def kept_bytes(way: ActivationCheckpointing, dtype: torch.dtype, dropout: float 
     return sum(event.nbytes() for event in events if event.name() == "[memory]") / (2 * 256 * 128 * 4)
 
 
-def test_less_is_kept() -> None:
+def test_a_block_keeps_as_many_bytes_as_computed_by_hand() -> None:
     """A block in fp32 keeps, in multiples of 4 bytes a hidden unit: the inputs of the norms (2), their results (2),
     queries, keys and values (3), attention's result (1), the MLP's hidden layer before and after GELU (4 + 4)."""
     kept = {name: kept_bytes(way, torch.float32) for name, way in (WAYS | {"none": KeepAll()}).items()}
@@ -162,7 +162,7 @@ def test_less_is_kept() -> None:
     assert kept["block"] == pytest.approx((4 * 16 + 4) / 2, abs=small)
 
 
-def test_less_is_kept_with_dropout_and_in_bf16() -> None:
+def test_a_block_keeps_less_with_dropout_and_in_bf16() -> None:
     for dtype, dropout in ((torch.float32, 0.1), (torch.bfloat16, 0.0), (torch.bfloat16, 0.1)):
         none, full, operation = (
             kept_bytes(way, dtype, dropout) for way in (KeepAll(), WAYS["full"], WAYS["operation"])
@@ -172,7 +172,7 @@ def test_less_is_kept_with_dropout_and_in_bf16() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_without_gradients_nothing_changes(way: str) -> None:
+def test_recomputing_changes_nothing_without_gradients(way: str) -> None:
     model, plain = make(0.1), make(0.1)
     WAYS[way].apply(model)
     calls = []
@@ -192,7 +192,7 @@ def test_without_gradients_nothing_changes(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_names_stay(way: str) -> None:
+def test_recomputing_keeps_the_names_of_modules_and_weights(way: str) -> None:
     model = make()
     WAYS[way].apply(model)
     assert list(model.state_dict()) == list(make().state_dict())
@@ -209,7 +209,7 @@ def test_every_nth_block_runs_twice() -> None:
     assert calls == [1, 1, 2, 1]
 
 
-def test_matrix_products_are_not_repeated() -> None:
+def test_selective_recomputing_repeats_no_matrix_product() -> None:
     calls = {"norm": 0, "product": 0}
 
     class Counting(torch.utils._python_dispatch.TorchDispatchMode):
@@ -244,7 +244,7 @@ def offloaded(model: LanguageModel, way: str) -> Offloader:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("way", ["nothing_recomputed", "full", "block", "operation"])
-def test_what_comes_back_is_what_was_saved(way: str, dropout: float, dtype: torch.dtype) -> None:
+def test_offloaded_tensors_return_unchanged(way: str, dropout: float, dtype: torch.dtype) -> None:
     model = make(dropout)
     offloader = offloaded(model, way)
     assert_same_training(model, make(dropout), dtype)
@@ -253,7 +253,7 @@ def test_what_comes_back_is_what_was_saved(way: str, dropout: float, dtype: torc
     assert [storage() for storage in forward.storages] == [None] * len(forward.storages)  # nothing is left behind
 
 
-def test_it_is_fetched_in_the_order_of_the_backward_pass_before() -> None:
+def test_offloaded_tensors_are_fetched_in_the_order_of_the_last_backward_pass() -> None:
     model = make()
     offloader = offloaded(model, "operation")
     train(model)
@@ -265,7 +265,7 @@ def test_it_is_fetched_in_the_order_of_the_backward_pass_before() -> None:
     assert offloader.after(7, offloader.planned + 1) == [6, 5, 4, 3]  # another number of them: the other way round
 
 
-def test_parameters_and_views_of_one_storage() -> None:
+def test_offloading_skips_parameters_and_copies_a_storage_once() -> None:
     layer = nn.Linear(32, 96)
     offloader = Offloader(CPU, min_bytes=1)
     offloader.begin(layer.parameters())
@@ -281,7 +281,7 @@ def test_parameters_and_views_of_one_storage() -> None:
     assert offloader.pack(last) is last
 
 
-def test_a_changed_tensor_is_saved_anew() -> None:
+def test_offloading_copies_a_changed_tensor_again() -> None:
     offloader = Offloader(CPU, min_bytes=1)
     offloader.begin([])
     tensor = torch.zeros(8)
@@ -294,7 +294,7 @@ def test_a_changed_tensor_is_saved_anew() -> None:
     assert len(others) == 5
 
 
-def test_small_tensors_stay() -> None:
+def test_offloading_leaves_small_tensors_on_the_device() -> None:
     offloader = Offloader(CPU)
     offloader.begin([])
     small, large = torch.zeros(2**18 - 1), torch.zeros(2**18)
@@ -302,7 +302,7 @@ def test_small_tensors_stay() -> None:
     assert offloader.pack(large) is not large
 
 
-def test_two_forward_passes_before_a_backward_pass() -> None:
+def test_offloading_allows_two_forward_passes_before_a_backward_pass() -> None:
     model, plain = make(), make()
     offloaded(model, "operation")
     for each in (model, plain):
@@ -316,7 +316,9 @@ def test_two_forward_passes_before_a_backward_pass() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("way", ["none", "full", "block", "operation"])
 @pytest.mark.parametrize("offload", [False, True])
-def test_on_a_gpu(way: str, dropout: float, offload: bool) -> None:
+def test_recomputing_on_a_gpu_gives_the_same_gradients_and_offloading_takes_less_memory(
+    way: str, dropout: float, offload: bool
+) -> None:
     """The same losses and gradients, and with ``offload`` less device memory."""
     device = torch.device("cuda")
     ids = torch.randint(0, 64, (2, 1024), device=device, generator=torch.Generator(device).manual_seed(1))
@@ -373,7 +375,7 @@ def test_offloading_waits_for_nothing_on_a_gpu() -> None:
         (["some"], "activation_checkpointing"),
     ],
 )
-def test_bad_values(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_impossible_values_are_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
     option, *keys = arguments
     command = ("train", *TINY, "runtime.device=cpu", f"activation_checkpointing={option}", *keys)
     done = llmtrain(*command, cwd=tmp_path, check=2)
@@ -382,13 +384,13 @@ def test_bad_values(arguments: list[str], message: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_key_that_nothing_reads_is_told(tmp_path: Path) -> None:
+def test_an_unread_key_is_reported(tmp_path: Path) -> None:
     option = ("activation_checkpointing=selective", "activation_checkpointing.every=2", "loop.max_steps=1")
     done = llmtrain("train", *TINY, *option, cwd=tmp_path)
     assert "activation_checkpointing.every=2: has no effect" in done.stdout
 
 
-def test_a_resumed_run_may_change_it_and_stays_the_same(tmp_path: Path) -> None:
+def test_resume_with_other_checkpointing_gives_the_same_run(tmp_path: Path) -> None:
     arguments = [*TINY, "precision=fp32", "model.dropout=0.1", "schedule=constant"]
     llmtrain("train", *arguments, "loop.max_steps=4", "run_dir=whole", cwd=tmp_path)
     llmtrain("train", *arguments, "loop.max_steps=2", "run_dir=parts", cwd=tmp_path)
