@@ -15,7 +15,7 @@ from llmtrain.base import checks
         (checks.fraction, [0, 0.5, 1, None], [-0.1, 1.1, math.nan]),
     ],
 )
-def test_numbers(check, good, bad):
+def test_numbers_out_of_range_are_refused_by_key(check, good, bad):
     for value in good:
         check(key=value)
     for value in bad:
@@ -29,7 +29,7 @@ def test_a_broken_regular_expression_is_named():
         checks.pattern("rules[0].pattern", "(")
 
 
-def test_a_pattern_that_matches_nothing_meets_the_nearest_names():
+def test_a_pattern_without_match_is_refused_with_the_nearest_names():
     names = ["token_embedding.weight", *(f"blocks.{i}.{part}" for i in range(12) for part in ("attention", "norm"))]
     checks.pattern_matches("exclude[0]", r"blocks\.11\.", names)
     with pytest.raises(ValueError, match=r"^exclude\[0\]='atention': matches no parameter") as error:

@@ -40,7 +40,7 @@ sys.exit(3)
 
 @pytest.mark.skipif(not is_glibc(), reason="malloc is not glibc's")
 @pytest.mark.parametrize("before", [None, "glibc.malloc.arena_max=2", "glibc.malloc.tcache_count=7"])
-def test_a_program_restarts_once_with_what_malloc_reads(tmp_path: Path, before: str | None) -> None:
+def test_a_program_restarts_once_to_set_the_allocator(tmp_path: Path, before: str | None) -> None:
     (tmp_path / "program.py").write_text(TOLD)
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     environment |= {} if before is None else {"GLIBC_TUNABLES": before}
@@ -76,6 +76,6 @@ def test_cuda_that_is_not_there_is_named() -> None:
         runtime.torch_device()
 
 
-def test_what_is_measured_is_plausible() -> None:
+def test_measured_cores_and_flops_are_plausible() -> None:
     assert 1 <= physical_cores() <= 4096
     assert 1e8 < measure_matmul_flops(torch.device("cpu"), torch.float32) < 1e14

@@ -28,11 +28,11 @@ from llmtrain.base import format
         (math.inf, "inf"),
     ],
 )
-def test_count(value: float, text: str) -> None:
+def test_counts_are_written_with_separators_and_units(value: float, text: str) -> None:
     assert format.count(value) == text
 
 
-def test_size_and_rate() -> None:
+def test_sizes_and_rates_have_three_digits_and_a_unit() -> None:
     assert format.size(512) == "512 B"
     assert format.size(1_493_000_000) == "1.49 GB"
     assert format.size(999_999_999) == "1.00 GB"
@@ -58,11 +58,11 @@ def test_size_and_rate() -> None:
         (math.inf, "inf"),
     ],
 )
-def test_duration(seconds: float, text: str) -> None:
+def test_durations_are_written_in_two_units(seconds: float, text: str) -> None:
     assert format.duration(seconds) == text
 
 
-def test_training_numbers() -> None:
+def test_losses_rates_and_norms_have_their_own_precision() -> None:
     assert format.loss(10.93398) == "10.9340"
     assert format.loss(math.nan) == "nan"
     assert format.loss(-math.inf) == "-inf"
@@ -95,7 +95,7 @@ def test_the_key_names_the_unit(key: str, value: object, text: str) -> None:
     assert format.quantity(key, value) == text
 
 
-def test_what_a_terminal_would_obey_is_shown() -> None:
+def test_control_characters_are_made_visible() -> None:
     assert format.visible("\x1b[31mred\x07\r\x9b2J\x7f") == r"\x1b[31mred\x07\r\x9b2J\x7f"
     assert format.visible("\u202egnp.exe") == r"\u202egnp.exe"
     assert format.visible("lone \udcff") == r"lone \udcff"
