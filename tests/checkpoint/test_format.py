@@ -80,7 +80,7 @@ def test_an_extra_file_is_named(tmp_path: Path) -> None:
         verify_checkpoint(path)
 
 
-def test_reading_back_tells_other_tensors(tmp_path: Path) -> None:
+def test_a_file_that_holds_other_tensors_than_written_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "step-00000003")
     model, optimizer = {"w": torch.full((100,), 1.0)}, {"w/m": torch.zeros(100)}
     confirm_checkpoint(path, model=model, optimizer=optimizer)
@@ -91,7 +91,7 @@ def test_reading_back_tells_other_tensors(tmp_path: Path) -> None:
         confirm_checkpoint(path, model={"w": torch.full((100,), 1.0)}, optimizer={})
 
 
-def test_replacing_is_undone_after_a_kill_between_the_renames(tmp_path: Path) -> None:
+def test_a_kill_between_the_renames_of_a_replacement_is_undone(tmp_path: Path) -> None:
     path = write(tmp_path / "step-00000003", 1.0)
     path.rename(tmp_path / ".tmp-replaced-step-00000003")  # as far as the killed process came
     sweep_leftovers(tmp_path)
@@ -104,7 +104,7 @@ def test_replacing_is_undone_after_a_kill_between_the_renames(tmp_path: Path) ->
     verify_checkpoint(path)
 
 
-def test_removing_leaves_no_half(tmp_path: Path) -> None:
+def test_removing_a_checkpoint_leaves_nothing(tmp_path: Path) -> None:
     path = write(tmp_path / "step-00000003")
     remove_checkpoint(path)
     assert not list(tmp_path.iterdir())
@@ -135,7 +135,7 @@ def test_lines_wait_for_room_on_a_full_disk(tmp_path: Path) -> None:
     assert path.read_text() == "one\ntwo\nthree\nfour\nfive\n"
 
 
-def test_no_space_leaves_nothing_and_keeps_the_old(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_new_checkpoint_and_keeps_the_old(tmp_path: Path) -> None:
     old = write(tmp_path / "step-00000001")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -157,7 +157,7 @@ def test_rewriting_a_step_replaces_it(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
 
 
-def test_leftovers_are_swept(tmp_path: Path) -> None:
+def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".tmp-step-1-99").mkdir()
     (tmp_path / ".tmp-step-1-99" / "x").touch()
     (tmp_path / ".tmp-config.yaml-99").touch()
@@ -166,7 +166,7 @@ def test_leftovers_are_swept(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [keep]
 
 
-def test_atomic_text(tmp_path: Path) -> None:
+def test_text_is_replaced_atomically(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_atomically(path, "one")
     write_atomically(path, "two")
@@ -193,7 +193,7 @@ for attempt in range(8):
 
 
 @pytest.mark.slow
-def test_killed_writers_leave_whole_checkpoints(tmp_path: Path) -> None:
+def test_killed_writers_leave_intact_checkpoints(tmp_path: Path) -> None:
     """SIGKILL at arbitrary moments: whatever is named a checkpoint verifies."""
     done = subprocess.run([sys.executable, "-c", WRITERS, str(tmp_path)], capture_output=True, text=True)
     assert (done.returncode, done.stdout.split()) == (0, [str(-signal.SIGKILL)] * 8), done.stderr
@@ -202,7 +202,7 @@ def test_killed_writers_leave_whole_checkpoints(tmp_path: Path) -> None:
     assert any(tmp_path.rglob("step-*"))
 
 
-def test_others_can_read_what_their_directory_lets_them(tmp_path: Path) -> None:
+def test_files_have_the_permissions_of_their_directory(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     file = tmp_path / "model.safetensors"
     file.touch(0o600)
@@ -210,7 +210,7 @@ def test_others_can_read_what_their_directory_lets_them(tmp_path: Path) -> None:
     assert file.stat().st_mode & 0o777 == 0o644
 
 
-def test_a_folder_of_runs_and_an_export_are_told_apart(tmp_path: Path) -> None:
+def test_a_folder_of_runs_and_an_export_are_named_as_such(tmp_path: Path) -> None:
     for name, when in (("old", 1), ("new", 2)):
         run = tmp_path / "runs" / "2026-01-02" / name
         run.mkdir(parents=True)

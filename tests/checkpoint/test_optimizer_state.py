@@ -50,7 +50,7 @@ def test_resume_is_exact(option, new_model, tmp_path, k):
     assert_equal_to_the_bit(model, optimizer, whole, whole_optimizer)
 
 
-def test_names_decide_not_the_order_of_groups(option, new_model, tmp_path):
+def test_state_is_matched_by_name_in_any_order_of_groups(option, new_model, tmp_path):
     """Another grouping of the same parameters takes the state all the same."""
     model = new_model()
     optimizer = option().build(model)
@@ -62,7 +62,7 @@ def test_names_decide_not_the_order_of_groups(option, new_model, tmp_path):
     assert_equal_to_the_bit(model, optimizer, fresh, fresh_optimizer)
 
 
-def test_the_state_is_whole_before_the_first_step(option, new_model):
+def test_the_state_is_complete_before_the_first_step(option, new_model):
     model = new_model()
     optimizer = option().build(model)
     before = state_tensors(optimizer)
@@ -73,7 +73,7 @@ def test_the_state_is_whole_before_the_first_step(option, new_model):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "sgd without momentum", "muon", "adafactor"])
-def test_the_entries_are_those_that_torch_would_make(options, new_model, name):
+def test_state_made_early_equals_what_torch_makes_at_the_first_step(options, new_model, name):
     model = new_model()
     optimizer = options[name]().build(model)
     ours = {key: (t.dtype, t.shape, t.device) for key, t in state_tensors(optimizer).items() if "unused" not in key}
@@ -113,7 +113,7 @@ def test_a_state_of_another_optimizer_is_refused(options, new_model):
         load_state_tensors(adamw, momentum)
 
 
-def test_an_optimizer_that_makes_its_state_later(new_model, tmp_path):
+def test_an_optimizer_that_makes_its_state_later_can_be_saved_and_loaded(new_model, tmp_path):
     """Any optimizer of torch's, as a user's own option may build it."""
 
     def build(model):
@@ -148,7 +148,7 @@ class Counting(torch.optim.SGD):
                 state["odd"] = state["count"] % 2 == 1
 
 
-def test_python_numbers_come_back_as_they_were(tmp_path):
+def test_python_numbers_in_the_state_survive_a_round_trip(tmp_path):
     def build():
         return Counting([{"params": [torch.nn.Parameter(torch.ones(2))], "names": ["w"], "lr_multiplier": 1.0}], lr=0.1)
 

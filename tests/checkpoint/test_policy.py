@@ -19,7 +19,7 @@ def policy(**changes: float) -> Checkpoint:
     return Checkpoint(**(values | changes))
 
 
-def test_when_it_is_due() -> None:
+def test_a_save_is_due_by_steps_or_minutes() -> None:
     by_steps = policy(every_steps=50)
     assert [step for step in range(1, 160) if by_steps.is_due(step, 1e9)] == [50, 100, 150]
     by_time = policy(every_minutes=0.5)
@@ -31,7 +31,7 @@ def test_when_it_is_due() -> None:
     assert not policy().is_due(50, 1e9)
 
 
-def test_when_it_is_due_ahead_of_an_evaluation() -> None:
+def test_a_save_is_due_ahead_of_an_evaluation() -> None:
     default = policy()
     assert default.is_due_ahead(0.0, 0.0)  # the first one
     assert default.is_due_ahead(0.0, 0.99)
@@ -54,22 +54,22 @@ LOSSES = {10: 3.0, 20: 2.0, 30: 2.5, 40: 2.2, 50: 4.0}
         ({"keep_last": 100}, set()),
     ],
 )
-def test_what_is_removed(changes: dict[str, int], removed: set[int]) -> None:
+def test_all_but_the_last_and_the_best_are_removed(changes: dict[str, int], removed: set[int]) -> None:
     assert policy(**changes).superfluous([10, 20, 30, 40, 50, 60], LOSSES) == removed
 
 
-def test_what_is_not_whole_does_not_count() -> None:
+def test_damaged_checkpoints_do_not_count_as_kept() -> None:
     """``superfluous`` is asked about whole checkpoints alone: of 10, 20 and 30, where 30 is damaged, 10 stays."""
     assert policy(keep_last=2).superfluous([10, 20], {}) == set()
 
 
 @pytest.mark.parametrize("key", ["every_steps", "every_minutes", "keep_last", "keep_best", "keep_every", "step"])
-def test_negative_values(key: str) -> None:
+def test_negative_values_are_refused(key: str) -> None:
     with pytest.raises(ValueError, match=f"{key}=-1: must not be negative"):
         policy(**{key: -1})
 
 
-def test_the_newest_whole_one(tmp_path: Path) -> None:
+def test_the_newest_intact_checkpoint_is_found(tmp_path: Path) -> None:
     paths = []
     for step in (1, 2, 3, 4):
         paths.append(tmp_path / f"step-{step:08d}")

@@ -50,7 +50,7 @@ def test_a_save_holds_the_moment_it_was_begun(tmp_path: Path, asynchronous: bool
             assert tensor.unique().tolist() == [step_of(path)]
 
 
-def test_without_a_copy_an_update_waits_for_the_whole_save(tmp_path: Path) -> None:
+def test_an_update_waits_for_the_whole_save_without_a_copy(tmp_path: Path) -> None:
     weight = torch.zeros(3_000_000)
     with Saver(policy(), RunDirectory(tmp_path), CPU) as saver:
         for step in range(1, 4):
@@ -67,7 +67,7 @@ def test_without_a_copy_an_update_waits_for_the_whole_save(tmp_path: Path) -> No
         assert load_file(path / "model.safetensors")["w"].unique().tolist() == [step_of(path)]
 
 
-def test_dtypes_shapes_and_strides(tmp_path: Path) -> None:
+def test_dtypes_shapes_and_values_survive_a_save(tmp_path: Path) -> None:
     tensors = {
         "w": torch.tensor(3.5),
         "half": torch.randn(3, 4).bfloat16(),
@@ -88,7 +88,7 @@ def test_dtypes_shapes_and_strides(tmp_path: Path) -> None:
         assert torch.equal(loaded[name].nan_to_num(9), tensor.nan_to_num(9))
 
 
-def test_older_ones_go_once_a_newer_one_is_whole(tmp_path: Path) -> None:
+def test_older_checkpoints_are_removed_once_a_newer_one_is_written(tmp_path: Path) -> None:
     weight = {"w": torch.zeros(10)}
     with Saver(policy(keep_last=2, keep_best=1), RunDirectory(tmp_path), CPU) as saver:
         for step in range(1, 7):
@@ -99,7 +99,7 @@ def test_older_ones_go_once_a_newer_one_is_whole(tmp_path: Path) -> None:
     assert saved.removed == [4]
 
 
-def test_a_damaged_one_neither_counts_nor_goes(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_neither_counted_nor_removed(tmp_path: Path) -> None:
     weight = {"w": torch.zeros(10)}
     with Saver(policy(), RunDirectory(tmp_path), CPU) as saver:
         for step in (1, 2, 3):
@@ -140,13 +140,13 @@ def test_an_error_is_reported_and_the_next_save_works(tmp_path: Path) -> None:
     assert steps(tmp_path) == [3]
 
 
-def test_leaving_waits_for_the_save(tmp_path: Path) -> None:
+def test_closing_the_saver_waits_for_the_save(tmp_path: Path) -> None:
     with Saver(policy(), RunDirectory(tmp_path), CPU) as saver:
         save(saver, 1, {"w": torch.zeros(5_000_000)})
     verify_checkpoint(tmp_path / "checkpoints" / "step-00000001")
 
 
-def test_without_memory_for_a_copy_training_waits(tmp_path: Path) -> None:
+def test_training_waits_for_the_save_without_memory_for_a_copy(tmp_path: Path) -> None:
     with Saver(policy(), RunDirectory(tmp_path), CPU) as saver:
         assert saver.check_memory(1000) is None
         warning = saver.check_memory(1 << 60)
