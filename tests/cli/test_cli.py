@@ -113,7 +113,7 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         (["report"], "report takes directories"),
     ],
 )
-def test_mistakes(failing: Failing, arguments: list[str], message: str) -> None:
+def test_mistakes_are_named_with_what_would_work(failing: Failing, arguments: list[str], message: str) -> None:
     assert message in failing(*arguments)
 
 
@@ -127,25 +127,25 @@ def test_mistakes(failing: Failing, arguments: list[str], message: str) -> None:
         (b"short", "make no sequence"),
     ],
 )
-def test_text_that_cannot_be_trained_on(failing: Failing, tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_unusable_text_is_refused(failing: Failing, tmp_path: Path, content: bytes | None, message: str) -> None:
     if content is not None:
         (tmp_path / "text.txt").write_bytes(content)
     assert message in failing("train", *QUICK, "data=text", "data.path=text.txt")
 
 
-def test_ids_beyond_the_vocabulary(failing: Failing, tmp_path: Path) -> None:
+def test_shards_with_ids_beyond_the_vocabulary_are_refused(failing: Failing, tmp_path: Path) -> None:
     (tmp_path / "train.bin").write_bytes(b"\x01\x00\xff\xff" * 500)
     message = failing("train", *QUICK, "data=shards", "data.path=train.bin")
     assert "train.bin: token 1 is 65535" in message
 
 
-def test_a_run_of_another_process(failing: Failing, tmp_path: Path) -> None:
+def test_a_run_locked_by_another_process_is_refused(failing: Failing, tmp_path: Path) -> None:
     run = Run.compose(*QUICK, f"run_dir={tmp_path / 'run'}").train().run_dir
     with RunDirectory(run).lock():
         assert "is working in this run" in failing("resume", str(run), "loop.max_steps=5")
 
 
-def test_a_corrupt_checkpoint(failing: Failing, tmp_path: Path) -> None:
+def test_a_corrupt_checkpoint_is_refused_by_every_verb(failing: Failing, tmp_path: Path) -> None:
     run = Run.compose(*QUICK, f"run_dir={tmp_path / 'run'}").train().run_dir
     weights = run / "checkpoints" / "step-00000002" / "model.safetensors"
     damaged = bytearray(weights.read_bytes())
@@ -155,7 +155,7 @@ def test_a_corrupt_checkpoint(failing: Failing, tmp_path: Path) -> None:
         assert f"{weights}: its sha256 is not the manifest's" in failing(*arguments)
 
 
-def test_data_that_changed(failing: Failing, tmp_path: Path) -> None:
+def test_resume_refuses_data_that_changed(failing: Failing, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Some words to train on. " * 50)
     run = Run.compose(*QUICK, "data=text", f"data.path={text}", f"run_dir={tmp_path / 'run'}").train().run_dir
@@ -163,7 +163,7 @@ def test_data_that_changed(failing: Failing, tmp_path: Path) -> None:
     assert "data: not what this run was started on" in failing("resume", str(run), "loop.max_steps=5")
 
 
-def test_no_space_for_the_checkpoints(failing: Failing, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_space_for_its_checkpoints_is_refused(failing: Failing, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
     real = shutil.disk_usage
@@ -171,12 +171,12 @@ def test_no_space_for_the_checkpoints(failing: Failing, monkeypatch: pytest.Monk
     assert "free, the checkpoints of this run need" in failing("train", *QUICK)
 
 
-def test_an_existing_run_dir(failing: Failing, tmp_path: Path) -> None:
+def test_an_existing_run_dir_is_refused(failing: Failing, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     assert "run_dir=there: exists already" in failing("train", *QUICK, "run_dir=there")
 
 
-def test_disk_full_in_the_run(tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_ends_the_run_with_a_message(tmp_path: Path) -> None:
     """The run fails with a message; what was saved before is whole, and resume goes on once there is room."""
     arguments = (*TINY, "loop.max_steps=4", "run_dir=run", "checkpoint.every_steps=2")
     env = {"LLMTRAIN_CACHE": str(tmp_path / "cache")}
@@ -198,7 +198,7 @@ def test_not_finite_three_times_ends_the_run(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_key_that_the_chosen_option_lacks(tmp_path: Path) -> None:
+def test_a_key_that_the_chosen_option_lacks_is_refused(tmp_path: Path) -> None:
     done = llmtrain("plan", *TINY, "clipping=none", "clipping.max_norm=1", cwd=tmp_path, check=2)
     assert "clipping.max_norm: no such key; the chosen option of clipping has none" in done.stderr
 
@@ -249,7 +249,7 @@ def test_plugins_of_a_stored_run_must_be_named_again(tmp_path: Path) -> None:
     llmtrain("resume", "run", "loop.max_steps=3", "plugins=[mine]", cwd=tmp_path)
 
 
-def test_a_model_of_the_users_own(tmp_path: Path) -> None:
+def test_a_model_of_a_plugin_trains(tmp_path: Path) -> None:
     model = tmp_path / "conf" / "model"
     model.mkdir(parents=True)
     (model / "mine.yaml").write_text("defaults:\n  - tiny\nnum_layers: 1\n")
@@ -260,7 +260,7 @@ def test_a_model_of_the_users_own(tmp_path: Path) -> None:
     assert "mine" in llmtrain("train", "--config-dir=conf", "--help", cwd=tmp_path).stdout
 
 
-def test_flags_in_any_order(tmp_path: Path) -> None:
+def test_flags_may_come_in_any_order(tmp_path: Path) -> None:
     orders = (
         ["train", "model=tiny", "--cfg", "job", "loop.max_steps=3"],
         ["train", "--cfg=job", "model=tiny", "loop.max_steps=3"],
@@ -272,7 +272,7 @@ def test_flags_in_any_order(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_split_sorts_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_are_split_into_flags_paths_and_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=b").mkdir()
     assert split("report", ["x", "plot=false", "-c", "job", "a=b"]) == (
@@ -282,7 +282,7 @@ def test_split_sorts_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert split("train", ["--info", "a=1"]) == (["--info=all"], [], ["a=1"])
 
 
-def test_completion(tmp_path: Path) -> None:
+def test_completion_offers_groups_options_and_keys(tmp_path: Path) -> None:
     def complete(line: str) -> list[str]:
         env = {"COMP_LINE": line, "COMP_POINT": str(len(line))}
         return llmtrain("-sc", "query=bash", cwd=tmp_path, env=env).stdout.split()
@@ -295,14 +295,14 @@ def test_completion(tmp_path: Path) -> None:
     assert "complete" in llmtrain("-sc", "install=bash", cwd=tmp_path).stdout
 
 
-def test_bare_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_and_version_need_no_verb(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([], ["--help"], ["-h"]):
         assert main(arguments) == 0
         assert "llmtrain VERB" in capsys.readouterr().out
     assert main(["--version"]) == 0
 
 
-def test_help_says_what_a_verb_takes(tmp_path: Path) -> None:
+def test_help_of_a_verb_lists_its_keys(tmp_path: Path) -> None:
     predict = llmtrain("predict", "--help", cwd=tmp_path).stdout
     assert predict.startswith("llmtrain predict RUN_DIR [key=value]\n")
     assert re.search(r"^  threshold=0\.5 +of runs with several labels a text: the probability", predict, re.MULTILINE)
@@ -326,13 +326,13 @@ def test_help_follows_the_overrides(tmp_path: Path) -> None:
     assert "what an objective adds" in " ".join(shown.split())  # a comment's second line
 
 
-def test_help_of_a_run(tmp_path: Path) -> None:
+def test_help_of_resume_shows_the_values_of_the_run(tmp_path: Path) -> None:
     run = Run.compose(*QUICK, "optimizer.lr=0.004", f"run_dir={tmp_path / 'run'}").train().run_dir
     shown = llmtrain("resume", str(run), "--help", cwd=tmp_path).stdout
     assert re.search(r"^  optimizer\.lr=0\.004 +peak learning rate", shown, re.MULTILINE)
 
 
-def test_a_recipe_with_its_own_data(tmp_path: Path) -> None:
+def test_the_spam_recipe_finds_its_data_from_any_folder(tmp_path: Path) -> None:
     """``experiment=spam`` from a folder that has nothing but a base."""
     llmtrain("train", *QUICK, "run_dir=base", cwd=tmp_path)
     done = llmtrain(

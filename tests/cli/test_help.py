@@ -17,7 +17,7 @@ def test_every_key_of_every_verb_is_described(verb: str) -> None:
     assert not [key for key in node if key not in commented([CONF], verb) and key not in ("_target_", "defaults")]
 
 
-def test_comments(tmp_path: Path) -> None:
+def test_comments_of_keys_are_read_from_yaml(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(
         "# what it is\na: 1   # one\n       # and more\n# not of a key\nc:\nd: {e: 1}  # a dict\n"
     )
@@ -30,10 +30,10 @@ def test_comments(tmp_path: Path) -> None:
     [("\n", '"\\n"'), ("", '""'), (None, "null"), (True, "true"), (5e-5, "5e-05"), ([1, "a"], "[1, a]"), ("a b", "a b"),
      ("${model.path}", "${model.path}")],
 )  # fmt: skip
-def test_values_are_as_on_a_command_line(value: object, text: str) -> None:
+def test_help_writes_values_as_on_a_command_line(value: object, text: str) -> None:
     assert written(value) == text
 
 
-def test_what_resume_refuses_is_said() -> None:
+def test_help_of_resume_lists_the_keys_it_refuses() -> None:
     said = " ".join(ON_RESUME)
     assert not [key for key in FIXED if key.removesuffix(".") not in said]
