@@ -71,7 +71,7 @@ def by_hand(option, parameters):
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_equals_float64(parameters, option):
+def test_clipping_equals_its_formula_in_float64(parameters, option):
     expected = by_hand(option, parameters)
     before = gradients(parameters)
     measured = OPTIONS[option]()(parameters, step=0)
@@ -84,7 +84,7 @@ def test_equals_float64(parameters, option):
 
 
 @pytest.mark.parametrize("option", [*OPTIONS, "none"])
-def test_measures_before_clipping(parameters, option):
+def test_the_norm_is_measured_before_clipping(parameters, option):
     everything = flat(gradients(parameters))
     measured = (NoClipping() if option == "none" else OPTIONS[option]())(parameters, step=0)
     assert measured.norm.item() == pytest.approx(everything.norm().item(), rel=1e-6)
@@ -94,7 +94,7 @@ def test_measures_before_clipping(parameters, option):
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_waits_for_start_step(parameters, option):
+def test_clipping_waits_for_start_step(parameters, option):
     before = gradients(parameters)
     clipping = OPTIONS[option](start_step=3)
     measured = clipping(parameters, step=2)
@@ -171,7 +171,7 @@ def test_other_precisions_are_measured_in_fp32_or_better(parameters, option, dty
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("option", [*OPTIONS, "none"])
-def test_what_is_not_finite_shows_in_the_norm(parameters, option, bad):
+def test_a_nonfinite_gradient_makes_the_norm_nonfinite(parameters, option, bad):
     parameters[1][1].grad[2, 3] = bad
     measured = (NoClipping() if option == "none" else OPTIONS[option]())(parameters, step=0)
     assert not measured.norm.isfinite().item()
@@ -179,7 +179,7 @@ def test_what_is_not_finite_shows_in_the_norm(parameters, option, bad):
 
 
 @pytest.mark.parametrize("option", [*OPTIONS, "none"])
-def test_without_any_gradient(option):
+def test_the_norm_is_zero_without_any_gradient(option):
     named = [("weight", nn.Parameter(torch.ones(2)))]
     measured = (NoClipping() if option == "none" else OPTIONS[option]())(named, step=0)
     assert [value.item() for value in measured] == [0.0, 0.0, False]
@@ -192,13 +192,13 @@ def test_adaptive_lets_a_zero_unit_learn_and_leaves_a_zero_gradient(parameters):
     torch.testing.assert_close(weight.grad, torch.tensor([[0.003, 0.0, 0.004], [0.0, 0.0, 0.0]]))
 
 
-def test_the_first_threshold_that_matches_counts():
+def test_per_parameter_takes_the_first_matching_threshold():
     clipping = PerParameterClipping(max_norm=1.0, thresholds={r"bias$": 0.1, "mlp": 0.2}, start_step=0)
     limits = {"mlp.bias": 0.1, "mlp.weight": 0.2, "attention.bias": 0.1, "attention.weight": 1.0}
     assert {name: clipping.threshold(name) for name in limits} == limits
 
 
-def test_patterns_that_match_nothing_are_errors():
+def test_patterns_without_match_are_refused():
     names = list(SHAPES)
     per_parameter = PerParameterClipping(max_norm=1.0, thresholds={"mlp": 0.2, "atention": 0.1}, start_step=0)
     with pytest.raises(ValueError, match=r"^thresholds='atention': matches no parameter; the nearest are "):
@@ -246,7 +246,7 @@ def test_impossible_values_are_refused(make, message):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("option", OPTIONS)
-def test_on_a_gpu_the_same_without_waiting(parameters, option):
+def test_clipping_on_a_gpu_gives_the_same_without_waiting(parameters, option):
     expected = by_hand(option, parameters)
     norm = flat(gradients(parameters)).norm()
     for _, p in parameters:
