@@ -64,7 +64,7 @@ def test_generate_is_reproducible(run_dir: Path, capfd: pytest.CaptureFixture[st
     assert capfd.readouterr().out != texts[0]
 
 
-def test_text_from_a_checkpoint_of_an_older_version(
+def test_generate_reads_a_checkpoint_of_an_older_version(
     run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Its config lacks groups and keys of today."""
@@ -81,7 +81,7 @@ def test_text_from_a_checkpoint_of_an_older_version(
     assert texts[0] == texts[1]
 
 
-def test_several_samples(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_generate_writes_as_many_samples_as_asked(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(run_dir), "prompt=Sea", "num_samples=3", "max_tokens=5", "temperature=1"]) == 0
     assert capfd.readouterr().out.count("Sea") == 3
 
@@ -94,14 +94,14 @@ def test_free_text_reaches_the_program_as_typed(text: str) -> None:
     assert run.loop.sample_prompt == text
 
 
-def test_report_of_a_run(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_report_shows_the_state_of_a_run(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(run_dir)]) == 0
     output = capfd.readouterr().out
     assert "finished" in output
     assert "run" in output
 
 
-def test_weights_of_another_run(run_dir: Path, tmp_path: Path) -> None:
+def test_a_run_starts_from_the_weights_of_another(run_dir: Path, tmp_path: Path) -> None:
     run = Run.compose(*TINY, "weights=checkpoint", f"weights.path={run_dir}", "runtime.seed=9")
     model = run.assemble(torch.device("cpu")).model
     run.weights.load(model)
@@ -112,6 +112,6 @@ def test_weights_of_another_run(run_dir: Path, tmp_path: Path) -> None:
     assert result.summary["step"] == 1
 
 
-def test_weights_that_do_not_fit_are_named(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_weights_of_other_shapes_are_refused_by_name(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *TINY, "model.hidden_size=64", "weights=checkpoint", f"weights.path={run_dir}"]) == 2
     assert "does not fit the model: token_embedding.weight is (257, 32)" in capfd.readouterr().err

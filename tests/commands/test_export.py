@@ -84,7 +84,9 @@ def left_over(folder: Path = Path()) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["gpt", "full", "lora", "dora"])
-def test_a_whole_model(name: str, runs: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_exported_model_gives_the_same_logits_in_transformers(
+    name: str, runs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert main(["export", str(runs / name), "to=out", "dtype=fp32"]) == 0
     told = capfd.readouterr().out
     assert "loaded by this program: logits differ by up to 0\n" in told
@@ -101,7 +103,7 @@ def test_a_whole_model(name: str, runs: Path, capfd: pytest.CaptureFixture[str])
     assert json.loads(Path("out/generation_config.json").read_text())["eos_token_id"] == 256
 
 
-def test_an_exported_model_is_a_base_again(runs: Path) -> None:
+def test_an_exported_model_can_be_trained_from(runs: Path) -> None:
     assert main(["export", str(runs / "lora"), "to=out"]) == 0
     first = ("weights=huggingface", "weights.path=out", "optimizer.lr=1e-12", "schedule=constant", "run_dir=again")
     assert main(["train", *AUTO, *first]) == 0
@@ -111,7 +113,7 @@ def test_an_exported_model_is_a_base_again(runs: Path) -> None:
     assert max((before[name] - after[name]).abs().max() for name in before) < 1e-9
 
 
-def test_types(runs: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_exported_dtype_is_the_bases_unless_named(runs: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """That of the base where there were adapters, unless one is named; the rounding is told."""
     assert main(["export", str(runs / "dora"), "to=a"]) == 0
     assert "rounded to bfloat16: logits change by up to 0." in capfd.readouterr().out
@@ -123,7 +125,7 @@ def test_types(runs: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "rounded" not in capfd.readouterr().out
 
 
-def test_shards(runs: Path) -> None:
+def test_an_export_is_split_into_shards_of_the_size_asked(runs: Path) -> None:
     assert main(["export", str(runs / "gpt"), "to=out", "shard_gb=4e-5"]) == 0
     files = sorted(Path("out").glob("*.safetensors"))
     assert len(files) > 2
@@ -134,7 +136,9 @@ def test_shards(runs: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["lora", "dora"])
-def test_adapters(name: str, runs: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_exported_adapters_give_the_same_logits_in_peft(
+    name: str, runs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     import peft
 
     assert main(["export", str(runs / name), "to=out", "format=peft"]) == 0
@@ -151,7 +155,7 @@ def test_adapters(name: str, runs: Path, capfd: pytest.CaptureFixture[str]) -> N
                 assert (ours - theirs(ids).logits).abs().max() > 1e-2  # it was not the base all the while
 
 
-def test_the_adapter_of_a_tied_embedding(bases: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_adapter_of_a_tied_embedding_is_exported(bases: Path, capfd: pytest.CaptureFixture[str]) -> None:
     base = ("weights=huggingface", f"weights.path={bases / 'gpt2'}")
     lora = ("lora=lora", "lora.targets=[all-linear,embeddings]", "optimizer.lr=1e-2")
     assert main(["train", *AUTO, *base, *lora, "run_dir=run"]) == 0
@@ -161,7 +165,7 @@ def test_the_adapter_of_a_tied_embedding(bases: Path, capfd: pytest.CaptureFixtu
     assert difference(Path("run"), Path("out")) < 1e-5
 
 
-def test_a_base_that_has_moved(bases: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_export_takes_a_base_that_has_moved(bases: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(bases / "gpt2", "here")
     assert main(["train", *AUTO, "weights=huggingface", "weights.path=here", "lora=lora", "run_dir=run"]) == 0
     Path("here").rename("there")
@@ -207,7 +211,9 @@ def classes_of(run: Path, texts: list[str]) -> torch.Tensor:
         ("llama", ["lora=lora", "objective.train=all"]),
     ],
 )
-def test_a_classifier(base: str, overrides: list[str], bases: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_exported_classifier_predicts_the_same_in_transformers(
+    base: str, overrides: list[str], bases: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     multi_label = "data.multi_label=true" in overrides
     run = train_classifier(bases / base, *overrides, multi_label=multi_label)
     assert main(["export", str(run), "to=out"]) == 0
@@ -229,7 +235,9 @@ def test_a_classifier(base: str, overrides: list[str], bases: Path, capfd: pytes
     assert (ids[-1] == 256) == ("data.append_end_of_text=false" not in overrides)
 
 
-def test_adapters_of_a_classifier(bases: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_exported_adapters_of_a_classifier_predict_the_same_in_peft(
+    bases: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     import peft
 
     run = train_classifier(bases / "gpt2", "lora=lora", "objective.train=all")
@@ -246,7 +254,9 @@ def test_adapters_of_a_classifier(bases: Path, capfd: pytest.CaptureFixture[str]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_a_classifier_that_transformers_does_not_have(bases: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_classifier_without_counterpart_in_transformers_is_refused(
+    bases: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     from llmtrain.model import LanguageModel
 
     run = train_classifier(bases / "llama")
@@ -263,7 +273,7 @@ def test_a_classifier_that_transformers_does_not_have(bases: Path, capfd: pytest
 
 
 @pytest.mark.parametrize("template", ["Q: {prompt}\nA: {response}\n", "chatml"])
-def test_the_template_goes_along(template: str, bases: Path) -> None:
+def test_an_export_holds_the_chat_template(template: str, bases: Path) -> None:
     """``apply_chat_template`` gives the ids that ``chat`` asks with."""
     from llmtrain.data.chat.templates import Message, PartEncoder
     from llmtrain.run.conversation import template_of
@@ -301,7 +311,9 @@ def test_the_template_goes_along(template: str, bases: Path) -> None:
         (["to=out", "base=there"], "base=there: "),
     ],
 )
-def test_usage(arguments: list[str], message: str, runs: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_refused_and_leave_nothing(
+    arguments: list[str], message: str, runs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     Path("full").mkdir()
     Path("full/mine").touch()
     Path("file").touch()
@@ -313,21 +325,21 @@ def test_usage(arguments: list[str], message: str, runs: Path, capfd: pytest.Cap
     assert left_over(Path("full")) == ["mine"]
 
 
-def test_what_transformers_cannot_compute(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_transformers_cannot_compute_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     Run.compose(*TINY, "model.logit_softcap=30", "loop.max_steps=1", "run_dir=run").train()
     assert main(["export", "run", "to=out"]) == 2
     assert "model.logit_softcap=30.0: the GPT-2 of transformers has none" in capfd.readouterr().err
     assert left_over() == ["run"]
 
 
-def test_an_empty_directory_is_taken(runs: Path) -> None:
+def test_an_empty_directory_is_written_to(runs: Path) -> None:
     Path("out").mkdir()
     assert main(["export", str(runs / "gpt"), "to=out"]) == 0
     assert (Path("out") / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("harm", ["weights", "names", "nan"])
-def test_what_differs_is_not_left(
+def test_an_export_that_differs_is_removed(
     harm: str, runs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A disk that flips a bit of a weight, two layers under one another's names, a model that is broken itself."""
@@ -355,7 +367,7 @@ def test_what_differs_is_not_left(
     assert left_over() == []
 
 
-def test_the_keys() -> None:
+def test_the_keys_are_those_of_its_yaml() -> None:
     assert set(export.STORED.values()) == set(DType)
     assert yaml.safe_load((Path(__file__).parents[2] / "conf" / "export.yaml").read_text()).keys() == {
         "_target_", *Export.__dataclass_fields__

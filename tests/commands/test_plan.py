@@ -38,7 +38,7 @@ def test_a_plan_with_a_probe_leaves_nothing_behind(
 
 
 @pytest.mark.slow
-def test_a_micro_batch_that_is_tried_is_planned_for(tmp_path: Path) -> None:
+def test_accumulation_auto_is_planned_with_the_micro_batch_it_finds(tmp_path: Path) -> None:
     overrides = [override for override in TINY if not override.startswith("accumulation.micro")]
     path = tmp_path / "plan.json"
     assert main(["plan", *overrides, "accumulation=auto", "loop.max_steps=20", f"json={path}"]) == 0
@@ -96,7 +96,7 @@ def test_a_mistake_is_named(override: str, message: str, capfd: pytest.CaptureFi
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_comes_with_what_would(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_that_does_not_fit_suggests_one_that_does(capfd: pytest.CaptureFixture[str]) -> None:
     """As on a device of 15 GB: GPT-2 large, whose state alone takes 12 of them."""
     overrides = ("model=gpt774m", "device=t4-16gb", "precision=fp16", "data.sequence_length=512",
                  "accumulation.batch_size=8", "accumulation.micro_batch_size=8", "loop.max_steps=5")  # fmt: skip
@@ -106,7 +106,7 @@ def test_what_does_not_fit_comes_with_what_would(capfd: pytest.CaptureFixture[st
     assert "optimizer=adamw_8bit" in output
 
 
-def test_a_plan_trains_what_train_would_refuse_to(capfd: pytest.CaptureFixture[str]) -> None:
+def test_plan_accepts_settings_that_lint_reports(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *NO_PROBE, "optimizer.lr=1e-4", "schedule=constant", "loop.eval_batches=3"]) == 0
     assert main(["plan", "--cfg", "job", *TINY]) == 0
     assert "price_per_hour" in capfd.readouterr().out

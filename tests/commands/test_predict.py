@@ -39,7 +39,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_metrics_tell_accuracy_and_confusion(work: Path) -> None:
+def test_metrics_hold_accuracy_and_confusion(work: Path) -> None:
     evaluations = [row for row in rows(work / "run") if "val_loss" in row]
     last = evaluations[-1]
     confusion = last["confusion"]
@@ -60,7 +60,7 @@ def test_a_resumed_classifier_ends_on_the_same_bits_and_verifies(work: Path) -> 
     assert "bit for bit" in llmtrain("verify", "run", cwd=work).stdout
 
 
-def test_a_text(work: Path) -> None:
+def test_predict_classifies_a_text(work: Path) -> None:
     output = llmtrain("predict", "run", "text=xxx yxy 7", cwd=work).stdout
     first = output.splitlines()[0].split()
     assert first[0] == "tool"
@@ -68,7 +68,7 @@ def test_a_text(work: Path) -> None:
 
 
 @pytest.mark.parametrize("output", ["found.csv", "found.jsonl"])
-def test_a_file(work: Path, output: str) -> None:
+def test_predict_classifies_a_file(work: Path, output: str) -> None:
     done = llmtrain("predict", "run", "file=messages.csv", f"output={output}", "batch_size=7", cwd=work)
     assert "160 texts; " in done.stderr
     if output.endswith(".csv"):
@@ -102,7 +102,7 @@ def test_a_file(work: Path, output: str) -> None:
         (("text=a", "threshold=2"), "threshold=2"),
     ],
 )
-def test_errors(
+def test_mistakes_are_named_and_leave_nothing(
     work: Path, arguments: tuple[str, ...], message: str, capfd: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
     monkeypatch.chdir(work)
@@ -111,7 +111,7 @@ def test_errors(
     assert not list(work.glob("found.txt*"))
 
 
-def test_a_run_of_another_kind(work: Path, capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_a_run_that_is_no_classifier_is_refused(work: Path, capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.chdir(work)
     assert main(["predict", "base", "text=a"]) == 2
     assert "was not trained to tell classes apart" in capfd.readouterr().err
@@ -119,7 +119,7 @@ def test_a_run_of_another_kind(work: Path, capfd: pytest.CaptureFixture[str], mo
     assert "template=null: the run was not taught one" in capfd.readouterr().err
 
 
-def test_a_base_that_was_moved(work: Path, capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_predict_takes_a_base_that_was_moved(work: Path, capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.chdir(work)
     expected = llmtrain("predict", "run", "text=aba", cwd=work).stdout
     (work / "base").rename(work / "elsewhere")
@@ -138,7 +138,9 @@ def test_a_base_that_was_moved(work: Path, capfd: pytest.CaptureFixture[str], mo
         (work / "elsewhere").rename(work / "base")
 
 
-def test_data_and_objective_have_to_go_together(work: Path, capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_data_and_objective_that_do_not_match_are_refused(
+    work: Path, capfd: pytest.CaptureFixture[str], monkeypatch
+) -> None:
     monkeypatch.chdir(work)
     assert main(["train", "model=tiny", "tokenizer=byte", "data=labelled", "data.path=messages.csv"]) == 2
     assert "objective=causal: does not go with data=labelled, whose targets are classes" in capfd.readouterr().err
@@ -179,7 +181,9 @@ def chat(folder: Path, said: str | Typed, capfd: pytest.CaptureFixture[str], mon
     return capfd.readouterr().out
 
 
-def test_chat_by_pipe(talker: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_obeys_its_commands_from_a_pipe(
+    talker: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     said = "/history\nRepeat a.\nRepeat b.\n/history\n/save\n/save talk.jsonl\n/undo\n/reset\n/nonsense\n/exit\n"
     output = chat(talker, said, capfd, monkeypatch)
     assert "user: Repeat a." in output
@@ -193,7 +197,7 @@ def test_chat_by_pipe(talker: Path, capfd: pytest.CaptureFixture[str], monkeypat
     assert "\nQ:" not in saved[0]["messages"][1]["content"]  # it ends where its turn does
 
 
-def test_leaving_a_chat_in_other_words(
+def test_every_word_for_leaving_ends_a_chat(
     talker: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LLMTRAIN_CACHE", str(talker / "cache"))  # the history of what was typed
@@ -203,7 +207,9 @@ def test_leaving_a_chat_in_other_words(
     assert "user: quit" in chat(talker, "quit\n/history\n", capfd, monkeypatch)  # in a file it is what it is
 
 
-def test_prompts_from_a_file(talker: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_answers_prompts_from_a_file(
+    talker: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (talker / "prompts.txt").write_text("Repeat a.\n\nRepeat b.\n")
     asked = ("generate", "run", "file=prompts.txt", "template=run", "temperature=0", "max_tokens=12")
     llmtrain(*asked, "output=texts.jsonl", cwd=talker)

@@ -89,7 +89,9 @@ def environment(run: Path) -> dict[str, Any]:
 # --- damaged checkpoints -----------------------------------------------------------------------------------------
 
 
-def test_damaged_checkpoints_are_passed_over(whole: Path, run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_damaged_checkpoints_are_skipped_for_the_newest_intact_one(
+    whole: Path, run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     damage(run, 7)
     (checkpoint(run, 6) / "manifest.json").unlink()
     assert main(["resume", "run"]) == 0
@@ -107,7 +109,7 @@ def test_damaged_checkpoints_are_passed_over(whole: Path, run: Path, capfd: pyte
     assert environment(run)["resumes"][0]["from"] == "checkpoints/step-00000005"
 
 
-def test_all_damaged_is_refused(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_resume_without_an_intact_checkpoint_is_refused(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for step in range(1, 8):
         damage(run, step, STATE)
     message = refused(capfd, "run", "loop.max_steps=20")
@@ -120,13 +122,13 @@ def test_all_damaged_is_refused(run: Path, capfd: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("arguments", [["run", "checkpoint.step=7"], ["run/checkpoints/step-00000007"]])
-def test_the_newest_by_name_goes_on_in_place(whole: Path, run: Path, arguments: list[str]) -> None:
+def test_naming_the_newest_checkpoint_resumes_in_place(whole: Path, run: Path, arguments: list[str]) -> None:
     assert main(["resume", *arguments]) == 0
     assert sorted(path.name for path in run.parent.iterdir()) == ["run"]
     assert_same_end(whole, run)
 
 
-def test_a_damaged_one_that_is_named_is_refused(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_named_checkpoint_that_is_damaged_is_refused(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for step in (5, 7):
         damage(run, step)
         assert f"step-{step:08d}/model.safetensors" in refused(capfd, "run", f"checkpoint.step={step}")
@@ -135,7 +137,7 @@ def test_a_damaged_one_that_is_named_is_refused(run: Path, capfd: pytest.Capture
     assert sorted(path.name for path in run.parent.iterdir()) == ["run"]
 
 
-def test_one_that_is_not_there_is_refused(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_named_checkpoint_that_does_not_exist_is_refused(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(checkpoint(run, 4))
     for arguments in (["run", "checkpoint.step=4"], ["run/checkpoints/step-00000004"], ["run", "checkpoint.step=8"]):
         assert "those of the steps 1, 2, 3, 5, 6, 7" in refused(capfd, *arguments)
@@ -148,7 +150,7 @@ def test_a_checkpoint_without_its_run_is_refused(run: Path, capfd: pytest.Captur
     assert "a checkpoint without its run" in refused(capfd, "step-00000005")
 
 
-def test_a_new_run_cannot_name_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_new_run_cannot_name_a_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for arguments in (["train", "checkpoint.step=4"], ["train", "-m", "checkpoint.step=4,5"]):
         assert main([*arguments, *TINY, f"output_dir={tmp_path / 'runs'}"]) == 2
         message = capfd.readouterr().err
@@ -160,7 +162,7 @@ def test_a_new_run_cannot_name_one(tmp_path: Path, capfd: pytest.CaptureFixture[
 # --- branches ----------------------------------------------------------------------------------------------------
 
 
-def test_a_branch_leaves_its_parent_alone(whole: Path, run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_branch_leaves_its_parent_unchanged(whole: Path, run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = snapshot(run)
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a process works in the parent
@@ -186,13 +188,15 @@ def test_a_branch_leaves_its_parent_alone(whole: Path, run: Path, capfd: pytest.
     assert json.loads((child / "summary.json").read_text())["step"] == STEPS
 
 
-def test_a_branch_without_changes_goes_where_its_parent_went(whole: Path, run: Path) -> None:
+def test_a_branch_without_changes_ends_as_its_parent(whole: Path, run: Path) -> None:
     assert main(["resume", "run/checkpoints/step-00000002", "run_dir=again"]) == 0
     assert_same_end(whole, Path("again"))
     assert numbers(Path("again")) == numbers(whole)
 
 
-def test_run_dir_branches_off_from_the_newest(whole: Path, run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_run_dir_alone_branches_from_the_newest_checkpoint(
+    whole: Path, run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = snapshot(run)
     assert main(["resume", "run", "run_dir=copy"]) == 0
     assert snapshot(run) == before
@@ -211,7 +215,7 @@ def test_a_branch_starts_from_the_config_of_its_checkpoint(whole: Path, run: Pat
     assert_same_end(run, Path("as-changed"))
 
 
-def test_branches_branch(whole: Path, run: Path) -> None:
+def test_a_branch_can_be_branched(whole: Path, run: Path) -> None:
     assert main(["resume", "run", "checkpoint.step=2", "run_dir=one"]) == 0
     assert main(["resume", "one", "checkpoint.step=5", "run_dir=two"]) == 0
     assert environment(Path("two"))["parent"] == {"run": str(Path("one").resolve()), "step": 5}
@@ -249,7 +253,7 @@ def test_every_resume_is_recorded(run: Path) -> None:
         assert {"time", "git_commit"} <= entry.keys()
 
 
-def test_the_learning_rate_that_changes_is_shown(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_learning_rate_is_shown(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A linear decay from 0.002 to 0: at step 8, the 0-based 7th, 2/9 of the peak; with twice the steps 11/18."""
     assert main(["resume", "run", "loop.max_steps=18"]) == 0
     output = capfd.readouterr().out
@@ -268,7 +272,9 @@ def test_the_learning_rate_that_changes_is_shown(run: Path, capfd: pytest.Captur
 # --- another optimizer -------------------------------------------------------------------------------------------
 
 
-def test_another_optimizer_starts_afresh(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_another_optimizer_starts_with_a_new_state(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     overrides = ("optimizer=lion", "optimizer.lr=1e-4")
     assert main(["resume", "run", *overrides]) == 0
     assert "the saved state is AdamW's; Lion starts with a state of its own" in capfd.readouterr().out
@@ -289,7 +295,7 @@ def test_another_optimizer_starts_afresh(run: Path, tmp_path: Path, capfd: pytes
     assert_same_end(run, before)
 
 
-def test_state_that_an_option_lacks_is_named(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_state_that_an_option_does_not_read_is_named(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["resume", "run", "optimizer=sgd", "optimizer.momentum=0", "optimizer.nesterov=false"]) == 0
     message = refused(capfd, "run", "optimizer.momentum=0.9", "loop.max_steps=12")
     assert message.startswith("llmtrain: optimizer.momentum=0.9: needs other optimizer state than was saved")
@@ -313,7 +319,7 @@ def test_state_that_an_option_lacks_is_named(run: Path, capfd: pytest.CaptureFix
         ("loop.max_steps=null loop.epochs=3 accumulation.batch_size=2", "loop.epochs=null loop.max_steps=23"),
     ],
 )
-def test_what_is_refused_changes_nothing(
+def test_a_refused_resume_changes_nothing(
     run: Path, capfd: pytest.CaptureFixture[str], override: str, expected: str
 ) -> None:
     Path("other.txt").write_text(TEXT.read_text()[:800])
@@ -329,7 +335,7 @@ def test_a_file_that_cannot_be_read_is_named_before_anything_is_written(
     assert f"run/{name}" in refused(capfd, "run", "optimizer.lr=1e-4")
 
 
-def test_batches_of_another_size_go_on_where_the_data_were(run: Path) -> None:
+def test_resume_with_another_batch_size_continues_data_order(run: Path) -> None:
     assert main(["resume", "run", "accumulation.batch_size=2", "accumulation.micro_batch_size=2"]) == 0
     states = [json.loads((checkpoint(run, step) / STATE).read_text())["position"] for step in (7, 8, 9)]
     assert states == [28, 30, 32]
@@ -338,7 +344,7 @@ def test_batches_of_another_size_go_on_where_the_data_were(run: Path) -> None:
 # --- configs of an older version ---------------------------------------------------------------------------------
 
 
-def test_keys_that_an_older_version_did_not_know(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_keys_unknown_to_an_older_version_get_their_defaults(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     stored = stored_config.load(run / CONFIG)
     del stored["recovery"], stored["activation_checkpointing"]
     del stored["checkpoint"]["before_evaluation"], stored["data"]["cache_dir"]
@@ -380,7 +386,7 @@ class Stopping(Causal):
 """
 
 
-def test_the_last_evaluation_is_made_up_if_a_signal_cut_it_short(tmp_path: Path) -> None:
+def test_resume_repeats_a_last_evaluation_that_a_signal_cut_short(tmp_path: Path) -> None:
     """The run is not finished before it."""
     (tmp_path / "stopping.py").write_text(STOPPING)
     plugin = ("plugins=[stopping]", "objective._target_=stopping.Stopping")
@@ -396,7 +402,7 @@ def test_the_last_evaluation_is_made_up_if_a_signal_cut_it_short(tmp_path: Path)
     assert (summary["exit_reason"], summary["final_val_loss"]) == ("finished", losses["whole"][-1])
 
 
-def test_checkpoints_that_are_gone_are_no_start(tmp_path: Path) -> None:
+def test_a_run_whose_checkpoints_were_deleted_is_refused(tmp_path: Path) -> None:
     llmtrain("train", *TINY, "loop.max_steps=2", "run_dir=run", cwd=tmp_path)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
@@ -405,7 +411,7 @@ def test_checkpoints_that_are_gone_are_no_start(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_finished_run_whose_last_checkpoint_is_damaged_is_finished_again(tmp_path: Path) -> None:
+def test_a_finished_run_with_a_damaged_last_checkpoint_is_finished_again(tmp_path: Path) -> None:
     llmtrain("train", *TINY, "loop.max_steps=4", "checkpoint.every_steps=2", "run_dir=run", cwd=tmp_path)
     shutil.copytree(tmp_path / "run", tmp_path / "damaged")
     (tmp_path / "damaged" / "checkpoints" / "step-00000004" / "state.json").write_text("{}")

@@ -30,7 +30,7 @@ def copy_of(good: Path, to: Path) -> Path:
     return to
 
 
-def test_a_good_run_passes(good: Path) -> None:
+def test_an_intact_run_is_verified_and_left_unchanged(good: Path) -> None:
     before = {path: path.read_bytes() for path in (good / "run").rglob("*") if path.is_file()}
     output = llmtrain("verify", "run", cwd=good).stdout
     assert "bit for bit" in output
@@ -51,7 +51,7 @@ def test_a_changed_byte_is_named(good: Path, tmp_path: Path) -> None:
     assert "replaying" not in done.stdout
 
 
-def test_weights_that_do_not_follow_are_named(good: Path, tmp_path: Path) -> None:
+def test_weights_that_do_not_follow_from_the_checkpoint_before_are_named(good: Path, tmp_path: Path) -> None:
     """A checkpoint that is whole, but not what training came to: another program's, or a bug's."""
     copy_of(good, tmp_path)
     path = tmp_path / "run" / "checkpoints" / "step-00000009"
@@ -71,7 +71,7 @@ def test_changed_data_are_named(good: Path, tmp_path: Path) -> None:
     assert "data: not what this run was started on" in llmtrain("verify", "run", cwd=tmp_path, check=1).stdout
 
 
-def test_a_recorded_loss_that_was_another_is_named(good: Path, tmp_path: Path) -> None:
+def test_a_recorded_loss_that_is_not_reproduced_is_named(good: Path, tmp_path: Path) -> None:
     copy_of(good, tmp_path)
     path = tmp_path / "run" / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -82,7 +82,7 @@ def test_a_recorded_loss_that_was_another_is_named(good: Path, tmp_path: Path) -
     assert "failed: step 9: loss" in llmtrain("verify", "run", cwd=tmp_path, check=1).stdout
 
 
-def test_a_part_of_the_replay_and_files_alone(good: Path, tmp_path: Path) -> None:
+def test_replay_steps_limits_the_replay(good: Path, tmp_path: Path) -> None:
     copy_of(good, tmp_path)
     partly = llmtrain("verify", "run", "replay_steps=1", cwd=tmp_path).stdout
     assert "replaying 1 steps from step 6" in partly
@@ -106,13 +106,13 @@ def test_a_replay_without_a_logged_step_proves_nothing(good: Path, tmp_path: Pat
     assert "base=else" in llmtrain("verify", "run", "base=else", cwd=tmp_path, check=2).stderr
 
 
-def test_a_single_checkpoint_is_replayed_from_the_start(good: Path, tmp_path: Path) -> None:
+def test_a_single_checkpoint_is_verified_from_the_start_of_the_run(good: Path, tmp_path: Path) -> None:
     copy_of(good, tmp_path)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
     assert "replaying 9 steps from the start" in llmtrain("verify", "run", cwd=tmp_path).stdout
 
 
-def test_errors(good: Path, tmp_path: Path) -> None:
+def test_mistakes_are_named(good: Path, tmp_path: Path) -> None:
     copy_of(good, tmp_path)
     assert "no such run directory" in llmtrain("verify", "nowhere", cwd=tmp_path, check=2).stderr
     assert "replay_steps=-1" in llmtrain("verify", "run", "replay_steps=-1", cwd=tmp_path, check=2).stderr
