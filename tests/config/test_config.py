@@ -67,7 +67,7 @@ def test_every_key_is_listed_and_commented(group: str, option: str) -> None:
     assert not fields - commented([CONF], f"{group}/{option}").keys()
 
 
-def test_round_trip() -> None:
+def test_a_stored_config_gives_the_same_run() -> None:
     run = Run.compose(*TINY, "optimizer.lr=1e-4", "schedule.warmup_steps=7", "runtime.device=cpu")
     again = Run.from_config(yaml.safe_load(stored_config.dump(run)))
     assert again == run
@@ -75,7 +75,7 @@ def test_round_trip() -> None:
     assert run.optimizer.lr == 1e-4
 
 
-def test_name_is_the_recipes_or_the_models() -> None:
+def test_the_default_name_is_the_recipes_or_the_models() -> None:
     assert Run.compose("model=tiny").name == "tiny"
     assert Run.compose("experiment=laptop").name == "laptop"
     assert Run.compose("name=mine").name == "mine"
@@ -135,7 +135,7 @@ def test_a_plugin_is_built_when_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(built.lr, float)
 
 
-def test_stored_configs_are_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpolations_in_a_stored_config_are_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interpolation in a stored config is a piece of text."""
     monkeypatch.setenv("PRIVATE", "leaked")
     values = yaml.safe_load(stored_config.dump(Run.compose(*TINY)))
@@ -162,6 +162,6 @@ def test_a_secret_of_the_environment_is_not_stored_elsewhere(monkeypatch: pytest
         Run.compose("name='${oc.env:MY_API_KEY}'")
 
 
-def test_differences() -> None:
+def test_differences_of_two_configs_are_listed_by_key() -> None:
     rows = stored_config.differences({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}, "e": 4})
     assert rows == [("a.c", 2, 5), ("d", 3, None), ("e", None, 4)]
