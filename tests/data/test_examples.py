@@ -123,7 +123,7 @@ def test_without_shuffling_it_is_the_order_of_the_file() -> None:
     assert examples.order(np.arange(250), 1, False).tolist() == [i % 100 for i in range(250)]
 
 
-def test_buckets_hold_what_the_permutation_puts_there() -> None:
+def test_each_bucket_holds_the_examples_of_the_permutation() -> None:
     number = 2 * BUCKET + 100
     examples = of_lengths(random_lengths(number, 500))
     mixed, visits = order(np.arange(number), number, 5, True), examples.order(np.arange(number), 5, True)
@@ -146,7 +146,7 @@ def padding(examples: Examples, visits: np.ndarray, batch: int) -> float:
     return 1 - lengths.sum() / (lengths.max(axis=1).sum() * batch)
 
 
-def test_little_padding() -> None:
+def test_sorting_by_length_leaves_little_padding() -> None:
     number = 20_000
     examples = of_lengths(random_lengths(number, 1024))
     shuffled = order(np.arange(number), number, 0, True)
@@ -158,7 +158,7 @@ def test_little_padding() -> None:
     assert evaluated < 0.002
 
 
-def test_alike() -> None:
+def test_examples_are_grouped_by_length_for_evaluation() -> None:
     examples = of_lengths(np.array([5, 3, 5, 1, 3]))
     assert examples.alike(np.array([0, 1, 2, 3, 4])).tolist() == [3, 1, 4, 0, 2]
     assert examples.alike(np.array([2, 0, 4])).tolist() == [4, 2, 0]
@@ -168,7 +168,7 @@ def test_alike() -> None:
 
 
 @pytest.mark.parametrize("number", [1, 2, 100, 20_000])
-def test_pack(number: int) -> None:
+def test_packing_keeps_every_example_and_wastes_little(number: int) -> None:
     lengths = random_lengths(number, 512, seed=number)
     members, begins = pack(lengths, 512)
     assert sorted(members) == list(range(number))  # each once
@@ -187,12 +187,12 @@ def test_pack(number: int) -> None:
     np.testing.assert_array_equal(members, again)
 
 
-def test_pack_fits_best() -> None:
+def test_packing_puts_examples_where_they_fit_best() -> None:
     members, begins = pack(np.array([6, 5, 4, 3, 2]), 10)
     assert [row.tolist() for row in np.split(members, begins[1:-1])] == [[0, 2], [1, 3, 4]]
 
 
-def test_packed_rows(tmp_path: Path) -> None:
+def test_packed_rows_hold_every_example(tmp_path: Path) -> None:
     lengths = random_lengths(300, 200)
     examples, inputs, targets = make(tmp_path, lengths, 200, packed=True)
     assert examples.tokens == lengths.sum()
@@ -219,7 +219,7 @@ def test_packed_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_loader_goes_on_where_it_was(tmp_path: Path, packed: bool) -> None:
+def test_a_loader_of_examples_resumes_at_its_position(tmp_path: Path, packed: bool) -> None:
     import torch
 
     examples, _, _ = make(tmp_path, random_lengths(90, 200), 200, packed=packed)

@@ -60,7 +60,7 @@ def corpus(tmp_path: Path, byte: Tokenizer) -> Path:
 # --- before training ---------------------------------------------------------------------------------------------
 
 
-def test_damaged_shards_are_refused(tmp_path: Path, corpus: Path, refused: Refused) -> None:
+def test_a_run_on_damaged_shards_is_refused(tmp_path: Path, corpus: Path, refused: Refused) -> None:
     one, other = corpus / "train-00000.bin", corpus / "train-00002.bin"
     flip(other, 1234)
     assert refused("train", *QUICK, *SHARDS) == (
@@ -77,7 +77,7 @@ def test_damaged_shards_are_refused(tmp_path: Path, corpus: Path, refused: Refus
     )
 
 
-def test_a_damaged_cache_is_mended(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_cache_is_made_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *QUICK, "run_dir=one"]) == 0
     (shard,) = (tmp_path / "cache").glob("*/train-00000.bin")
     flip(shard, 77)
@@ -113,7 +113,7 @@ def wait_for(something: Callable[[], object]) -> None:
 # --- while training ----------------------------------------------------------------------------------------------
 
 
-def test_a_shard_cut_while_a_run_reads_it(tmp_path: Path, corpus: Path, refused: Refused) -> None:
+def test_a_shard_cut_while_a_run_reads_it_ends_the_run(tmp_path: Path, corpus: Path, refused: Refused) -> None:
     shard = corpus / "train-00001.bin"
     whole = shard.read_bytes()
     long = ("loop.max_steps=100000", "checkpoint.every_steps=10", "run_dir=run")
@@ -148,7 +148,7 @@ def write_text(folder: Path, lines: int) -> None:
 TEXT = ("data=text", "data.path=text.txt", "data.cache_dir=cache")
 
 
-def test_a_full_disk(tmp_path: Path) -> None:
+def test_tokenising_on_a_full_disk_ends_with_a_message(tmp_path: Path) -> None:
     write_text(tmp_path, 5000)
     done = llmtrain("train", *QUICK, *TEXT, cwd=tmp_path, check=2, file_bytes=1 << 18)
     (message,) = [line for line in done.stderr.splitlines() if line.startswith("llmtrain: ")]
@@ -160,7 +160,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert main(["train", *QUICK, *TEXT]) == 0
 
 
-def test_killed_while_tokenising(tmp_path: Path) -> None:
+def test_tokenising_resumes_after_a_kill(tmp_path: Path) -> None:
     write_text(tmp_path, 300_000)
     arguments = ("train", *[value for value in QUICK if value != "tokenizer=byte"], "tokenizer=gpt2", *TEXT)
     process = start(*arguments, cwd=tmp_path)

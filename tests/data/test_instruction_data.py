@@ -63,7 +63,7 @@ def build(folder: Path, records: list[Any], tokenizer: Tokenizer, **changes: obj
 END = "<|endoftext|>"
 
 
-def test_forms_of_records(tmp_path: Path, byte: Tokenizer) -> None:
+def test_every_form_of_record_is_read(tmp_path: Path, byte: Tokenizer) -> None:
     shared = [{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in CHAT]
     records = [
         {"prompt": "Q", "completion": "A"}, {"messages": CHAT}, {"conversations": shared, "id": 5}, ALPACA,
@@ -79,7 +79,7 @@ def test_forms_of_records(tmp_path: Path, byte: Tokenizer) -> None:
     ]
 
 
-def test_other_columns(tmp_path: Path, byte: Tokenizer) -> None:
+def test_columns_may_have_other_names(tmp_path: Path, byte: Tokenizer) -> None:
     record = {"ask": "Q", "with": "it", "response": "A"}
     names = {"instruction_column": "ask", "input_column": "with", "output_column": "response"}
     assert build(tmp_path, [record], byte, template="plain", **names) == [("Q\n\nitA", f"A{END}")]
@@ -87,24 +87,24 @@ def test_other_columns(tmp_path: Path, byte: Tokenizer) -> None:
     assert talk == [(f"HiHello.{END}1+1?2", f"Hello.{END}|2{END}")]
 
 
-def test_what_is_trained_on(tmp_path: Path, byte: Tokenizer) -> None:
+def test_train_on_chooses_the_responses_with_loss(tmp_path: Path, byte: Tokenizer) -> None:
     records = [{"messages": [*CHAT, {"role": "user", "content": "And nobody answers"}]}]
     every = f"HiHello.{END}1+1?2"
     assert build(tmp_path, records, byte, template="plain", train_on="last") == [(every, f"2{END}")]
     assert build(tmp_path, records, byte, template="plain", train_on="all") == [(every, f"{every[1:]}{END}")]
 
 
-def test_system(tmp_path: Path, byte: Tokenizer) -> None:
+def test_system_is_put_before_each_conversation(tmp_path: Path, byte: Tokenizer) -> None:
     ((text, _),) = build(tmp_path, [{"messages": CHAT[:2]}], byte, template="chatml", system="Be kind.")
     assert text.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>")
 
 
-def test_a_template_of_ones_own(tmp_path: Path, byte: Tokenizer) -> None:
+def test_a_users_template_is_used(tmp_path: Path, byte: Tokenizer) -> None:
     form = "'Q: {prompt} A: {response}'"
     assert build(tmp_path, [ALPACA], byte, template=form) == [("Q: Add.\n\n2 and 3 A: 5", f"5{END}")]
 
 
-def test_what_is_cut_and_left_out(tmp_path: Path, byte: Tokenizer) -> None:
+def test_long_examples_are_cut_or_left_out_and_counted(tmp_path: Path, byte: Tokenizer) -> None:
     records = [
         {"prompt": "p" * 5, "completion": "c" * 5}, {"prompt": "p" * 5, "completion": "d" * 6},
         {"prompt": "p" * 10, "completion": "e"}, {"prompt": "p" * 11, "completion": "f"},
@@ -124,7 +124,7 @@ def test_what_is_cut_and_left_out(tmp_path: Path, byte: Tokenizer) -> None:
         short.build(byte)
 
 
-def test_missing_tokens_are_told(tmp_path: Path, byte: Tokenizer) -> None:
+def test_marks_missing_in_the_tokenizer_are_reported(tmp_path: Path, byte: Tokenizer) -> None:
     data = instruction(tmp_path, jsonl(tmp_path / "a.jsonl", [ALPACA]), template="chatml")
     assert data.build(byte).notes == (
         "data.template=chatml: the tokenizer has no <|im_end|>, <|im_start|>, so they are spelled out as text, several "
@@ -132,7 +132,7 @@ def test_missing_tokens_are_told(tmp_path: Path, byte: Tokenizer) -> None:
     )
 
 
-def test_packed_and_not_hold_the_same(tmp_path: Path, gpt2: Tokenizer) -> None:
+def test_packed_data_hold_the_same_examples(tmp_path: Path, gpt2: Tokenizer) -> None:
     keys = {"sequence_length": 256, "validation_fraction": 0.1}
     plain = instruction(tmp_path, str(SAMPLE), **keys).build(gpt2)
     packed = instruction(tmp_path, str(SAMPLE), pack=True, **keys).build(gpt2)
@@ -181,7 +181,7 @@ def test_errors_name_the_line(tmp_path: Path, byte: Tokenizer, record: dict[str,
     assert str(error.value).startswith(f"{path}{message}")
 
 
-def test_bad_templates(tmp_path: Path) -> None:
+def test_unknown_templates_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data.template=alpaka: there is no such template; did you mean alpaca"):
         instruction(tmp_path, "a", template="alpaka")
     with pytest.raises(ValueError, match=r"there is no field {promt}; did you mean prompt"):

@@ -50,7 +50,7 @@ def many(number: int) -> list[dict[str, str]]:
     return [{"text": f"message number {i}", "label": "spam" if i % 3 == 0 else "ham"} for i in range(number)]
 
 
-def test_texts_and_their_classes(tmp_path: Path, byte: Tokenizer) -> None:
+def test_texts_are_read_with_their_classes(tmp_path: Path, byte: Tokenizer) -> None:
     path = tmp_path / "data.csv"
     path.write_text('text,label\nfree money,spam\n"hi, you",ham\nhow are you?,ham\n')
     corpus = labelled(tmp_path, str(path), validation_fraction=0).build(byte)
@@ -65,7 +65,7 @@ def test_texts_and_their_classes(tmp_path: Path, byte: Tokenizer) -> None:
     assert texts(bare.train, byte)[0] == ("free money", 1)
 
 
-def test_every_kind_of_file_gives_the_same(tmp_path: Path, byte: Tokenizer) -> None:
+def test_every_file_type_gives_the_same_examples(tmp_path: Path, byte: Tokenizer) -> None:
     import pyarrow
     from pyarrow import parquet
 
@@ -80,7 +80,7 @@ def test_every_kind_of_file_gives_the_same(tmp_path: Path, byte: Tokenizer) -> N
         assert texts(corpus.validation, byte) == texts(corpora[0].validation, byte)
 
 
-def test_other_columns_and_labels(tmp_path: Path, byte: Tokenizer) -> None:
+def test_columns_and_labels_may_be_named(tmp_path: Path, byte: Tokenizer) -> None:
     rows = [{"v": 10, "say": "a"}, {"v": 9, "say": "b"}, {"v": True, "say": "c"}]
     path = jsonl(tmp_path / "a.jsonl", rows)
     keys = {"validation_fraction": 0, "text_column": "say", "label_column": "v"}
@@ -106,7 +106,7 @@ def test_the_beginning_of_a_long_text_is_kept(tmp_path: Path, byte: Tokenizer) -
 # --- splitting ------------------------------------------------------------------------------------------------------
 
 
-def test_the_split(tmp_path: Path, byte: Tokenizer) -> None:
+def test_the_split_keeps_the_shares_of_the_classes(tmp_path: Path, byte: Tokenizer) -> None:
     rows = many(300)
     corpus = labelled(tmp_path, jsonl(tmp_path / "a.jsonl", rows), validation_fraction=0.2).build(byte)
     validation = texts(corpus.validation, byte)
@@ -117,7 +117,7 @@ def test_the_split(tmp_path: Path, byte: Tokenizer) -> None:
     assert set(texts(other.validation, byte)) == set(validation)  # whatever the order
 
 
-def test_equal_texts_are_on_one_side(tmp_path: Path, byte: Tokenizer) -> None:
+def test_equal_texts_are_in_one_part(tmp_path: Path, byte: Tokenizer) -> None:
     rows = many(100) * 3
     corpus = labelled(tmp_path, jsonl(tmp_path / "a.jsonl", rows), validation_fraction=0.3).build(byte)
     train, validation = texts(corpus.train, byte), texts(corpus.validation, byte)
@@ -126,7 +126,7 @@ def test_equal_texts_are_on_one_side(tmp_path: Path, byte: Tokenizer) -> None:
     assert corpus.notes == ("140 of 210 training texts are repetitions of others",)
 
 
-def test_set_aside() -> None:
+def test_each_class_gives_its_share_to_validation() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         number, classes, fraction = int(rng.integers(1, 300)), int(rng.integers(1, 6)), float(rng.uniform(0, 0.99))
@@ -140,7 +140,7 @@ def test_set_aside() -> None:
     assert not set_aside(hashes, labels, 0.0).any()
 
 
-def test_undersample() -> None:
+def test_undersampling_leaves_equal_classes() -> None:
     labels = np.array([0] * 50 + [1] * 10 + [2] * 20)
     hashes = np.random.default_rng(0).integers(0, 1 << 62, 80)
     keep = undersample(hashes, labels)
@@ -149,7 +149,7 @@ def test_undersample() -> None:
     np.testing.assert_array_equal(undersample(hashes[mixed], labels[mixed]), keep[mixed])
 
 
-def test_balance(tmp_path: Path, byte: Tokenizer) -> None:
+def test_balance_weights_or_undersamples_training_alone(tmp_path: Path, byte: Tokenizer) -> None:
     path = jsonl(tmp_path / "a.jsonl", many(300))
     plain = labelled(tmp_path, path, validation_fraction=0.2).build(byte)
     weighted = labelled(tmp_path, path, validation_fraction=0.2, balance="weights").build(byte)
@@ -161,7 +161,7 @@ def test_balance(tmp_path: Path, byte: Tokenizer) -> None:
     assert even.notes[0].startswith("80 of 240 training texts were left out")
 
 
-def test_a_file_for_validation(tmp_path: Path, byte: Tokenizer) -> None:
+def test_validation_may_have_a_file_of_its_own(tmp_path: Path, byte: Tokenizer) -> None:
     (tmp_path / "data").mkdir()
     train, validation = many(30), [*many(3), {"text": "new", "label": "ham"}]
     jsonl(tmp_path / "data" / "train.jsonl", train)
@@ -173,7 +173,7 @@ def test_a_file_for_validation(tmp_path: Path, byte: Tokenizer) -> None:
     )
 
 
-def test_conflicting_labels_and_empty_lines_are_told(tmp_path: Path, byte: Tokenizer) -> None:
+def test_conflicting_labels_and_empty_lines_are_reported(tmp_path: Path, byte: Tokenizer) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text,label\na,x\n\nb,y\na,y\nc,x\n\n")
     corpus = labelled(tmp_path, str(path), validation_fraction=0).build(byte)
@@ -187,7 +187,7 @@ def test_conflicting_labels_and_empty_lines_are_told(tmp_path: Path, byte: Token
 # --- several labels -------------------------------------------------------------------------------------------------
 
 
-def test_several_labels(tmp_path: Path, byte: Tokenizer) -> None:
+def test_texts_with_several_labels_are_read(tmp_path: Path, byte: Tokenizer) -> None:
     rows = [
         {"text": "p", "label": ["b", "a"]}, {"text": "q", "label": "c| a"}, {"text": "r", "label": []},
         {"text": "s", "label": "b"},
@@ -199,7 +199,7 @@ def test_several_labels(tmp_path: Path, byte: Tokenizer) -> None:
     assert corpus.label_counts == (2, 2, 1)
 
 
-def test_sixty_two_labels_are_the_most(tmp_path: Path, byte: Tokenizer) -> None:
+def test_more_than_62_labels_are_refused(tmp_path: Path, byte: Tokenizer) -> None:
     rows = [{"text": f"t{i}", "label": f"l{i:02}"} for i in range(62)]
     path = jsonl(tmp_path / "a.jsonl", rows)
     corpus = labelled(tmp_path, path, multi_label=True, validation_fraction=0).build(byte)
@@ -240,7 +240,7 @@ def test_errors_name_the_line(tmp_path: Path, byte: Tokenizer) -> None:
     )
 
 
-def test_errors_of_the_whole(tmp_path: Path, byte: Tokenizer) -> None:
+def test_data_that_cannot_train_or_validate_are_refused(tmp_path: Path, byte: Tokenizer) -> None:
     one = [{"text": "a", "label": "x"}, {"text": "b", "label": "x"}]
     assert "all training texts have the label 'x': there is nothing to tell apart" in refused(tmp_path, one, byte)
     assert "there is no text in it" in refused(tmp_path, [], byte)
@@ -261,7 +261,7 @@ def test_errors_of_the_whole(tmp_path: Path, byte: Tokenizer) -> None:
         ({"text_colum": "x"}, "text_colum"),
     ],
 )
-def test_bad_options(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+def test_impossible_options_are_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(Exception, match=message):
         labelled(tmp_path, "a.csv", **changes)
 
@@ -273,7 +273,9 @@ def entry(folder: Path, corpus: Corpus) -> Path:
     return folder / "cache" / corpus.fingerprint
 
 
-def test_cached_by_all_that_counts(tmp_path: Path, byte: Tokenizer, gpt2: Tokenizer) -> None:
+def test_the_cache_key_covers_everything_that_changes_the_examples(
+    tmp_path: Path, byte: Tokenizer, gpt2: Tokenizer
+) -> None:
     path = jsonl(tmp_path / "a.jsonl", many(30))
     first = labelled(tmp_path, path).build(byte)
     again = labelled(tmp_path, path, shuffle=False).build(byte)
@@ -321,13 +323,13 @@ def test_no_flipped_bit_of_the_index_goes_into_training(tmp_path: Path, byte: To
     assert (again.labels, again.label_counts, again.notes) == (corpus.labels, corpus.label_counts, corpus.notes)
 
 
-def test_memory_goes_with_the_examples(tmp_path: Path, byte: Tokenizer) -> None:
+def test_memory_grows_with_the_examples_alone(tmp_path: Path, byte: Tokenizer) -> None:
     corpus = labelled(tmp_path, jsonl(tmp_path / "a.jsonl", many(300))).build(byte)
     assert isinstance(corpus.train, Examples)
     held = [value for value in vars(corpus.train).values() if isinstance(value, np.ndarray)]
     assert all(len(array) <= len(corpus.train) for array in held)
 
 
-def test_labels_take_another_objective(tmp_path: Path) -> None:
+def test_labelled_data_need_objective_classification(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="objective=causal: does not go with data=labelled, whose targets are classes"):
         Run.compose("model=tiny", "tokenizer=byte", "data=labelled", "data.path=a.csv", "objective=causal")

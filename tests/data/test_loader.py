@@ -62,7 +62,7 @@ def test_batches_follow_the_order() -> None:
     assert {(b.inputs.shape, b.inputs.dtype, b.num_targets) for b in batches} == {((3, 4), torch.int64, 12)}
 
 
-def test_not_shuffled_is_the_text() -> None:
+def test_without_shuffling_batches_follow_the_text() -> None:
     batches = take(open_loader(shuffle=False), 8)
     assert torch.cat([b.inputs for b in batches]).flatten().tolist() == list(range(96))
 
@@ -79,7 +79,7 @@ def test_resume_gives_the_same_batches(batch_size: Callable[[int, int], int]) ->
         tokens += batch.num_targets
 
 
-def test_ramp_sees_step_and_tokens() -> None:
+def test_the_batch_size_follows_step_and_tokens() -> None:
     seen = []
     take(open_loader(lambda step, tokens: seen.append((step, tokens)) or 2, step=5, tokens=100), 3)
     assert seen[:3] == [(5, 100), (6, 108), (7, 116)]
@@ -121,7 +121,7 @@ def test_an_error_in_batch_size_reaches_the_caller() -> None:
         loader.next()
 
 
-def test_memory_of_the_device_is_reported_as_such() -> None:
+def test_out_of_memory_in_the_thread_is_reported_as_such() -> None:
     def broken(step: int, tokens: int) -> int:
         raise torch.OutOfMemoryError("of the device")
 
@@ -198,7 +198,7 @@ def test_closing_does_not_wait_for_a_thread_that_is_held_up(
     assert not loader._thread.is_alive()
 
 
-def test_a_caller_who_waits_long_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_long_wait_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(module, "WATCH_SECONDS", 0.01)
     monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.1)
     with caplog.at_level(logging.WARNING), open_loader(lambda step, tokens: time.sleep(0.35) or 1) as loader:
@@ -265,7 +265,9 @@ def rewrite(file: Path) -> None:
         (rewrite, "changed while in use: it was written to, and its content is another"),
     ],
 )
-def test_a_shard_that_is_harmed_ends_the_run(files: list[Path], harm: Callable[[Path], None], message: str) -> None:
+def test_a_shard_damaged_while_it_is_read_ends_the_run(
+    files: list[Path], harm: Callable[[Path], None], message: str
+) -> None:
     sequences = open_files(files)
     with open_loader(sequences=sequences) as loader:
         next_but(loader, 5)
@@ -278,7 +280,7 @@ def test_a_shard_that_is_harmed_ends_the_run(files: list[Path], harm: Callable[[
         sequences.gather(np.arange(187))  # as an evaluation does
 
 
-def test_both_sides_of_an_edge_are_watched(files: list[Path]) -> None:
+def test_both_shards_at_an_edge_are_watched_for_changes(files: list[Path]) -> None:
     sequences = open_files(files)
     across = np.array([62])  # tokens 992 to 1008
     assert sequences.gather(across)[1].tolist() == [list(range(993, 1009))]
@@ -289,7 +291,9 @@ def test_both_sides_of_an_edge_are_watched(files: list[Path]) -> None:
 
 
 @pytest.mark.parametrize("harm", ["touched", "replaced", "removed"])
-def test_a_shard_whose_content_stays_does_not(files: list[Path], harm: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_shard_touched_without_a_change_does_not_end_the_run(
+    files: list[Path], harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
     expected = take(open_loader(sequences=open_files(files)), 100)
     with open_loader(sequences=open_files(files)) as loader:
         batches = next_but(loader, 5)
@@ -308,7 +312,7 @@ def test_a_shard_whose_content_stays_does_not(files: list[Path], harm: str, capl
 
 
 @pytest.mark.gpu
-def test_batches_on_a_gpu() -> None:
+def test_batches_on_a_gpu_are_those_of_the_cpu() -> None:
     cpu = take(open_loader(ramp), 40)
     gpu = take(open_loader(ramp, device=torch.device("cuda")), 40)
     assert all(batch.inputs.is_cuda and batch.targets.is_cuda for batch in gpu)

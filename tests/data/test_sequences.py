@@ -8,7 +8,7 @@ from llmtrain.data.sequences import Stream, slice_stream
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
 @pytest.mark.parametrize("length", [1, 2, 5, 16])
-def test_gather_is_slicing(length: int, dtype: str) -> None:
+def test_gathered_sequences_are_slices_of_the_stream(length: int, dtype: str) -> None:
     rng = np.random.default_rng(length)
     for _ in range(100):
         sizes = rng.integers(0, 40, rng.integers(1, 6))
@@ -38,24 +38,24 @@ def test_every_token_but_the_first_is_a_target_once() -> None:
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 10])
-def test_too_few_tokens(tokens: int) -> None:
+def test_too_few_tokens_make_no_sequence(tokens: int) -> None:
     sequences = Stream([np.zeros(tokens, "<u2")], 10)
     assert len(sequences) == 0
     assert sequences.unused_tokens == tokens
 
 
-def test_no_indices() -> None:
+def test_no_indices_give_no_rows() -> None:
     inputs, targets, *_ = Stream([np.zeros(11, "<u2")], 10).gather(np.arange(0))
     assert inputs.shape == targets.shape == (0, 10)
 
 
-def test_shards_of_two_types() -> None:
+def test_a_sequence_spans_shards_of_two_types() -> None:
     sequences = Stream([np.arange(5, dtype="<u2"), np.arange(70_000, 70_006, dtype="<u4")], 10)
     inputs = sequences.gather(np.array([0])).inputs
     assert inputs.tolist() == [[0, 1, 2, 3, 4, 70_000, 70_001, 70_002, 70_003, 70_004]]
 
 
-def test_slice_stream() -> None:
+def test_any_slice_of_a_stream_is_that_of_its_shards() -> None:
     shards = [np.arange(3), np.arange(3, 3), np.arange(3, 10)]
     for begin in range(10):
         for end in range(begin, 11):

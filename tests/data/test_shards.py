@@ -82,7 +82,7 @@ def inputs(sequences: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("write", [nanogpt, llmc, llama3])
-def test_layouts(tmp_path: Path, common: dict[str, Any], write: Any) -> None:
+def test_nanogpt_and_llmc_layouts_are_read(tmp_path: Path, common: dict[str, Any], write: Any) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(write(IDS))
     explicit = Format.nanogpt if write is nanogpt else Format.llmc
@@ -93,7 +93,7 @@ def test_layouts(tmp_path: Path, common: dict[str, Any], write: Any) -> None:
         assert "1 file, 101 tokens" in corpus.description
 
 
-def test_ours(ours: Path, common: dict[str, Any], byte: Tokenizer) -> None:
+def test_our_own_shards_are_read(ours: Path, common: dict[str, Any], byte: Tokenizer) -> None:
     for form in (Format.auto, Format.llmtrain):
         corpus = build(ours, common | {"format": form, "sequence_length": 5, "validation_fraction": 0.5})
         assert byte.decode(inputs(corpus.train)).startswith("0000<|endoftext|>0001<|endoftext|>")
@@ -103,7 +103,7 @@ def test_ours(ours: Path, common: dict[str, Any], byte: Tokenizer) -> None:
     assert build(ours, common).validation is None  # validation_fraction=0
 
 
-def test_nanogpts_folder(tmp_path: Path, common: dict[str, Any]) -> None:
+def test_a_nanogpt_folder_has_its_validation_file(tmp_path: Path, common: dict[str, Any]) -> None:
     (tmp_path / "train.bin").write_bytes(nanogpt(IDS))
     (tmp_path / "val.bin").write_bytes(nanogpt(IDS[50:]))
     corpus = build(tmp_path, common | {"validation_fraction": 0.1})
@@ -112,7 +112,7 @@ def test_nanogpts_folder(tmp_path: Path, common: dict[str, Any]) -> None:
     assert inputs(corpus.validation) == IDS[50:100].tolist()
 
 
-def test_llmcs_folder_by_glob(tmp_path: Path, common: dict[str, Any]) -> None:
+def test_an_llmc_folder_is_read_by_pattern(tmp_path: Path, common: dict[str, Any]) -> None:
     (tmp_path / "fineweb_train_000001.bin").write_bytes(llmc(IDS[:57]))
     (tmp_path / "fineweb_train_000002.bin").write_bytes(llmc(IDS[57:]))
     (tmp_path / "fineweb_val_000000.bin").write_bytes(llmc(IDS[:21]))
@@ -122,7 +122,7 @@ def test_llmcs_folder_by_glob(tmp_path: Path, common: dict[str, Any]) -> None:
     assert corpus.validation.tokens == 21
 
 
-def test_validation_path(tmp_path: Path, common: dict[str, Any]) -> None:
+def test_validation_path_names_the_validation_shards(tmp_path: Path, common: dict[str, Any]) -> None:
     for name, ids in [("a.bin", IDS), ("b.bin", IDS[:41]), ("val.bin", IDS[:11])]:
         (tmp_path / name).write_bytes(nanogpt(ids))
     corpus = build(tmp_path, common | {"validation_path": str(tmp_path / "b.bin")})
@@ -131,7 +131,7 @@ def test_validation_path(tmp_path: Path, common: dict[str, Any]) -> None:
     assert corpus.validation.tokens == 41
 
 
-def test_validation_by_position(tmp_path: Path, common: dict[str, Any]) -> None:
+def test_validation_fraction_takes_the_end_of_the_shards(tmp_path: Path, common: dict[str, Any]) -> None:
     path = tmp_path / "val.bin"  # a file that is named is what to train on, whatever its name
     path.write_bytes(nanogpt(IDS))
     corpus = build(path, common | {"validation_fraction": 0.2})
@@ -162,7 +162,9 @@ def test_validation_by_position(tmp_path: Path, common: dict[str, Any]) -> None:
         (nanogpt(IDS), Format.llmtrain, r"a\.bin: no index\.json beside it names it; take data\.format=auto"),
     ],
 )
-def test_damaged_files(tmp_path: Path, common: dict[str, Any], content: bytes, form: Format, message: str) -> None:
+def test_damaged_files_are_named(
+    tmp_path: Path, common: dict[str, Any], content: bytes, form: Format, message: str
+) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
@@ -171,7 +173,7 @@ def test_damaged_files(tmp_path: Path, common: dict[str, Any], content: bytes, f
 
 
 @pytest.mark.parametrize("write", [nanogpt, llmc, llama3])
-def test_ids_beyond_the_vocabulary(tmp_path: Path, common: dict[str, Any], write: Any) -> None:
+def test_ids_beyond_the_vocabulary_are_named_by_position(tmp_path: Path, common: dict[str, Any], write: Any) -> None:
     good, bad = tmp_path / "a.bin", tmp_path / "b.bin"
     good.write_bytes(write(IDS))
     ids = np.tile(IDS, BLOCK // 100)  # more than one block
@@ -214,7 +216,7 @@ def test_a_changed_byte_anywhere_changes_the_fingerprint(tmp_path: Path, common:
     assert build(path, common).fingerprint == before
 
 
-def test_what_the_fingerprint_stands_for(tmp_path: Path, common: dict[str, Any]) -> None:
+def test_the_fingerprint_covers_content_and_order_not_names(tmp_path: Path, common: dict[str, Any]) -> None:
     for name in ("a.bin", "b.bin"):
         (tmp_path / name).write_bytes(nanogpt(IDS))
     (tmp_path / "c.bin").write_bytes(nanogpt(IDS[::-1]))
@@ -235,7 +237,7 @@ def test_what_the_fingerprint_stands_for(tmp_path: Path, common: dict[str, Any])
     assert build(both, common).fingerprint not in prints  # exchanged
 
 
-def test_an_index_of_another_program(tmp_path: Path, common: dict[str, Any]) -> None:
+def test_an_index_of_another_program_is_refused_without_data_format(tmp_path: Path, common: dict[str, Any]) -> None:
     (tmp_path / "a.bin").write_bytes(nanogpt(IDS))
     (tmp_path / "index.json").write_text('{"chunks": []}')
     with pytest.raises(
@@ -246,12 +248,12 @@ def test_an_index_of_another_program(tmp_path: Path, common: dict[str, Any]) -> 
     assert build(tmp_path, common | {"format": Format.nanogpt}).train.tokens == 101
 
 
-def test_shards_of_another_tokenizer(ours: Path, common: dict[str, Any], gpt2: Tokenizer) -> None:
+def test_shards_of_another_tokenizer_are_refused(ours: Path, common: dict[str, Any], gpt2: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"train-00000\.bin: made by another tokenizer"):
         build(ours, common, gpt2)
 
 
-def test_ours_cut_or_gone(ours: Path, common: dict[str, Any]) -> None:
+def test_shards_cut_or_missing_are_refused(ours: Path, common: dict[str, Any]) -> None:
     shard = ours / "train-00001.bin"
     shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(ValueError, match=r"train-00001\.bin: has 126 bytes, not 128; restore it from a copy or prep"):
@@ -264,7 +266,7 @@ def test_ours_cut_or_gone(ours: Path, common: dict[str, Any]) -> None:
         build(ours, common)
 
 
-def test_ours_changed(ours: Path, common: dict[str, Any]) -> None:
+def test_shards_with_changed_content_are_refused(ours: Path, common: dict[str, Any]) -> None:
     flip(ours / "train-00001.bin", 64)
     with pytest.raises(
         ValueError,
@@ -276,7 +278,7 @@ def test_ours_changed(ours: Path, common: dict[str, Any]) -> None:
     build(ours, common)  # what was remembered is not in the way
 
 
-def test_ours_exchanged(ours: Path, common: dict[str, Any]) -> None:
+def test_exchanged_shards_are_refused(ours: Path, common: dict[str, Any]) -> None:
     build(ours, common)
     one, other = ours / "train-00000.bin", ours / "train-00001.bin"
     assert one.stat().st_size == other.stat().st_size
@@ -292,7 +294,7 @@ def test_ours_exchanged(ours: Path, common: dict[str, Any]) -> None:
         build(ours, common)
 
 
-def test_a_file_that_changes_while_it_is_read(tmp_path: Path, common: dict[str, Any]) -> None:
+def test_a_shard_that_changes_while_it_is_read_is_refused(tmp_path: Path, common: dict[str, Any]) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(nanogpt(np.tile(IDS, 100_000)))
     done = threading.Event()
@@ -311,7 +313,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path, common: dict[str, 
         changing.join()
 
 
-def test_more_files_than_may_be_open(tmp_path: Path, common: dict[str, Any]) -> None:
+def test_more_shards_than_open_files_are_read(tmp_path: Path, common: dict[str, Any]) -> None:
     for i in range(40):
         (tmp_path / f"{i:02d}.bin").write_bytes(nanogpt(IDS))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -323,7 +325,7 @@ def test_more_files_than_may_be_open(tmp_path: Path, common: dict[str, Any]) -> 
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_nothing_to_train_on(tmp_path: Path, common: dict[str, Any]) -> None:
+def test_a_folder_without_training_tokens_is_refused(tmp_path: Path, common: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"there is no token file \(\.bin\) in this folder"):
         build(tmp_path, common)
     (tmp_path / "val.bin").write_bytes(nanogpt(IDS))

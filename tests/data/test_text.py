@@ -60,7 +60,7 @@ def build(path: Path | str, common: dict[str, Any], tokenizer: Tokenizer, separa
 # --- what is read ------------------------------------------------------------------------------------------------
 
 
-def test_folder(folder: Path, common: dict[str, Any], byte: Tokenizer) -> None:
+def test_a_folder_is_read_in_order_of_its_file_names(folder: Path, common: dict[str, Any], byte: Tokenizer) -> None:
     corpus = build(folder, common | {"sequence_length": 1}, byte)
     assert text_of(corpus, byte) == "first<|endoftext|>second<|endoftext|>third<|endoftext|>fourth"
     assert "4 documents, 26 tokens" in corpus.description
@@ -78,7 +78,9 @@ def test_folder(folder: Path, common: dict[str, Any], byte: Tokenizer) -> None:
         ("**/*.zst", "fourth"),
     ],
 )
-def test_file_and_glob(folder: Path, common: dict[str, Any], byte: Tokenizer, pattern: str, expected: str) -> None:
+def test_a_file_and_a_pattern_are_read(
+    folder: Path, common: dict[str, Any], byte: Tokenizer, pattern: str, expected: str
+) -> None:
     corpus = build(folder / pattern, common | {"sequence_length": 1}, byte)
     assert text_of(corpus, byte) == expected
 
@@ -89,7 +91,7 @@ def test_a_name_with_glob_characters_is_a_name(tmp_path: Path, common: dict[str,
     assert text_of(build(tmp_path / "a[1].txt", common, byte), byte) == "this one"
 
 
-def test_separator_splits_a_file(tmp_path: Path, common: dict[str, Any], byte: Tokenizer) -> None:
+def test_document_separator_splits_a_file(tmp_path: Path, common: dict[str, Any], byte: Tokenizer) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one--two--")
     assert "2 documents, 8 tokens" in build(path, common, byte, "--").description
@@ -113,7 +115,9 @@ def test_the_same_content_elsewhere_is_found_in_the_cache(
     assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
 
 
-def test_file_that_changes_while_it_is_read(tmp_path: Path, common: dict[str, Any], byte: Tokenizer) -> None:
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, common: dict[str, Any], byte: Tokenizer
+) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old content.")
     source = Text(path=str(path), separator="", **common).source()
@@ -150,7 +154,7 @@ def test_documents_are_split_by_document(tmp_path: Path, common: dict[str, Any],
 # --- Python's own ------------------------------------------------------------------------------------------------
 
 
-def test_python_docs(common: dict[str, Any], gpt2: Tokenizer) -> None:
+def test_python_docs_are_text_without_markup(common: dict[str, Any], gpt2: Tokenizer) -> None:
     from pydoc_data.topics import topics
 
     corpus = PythonDocs(**common | {"sequence_length": 64}).build(gpt2)
@@ -162,7 +166,7 @@ def test_python_docs(common: dict[str, Any], gpt2: Tokenizer) -> None:
     assert not any(line.startswith((" ", "|", "+-")) for line in text.splitlines())
 
 
-def test_python_stdlib(common: dict[str, Any]) -> None:
+def test_python_stdlib_is_the_source_of_the_library(common: dict[str, Any]) -> None:
     source = PythonStdlib(**common).source()
     texts = [piece.text for piece in source.pieces()]
     library = Path(sysconfig.get_path("stdlib"))
@@ -210,7 +214,7 @@ def test_verify_reads_pythons_sources_again(tmp_path: Path, common: dict[str, An
         option.source(verify=True)
 
 
-def test_verify_makes_what_is_not_there(common: dict[str, Any], byte: Tokenizer) -> None:
+def test_verify_makes_a_missing_cache_entry(common: dict[str, Any], byte: Tokenizer) -> None:
     option = PythonDocs(**common)
     assert option.verify(byte).fingerprint == option.build(byte).fingerprint
 
@@ -236,7 +240,7 @@ def test_verify_makes_what_is_not_there(common: dict[str, Any], byte: Tokenizer)
         ),
     ],
 )
-def test_errors(
+def test_files_that_cannot_be_read_are_named(
     tmp_path: Path, common: dict[str, Any], byte: Tokenizer, name: str, content: bytes | None, message: str
 ) -> None:
     (tmp_path / "texts").mkdir()
@@ -247,7 +251,7 @@ def test_errors(
         build(path, common, byte)
 
 
-def test_validation_too_short(tmp_path: Path, common: dict[str, Any], byte: Tokenizer) -> None:
+def test_a_validation_part_too_short_is_refused(tmp_path: Path, common: dict[str, Any], byte: Tokenizer) -> None:
     path = tmp_path / "a.txt"
     path.write_text("x" * 30)
     with pytest.raises(ValueError, match=r"validation_fraction=0\.1: .* 3 tokens .* 0 for no validation, .*=2 or less"):
@@ -262,6 +266,6 @@ def test_validation_too_short(tmp_path: Path, common: dict[str, Any], byte: Toke
         ({"validation_fraction": -0.1}, "validation_fraction=-0.1: must be at least 0"),
     ],
 )
-def test_values_out_of_range(common: dict[str, Any], values: dict[str, Any], message: str) -> None:
+def test_values_out_of_range_are_refused(common: dict[str, Any], values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         PythonDocs(**common | values)

@@ -17,7 +17,7 @@ from llmtrain.tokenizer import CUTS, Tokenizer
 from llmtrain.tokenizer.byte import ByteTokenizer
 
 
-def test_dtype() -> None:
+def test_ids_take_16_bits_up_to_a_vocabulary_of_65536() -> None:
     assert [dtype_of(n).str for n in (257, 65536, 65537)] == ["<u2", "<u2", "<u4"]
 
 
@@ -31,7 +31,9 @@ def test_validation_documents_are_evenly_spread(fraction: float) -> None:
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
-def test_documents_keep_their_order(byte: Tokenizer, monkeypatch: pytest.MonkeyPatch, num_threads: int) -> None:
+def test_documents_keep_their_order_in_both_parts(
+    byte: Tokenizer, monkeypatch: pytest.MonkeyPatch, num_threads: int
+) -> None:
     monkeypatch.setattr(module, "PIECE", 50)
     documents = [f"document {i} " + "x" * (i % 90) for i in range(200)]
     pieces = [Piece(part, ends) for text in documents for part, ends in ((text[:9], False), (text[9:], True))]
@@ -81,7 +83,7 @@ def test_a_document_that_cannot_be_encoded_is_named(text: str, message: str) -> 
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("encode")]
 
 
-def test_memory_is_bounded(byte: Tokenizer, tmp_path: Path) -> None:
+def test_encoding_a_large_document_takes_bounded_memory(byte: Tokenizer, tmp_path: Path) -> None:
     """One document, far larger than what is in memory at a time: 4 jobs of 1 MB of text and 7 MB of ids each."""
     path = tmp_path / "large.gz"
     with gzip.open(path, "wb", compresslevel=1) as file:
@@ -121,7 +123,7 @@ class Spaced(ByteTokenizer):
         ((), ["one two.threex", "four"]),
     ],
 )
-def test_cuts_that_change_ids_are_undone(
+def test_a_cut_that_would_change_ids_is_undone(
     monkeypatch: pytest.MonkeyPatch, cuts: list[re.Pattern[str]], expected: list[str]
 ) -> None:
     pieces = [Piece(text, text in ("x", "four")) for text in ("one", " two", ".three", "x", "four")]
@@ -133,7 +135,7 @@ def test_cuts_that_change_ids_are_undone(
     assert encoded.documents == 2
 
 
-def test_what_is_encoded_whole_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_encoded_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LONGEST_WHOLE", 10)
     tokenizer = Spaced()
     tokenizer.cuts = ()

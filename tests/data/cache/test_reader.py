@@ -65,14 +65,14 @@ def test_files_are_closed_when_nobody_reads_them(tmp_path: Path) -> None:
     assert open_descriptors() == before
 
 
-def test_a_disk_that_fails() -> None:
+def test_a_read_error_names_file_and_byte() -> None:
     """A file that opens and then cannot be read: nothing is at address 0 of this process."""
     file = OpenFile(Path("/proc/self/mem"), "")
     with pytest.raises(DataFailed, match=r"^/proc/self/mem: byte 0: Input/output error$"):
         file.read(0, np.empty(4, np.uint8))
 
 
-def test_a_file_that_ends_too_early(tmp_path: Path) -> None:
+def test_a_file_that_ends_too_early_is_named(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abcd")
     file = OpenFile(tmp_path / "a", "")
     with pytest.raises(

@@ -60,7 +60,7 @@ def decode(entry: Entry, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
     return train, validation
 
 
-def test_what_is_in_an_entry(tmp_path: Path, byte: Tokenizer) -> None:
+def test_an_entry_holds_the_documents_of_both_parts_and_their_hashes(tmp_path: Path, byte: Tokenizer) -> None:
     entry = prepare(Documents(TEXTS).source(), byte, 0.25, tmp_path, shard_tokens=100)
     folder, index = entry.folder, entry.index
     assert decode(entry, byte) == ([t for i, t in enumerate(TEXTS) if i % 4 != 3], TEXTS[3::4])
@@ -222,7 +222,7 @@ def test_shards_are_read_whole_once(tmp_path: Path, byte: Tokenizer) -> None:
         prepare(Documents(TEXTS).source(), byte, 0.1, tmp_path, verify=True)
 
 
-def test_nothing_remains_of_a_failure(tmp_path: Path, byte: Tokenizer) -> None:
+def test_a_failure_leaves_no_entry(tmp_path: Path, byte: Tokenizer) -> None:
     def pieces() -> Iterator[Piece]:
         yield Piece("some text", ends_document=True)
         raise ValueError("a.txt: byte 7 is not UTF-8")
@@ -232,18 +232,20 @@ def test_nothing_remains_of_a_failure(tmp_path: Path, byte: Tokenizer) -> None:
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_no_text(tmp_path: Path, byte: Tokenizer) -> None:
+def test_a_source_without_text_is_refused(tmp_path: Path, byte: Tokenizer) -> None:
     with pytest.raises(ValueError, match="a test: there is no text in it"):
         prepare(Documents([]).source(), byte, 0.1, tmp_path)
 
 
-def test_a_cache_that_cannot_be_written(tmp_path: Path, byte: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_named(
+    tmp_path: Path, byte: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"data\.cache_dir=.*file: .*; name a writable place with room"):
         prepare(Documents(TEXTS).source(), byte, 0.1, tmp_path / "file")
 
 
-def test_a_full_disk(tmp_path: Path, byte: Tokenizer) -> None:
+def test_a_full_disk_is_named_and_leaves_no_entry(tmp_path: Path, byte: Tokenizer) -> None:
     """In a process of its own, whose files may not grow past 4 KB."""
     script = f"""
 import resource, signal
@@ -263,7 +265,7 @@ except ValueError as error:
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_a_cache_that_can_only_be_read_serves_what_it_has(tmp_path: Path, byte: Tokenizer) -> None:
+def test_a_read_only_cache_serves_its_entries(tmp_path: Path, byte: Tokenizer) -> None:
     folder = prepare(Documents(TEXTS).source(), byte, 0.1, tmp_path).folder
     for lock in tmp_path.glob("*.lock"):  # a found entry takes no lock, writes nothing
         lock.unlink()
@@ -271,7 +273,7 @@ def test_a_cache_that_can_only_be_read_serves_what_it_has(tmp_path: Path, byte: 
     assert not list(tmp_path.glob("*.lock"))
 
 
-def test_several_at_once_do_the_work_once(tmp_path: Path, byte: Tokenizer) -> None:
+def test_several_processes_tokenise_once(tmp_path: Path, byte: Tokenizer) -> None:
     documents = Documents(TEXTS, seconds=0.005)
     results = []
 

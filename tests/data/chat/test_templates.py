@@ -78,7 +78,7 @@ RENDERED = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_one_turn(name: str) -> None:
+def test_each_template_renders_one_turn_as_published(name: str) -> None:
     template = TEMPLATES[name]
     assert text(template.render([ASK, Message("assistant", "5")])) == RENDERED[name]
     prompt = text(template.render([ASK], add_generation_prompt=True))
@@ -88,7 +88,9 @@ def test_one_turn(name: str) -> None:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("tokenizer", ["gpt2", "byte", "chat"])
-def test_what_is_taught(name: str, tokenizer: str, request: pytest.FixtureRequest) -> None:
+def test_the_loss_covers_responses_and_their_ends_alone(
+    name: str, tokenizer: str, request: pytest.FixtureRequest
+) -> None:
     encode = PartEncoder(Chat() if tokenizer == "chat" else request.getfixturevalue(tokenizer))
     end = TEMPLATES[name].end or "<|endoftext|>"
     every = encode(TEMPLATES[name].render(TURNS))
@@ -126,7 +128,7 @@ class Finding(Chat):
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "baichuan"])
-def test_nobody_types_a_token_that_is_found_in_any_text(name: str) -> None:
+def test_marks_typed_in_a_message_never_become_tokens(name: str) -> None:
     tokenizer, template = Finding(), TEMPLATES[name]
     assert template.spelled_out(tokenizer) == []
     encode, honest = PartEncoder(tokenizer, template), [Message("user", "Hi"), Message("assistant", "No.")]
@@ -139,7 +141,7 @@ def test_nobody_types_a_token_that_is_found_in_any_text(name: str) -> None:
     assert f"{names[-1]}No." in text
 
 
-def test_a_mark_of_ones_own_that_the_tokenizer_finds_is_a_token() -> None:
+def test_a_mark_of_a_users_template_is_a_token_where_the_tokenizer_has_it() -> None:
     class Own(Finding):
         names: ClassVar = {"<|user|>": 300, "<|endoftext|>": 256}
 
@@ -157,13 +159,13 @@ def test_missing_tokens_are_spelled_out(gpt2: Tokenizer) -> None:
     assert gpt2.decode(ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_stops(gpt2: Tokenizer) -> None:
+def test_the_end_of_a_turn_stops_generation(gpt2: Tokenizer) -> None:
     assert PartEncoder(Chat()).stops(TEMPLATES["chatml"]) == ({258, 256}, ())
     assert PartEncoder(gpt2).stops(TEMPLATES["chatml"]) == ({gpt2.end_of_text}, ("<|im_end|>",))
     assert PartEncoder(gpt2).stops(TEMPLATES["alpaca"]) == ({gpt2.end_of_text}, ())
 
 
-def test_reserved_ids_of_baichuan() -> None:
+def test_baichuans_markers_are_known_by_id() -> None:
     """Its files declare the markers as ordinary pieces, not as special tokens; known by id and name."""
 
     class Pieces(Chat):
@@ -184,7 +186,7 @@ def test_reserved_ids_of_baichuan() -> None:
     assert TEMPLATES["baichuan"].spelled_out(Pieces()) == []
 
 
-def test_system() -> None:
+def test_the_system_message_is_rendered_where_a_template_has_one() -> None:
     messages = [Message("system", "Be brief."), *TURNS[:2]]
     assert text(TEMPLATES["chatml"].render(messages)).startswith(
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>u"
@@ -198,7 +200,7 @@ def test_system() -> None:
     assert text(bare.render(TURNS[:1])) == "<BEGIN>### Instruction:\nHi\n\n"
 
 
-def test_templates_of_ones_own(byte: Tokenizer) -> None:
+def test_a_users_template_is_parsed_and_rendered(byte: Tokenizer) -> None:
     template = parse_template("Q ({input}): {instruction}\nA {{x}}: {response}\n--\n")
     parts = template.render([ASK, Message("assistant", "5")])
     assert text(parts) == "<BEGIN>Q (2 and 3): Add them.\nA {x}: 5\n--\n"
@@ -220,13 +222,13 @@ def test_templates_of_ones_own(byte: Tokenizer) -> None:
         ("{prompt}{response", "a brace that is no field is written twice"),
     ],
 )
-def test_errors(name: str, message: str) -> None:
+def test_mistakes_in_a_template_are_named(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=r".") as error:
         parse_template(name)
     assert message in str(error.value)
 
 
-def test_roles() -> None:
+def test_roles_out_of_place_are_refused() -> None:
     with pytest.raises(ValueError, match="message 2 is of role 'tool'"):
         TEMPLATES["chatml"].render([TURNS[0], Message("tool", "x")])
     with pytest.raises(ValueError, match="message 2 is of role 'system'"):
@@ -236,7 +238,7 @@ def test_roles() -> None:
 # --- the tokenizer's own --------------------------------------------------------------------------------------------
 
 
-def test_chat_template_is_chatml() -> None:
+def test_a_chat_template_of_chatml_equals_ours() -> None:
     own, ours = ChatTemplate(CHATML + GENERATION, Chat()), TEMPLATES["chatml"]
     encode = PartEncoder(Chat())
     assert own.stop == ("<|im_end|>",)
@@ -249,7 +251,7 @@ def test_chat_template_is_chatml() -> None:
     assert encode.prompt(prompts[0]) == encode.prompt(prompts[1])
 
 
-def test_as_transformers_renders() -> None:
+def test_chat_templates_render_as_in_transformers() -> None:
     """Sandbox, white space, filters and tags against transformers' own renderer."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -284,7 +286,7 @@ def chat_error(source: str, messages: list[Message] = TURNS, *, tokenizer: Token
     return str(error.value)
 
 
-def test_errors_of_chat_templates(byte: Tokenizer) -> None:
+def test_chat_templates_that_cannot_be_used_are_refused(byte: Tokenizer) -> None:
     assert "message 2: the tokenizer's chat template renders it in another way once others follow" in chat_error(
         "{% for m in messages %}{{ m.content if loop.last else m.role }};{% endfor %}"
     )
@@ -295,7 +297,7 @@ def test_errors_of_chat_templates(byte: Tokenizer) -> None:
         find_template("tokenizer", byte)
 
 
-def test_only_the_last_turn_of_a_template_that_drops_earlier_thoughts() -> None:
+def test_a_template_that_drops_earlier_thoughts_trains_on_its_last_turn_alone() -> None:
     source = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last else m.content.split('</think>')[-1] }}"
         "<|im_end|>{% endfor %}" + "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -307,12 +309,12 @@ def test_only_the_last_turn_of_a_template_that_drops_earlier_thoughts() -> None:
     assert taught(encoded, Chat()) == "x</think>2<|im_end|>"
 
 
-def test_dates_are_fixed() -> None:
+def test_dates_in_chat_templates_are_fixed() -> None:
     parts = ChatTemplate("{{ strftime_now('%d %b %Y') }}", Chat()).render(TURNS[:1])
     assert text(parts) == "26 Jul 2024"
 
 
-def test_a_text_begins_once() -> None:
+def test_a_rendered_text_begins_with_one_space_at_most() -> None:
     """SentencePiece puts a space before a text, and none where one goes on."""
 
     class Spaced(Chat):

@@ -28,7 +28,7 @@ def rendered(template: Markup, messages: list[tuple[str, str]], add_generation_p
 
 @pytest.mark.parametrize("name", [*TEMPLATES, OWN])
 @pytest.mark.parametrize("bos", ["<s>", ""])
-def test_the_same_text(name: str, bos: str) -> None:
+def test_a_template_written_as_jinja_renders_the_same_text(name: str, bos: str) -> None:
     template = parse_template(name)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Library.from_str(tokenizer_json(Byte().build())), eos_token="</s>", bos_token=bos or None

@@ -49,7 +49,9 @@ COMPRESS = {".txt": bytes, ".gz": gz, ".zst": zstd}
 
 @pytest.mark.parametrize("suffix", COMPRESS)
 @pytest.mark.parametrize("block", [1, 7, 1 << 20])
-def test_text_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, block: int) -> None:
+def test_text_is_read_unchanged_across_blocks_and_compressions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, block: int
+) -> None:
     monkeypatch.setattr(documents, "BLOCK", block)
     monkeypatch.setattr(documents, "COMPRESSED_BLOCK", block)
     path = tmp_path / f"a{suffix}"
@@ -85,7 +87,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("block", [4, 1 << 20])
-def test_what_is_no_text(
+def test_a_file_that_is_no_text_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes | str, message: str, block: int
 ) -> None:
     monkeypatch.setattr(documents, "BLOCK", block)
@@ -95,7 +97,7 @@ def test_what_is_no_text(
         list(read_text(path))
 
 
-def test_unreadable_file(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere: No such file or directory"):
         list(read_text(tmp_path / "nowhere"))
 
@@ -116,7 +118,7 @@ def test_unreadable_file(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("block", [1, 3, 100])
-def test_separators(text: str, separator: str, expected: list[str], block: int) -> None:
+def test_documents_are_split_at_separators(text: str, separator: str, expected: list[str], block: int) -> None:
     assert join(split_documents(in_blocks(text, block), separator)) == expected
 
 
@@ -130,7 +132,7 @@ def test_separators_are_found_wherever_pieces_are_cut(monkeypatch: pytest.Monkey
         assert join(split_documents(in_blocks(text, rng.randint(1, 30)), "END OF DOC")) == expected
 
 
-def test_pieces_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_of_documents_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "PIECE", 100)
     monkeypatch.setattr(documents, "LONGEST_PIECE", 400)
     words = [len(piece.text) for piece in split_documents(in_blocks("some words " * 500, 50), "")]
@@ -168,7 +170,7 @@ def test_pieces_have_the_ids_of_the_whole(pattern: str, monkeypatch: pytest.Monk
 CUTS = documents.CUTS
 
 
-def test_a_real_text_is_cut_without_a_trace(gpt2: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_text_cut_in_pieces_has_the_same_ids(gpt2: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     from pydoc_data.topics import topics
 
     monkeypatch.setattr(documents, "PIECE", 200)

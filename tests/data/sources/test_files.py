@@ -49,7 +49,7 @@ def test_a_damaged_memo_is_forgotten(tmp_path: Path, damage: bytes | None) -> No
     assert read_memo(memo)[str(file)][1] == fact
 
 
-def test_content_that_changes_by_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_content_that_changes_unnoticed_is_found_by_verify(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     memo, file = tmp_path / "memo.json", tmp_path / "file"
     file.write_text("content")
     before = remember(memo, [file], sha256)
@@ -61,7 +61,7 @@ def test_content_that_changes_by_itself(tmp_path: Path, caplog: pytest.LogCaptur
     assert remember(memo, [file], sha256) == before  # what is wrong is not remembered
 
 
-def test_a_time_that_was_set_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_changed_file_with_its_time_set_back_is_read_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The inode's own time tells."""
     memo, file = tmp_path / "memo.json", tmp_path / "file"
     file.write_text("content")
@@ -75,7 +75,7 @@ def test_a_time_that_was_set_back(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert f"{file}: its content has changed, its size and modification time have not" in caplog.text
 
 
-def test_what_was_learnt_before_a_failure_stays(tmp_path: Path) -> None:
+def test_hashes_taken_before_a_failure_are_kept(tmp_path: Path) -> None:
     memo = tmp_path / "memo.json"
     (tmp_path / "a").write_text("content")
     with pytest.raises(ValueError, match="nowhere: No such file"):
@@ -83,7 +83,7 @@ def test_what_was_learnt_before_a_failure_stays(tmp_path: Path) -> None:
     assert list(read_memo(memo)) == [str(tmp_path / "a")]
 
 
-def test_processes_that_learn_at_once_lose_nothing(tmp_path: Path) -> None:
+def test_processes_that_write_at_once_lose_no_entry(tmp_path: Path) -> None:
     script = f"""
 import sys
 from pathlib import Path

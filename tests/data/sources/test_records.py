@@ -59,7 +59,7 @@ def error(path: Path, content: str) -> str:
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet"])
 @pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
-def test_every_kind(tmp_path: Path, suffix: str, compression: str) -> None:
+def test_every_file_type_gives_the_same_records(tmp_path: Path, suffix: str, compression: str) -> None:
     if suffix == ".parquet" and compression:
         return  # it is compressed inside
     path = write(tmp_path / f"data{suffix}{compression}", ROWS)
@@ -71,19 +71,19 @@ def test_every_kind(tmp_path: Path, suffix: str, compression: str) -> None:
         assert [record.origin for record in records] == [f"{path}:{line}" for line in LINES[suffix]]
 
 
-def test_many_blocks(tmp_path: Path) -> None:
+def test_records_are_read_across_blocks(tmp_path: Path) -> None:
     """Lines go across the blocks that a file is read in."""
     rows = [{"text": f"{i} " + "ä\n" * (i % 700), "n": str(i)} for i in range(4000)]
     for suffix in (".csv", ".jsonl", ".json", ".parquet"):
         assert [record.values for record in read(write(tmp_path / f"data{suffix}", rows))] == rows
 
 
-def test_a_large_field_of_csv(tmp_path: Path) -> None:
+def test_a_large_csv_field_is_read(tmp_path: Path) -> None:
     (record,) = read(write(tmp_path / "data.csv", [{"text": "x" * 300_000}]))
     assert len(record.values["text"]) == 300_000
 
 
-def test_only_as_far_as_asked(tmp_path: Path) -> None:
+def test_records_are_read_only_as_far_as_asked(tmp_path: Path) -> None:
     """What is broken further on is not read, and so not held either."""
     for name, good, bad in (("a.csv", "x\n1\n", '"\n'), ("a.jsonl", '{"x": "1"}\n', "{\n")):
         path = tmp_path / name
@@ -91,7 +91,7 @@ def test_only_as_far_as_asked(tmp_path: Path) -> None:
         assert next(Reader().read(path)).values == {"x": "1"}
 
 
-def test_places_in_json(tmp_path: Path) -> None:
+def test_records_of_json_have_their_line_numbers(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     path.write_text('\n[\n  {"a": 1,\n   "b": "x\\n"},\n\n {"a": [2]} ,{"a": null}\n]\n')
     records = read(path)
@@ -101,7 +101,7 @@ def test_places_in_json(tmp_path: Path) -> None:
     assert read(path) == []
 
 
-def test_lines_of_objects_in_json(tmp_path: Path) -> None:
+def test_json_lines_in_a_json_file_are_read(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     path.write_text('{"a": 1}\n{"a": 2}\n')
     assert [record.origin for record in read(path)] == [f"{path}:1", f"{path}:2"]
@@ -141,12 +141,12 @@ def test_empty_lines_are_counted(tmp_path: Path) -> None:
         ("a.jsonl", "\x00", ": byte 0 is NUL"),
     ],
 )
-def test_errors(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_damaged_files_are_named_with_the_line(tmp_path: Path, name: str, content: str, message: str) -> None:
     found = error(tmp_path / name, content)
     assert found.startswith(message), found
 
 
-def test_values() -> None:
+def test_values_of_the_wrong_type_are_named() -> None:
     record = Record({"text": "x", "n": 5, "label": None}, "f.jsonl:7")
     assert record.text("text", "text_column") == "x"
     for column, message in {
@@ -160,7 +160,7 @@ def test_values() -> None:
         assert str(caught.value) == message
 
 
-def test_finding(tmp_path: Path) -> None:
+def test_record_files_are_found_in_folders_and_by_pattern(tmp_path: Path) -> None:
     for name in ("b.csv", "a.jsonl.gz", "c.txt", "sub/d.parquet", "e.json.zst"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
