@@ -114,7 +114,7 @@ warning: \x1b[2Jgone [bold red]loud[/]\x07
 """.replace("{tab}", "\t")
 
 
-def test_plain_lines(tmp_path: Path) -> None:
+def test_plain_output_has_a_line_for_each_event(tmp_path: Path) -> None:
     stream, clock = io.StringIO(), Clock()
     with PlainDisplay(tmp_path, stream, clock) as display:
         say_everything(display, clock)
@@ -130,7 +130,7 @@ def test_the_log_has_the_same_lines_with_the_time(tmp_path: Path, terminal: Term
     assert re.sub(r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ", "", log) == PLAIN
 
 
-def test_summary_of_an_interrupted_run(tmp_path: Path) -> None:
+def test_an_interrupted_run_is_summarised_with_its_resume_command(tmp_path: Path) -> None:
     run_dir, stream = tmp_path / "it's $(here)", io.StringIO()
     run_dir.mkdir()
     with PlainDisplay(run_dir, stream) as display:
@@ -164,7 +164,7 @@ def test_summary_of_an_interrupted_run(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_the_best_step_and_whether_it_is_there(tmp_path: Path, changes: dict, line: str) -> None:
+def test_the_best_step_is_named_and_a_missing_checkpoint_is_said(tmp_path: Path, changes: dict, line: str) -> None:
     stream = io.StringIO()
     with PlainDisplay(tmp_path, stream) as display:
         display.summary(SUMMARY | changes)
@@ -223,7 +223,9 @@ def test_progress_leaves_the_first_step_out_of_the_estimate() -> None:
 # --- live --------------------------------------------------------------------------------------------------------
 
 
-def test_the_display_suits_the_stream(tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_gets_the_live_display_and_a_pipe_plain_lines(
+    tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def kind(stream: TextIO) -> type:
         with open_display(tmp_path, stream) as display:
             return type(display)
@@ -237,7 +239,7 @@ def test_the_display_suits_the_stream(tmp_path: Path, terminal: Terminal, monkey
     assert not can_draw(terminal.stream)
 
 
-def test_live_shows_all_and_obeys_nothing(tmp_path: Path, terminal: Terminal) -> None:
+def test_the_live_display_shows_control_characters_without_obeying_them(tmp_path: Path, terminal: Terminal) -> None:
     clock = Clock()
     with LiveDisplay(tmp_path, terminal.stream, clock) as display:
         say_everything(display, clock)
@@ -256,7 +258,7 @@ def test_live_shows_all_and_obeys_nothing(tmp_path: Path, terminal: Terminal) ->
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_an_exception_gives_the_terminal_back(tmp_path: Path, terminal: Terminal, error: type[BaseException]) -> None:
+def test_an_exception_restores_the_terminal(tmp_path: Path, terminal: Terminal, error: type[BaseException]) -> None:
     def train() -> None:
         with LiveDisplay(tmp_path, terminal.stream) as display:
             display.start(0, 10)
@@ -268,7 +270,7 @@ def test_an_exception_gives_the_terminal_back(tmp_path: Path, terminal: Terminal
     assert output.rindex(SHOW_CURSOR) > output.rindex(HIDE_CURSOR)
 
 
-def test_close_from_a_signal_handler(tmp_path: Path, terminal: Terminal) -> None:
+def test_the_display_can_be_closed_from_a_signal_handler(tmp_path: Path, terminal: Terminal) -> None:
     with LiveDisplay(tmp_path, terminal.stream) as display:
         before = signal.signal(signal.SIGUSR1, lambda number, frame: display.close())
         try:
@@ -281,7 +283,7 @@ def test_close_from_a_signal_handler(tmp_path: Path, terminal: Terminal) -> None
 
 
 @pytest.mark.parametrize("width", [1, 12, 20, 40, 60, 80, 140, 300])
-def test_every_width_holds_the_panel(tmp_path: Path, terminal: Terminal, width: int) -> None:
+def test_the_panel_fits_every_width(tmp_path: Path, terminal: Terminal, width: int) -> None:
     with LiveDisplay(tmp_path, terminal.stream, Clock()) as display:
         display.progress.start(0, 5000)
         display.progress.advance(10)
