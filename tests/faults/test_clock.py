@@ -24,7 +24,7 @@ NEVER = ("checkpoint.every_steps=0", "checkpoint.before_evaluation=false")
 
 @pytest.mark.slow
 @pytest.mark.skipif(not WallClock.is_possible(), reason="needs a C compiler")
-def test_a_wall_clock_that_jumps(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_jump_of_the_wall_clock_changes_nothing(undisturbed: Path, tmp_path: Path) -> None:
     """By years, there and back: no save is due for it, no time is over, and the end is the same."""
     clock = WallClock(tmp_path)
     run = tmp_path / "run"
@@ -78,7 +78,7 @@ def run_by_clock(folder: Path, clock: Callable[[int], float], *overrides: str) -
     return reason, steps(directory.path)
 
 
-def test_saves_by_time(tmp_path: Path) -> None:
+def test_saves_by_time_are_counted_from_the_last_save(tmp_path: Path) -> None:
     """A step takes 10 s: every 60 s is every six steps, counted from the last save."""
     reason, saved = run_by_clock(
         prepare(tmp_path), lambda step: 10.0 * step, "checkpoint.every_minutes=1", "loop.max_steps=20"
@@ -86,7 +86,7 @@ def test_saves_by_time(tmp_path: Path) -> None:
     assert (reason, saved) == ("finished", [6, 12, 18, 20])
 
 
-def test_a_computer_that_slept(tmp_path: Path) -> None:
+def test_a_computer_that_slept_saves_once(tmp_path: Path) -> None:
     """A week between two steps is one save, and the next is due as long after it as ever."""
     reason, saved = run_by_clock(
         prepare(tmp_path),
@@ -97,7 +97,7 @@ def test_a_computer_that_slept(tmp_path: Path) -> None:
     assert (reason, saved) == ("finished", [6, 9, 15, 20])
 
 
-def test_the_allotted_time_is_measured_from_the_start(tmp_path: Path) -> None:
+def test_max_minutes_counts_from_the_start_of_the_process(tmp_path: Path) -> None:
     reason, saved = run_by_clock(
         prepare(tmp_path), lambda step: 1e6 + 10.0 * step, "loop.max_minutes=2", "loop.max_steps=20"
     )

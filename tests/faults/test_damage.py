@@ -42,7 +42,7 @@ def contents(run: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-def test_every_damage_is_noticed_and_named(interrupted: Path, tmp_path: Path) -> None:
+def test_every_kind_of_damage_is_found_and_named(interrupted: Path, tmp_path: Path) -> None:
     checkpoint = Path(shutil.copytree(interrupted / "checkpoints" / "step-00000040", tmp_path / "step-00000040"))
     damages = [*flips(checkpoint, 25, random.Random("flips")), *truncations(checkpoint), *absences()]
     assert len(damages) == 5 * 25 + 5 * 11 + 13
@@ -55,7 +55,9 @@ def test_every_damage_is_noticed_and_named(interrupted: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_run_ends_as_if_nothing_had_been_damaged(launcher: Launcher, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_run_with_damaged_checkpoints_resumes_to_the_same_end(
+    launcher: Launcher, undisturbed: Path, tmp_path: Path
+) -> None:
     """Killed five times; each time another file of the newest checkpoint is damaged, at last of the two newest."""
     run = tmp_path / "run"
     keep = ("checkpoint.every_steps=1", "checkpoint.keep_last=3")
@@ -82,7 +84,7 @@ def test_a_run_ends_as_if_nothing_had_been_damaged(launcher: Launcher, undisturb
 
 
 @pytest.mark.slow
-def test_a_damaged_one_that_is_named_is_refused(launcher: Launcher, interrupted: Path, tmp_path: Path) -> None:
+def test_a_named_checkpoint_that_is_damaged_is_refused(launcher: Launcher, interrupted: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(interrupted, tmp_path / "run"))
     named = "run/checkpoints/step-00000040"
     flip("model.safetensors").do(tmp_path / named)
@@ -100,7 +102,9 @@ def test_a_damaged_one_that_is_named_is_refused(launcher: Launcher, interrupted:
     assert contents(run) == before
 
 
-def test_where_none_is_whole_nothing_is_touched(launcher: Launcher, interrupted: Path, tmp_path: Path) -> None:
+def test_a_run_without_an_intact_checkpoint_is_left_unchanged(
+    launcher: Launcher, interrupted: Path, tmp_path: Path
+) -> None:
     """Starting again from step 0 would remove what a person may still mend."""
     run = Path(shutil.copytree(interrupted, tmp_path / "run"))
     for checkpoint in (run / "checkpoints").iterdir():

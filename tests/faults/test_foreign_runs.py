@@ -129,7 +129,7 @@ def look_for(secret: bytes, folder: Path) -> list[Path]:
 
 
 @pytest.mark.slow
-def test_nothing_planted_in_a_config_is_obeyed(launcher: Launcher, foreign: Path, tmp_path: Path) -> None:
+def test_code_planted_in_a_config_is_never_run(launcher: Launcher, foreign: Path, tmp_path: Path) -> None:
     """For each verb that reads the config of a run, with what is planted, and with manifests that agree with it."""
     wrong = []
     for name, (is_refused, edit) in PLANTS.items():
@@ -157,7 +157,9 @@ def test_nothing_planted_in_a_config_is_obeyed(launcher: Launcher, foreign: Path
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_harmless_run_is_obeyed(launcher: Launcher, foreign: Path, tmp_path: Path) -> None:
+def test_a_harmless_foreign_run_works_and_a_named_plugin_runs(
+    launcher: Launcher, foreign: Path, tmp_path: Path
+) -> None:
     """The same without anything planted but a name, so that the test above can tell; a plug-in that the user names."""
     run = Path(shutil.copytree(foreign, tmp_path / "run"))
     plant(run, at("name", "mine"))
@@ -169,7 +171,9 @@ def test_the_harmless_run_is_obeyed(launcher: Launcher, foreign: Path, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["../text.txt", "/etc/passwd", "..", "."])
-def test_names_that_lead_out_of_the_checkpoint(launcher: Launcher, foreign: Path, tmp_path: Path, name: str) -> None:
+def test_file_names_that_leave_the_checkpoint_are_refused(
+    launcher: Launcher, foreign: Path, tmp_path: Path, name: str
+) -> None:
     run = Path(shutil.copytree(foreign, tmp_path / "run"))
     for step in steps(run):
         forge(run / "checkpoints" / f"step-{step:08d}", config_yaml=name)
@@ -179,7 +183,7 @@ def test_names_that_lead_out_of_the_checkpoint(launcher: Launcher, foreign: Path
 
 @pytest.mark.parametrize("name", [".lock", "train.log", "metrics.jsonl", "samples.jsonl", "summary.json", "loss.png",
                                   "environment.json", "config.yaml"])  # fmt: skip
-def test_links_that_lead_out_of_the_run(launcher: Launcher, foreign: Path, tmp_path: Path, name: str) -> None:
+def test_links_that_leave_the_run_are_refused(launcher: Launcher, foreign: Path, tmp_path: Path, name: str) -> None:
     """What they point to stays as it was, whether the run is refused or goes on."""
     run = Path(shutil.copytree(foreign, tmp_path / "run"))
     precious = tmp_path / "precious"

@@ -39,7 +39,7 @@ def wait_for_save(victim: Victim, run: Path, after: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
-def test_the_run_goes_on_and_saves_again(
+def test_a_run_on_a_full_disk_continues_and_saves_later(
     launcher: Launcher, undisturbed: Path, tmp_path: Path, asynchronous: str
 ) -> None:
     """In turn there is no room for the weights, and for the optimizer's state, which is twice as long."""
@@ -76,7 +76,7 @@ def tear(victim: Victim, file: Path) -> None:
 
 
 @pytest.mark.slow
-def test_lines_wait_for_room(launcher: Launcher, undisturbed: Path, tmp_path: Path) -> None:
+def test_lines_are_written_once_a_full_disk_has_room(launcher: Launcher, undisturbed: Path, tmp_path: Path) -> None:
     """The limit falls into the middle of a line, of the metrics first and then of the log."""
     run = tmp_path / "run"
     victim = launcher.start("train", *SAVING, "run_dir=run")
@@ -94,7 +94,9 @@ def test_lines_wait_for_room(launcher: Launcher, undisturbed: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "train.log"])
-def test_killed_in_the_middle_of_a_line(launcher: Launcher, undisturbed: Path, tmp_path: Path, name: str) -> None:
+def test_a_run_killed_in_the_middle_of_a_line_is_resumed(
+    launcher: Launcher, undisturbed: Path, tmp_path: Path, name: str
+) -> None:
     """What waited for room is gone; the run logs those steps again, and glues nothing to the half of a line."""
     run = tmp_path / "run"
     victim = launcher.start("train", *SAVING, "run_dir=run")
@@ -125,7 +127,7 @@ file.close()
 """
 
 
-def test_a_run_that_goes_back_while_a_line_is_torn(tmp_path: Path) -> None:
+def test_rewriting_a_file_with_a_torn_line_leaves_whole_lines(tmp_path: Path) -> None:
     """Rewriting the file takes the part of a line out; what is left of it must not come alone."""
     path = tmp_path / "rows"
     subprocess.run([sys.executable, "-c", GOING_BACK, str(path)], check=True)
@@ -205,7 +207,7 @@ def pages(num_bytes: int) -> int:
 
 
 @pytest.mark.slow
-def test_a_small_file_system(disk: Disk, undisturbed: Path) -> None:
+def test_a_file_system_without_room_loses_no_checkpoint(disk: Disk, undisturbed: Path) -> None:
     """No room for the tensors, which is known beforehand; then none for state, config and manifest in turn.
 
     Nor is there any for metrics and log, or, in the end, for what a resume notes.

@@ -25,7 +25,9 @@ EVERY_STEP = (*STANDARD, "checkpoint.every_steps=1")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
-def test_kills_leave_no_trace(launcher: Launcher, undisturbed: Path, tmp_path: Path, asynchronous: str) -> None:
+def test_a_run_killed_many_times_ends_as_an_undisturbed_one(
+    launcher: Launcher, undisturbed: Path, tmp_path: Path, asynchronous: str
+) -> None:
     """Nine of them: in turn in the middle of a save, a moment after a step, and while the run is starting."""
     chance = random.Random(f"kills {asynchronous}")
     run = tmp_path / "run"

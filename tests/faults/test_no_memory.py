@@ -20,7 +20,7 @@ def numbers(run: Path) -> list[tuple]:
     return [tuple(row.get(key) for key in keys) for row in rows(run) if "event" not in row]
 
 
-def test_the_micro_batch_is_halved_and_the_batch_stays(launcher: Launcher, tmp_path: Path) -> None:
+def test_the_micro_batch_is_halved_and_the_batch_is_kept(launcher: Launcher, tmp_path: Path) -> None:
     """Bit for bit the run that has the smaller micro-batch from the start; also after a resume, which keeps it."""
     output = launcher.run("train", *STANDARD, *HUNGRY, *QUICK, "+objective.room=1", "run_dir=run")
     told = events(tmp_path / "run", "out_of_memory")
@@ -39,7 +39,7 @@ def test_the_micro_batch_is_halved_and_the_batch_stays(launcher: Launcher, tmp_p
     assert numbers(tmp_path / "run") == numbers(tmp_path / "small")
 
 
-def test_the_attempt_leaves_no_gradient(launcher: Launcher, tmp_path: Path) -> None:
+def test_an_attempt_without_memory_leaves_no_gradient(launcher: Launcher, tmp_path: Path) -> None:
     """Memory runs out in the second micro-batch of a step: the first one is done again, and counts once."""
     hungry = (
         *STANDARD,
@@ -55,7 +55,7 @@ def test_the_attempt_leaves_no_gradient(launcher: Launcher, tmp_path: Path) -> N
     assert numbers(tmp_path / "run") == numbers(tmp_path / "small")
 
 
-def test_resumed_in_the_smaller_micro_batches(launcher: Launcher, tmp_path: Path) -> None:
+def test_resume_keeps_the_halved_micro_batch(launcher: Launcher, tmp_path: Path) -> None:
     """With dropout, whose masks depend on the split: the end is the same, resumed or not."""
     hungry = (*STANDARD, *HUNGRY, "+objective.room=3", "schedule=constant")
     launcher.run("train", *hungry, "loop.max_steps=12", "run_dir=whole")
@@ -66,7 +66,7 @@ def test_resumed_in_the_smaller_micro_batches(launcher: Launcher, tmp_path: Path
     assert_same_end(tmp_path / "whole", tmp_path / "run")
 
 
-def test_one_sequence_that_does_not_fit(launcher: Launcher, tmp_path: Path) -> None:
+def test_a_single_sequence_that_does_not_fit_ends_the_run(launcher: Launcher, tmp_path: Path) -> None:
     output = launcher.run(
         "train", *STANDARD, *HUNGRY, *QUICK, "+objective.room=0", "loop.eval_every=0", "run_dir=run", status=1
     )

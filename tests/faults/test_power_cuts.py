@@ -25,7 +25,7 @@ def newest_told(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_at_every_call_that_matters(launcher: Launcher, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_power_cut_at_any_write_leaves_a_resumable_run(launcher: Launcher, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command: tuple[str, ...] = ("train", *SAVING, "run_dir=run")
     found: list[int] = []

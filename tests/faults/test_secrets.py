@@ -51,7 +51,7 @@ def test_a_secret_where_it_would_be_stored_is_refused(launcher: Launcher, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rates", ["1e-3", "1e-3,1e-4"])
-def test_a_sweep(launcher: Launcher, tmp_path: Path, rates: str) -> None:
+def test_a_sweep_stores_no_secret(launcher: Launcher, tmp_path: Path, rates: str) -> None:
     """Its jobs need what was not stored, and are not given it; whatever it comes to, no file and no name has it."""
     sweep = ("train", "-m", *PLAIN, *STANDARD, *KEYED, "loop.max_steps=2", f"optimizer.lr={rates}")
     output = launcher.start(*sweep).wait()

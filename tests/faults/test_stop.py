@@ -55,7 +55,7 @@ def in_an_evaluation(victim: Victim, run: Path, after: int) -> None:
     ],
     ids=["step", "save", "synchronous save", "evaluation"],
 )
-def test_each_signal_at_each_moment(
+def test_each_signal_at_each_moment_saves_and_resumes_exactly(
     launcher: Launcher,
     undisturbed: Path,
     tmp_path: Path,
@@ -96,7 +96,9 @@ def test_each_signal_at_each_moment(
         ((signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM), 128 + signal.SIGUSR2),
     ],
 )
-def test_two_signals_in_a_save(launcher: Launcher, tmp_path: Path, numbers: tuple[int, ...], status: int) -> None:
+def test_two_signals_during_a_save_leave_a_resumable_run(
+    launcher: Launcher, tmp_path: Path, numbers: tuple[int, ...], status: int
+) -> None:
     """All are there when the process goes on; it gets them in the order of their numbers."""
     run = tmp_path / "run"
     victim = launcher.start("train", *STANDARD, "checkpoint.every_steps=1", "run_dir=run")
@@ -153,7 +155,9 @@ def test_a_handler_of_a_launcher_is_called_after_the_save(launcher: Launcher, tm
     assert (tmp_path / "handled").read_text() == f"{name} after ['step-{step:08d}']"
 
 
-def test_the_end_of_the_allotted_time(launcher: Launcher, undisturbed: Path, tmp_path: Path) -> None:
+def test_the_end_of_max_minutes_saves_and_resumes_exactly(
+    launcher: Launcher, undisturbed: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     output = launcher.run("train", *STANDARD, *NEVER, "loop.max_minutes=0.002", "run_dir=run", status=75)
     first = assert_all_whole(run)[-1]

@@ -25,7 +25,7 @@ def assert_shown(text: str) -> None:
     assert not OBEYED.search(text), OBEYED.findall(text)
 
 
-def test_prompts_names_and_paths(launcher: Launcher, tmp_path: Path) -> None:
+def test_control_characters_of_prompts_names_and_paths_are_shown(launcher: Launcher, tmp_path: Path) -> None:
     """In plain output and log, of the run, its samples, its resume, its report; the files of data have it as it is."""
     folder = tmp_path / f"run {ESCAPE.replace('/', '')}"
     text = tmp_path / f"text {ESCAPE.replace('/', '')}.txt"
@@ -47,7 +47,7 @@ def test_prompts_names_and_paths(launcher: Launcher, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep(launcher: Launcher, tmp_path: Path) -> None:
+def test_control_characters_of_a_sweep_are_shown(launcher: Launcher, tmp_path: Path) -> None:
     quoted = (f"name='{ESCAPE}'", f"loop.sample_prompt='{ESCAPE}'")
     output = launcher.run("train", "-m", *STANDARD, *quoted, "loop.max_steps=2", "optimizer.lr=1e-3")
     assert_shown(output)
@@ -71,12 +71,12 @@ def test_a_sweep(launcher: Launcher, tmp_path: Path) -> None:
     ],
     ids=lambda arguments: arguments[0][:8] + (arguments[1][:8] if len(arguments) > 1 else ""),
 )
-def test_errors(launcher: Launcher, arguments: tuple[str, ...]) -> None:
+def test_control_characters_in_errors_are_shown(launcher: Launcher, arguments: tuple[str, ...]) -> None:
     output = launcher.start(*arguments).wait(2)
     assert not OBEYED.search(output), OBEYED.findall(output)
 
 
-def test_what_a_plug_in_says(launcher: Launcher, tmp_path: Path) -> None:
+def test_control_characters_in_messages_of_a_plugin_are_shown(launcher: Launcher, tmp_path: Path) -> None:
     """The message of an event, and of the error that ends a run."""
     (tmp_path / "broken").touch()
     arguments = ("objective._target_=objectives.Broken", "plugins=[objectives]", f"+objective.message='{ESCAPE}'")
@@ -110,7 +110,7 @@ def on_a_terminal(*arguments: str, cwd: Path) -> str:
 
 
 @pytest.mark.slow
-def test_a_terminal_gets_colours_and_nothing_else(launcher: Launcher, tmp_path: Path) -> None:
+def test_a_terminal_gets_no_control_sequences_but_colours(launcher: Launcher, tmp_path: Path) -> None:
     """Of the run as of generated text: bytes that a model trained on nothing makes are mostly control characters."""
     quoted = (
         f"name='{ESCAPE}'",

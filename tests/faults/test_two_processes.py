@@ -25,7 +25,7 @@ def test_the_second_process_is_refused(launcher: Launcher, tmp_path: Path) -> No
     assert assert_all_whole(run)[-1] == 12
 
 
-def test_of_several_at_once_one_gets_the_run(launcher: Launcher, tmp_path: Path) -> None:
+def test_one_of_several_processes_gets_the_run(launcher: Launcher, tmp_path: Path) -> None:
     run = tmp_path / "run"
     launcher.run("train", *STANDARD, "loop.max_steps=3", "run_dir=run")
     rivals = [launcher.start("resume", "run", "loop.max_steps=100000") for _ in range(3)]
