@@ -114,7 +114,9 @@ def reference(weights: dict[str, np.ndarray], ids: np.ndarray, heads: int, *, ro
 
 @pytest.mark.parametrize("config", [SEVEN, THIRTEEN], ids=["7B", "13B"])
 @pytest.mark.parametrize("fused", [True, False])
-def test_logits(config: dict[str, Any], fused: bool, tmp_path: Path) -> None:
+def test_logits_of_a_baichuan_checkpoint_equal_its_formulas(
+    config: dict[str, Any], fused: bool, tmp_path: Path
+) -> None:
     from dataclasses import replace
 
     weights = checkpoint(tmp_path / "theirs", config)
@@ -151,7 +153,9 @@ def test_logits(config: dict[str, Any], fused: bool, tmp_path: Path) -> None:
     ({"hidden_size": 5120, "max_position_embeddings": 4096, "vocab_size": 125696}, False, True),
     ({"hidden_size": 4096, "max_position_embeddings": 4096, "vocab_size": 64000}, True, False),
 ])  # fmt: skip
-def test_which_one_it_is(changes: dict[str, Any], rotary: bool, normalised: bool, tmp_path: Path) -> None:
+def test_the_variant_of_baichuan_follows_from_its_config(
+    changes: dict[str, Any], rotary: bool, normalised: bool, tmp_path: Path
+) -> None:
     """The published sizes go by ``hidden_size``; the first Baichuan, of 64,000 tokens, has a plain head."""
     from llmtrain.hf import family_of
 

@@ -60,7 +60,7 @@ def config_of(values: dict[str, Any], folder: Path) -> Any:
     (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, r"scale_attn_by_inverse_layer_idx=true"),
     (GPT2 | {"add_cross_attention": True}, r"add_cross_attention=true"),
 ])  # fmt: skip
-def test_what_is_computed_otherwise(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_settings_computed_otherwise_are_refused(values: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         config_of(values, tmp_path)
 
@@ -68,7 +68,7 @@ def test_what_is_computed_otherwise(values: dict[str, Any], message: str, tmp_pa
 @pytest.mark.parametrize(("text", "message"), [
     ("{", "cut or damaged"), ("[]", "not a JSON object"), ("[" * 100_000, "cut or damaged"), (b"\xff\xfe", "cut"),
 ])  # fmt: skip
-def test_no_configuration(text: str | bytes, message: str, tmp_path: Path) -> None:
+def test_a_damaged_config_json_is_refused(text: str | bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         ConfigJson.read(tmp_path)
@@ -94,13 +94,15 @@ def test_every_key_of_transformers_is_known(kind: type, tmp_path: Path) -> None:
     ({"rope_scaling": YARN | {"beta_fast": 32.0, "truncate": True}}, (1e4, Scaling.yarn, 4.0, 32)),
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, (1e4, Scaling.yarn, 4.0, 128)),
 ])  # fmt: skip
-def test_rotary_positions(theirs: dict[str, Any], expected: tuple[Any, ...], tmp_path: Path) -> None:
+def test_rotary_settings_are_read_by_old_and_new_names(
+    theirs: dict[str, Any], expected: tuple[Any, ...], tmp_path: Path
+) -> None:
     """By their old names and their new ones."""
     found = config_of(LLAMA | theirs, tmp_path)
     assert (found.rope_theta, found.rope_scaling, found.rope_factor, found.rope_original_context_length) == expected
 
 
-def test_what_nobody_knows_is_told(tmp_path: Path) -> None:
+def test_unknown_keys_are_reported(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps(LLAMA | {"my_attention": "odd", "unused": None, "use_cache": True})
     )
@@ -109,7 +111,7 @@ def test_what_nobody_knows_is_told(tmp_path: Path) -> None:
     assert config.unknown() == ["my_attention"]
 
 
-def test_context_length(tmp_path: Path) -> None:
+def test_context_length_is_at_most_the_checkpoints(tmp_path: Path) -> None:
     """Of a checkpoint at most what it has; with dynamic scaling, what that reaches."""
     config_of(LLAMA, tmp_path)
     assert Auto(str(tmp_path), 100, 0.1, None).resolved().context_length == 100

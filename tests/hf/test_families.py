@@ -38,7 +38,7 @@ def with_cache(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_in_out_and_around(case: str, tmp_path: Path) -> None:
+def test_logits_are_equal_after_reading_and_after_writing(case: str, tmp_path: Path) -> None:
     theirs = make(*CASES[case], tmp_path / "theirs")
     # Dynamic scaling begins behind max_position_embeddings, and so does what there is to compare.
     ours = read(tmp_path / "theirs", **({"context_length": 64} if case == "dynamic" else {}))
@@ -64,7 +64,7 @@ def test_in_out_and_around(case: str, tmp_path: Path) -> None:
     assert list(greedy) == text.tolist()
 
 
-def test_a_window_makes_a_difference(tmp_path: Path) -> None:
+def test_the_sliding_window_of_a_checkpoint_matters(tmp_path: Path) -> None:
     """Else the cases with windows would show nothing."""
     make(*CASES["qwen2 windows"], tmp_path / "a")
     model: Any = read(tmp_path / "a")
@@ -76,7 +76,7 @@ def test_a_window_makes_a_difference(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["gpt2 untied", "llama tied"])
-def test_shards(case: str, tmp_path: Path) -> None:
+def test_sharded_checkpoints_are_read_and_written(case: str, tmp_path: Path) -> None:
     theirs = make(*CASES[case], tmp_path / "theirs", max_shard_size="60KB")
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 2
     ours = read(tmp_path / "theirs")
@@ -90,7 +90,7 @@ def test_shards(case: str, tmp_path: Path) -> None:
     assert largest_difference(read(folder), theirs, some_ids()) < TOLERANCE
 
 
-def test_a_bare_model_without_a_head(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_head_is_read(tmp_path: Path) -> None:
     """As OpenAI's GPT-2 is on the hub: names without prefix, and the causal mask among the tensors."""
     from safetensors.torch import save_file
 
@@ -104,7 +104,7 @@ def test_a_bare_model_without_a_head(tmp_path: Path) -> None:
     assert largest_difference(read(tmp_path / "bare"), theirs, some_ids()) < TOLERANCE
 
 
-def test_dtype_of_the_file(tmp_path: Path) -> None:
+def test_a_bf16_checkpoint_is_read_in_fp32(tmp_path: Path) -> None:
     kind, keys = CASES["llama"]
     make(kind, keys, tmp_path / "a").bfloat16().save_pretrained(tmp_path / "b")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=FP32).eval()
@@ -113,7 +113,7 @@ def test_dtype_of_the_file(tmp_path: Path) -> None:
     assert largest_difference(ours, theirs, some_ids()) < TOLERANCE
 
 
-def test_one_matrix_for_queries_keys_and_values(tmp_path: Path) -> None:
+def test_a_joint_qkv_matrix_is_split(tmp_path: Path) -> None:
     """Three layers there, one here: put together on the way in, taken apart on the way out."""
     from dataclasses import replace
 
@@ -136,7 +136,7 @@ def test_one_matrix_for_queries_keys_and_values(tmp_path: Path) -> None:
     (False, False, True, None, "llama"), (False, False, False, (5, 0), "mistral"),
     (False, False, False, (5, 1), "qwen2"), (True, False, False, (5, 0), "qwen2"),
 ])  # fmt: skip
-def test_what_has_no_bias_here_has_zeros_there(
+def test_biases_that_only_the_format_has_are_written_as_zeros(
     qkv: bool, output: bool, mlp: bool, window: tuple[int, int] | None, kind: str, tmp_path: Path
 ) -> None:
     from dataclasses import replace
@@ -156,7 +156,7 @@ def test_what_has_no_bias_here_has_zeros_there(
     assert largest_difference(model, back, some_ids()) < TOLERANCE
 
 
-def test_gpt2_without_qkv_bias(tmp_path: Path) -> None:
+def test_a_gpt2_without_qkv_bias_survives_a_round_trip(tmp_path: Path) -> None:
     config = GPTConfig(2, 48, 4, 64, 301, 0.0, False, True, None, Initialisation.gpt2)
     model = config.create(301, torch.device("cpu"), torch.Generator().manual_seed(3)).eval()
     with torch.no_grad():
@@ -179,7 +179,9 @@ def test_gpt2_without_qkv_bias(tmp_path: Path) -> None:
     ({"sliding_window": 5, "output_bias": True}, r"model\.output_bias=true.*sliding_window"),
     ({"normalised_head": True, "qkv_bias": True, "num_kv_heads": 4}, r"model\.qkv_bias=True.*normalised_head"),
 ])  # fmt: skip
-def test_what_transformers_cannot_compute(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_models_that_transformers_cannot_compute_are_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     from dataclasses import replace
 
     make(*CASES["llama"], tmp_path / "a")
@@ -190,7 +192,7 @@ def test_what_transformers_cannot_compute(changes: dict[str, Any], message: str,
 
 
 @pytest.mark.parametrize("case", ["gpt2 untied", "llama", "qwen3"])
-def test_names_of_modules(case: str, tmp_path: Path) -> None:
+def test_module_names_are_those_of_transformers(case: str, tmp_path: Path) -> None:
     theirs = make(*CASES[case], tmp_path / "theirs")
     ours = read(tmp_path / "theirs")
     names = module_names(ours)
@@ -200,6 +202,6 @@ def test_names_of_modules(case: str, tmp_path: Path) -> None:
     assert set(names) == {name for name, module in ours.named_modules() if "weight" in dict(module.named_parameters())}
 
 
-def test_sizes_of_the_cases_are_told_apart() -> None:
+def test_the_cases_have_fewer_heads_of_keys_than_of_queries() -> None:
     """Fewer heads of keys than of queries, so that one cannot stand for the other."""
     assert SIZES["num_key_value_heads"] != SIZES["num_attention_heads"]

@@ -68,7 +68,9 @@ def test_peft_computes_what_we_export(family: str, kind: str, what: str, tmp_pat
 
 @pytest.mark.parametrize(("family", "kind", "what"), CASES)
 @pytest.mark.filterwarnings("ignore")
-def test_what_peft_made_is_read(family: str, kind: str, what: str, tmp_path: Path) -> None:
+def test_an_adapter_of_peft_gives_the_same_logits_and_gradients(
+    family: str, kind: str, what: str, tmp_path: Path
+) -> None:
     """Logits and the gradient of every adapter."""
     pair = make_pair(family, tmp_path)
     ours, theirs = TARGETS[what]
@@ -107,7 +109,7 @@ def by_our_names(model: Any, pair: Pair) -> dict[str, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_embeddings_of_a_tied_model(tmp_path: Path) -> None:
+def test_adapters_of_tied_embeddings_are_exported(tmp_path: Path) -> None:
     """The adapter is for the input alone, there and here."""
     pair = make_pair("gpt2", tmp_path)
     lora = adapted(pair, "lora", ["embeddings"])
@@ -119,7 +121,7 @@ def test_embeddings_of_a_tied_model(tmp_path: Path) -> None:
     ("family", "also"), [("gpt2", ["norm"]), ("gpt2 untied", ["norm", "head"]), ("gpt2", [r"1\.mlp\.up"])]
 )
 @pytest.mark.filterwarnings("ignore")
-def test_modules_trained_whole(family: str, also: list[str], tmp_path: Path) -> None:
+def test_wholly_trained_modules_are_exported(family: str, also: list[str], tmp_path: Path) -> None:
     pair = make_pair(family, tmp_path)
     lora = adapted(pair, "lora", ["c_attn"], also_train=also)
     theirs = export(pair, lora, tmp_path / "adapter")
@@ -140,7 +142,9 @@ def test_modules_trained_whole(family: str, also: list[str], tmp_path: Path) -> 
         ("gpt2", {"also_train": ["qkv.bias"]}, "other parameters of blocks.0.attention.qkv are not"),
     ],
 )
-def test_what_peft_has_no_place_for(family: str, keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_adapters_that_peft_cannot_hold_are_refused(
+    family: str, keys: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     pair = make_pair(family, tmp_path)
     lora = adapted(pair, "lora", ["all-linear"], **keys)
     with pytest.raises(ValueError, match=message):
@@ -149,7 +153,7 @@ def test_what_peft_has_no_place_for(family: str, keys: dict[str, Any], message: 
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_classifier(tmp_path: Path) -> None:
+def test_the_adapter_of_a_classifier_gives_the_same_logits_in_peft(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     pair = make_pair("gpt2", tmp_path)
     classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -180,7 +184,7 @@ def test_a_classifier(tmp_path: Path) -> None:
         ({"peft_type": "LOHA"}, "peft_type=LOHA: only LORA"),
     ],
 )
-def test_settings_that_do_not_fit(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_adapter_settings_that_do_not_match_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     pair = make_pair("gpt2", tmp_path)
     lora = adapted(pair, "lora", ["all-linear"])
     export_adapter(pair.ours, lora, pair.names, tmp_path / "adapter", fan_in_fan_out=True)
@@ -229,7 +233,7 @@ def test_a_pickle_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.filterwarnings("ignore")
-def test_dropout_is_where_peft_has_it(kind: str, tmp_path: Path) -> None:
+def test_dropout_is_applied_as_in_peft(kind: str, tmp_path: Path) -> None:
     """With the same random numbers the same is dropped, of the same inputs."""
     pair = make_pair("gpt2", tmp_path)
     lora = adapted(pair, kind, ["all-linear"], dropout=0.5)
@@ -242,7 +246,7 @@ def test_dropout_is_where_peft_has_it(kind: str, tmp_path: Path) -> None:
     assert (logits(pair.ours.eval()) - expected).abs().max() > 0.1
 
 
-def test_shortest_names() -> None:
+def test_target_modules_have_the_shortest_names_that_match_nothing_else() -> None:
     names = ["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.1.attn.c_proj", "h.1.mlp.c_proj"]
     assert shortest(names, []) == ["c_proj"]
     assert shortest(names[::2], names[1::2]) == ["attn.c_proj"]

@@ -51,7 +51,7 @@ def assert_same(ours: Tokenizer, theirs: PreTrainedTokenizerFast, texts: Iterabl
 
 
 @pytest.mark.parametrize("name", BUILD)
-def test_text_is_split_the_same(name: str, tmp_path: Path) -> None:
+def test_exported_patterns_split_text_as_ours(name: str, tmp_path: Path) -> None:
     ours = BUILD[name]()
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(export(ours, tmp_path) / "tokenizer.json"))
     assert_same(ours, theirs, random_texts(3000))
@@ -60,7 +60,7 @@ def test_text_is_split_the_same(name: str, tmp_path: Path) -> None:
     assert_same(ours, theirs, ["0123456789" * 30, "a" * 3000, "ab" * 1500, " a" * 500, "\r\n" * 500])
 
 
-def test_a_run_begins_with_the_end_of_another(tmp_path: Path) -> None:
+def test_exported_merges_give_the_same_ids_for_random_ranks(tmp_path: Path) -> None:
     """Ranks at random, where a token is made of others in many ways, and of parts that overlap in a text."""
     rng = random.Random(0)
     checked = 0
@@ -98,7 +98,7 @@ def test_a_directory_loads_by_itself(name: str, config: Any, tmp_path: Path) -> 
     assert theirs.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "Hi"
 
 
-def test_a_file_of_the_hub_goes_through(byte_level: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_of_the_hub_is_exported_unchanged(byte_level: Path, tmp_path: Path) -> None:
     config = json.loads((byte_level / "tokenizer_config.json").read_text())
     config |= {"pad_token": "<|im_start|>", "auto_map": {"AutoTokenizer": ["theirs.Tokenizer", None]}}
     (tmp_path / "in").mkdir()
@@ -127,7 +127,7 @@ def test_a_file_of_the_hub_goes_through(byte_level: Path, tmp_path: Path) -> Non
         {"model_type": "unigram", "allow_whitespace_only_pieces": False},
     ],
 )
-def test_sentencepiece(options: dict[str, Any], tmp_path: Path) -> None:
+def test_exported_sentencepiece_tokenizers_give_the_same_ids(options: dict[str, Any], tmp_path: Path) -> None:
     path = train_sentencepiece(tmp_path / "tokenizer.model", **options)
     ours = SentencePiece(path=str(path), end_of_text=None).build()
     theirs = AutoTokenizer.from_pretrained(export(ours, tmp_path))
@@ -145,13 +145,13 @@ def test_sentencepiece(options: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{"normalization_rule_name": "nmt_nfkc"}, {"model_type": "char"}])
-def test_what_the_format_cannot_say(options: dict[str, Any], tmp_path: Path) -> None:
+def test_sentencepiece_models_that_the_format_cannot_hold_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
     path = train_sentencepiece(tmp_path / "tokenizer.model", **options | {"vocab_size": 400})
     with pytest.raises(ValueError, match=r"cannot be written as tokenizer\.json"):
         tokenizer_json(SentencePiece(path=str(path), end_of_text=None).build())
 
 
-def test_patterns_of_the_users_own(tmp_path: Path) -> None:
+def test_a_users_pattern_is_exported(tmp_path: Path) -> None:
     ours = from_file(RANKS, r"\p{L}{1,4}+|\s++$|\d{2}+|[\s\S]")
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(export(ours, tmp_path) / "tokenizer.json"))
     assert_same(ours, theirs, random_texts(1500, seed=6))
@@ -170,7 +170,7 @@ def test_patterns_of_the_users_own(tmp_path: Path) -> None:
         (r"a{2}b++", r"a{2}b++"),
     ],
 )
-def test_patterns_in_the_language_of_the_other_engine(pattern: str, expected: str) -> None:
+def test_patterns_are_translated_for_the_other_engine(pattern: str, expected: str) -> None:
     assert for_oniguruma(pattern) == expected
 
 
