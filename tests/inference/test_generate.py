@@ -27,7 +27,7 @@ def sample(made: GPT, prompt: list[int], tokens: int, sampling: Sampling, seed: 
 GREEDY = Sampling(0.0, 0, 1.0)
 
 
-def test_greedy_with_the_cache_is_the_argmax_without_it() -> None:
+def test_greedy_generation_with_the_cache_is_the_argmax_without_it() -> None:
     made, ids = model().eval(), [1, 2, 3]
     with torch.no_grad():
         while len(ids) < 16:
@@ -38,14 +38,14 @@ def test_greedy_with_the_cache_is_the_argmax_without_it() -> None:
     assert sample(made, [1, 2, 3], 13, GREEDY) == ids[3:]
 
 
-def test_goes_on_past_the_context_window() -> None:
+def test_generation_continues_past_the_context_window() -> None:
     made = model()
     ids = sample(made, [1, 2, 3], 60, Sampling(1.0, 0, 1.0), seed=1)
     assert len(ids) > 20 or END in ids
     assert all(0 <= token < 51 for token in ids)
 
 
-def test_the_model_is_left_in_its_mode_and_torchs_generator_untouched() -> None:
+def test_generation_leaves_the_models_mode_and_torchs_generator_unchanged() -> None:
     made = model().train()
     before = torch.get_rng_state()
     sample(made, [1], 5, Sampling(1.0, 10, 0.9))
@@ -59,7 +59,7 @@ def test_the_same_seed_gives_the_same_text() -> None:
     assert sample(made, [1], 12, hot, seed=5) != sample(made, [1], 12, hot, seed=6)
 
 
-def test_the_end_of_text_ends_it() -> None:
+def test_generation_ends_at_the_end_of_text() -> None:
     made = model()
     with torch.no_grad():
         made.final_norm.weight.zero_()
@@ -77,7 +77,7 @@ LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -3.0])
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_temperature(temperature: float) -> None:
+def test_temperature_divides_the_logits(temperature: float) -> None:
     expected = (LOGITS / temperature).softmax(0)
     torch.testing.assert_close(frequencies(Sampling(temperature, 0, 1.0), LOGITS), expected, atol=0.03, rtol=0)
 
@@ -98,7 +98,7 @@ def test_top_p_keeps_the_smallest_set_that_has_it() -> None:
     ("values", "message"),
     [((-0.1, 0, 1.0), "temperature=-0.1"), ((1.0, -1, 1.0), "top_k=-1"), ((1.0, 0, 0.0), "top_p=0.0")],
 )
-def test_bad_settings(values: tuple[float, int, float], message: str) -> None:
+def test_impossible_settings_are_refused(values: tuple[float, int, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(*values)
 
@@ -114,11 +114,11 @@ def test_bad_settings(values: tuple[float, int, float], message: str) -> None:
         ("ends in <|im", ("<|im_end|>",), "ends in <|im"),
     ],
 )
-def test_text_as_it_comes_and_what_ends_it(text: str, stops: tuple[str, ...], expected: str) -> None:
+def test_text_is_streamed_until_a_stop_string(text: str, stops: tuple[str, ...], expected: str) -> None:
     pieces = list(as_text(iter(text.encode()), bytes, stops))
     assert "".join(pieces) == expected
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)  # characters are given out whole
 
 
-def test_a_character_that_is_cut_off_at_the_end() -> None:
+def test_a_character_cut_off_at_the_end_is_written_as_a_replacement() -> None:
     assert "".join(as_text(iter("é".encode()[:1]), bytes)) == "\N{REPLACEMENT CHARACTER}"
