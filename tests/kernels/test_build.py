@@ -37,20 +37,20 @@ def test_a_kernel_is_compiled_once_for_each_set_of_flags(source: Path, tmp_path:
     assert len(list((tmp_path / "cache" / "native").iterdir())) == 2
 
 
-def test_what_is_edited_is_compiled_anew(source: Path) -> None:
+def test_an_edited_kernel_is_compiled_again(source: Path) -> None:
     assert load(source, ["-DFACTOR=1"]).threads_of(1) == 1
     source.write_text(SOURCE.replace("FACTOR", "FACTOR * 7"))
     assert load(source, ["-DFACTOR=1"]).threads_of(1) == 7
 
 
-def test_what_does_not_compile_leaves_nothing_behind(source: Path, tmp_path: Path) -> None:
+def test_a_failed_compilation_leaves_nothing(source: Path, tmp_path: Path) -> None:
     source.write_text("int broken(")
     with pytest.raises(OSError, match=r"g\+\+ cannot compile count\.cpp: .*count\.cpp"):
         load(source, [])
     assert not list((tmp_path / "cache" / "native").iterdir())
 
 
-def test_without_a_compiler(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_named(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(OSError, match=r"no C\+\+ compiler \(g\+\+\)"):
         load(source, [])

@@ -78,7 +78,7 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 @needs_kernel
 @pytest.mark.parametrize("shape", SHAPES)
-def test_errors_are_those_of_rounding_and_not_above_torchs(shape: tuple[int, ...]) -> None:
+def test_errors_are_of_rounding_and_not_above_torchs(shape: tuple[int, ...]) -> None:
     parts = tensors(shape)
     exact, torchs = reference(parts, None, torch.float64), reference(parts, None, torch.bfloat16)
     if shape[3] == 1:
@@ -100,7 +100,7 @@ def test_a_query_sees_the_keys_of_its_own_example(shape: tuple[int, ...], exampl
 
 @needs_kernel
 @pytest.mark.usefixtures("threads")
-def test_the_number_of_threads_changes_nothing() -> None:
+def test_the_number_of_threads_changes_no_bit() -> None:
     parts, found = tensors((1, 2, 1, 700, 64)), []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
@@ -110,7 +110,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
 
 
 @needs_kernel
-def test_what_is_no_number_is_not_hidden() -> None:
+def test_nan_spreads_to_its_own_row_alone() -> None:
     query, key, value, _ = tensors((1, 1, 1, 200, 64))
     query[0, 0, 150, 3] = torch.nan
     result = attend(query, key, value)
@@ -120,7 +120,7 @@ def test_what_is_no_number_is_not_hidden() -> None:
 
 
 @needs_kernel
-def test_large_scores_are_no_trouble() -> None:
+def test_large_scores_do_not_overflow() -> None:
     parts = tensors((1, 2, 2, 300, 64))
     parts[0] *= 200
     for found, truth in zip(ours(parts), reference(parts, None, torch.float64), strict=True):
@@ -129,14 +129,14 @@ def test_large_scores_are_no_trouble() -> None:
 
 
 @needs_kernel
-def test_any_layout_of_the_heads() -> None:
+def test_heads_in_any_memory_layout_give_the_same() -> None:
     parts = tensors((2, 3, 3, 70, 32))
     across = [part.transpose(2, 3).contiguous().transpose(2, 3) for part in parts]  # the last dimension is not dense
     assert all(torch.equal(a, b) for a, b in zip(ours(parts), ours(across), strict=True))
 
 
 @needs_kernel
-def test_torch_finds_the_operation_sound() -> None:
+def test_the_operation_passes_torchs_opcheck() -> None:
     query, key, value, _ = tensors((1, 2, 1, 20, 16))
     inputs = tuple(part.requires_grad_() for part in (query, key, value))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
@@ -145,7 +145,7 @@ def test_torch_finds_the_operation_sound() -> None:
 
 
 @needs_kernel
-def test_it_takes_bf16_without_dropout_or_a_size_apart() -> None:
+def test_the_kernel_is_taken_for_bf16_and_its_head_sizes_alone() -> None:
     query = torch.zeros(1, 2, 8, 64)
     assert not takes(query)
     assert takes(query.bfloat16())
@@ -166,7 +166,7 @@ def afresh() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("afresh")
-def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_compiler_is_logged_and_torch_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LLMTRAIN_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     assert find_kernel() == (None, "no C++ compiler (g++)")

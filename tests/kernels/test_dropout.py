@@ -15,7 +15,7 @@ RATE = 0.25
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_the_rate_of_elements_is_zero_and_the_mean_stays(dtype: torch.dtype) -> None:
+def test_the_share_of_zeros_is_the_rate_and_the_mean_stays(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = torch.ones(40_001, dtype=dtype, requires_grad=True)
     y = Dropout(RATE)(x)
@@ -37,7 +37,7 @@ def test_any_two_neighbours_are_independent() -> None:
 
 
 @pytest.mark.parametrize("rate", [1e-9, 0.1, 0.5, 0.999999])
-def test_the_factor_goes_by_the_rate_that_is_drawn(rate: float) -> None:
+def test_the_scale_follows_the_rate_that_can_be_drawn(rate: float) -> None:
     torch.manual_seed(0)
     kept, scale = draw_kept(torch.Size((1 << 20,)), rate)
     share = 1 / scale
@@ -72,7 +72,7 @@ def masks() -> dict[str, Tensor | None]:
 
 
 @pytest.mark.parametrize("name", ["causal", "boolean", "added"])
-def test_attention_is_torch_s_where_nothing_falls_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_without_a_dropped_element_is_torchs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     query, key, value = heads(4), heads(4), heads(4)
     mask = masks()[name]
@@ -101,13 +101,13 @@ def test_the_mean_of_attention_with_dropout_is_attention() -> None:
     assert not torch.equal(drawn[0], drawn[1])
 
 
-def test_one_token_behind_cached_ones_sees_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_behind_cached_keys_sees_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "draw_kept", lambda shape, rate: (torch.ones(shape, dtype=torch.bool), 1.0))
     query, key, value = heads(2, 1), heads(2, 9), heads(2, 9)
     torch.testing.assert_close(attend(query, key, value, None, 0.5), F.scaled_dot_product_attention(query, key, value))
 
 
-def test_under_autocast_it_computes_in_bf16() -> None:
+def test_attention_with_dropout_computes_in_bf16_under_autocast() -> None:
     query, key, value = (tensor.float() for tensor in (heads(2), heads(2), heads(2)))
     with torch.autocast("cpu", torch.bfloat16):
         assert attend_with_dropout(query, key, value, None, RATE).dtype == torch.bfloat16

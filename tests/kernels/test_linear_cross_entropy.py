@@ -43,7 +43,9 @@ def plain(
     "options", [Options(), Options(softcap=5.0), Options(z_loss=1e-2), Options(softcap=5.0, z_loss=1e-2)], ids=str
 )
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_equals_the_plain_form_in_float64(options: Options, chunk_tokens: int, has_bias: bool) -> None:
+def test_loss_and_gradients_equal_the_plain_form_in_float64(
+    options: Options, chunk_tokens: int, has_bias: bool
+) -> None:
     hidden, weight, bias, targets = inputs()
     some_bias = bias if has_bias else None
     loss = linear_cross_entropy(hidden, weight, some_bias, targets, options, chunk_tokens)
@@ -55,7 +57,7 @@ def test_equals_the_plain_form_in_float64(options: Options, chunk_tokens: int, h
         torch.testing.assert_close(gradient, expected, rtol=0.0, atol=1e-12)
 
 
-def test_a_token_without_a_target_has_no_part() -> None:
+def test_a_token_without_a_target_adds_nothing() -> None:
     hidden, weight, bias, targets = inputs()
     linear_cross_entropy(hidden, weight, bias, targets, Options(z_loss=0.1), 16).backward()
     whole = weight.grad
@@ -74,7 +76,7 @@ def test_a_target_of_no_probability_has_a_finite_loss() -> None:
     assert loss.item() == 200.0  # its probability, e^-200, is 0 in fp32
 
 
-def test_in_bf16_as_exact_as_the_plain_form() -> None:
+def test_bf16_is_as_exact_as_the_plain_form() -> None:
     hidden, weight, bias, targets = inputs(torch.float32)
     exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
     expected, _ = plain(*exact, bias.double(), targets, Options())
@@ -94,7 +96,7 @@ def test_in_bf16_as_exact_as_the_plain_form() -> None:
         assert our_error < 1.2 * their_error < 0.02
 
 
-def test_nothing_is_differentiated_where_nothing_is_asked_for() -> None:
+def test_gradients_that_nobody_needs_are_not_computed() -> None:
     hidden, weight, bias, targets = inputs()
     with torch.no_grad():
         loss = linear_cross_entropy(hidden, weight, bias, targets, Options(), 16)
@@ -136,7 +138,7 @@ print((peak() - before) * 1024)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_logits_are_never_whole() -> None:
+def test_the_whole_logits_are_never_in_memory() -> None:
     def peak(tokens: int, form: str) -> int:
         command = [sys.executable, "-c", PEAK, str(tokens), form]
         # what is freed goes back at once: else glibc keeps some blocks or not, as it happens
