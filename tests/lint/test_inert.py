@@ -79,7 +79,9 @@ def case_of(*overrides: str) -> Case:
 
 
 @pytest.mark.parametrize(("inert", "override", "text", "read"), CASES, ids=[case[1].split("=[")[0] for case in CASES])
-def test_rows(inert: tuple[str, ...], override: str, text: str, read: tuple[str, ...]) -> None:
+def test_a_key_without_effect_is_reported_and_one_with_effect_is_not(
+    inert: tuple[str, ...], override: str, text: str, read: tuple[str, ...]
+) -> None:
     key = override.partition("=")[0]
     case = case_of(*inert, override)
     (message,) = (finding.message for finding in inert_keys(case) if finding.key == key)
@@ -95,7 +97,7 @@ def write(path: Path, tokens: int) -> None:
     np.random.default_rng(tokens).integers(0, 256, tokens).astype(np.uint16).tofile(path)
 
 
-def test_validation_in_files_of_its_own(tmp_path: Path) -> None:
+def test_validation_fraction_has_no_effect_beside_validation_files(tmp_path: Path) -> None:
     write(tmp_path / "tokens" / "train.bin", 200_000)
     write(tmp_path / "tokens" / "val.bin", 20_000)
     shards, fraction = ("data=shards", f"data.path={tmp_path / 'tokens'}"), "data.validation_fraction=0.2"
@@ -128,7 +130,7 @@ def test_the_tables_keys_exist() -> None:
         assert [key for key in keys if re.fullmatch(row.keys, key)], row.keys
 
 
-def test_overrides_of_a_command() -> None:
+def test_overrides_are_found_on_a_command_line() -> None:
     command = ["llmtrain", "train", "-m", "model=tiny", "+plugins=[x]", "--config-dir", "/mine",
                "optimizer.lr=1e-4,1e-3", "loop.sample_prompt=a=b", "~lora", "--debug"]  # fmt: skip
     overrides = overrides_of(command)
@@ -140,7 +142,7 @@ def test_overrides_of_a_command() -> None:
     assert given["loop.sample_prompt"] == "a=b"
 
 
-def test_python_knows_what_compose_was_given(tmp_path: Path) -> None:
+def test_lint_knows_the_overrides_given_to_compose(tmp_path: Path) -> None:
     run = Run.compose(*QUIET, "loop.eval_every=0", "loop.eval_batches=3", config_dir=tmp_path)
     assert run.overrides[-1] == f"hydra.searchpath=[file://{tmp_path}]"
     assert [finding.key for finding in lint(run.lint_case(parts_of(run), run.overrides))] == ["loop.eval_batches"]

@@ -65,7 +65,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_all_labels_masked(folder: Path) -> None:
+def test_data_without_a_single_target_end_the_command(folder: Path) -> None:
     """In a process of its own, as a user would see it."""
     done = llmtrain(
         "train", *QUIET, "--config-dir", "mine", "data=answers", "plugins=[masked_answers]", cwd=folder, check=2
@@ -88,7 +88,7 @@ def test_all_labels_masked(folder: Path) -> None:
          "data.path=twice: the validation data are in the training data from beginning to end"),
     ],
 )  # fmt: skip
-def test_errors_leave_nothing_behind(
+def test_lint_errors_leave_nothing_behind(
     folder: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     text = (Path(__file__).parents[2] / "data" / "lighthouse.txt").read_bytes()
@@ -125,7 +125,7 @@ def test_warnings_are_seen_and_recorded(tmp_path: Path) -> None:
     assert f"warning: {WARMUP}" in done.stdout
 
 
-def test_resume_speaks_of_its_changes_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_resume_warns_of_its_changes_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = Run.compose(*QUIET, "schedule.warmup_steps=3", f"run_dir={tmp_path / 'run'}").train().run_dir
 
     def warned(*changes: str) -> list[str]:
@@ -147,7 +147,7 @@ def test_resume_speaks_of_its_changes_alone(tmp_path: Path, capfd: pytest.Captur
 
 
 @pytest.mark.slow
-def test_a_job_of_a_sweep_shows_its_own(tmp_path: Path) -> None:
+def test_each_job_of_a_sweep_shows_its_warnings(tmp_path: Path) -> None:
     llmtrain("train", "-m", *QUIET, "loop.eval_batches=2", "optimizer.lr=1e-3,10", cwd=tmp_path)
     jobs = [path.parent for path in tmp_path.glob("runs/sweeps/*/*/config.yaml")]
     found = {

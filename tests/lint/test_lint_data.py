@@ -42,7 +42,7 @@ def masking(part: str, is_masked: Callable[[np.ndarray], np.ndarray]) -> Callabl
     return lambda parts: with_corpus(**{part: Masked.where(getattr(parts.corpus, part), is_masked)})(parts)
 
 
-def test_masked_training_data() -> None:
+def test_training_data_with_few_targets_are_reported() -> None:
     found = find(change=masking("train", lambda n: n >= 0))["data"]
     assert found.level == "error"
     assert found.message.startswith("data=python_docs: every target of the ")
@@ -55,7 +55,7 @@ def test_masked_training_data() -> None:
     assert find(change=masking("train", lambda n: n % 20 == 0)) == {}
 
 
-def test_masks_are_looked_for_where_training_goes() -> None:
+def test_masks_are_searched_in_the_sequences_that_training_visits() -> None:
     """Of 2 steps of 4 sequences, exactly the ones that they will take."""
     short = ("loop.max_steps=2", "accumulation.batch_size=4", "accumulation.micro_batch_size=4", "runtime.seed=5")
     sequences = len(parts_of(Run.compose(*QUIET)).corpus.train)
@@ -66,7 +66,7 @@ def test_masks_are_looked_for_where_training_goes() -> None:
     assert "every target of the 8 training sequences" in found.message
 
 
-def test_masked_validation_data() -> None:
+def test_validation_data_without_targets_are_reported() -> None:
     found = find(change=masking("validation", lambda n: n >= 0))["data"]
     assert found.level == "error"
     assert "the validation loss would be 0.0" in found.message
@@ -93,7 +93,7 @@ def leaking(share: float) -> Callable[[Parts], Parts]:
     return change
 
 
-def test_validation_data_that_are_training_data() -> None:
+def test_validation_data_found_in_training_are_reported() -> None:
     found = find(change=leaking(1.0))["data"]
     assert found.level == "error"
     assert "from beginning to end" in found.message
@@ -128,7 +128,7 @@ def test_a_large_corpus_is_sampled() -> None:
     )
 
 
-def test_hashes_of_windows() -> None:
+def test_windows_have_equal_hashes_only_for_equal_tokens() -> None:
     """Equal where the tokens are, and only there."""
     tokens = np.random.default_rng(0).integers(0, 2, 3000)
     tokens[1500:1700] = tokens[100:300]
@@ -140,7 +140,7 @@ def test_hashes_of_windows() -> None:
     assert len(set(numbers.values())) == len(numbers) == len(windows) - (200 - STRETCH + 1)
 
 
-def test_what_a_sample_says_of_the_whole() -> None:
+def test_a_share_found_in_a_sample_is_extrapolated() -> None:
     single = np.array([1] * 10 + [0] * 90)
     assert number_in_all(single, 1.0) == 10
     assert number_in_all(single, 0.1) == pytest.approx(100)  # each once in the data: a tenth of them in a tenth
@@ -153,7 +153,7 @@ def test_what_a_sample_says_of_the_whole() -> None:
 # --- amounts -----------------------------------------------------------------------------------------------------
 
 
-def test_repetition() -> None:
+def test_many_epochs_are_reported() -> None:
     """359,595 tokens with Python 3.11.7's documentation: 5,618 sequences of 64; 8 a step."""
     message = find("loop.max_steps=3000")["loop.max_steps"].message
     tokens = re.findall(r"([\d,]+) training tokens", message)[0]
@@ -168,14 +168,14 @@ def test_repetition() -> None:
     assert find("loop.max_steps=null", "loop.epochs=20") == {}
 
 
-def test_a_batch_larger_than_the_data() -> None:
+def test_a_batch_larger_than_the_data_is_reported() -> None:
     found = find("accumulation.batch_size=6000", "loop.max_steps=2")
     message = found["accumulation.batch_size"].message
     there = re.findall(r"a step of 6000 sequences holds the same ones several times, since there are ([\d,]+)", message)
     assert find(f"accumulation.batch_size={there[0].replace(',', '')}", "loop.max_steps=2", "loop.eval_every=1") == {}
 
 
-def test_positions_that_are_never_trained() -> None:
+def test_positions_that_are_never_trained_are_reported() -> None:
     message = find("data.sequence_length=31")["model.context_length"].message
     assert "positions from 31 on are never trained" in message
     assert "model.context_length=31, or longer sequences" in message
@@ -183,14 +183,14 @@ def test_positions_that_are_never_trained() -> None:
     assert find("data.sequence_length=16", "weights=checkpoint", "weights.path=x") == {}  # trained by another run
 
 
-def test_a_vocabulary_larger_than_the_tokenizers() -> None:
+def test_a_vocabulary_larger_than_the_tokenizers_is_reported() -> None:
     message = find("model.vocab_size=50257")["model.vocab_size"].message
     assert "the tokenizer gives 257 ids; the other 50,000 rows" in message
     assert find("model.vocab_size=320") == {}
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
-def test_very_little_validation_data(rows: int) -> None:
+def test_very_little_validation_data_are_reported(rows: int) -> None:
     """Of sequences shorter than a stretch: too little to compare, or too little to judge by."""
 
     def change(parts: Parts) -> Parts:

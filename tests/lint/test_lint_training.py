@@ -19,18 +19,18 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("overrides", [(), ("tokenizer=gpt2", "loop.max_steps=100"), ("data=python_stdlib",)])
-def test_the_defaults_are_quiet(overrides: tuple[str, ...]) -> None:
+def test_the_defaults_raise_no_warning(overrides: tuple[str, ...]) -> None:
     assert find(*overrides) == {}
 
 
 @pytest.mark.parametrize("group", ["optimizer", "schedule", "clipping", "accumulation", "checkpoint", "recovery"])
-def test_every_option_is_quiet(group: str) -> None:
+def test_no_option_raises_a_warning(group: str) -> None:
     for option in sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml")):
         more = ("loop.max_steps=700",) if group == "accumulation" else ()  # the ramp needs time to rise
         assert find(f"{group}={option}", *more) == {}, option
 
 
-def test_the_recipes_are_quiet() -> None:
+def test_the_recipes_raise_no_warning() -> None:
     assert find_in("experiment=laptop") == {}
     assert (
         find_in("experiment=verdict", f"data.path={ROOT / 'data' / 'lighthouse.txt'}") == {}
@@ -40,7 +40,7 @@ def test_the_recipes_are_quiet() -> None:
     assert re.search(r"goes 9\d(\.\d)? times through [89]\d,\d{3} training tokens", default["loop.max_steps"].message)
 
 
-def test_the_default_model_on_a_cpu() -> None:
+def test_the_default_model_on_a_cpu_is_reported() -> None:
     message = find_in("loop.max_steps=40")["model"].message
     assert "124 million parameters are for a GPU" in message
     assert "experiment=laptop" in message
@@ -51,7 +51,7 @@ def test_the_default_model_on_a_cpu() -> None:
 # --- what is trained ---------------------------------------------------------------------------------------------
 
 
-def test_nothing_to_train() -> None:
+def test_a_model_without_trainable_parameters_is_reported() -> None:
     def freeze(parts: Parts) -> Parts:
         parts.model.requires_grad_(False)
         return parts
@@ -64,7 +64,7 @@ def test_nothing_to_train() -> None:
     assert find("optimizer.rules=[{pattern:blocks,lr_multiplier:0}]") == {}
 
 
-def test_a_parameter_that_the_optimizer_does_not_know() -> None:
+def test_a_parameter_missing_in_the_optimizer_is_reported() -> None:
     def forget(parts: Parts) -> Parts:
         parts.optimizer.param_groups[-1]["params"].pop()
         return parts
@@ -73,20 +73,20 @@ def test_a_parameter_that_the_optimizer_does_not_know() -> None:
     assert "1 of 28 parameters are in none of its groups and keep their values: final_norm.bias" in found.message
 
 
-def test_clipping_that_never_begins() -> None:
+def test_clipping_that_never_begins_is_reported() -> None:
     message = find("clipping.start_step=200")["clipping.start_step"].message
     assert "the run ends after 200 steps, so that no gradient is ever clipped" in message
     assert find("clipping.start_step=199") == {}
 
 
-def test_arithmetic_that_the_device_imitates() -> None:
+def test_arithmetic_that_the_device_emulates_is_reported() -> None:
     assert "on a CPU precision=auto is as fast" in find("precision=fp16")["precision"].message
     native = has_native_bf16(torch.device("cpu"))
     assert set(find("precision=bf16")) == (set() if native else {"precision"})
     assert find("precision=fp32") == {}
 
 
-def test_work_that_a_kill_would_lose() -> None:
+def test_a_long_run_without_saves_is_reported() -> None:
     long = ("loop.max_steps=1000", "loop.eval_every=0", "loop.sample_every=0", "accumulation.batch_size=4")
     message = find(*long, "checkpoint.every_steps=0")["checkpoint.every_steps"].message
     assert "a kill or a crash loses up to 1,000 steps; checkpoint.every_steps=50" in message
@@ -116,14 +116,16 @@ def test_work_that_a_kill_would_lose() -> None:
          None, None),
     ],
 )  # fmt: skip
-def test_schedules(overrides: tuple[str, ...], key: str | None, level: str | None) -> None:
+def test_schedules_that_do_not_suit_the_run_are_reported(
+    overrides: tuple[str, ...], key: str | None, level: str | None
+) -> None:
     found = find(*overrides)
     assert {finding.key: finding.level for finding in found.values() if not finding.key.startswith("optimizer")} == (
         {key: level} if key else {}
     )
 
 
-def test_a_schedule_says_what_it_reaches() -> None:
+def test_a_schedule_cut_short_is_reported_with_the_rate_it_reaches() -> None:
     message = find("schedule.warmup_steps=400", "optimizer.lr=1e-3")["schedule.warmup_steps"].message
     assert message == (
         "schedule.warmup_steps=400: the warm-up takes all 200 steps of the run: the learning rate gets to 0.0005 of "
@@ -148,11 +150,11 @@ def test_a_schedule_says_what_it_reaches() -> None:
         (("schedule=linear_warmup_cosine_lr", "schedule.init_lr=0.5"), "schedule.init_lr"),
     ],
 )
-def test_sizes_of_learning_rates(overrides: tuple[str, ...], key: str | None) -> None:
+def test_unusual_learning_rates_are_reported(overrides: tuple[str, ...], key: str | None) -> None:
     assert set(find(*overrides)) == ({key} if key else set())
 
 
-def test_usual_learning_rates() -> None:
+def test_usual_learning_rates_follow_the_size_of_the_model() -> None:
     assert adamw_rate(125_000_000) == pytest.approx(6e-4)  # GPT-3 small
     assert adamw_rate(175_000_000_000) == pytest.approx(0.6e-4)  # GPT-3
     assert 1.2e-4 < adamw_rate(3_000_000_000) < 1.6e-4
@@ -172,13 +174,15 @@ def test_usual_learning_rates() -> None:
         (("accumulation.micro_batch_size=4",), None, ()),
     ],
 )  # fmt: skip
-def test_another_batch_than_the_recipes(overrides: tuple[str, ...], key: str | None, texts: tuple[str, ...]) -> None:
+def test_another_batch_size_than_the_recipes_is_reported(
+    overrides: tuple[str, ...], key: str | None, texts: tuple[str, ...]
+) -> None:
     found = find_in("experiment=laptop", "loop.max_steps=30", "loop.eval_every=10", *overrides)
     assert set(found) == ({key} if key else set())
     assert key is None or all(text in found[key].message for text in texts)
 
 
-def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
+def test_the_batch_size_of_a_users_recipe_is_compared(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\naccumulation:\n  batch_size: 2\n")
     run = Run.compose(*QUIET, "experiment=mine", "accumulation.batch_size=8", config_dir=tmp_path)
@@ -193,7 +197,9 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
         (("accumulation.batch_size=4",), "a step takes 4 sequences, in the recipe spam 16"),
     ],
 )
-def test_the_batch_of_a_recipe_of_examples(tmp_path: Path, overrides: tuple[str, ...], said: str | None) -> None:
+def test_the_batch_size_of_a_recipe_of_examples_is_compared(
+    tmp_path: Path, overrides: tuple[str, ...], said: str | None
+) -> None:
     base = Run.compose("model=tiny", "tokenizer=byte", "loop.max_steps=1", f"run_dir={tmp_path / 'base'}").train()
     run = Run.compose("experiment=spam", "tokenizer=byte", "weights=checkpoint", f"weights.path={base.run_dir}",
                       "data.sequence_length=64", *overrides)  # fmt: skip
