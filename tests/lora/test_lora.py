@@ -44,7 +44,7 @@ def loss_of(model: LanguageModel) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_first_forward_is_the_bases(family: str, kind: str, dtype: torch.dtype, model: Callable) -> None:
+def test_the_first_forward_equals_the_bases(family: str, kind: str, dtype: torch.dtype, model: Callable) -> None:
     ours = model(family)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         before = logits(ours)
@@ -55,7 +55,7 @@ def test_the_first_forward_is_the_bases(family: str, kind: str, dtype: torch.dty
     assert not torch.equal(logits(ours), before)
 
 
-def test_initial_values(model: Callable) -> None:
+def test_adapters_start_with_kaiming_values_of_their_seed(model: Callable) -> None:
     """Kaiming uniform with a = sqrt(5) is U(-1, 1) / sqrt(inputs); the same for the same seed, another for another."""
     values = {}
     for seed in (3, 3, 4):
@@ -73,7 +73,7 @@ def test_initial_values(model: Callable) -> None:
     assert len({tuple(a.flatten()[:3].tolist()) for a in first.values()}) == len(first)
 
 
-def test_what_is_trained(model: Callable) -> None:
+def test_adapters_and_heads_alone_are_trained(model: Callable) -> None:
     """Names stay; frozen parameters get no gradient; what an objective added is always trained."""
     ours = model("gpt2")
     ours.classifier = nn.Linear(48, 2)
@@ -129,7 +129,7 @@ def test_merging_the_adapter_of_a_tied_embedding_unties(model: Callable) -> None
     assert not torch.equal(ours.token_embedding.weight, output)
 
 
-def test_a_tied_embedding_of_a_classifier_merges(model: Callable) -> None:
+def test_the_adapter_of_a_classifiers_tied_embedding_merges(model: Callable) -> None:
     """Its output layer is not used."""
     ours = model("gpt2")
     Classification(Part.all, 1, False).attach(ours, ["a", "b"], seeded())
@@ -142,7 +142,7 @@ def test_a_tied_embedding_of_a_classifier_merges(model: Callable) -> None:
         torch.testing.assert_close(ours.classifier(ours.hidden(ids)), before, atol=1e-5, rtol=0)
 
 
-def test_bf16_keeps_what_autocast_multiplies_with(model: Callable) -> None:
+def test_a_base_in_bf16_gives_the_bits_of_autocast(model: Callable) -> None:
     """The same loss and gradients to the bit."""
     results = []
     for quantization in (Quantization.none, Quantization.bf16):
@@ -222,7 +222,9 @@ def test_every_optimizer_trains_adapters_alone(name: str, model: Callable) -> No
 
 @pytest.mark.parametrize("quantization", Quantization)
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_a_step_without_data(kind: str, quantization: Quantization, tmp_path: Path) -> None:
+def test_a_step_on_fake_tensors_gives_every_adapter_a_gradient(
+    kind: str, quantization: Quantization, tmp_path: Path
+) -> None:
     """As planning does it; weights are counted as they are kept."""
     real = make_pair("gpt2 untied", tmp_path).ours
     lora = make(kind, quantization=quantization, targets=EVERYTHING)
@@ -238,7 +240,7 @@ def test_a_step_without_data(kind: str, quantization: Quantization, tmp_path: Pa
     assert found == stored
 
 
-def test_a_model_of_meta_tensors(tmp_path: Path) -> None:
+def test_adapters_are_built_on_the_meta_device(tmp_path: Path) -> None:
     real = make_pair("llama", tmp_path).ours
     with torch.device("meta"):
         ours = real.config.build(101)

@@ -52,7 +52,7 @@ def test_resume_is_exact(overrides: tuple[str, ...], base: Path, tmp_path: Path)
     assert sizes[0] < sizes[1] / 2  # of a model this small
 
 
-def test_verify_and_what_is_said(base: Path, tmp_path: Path) -> None:
+def test_a_run_with_adapters_verifies_and_names_its_base(base: Path, tmp_path: Path) -> None:
     done = llmtrain("train", *adapting(base, tmp_path, "lora=lora", "lora.rank=4"), cwd=tmp_path)
     trained = sum(4 * (rows + columns) for rows, columns in ((96, 32), (32, 32), (128, 32), (32, 128))) * 2
     assert f"{trained:,} of " in done.stdout
@@ -61,7 +61,7 @@ def test_verify_and_what_is_said(base: Path, tmp_path: Path) -> None:
     llmtrain("verify", str(only_run(tmp_path)), cwd=tmp_path)
 
 
-def test_verify_with_a_base_that_was_moved(base: Path, tmp_path: Path) -> None:
+def test_verify_takes_a_base_that_was_moved(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "base")
     run = Run.compose(*adapting(tmp_path / "base", tmp_path / "runs", "lora=lora")).train().run_dir
     (tmp_path / "base").rename(tmp_path / "elsewhere")
@@ -80,7 +80,7 @@ def test_a_plan_counts_the_adapters_alone(base: Path, tmp_path: Path) -> None:
     assert planned < tensors < planned + 40_000  # the files' own headers
 
 
-def test_starting_from_adapters(base: Path, tmp_path: Path) -> None:
+def test_a_run_starts_from_the_adapters_of_another(base: Path, tmp_path: Path) -> None:
     keys = ("lora=lora", "lora.rank=4", "lora.alpha=32", "lora.targets=[qkv]")
     first = Run.compose(*adapting(base, tmp_path, *keys, f"run_dir={tmp_path / 'first'}")).train()
     again = f"lora.path={first.run_dir}"
@@ -105,7 +105,7 @@ def test_starting_from_adapters(base: Path, tmp_path: Path) -> None:
         run.assemble(torch.device("cpu"))
 
 
-def test_adapters_as_large_as_their_matrices(base: Path, tmp_path: Path) -> None:
+def test_adapters_as_large_as_their_matrices_are_reported(base: Path, tmp_path: Path) -> None:
     keys = adapting(base, tmp_path, "lora=lora", "lora.targets=[all-linear]")
 
     def found(rank: int) -> dict[str, str]:
@@ -120,14 +120,14 @@ def test_adapters_as_large_as_their_matrices(base: Path, tmp_path: Path) -> None
     assert "lora.rank" not in found(15)
 
 
-def test_a_mistake_is_told_in_a_line(base: Path, tmp_path: Path) -> None:
+def test_a_mistake_is_reported_in_one_line(base: Path, tmp_path: Path) -> None:
     done = llmtrain("train", *adapting(base, tmp_path, "lora=lora", "lora.targets=[W_pack]"), cwd=tmp_path, check=2)
     assert "lora.targets[0]=W_pack: names no layer of this model" in done.stderr
     assert "attention.qkv" in done.stderr
     assert not list(tmp_path.glob("*/*/config.yaml"))
 
 
-def test_runs_of_before_go_on(base: Path, tmp_path: Path) -> None:
+def test_a_run_from_before_adapters_resumes(base: Path, tmp_path: Path) -> None:
     """An older version wrote another name for the class of lora=none."""
     old = cut_back(base, 5, tmp_path / "old")
     path = old / "config.yaml"

@@ -34,13 +34,13 @@ def test_none_leaves_weights_alone() -> None:
 
 
 @pytest.mark.parametrize("quantization", PACKED)
-def test_bits(quantization: Quantization) -> None:
+def test_packed_weights_take_their_number_of_bits(quantization: Quantization) -> None:
     weight = matrix()
     stored = sum(tensor.nbytes for tensor in packed(quantization, weight).stored.values())
     assert stored == pytest.approx(BITS[quantization] / 8 * weight.numel(), abs=4)
 
 
-def test_how_far_off() -> None:
+def test_packed_weights_are_off_by_half_a_step_at_most() -> None:
     """At most half a step: of bf16's 8 bits, of a row's 127, of the widest gap of nf4's 16 values in a block.
 
     nf4's scales are off by half a step too, 0.9 / 64 of the largest: that of bitsandbytes' 8-bit numbers.
@@ -58,7 +58,7 @@ def test_how_far_off() -> None:
 
 @pytest.mark.parametrize("quantization", PACKED)
 @pytest.mark.parametrize("shape", [(6, 8), (1, 64), (64, 64), (33, 130)])
-def test_any_shape(quantization: Quantization, shape: tuple[int, int]) -> None:
+def test_weights_of_any_shape_are_packed(quantization: Quantization, shape: tuple[int, int]) -> None:
     weight = matrix(*shape)
     dense = packed(quantization, weight).dense(torch.float32)
     assert dense.shape == shape
@@ -67,14 +67,14 @@ def test_any_shape(quantization: Quantization, shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("quantization", PACKED)
-def test_the_same_weights_give_the_same_bits(quantization: Quantization) -> None:
+def test_packing_the_same_weights_gives_the_same_bits(quantization: Quantization) -> None:
     one, other = (packed(quantization, matrix()).stored for _ in range(2))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
-def test_weights_beyond_int8(value: float) -> None:
+def test_weights_that_int8_cannot_hold_are_refused(value: float) -> None:
     pytest.importorskip("bitsandbytes")
     weight = matrix()
     weight[3, 5] = value
@@ -85,7 +85,9 @@ def test_weights_beyond_int8(value: float) -> None:
 @pytest.mark.parametrize("quantization", PACKED)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_and_gradients(quantization: Quantization, bias: bool, dtype: torch.dtype) -> None:
+def test_products_and_gradients_are_those_of_the_rounded_weight(
+    quantization: Quantization, bias: bool, dtype: torch.dtype
+) -> None:
     """Those of a dense layer with the weight as it was rounded."""
     linear = nn.Linear(256, 320, bias=bias)
     linear.weight.requires_grad_(False)
@@ -105,7 +107,7 @@ def test_products_and_gradients(quantization: Quantization, bias: bool, dtype: t
         torch.testing.assert_close(one, other, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
 
 
-def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_bitsandbytes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def missing(name: str, *arguments: Any, **keys: Any) -> Any:
@@ -121,7 +123,7 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("quantization", PACKED)
-def test_on_a_gpu(quantization: Quantization) -> None:
+def test_packing_on_a_gpu_gives_the_values_of_a_cpu(quantization: Quantization) -> None:
     """As on a CPU, within the rounding of its kernels."""
     weight = matrix()
     there = packed(quantization, weight.cuda()).dense(torch.float32).cpu()

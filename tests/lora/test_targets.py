@@ -70,7 +70,7 @@ GPT_LINEARS = ("attention.qkv", "attention.projection", "mlp.up", "mlp.down")
         ("baichuan", ["W_pack", "o_proj", "gate_proj"], of_blocks("attention.qkv", "attention.projection", "mlp.gate")),
     ],
 )  # fmt: skip
-def test_names(name: str, targets: list[str], found: list[str]) -> None:
+def test_targets_are_found_by_name_and_pattern(name: str, targets: list[str], found: list[str]) -> None:
     assert find_targets(model(name), targets) == found
 
 
@@ -94,7 +94,7 @@ def test_names(name: str, targets: list[str], found: list[str]) -> None:
         ("gpt2", "mlp.dropout", "names no layer"),
     ],
 )  # fmt: skip
-def test_names_of_nothing(name: str, target: str, message: str) -> None:
+def test_targets_without_match_are_refused(name: str, target: str, message: str) -> None:
     with pytest.raises(ValueError, match=r"targets\[0\]=") as error:
         find_targets(model(name), [target])
     assert message in str(error.value)
@@ -111,7 +111,7 @@ def test_names_of_nothing(name: str, target: str, message: str) -> None:
         ({"also_train": ["("]}, "also_train\\[0\\]='\\(': not a regular expression"),
     ],
 )
-def test_keys(keys: dict[str, Any], message: str) -> None:
+def test_impossible_keys_are_refused(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**keys)
 
@@ -125,7 +125,7 @@ def test_keys(keys: dict[str, Any], message: str) -> None:
         ("gpt2", {"targets": ["embeddings"], "dropout": 0.1}, "dropout=0.1: adapters of embeddings have none"),
     ],
 )
-def test_keys_that_do_not_fit_the_model(name: str, keys: dict[str, Any], message: str) -> None:
+def test_keys_that_do_not_suit_the_model_are_refused(name: str, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**keys).apply(model(name), seeded())
 
@@ -137,7 +137,7 @@ def test_keys_that_do_not_fit_the_model(name: str, keys: dict[str, Any], message
         ("llama2_7b", 8, 32 * 8 * (4 * 2 * 4096 + 3 * (4096 + 11008))),
     ],
 )
-def test_trained_parameters_of_published_sizes(config: str, rank: int, expected: int) -> None:
+def test_the_number_of_trained_parameters_is_the_published_one(config: str, rank: int, expected: int) -> None:
     """``rank * (inputs + outputs)`` a layer: 2,359,296 for GPT-2; 19,988,480 for Llama 2, as PEFT counts them."""
     values = yaml.safe_load((Path(__file__).parents[2] / "conf" / "model" / f"{config}.yaml").read_text())
     with torch.device("meta"):
