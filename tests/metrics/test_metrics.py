@@ -31,7 +31,7 @@ def test_a_row_is_in_the_file_when_row_returns(tmp_path: Path) -> None:
     metrics.close()
 
 
-def test_numbers_that_are_not_finite_come_back_as_floats(tmp_path: Path) -> None:
+def test_nonfinite_numbers_are_read_back_as_floats(tmp_path: Path) -> None:
     path = write(tmp_path, train(1, loss=math.nan, grad_norm=math.inf, low=[-math.inf, {"deep": math.nan}]))
     text = path.read_text()
     assert json.loads(text, parse_constant=pytest.fail)["loss"] == "nan"  # strict JSON: no NaN or Infinity in it
@@ -103,7 +103,7 @@ def test_nothing_to_drop_leaves_the_file_untouched(tmp_path: Path) -> None:
     assert read_metrics(path) == [train(1)]
 
 
-def test_resume_before_the_first_row(tmp_path: Path) -> None:
+def test_a_resume_before_the_first_row_keeps_no_row(tmp_path: Path) -> None:
     assert read_metrics(write(tmp_path, train(1), resume_step=0)) == [train(1)]
 
 
@@ -119,7 +119,7 @@ def test_log_every_is_checked(option: type[Local | TensorBoard]) -> None:
         option(log_every=0)
 
 
-def test_tensorboard_names_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_tensorboard_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     config = TensorBoard(log_every=1)
     for act in (config.check, lambda: config.build(tmp_path, resume_step=None)):
@@ -152,7 +152,7 @@ def test_tensorboard_writes_the_same_numbers(tmp_path: Path) -> None:
     assert "event/save/text_summary" in events.Tags()["tensors"]
 
 
-def test_ema_against_the_formula() -> None:
+def test_the_moving_average_equals_its_formula() -> None:
     values, beta = [10.0, 4.0, 7.0], 0.8
     average = EMA(beta)
     for count in (1, 2, 3):
@@ -161,7 +161,7 @@ def test_ema_against_the_formula() -> None:
         assert average.update(values[count - 1]) == pytest.approx(expected, rel=1e-14)
 
 
-def test_ema_passes_over_what_is_not_finite() -> None:
+def test_the_moving_average_skips_nonfinite_values() -> None:
     average = EMA(0.5)
     assert math.isnan(average.update(math.nan))
     assert average.update(3.0) == 3.0
