@@ -105,13 +105,13 @@ def test_published_parameter_counts(size: str, published: int) -> None:
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-def test_count_is_that_of_the_parameters() -> None:
+def test_num_parameters_counts_the_parameters() -> None:
     for tied in (True, False):
         model = make(vocab_size=128, tie_embeddings=tied, qkv_bias=False)  # 128: nothing is padded
         assert model.num_parameters() == sum(p.numel() for p in model.parameters())
 
 
-def test_padding_is_invisible() -> None:
+def test_padding_of_the_vocabulary_is_invisible() -> None:
     model = make(vocab_size=101)
     assert model.padded_vocab_size == 128
     assert model.state_dict()["token_embedding.weight"].shape == (101, 48)
@@ -125,7 +125,7 @@ def test_padding_is_invisible() -> None:
     assert (gradient[101:] == 0).all()
 
 
-def test_padding_survives_a_round_trip() -> None:
+def test_a_padded_model_survives_a_round_trip() -> None:
     source, target = randomised(make()), make(seed=7)
     target.load_state_dict(source.state_dict())
     for ours, theirs in zip(source.parameters(), target.parameters(), strict=True):
@@ -156,7 +156,7 @@ def test_cache_gives_the_same_logits() -> None:
     assert cache.length == 20
 
 
-def test_dropout_only_while_training() -> None:
+def test_dropout_acts_only_in_training() -> None:
     model = randomised(make(dropout=0.5))
     ids = torch.randint(0, 101, (1, 8))
     assert not torch.equal(model(ids), model(ids))
@@ -164,7 +164,7 @@ def test_dropout_only_while_training() -> None:
     assert torch.equal(model(ids), model(ids))
 
 
-def test_layer_index() -> None:
+def test_layer_index_counts_from_the_embedding_to_the_head() -> None:
     model = make(tie_embeddings=False)
     depths = {name: model.layer_index(name) for name, _ in model.named_parameters()}
     assert depths["token_embedding.weight"] == depths["position_embedding.weight"] == 0
@@ -207,7 +207,7 @@ def test_flops_per_token_of_frozen_weights(trained: str) -> None:
     assert model.flops_per_token(32) < 0.85 * whole
 
 
-def test_torch_initialisation_is_torchs() -> None:
+def test_initialisation_torch_equals_torchs() -> None:
     """The same ranges as freshly made torch modules have."""
     torch.manual_seed(0)
     state = make(hidden_size=256, vocab_size=1024, initialisation=Initialisation.torch).state_dict()
@@ -229,6 +229,6 @@ def test_torch_initialisation_is_torchs() -> None:
         ({"vocab_size": 0}, "vocab_size=0"),
     ],
 )
-def test_bad_sizes(changes: dict, message: str) -> None:
+def test_impossible_sizes_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GPTConfig(**(SMALL | changes))

@@ -269,7 +269,7 @@ def make_any(variant: str) -> LanguageModel:
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, "gpt"])
-def test_packed_examples_are_as_apart(variant: str) -> None:
+def test_packed_examples_give_the_logits_of_single_ones(variant: str) -> None:
     """Logits and gradients, in float64 to tell a leak from rounding."""
     model = make_any(variant).double()
     examples = [draw_ids(n, seed=n) for n in (11, 1, 17, 6)]
@@ -369,7 +369,7 @@ def test_recomputing_gives_the_same_bits(way: Any, variant: str, packed: bool) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["window", "baichuan_13b"])
-def test_compiled_blocks_do_the_same(variant: str) -> None:
+def test_compiled_blocks_give_the_same_gradients(variant: str) -> None:
     segments = torch.tensor([[1] * 10 + [2] * 14, [1] * 20 + [0] * 4])
     model, plain = make(**VARIANTS[variant]), make(**VARIANTS[variant])
     with model.running([torch.compile(block, dynamic=False, fullgraph=True) for block in model.blocks]):
@@ -420,12 +420,12 @@ def test_every_size_lists_every_key_with_the_same_comment() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_parts_are_all_parameters(variant: str) -> None:
+def test_num_parameters_counts_the_parameters(variant: str) -> None:
     model = make(vocab_size=128, **VARIANTS[variant], qkv_bias=True)  # 128: nothing is padded
     assert model.num_parameters() == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_layer_index() -> None:
+def test_layer_index_counts_from_the_embedding_to_the_head() -> None:
     model = make(qk_norm=True)
     depths = {name: model.layer_index(name) for name, _ in model.named_parameters()}
     assert depths["token_embedding.weight"] == 0
@@ -449,14 +449,14 @@ def test_flops_per_token_counts_the_matrix_products(changes: dict[str, Any]) -> 
     assert model.flops_per_token(32) * 64 == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
-def test_flops_of_a_window() -> None:
+def test_flops_per_token_follow_the_sliding_window() -> None:
     whole, windowed = make(), make(sliding_window=8, sliding_window_from_layer=1)
     saved = 12 * 48 * 2 * (32 - 8)  # of two layers
     assert whole.flops_per_token(32) - windowed.flops_per_token(32) == saved
     assert whole.flops_per_token(8) == windowed.flops_per_token(8)
 
 
-def test_initialisation() -> None:
+def test_initialisation_has_the_standard_deviation_of_its_key() -> None:
     settings = replace(SMALL, hidden_size=256, vocab_size=1024, initial_std=0.03, qkv_bias=True, qk_norm=True)
     state = settings.create(1000, CPU, torch.Generator().manual_seed(0)).state_dict()
     for name, tensor in state.items():
@@ -489,7 +489,7 @@ def test_initialisation() -> None:
         ({"dropout": 1.0}, "dropout=1.0"),
     ],
 )
-def test_bad_values(changes: dict[str, Any], message: str) -> None:
+def test_impossible_values_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(SMALL, **({"num_kv_heads": 4} | changes))
 
@@ -502,14 +502,14 @@ TINY = (
 )  # fmt: skip
 
 
-def test_training_through_the_command(tmp_path: Path) -> None:
+def test_a_llama_trains_through_the_command(tmp_path: Path) -> None:
     llmtrain("train", *TINY, "loop.max_steps=60", "metrics.log_every=1", "optimizer.lr=1e-2", cwd=tmp_path)
     losses = [row["loss"] for row in rows(only_run(tmp_path / "runs")) if "loss" in row and "event" not in row]
     assert losses[0] == pytest.approx(math.log(257), rel=0.02)
     assert losses[-1] < losses[0] - 2
 
 
-def test_a_plan(tmp_path: Path) -> None:
+def test_a_llama_is_planned(tmp_path: Path) -> None:
     planned = llmtrain("plan", *TINY, "model.sliding_window=8", "probe=false", "device=h100-80gb", cwd=tmp_path).stdout
     assert "31,424" in planned
     assert "activations" in planned

@@ -69,7 +69,7 @@ def test_attention_is_that_of_each_pair(packed: bool, window: int | None, biased
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("new", [1, 5])
-def test_queries_behind_cached_keys(new: int, window: int | None, biased: bool) -> None:
+def test_queries_behind_cached_keys_see_the_keys_before_them(new: int, window: int | None, biased: bool) -> None:
     query, key, value = heads(4, new, 0), heads(2, 12, 1), heads(2, 12, 2)
     slopes = alibi_slopes(4) if biased else None
     seen = sight(new, 12 - new, CPU, window=window, slopes=slopes)
@@ -127,7 +127,7 @@ def test_flex_attention_is_for_gpus() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_a_gpu_blocks_give_what_a_mask_gives(dtype: torch.dtype, biased: bool) -> None:
+def test_blocks_on_a_gpu_give_what_a_mask_gives(dtype: torch.dtype, biased: bool) -> None:
     cuda = torch.device("cuda")
     draw = torch.Generator(cuda).manual_seed(0)
     segments = torch.arange(320, device=cuda).div(90, rounding_mode="floor").expand(2, -1)
