@@ -61,7 +61,7 @@ def test_class_weights_are_torchs() -> None:
     assert "classifier.class_weights" not in model.state_dict()  # they follow from the data
 
 
-def test_several_labels_a_text() -> None:
+def test_the_loss_of_several_labels_is_torchs() -> None:
     objective = Classification(Part.all, 1, True)
     model = model_with(objective)
     inputs, targets = batch([5, 9], [0b101, 0b010], 12)
@@ -79,7 +79,7 @@ def test_several_labels_a_text() -> None:
     assert objective.name_target(0b101, LABELS) == "ham|other"
 
 
-def test_confusion_and_what_follows_from_it() -> None:
+def test_accuracy_and_f1_follow_from_the_confusion() -> None:
     objective = Classification(Part.all, 1, False)
     model = model_with(objective)
     lengths, classes = [5, 9, 7, 3, 8], [0, 1, 1, 2, 0]
@@ -104,7 +104,7 @@ def test_confusion_and_what_follows_from_it() -> None:
     assert many["accuracy"] == 1.0
 
 
-def test_probabilities() -> None:
+def test_probabilities_are_the_softmax_at_the_last_token() -> None:
     objective = Classification(Part.all, 1, False)
     model = model_with(objective)
     inputs, _ = batch([5, 9], [0, 0], 12)
@@ -126,7 +126,7 @@ def test_probabilities() -> None:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("tied", [True, False])
-def test_what_is_trained(part: Part, last_layers: int, trained: set[str], tied: bool) -> None:
+def test_train_chooses_the_layers_that_learn(part: Part, last_layers: int, trained: set[str], tied: bool) -> None:
     objective = Classification(part, last_layers, False)
     model = model_with(objective, tied=tied)
     moving = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -143,7 +143,7 @@ def test_the_head_starts_near_even_odds() -> None:
     assert objective(model, inputs, targets).item() / 4 == pytest.approx(math.log(3), abs=0.15)
 
 
-def test_more_layers_than_there_are() -> None:
+def test_more_layers_than_the_model_has_are_refused() -> None:
     with pytest.raises(ValueError, match=r"last_layers=9: the model has 3; or take train=all"):
         model_with(Classification(Part.last_layers, 9, False))
     with pytest.raises(ValueError, match="last_layers=0"):

@@ -56,7 +56,7 @@ def loss_and_gradient(run: Run, model: LanguageModel, rows: Rows, size: int) -> 
     return total, torch.cat([p.grad.ravel() for p in model.parameters() if p.grad is not None])
 
 
-def test_loss_on_responses_alone(made: tuple[Run, LanguageModel, Corpus, Corpus]) -> None:
+def test_the_loss_covers_responses_alone(made: tuple[Run, LanguageModel, Corpus, Corpus]) -> None:
     """Each example by itself, softmax written out, the response found in its text."""
     run, model, corpus, _ = made
     tokenizer = run.tokenizer.build()
