@@ -37,7 +37,7 @@ def test_the_values_are_those_of_the_paper_and_their_squares():
     assert torch.equal(Codebook.make(signed=False, device=CPU).values, unsigned.square().float())
 
 
-def test_the_tables_find_what_a_search_finds(book):
+def test_the_tables_give_the_codes_of_a_search(book):
     """At every value, right beside it, and in between, for each of the 16 first bits of an fp32."""
     beside = [torch.nextafter(book.values, torch.tensor(to)) for to in (-2.0, 2.0)]
     x = torch.cat([book.values, *beside, numbers(book).flatten(), (book.values[1:] + book.values[:-1]) / 2])
@@ -48,7 +48,7 @@ def test_the_tables_find_what_a_search_finds(book):
 
 
 @pytest.mark.parametrize(("uniform", "steps"), [(0.5, 0.5), (1e-6, 1.0), (1 - 1e-6, 1.0)])
-def test_a_number_comes_back_within_a_step_of_the_codes(book, uniform, steps):
+def test_rounding_is_off_by_one_step_of_the_codes_at_most(book, uniform, steps):
     x = 3.7 * numbers(book)
     codes, scales = quantise(x, book, torch.full_like(x, uniform))
     assert (codes.dtype, scales.dtype, codes.shape, scales.shape) == (torch.uint8, torch.float32, x.shape, (64,))
@@ -65,7 +65,7 @@ def test_a_number_comes_back_within_a_step_of_the_codes(book, uniform, steps):
     assert torch.equal(back.gather(1, largest), x.gather(1, largest))  # of either sign, exactly
 
 
-def test_what_can_be_held_stays_as_it_is(book):
+def test_values_of_the_codebook_are_kept_exactly(book):
     x = book.values.view(1, 256)
     for uniform in (1e-6, 0.5, 1 - 1e-6):
         codes, scales = quantise(x, book, torch.full_like(x, uniform))
@@ -73,7 +73,7 @@ def test_what_can_be_held_stays_as_it_is(book):
         assert scales.tolist() == [1.0]
 
 
-def test_in_the_mean_nothing_is_lost(book):
+def test_stochastic_rounding_keeps_the_mean(book):
     x = numbers(book, blocks=1)
     x[0, 0] = 1.0
     draws = 4000
@@ -87,7 +87,7 @@ def test_in_the_mean_nothing_is_lost(book):
     assert bool(((back.double().mean(0) - x[0]).abs() <= 5 * spread)[held].all())
 
 
-def test_zeros_and_tiny_numbers():
+def test_zeros_and_tiny_numbers_are_rounded_to_zero():
     signed, unsigned = (Codebook.make(signed=sign, device=CPU) for sign in (True, False))
     half = torch.full((1, 256), 0.5)
     for book in (signed, unsigned):

@@ -37,7 +37,7 @@ def test_a_parameter_belongs_to_one_part():
         Composite([torch.optim.SGD([shared], lr=0.1), torch.optim.SGD([shared], lr=0.1)])
 
 
-def test_torchs_state_dict_goes_through_it():
+def test_a_composite_has_torchs_state_dict():
     one, two, optimizer = make()
     for _ in range(2):
         fill(one, two)

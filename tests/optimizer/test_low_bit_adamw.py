@@ -75,7 +75,7 @@ def test_the_first_step_is_that_of_adamw(compact):
 
 @pytest.mark.parametrize(("name", "tolerance"), [("8bit", 0.08), ("bf16", 0.005)])
 @pytest.mark.parametrize("betas", [[0.9, 0.95], [0.9, 0.999]])
-def test_stays_close_to_adamw_in_fp32(name, tolerance, betas):
+def test_low_bit_adamw_stays_close_to_adamw_in_fp32(name, tolerance, betas):
     """After 50 steps with lr 0.01: within 8% (8 bits), 0.5% (bf16) of the way that each parameter went."""
     start, ours, theirs, _ = pair(OPTIONS[name], steps=50, betas=betas)
     for key, begin in start.named_parameters():
@@ -88,7 +88,7 @@ def test_stays_close_to_adamw_in_fp32(name, tolerance, betas):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_weights_of_another_type(compact, dtype):
+def test_low_bit_adamw_stays_close_for_weights_of_other_types(compact, dtype):
     start, ours, theirs, _ = pair(compact, steps=10, dtype=dtype)
     for key, begin in start.named_parameters():
         if key != "embedding":
@@ -154,7 +154,7 @@ def test_small_changes_of_the_second_moment_are_not_lost(compact):
     assert nearest.item() == pytest.approx(0.001, rel=0.01)  # what this is about
 
 
-def test_no_update_is_boundless_for_a_second_moment_too_small_for_its_block():
+def test_a_second_moment_too_small_for_its_block_gives_a_bounded_update():
     """Beside a gradient of 1 the second moment of one of 1e-8 cannot be held; one of 0 would make an update of
     momentum / eps.  AdamW's own is at most about lr."""
     parameter = nn.Parameter(torch.zeros(16, 16))
@@ -190,7 +190,7 @@ def test_the_update_can_be_compiled(compact):
 
 
 @pytest.mark.slow
-def test_a_model_learns_as_with_adamw(tmp_path):
+def test_a_model_learns_with_low_bit_adamw_as_with_adamw(tmp_path):
     """A tiny model on text: the mean loss of the last 50 of 200 steps within 1% of AdamW's."""
     ends = {}
     for option in ("adamw", "adamw_8bit", "adamw_bf16"):

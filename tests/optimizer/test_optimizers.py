@@ -45,7 +45,7 @@ REFERENCES = {
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-def test_equals_torch_in_float64(options, new_model, name):
+def test_optimizers_equal_torch_in_float64(options, new_model, name):
     rates = [0.01, 0.02, 0.005, 0.01, 0.001]
     ours, theirs = new_model(dtype=torch.float64), new_model(dtype=torch.float64)
     train(ours, options[name]().build(ours), rates)
@@ -106,7 +106,7 @@ def test_lion_equals_its_formula_in_float64(options, new_model):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14, msg=name)
 
 
-def test_fused_where_torch_has_a_kernel(options, new_model):
+def test_optimizers_are_fused_where_torch_has_a_kernel(options, new_model):
     for name in ("adamw", "adam", "sgd"):
         assert all(group["fused"] for group in options[name]().build(new_model()).param_groups)
 

@@ -34,13 +34,13 @@ def test_every_trainable_parameter_is_in_one_group_and_tied_ones_count_once(opti
     assert "head.weight" not in names  # it is embedding.weight
 
 
-def test_names_are_those_of_the_parameters_in_their_order(option, new_model):
+def test_groups_name_the_parameters_in_their_order(option, new_model):
     model = new_model()
     for group in option().build(model).param_groups:
         assert all(model.get_parameter(n) is p for n, p in zip(group["names"], group["params"], strict=True))
 
 
-def test_order_is_deterministic(option, new_model):
+def test_the_order_of_groups_is_deterministic(option, new_model):
     rules = [Rule("mlp", lr_multiplier=0.5)]
     orders = [[g["names"] for g in option(rules=rules).build(new_model()).param_groups] for _ in range(2)]
     assert orders[0] == orders[1]
@@ -138,7 +138,7 @@ def test_impossible_values_are_refused(options, name, keys, message):
         options[name](**keys)
 
 
-def test_builds_on_the_meta_device(option, new_model):
+def test_every_optimizer_builds_on_the_meta_device(option, new_model):
     with torch.device("meta"):
         optimizer = option().build(new_model())
     assert {p.device.type for group in optimizer.param_groups for p in group["params"]} == {"meta"}

@@ -25,7 +25,7 @@ def assert_same_bits(one, other):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("steps_before", [0, 3])
-def test_a_refused_step_changes_no_bit(option, new_model, bad, steps_before):
+def test_a_skipped_step_changes_no_bit(option, new_model, bad, steps_before):
     model = new_model()
     optimizer = option().build(model)
     for i in range(steps_before):
@@ -38,7 +38,7 @@ def test_a_refused_step_changes_no_bit(option, new_model, bad, steps_before):
 
 
 @pytest.mark.parametrize("refused", [0, 2])
-def test_training_goes_on_as_if_the_refused_step_had_not_been(option, new_model, refused):
+def test_training_after_a_skipped_step_is_as_without_it(option, new_model, refused):
     disturbed, plain = new_model(), new_model()
     optimizer, reference = option().build(disturbed), option().build(plain)
     for i in range(5):
@@ -65,7 +65,7 @@ def test_lion_is_exact_in_lower_and_higher_precision(options, new_model):
             assert torch.equal(ours, theirs)
 
 
-def test_an_optimizer_that_knows_nothing_of_refusal(new_model):
+def test_an_optimizer_without_found_inf_skips_the_step_too(new_model):
     model = new_model()
     optimizer = torch.optim.RMSprop(model.parameters())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

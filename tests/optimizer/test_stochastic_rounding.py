@@ -23,7 +23,7 @@ def test_the_random_numbers_follow_from_name_step_and_element():
     assert torch.equal(noise(seed(7, begin=far), 20)[0][10:], noise(seed(7, begin=far + 10), 10)[0])
 
 
-def test_they_are_uniform_over_elements_and_over_steps():
+def test_random_numbers_are_uniform_over_elements_and_steps():
     first, second = noise(seed(3), 1 << 16)
     over_steps = torch.stack([noise(s, 8)[0] for s in step_seeds(torch.arange(1.0, 4097.0))])
     for numbers in (first, second, *over_steps.T):
@@ -51,7 +51,7 @@ def test_bf16_keeps_the_mean(sign):
             assert up == eighths / 8
 
 
-def test_bf16_of_unusual_numbers():
+def test_bf16_keeps_zeros_and_infinities():
     x = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1e-40])
     rounded = to_bf16(x, torch.full((5,), (1 << BITS) - 1, dtype=torch.int32))
     assert rounded[:4].tolist() == [0.0, -0.0, torch.inf, -torch.inf]
