@@ -36,13 +36,13 @@ def test_long_saves_ahead_of_evaluations_are_counted_as_the_loop_makes_them() ->
     assert without_long_saves(counts, speed, round(2 * SAVED_PER_SECOND)) == counts
 
 
-def test_no_validation_no_evaluation() -> None:
+def test_a_run_without_validation_data_counts_no_evaluation() -> None:
     made = run("loop.sample_every=0", "checkpoint.every_steps=0")
     counts = count_looks(made.loop, made.checkpoint, steps=10, sequences=80, batch=8, validation=0)
     assert (counts.evaluations, counts.samples, counts.saves, counts.held_saves) == (0, 0, 1, 1)
 
 
-def test_costs_add_up() -> None:
+def test_costs_are_the_sum_of_their_parts() -> None:
     made = run("loop.eval_every=0", "loop.sample_every=0", "checkpoint.every_steps=0", "checkpoint.keep_last=2")
     counts = count_looks(made.loop, made.checkpoint, steps=100, sequences=800, batch=8, validation=0)
     speed = Speed(sequence=4.5, evaluated=1.0, sampled=1.0)
@@ -53,7 +53,7 @@ def test_costs_add_up() -> None:
     assert costs.disk_bytes == SAVED_PER_SECOND  # one save in all
 
 
-def test_disk_is_what_is_kept_and_one_in_the_making() -> None:
+def test_disk_space_is_that_of_kept_checkpoints_and_one_more() -> None:
     made = run("loop.eval_every=0", "loop.sample_every=0", "checkpoint.every_steps=10", "checkpoint.keep_last=2",
                "checkpoint.keep_best=1")  # fmt: skip
     counts = count_looks(made.loop, made.checkpoint, steps=100, sequences=800, batch=8, validation=0)

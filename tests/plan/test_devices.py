@@ -8,7 +8,7 @@ from llmtrain.plan.devices import DEVICES, arithmetic, find_device, quick_flops
 from llmtrain.precision import Precision
 
 
-def test_the_table_is_plausible() -> None:
+def test_the_table_of_devices_is_plausible() -> None:
     for spec in DEVICES.values():
         nominal = float(spec.name.rpartition("-")[2].removesuffix("gb"))  # GB, or GiB, by the maker's habit
         assert spec.memory_bytes is not None
@@ -30,7 +30,7 @@ def test_automatic_precision_is_that_of_the_device() -> None:
     assert arithmetic(auto, find_device("t4-16gb")).name == "fp32"
 
 
-def test_a_precision_that_only_the_device_has_is_stood_in_for() -> None:
+def test_a_precision_that_only_the_device_has_can_be_planned_on_a_cpu() -> None:
     tf32 = Run.compose("model=tiny", "tokenizer=byte", "precision=tf32").precision
     a100 = find_device("a100-40gb")
     assert a100.peak_flops(arithmetic(tf32, a100)) == 156e12

@@ -70,7 +70,7 @@ def test_deep_models_are_extrapolated_exactly(overrides: tuple[str, ...]) -> Non
         assert memory.parts[category] == pytest.approx(num_bytes, rel=0.01, abs=2000), category
 
 
-def test_stretches_that_are_not_alike_are_noticed() -> None:
+def test_differing_stretches_cannot_be_aligned() -> None:
     assert aligned(list("habbe"), list("habbbe")) == (3, 1)
     with pytest.raises(Irregular):
         aligned(list("hae"), list("habe"))  # another kind of block
@@ -161,7 +161,7 @@ def in_use() -> int:
         ("precision=fp32", "tokenizer=gpt2", "accumulation.batch_size=4", "accumulation.micro_batch_size=4"),
     ],
 )
-def test_the_trace_is_what_a_real_step_holds(overrides: tuple[str, ...]) -> None:
+def test_the_estimate_is_what_malloc_gives_a_real_step(overrides: tuple[str, ...]) -> None:
     """Against what malloc has given out during a real forward and backward pass, some 100 MB."""
     run = Run.compose("model=laptop", "tokenizer=byte", "data.sequence_length=256", "accumulation.batch_size=12",
                       "accumulation.micro_batch_size=12", *overrides)  # fmt: skip
