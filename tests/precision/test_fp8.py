@@ -91,7 +91,7 @@ def test_the_largest_magnitude_comes_to_the_largest_number() -> None:
 
 
 @pytest.mark.parametrize("recipe", Recipe)
-def test_what_is_not_finite_does_not_get_lost(recipe: Recipe) -> None:
+def test_nonfinite_numbers_stay_nonfinite_in_fp8(recipe: Recipe) -> None:
     for number in (torch.nan, torch.inf):
         layer = Fp8Linear(nn.Linear(16, 16), recipe)
         x = torch.ones(16, 16)
@@ -133,7 +133,7 @@ def test_all_three_products_are_within_their_bounds(recipe: Recipe, shape: tuple
 
 
 @pytest.mark.parametrize("recipe", Recipe)
-def test_typical_errors(recipe: Recipe) -> None:
+def test_errors_of_products_are_typical_of_fp8(recipe: Recipe) -> None:
     """Over all of a product of normal numbers: some 2.6% from each factor in e4m3, 5.2% from one in e5m2."""
     layer = Fp8Linear(nn.Linear(256, 256, bias=False), recipe)
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -147,7 +147,7 @@ def test_typical_errors(recipe: Recipe) -> None:
         assert 0.02 < relative < limit
 
 
-def test_rows_of_very_different_size() -> None:
+def test_rowwise_scales_keep_rows_of_very_different_size() -> None:
     """What a scale for each row is for: with one for all, small rows are lost."""
     x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     x[:16] *= 1e-6
@@ -159,7 +159,7 @@ def test_rows_of_very_different_size() -> None:
 
 
 @pytest.mark.parametrize("recipe", Recipe)
-def test_types_under_autocast(recipe: Recipe) -> None:
+def test_fp8_layers_give_bf16_and_fp32_gradients_under_autocast(recipe: Recipe) -> None:
     layer = Fp8Linear(nn.Linear(32, 16), recipe)
     x = torch.randn(2, 16, 32, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -184,7 +184,7 @@ def test_frozen_parts_get_no_gradient(recipe: Recipe) -> None:
     assert layer.weight.grad is not None
 
 
-def test_what_is_kept_for_backward_is_a_byte_a_number() -> None:
+def test_backward_keeps_a_byte_a_number() -> None:
     layer = Fp8Linear(nn.Linear(64, 64), Recipe.tensorwise)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -245,7 +245,7 @@ def test_recomputed_blocks_give_the_same_bits(recipe: Recipe, way: Full | Select
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", Recipe)
-def test_compiled_blocks_give_nearly_the_same(recipe: Recipe) -> None:
+def test_compiled_fp8_blocks_give_nearly_the_same(recipe: Recipe) -> None:
     models = make(32), make(32)
     for model in models:
         convert(model.blocks, recipe)
@@ -254,7 +254,7 @@ def test_compiled_blocks_give_nearly_the_same(recipe: Recipe) -> None:
     assert train(models[0], steps=3) == pytest.approx(train(models[1], steps=3), abs=0.02)
 
 
-def test_names_and_weights_stay() -> None:
+def test_converting_to_fp8_keeps_names_and_weights() -> None:
     model = make()
     before, parameters = model.state_dict(), dict(model.named_parameters())
     assert convert(model.blocks, Recipe.tensorwise) == (8, {})
@@ -264,7 +264,7 @@ def test_names_and_weights_stay() -> None:
     assert not isinstance(model.token_embedding, Fp8Linear)
 
 
-def test_what_stays_bf16_is_said() -> None:
+def test_layers_that_stay_bf16_are_named() -> None:
     precision, model = FP8Precision(CPU, Recipe.rowwise), make()
     precision.apply(model.blocks)
     assert precision.notice == "fp8, rowwise, in 8 linear layers of the blocks; bf16 in embeddings, head"
@@ -283,7 +283,7 @@ def test_what_stays_bf16_is_said() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
-def test_a_cpu_is_refused(recipe: str, tmp_path: Path) -> None:
+def test_fp8_on_a_cpu_is_refused(recipe: str, tmp_path: Path) -> None:
     command = ("train", *TINY, "precision=fp8", f"precision.recipe={recipe}", "runtime.device=cpu")
     done = llmtrain(*command, cwd=tmp_path, check=2)
     assert "precision=fp8: needs an NVIDIA GPU of compute capability 8.9 or later" in done.stderr
@@ -291,13 +291,13 @@ def test_a_cpu_is_refused(recipe: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_recipe_is_refused(tmp_path: Path) -> None:
     done = llmtrain("train", *TINY, "precision=fp8", "precision.recipe=delayed", cwd=tmp_path, check=2)
     assert "precision.recipe='delayed'" in done.stderr
     assert "must be one of tensorwise, rowwise" in done.stderr
 
 
-def test_text_can_be_had_on_any_device() -> None:
+def test_an_fp8_run_generates_in_bf16_or_fp32() -> None:
     assert FP8(Recipe.tensorwise).inference(CPU).name in ("bf16", "fp32")
 
 
@@ -309,7 +309,7 @@ def has_fp8() -> bool:
 @pytest.mark.skipif(torch.cuda.is_available() and not has_fp8(), reason="needs compute capability 8.9")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("recipe", Recipe)
-def test_on_a_gpu(recipe: Recipe, compiled: bool) -> None:
+def test_fp8_products_on_a_gpu_are_near_those_of_a_cpu_without_waiting(recipe: Recipe, compiled: bool) -> None:
     """Each of the products near that of a CPU, and nothing waits for the device."""
     device = torch.device("cuda")
     x, g = torch.randn(70, 256), torch.randn(70, 128)

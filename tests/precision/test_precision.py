@@ -22,7 +22,7 @@ def tiny() -> nn.Module:
 
 
 @pytest.mark.parametrize("config", [BF16(), FP16(1024.0, 10)])
-def test_sensitive_parts_stay_fp32(config: BF16 | FP16) -> None:
+def test_norms_and_losses_stay_fp32(config: BF16 | FP16) -> None:
     precision, model = config.build(CPU), tiny()
     seen: dict[str, torch.dtype] = {}
     for name, module in model.named_modules():
@@ -46,7 +46,7 @@ def test_half_precision_is_near_fp32(config: BF16 | FP16, tolerance: float) -> N
         assert Causal(0.0, None)(model, ids, ids).item() == pytest.approx(exact.item(), rel=tolerance)
 
 
-def test_arithmetic_is_restored() -> None:
+def test_the_arithmetic_of_before_is_restored() -> None:
     torch.set_float32_matmul_precision("high")
     try:
         precision = FP32().build(CPU)
@@ -58,7 +58,7 @@ def test_arithmetic_is_restored() -> None:
 
 
 @pytest.mark.parametrize("shape", [(64, 64, 64), (300, 768, 200), (17, 2048, 33)])
-def test_fp32_is_really_fp32(shape: tuple[int, int, int]) -> None:
+def test_fp32_products_have_the_accuracy_of_fp32(shape: tuple[int, int, int]) -> None:
     m, k, n = shape
     a, b = torch.randn(m, k), torch.randn(k, n)
     exact = a.double() @ b.double()
@@ -67,7 +67,7 @@ def test_fp32_is_really_fp32(shape: tuple[int, int, int]) -> None:
     assert (product - exact).norm() < 2e-6 * exact.norm()  # bf16 would give 2e-3
 
 
-def test_auto_takes_what_the_device_has() -> None:
+def test_auto_is_bf16_where_the_device_has_it() -> None:
     assert Auto().build(CPU).name == ("bf16" if has_native_bf16(CPU) else "fp32")
 
 
@@ -77,7 +77,7 @@ def test_tf32_is_refused_on_a_cpu() -> None:
     assert TF32().inference(CPU).name == "fp32"  # its text can be had
 
 
-def test_scaler_follows_torch() -> None:
+def test_the_loss_scale_follows_torchs_scaler() -> None:
     """The scale after any sequence of overflows is that of torch's own scaler."""
     ours = LossScaler(CPU, 1024.0, growth_interval=3)
     scale, tracker = torch.tensor(1024.0), torch.tensor(0, dtype=torch.int32)
