@@ -34,13 +34,13 @@ def fresh() -> FiniteOnly:
     [(3.0, 1.0, 0.0), (1e30, 1e30, 0.0), (NAN, 1.0, 1.0), (3.0, NAN, 1.0), (INF, 1.0, 1.0), (3.0, INF, 1.0),
      (-INF, INF, 1.0)],
 )  # fmt: skip
-def test_only_what_is_not_finite_is_refused(loss: float, norm: float, refused: float) -> None:
+def test_only_nonfinite_steps_are_skipped(loss: float, norm: float, refused: float) -> None:
     judged = fresh().judge(torch.tensor(loss), torch.tensor(norm))
     assert {name: value.item() for name, value in judged.items()} == {"refused": refused, "non_finite": refused}
     assert all(value.dtype == torch.float32 and value.dim() == 0 for value in judged.values())
 
 
-def test_the_third_in_a_row_is_the_end() -> None:
+def test_the_third_nonfinite_step_in_a_row_ends_the_run() -> None:
     bad = [verdict(step, loss=NAN if step in (3, 4, 6, 7, 8) else 3.0) for step in range(1, 12)]
     ((step, action),) = drive(fresh(), bad)
     assert step == 8 + LAG
@@ -62,7 +62,7 @@ def test_an_overflow_of_the_scale_is_harmless() -> None:
 
 
 @pytest.mark.parametrize("cut", range(1, 9))
-def test_resuming_decides_the_same(cut: int) -> None:
+def test_a_resumed_run_decides_the_same(cut: int) -> None:
     steps = [verdict(step, loss=NAN if step >= 4 else 3.0) for step in range(1, 10)]
     whole = fresh()
     expected = drive(whole, steps)
@@ -74,7 +74,7 @@ def test_resuming_decides_the_same(cut: int) -> None:
     assert [step for step, _ in expected] == [8, 9]
 
 
-def test_the_rate_is_left_alone() -> None:
+def test_the_learning_rate_is_left_unchanged() -> None:
     assert fresh().rate_factor(7) == 1.0
 
 

@@ -89,7 +89,7 @@ def quiet(steps: int, seed: int = 0) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_noisy_curve_that_falls_raises_no_alarm(seed: int) -> None:
+def test_a_noisy_curve_that_falls_skips_no_step(seed: int) -> None:
     chance = np.random.default_rng(seed)
     step = np.arange(1200)
     losses = 2.5 + 8 * np.exp(-step / 60) + 0.15 * chance.standard_t(6, len(step))
@@ -99,7 +99,7 @@ def test_a_noisy_curve_that_falls_raises_no_alarm(seed: int) -> None:
     assert driver.acted == []
 
 
-def test_neither_does_a_warm_up_that_stops_falling_nor_a_slow_rise() -> None:
+def test_a_plateau_and_a_slow_rise_skip_no_step() -> None:
     chance = np.random.default_rng(9)
     losses = np.concatenate([np.linspace(11, 6, 50), np.full(300, 6.0), np.linspace(6, 12, 1500)])
     losses += 0.02 * chance.normal(size=len(losses))
@@ -111,7 +111,7 @@ def test_neither_does_a_warm_up_that_stops_falling_nor_a_slow_rise() -> None:
     [((9.0, 1.0), True), ((3.0, 100.0), True), ((3.4, 1.0), False), ((3.0, 4.0), False), ((0.1, 0.01), False),
      ((NAN, 1.0), True), ((3.0, NAN), True), ((INF, 1.0), True), ((-INF, 1.0), True), ((3.0, INF), True)],
 )  # fmt: skip
-def test_one_bad_step_is_refused_and_nothing_else_happens(step: tuple[float, float], refused: bool) -> None:
+def test_one_bad_step_is_skipped_and_nothing_else_happens(step: tuple[float, float], refused: bool) -> None:
     driver = Driver(ladder()).run(quiet(60))
     before = driver.recovery.window.state_dict()
     driver.run([step])
@@ -127,7 +127,7 @@ def test_spikes_are_not_judged_at_first_but_nan_is() -> None:
     assert driver.refused == [22]
 
 
-def test_what_judge_tells() -> None:
+def test_judge_reports_limits_and_reasons() -> None:
     recovery = ladder()
     Driver(recovery).run([QUIET] * 32)
     spike = recovery.judge(torch.tensor(9.0), torch.tensor(0.5))
@@ -154,14 +154,14 @@ def test_a_quantity_may_be_left_unjudged(key: str) -> None:
 # --- the rungs -------------------------------------------------------------------------------------------------------
 
 
-def test_data_is_left_out_once_an_episode() -> None:
+def test_data_are_skipped_once_an_episode() -> None:
     driver = Driver(ladder()).run([*quiet(60), *[SPIKE] * 5, *quiet(29), *[SPIKE] * 2, *quiet(30), *[SPIKE] * 2])
     assert driver.acted == [(64, Skip(10))]  # after 29 calm steps it is the same episode, after 30 it is not
     driver.run(quiet(2))
     assert driver.acted == [(64, Skip(10)), (130, Skip(10))]
 
 
-def test_ever_more_data_is_left_out_while_it_is_bad() -> None:
+def test_more_data_are_skipped_while_steps_stay_bad() -> None:
     """Steps launched before the data was left do not count towards the next time."""
     driver = Driver(ladder(SHIPPED), checkpoints=[50]).run([*quiet(160), *[SPIKE] * 24])
     assert driver.acted == [
@@ -171,7 +171,7 @@ def test_ever_more_data_is_left_out_while_it_is_bad() -> None:
     assert enough.acted == [(164, Skip(10)), (168, Skip(20)), (230, Skip(10))]
 
 
-def test_calm_is_counted_in_a_row() -> None:
+def test_calm_steps_are_counted_in_a_row() -> None:
     driver = Driver(ladder(skip_after=4)).run([*quiet(60), *[*quiet(20), SPIKE] * 4, *quiet(2)])
     assert driver.kinds() == [(146, Skip)]
     driver = Driver(ladder(skip_after=4)).run([*quiet(60), *[*quiet(30), SPIKE] * 4, *quiet(2)])
@@ -179,7 +179,7 @@ def test_calm_is_counted_in_a_row() -> None:
 
 
 @pytest.mark.parametrize("late", [0, 1, LAG])
-def test_the_way_up_does_not_depend_on_when_numbers_arrive(late: int) -> None:
+def test_the_steps_of_recovery_do_not_depend_on_the_delay_of_readback(late: int) -> None:
     steps = [*quiet(250), *[SPIKE] * 10, *quiet(100), *[SPIKE] * 10, *quiet(3)]
     driver = Driver(ladder(), late=late, checkpoints=[100, 200]).run(steps)
     assert driver.acted == [
@@ -193,7 +193,7 @@ def test_the_way_up_does_not_depend_on_when_numbers_arrive(late: int) -> None:
     assert driver.step == 103
 
 
-def test_going_back_restores_what_was_usual_then() -> None:
+def test_a_rollback_restores_the_window_of_its_checkpoint() -> None:
     driver = Driver(ladder(), checkpoints=[100]).run([*quiet(100), *[(3.0 + 0.01 * i, 1.0) for i in range(200)]])
     assert driver.refused == []
     assert driver.recovery.window.limits()[0].item() > 8
@@ -208,7 +208,7 @@ def test_going_back_restores_what_was_usual_then() -> None:
     assert driver.refused[-1] == 101
 
 
-def test_going_back_to_a_checkpoint_that_knows_no_window() -> None:
+def test_a_rollback_to_a_checkpoint_without_a_window_starts_a_new_one() -> None:
     driver = Driver(ladder(), checkpoints=[50]).run(quiet(50))
     driver.stored[50] = "null"
     driver.run([*quiet(110), *[SPIKE] * 10])
@@ -239,7 +239,7 @@ def test_after_max_rollbacks_it_gives_up_and_says_why() -> None:
         assert part in reason
 
 
-def test_where_it_cannot_go_back_the_rate_is_lowered_and_the_new_level_taken() -> None:
+def test_without_a_checkpoint_the_rate_is_lowered_and_the_new_level_accepted() -> None:
     driver = Driver(ladder()).run([*quiet(60), *[SPIKE] * 90])
     assert driver.acted == [(64, Skip(10)), (70, RollBack(0, 200, 61)), (70, LowerRate(0.5, 500))]
     assert driver.refused == list(range(61, 71))
@@ -248,7 +248,7 @@ def test_where_it_cannot_go_back_the_rate_is_lowered_and_the_new_level_taken() -
     assert driver.recovery.rate_factor(570) == 1.0
 
 
-def test_what_was_passed_over_counts_again_after_going_back() -> None:
+def test_data_skipped_before_a_rollback_count_again() -> None:
     driver = Driver(ladder(rollback_steps=5), checkpoints=[60]).run([*quiet(60), *[SPIKE] * 60])
     assert driver.kinds() == [(64, Skip), (70, RollBack), (70, LowerRate)]  # 60 is not old enough for 61
     driver.run([(90.0, 1.0)] * 10)
@@ -257,7 +257,7 @@ def test_what_was_passed_over_counts_again_after_going_back() -> None:
     assert driver.kinds()[-1] == (64, Skip)
 
 
-def test_and_if_that_does_not_help_it_gives_up() -> None:
+def test_without_a_checkpoint_twice_it_gives_up() -> None:
     driver = Driver(ladder()).run([*quiet(60), *[SPIKE] * 60, *[(90.0, 1.0)] * 10])
     assert [kind for _, kind in driver.kinds()] == [Skip, RollBack, LowerRate, Skip, RollBack, GiveUp]
     assert "found no checkpoint old enough twice" in driver.acted[-1][1].reason
@@ -294,7 +294,7 @@ def test_rollbacks_are_forgotten_once_the_run_is_past_the_place() -> None:
         ({"loss_deviations": 0.0}, []),
     ],
 )
-def test_rungs_can_be_switched_off(off: dict[str, float], expected: list[type]) -> None:
+def test_each_measure_can_be_switched_off(off: dict[str, float], expected: list[type]) -> None:
     driver = Driver(ladder(rollback_steps=0, **off), checkpoints=[50]).run(quiet(90))
     for _ in range(70):
         if GiveUp not in [kind for _, kind in driver.kinds()]:
@@ -310,7 +310,7 @@ def test_an_overflow_of_the_scale_is_no_spike() -> None:
     assert driver.kinds() == [(84, Skip)]
 
 
-def test_smaller_batches_are_learned_anew() -> None:
+def test_another_batch_size_starts_a_new_window() -> None:
     large, small = [(3.0, 1.0)] * 60, [(4.0, 1.0), (4.5, 1.0), (4.0, 1.0), (1.5, 1.0)] * 40
     driver = Driver(ladder()).run(large, batch_size=64).run(small, batch_size=2)
     assert driver.refused == [61, 62, 63]  # before it was known
@@ -327,7 +327,7 @@ def test_smaller_batches_are_learned_anew() -> None:
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
-def test_resuming_anywhere_decides_the_same() -> None:
+def test_a_run_resumed_at_any_step_decides_the_same() -> None:
     """Also in the middle of an episode, and with steps that have not been decided upon."""
     steps = [*quiet(60), *[SPIKE] * 5, *quiet(10), (NAN, 1.0), *[SPIKE] * 3, *[(12.0, 1.0)] * 60, *[(90.0, NAN)] * 5]
     whole = Driver(ladder()).run(steps)
@@ -345,7 +345,7 @@ def test_resuming_anywhere_decides_the_same() -> None:
         assert second.recovery.state_dict() == whole.recovery.state_dict(), cut
 
 
-def test_a_checkpoint_of_another_option_is_a_start() -> None:
+def test_the_state_of_another_option_starts_anew() -> None:
     recovery = ladder()
     recovery.load_state_dict({})
     recovery.load_state_dict({"pending": [], "refused_in_a_row": 2})
@@ -377,7 +377,7 @@ def test_impossible_values_are_refused(changes: dict[str, float], message: str) 
 
 
 @pytest.mark.gpu
-def test_judging_on_a_gpu_waits_for_nothing_and_is_the_same() -> None:
+def test_judging_on_a_gpu_gives_the_same_without_waiting() -> None:
     steps = [*quiet(200), SPIKE, (NAN, 1.0), *quiet(3)]
     here, there = ladder(), SHIPPED.build(torch.device("cuda"))
     losses, norms = (torch.tensor(values, device="cuda") for values in zip(*steps, strict=True))

@@ -94,7 +94,7 @@ QUICK = (
 
 
 @pytest.mark.slow
-def test_a_kill_on_the_ladder_changes_nothing(tmp_path: Path) -> None:
+def test_a_kill_during_recovery_changes_nothing(tmp_path: Path) -> None:
     """Resumed from the checkpoints before, between and after the refusals: the same decisions, the same bits."""
     run = train(tmp_path / "whole", planted(TEXT[: 100 * STEP], spike=range(50, 60)), *QUICK, "loop.max_steps=64")
     assert [row["step"] for row in events(run, "refused")][:3] == [51, 52, 53]
@@ -107,7 +107,7 @@ def test_a_kill_on_the_ladder_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_going_back(tmp_path: Path) -> None:
+def test_a_rollback_continues_with_other_data_at_a_lower_rate(tmp_path: Path) -> None:
     """A rate that throws the model off: back to a checkpoint, on with other data, at last at a lower rate."""
     more = ("recovery.max_skips=1", "recovery.rollback_after=4", "recovery.lower_rate_at=1",
             "recovery.lower_rate_factor=0.001", "metrics=tensorboard")  # fmt: skip

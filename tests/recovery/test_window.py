@@ -36,13 +36,15 @@ def add(to: Window, losses: list[float], norms: list[float] | None = None, accep
         ([-2.0, -2.0], 10.0, 0.1, 0.0),
     ],
 )
-def test_limits_by_hand(values: list[float], deviations: float, floor: float, limit: float) -> None:
+def test_limits_equal_those_computed_by_hand(
+    values: list[float], deviations: float, floor: float, limit: float
+) -> None:
     made = add(window(deviations=(deviations, 1.0), floors=(floor, 0.0)), values)
     assert made.limits()[0].item() == pytest.approx(limit, rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 31, 127, 128, 129, 300, 512])
-def test_limits_equal_numpys(steps: int) -> None:
+def test_limits_equal_medians_of_numpy(steps: int) -> None:
     chance = np.random.default_rng(steps)
     losses, norms = 3 + chance.standard_t(3, steps), np.exp(chance.normal(size=steps))
     made = add(window(floors=(0.02, 0.1)), losses.tolist(), norms.tolist())
@@ -55,14 +57,14 @@ def test_limits_equal_numpys(steps: int) -> None:
         assert measured == pytest.approx(median + deviations * max(1.4826 * mad, floor * abs(median)), rel=1e-5)
 
 
-def test_one_outlier_hardly_matters() -> None:
+def test_one_outlier_hardly_moves_the_limit() -> None:
     made = add(window(), [3.0 + 0.01 * (i % 11) for i in range(99)])
     before = made.limits()[0].item()
     add(made, [1e6])
     assert made.limits()[0].item() == pytest.approx(before, abs=0.02)
 
 
-def test_no_limit_before_there_are_enough_steps_and_where_none_is_wanted() -> None:
+def test_a_limit_needs_enough_steps_and_a_deviation() -> None:
     made = window(min_steps=32, deviations=(10.0, 0.0), floors=(0.02, 0.1))
     assert made.limits().tolist() == [math.inf, math.inf]
     add(made, [3.0] * 31)
@@ -71,7 +73,7 @@ def test_no_limit_before_there_are_enough_steps_and_where_none_is_wanted() -> No
     assert made.limits().tolist() == [pytest.approx(3.6), math.inf]
 
 
-def test_what_is_not_accepted_changes_nothing() -> None:
+def test_steps_that_are_not_accepted_change_no_limit() -> None:
     made = add(window(size=8), [float(i) for i in range(13)])
     before, limits = made.values.numpy().tobytes(), made.limits()
     add(made, [50.0, math.nan, math.inf], accepted=NO)
@@ -108,7 +110,7 @@ def test_another_size_holds_the_newest() -> None:
     assert large.state_dict() == {"loss": [], "grad_norm": []}
 
 
-def test_restart() -> None:
+def test_a_restart_forgets_the_window() -> None:
     made = add(window(size=4, min_steps=2), [1.0, 2.0, 3.0])
     made.restart()
     assert made.limits().tolist() == [math.inf, math.inf]
