@@ -108,14 +108,14 @@ def test_a_foreign_directory_is_named(tmp_path: Path) -> None:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run(tmp_path: Path) -> None:
+def test_a_finished_run_is_summarised(tmp_path: Path) -> None:
     run = summarise(make_run(tmp_path / "a", losses=(4.0, 3.0, 2.0), val_losses=(3.5, 2.5, 2.75)))
     assert (run.state, run.step, run.max_steps, run.tokens) == ("finished", 3, 3, 192)
     assert (run.tokens_per_second, run.train_seconds) == (16.0, 8.0)
     assert (run.final_loss, run.best_val_loss, run.best_val_step) == (2.0, 2.5, 2)
 
 
-def test_states(tmp_path: Path) -> None:
+def test_the_state_of_a_run_follows_from_its_files(tmp_path: Path) -> None:
     failed = make_run(tmp_path / "failed", exit_reason="failed")
     killed = make_run(tmp_path / "killed", exit_reason=None)
     pending = make_run(tmp_path / "pending", losses=(), exit_reason=None)
@@ -178,7 +178,7 @@ def test_a_corrupt_file_is_named(tmp_path: Path, name: str, text: str, message: 
 # --- comparing ---------------------------------------------------------------------------------------------------
 
 
-def test_ranking(tmp_path: Path) -> None:
+def test_runs_are_ranked_by_validation_loss(tmp_path: Path) -> None:
     make_run(tmp_path / "a", val_losses=(math.nan,), losses=(1.0,))
     make_run(tmp_path / "b", losses=(math.nan,))
     make_run(tmp_path / "c", val_losses=(3.0, math.nan), losses=(9.0,))
@@ -204,7 +204,7 @@ def test_a_classifier_is_judged_by_its_accuracy(tmp_path: Path) -> None:
     assert _unit([*best, summarise(make_run(tmp_path / "c"))]) == "loss"
 
 
-def test_what_differs(tmp_path: Path) -> None:
+def test_the_settings_that_differ_are_found(tmp_path: Path) -> None:
     other = {"_target_": "llmtrain.optimizer.lion.Lion", "lr": 1e-3, "beta": 0.9}
     a, b = make_run(tmp_path / "a", lr=3e-4), make_run(tmp_path / "b", optimizer=other)
     assert differences([summarise(a), summarise(b)]) == {"optimizer": ["adamw", "lion"], "optimizer.lr": [3e-4, 1e-3]}
@@ -222,7 +222,7 @@ def test_the_table_of_a_sweep(tmp_path: Path) -> None:
     assert rows[2] == r"job-3 [red]\x1b[2J 0.01 - - - 0/100 0 - - pending"
 
 
-def test_many_differing_settings_are_all_told(tmp_path: Path) -> None:
+def test_every_setting_that_differs_is_shown(tmp_path: Path) -> None:
     for name in ("a", "b"):
         make_run(tmp_path / name, model={f"key{index}": f"{name}{index}" for index in range(7)})
     text = show(sweep_table(tmp_path))
@@ -239,7 +239,7 @@ def make_branch(path: Path, parent: Path, step: int, **settings: Any) -> Path:
     return run
 
 
-def test_a_branch_tells_its_parent(tmp_path: Path) -> None:
+def test_a_branch_names_its_parent(tmp_path: Path) -> None:
     parent = make_run(tmp_path / "parent", val_losses=(3.0,))
     child = make_branch(tmp_path / "child [b]", parent, 1200, val_losses=(2.5,))
     assert summarise(parent).parent is None
@@ -282,7 +282,7 @@ def test_parent_and_child_are_drawn_together(tmp_path: Path, capsys: pytest.Capt
 # --- drawing -----------------------------------------------------------------------------------------------------
 
 
-def test_draw_run(tmp_path: Path) -> None:
+def test_a_run_is_drawn_with_any_name_and_nonfinite_losses(tmp_path: Path) -> None:
     losses = tuple(10 * 0.9**step for step in range(50))
     run = make_run(tmp_path / "$a_1 & \\frac[bold]", losses=(*losses, math.nan, 1.0), val_losses=(9.0, 5.0, math.inf))
     picture = draw_run(run)
@@ -294,7 +294,7 @@ def test_draw_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("losses", "val_losses"), [((), ()), ((3.0,), ()), ((), (3.0,)), ((math.nan,), (math.nan,))])
-def test_draw_run_with_next_to_nothing(tmp_path: Path, losses: tuple, val_losses: tuple) -> None:
+def test_a_run_with_hardly_any_row_is_drawn(tmp_path: Path, losses: tuple, val_losses: tuple) -> None:
     assert draw_run(make_run(tmp_path / "a", losses=losses, val_losses=val_losses)).stat().st_size > 0
 
 
@@ -321,7 +321,7 @@ def test_smoothing_does_not_lag(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [2, 14])
-def test_draw_comparison(tmp_path: Path, number: int) -> None:
+def test_the_comparison_grows_with_the_number_of_runs(tmp_path: Path, number: int) -> None:
     runs = [
         make_run(tmp_path / f"_job{index}", lr=index * 1e-4, losses=(4.0 + index, 3.0, 1e6 if index == 1 else 2.0))
         for index in range(number)
@@ -348,7 +348,7 @@ def test_labels_tell_runs_apart(tmp_path: Path) -> None:
 # --- the command -------------------------------------------------------------------------------------------------
 
 
-def test_report_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_of_a_sweep_writes_table_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for index in range(2):
         make_run(tmp_path / f"job-{index}", lr=1e-3 * (index + 1), val_losses=(3.0 - index,))
     make_run(tmp_path / "job-2", lr=1.0, losses=(), exit_reason=None)
@@ -363,7 +363,7 @@ def test_report_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     ]
 
 
-def test_report_of_runs_named_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_compares_runs_named_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [make_run(tmp_path / "x" / "a"), make_run(tmp_path / "y" / "b", lr=1.0)]
     assert main(Report(output=None, plot=True), Invocation(runs, [])) == 0
     assert (tmp_path / "x" / "report.png").exists()
@@ -397,7 +397,7 @@ def test_a_single_run_has_no_settings_column(tmp_path: Path) -> None:
     assert "optimizer.lr" not in show(Comparison([summarise(make_run(tmp_path / "a"))]))
 
 
-def test_a_narrow_terminal_keeps_what_matters(tmp_path: Path) -> None:
+def test_a_narrow_terminal_keeps_losses_and_states(tmp_path: Path) -> None:
     make_run(tmp_path / "first-run", lr=1e-3, val_losses=(3.25,))
     make_run(tmp_path / "second-run", lr=3e-3, val_losses=(2.5,), exit_reason="failed")
     text = show(sweep_table(tmp_path), width=70)
@@ -408,7 +408,7 @@ def test_a_narrow_terminal_keeps_what_matters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 140])
-def test_headings_stay_whole(tmp_path: Path, width: int) -> None:
+def test_headings_are_never_broken(tmp_path: Path, width: int) -> None:
     """Settings that find no room are told below the table instead of being broken."""
     names = [f"setting_with_a_long_name_{index}" for index in range(5)]
     for run in ("one", "two"):
