@@ -42,7 +42,7 @@ def losses(run_dir: Path) -> list[float]:
         (7, 3, 3),
     ],
 )
-def test_the_fewest_micro_batches_that_fit(batch_size: int, room: int, expected: int) -> None:
+def test_the_largest_micro_batch_that_fits_is_found(batch_size: int, room: int, expected: int) -> None:
     tried = []
 
     def fits(size: int) -> bool:
@@ -55,7 +55,7 @@ def test_the_fewest_micro_batches_that_fit(batch_size: int, room: int, expected:
     assert -(-batch_size // expected) == fewest
 
 
-def test_nothing_fits() -> None:
+def test_no_micro_batch_is_found_where_none_fits() -> None:
     assert largest_that_fits(5, lambda size: False) is None
 
 
@@ -90,7 +90,7 @@ def test_auto_takes_all_at_once_where_there_is_room(tmp_path: Path) -> None:
     assert losses(run_dir) == losses(fixed)
 
 
-def test_auto_keeps_what_it_found_when_resumed(tmp_path: Path) -> None:
+def test_resume_keeps_the_micro_batch_that_auto_found(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     overrides = (*TINY, "accumulation=auto", "accumulation.batch_size=6", "loop.eval_every=0")
     Run.compose(*overrides, "loop.max_steps=2", f"run_dir={run_dir}").train()
@@ -116,7 +116,7 @@ def test_auto_does_not_compile_a_short_run() -> None:
     assert events == []
 
 
-def test_when_compiling_pays() -> None:
+def test_compiling_pays_on_a_gpu_for_a_long_run() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     assert compiling_pays(gpu, 241.0)  # ten minutes at 40% of the device's rate
     assert not compiling_pays(gpu, 239.0)
@@ -125,7 +125,7 @@ def test_when_compiling_pays() -> None:
 
 @needs_compiler
 @pytest.mark.slow
-def test_what_was_decided_stays() -> None:
+def test_resume_keeps_the_decision_to_compile() -> None:
     # The shapes of tests/test_runtime.py, so that what was compiled for one of them is there for the other
     shapes = ("data.sequence_length=32", "accumulation.batch_size=4", "accumulation.micro_batch_size=4")
     run, parts = assembled("loop.max_steps=5", "precision=fp32", *shapes)
@@ -150,7 +150,7 @@ def test_what_was_decided_stays() -> None:
         ("accumulation=auto accumulation.batch_size=0", "accumulation.batch_size=0"),
     ],
 )
-def test_bad_settings(override: str, message: str, tmp_path: Path) -> None:
+def test_impossible_settings_are_refused(override: str, message: str, tmp_path: Path) -> None:
     settings = [override] if "please" in override else override.split(" ")
     done = llmtrain("train", *TINY, *settings, cwd=tmp_path, check=2)
     assert message in done.stderr

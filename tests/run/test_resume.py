@@ -68,7 +68,7 @@ def test_resume_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, varian
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_resume_goes_on(tmp_path: Path) -> None:
+def test_sigterm_saves_and_the_run_can_be_resumed(tmp_path: Path) -> None:
     write_text(tmp_path)
     long = (*TINY, *SMALL_TEXT, "loop.max_steps=250", "checkpoint.every_steps=0")
     llmtrain("train", *long, "run_dir=whole", cwd=tmp_path)
@@ -136,7 +136,9 @@ def test_resume_shows_and_records_changes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "override", ["model.hidden_size=64", "tokenizer=gpt2", "data.sequence_length=16", "runtime.seed=5"]
 )
-def test_resume_refuses_what_cannot_continue(tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str) -> None:
+def test_resume_refuses_changes_that_cannot_continue(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str
+) -> None:
     from llmtrain.cli.main import main
 
     run = Run.compose(*TINY, "loop.max_steps=1", f"run_dir={tmp_path / 'run'}")
@@ -148,7 +150,7 @@ def test_resume_refuses_what_cannot_continue(tmp_path: Path, capsys: pytest.Capt
     assert "cannot go on" in message
 
 
-def test_moved_runs_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_moved_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run directory holds all that resuming needs: it may be moved, and conf/ is not read again."""
     monkeypatch.chdir(tmp_path)
     whole = Run.compose(*TINY, *CHECKPOINTS, f"run_dir={tmp_path / 'whole'}").train().run_dir

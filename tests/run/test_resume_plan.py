@@ -58,7 +58,7 @@ def with_state(path: Path, **changes: Any) -> None:
 # --- the state ---------------------------------------------------------------------------------------------------
 
 
-def test_what_other_settings_leave_of_a_state(run_dir: Path) -> None:
+def test_changed_settings_reset_their_part_of_the_state_alone(run_dir: Path) -> None:
     path, run = checkpoint(run_dir, 4), stored(run_dir)
     kept = {"micro_batch_size": 2, "recovery": {"factor": 0.5}, "scaler": {"scale": 8.0, "good_steps": 1}}
     with_state(path, **kept)
@@ -143,7 +143,7 @@ def branch(run: Run, parent: RunDirectory, step: int, child: RunDirectory) -> No
         make_child(child, resumption, describe_environment(device, []), stored_config.dump(run))
 
 
-def test_a_child_killed_at_its_birth_is_resumable(run_dir: Path, tmp_path: Path) -> None:
+def test_a_branch_killed_at_its_start_is_resumable(run_dir: Path, tmp_path: Path) -> None:
     run, child = stored(run_dir), RunDirectory.create_at(tmp_path / "child")
     branch(run, RunDirectory.open(run_dir), 2, child)
     names = ["checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl"]
@@ -155,7 +155,7 @@ def test_a_child_killed_at_its_birth_is_resumable(run_dir: Path, tmp_path: Path)
     assert [entry["step"] for entry in json.loads(child.environment.read_text())["resumes"]] == [2, 2]
 
 
-def test_a_child_that_cannot_be_made_leaves_nothing(run_dir: Path, tmp_path: Path) -> None:
+def test_a_branch_that_cannot_be_made_leaves_nothing(run_dir: Path, tmp_path: Path) -> None:
     parent, child = RunDirectory.open(run_dir), RunDirectory.create_at(tmp_path / "child")
     with parent.metrics.open("a") as file:
         file.write("x\n")  # what read_metrics refuses
@@ -174,7 +174,7 @@ def test_a_child_that_cannot_be_made_leaves_nothing(run_dir: Path, tmp_path: Pat
     assert not child.path.exists()
 
 
-def test_a_half_made_child_is_no_run(run_dir: Path, tmp_path: Path) -> None:
+def test_a_half_made_branch_is_no_run(run_dir: Path, tmp_path: Path) -> None:
     child = RunDirectory.create_at(tmp_path / "child")
     copy_checkpoint(checkpoint(run_dir, 2), child.checkpoints / "step-00000002")
     with pytest.raises(ValueError, match="not a run directory"):
@@ -204,7 +204,7 @@ def test_a_checkpoint_is_copied_where_it_cannot_be_linked(run_dir: Path, tmp_pat
 # --- failing -----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_gave_up_says_what_resuming_it_as_it_is_comes_to(tmp_path: Path) -> None:
+def test_a_run_that_gave_up_says_that_resuming_unchanged_ends_the_same(tmp_path: Path) -> None:
     wild = ("optimizer.lr=1e30", "schedule=constant", "precision=fp32", "clipping=none", "recovery=off")
     run = Run.compose(*TINY, *wild, "loop.max_steps=9", f"run_dir={tmp_path / 'run'}")
     with pytest.raises(TrainingFailed, match=r"come to the same end; .* with a change: llmtrain resume .* KEY=VALUE"):
