@@ -73,14 +73,14 @@ LITERAL = {
 
 
 @pytest.mark.parametrize("case", LITERAL)
-def test_literal_values(case):
+def test_schedules_have_their_literal_values(case):
     schedule, expected = LITERAL[case]
     assert {step: schedule(step, peak=1e-3, total=135) for step in expected} == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("case", LITERAL)
 @pytest.mark.parametrize("total", [1, 2, 10, 28, 135])
-def test_is_a_pure_function_of_every_step_of_every_run(case, total):
+def test_schedules_are_pure_functions_of_the_step(case, total):
     schedule, _ = LITERAL[case]
     rates = [schedule(step, peak=1e-3, total=total) for step in range(total)]
     assert all(0 < rate <= 1e-3 for rate in rates)
@@ -128,12 +128,12 @@ def torch_rates(make, steps):
         ),
     ],
 )
-def test_equals_torch(schedule, reference):
+def test_schedules_equal_torchs(schedule, reference):
     ours = [schedule(step, peak=1e-3, total=60) for step in range(60)]
     assert ours == pytest.approx(torch_rates(reference, 60), rel=1e-9)
 
 
-def test_the_length_of_the_warmup():
+def test_the_warmup_is_given_in_steps_or_as_a_share():
     by_ratio = WarmupCosine(initial_lr=0.0, warmup_steps=None, warmup_ratio=0.2, min_lr=0.0)
     assert by_ratio.warmup(135) == 27
     assert by_ratio.warmup(4) == 1  # 0.8 rounded
