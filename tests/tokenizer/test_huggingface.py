@@ -64,7 +64,7 @@ def test_special_tokens_in_a_text_are_ordinary_characters(folder: Path) -> None:
         assert tokenizer.decode(ids).lstrip(" ") == text
 
 
-def test_special_tokens_of_a_template(folder: Path) -> None:
+def test_special_tokens_of_a_template_have_their_ids(folder: Path) -> None:
     tokenizer, theirs = load(folder), PreTrainedTokenizerFast.from_pretrained(folder)
     text = "".join(f"{name}user\nHi {name}" for name in tokenizer.special_tokens)
     ids = tokenizer.encode_with_special(text)
@@ -79,7 +79,7 @@ def test_added_tokens_that_are_text_stay_tokens(byte_level: Path) -> None:
     assert len(tokenizer.encode("<think>")) == 1
 
 
-def test_values(byte_level: Path, unigram: Path) -> None:
+def test_vocabulary_end_of_text_and_special_tokens_are_those_of_the_file(byte_level: Path, unigram: Path) -> None:
     one, other = load(byte_level), load(unigram)
     assert (one.vocab_size, one.end_of_text, one.bos) == (701, 0, None)
     assert dict(one.special_tokens) == {"<|endoftext|>": 0, "<|im_start|>": 1}
@@ -98,7 +98,7 @@ def test_the_vocabulary_reaches_to_the_largest_id(changed: Callable[..., Path]) 
     assert tokenizer.decode([800, 900, 5000]) == "\ufffdzz\ufffd"
 
 
-def test_what_a_file_would_do_to_a_text_is_undone(changed: Callable[..., Path], byte_level: Path) -> None:
+def test_truncation_padding_and_template_of_a_file_are_ignored(changed: Callable[..., Path], byte_level: Path) -> None:
     """Files are saved with truncation, padding, dropout and tokens around a text; none is part of a text's ids."""
     around = tokenizers.processors.TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
     tokenizer = tokenizers.Tokenizer.from_file(str(byte_level / "tokenizer.json"))
@@ -112,7 +112,7 @@ def test_what_a_file_would_do_to_a_text_is_undone(changed: Callable[..., Path], 
     assert one.fingerprint == other.fingerprint
 
 
-def test_encoding_from_several_threads(folder: Path) -> None:
+def test_several_threads_encode_the_same(folder: Path) -> None:
     tokenizer = load(folder)
     texts = list(random_texts(200, seed=3))
     expected = [tokenizer.encode(text).tolist() for text in texts]
@@ -142,7 +142,7 @@ def test_long_texts_are_cut_without_a_trace(folder: Path, monkeypatch: pytest.Mo
             assert abs(len(cut) - len(ids)) <= len(ids) // 1000 + 1
 
 
-def test_a_text_that_goes_on_has_no_space_before_it(unigram: Path, byte_level: Path) -> None:
+def test_a_continued_text_has_no_space_before_it(unigram: Path, byte_level: Path) -> None:
     tokenizer = load(unigram)
     assert tokenizer.decode(tokenizer.encode("the word")) == " the word"
     assert tokenizer.decode(tokenizer.encode_continuation("the word")) == "the word"
@@ -199,7 +199,7 @@ def test_texts_are_cut_where_that_is_known_to_be_safe(
 
 
 @pytest.mark.parametrize(("content", "cuts"), [("x y", 0), ("[1.]", 1), ("[1", 1), ("  ", 1)])
-def test_tokens_that_reach_over_the_end_of_a_word(byte_level: Path, tmp_path: Path, content: str, cuts: int) -> None:
+def test_tokens_that_span_words_are_never_cut(byte_level: Path, tmp_path: Path, content: str, cuts: int) -> None:
     tokenizer = tokenizers.Tokenizer.from_file(str(byte_level / "tokenizer.json"))
     tokenizer.add_tokens([content])  # beside <think>, which has an end of a word before its last character
     assert len(load(save(tmp_path, tokenizer, eos_token="<|endoftext|>")).cuts) == cuts
@@ -210,7 +210,7 @@ def test_tokens_that_reach_over_the_end_of_a_word(byte_level: Path, tmp_path: Pa
 # --- and back ----------------------------------------------------------------------------------------------------
 
 
-def test_text_streams(folder: Path) -> None:
+def test_text_streamed_by_token_equals_the_whole(folder: Path) -> None:
     """Token by token, bytes join to the decode of the whole, and that is the text."""
     tokenizer = load(folder)
     for text in random_texts(800, seed=4):
@@ -237,7 +237,7 @@ def test_special_tokens_are_their_names(folder: Path) -> None:
     assert tokenizer.decode(list(ids)) == "".join(names)
 
 
-def test_a_decoder_of_words(tmp_path: Path) -> None:
+def test_a_wordpiece_decoder_streams(tmp_path: Path) -> None:
     """BERT's, whose tokens tell whether a space comes before them."""
     tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
@@ -253,7 +253,7 @@ def test_a_decoder_of_words(tmp_path: Path) -> None:
     assert ours.cuts is CUTS
 
 
-def test_a_decoder_that_cannot_stream(changed: Callable[..., Path]) -> None:
+def test_a_decoder_that_cannot_stream_is_refused(changed: Callable[..., Path]) -> None:
     path = changed(decoder={"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": True})
     with pytest.raises(ValueError, match=r"tokenizer\.json: its decoder has a step CTC"):
         load(path, "<|endoftext|>").decode([5])
@@ -273,7 +273,7 @@ def test_a_decoder_that_cannot_stream(changed: Callable[..., Path]) -> None:
         ("tokenizer_config.json", {"eos_token": "the"}, None, None),  # an ordinary word made special
     ],
 )
-def test_what_ends_a_text(
+def test_the_end_of_text_is_found_in_the_files_beside_it(
     changed: Callable[..., Path], tmp_path: Path, name: str, content: dict[str, Any], end: int | None, bos: int | None
 ) -> None:
     (tmp_path / name).write_text(json.dumps(content))
@@ -293,7 +293,7 @@ def test_a_null_bos_of_the_tokenizer_comes_before_the_id_of_the_model(
     assert load(path).bos is None
 
 
-def test_a_name_that_is_special_beside_the_file_alone(unigram: Path, tmp_path: Path) -> None:
+def test_a_token_declared_special_beside_the_file_is_special(unigram: Path, tmp_path: Path) -> None:
     """Some files list no special tokens, and the configuration names them: then they are."""
     spec = json.loads((unigram / "tokenizer.json").read_text())
     spec["added_tokens"] = []
@@ -315,7 +315,9 @@ def test_a_name_that_is_special_beside_the_file_alone(unigram: Path, tmp_path: P
         ("chat_template.jinja", "{{ messages }}"),
     ],
 )  # fmt: skip
-def test_chat_template(changed: Callable[..., Path], tmp_path: Path, name: str, content: str) -> None:
+def test_the_chat_template_is_found_in_either_file(
+    changed: Callable[..., Path], tmp_path: Path, name: str, content: str
+) -> None:
     path = changed()
     assert load(path, "<|endoftext|>").chat_template is None
     (tmp_path / name).write_text(content)
@@ -345,7 +347,7 @@ def test_fingerprint_follows_whatever_decides_the_ids(changed: Callable[..., Pat
 # --- errors ------------------------------------------------------------------------------------------------------
 
 
-def test_no_end_of_text(changed: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_missing_end_of_text_is_refused(changed: Callable[..., Path], tmp_path: Path) -> None:
     path = changed()
     with pytest.raises(
         ValueError, match=r"end_of_text=null: no file in .* special tokens .*: <\|endoftext\|>, <\|im_st"
@@ -370,28 +372,28 @@ def test_no_end_of_text(changed: Callable[..., Path], tmp_path: Path) -> None:
         (b"\xff\xfe", "byte 0 is not UTF-8"),
     ],
 )
-def test_bad_files(tmp_path: Path, content: bytes, message: str) -> None:
+def test_damaged_files_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"tokenizer\.json: .*{message}"):
         load(path, "a")
 
 
-def test_bad_files_beside_it(changed: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_damaged_config_beside_the_file_is_refused(changed: Callable[..., Path], tmp_path: Path) -> None:
     path = changed()
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: cut or damaged"):
         load(path)
 
 
-def test_missing_files(tmp_path: Path) -> None:
+def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer\.path=.*nowhere: no such file"):
         load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"there is no tokenizer\.json in it; .* tokenizer=sentencepiece"):
         load(tmp_path)
 
 
-def test_missing_library(byte_level: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named(byte_level: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match=r"tokenizer=huggingface: .* pip install 'llmtrain\[huggingface\]'"):
         load(byte_level)
@@ -400,7 +402,7 @@ def test_missing_library(byte_level: Path, monkeypatch: pytest.MonkeyPatch) -> N
 # --- through the command line ------------------------------------------------------------------------------------
 
 
-def test_a_model_is_trained_and_speaks(byte_level: Path, tmp_path: Path) -> None:
+def test_a_model_is_trained_and_generates(byte_level: Path, tmp_path: Path) -> None:
     arguments = [item for item in TINY if item != "tokenizer=byte"]
     llmtrain(
         "train", *arguments, "tokenizer=huggingface", f"tokenizer.path={byte_level}", "loop.max_steps=2", cwd=tmp_path

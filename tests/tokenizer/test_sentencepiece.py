@@ -56,7 +56,9 @@ def test_the_file_is_read_as_the_library_reads_it(paths: dict[str, Path]) -> Non
             assert kinds == (theirs.is_control(id), theirs.is_unknown(id), theirs.is_byte(id))
 
 
-def test_values(paths: dict[str, Path], tmp_path: Path) -> None:
+def test_vocabulary_end_of_text_and_special_tokens_are_those_of_the_file(
+    paths: dict[str, Path], tmp_path: Path
+) -> None:
     tokenizer = load(paths["llama"])
     assert (tokenizer.vocab_size, tokenizer.end_of_text, tokenizer.bos) == (700, 2, 1)
     assert dict(tokenizer.special_tokens) == {"<unk>": 0, "<s>": 1, "</s>": 2, "<ctl>": 3}
@@ -71,7 +73,7 @@ def test_values(paths: dict[str, Path], tmp_path: Path) -> None:
     assert tokenizer.chat_template is None
 
 
-def test_control_symbols(paths: dict[str, Path]) -> None:
+def test_control_symbols_in_a_text_are_ordinary_characters(paths: dict[str, Path]) -> None:
     tokenizer = load(paths["llama"])
     text = "<s>[INST] Hi [/INST] <ctl></s>"
     ordinary = tokenizer.encode(text).tolist()
@@ -83,7 +85,7 @@ def test_control_symbols(paths: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "unigram", "no_space"])
-def test_text_streams(paths: dict[str, Path], name: str) -> None:
+def test_text_streamed_by_token_equals_the_whole(paths: dict[str, Path], name: str) -> None:
     tokenizer = load(paths[name])
     processor = sentencepiece.SentencePieceProcessor(model_file=str(paths[name]))
     for text in random_texts(600, seed=1):
@@ -100,7 +102,7 @@ def test_text_streams(paths: dict[str, Path], name: str) -> None:
     ("name", "cuts"),
     [("llama", 2), ("unigram", 2), ("defaults", 1), ("no_space", 1), ("no_bytes", 0), ("suffix", 0)],
 )
-def test_texts_are_cut_without_a_trace(paths: dict[str, Path], name: str, cuts: int) -> None:
+def test_texts_cut_in_pieces_have_the_same_ids(paths: dict[str, Path], name: str, cuts: int) -> None:
     tokenizer = load(paths[name])
     assert len(tokenizer.cuts) == cuts
     made = ties = 0
@@ -121,7 +123,7 @@ def test_texts_are_cut_without_a_trace(paths: dict[str, Path], name: str, cuts: 
     assert ties < 20
 
 
-def test_encoding_from_several_threads(paths: dict[str, Path]) -> None:
+def test_several_threads_encode_the_same(paths: dict[str, Path]) -> None:
     tokenizer = load(paths["llama"])
     texts = list(random_texts(200, seed=3))
     expected = [tokenizer.encode(text).tolist() for text in texts]
@@ -129,7 +131,7 @@ def test_encoding_from_several_threads(paths: dict[str, Path]) -> None:
         assert [ids.tolist() for ids in pool.map(tokenizer.encode, texts)] == expected
 
 
-def test_bad_files(llama: Path, tmp_path: Path) -> None:
+def test_damaged_files_are_refused(llama: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.model"
     whole = llama.read_bytes()
     for content in (b"", b"junk", whole[: len(whole) // 2], whole[:-3], b"\x80" * 40, b'{"model": {}}'):
@@ -138,7 +140,7 @@ def test_bad_files(llama: Path, tmp_path: Path) -> None:
             load(path)
 
 
-def test_what_ends_a_text(llama: Path, tmp_path: Path) -> None:
+def test_end_of_text_must_be_a_symbol_of_the_file(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"end_of_text=<end>: not a symbol of .*; there are </s>, <ctl>, <s>, <unk>"):
         load(llama, "<end>")
     without = train_sentencepiece(tmp_path / "without.model", eos_id=-1)
@@ -147,7 +149,9 @@ def test_what_ends_a_text(llama: Path, tmp_path: Path) -> None:
     assert load(without, "<ctl>").end_of_text == 2
 
 
-def test_missing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_files_and_a_missing_library_are_named(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match=r"tokenizer\.path=.*nowhere: no such file"):
         load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"there is no tokenizer\.model in it; .*tokenizer=huggingface"):

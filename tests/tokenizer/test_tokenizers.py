@@ -52,7 +52,7 @@ def test_gpt2_ranks_are_the_published_ones() -> None:
     assert digest == "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # tiktoken's own check
 
 
-def test_gpt2_ids(gpt2: Tokenizer) -> None:
+def test_gpt2_has_the_published_ids(gpt2: Tokenizer) -> None:
     ids = gpt2.encode("Hello, I am")
     assert ids.dtype == np.uint32
     assert ids.tolist() == [15496, 11, 314, 716]
@@ -75,7 +75,7 @@ def test_gpt2_merges_as_the_reference_algorithm() -> None:
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("name", ["gpt2", "byte"])
-def test_round_trip(name: str, text: str) -> None:
+def test_texts_survive_a_round_trip(name: str, text: str) -> None:
     tokenizer = {"gpt2": GPT2(), "byte": Byte()}[name].build()
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids.tolist()) == text
@@ -83,14 +83,14 @@ def test_round_trip(name: str, text: str) -> None:
     assert not (ids == tokenizer.end_of_text).any()  # special tokens in a text are ordinary characters
 
 
-def test_cut_characters_stay_cut(gpt2: Tokenizer) -> None:
+def test_a_cut_character_is_decoded_as_its_bytes(gpt2: Tokenizer) -> None:
     ids = gpt2.encode("🙂").tolist()
     assert gpt2.decode_bytes(ids[:1]) == "🙂".encode()[:2]
     assert gpt2.decode(ids[:1]) == "\ufffd"
 
 
 @pytest.mark.parametrize("name", ["gpt2", "byte"])
-def test_special_tokens_of_a_template(name: str) -> None:
+def test_special_tokens_of_a_template_have_their_ids(name: str) -> None:
     tokenizer = {"gpt2": GPT2(), "byte": Byte()}[name].build()
     assert dict(tokenizer.special_tokens) == {END_OF_TEXT: tokenizer.end_of_text}
     parts = [*tokenizer.encode("one"), tokenizer.end_of_text, *tokenizer.encode(" two"), tokenizer.end_of_text]
@@ -102,13 +102,13 @@ def test_special_tokens_of_a_template(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "byte"])
-def test_ids_beyond_the_vocabulary(name: str) -> None:
+def test_ids_beyond_the_vocabulary_decode_to_a_replacement_character(name: str) -> None:
     """A model's vocabulary may be larger, and an untrained one finds its ids."""
     tokenizer = {"gpt2": GPT2(), "byte": Byte()}[name].build()
     assert tokenizer.decode([tokenizer.vocab_size, tokenizer.vocab_size + 40]) == "\ufffd\ufffd"
 
 
-def test_encoding_from_several_threads(gpt2: Tokenizer) -> None:
+def test_several_threads_encode_the_same(gpt2: Tokenizer) -> None:
     texts = [f"{i} {'the quick brown fox ' * i}" for i in range(40)]
     expected = [gpt2.encode(text).tolist() for text in texts]
     with ThreadPoolExecutor(8) as pool:
@@ -118,7 +118,7 @@ def test_encoding_from_several_threads(gpt2: Tokenizer) -> None:
 # --- byte --------------------------------------------------------------------------------------------------------
 
 
-def test_byte_ids() -> None:
+def test_byte_ids_are_the_bytes() -> None:
     tokenizer = Byte().build()
     assert tokenizer.encode("aé").tolist() == [97, 0xC3, 0xA9]
     assert tokenizer.decode([97, 0xC3]) == "a\ufffd"
@@ -142,7 +142,7 @@ def test_file_with_gpt2_ranks_is_gpt2(gpt2: Tokenizer) -> None:
     assert from_file(RANKS).build().fingerprint == by_name.fingerprint == gpt2.fingerprint
 
 
-def test_ids_from_a_file(ranks_file: Path) -> None:
+def test_ids_are_those_of_a_ranks_file(ranks_file: Path) -> None:
     tokenizer = from_file(ranks_file, end_of_text="<end>").build()
     assert tokenizer.encode("abba").tolist() == [256, 98, 97]
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (258, 257)
@@ -190,14 +190,14 @@ def test_fingerprint_follows_whatever_decides_the_ids(ranks_file: Path, tmp_path
         (b"IQ== 0\n", "cut or damaged: byte 0x00 has no token"),
     ],
 )
-def test_bad_files(tmp_path: Path, content: bytes, message: str) -> None:
+def test_damaged_files_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "x.tiktoken"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         from_file(path).build()
 
 
-def test_missing_file(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer\.encoding=.*nowhere\.tiktoken: No such file"):
         from_file(tmp_path / "nowhere.tiktoken").build()
 
@@ -210,12 +210,12 @@ def test_missing_file(tmp_path: Path) -> None:
         ({"end_of_text": ""}, "end_of_text='': must not be empty"),
     ],
 )
-def test_values_that_do_not_fit(values: dict[str, str], message: str) -> None:
+def test_values_that_do_not_match_are_refused(values: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Tiktoken(**{"encoding": "cl100k_base", "pattern": None, "end_of_text": END_OF_TEXT} | values)
 
 
-def test_unusable_values(ranks_file: Path) -> None:
+def test_unusable_values_are_refused(ranks_file: Path) -> None:
     with pytest.raises(ValueError, match=r"encoding=gpt5: no such encoding; there are gpt2, .*cl100k_base"):
         Tiktoken(encoding="gpt5", pattern=None, end_of_text=END_OF_TEXT).build()
     with pytest.raises(ValueError, match=r"end_of_text=<end>: not a special token of gpt2; there are <\|endoftext\|>"):
@@ -228,7 +228,7 @@ def test_unusable_values(ranks_file: Path) -> None:
         from_file(ranks_file, pattern="cl100").build()
 
 
-def test_failing_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(ValueError, match=r"o200k_base: tiktoken could not download it .* path of a \.tiktoken file"):
