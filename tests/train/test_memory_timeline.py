@@ -37,7 +37,7 @@ EVENTS = [
 ]
 
 
-def test_blocks_are_told_apart_by_what_made_them_and_what_they_outlive() -> None:
+def test_memory_is_divided_by_origin_and_lifetime() -> None:
     timeline = Timeline.of(EVENTS, BORDERS, is_cuda=False, weights=1000, state=2000)
     at = dict(zip(timeline.milliseconds.tolist(), range(len(timeline.milliseconds)), strict=True))
     held = {category: {when: int(values[i]) for when, i in at.items()} for category, values in timeline.held.items()}
@@ -65,7 +65,7 @@ def test_blocks_are_told_apart_by_what_made_them_and_what_they_outlive() -> None
     assert timeline.borders == [(0.5, "data"), (1.5, "forward"), (2.5, "backward"), (3.5, "optimizer")]
 
 
-def test_on_a_gpu_the_allocator_says_what_was_there_before() -> None:
+def test_memory_allocated_before_is_counted_on_a_gpu() -> None:
     events = [
         event(100, 1, 99, device=CPU),
         event(200, 10, 100, total=1000 + 2000 + 300 + 100, device=CUDA),
@@ -76,7 +76,7 @@ def test_on_a_gpu_the_allocator_says_what_was_there_before() -> None:
     assert timeline.total.tolist() == [3300, 3400, 3150]
 
 
-def test_without_any_event_there_is_a_picture_all_the_same(tmp_path: Path) -> None:
+def test_a_timeline_without_events_is_drawn(tmp_path: Path) -> None:
     timeline = Timeline.of([], [], is_cuda=False, weights=0, state=0)
     draw(timeline, tmp_path / "empty.png", "nothing")
     assert (tmp_path / "empty.png").stat().st_size > 0

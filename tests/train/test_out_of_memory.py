@@ -21,7 +21,7 @@ def test_sizes_are_halved_until_it_fits() -> None:
     assert noted == [(6, "no room for 11"), (3, "no room for 6"), (2, "no room for 3")]
 
 
-def test_one_that_does_not_fit_is_an_error() -> None:
+def test_a_single_sequence_that_does_not_fit_is_an_error() -> None:
     def work(size: int) -> None:
         raise torch.OutOfMemoryError("no room")
 
@@ -37,7 +37,7 @@ def test_other_errors_are_not_caught() -> None:
         halved_on_out_of_memory(work, 4)
 
 
-def test_what_torch_raises_on_a_cpu_is_recognised() -> None:
+def test_torchs_error_without_memory_on_a_cpu_is_recognised() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)

@@ -79,7 +79,7 @@ def test_a_resumed_run_profiles_its_own_first_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("steps", "message"), [(6, "steps 5 to 6: "), (3, "there is none: the steps 5 to 7 are")])
-def test_a_run_that_ends_before_the_profile_does(tmp_path: Path, steps: int, message: str) -> None:
+def test_a_short_run_profiles_the_steps_it_has(tmp_path: Path, steps: int, message: str) -> None:
     done = llmtrain("train", *TINY, f"loop.max_steps={steps}", "runtime.profile=true", "run_dir=run", cwd=tmp_path)
     assert message in done.stdout
     assert (tmp_path / "run" / "profile").exists() == (steps == 6)
@@ -88,7 +88,7 @@ def test_a_run_that_ends_before_the_profile_does(tmp_path: Path, steps: int, mes
 
 
 @pytest.mark.slow
-def test_replaying_profiles_nothing(tmp_path: Path) -> None:
+def test_verify_writes_no_profile(tmp_path: Path) -> None:
     train(tmp_path / "run", "runtime.profile=true", "checkpoint.every_steps=1", "checkpoint.keep_last=0")
     before = sorted((tmp_path / "run").rglob("*"))
     done = llmtrain("verify", "run", "replay_steps=7", cwd=tmp_path)

@@ -10,7 +10,7 @@ from llmtrain.train.signals import stop_on_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
-def test_the_first_is_noted_and_the_handlers_come_back(number: signal.Signals) -> None:
+def test_the_first_signal_is_recorded_and_the_handlers_are_restored(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with stop_on_signals() as stop:
         assert not stop
@@ -19,7 +19,7 @@ def test_the_first_is_noted_and_the_handlers_come_back(number: signal.Signals) -
     assert signal.getsignal(number) == before
 
 
-def test_a_handler_of_before_is_called_after_the_save() -> None:
+def test_an_earlier_handler_is_called_after_the_save() -> None:
     order = []
     before = signal.signal(signal.SIGUSR2, lambda number, frame: order.append(signal.Signals(number).name))
     try:
@@ -52,7 +52,7 @@ with stop_on_signals() as stop:
         (("SIGUSR1", "SIGTERM", "SIGTERM"), 143),
     ],
 )
-def test_a_second_one_ends_at_once(names: tuple[str, ...], status: int) -> None:
+def test_a_second_signal_ends_at_once(names: tuple[str, ...], status: int) -> None:
     done = subprocess.run([sys.executable, "-c", TWO, *names], capture_output=True, text=True)
     assert done.returncode == status
     assert ("still here" in done.stdout) == (status == 0)

@@ -59,7 +59,7 @@ def test_parts_never_add_up_to_more_than_the_whole() -> None:
     assert stopwatch.take(0.0) == dict.fromkeys(("data", "forward", "backward", "optimizer", "other"), 0.0)
 
 
-def test_a_step_that_was_begun_again_counts_once_and_forgetting_forgets() -> None:
+def test_a_repeated_step_counts_once_and_forget_clears_it() -> None:
     clock = Clock()
     stopwatch = Stopwatch(torch.device("cpu"), clock)
     assert stopwatch.shares() is None
@@ -93,7 +93,7 @@ def test_the_rows_hold_the_breakdown(tmp_path: Path, log_every: int) -> None:
     assert "where it went    data " in (result.run_dir / "train.log").read_text()
 
 
-def test_a_run_whose_rows_have_no_breakdown_goes_on(tmp_path: Path) -> None:
+def test_a_run_whose_rows_have_no_breakdown_is_resumed(tmp_path: Path) -> None:
     """As older versions wrote them."""
     import json
 
@@ -118,7 +118,7 @@ def test_a_run_whose_rows_have_no_breakdown_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_device_is_timed_without_waiting_for_it() -> None:
+def test_a_gpu_is_timed_without_waiting_for_it() -> None:
     device = torch.device("cuda")
     stopwatch = Stopwatch(device, lambda: 0.0)
     matrix = torch.randn(4096, 4096, device=device)

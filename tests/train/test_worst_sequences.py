@@ -68,7 +68,7 @@ def planted(at: int, what: str) -> str:
 TEXTS = [planted(0, ""), planted(100, "z" * 40), planted(200, "zz"), planted(150, "!"), planted(10, "z" * 60)]
 
 
-def test_the_worst_come_first_with_the_place_where_they_are_bad() -> None:
+def test_the_worst_sequences_come_first_with_their_worst_place() -> None:
     found = find(sequences_of(*TEXTS), 4)
     assert [each["sequence"] for each in found] == [3, 4, 1, 2]
     assert math.isnan(found[0]["loss"])
@@ -85,20 +85,20 @@ def test_the_worst_come_first_with_the_place_where_they_are_bad() -> None:
     )
 
 
-def test_what_poisons_all_that_follows_is_shown() -> None:
+def test_the_place_of_a_nan_is_shown() -> None:
     found = find(sequences_of(*(planted(at, "!") for at in range(154, 165))), 11)
     assert all("!" in each["text"] for each in found)
     assert all(math.isnan(each["loss"]) for each in found)
 
 
-def test_only_what_was_in_the_batch_and_no_more_than_asked_for() -> None:
+def test_at_most_as_many_sequences_of_the_batch_as_asked() -> None:
     sequences = sequences_of(*TEXTS)
     assert [each["sequence"] for each in find(sequences, 2, [2, 0, 0, 2])] == [2, 0]
     assert [each["sequence"] for each in find(sequences, 1, [0, 1, 2])] == [1]
     assert find(sequences, 0) == []
 
 
-def test_what_is_found_can_be_logged() -> None:
+def test_worst_sequences_can_be_logged() -> None:
     found = find(sequences_of(*TEXTS), 5)
     assert json.loads(to_line({"event": "refused", "step": 1, "examples": found}))["examples"][0]["loss"] == "nan"
 
@@ -114,7 +114,7 @@ def test_excerpts_are_short_at_any_length(length: int) -> None:
     assert len(found[0]["text"]) <= 67  # 64 targets, the input before them, two marks
 
 
-def test_long_words_are_cut() -> None:
+def test_excerpts_of_long_words_are_cut() -> None:
     gpt2 = GPT2().build()
     ids = gpt2.encode(" internationally" * 65).astype(np.uint16)
     assert len(ids) == 65
