@@ -119,7 +119,7 @@ def test_the_first_step_starts_from_the_weights(saved: Path, tmp_path: Path) -> 
         assert len(ours["token_embedding.weight"]) == (257 if name == "gpt2" else 300)
 
 
-def test_fewer_positions_are_taken_and_told(gpt2: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_fewer_positions_are_taken_and_reported(gpt2: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["model=auto", "model.context_length=32", "weights=huggingface", "weights.path=gpt2", "run_dir=run"]
     assert main(["train", *TRAIN, *arguments]) == 0
     assert "of its 64 positions the first 32 are taken" in capfd.readouterr().err
@@ -133,7 +133,7 @@ def test_an_untied_model_starts_from_the_embedding(gpt2: Path, capfd: pytest.Cap
     torch.testing.assert_close(ours["head.weight"], ours["token_embedding.weight"], atol=1e-9, rtol=0)
 
 
-def test_what_is_otherwise_on_purpose_is_told(
+def test_settings_other_than_the_checkpoints_are_reported(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -178,17 +178,19 @@ def test_tensors_that_do_not_fit_are_listed(gpt2: Path, capfd: pytest.CaptureFix
         ("model.qkv_bias=false", "c_attn.bias is not 0, and the model has no such bias"),
     ],
 )  # fmt: skip
-def test_another_model(gpt2: Path, override: str, message: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_weights_of_another_size_are_refused(
+    gpt2: Path, override: str, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     retouch(gpt2, transformer__h__0__attn__c_attn__bias=torch.ones(96))
     assert message in refused(*GPT, override, *WEIGHTS, capfd=capfd)
 
 
-def test_another_family(saved: Path, gpt2: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_weights_of_another_family_are_refused(saved: Path, gpt2: Path, capfd: pytest.CaptureFixture[str]) -> None:
     line = refused(*GPT, "weights=huggingface", f"weights.path={saved / 'llama'}", capfd=capfd)
     assert "model_type=llama, and the model is a GPT; model=auto" in line
 
 
-def test_a_head_of_its_own_is_not_lost(gpt2: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_untied_head_is_not_lost(gpt2: Path, capfd: pytest.CaptureFixture[str]) -> None:
     embedding = load_file(gpt2 / "model.safetensors")["transformer.wte.weight"]
     retouch(gpt2, lm_head__weight=embedding + 1)
     assert "take model.tie_embeddings=false" in refused("model=auto", *WEIGHTS, capfd=capfd)
@@ -197,13 +199,13 @@ def test_a_head_of_its_own_is_not_lost(gpt2: Path, capfd: pytest.CaptureFixture[
     assert main(["train", *TRAIN, "model=auto", *WEIGHTS, "run_dir=run2"]) == 0
 
 
-def test_model_longer_than_its_positions(gpt2: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_context_longer_than_the_positions_is_refused(gpt2: Path, capfd: pytest.CaptureFixture[str]) -> None:
     line = refused("model=auto", "model.context_length=100", *WEIGHTS, capfd=capfd)
     assert "model.context_length=100: the model would be longer than its positions, 64 in gpt2/config.json" in line
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
-def test_a_pickle(gpt2: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_pickle_is_refused(gpt2: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     (gpt2 / "model.safetensors").rename(gpt2 / name)
     line = refused("model=auto", *WEIGHTS, capfd=capfd)
     assert f"gpt2/{name}: a pickle" in line
@@ -211,13 +213,13 @@ def test_a_pickle(gpt2: Path, name: str, capfd: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize("size", [0, 7, 100, -1])
-def test_a_cut_file(gpt2: Path, size: int, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_cut_file_is_refused(gpt2: Path, size: int, capfd: pytest.CaptureFixture[str]) -> None:
     file = gpt2 / "model.safetensors"
     file.write_bytes(file.read_bytes()[:size])
     assert "gpt2/model.safetensors: cut or damaged" in refused("model=auto", *WEIGHTS, capfd=capfd)
 
 
-def test_a_file_that_is_cut_while_it_is_read(gpt2: Path) -> None:
+def test_a_file_cut_while_it_is_read_is_refused(gpt2: Path) -> None:
     """It is read and not mapped: an error, where a map would end the process."""
     with Directory(gpt2) as directory:
         last = max(directory.shapes, key=lambda name: directory._where[name].start)
@@ -228,12 +230,12 @@ def test_a_file_that_is_cut_while_it_is_read(gpt2: Path) -> None:
             directory.read(last)
 
 
-def test_quantised_weights(gpt2: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_quantised_weights_are_refused(gpt2: Path, capfd: pytest.CaptureFixture[str]) -> None:
     retouch(gpt2, transformer__ln_f__bias=torch.ones(32, dtype=torch.int8))
     assert "transformer.ln_f.bias is I8, no floating-point" in refused("model=auto", *WEIGHTS, capfd=capfd)
 
 
-def test_shards(saved: Path, gpt2: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_damaged_shards_are_refused(saved: Path, gpt2: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = Path(shutil.copytree(saved / "shards", "shards"))
     weights = ("model=auto", "weights=huggingface", "weights.path=shards")
     index = folder / "model.safetensors.index.json"
@@ -263,7 +265,7 @@ def test_shards(saved: Path, gpt2: Path, capfd: pytest.CaptureFixture[str]) -> N
         ({"activation_function": "relu"}, 'activation_function="relu": must be gelu_new'),
     ],
 )
-def test_what_is_not_known(
+def test_unknown_architectures_are_refused(
     gpt2: Path, changes: dict[str, Any], message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     edit(gpt2, **changes)
@@ -271,7 +273,9 @@ def test_what_is_not_known(
     assert message in refused(*GPT, *WEIGHTS, capfd=capfd)
 
 
-def test_no_such_place(gpt2: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_weights_is_refused(
+    gpt2: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     Path("empty").mkdir()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for path, message in (
@@ -309,7 +313,7 @@ def test_from_the_hub_only_data_are_taken(tmp_path: Path, monkeypatch: pytest.Mo
 # --- the fingerprint ----------------------------------------------------------------------------------------------
 
 
-def test_fingerprint(gpt2: Path, saved: Path) -> None:
+def test_the_fingerprint_follows_the_content_alone(gpt2: Path, saved: Path) -> None:
     before = fingerprint(gpt2)
     gpt2.rename("elsewhere")
     folder = Path("elsewhere")
@@ -322,7 +326,7 @@ def test_fingerprint(gpt2: Path, saved: Path) -> None:
     assert len({fingerprint(saved / name) for name in ("gpt2", "llama", "shards")}) == 3
 
 
-def test_fingerprint_of_a_large_file(gpt2: Path) -> None:
+def test_the_fingerprint_of_a_large_file_follows_its_parts(gpt2: Path) -> None:
     """The first and the last byte count, and every 64 KiB block that is looked at in between."""
     file = gpt2 / "model.safetensors"
     size = 70 * SAMPLE
