@@ -73,7 +73,7 @@ def points_down(own: str, module: str) -> bool:
     return own == other or is_contract or other in MODULES.get(own, ()) or DEPTH[own] < DEPTH[other]
 
 
-def test_the_table_is_complete() -> None:
+def test_every_module_has_a_layer() -> None:
     assert set(DEPTH) == {top(path) for path in FILES}
 
 
@@ -81,11 +81,11 @@ def test_imports_are_absolute() -> None:
     assert not [path for path in FILES if any(module.startswith(".") for module in imports(path))]
 
 
-def test_imports_point_down() -> None:
+def test_imports_point_to_lower_layers() -> None:
     assert not [(str(path), module) for path in FILES for module in imports(path) if not points_down(top(path), module)]
 
 
-def test_the_rule_notices() -> None:
+def test_imports_of_higher_layers_are_found() -> None:
     assert not points_down("clipping", "llmtrain.train.loop")
     assert not points_down("optimizer", "llmtrain.model")
     assert not points_down("lora", "llmtrain.model.gpt")
@@ -93,7 +93,7 @@ def test_the_rule_notices() -> None:
     assert points_down("lora", "llmtrain.model")
 
 
-def test_only_the_door_knows_hydra() -> None:
+def test_only_cli_and_config_import_hydra() -> None:
     knowing = {top(path) for path in FILES if {"hydra", "omegaconf"} & {m.split(".")[0] for m in imports(path)}}
     assert knowing == HYDRA
 
@@ -102,7 +102,7 @@ def test_few_modules_start_processes() -> None:
     assert {top(path) for path in FILES if "subprocess" in imports(path)} == PROCESSES
 
 
-def test_nothing_runs_what_it_reads() -> None:
+def test_no_module_can_run_the_files_it_reads() -> None:
     """A run directory, a checkpoint or a text travels: reading one must never execute it."""
     for path in FILES:
         assert not UNSAFE_MODULES & {module.split(".")[0] for module in imports(path)}, path

@@ -25,7 +25,7 @@ def test_every_module_is_in_a_package() -> None:
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_all_that_the_program_reads(tmp_path: Path) -> None:
+def test_the_wheel_holds_every_file_the_program_reads(tmp_path: Path) -> None:
     source = tmp_path / "source"  # a copy: building leaves a folder behind, and takes what an older one left
     for name in ("llmtrain", "conf", "data"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -58,7 +58,7 @@ def test_the_wheel_holds_all_that_the_program_reads(tmp_path: Path) -> None:
     ],
     ids=["help", "cfg", "verb_help"],
 )
-def test_what_shows_only_is_light(tmp_path: Path, arguments: list[str], not_imported: set[str]) -> None:
+def test_commands_that_only_show_import_no_torch(tmp_path: Path, arguments: list[str], not_imported: set[str]) -> None:
     program = (
         "import sys\n"
         "from llmtrain.cli.main import main\n"
