@@ -38,7 +38,7 @@ def recompute_cheap(block: nn.Module, offloader: Offloader | None = None) -> Non
 
     def contexts() -> Contexts:
         results = Results(offloader, unneeded)
-        return Keeping(results), Recalling(results)
+        return SaveMode(results), ReplayMode(results)
 
     # torch's compiler knows its own contexts alone: it asks the policy when it divides the graph, and what is kept then
     # comes to the hooks of the offloader
@@ -106,7 +106,7 @@ class Results:
         return packed if isinstance(packed, Tensor) else packed.restore()
 
 
-class Eager(TorchDispatchMode):
+class ResultsMode(TorchDispatchMode):
     """A mode that what is compiled within a block, FlexAttention, runs beside: computed again, and never kept."""
 
     def __init__(self, results: Results) -> None:
@@ -118,7 +118,7 @@ class Eager(TorchDispatchMode):
         return True
 
 
-class Keeping(Eager):
+class SaveMode(ResultsMode):
     """The forward pass."""
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -129,7 +129,7 @@ class Keeping(Eager):
         return result
 
 
-class Recalling(Eager):
+class ReplayMode(ResultsMode):
     """Its repetition, which torch ends as soon as backward has all that it needs."""
 
     def __init__(self, results: Results) -> None:

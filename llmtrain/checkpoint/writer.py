@@ -28,7 +28,7 @@ from llmtrain.base.tensor_files import CheckpointError
 from llmtrain.checkpoint.directory import step_of
 from llmtrain.checkpoint.format import confirm_checkpoint, remove_checkpoint, verify_checkpoint, write_checkpoint
 from llmtrain.checkpoint.policy import Checkpoint
-from llmtrain.metrics import Standing
+from llmtrain.metrics import ValidationScore
 from llmtrain.run.directory import RunDirectory
 
 NICENESS = 10  # of the writing thread: it takes what the training threads leave
@@ -145,7 +145,7 @@ class Saver:
         optimizer: dict[str, Tensor],
         state: dict[str, Any],
         config: str,
-        standings: Mapping[int, Standing],
+        standings: Mapping[int, ValidationScore],
         *,
         copied: bool = True,
     ) -> None:
@@ -226,7 +226,7 @@ class Saver:
         optimizer: dict[str, Tensor],
         state: dict[str, Any],
         config: str,
-        standings: Mapping[int, Standing],
+        standings: Mapping[int, ValidationScore],
     ) -> None:
         try:
             self.whole.discard(saved.path)
@@ -239,7 +239,7 @@ class Saver:
             saved.error = error
         saved.seconds = time.perf_counter() - self._begun
 
-    def _remove_superfluous(self, saved: Saved, standings: Mapping[int, Standing]) -> None:
+    def _remove_superfluous(self, saved: Saved, standings: Mapping[int, ValidationScore]) -> None:
         """Remove what the policy does not keep; a checkpoint that is not whole neither counts nor goes."""
         for path in self.directory.find_checkpoints():
             if path not in self.whole and path not in self.damaged:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 
-class Clipped(NamedTuple):
+class ClipResult(NamedTuple):
     """What clipping saw; 0-dimensional tensors on the gradients' device."""
 
     norm: Tensor  # fp32, global L2 norm of all gradients before clipping
@@ -21,7 +21,7 @@ class Clipping(ABC):
     start_step: int  # steps before this one (0-based) are measured, not clipped
 
     @abstractmethod
-    def __call__(self, parameters: Sequence[tuple[str, nn.Parameter]], step: int) -> Clipped:
+    def __call__(self, parameters: Sequence[tuple[str, nn.Parameter]], step: int) -> ClipResult:
         """Clip the gradients of the named ``parameters`` in place; parameters without gradient are passed over.
 
         A gradient that is not finite yields a norm that is not finite; the loop then refuses the step.

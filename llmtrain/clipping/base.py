@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.base.checks import non_negative
-from llmtrain.clipping import Clipped, Clipping
+from llmtrain.clipping import Clipping, ClipResult
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class MeasuredClipping(Clipping):
         non_negative(start_step=self.start_step)
 
     @torch.no_grad()
-    def __call__(self, parameters: Sequence[tuple[str, nn.Parameter]], step: int) -> Clipped:
+    def __call__(self, parameters: Sequence[tuple[str, nn.Parameter]], step: int) -> ClipResult:
         gradients = measure(parameters)
         clip = step >= self.start_step and gradients.tensors
         clipped = self.clip(gradients) if clip else torch.zeros_like(gradients.norm, dtype=torch.bool)
-        return Clipped(gradients.norm.float(), gradients.largest.float(), clipped)
+        return ClipResult(gradients.norm.float(), gradients.largest.float(), clipped)
 
     @abstractmethod
     def clip(self, gradients: Gradients) -> Tensor:

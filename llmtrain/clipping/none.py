@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from llmtrain.clipping import Clipped, Clipping
+from llmtrain.clipping import Clipping, ClipResult
 from llmtrain.clipping.base import measure
 
 
@@ -17,7 +17,7 @@ class NoClipping(Clipping):
     start_step = 0
 
     @torch.no_grad()
-    def __call__(self, parameters: Sequence[tuple[str, nn.Parameter]], step: int) -> Clipped:
+    def __call__(self, parameters: Sequence[tuple[str, nn.Parameter]], step: int) -> ClipResult:
         gradients = measure(parameters)
         clipped = torch.zeros_like(gradients.norm, dtype=torch.bool)
-        return Clipped(gradients.norm.float(), gradients.largest.float(), clipped)
+        return ClipResult(gradients.norm.float(), gradients.largest.float(), clipped)

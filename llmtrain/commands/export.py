@@ -28,13 +28,22 @@ from llmtrain.hf.directory import locate
 from llmtrain.hf.peft import export_adapter, import_adapter
 from llmtrain.hf.tokenizer_export import files
 from llmtrain.hf.writing import config_json, is_transposed, write
-from llmtrain.lora.low_rank import LowRank
+from llmtrain.lora.low_rank import LowRankAdaptation
 from llmtrain.lora.merge import merge
 from llmtrain.lora.quantization import Quantization
 from llmtrain.lora.targets import HEAD
 from llmtrain.run.conversation import template_of
 from llmtrain.run.load import Trained, load_trained
-from llmtrain.verify.logits import Differs, answer, ask, ask_peft, ask_transformers, compare, has, read_back
+from llmtrain.verify.logits import (
+    ExportMismatch,
+    check_logits,
+    compute_logits,
+    is_installed,
+    peft_logits,
+    reference_logits,
+    reloaded_logits,
+    transformers_logits,
+)
 from llmtrain.weights.huggingface import HuggingFace
 
 
@@ -94,7 +103,7 @@ def main(settings: Export, invocation: Invocation) -> int:
         if to.is_dir():
             to.rmdir()  # an empty one
         temporary.rename(to)
-    except Differs as error:
+    except ExportMismatch as error:
         print(f"{to}: not written: {error}", file=sys.stderr)
         return FAILED
     finally:
@@ -119,12 +128,12 @@ def whole(settings: Export, trained: Trained, folder: Path) -> None:
     if is_tied and hasattr(model, HEAD):
         values = config_json(model, dtype, tokens, labels, multi_label)
         print("the output layer, which was the embedding, is a matrix of its own: the adapter is for the input alone")
-    before = ask(trained)
+    before = reference_logits(trained)
     if dtype != torch.float32:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(dtype))
-        rounded = ask(trained)
+        rounded = reference_logits(trained)
         change = significant(before.difference(rounded.logits))
         print(f"rounded to {str(dtype).removeprefix('torch.')}: logits change by up to {change}")
         before = rounded
@@ -132,13 +141,13 @@ def whole(settings: Export, trained: Trained, folder: Path) -> None:
     write(model, folder, values, generation, dtype=dtype, shard_bytes=round(settings.shard_gb * 1e9))
     write_files(contents, folder)
     model.to_empty(device="meta")  # its memory goes before the copy's comes
-    compare("this program", before, read_back(folder, config_of(model), len(labels), before.prompts))
-    if not has("transformers"):
+    check_logits("this program", before, reloaded_logits(folder, config_of(model), len(labels), before.prompts))
+    if not is_installed("transformers"):
         print("with transformers: not compared, it is not installed")
     elif values["model_type"] == "baichuan":
         print("with transformers: not compared, it has no Baichuan of its own")
     else:
-        compare("transformers", before, ask_transformers(folder, trained, before.prompts))
+        check_logits("transformers", before, transformers_logits(folder, trained, before.prompts))
 
 
 def type_of_base(run: RunConfig) -> DType:
@@ -195,7 +204,7 @@ def write_files(contents: dict[str, str], folder: Path) -> None:
 def adapter(settings: Export, trained: Trained, folder: Path) -> None:
     """``format=peft``."""
     model, run, labels = trained.model, trained.run, trained.state.labels
-    if not isinstance(run.lora, LowRank):
+    if not isinstance(run.lora, LowRankAdaptation):
         raise ValueError(
             "format=peft: this run trained the weights themselves and has no adapters; take format=huggingface"
         )
@@ -203,7 +212,7 @@ def adapter(settings: Export, trained: Trained, folder: Path) -> None:
     names = module_names(model) | {CLASSIFIER.removesuffix(".weight"): SCORE.removesuffix(".weight")}
     kind = family.write_config(config_of(model), model.vocab_size)["model_type"]
     base = str(locate(run.weights.path).resolve()) if isinstance(run.weights, HuggingFace) else None
-    before = ask(trained)
+    before = reference_logits(trained)
     transposed = is_transposed(family, model, kind)
     export_adapter(model, run.lora, names, folder, base=base, fan_in_fan_out=transposed)
     contents, pad = tokenizer_files(trained, may_add=False)  # of the base nothing is changed
@@ -213,17 +222,17 @@ def adapter(settings: Export, trained: Trained, folder: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     copy = run.make_model(model.vocab_size, labels, torch.device("cpu"), generator, load_weights=False).eval()
     import_adapter(copy, run.lora, names, folder)
-    compare("this program", before, answer(copy, before.prompts))
+    check_logits("this program", before, compute_logits(copy, before.prompts))
     reason = ""
     if base is None:
         reason = "the base is another run's: export that too, and name it to PeftModel.from_pretrained"
     elif kind == "baichuan":
         reason = "transformers has no Baichuan of its own"
-    elif not (has("peft") and has("transformers")):
+    elif not (is_installed("peft") and is_installed("transformers")):
         reason = "it is not installed"
     elif run.lora.quantization is not Quantization.none:
         reason = "its base would not be quantised"
     if reason or base is None:
         print(f"with PEFT: not compared, {reason}")
     else:
-        compare("PEFT", before, ask_peft(base, folder, len(labels), before.prompts))
+        check_logits("PEFT", before, peft_logits(base, folder, len(labels), before.prompts))

@@ -30,7 +30,7 @@ from llmtrain.config.older_versions import complete
 from llmtrain.metrics import read_metrics
 from llmtrain.run.directory import RunDirectory
 from llmtrain.run.run import Run
-from llmtrain.verify.replay import Comparison, Replay, compare
+from llmtrain.verify.replay import ReplayComparison, compare, replay
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def main(settings: Verify, invocation: Invocation) -> int:
         if settings.replay_steps == 0:
             console.print("files checked; nothing replayed (replay_steps=0)")
             return FINISHED
-        return replay(console, settings, directory, checkpoints)
+        return replay_and_compare(console, settings, directory, checkpoints)
 
 
 def check_files(console: Console, checkpoints: Sequence[Path]) -> bool:
@@ -96,7 +96,7 @@ def fail(console: Console, message: str) -> int:
     return FAILED
 
 
-def replay(console: Console, settings: Verify, directory: RunDirectory, checkpoints: Sequence[Path]) -> int:
+def replay_and_compare(console: Console, settings: Verify, directory: RunDirectory, checkpoints: Sequence[Path]) -> int:
     """Replay up to the last checkpoint, compare and tell."""
     first, last = (checkpoints[-2] if len(checkpoints) > 1 else None), checkpoints[-1]
     start, end = (step_of(first) if first else 0), step_of(last)
@@ -129,7 +129,7 @@ def replay(console: Console, settings: Verify, directory: RunDirectory, checkpoi
     with tempfile.TemporaryDirectory(prefix="llmtrain-verify-") as scratch, Progress(console=console) as progress:
         task = progress.add_task("", total=end - start, visible=console.is_terminal)
         try:
-            replayed = Replay.of(run, directory, Path(scratch), first, end, lambda: progress.advance(task))
+            replayed = replay(run, directory, Path(scratch), first, end, lambda: progress.advance(task))
         except ValueError as error:  # the data are damaged, or others
             return fail(console, "; ".join([str(error), *getattr(error, "__notes__", [])]))
         found = compare(replayed, directory, last if end == step_of(last) else None)
@@ -147,24 +147,24 @@ def logged_at(directory: RunDirectory) -> list[int]:
     return [row["step"] for row in read_metrics(directory.metrics) if "loss" in row and "event" not in row]
 
 
-def report(console: Console, found: Comparison, inexact: str | None, tolerance: float) -> int:
+def report(console: Console, found: ReplayComparison, inexact: str | None, tolerance: float) -> int:
     """Print what was compared; 0 if it agrees.  ``inexact`` says why bits may differ, None if they must not."""
     table = Table(box=None, pad_edge=False)
     for heading in ("compared", "number", "equal", "largest relative difference"):
         table.add_column(heading, justify="left" if heading == "compared" else "right")
-    for kind in found.kinds:
-        table.add_row(kind.name, f"{kind.count:,}", f"{kind.equal:,}", f"{kind.worst:.2g}" if kind.worst else "0")
+    for group in found.groups:
+        table.add_row(group.name, f"{group.count:,}", f"{group.equal:,}", f"{group.worst:.2g}" if group.worst else "0")
     console.print(table)
     allowed = 0.0 if inexact is None else tolerance
-    bad = [kind for kind in found.kinds if kind.equal < kind.count and not kind.worst <= allowed]
-    for kind in bad:
-        fail(console, kind.first_difference)
+    bad = [group for group in found.groups if group.equal < group.count and not group.worst <= allowed]
+    for group in bad:
+        fail(console, group.first_difference)
     if bad:
         return FAILED
     how = "bit for bit" if found.equal else f"within {tolerance:g} ({inexact})"
     console.print(
         Text(f"verified, {how}: from its checkpoints the run goes on as it went", style="bold green"), soft_wrap=True
     )
-    if found.note:
-        console.print(Text(visible(found.note)), soft_wrap=True)
+    if found.remark:
+        console.print(Text(visible(found.remark)), soft_wrap=True)
     return FINISHED

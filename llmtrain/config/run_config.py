@@ -28,7 +28,7 @@ from llmtrain.config.overrides import search_path
 from llmtrain.data import Corpus, DataConfig
 from llmtrain.evaluation.loss import LossSum
 from llmtrain.lora import Lora
-from llmtrain.lora.low_rank import LowRank
+from llmtrain.lora.low_rank import LowRankAdaptation
 from llmtrain.metrics import MetricsConfig
 from llmtrain.model import LanguageModel, ModelConfig
 from llmtrain.objective import Objective
@@ -195,7 +195,7 @@ class RunConfig:
             self.objective.attach(model, labels, generator, class_weights)
         with naming("lora"):
             self.lora.apply(model, generator)
-            if load_weights and isinstance(self.lora, LowRank) and self.lora.path is not None:
+            if load_weights and isinstance(self.lora, LowRankAdaptation) and self.lora.path is not None:
                 start_from(model, self.lora, Path(self.lora.path))
         model.has_base = self.lora.adapts
         return model

@@ -21,6 +21,8 @@ MOVED = {  # classes by the names that older versions wrote
     "llmtrain.loop_config.LoopConfig": "llmtrain.train.config.LoopConfig",
     "llmtrain.runtime.Runtime": "llmtrain.base.runtime.Runtime",
     "llmtrain.run.Run": "llmtrain.run.run.Run",
+    "llmtrain.recovery.off.Off": "llmtrain.recovery.off.RecoveryOff",
+    "llmtrain.recovery.on.On": "llmtrain.recovery.on.RecoveryOn",
 }
 
 

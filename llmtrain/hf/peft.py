@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llmtrain.base.files import share, write_atomically
 from llmtrain.base.tensor_files import CheckpointError, read_tensors
 from llmtrain.lora.layers import LoraEmbedding
-from llmtrain.lora.low_rank import CLASSIFIER, LowRank
+from llmtrain.lora.low_rank import CLASSIFIER, LowRankAdaptation
 from llmtrain.lora.merge import adapters
 from llmtrain.lora.targets import EMBEDDING, HEAD, is_end
 from llmtrain.model import LanguageModel
@@ -42,7 +42,7 @@ class Entry(NamedTuple):
 
 def export_adapter(
     model: LanguageModel,
-    lora: LowRank,
+    lora: LowRankAdaptation,
     names: Mapping[str, str],
     to: Path,
     *,
@@ -91,7 +91,7 @@ def export_adapter(
 
 
 @torch.no_grad()
-def import_adapter(model: LanguageModel, lora: LowRank, names: Mapping[str, str], path: Path) -> None:
+def import_adapter(model: LanguageModel, lora: LowRankAdaptation, names: Mapping[str, str], path: Path) -> None:
     """Copy a PEFT adapter into the adapters that ``lora`` has put into ``model``.
 
     Raises ValueError for a setting that is not this run's, and :class:`CheckpointError` naming the tensors that are
@@ -195,7 +195,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def check_config(config: Mapping[str, Any], lora: LowRank, path: Path) -> None:
+def check_config(config: Mapping[str, Any], lora: LowRankAdaptation, path: Path) -> None:
     """Raise ValueError unless an adapter of PEFT's ``config`` computes what one of ``lora`` does."""
     kind = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
     if config.get("use_dora") and config.get("use_rslora"):
@@ -210,7 +210,7 @@ def check_config(config: Mapping[str, Any], lora: LowRank, path: Path) -> None:
             raise ValueError(f"{path / CONFIG}: {key}={config[key]}: has no counterpart here")
 
 
-def check_kind(lora: LowRank, kind: str, rank: Any, alpha: Any, path: Path) -> None:
+def check_kind(lora: LowRankAdaptation, kind: str, rank: Any, alpha: Any, path: Path) -> None:
     """Raise ValueError unless the adapters of ``path`` are those of ``lora``."""
     if kind != lora.kind:
         raise ValueError(f"lora={lora.kind}: the adapters of {path} are of another kind; lora={kind}")

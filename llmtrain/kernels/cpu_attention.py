@@ -89,19 +89,19 @@ def find_kernel() -> tuple[Kernel | None, str]:
     return (kernel, "") if wrong < TOLERANCE else (None, f"our own computes wrongly here, by {wrong:.1%}")
 
 
-def is_there() -> bool:
+def is_available() -> bool:
     """Whether there is a kernel."""
     return find_kernel()[0] is not None
 
 
-def takes(tensor: Tensor) -> bool:
+def supports(tensor: Tensor) -> bool:
     """Whether the kernel computes the attention of ``tensor``, queries ``(batch, heads, sequence, head_size)``."""
-    return tensor.device.type == "cpu" and _dtype(tensor) == torch.bfloat16 and fits(tensor.shape[-1])
+    return tensor.device.type == "cpu" and _dtype(tensor) == torch.bfloat16 and supports_head_size(tensor.shape[-1])
 
 
-def fits(head_size: int) -> bool:
+def supports_head_size(head_size: int) -> bool:
     """Whether the kernel is there for heads of this size."""
-    return head_size % MULTIPLE == 0 and is_there()
+    return head_size % MULTIPLE == 0 and is_available()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, first: Tensor | None = None) -> Tensor:

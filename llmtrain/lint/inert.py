@@ -9,7 +9,7 @@ from llmtrain.activation_checkpointing.selective import By, Selective
 from llmtrain.data.shards import Shards
 from llmtrain.lint.case import Case, Finding, warning
 from llmtrain.precision.fp16 import FP16
-from llmtrain.recovery.on import On
+from llmtrain.recovery.on import RecoveryOn
 from llmtrain.schedule.linear_warmup_cosine_lr import LinearWarmupCosineLR
 from llmtrain.schedule.step import StepDecay
 from llmtrain.schedule.warmup import Warmup
@@ -79,12 +79,12 @@ def missed_stages(case: Case) -> list[Stage]:
 
 def is_off(case: Case, key: str) -> bool:
     """Whether a part of ``recovery=on`` is switched off by a 0."""
-    return isinstance(case.run.recovery, On) and not getattr(case.run.recovery, key)
+    return isinstance(case.run.recovery, RecoveryOn) and not getattr(case.run.recovery, key)
 
 
 def judges_too_late(case: Case) -> bool:
     """Whether the run ends before there are enough steps to tell a spike by."""
-    return isinstance(case.run.recovery, On) and case.run.recovery.min_window_steps >= case.max_steps
+    return isinstance(case.run.recovery, RecoveryOn) and case.run.recovery.min_window_steps >= case.max_steps
 
 
 def selects_operations(case: Case) -> bool:

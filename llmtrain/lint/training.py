@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from llmtrain.base.options import option_name
 from llmtrain.config.build import naming
 from llmtrain.lint.case import Case, Finding, error, warning
-from llmtrain.lora.low_rank import LowRank
+from llmtrain.lora.low_rank import LowRankAdaptation
 from llmtrain.lora.merge import adapters
 from llmtrain.optimizer.groups import GroupedOptimizer
 from llmtrain.precision.auto import has_native_bf16
@@ -47,7 +47,7 @@ def nothing_trainable(case: Case) -> Iterator[Finding]:
 def oversized_adapters(case: Case) -> Iterator[Finding]:
     """A rank so high that nothing is saved."""
     lora = case.run.lora
-    if not isinstance(lora, LowRank):
+    if not isinstance(lora, LowRankAdaptation):
         return
     with_adapter = adapters(case.model)
     sizes = {name: (module.lora_A.shape[1], module.lora_B.shape[0]) for name, module in with_adapter.items()}

@@ -23,7 +23,7 @@ class Lora(ABC):
         """
 
 
-def trained_and_all(model: LanguageModel) -> tuple[int, int]:
+def count_parameters(model: LanguageModel) -> tuple[int, int]:
     """How many parameters of ``model`` are trained, and how many it has: adapters too, vocabulary padding not."""
     sizes = {name: math.prod(tensor.shape) for name, tensor in model.state_dict().items()}
     named = dict(model.named_parameters())  # shared ones once

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llmtrain.lora.low_rank import LowRank
+from llmtrain.lora.low_rank import LowRankAdaptation
 
 
 @dataclass(frozen=True)
-class DoRA(LowRank):
+class DoRA(LowRankAdaptation):
     """``m V x / |V|`` with ``V = W + (alpha / rank) B A``: magnitude ``m`` and direction of each output apart.
 
     The norm ``|V|`` counts as a constant in the gradient, section 4.3 of the paper.

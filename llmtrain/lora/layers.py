@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmtrain.lora.quantization import Packed
+from llmtrain.lora.quantization import PackedWeight
 
 
 class PackedProduct(torch.autograd.Function):
     """``x @ weight.T + bias`` of a weight that has no gradient, made for the product and dropped after it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, packed: Packed) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, packed: PackedWeight) -> Tensor:
         ctx.packed = packed
         return F.linear(x, packed.dense(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -38,7 +38,7 @@ class FrozenLinear(nn.Linear):
     Of a packed weight the parameter ``weight`` has name and shape, on the meta device, and no data.
     """
 
-    def __init__(self, linear: nn.Linear, packed: Packed | None) -> None:
+    def __init__(self, linear: nn.Linear, packed: PackedWeight | None) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.register_parameter("bias", linear.bias)
         self.packed = packed

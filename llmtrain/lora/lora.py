@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from llmtrain.lora.low_rank import LowRank
+from llmtrain.lora.low_rank import LowRankAdaptation
 
 
 @dataclass(frozen=True)
-class LoRA(LowRank):
+class LoRA(LowRankAdaptation):
     """``W x + (alpha / rank) B A x``."""
 
     @property

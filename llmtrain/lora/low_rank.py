@@ -20,7 +20,7 @@ CLASSIFIER = "classifier."  # what an objective adds is new, and trained whateve
 
 
 @dataclass(frozen=True)
-class LowRank(Lora):
+class LowRankAdaptation(Lora):
     """Adapters ``B A`` of ``rank`` beside the weights that ``targets`` names; the other weights are frozen."""
 
     adapts: ClassVar[bool] = True

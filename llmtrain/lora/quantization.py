@@ -26,12 +26,12 @@ class Quantization(Enum):
     int8 = "int8"  # 8 bits and an fp32 scale a row
     nf4 = "nf4"  # 4 bits in blocks of 64, their scales in 8 bits: 4.13 bits in all
 
-    def pack(self, weight: Tensor) -> "Packed | None":
+    def pack(self, weight: Tensor) -> "PackedWeight | None":
         """``weight`` ``(out, in)`` in fewer bits; None where it stays as it is."""
         return None if self is Quantization.none else PACKED[self](weight.detach())
 
 
-class Packed:
+class PackedWeight:
     """A matrix in fewer bits; ``stored`` are the tensors that make it up."""
 
     stored: dict[str, Tensor]
@@ -68,7 +68,7 @@ class Packed:
         return self.unpack().to(dtype)
 
 
-class PackedBF16(Packed):
+class BF16Weight(PackedWeight):
     """What autocast multiplies with anyway: with ``precision=bf16`` the results are the same to the bit."""
 
     def layout(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -81,7 +81,7 @@ class PackedBF16(Packed):
         return self.stored["packed"]
 
 
-class PackedInt8(Packed):
+class Int8Weight(PackedWeight):
     """Each row is ``q * largest / 127`` with whole numbers ``q`` from -127 to 127."""
 
     def layout(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -98,7 +98,7 @@ class PackedInt8(Packed):
         return self.stored["packed"] * self.stored["scales"][:, None]
 
 
-class PackedNF4(Packed):
+class NF4Weight(PackedWeight):
     """4 bits a number that name one of 16 quantiles of the normal distribution, times its block's largest magnitude."""
 
     def layout(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -124,7 +124,7 @@ class PackedNF4(Packed):
         return self._dequantize(self.stored["packed"], self._state)
 
 
-PACKED = {Quantization.bf16: PackedBF16, Quantization.int8: PackedInt8, Quantization.nf4: PackedNF4}
+PACKED = {Quantization.bf16: BF16Weight, Quantization.int8: Int8Weight, Quantization.nf4: NF4Weight}
 
 
 def functional() -> Any:

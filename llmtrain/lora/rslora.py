@@ -3,11 +3,11 @@
 import math
 from dataclasses import dataclass
 
-from llmtrain.lora.low_rank import LowRank
+from llmtrain.lora.low_rank import LowRankAdaptation
 
 
 @dataclass(frozen=True)
-class RsLoRA(LowRank):
+class RsLoRA(LowRankAdaptation):
     """``W x + (alpha / sqrt(rank)) B A x``: what the adapters do to activations and gradients is alike at any rank."""
 
     @property

@@ -20,12 +20,12 @@ from typing import Self
 
 from llmtrain.metrics.jsonl import Row, drop_rows, read_metrics
 
-__all__ = ["Metrics", "MetricsConfig", "Row", "Standing", "drop_rows", "read_metrics", "standing"]
+__all__ = ["Metrics", "MetricsConfig", "Row", "ValidationScore", "drop_rows", "read_metrics", "validation_score"]
 
-Standing = tuple[float, float]
+ValidationScore = tuple[float, float]
 
 
-def standing(validation: Row) -> Standing:
+def validation_score(validation: Row) -> ValidationScore:
     """What validation rows of a run are compared by, the least being the best.
 
     That is the accuracy where classes are told apart, and the loss among equals: a classifier that grows surer of

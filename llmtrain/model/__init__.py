@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.model.layers.kv_cache import KVCache
-from llmtrain.model.layers.skip_init import Unfilled
+from llmtrain.model.layers.skip_init import SkipInitMode
 
 
 class LanguageModel(nn.Module, ABC):
@@ -147,7 +147,7 @@ class ModelConfig(ABC):
 
     def create(self, vocab_size: int, device: torch.device, generator: torch.Generator) -> LanguageModel:
         """Allocate on ``device``, initialise there; nothing is filled twice."""
-        with torch.device(device), Unfilled():
+        with torch.device(device), SkipInitMode():
             model = self.build(vocab_size)
         model.initialise(generator)
         return model

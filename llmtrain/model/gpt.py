@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llmtrain.kernels.dropout import Dropout
 from llmtrain.model import LanguageModel, ModelConfig
-from llmtrain.model.layers.attention import Kernel, Sight, attend, kernel_for, segment_starts, sight
+from llmtrain.model.layers.attention import AttentionMask, Kernel, attend, attention_mask, kernel_for, segment_starts
 from llmtrain.model.layers.kv_cache import KVCache, LayerCache
 from llmtrain.model.layers.padded_vocabulary import hide_padding, logit_bias, padded_size
 
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
         self.projection = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, cache: LayerCache | None, sight: Sight) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None, mask: AttentionMask) -> Tensor:
         """``x`` and the result: ``(batch, sequence, hidden)``."""
         batch, length, hidden = x.shape
         heads = self.qkv(x).view(batch, length, 3, self.num_heads, hidden // self.num_heads)
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         query, key, value = (each.transpose(1, 2) for each in heads.unbind(2))
         if cache is not None:
             key, value = cache.update(key, value)
-        y = attend(query, key, value, sight, self.dropout if self.training else 0.0)
+        y = attend(query, key, value, mask, self.dropout if self.training else 0.0)
         return self.projection(y.transpose(1, 2).reshape(batch, length, hidden))
 
 
@@ -108,8 +108,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None, sight: Sight = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), cache, sight))
+    def forward(self, x: Tensor, cache: LayerCache | None = None, mask: AttentionMask = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), cache, mask))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -144,7 +144,7 @@ class GPT(LanguageModel):
         dropout = self.config.dropout if self.training else 0.0
         head_size = self.config.hidden_size // self.config.num_heads
         kernel = kernel_for(ids, head_size, dropout) if cache is None else Kernel.sdpa
-        seen = sight(length, past, ids.device, starts=starts, kernel=kernel)
+        seen = attention_mask(length, past, ids.device, starts=starts, kernel=kernel)
         x = self.dropout(self.token_embedding(ids) + self.position_embedding(positions))
         if cache is None:
             for block in self.callable_blocks:

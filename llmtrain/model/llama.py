@@ -16,10 +16,18 @@ from torch import Tensor, nn
 
 from llmtrain.kernels.dropout import Dropout
 from llmtrain.model import LanguageModel, ModelConfig
-from llmtrain.model.layers.attention import Kernel, Sight, alibi_slopes, attend, kernel_for, segment_starts, sight
+from llmtrain.model.layers.attention import (
+    AttentionMask,
+    Kernel,
+    alibi_slopes,
+    attend,
+    attention_mask,
+    kernel_for,
+    segment_starts,
+)
 from llmtrain.model.layers.kv_cache import KVCache, LayerCache
 from llmtrain.model.layers.padded_vocabulary import hide_padding, logit_bias, padded_size
-from llmtrain.model.layers.rotary import Rotary, Scaling, Turns, rotate, turns
+from llmtrain.model.layers.rotary import Rotary, Rotation, Scaling, rotate, rotation
 
 
 class Position(Enum):
@@ -173,19 +181,19 @@ class Attention(nn.Module):
             self.query_norm = RMSNorm(self.head_size, config.norm_eps)
             self.key_norm = RMSNorm(self.head_size, config.norm_eps)
 
-    def forward(self, x: Tensor, cache: LayerCache | None, sight: Sight, turns: Turns | None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None, mask: AttentionMask, rotation: Rotation | None) -> Tensor:
         """``x`` and the result: ``(batch, sequence, hidden)``."""
         separate = not self.is_fused
         parts = (self.query(x), self.key(x), self.value(x)) if separate else self.qkv(x).split(self.sizes, dim=-1)
         query, key, value = (part.unflatten(-1, (-1, self.head_size)) for part in parts)  # (batch, sequence, heads, …)
         if self.has_norms:
             query, key = self.query_norm(query), self.key_norm(key)
-        if turns is not None:
-            query, key = rotate(query, turns), rotate(key, turns)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value)
-        y = attend(query, key, value, sight, self.dropout if self.training else 0.0)
+        y = attend(query, key, value, mask, self.dropout if self.training else 0.0)
         return self.projection(y.transpose(1, 2).flatten(2))
 
 
@@ -214,9 +222,9 @@ class Block(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, cache: LayerCache | None = None, sight: Sight = None, turns: Turns | None = None
+        self, x: Tensor, cache: LayerCache | None = None, mask: AttentionMask = None, rotation: Rotation | None = None
     ) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), cache, sight, turns))
+        x = x + self.dropout(self.attention(self.attention_norm(x), cache, mask, rotation))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -263,8 +271,8 @@ class Llama(LanguageModel):
         assert cache is None or segments is None
         length, past = ids.shape[1], 0 if cache is None else cache.length
         starts = None if segments is None else segment_starts(segments)
-        turned = self._turns(length, past, ids.device, starts)
-        seen = self._sights(ids, cache, starts)
+        turned = self._rotation(length, past, ids.device, starts)
+        seen = self._masks(ids, cache, starts)
         x = self.dropout(self.token_embedding(ids))
         if cache is None:
             for layer, block in enumerate(self.callable_blocks):
@@ -275,7 +283,7 @@ class Llama(LanguageModel):
             cache.advance(length)
         return self.final_norm(x)
 
-    def _turns(self, length: int, past: int, device: torch.device, starts: Tensor | None) -> Turns | None:
+    def _rotation(self, length: int, past: int, device: torch.device, starts: Tensor | None) -> Rotation | None:
         """What the rotary positions of a forward pass are; None with ALiBi."""
         if self.rotary is None:
             return None
@@ -285,16 +293,16 @@ class Llama(LanguageModel):
         frequencies = self.positions.value
         if self.rotary.changes_at(past + length):
             frequencies = self.rotary.frequencies(device, past + length)
-        return turns(positions, frequencies, self.rotary.magnitude)
+        return rotation(positions, frequencies, self.rotary.magnitude)
 
-    def _sights(self, ids: Tensor, cache: KVCache | None, starts: Tensor | None) -> dict[int | None, Sight]:
+    def _masks(self, ids: Tensor, cache: KVCache | None, starts: Tensor | None) -> dict[int | None, AttentionMask]:
         """Which keys queries see, for each window that a layer has."""
         length, past = ids.shape[1], 0 if cache is None else cache.length
         dropout = self.config.dropout if self.training else 0.0
         kernel = kernel_for(ids, self.config.size_of_head, dropout) if cache is None else Kernel.sdpa
         slopes = self.positions.value if self.rotary is None else None
         return {
-            window: sight(length, past, ids.device, starts=starts, window=window, slopes=slopes, kernel=kernel)
+            window: attention_mask(length, past, ids.device, starts=starts, window=window, slopes=slopes, kernel=kernel)
             for window in {self.config.window(layer) for layer in range(self.num_layers)}
         }
 

@@ -8,7 +8,7 @@ import torch
 from llmtrain.optimizer import step
 
 
-class Composite(torch.optim.Optimizer):
+class CompositeOptimizer(torch.optim.Optimizer):
     """One optimizer made of ``parts`` with disjoint parameters.
 
     ``param_groups`` holds the parts' own group dictionaries, so that what is set on a group (its learning rate)

@@ -14,7 +14,7 @@ from llmtrain.base.checks import non_negative
 from llmtrain.optimizer.adam import build_adam
 from llmtrain.optimizer.adamw import AdamW
 from llmtrain.optimizer.blockwise_quantization import BLOCK
-from llmtrain.optimizer.composite import Composite
+from llmtrain.optimizer.composite import CompositeOptimizer
 from llmtrain.optimizer.groups import Member, parameter_groups
 from llmtrain.optimizer.stochastic_rounding import noise, seed_of, step_seeds
 
@@ -68,7 +68,7 @@ class CompactAdamW(AdamW):
             parts.append(
                 build_adam(torch.optim.AdamW, parameter_groups(whole, self.lr), betas=self.betas, eps=self.eps)
             )
-        return Composite(parts)
+        return CompositeOptimizer(parts)
 
 
 class CompactAdamWOptimizer(torch.optim.Optimizer):

@@ -12,7 +12,7 @@ from torch import nn
 
 from llmtrain.base.checks import non_negative, positive
 from llmtrain.optimizer.adam import build_adam
-from llmtrain.optimizer.composite import Composite
+from llmtrain.optimizer.composite import CompositeOptimizer
 from llmtrain.optimizer.groups import GroupedOptimizer, Layered, Member, check_betas, parameter_groups
 
 
@@ -65,7 +65,7 @@ class Muon(GroupedOptimizer):
         if rest:
             groups = parameter_groups(rest, self.lr)
             parts.append(build_adam(torch.optim.AdamW, groups, betas=self.betas, eps=self.eps))
-        return Composite(parts)
+        return CompositeOptimizer(parts)
 
     def _build_muon(self, matrices: list[Member]) -> torch.optim.Muon:
         optimizer = torch.optim.Muon(

@@ -15,7 +15,7 @@ from llmtrain.clipping import Clipping
 from llmtrain.data import DataConfig
 from llmtrain.lora import Lora
 from llmtrain.model import LanguageModel, ModelConfig
-from llmtrain.model.layers.skip_init import Unfilled
+from llmtrain.model.layers.skip_init import SkipInitMode
 from llmtrain.objective import Objective
 from llmtrain.optimizer import OptimizerConfig
 from llmtrain.precision import Precision, PrecisionConfig
@@ -44,7 +44,7 @@ class Settings(Protocol):
 
 def outline(settings: Settings, vocab_size: int, labels: Sequence[str]) -> LanguageModel:
     """The model with its head and adapters on the meta device: sizes alone, nothing is allocated."""
-    with torch.device("meta"), Unfilled():
+    with torch.device("meta"), SkipInitMode():
         model = settings.model.build(vocab_size)
         generator = torch.Generator("cpu")
         settings.objective.attach(model, labels, generator)
@@ -105,7 +105,7 @@ class Blueprint:
         if num_layers is not None:
             config = dataclasses.replace(config, num_layers=num_layers)
         generator = torch.Generator(device)
-        with Unfilled():
+        with SkipInitMode():
             with torch.device(device):
                 model: LanguageModel = config.build(self.vocab_size)
             model.initialise(generator)  # makes what is neither parameter nor argument

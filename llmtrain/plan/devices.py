@@ -9,7 +9,7 @@ import torch
 
 from llmtrain.base.device import available_memory, device_name, peak_flops
 from llmtrain.base.options import option_name
-from llmtrain.kernels.cpu_attention import is_there
+from llmtrain.kernels.cpu_attention import is_available
 from llmtrain.precision import Precision, PrecisionConfig
 
 # The share of a device's dense peak that whole training steps come to, where nothing was measured: for the matrix
@@ -45,7 +45,7 @@ class DeviceSpec:
         """The share of :meth:`peak_flops` that training comes to."""
         if self.is_gpu:
             return UTILISATION.get(precision.name, 0.3)
-        has_own = precision.name == "bf16" and is_there()
+        has_own = precision.name == "bf16" and is_available()
         others = CPU_OTHERS_OWN_ATTENTION if has_own else CPU_OTHERS
         return 1 / (CPU_PRODUCTS + others * self.peak_flops(precision) / torch.get_num_threads())
 

@@ -6,11 +6,11 @@ The protocol, step by step, between the loop and a :class:`Recovery`:
 2. After backward and clipping it calls ``judge(loss, norm)``, which stays on the device.  The optimizer is told
    ``"refused"``, the loss scaler ``"non_finite"`` (a spike is no overflow: it must not change the scale), and all the
    scalars go through the readback with the step's other numbers.
-3. When a step's numbers have come back the loop calls ``note(Verdict.of(...))``: every step, once, in order.
+3. When a step's numbers have come back the loop calls ``record(Verdict.of(...))``: every step, once, in order.
 4. After step ``s`` was launched and the notes made that have come in, the loop calls ``decide(s)``, before a save
    that may be due, and carries out the actions in their order.  Only steps up to ``s - LAG`` are decided upon, so the
    run does not depend on how early their numbers happened to arrive; the readback must have delivered those.
-5. A :class:`RollBack` is answered by ``rolled_back(to_step, stored)``, once model, optimizer and
+5. A :class:`Rollback` is answered by ``rolled_back(to_step, stored)``, once model, optimizer and
    ``TrainState`` are those of the checkpoint and the readback is empty: the records under way belong to steps that are
    undone, and are dropped, not noted.  ``stored`` is what ``state_dict`` had given to that checkpoint.  The
    actions that it returns are carried out as well.  The object itself is not reloaded: what it has tried so far must
@@ -43,7 +43,7 @@ class Skip:
 
 
 @dataclass(frozen=True)
-class RollBack:
+class Rollback:
     """Go back to the newest whole checkpoint of at most ``before_step``, with other data.
 
     The data goes on ``batches`` batches behind the furthest position that the run has reached.
@@ -55,7 +55,7 @@ class RollBack:
 
 
 @dataclass(frozen=True)
-class LowerRate:
+class RateReduction:
     """The schedule's rate is multiplied by ``factor`` for the coming ``steps`` steps.
 
     To be recorded only: :meth:`Recovery.rate_factor` knows already.
@@ -66,7 +66,7 @@ class LowerRate:
 
 
 @dataclass(frozen=True)
-class GiveUp:
+class Failure:
     """Stop the run as failed.
 
     ``reason`` explains to the user, in whole sentences, at which step what happened, what was tried and which keys
@@ -76,7 +76,7 @@ class GiveUp:
     reason: str
 
 
-Action = Skip | RollBack | LowerRate | GiveUp
+Action = Skip | Rollback | RateReduction | Failure
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Recovery(ABC):
         """
 
     @abstractmethod
-    def note(self, verdict: Verdict) -> None:
+    def record(self, verdict: Verdict) -> None:
         """Take note of a step whose numbers have come back: each step once, in order."""
 
     @abstractmethod

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from llmtrain.recovery import LAG, Action, GiveUp, Recovery, RollBack, Verdict
+from llmtrain.recovery import LAG, Action, Failure, Recovery, Rollback, Verdict
 
 
-class Lagged(Recovery):
+class DelayedRecovery(Recovery):
     """A recovery that :meth:`consider` defines: it sees each step ``LAG`` steps after its launch, in order."""
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Lagged(Recovery):
     def consider(self, verdict: Verdict, step: int) -> list[Action]:
         """What to do about the step of ``verdict``, now that ``step`` has been launched."""
 
-    def note(self, verdict: Verdict) -> None:
+    def record(self, verdict: Verdict) -> None:
         assert self.newest is None or verdict.step == self.newest + 1, (verdict.step, self.newest)
         self.pending.append(verdict)
         self.newest = verdict.step
@@ -31,7 +31,7 @@ class Lagged(Recovery):
         actions: list[Action] = []
         while self.pending and self.pending[0].step <= step - LAG:
             actions += self.consider(self.pending.popleft(), step)
-            if any(isinstance(action, RollBack | GiveUp) for action in actions):
+            if any(isinstance(action, Rollback | Failure) for action in actions):
                 break  # whatever comes after depends on how that goes
         return actions
 
@@ -46,7 +46,7 @@ class Lagged(Recovery):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.forget_pending()
         for row in state.get("pending", []):
-            self.note(Verdict(**{key: _decode(value) for key, value in row.items()}))
+            self.record(Verdict(**{key: _decode(value) for key, value in row.items()}))
 
 
 def _encode(value: Any) -> Any:

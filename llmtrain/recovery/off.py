@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from llmtrain.base.checks import non_negative
-from llmtrain.recovery import Action, GiveUp, RecoveryConfig, Verdict
-from llmtrain.recovery.delayed import Lagged
+from llmtrain.recovery import Action, Failure, RecoveryConfig, Verdict
+from llmtrain.recovery.delayed import DelayedRecovery
 
 MAX_REFUSED_IN_A_ROW = 3
 
 
 @dataclass(frozen=True)
-class Off(RecoveryConfig):
+class RecoveryOff(RecoveryConfig):
     """Only what is not finite is refused; spikes are trained on."""
 
     examples: int
@@ -27,7 +27,7 @@ class Off(RecoveryConfig):
         return FiniteOnly()
 
 
-class FiniteOnly(Lagged):
+class FiniteOnly(DelayedRecovery):
     """Refuses a step whose loss or gradient norm is not finite; gives up after the third in a row.
 
     Under fp16 an overflow with a finite loss only means that the loss scale is still too large, and does not count.
@@ -49,7 +49,7 @@ class FiniteOnly(Lagged):
         if self.refused_in_a_row < MAX_REFUSED_IN_A_ROW:
             return []
         return [
-            GiveUp(
+            Failure(
                 f"step {verdict.step}: loss {verdict.loss:g} and gradient norm {verdict.grad_norm:g}, the "
                 f"{MAX_REFUSED_IN_A_ROW}rd step in a row that is not finite. None of them reached the weights. "
                 "Usual remedies: a lower optimizer.lr, a longer schedule.warmup_steps, clipping=norm, "

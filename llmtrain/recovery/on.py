@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from llmtrain.base.checks import fraction, non_negative, positive
-from llmtrain.recovery import Action, GiveUp, LowerRate, RecoveryConfig, RollBack, Skip, Verdict
-from llmtrain.recovery.delayed import Lagged
+from llmtrain.recovery import Action, Failure, RateReduction, RecoveryConfig, Rollback, Skip, Verdict
+from llmtrain.recovery.delayed import DelayedRecovery
 from llmtrain.recovery.window import Window
 
 
 @dataclass(frozen=True)
-class On(RecoveryConfig):
+class RecoveryOn(RecoveryConfig):
     """When a step is refused, and which rungs there are; every key is explained in ``conf/recovery/on.yaml``."""
 
     window_steps: int
@@ -82,7 +82,7 @@ class Episode:
 
 
 @dataclass
-class Tried:
+class Attempts:
     """What has been done since the ladder was last forgotten."""
 
     setbacks: int = 0  # times that ``rollback_after`` was reached, with or without a checkpoint to go back to
@@ -92,7 +92,7 @@ class Tried:
     lowerings: int = 0
 
 
-class Ladder(Lagged):
+class Ladder(DelayedRecovery):
     """``recovery=on`` at work.
 
     A step is refused where loss or gradient norm is not finite or above the limit of the :class:`Window` of accepted
@@ -107,7 +107,7 @@ class Ladder(Lagged):
     would be refused otherwise.
     """
 
-    def __init__(self, config: On, device: torch.device) -> None:
+    def __init__(self, config: RecoveryOn, device: torch.device) -> None:
         super().__init__()
         self.config = config
         self.window = Window(
@@ -118,12 +118,12 @@ class Ladder(Lagged):
             (config.loss_floor, config.grad_norm_floor),
         )
         self.episode: Episode | None = None
-        self.tried = Tried()
+        self.tried = Attempts()
         self.factor = 1.0  # of the learning rate, before the 0-based step lowered_until
         self.lowered_until = 0
         self.passed_over = 0  # steps up to this one were judged by a window that has been given up since
         self.batch_size: int | None = None  # of the step last considered
-        self.asked: tuple[Verdict, int] | None = None  # a RollBack's refused step, and the step launched by then
+        self.asked: tuple[Verdict, int] | None = None  # a Rollback's refused step, and the step launched by then
 
     # --- every step ---------------------------------------------------------------------------------------------
 
@@ -169,7 +169,7 @@ class Ladder(Lagged):
         if self.episode is None:
             self.episode = Episode(verdict.step, verdict.position)
             if config.forget_steps and verdict.step > self.tried.last_setback + config.forget_steps:
-                self.tried = Tried()
+                self.tried = Attempts()
         episode = self.episode
         episode.refused += 1
         episode.calm = 0
@@ -196,10 +196,10 @@ class Ladder(Lagged):
         self.asked = verdict, step
         first = self.episode.first_step
         before = max(first - self.config.rollback_steps, 0)
-        return [RollBack(before, self.config.rollback_skip_batches, first)]
+        return [Rollback(before, self.config.rollback_skip_batches, first)]
 
     def rolled_back(self, to_step: int | None, stored: Mapping[str, Any] | None) -> list[Action]:
-        assert self.asked is not None, "no RollBack was asked for"
+        assert self.asked is not None, "no Rollback was asked for"
         verdict, step = self.asked
         self.asked = None
         if to_step is None:
@@ -234,7 +234,7 @@ class Ladder(Lagged):
         self.factor = self.rate_factor(step) * self.config.lower_rate_factor
         self.lowered_until = step + self.config.lower_rate_steps
         self.tried.lowerings += 1
-        return [LowerRate(self.factor, self.config.lower_rate_steps)]
+        return [RateReduction(self.factor, self.config.lower_rate_steps)]
 
     def give_up(self, verdict: Verdict) -> list[Action]:
         """The end, explained."""
@@ -250,7 +250,7 @@ class Ladder(Lagged):
         unwanted = "; if the data is meant to change here: recovery=off, or larger recovery.loss_deviations and "
         unwanted += "recovery.grad_norm_deviations"
         return [
-            GiveUp(
+            Failure(
                 f"step {verdict.step}: {verdict.reason}; {_steps(episode.refused)} refused since step "
                 f"{episode.first_step}, none of which reached the weights. Tried before: {did or 'nothing'}. "
                 "Usual remedies: a lower optimizer.lr, a longer schedule.warmup_steps, clipping=norm with a smaller "
@@ -263,7 +263,7 @@ class Ladder(Lagged):
     # --- resuming -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        assert self.asked is None, "a RollBack waits for its answer"
+        assert self.asked is None, "a Rollback waits for its answer"
         return super().state_dict() | {
             "window": self.window.state_dict(),
             "episode": None if self.episode is None else asdict(self.episode),
@@ -277,7 +277,7 @@ class Ladder(Lagged):
         super().load_state_dict(state)
         self.window.load_state_dict(state.get("window", {}))
         self.episode = Episode(**state["episode"]) if state.get("episode") else None
-        self.tried = Tried(**state.get("tried", {}))
+        self.tried = Attempts(**state.get("tried", {}))
         self.factor = state.get("factor", 1.0)
         self.lowered_until = state.get("lowered_until", 0)
         self.passed_over = state.get("passed_over", 0)

@@ -12,7 +12,7 @@ import yaml
 
 from llmtrain.base.options import option_of_target
 from llmtrain.base.run_files import CONFIG, ENVIRONMENT, LOCK, MANIFEST, METRICS, SUMMARY
-from llmtrain.metrics import Row, read_metrics, standing
+from llmtrain.metrics import Row, read_metrics, validation_score
 
 DEPTH = 3  # levels below a target where runs are looked for: runs/sweeps/<sweep>/<job>
 PLACES = ("name", "output_dir", "run_dir")  # keys that say what a run is called and where it is, not what it does
@@ -93,7 +93,7 @@ def summarise(run_dir: Path) -> RunSummary:
         end = {}
     state = "running" if running else end.get("exit_reason", "interrupted" if rows else "pending")
     last: Row = trained[-1] if trained else {"step": 0, "tokens": 0, "loss": None}
-    best: Row = min(validated, key=standing, default={})
+    best: Row = min(validated, key=validation_score, default={})
     seconds = _train_seconds(trained)
     facts: dict[str, Any] = {
         "name": config.get("name"),

@@ -21,7 +21,7 @@ from llmtrain.display import Display, open_display
 from llmtrain.lint import Finding
 from llmtrain.metrics import Metrics
 from llmtrain.model import LanguageModel
-from llmtrain.model.layers.attention import why_slow
+from llmtrain.model.layers.attention import slow_attention_reason
 from llmtrain.plan.blueprint import Blueprint
 from llmtrain.plan.memory import estimate
 from llmtrain.run.autotune import Rehearsal, compile_loss, fit_micro_batch
@@ -134,7 +134,7 @@ def tune(run: RunConfig, parts: Parts, state: TrainState, peak_flops: float) -> 
     )  # fmt: skip
     if loss_sum is not None:
         parts = replace(parts, loss_sum=loss_sum)
-    if reason := why_slow(parts.device, parts.precision.dtype):
+    if reason := slow_attention_reason(parts.device, parts.precision.dtype):
         message = f"torch's kernel: {reason}; training is slower with it on this CPU"
         events.append({"event": "attention", "step": state.step, "message": message})
     return parts, [*events, *([] if event is None else [event])]

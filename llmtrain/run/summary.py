@@ -12,8 +12,8 @@ from llmtrain.base.format import count, rate
 from llmtrain.base.options import option_name
 from llmtrain.config.run_config import RunConfig
 from llmtrain.data import Corpus
-from llmtrain.lora import Lora, trained_and_all
-from llmtrain.lora.low_rank import LowRank
+from llmtrain.lora import Lora, count_parameters
+from llmtrain.lora.low_rank import LowRankAdaptation
 from llmtrain.model import LanguageModel
 from llmtrain.precision import Precision
 from llmtrain.train.loop import Loop
@@ -50,7 +50,7 @@ def header(
     yield "model", f"{name}, {count(model.num_parameters())} parameters, context {model.context_length}"
     if source := getattr(run.weights, "path", None):
         yield "weights", f"{option_name(run.weights)}, {source}"
-    trained, whole = trained_and_all(model)
+    trained, whole = count_parameters(model)
     if trained < whole:
         yield "trained", f"{trained:,} of {whole:,} parameters ({trained / whole:.2%}){_adapters(run.lora)}"
     yield "data", corpus.description
@@ -76,7 +76,7 @@ def header(
 
 
 def _adapters(lora: Lora) -> str:
-    if not isinstance(lora, LowRank):
+    if not isinstance(lora, LowRankAdaptation):
         return ""
     return f"; {option_name(lora)}, rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}"
 

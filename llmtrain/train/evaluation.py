@@ -14,13 +14,13 @@ from llmtrain.data.sequences import Sequences
 from llmtrain.display import Display
 from llmtrain.evaluation.loss import Evaluated, LossSum, Score, evaluate
 from llmtrain.inference.generate import generate
-from llmtrain.metrics import Metrics, Standing, standing
+from llmtrain.metrics import Metrics, ValidationScore, validation_score
 from llmtrain.metrics.jsonl import drop_rows
 from llmtrain.model import LanguageModel
 from llmtrain.precision import Precision
 from llmtrain.tokenizer import Tokenizer
 from llmtrain.train.config import LoopConfig
-from llmtrain.train.out_of_memory import halved_on_out_of_memory, is_out_of_memory
+from llmtrain.train.out_of_memory import halve_on_out_of_memory, is_out_of_memory
 from llmtrain.train.state import TrainState
 
 MEASURES = ("accuracy", "macro_f1", "confusion", "labels")  # of a validation row, where classes are told apart
@@ -48,7 +48,7 @@ class Looks:
     measures: Callable[[Tensor], dict[str, Any]] = lambda counted: {}  # what is told of that
     generates: bool = True  # whether samples of text say something
 
-    standings: dict[int, Standing] = field(default_factory=dict, init=False)  # by step, of the best the least
+    standings: dict[int, ValidationScore] = field(default_factory=dict, init=False)  # by step, of the best the least
     last_val_loss: float | None = field(default=None, init=False)
     last_train_loss: float | None = field(default=None, init=False)  # evaluated as the validation loss is
     last_measures: dict[str, Any] = field(default_factory=dict, init=False)  # accuracy and so on
@@ -103,7 +103,7 @@ class Looks:
                 precision=self.precision, device=self.device, stop=lambda: stop() is not None, score=self.score,
             )  # fmt: skip
 
-        return halved_on_out_of_memory(at, micro_batch_size)
+        return halve_on_out_of_memory(at, micro_batch_size)
 
     def epoch(self, tokens: int) -> float:
         """Passes over the training data after ``tokens`` target tokens."""
@@ -144,12 +144,12 @@ class Looks:
         self.evaluated_step = row["step"]
         self.last_val_loss, self.last_train_loss = row["val_loss"], row.get("train_loss")
         self.last_measures = {key: row[key] for key in MEASURES if key in row}
-        self.standings[row["step"]] = standing(row)
+        self.standings[row["step"]] = validation_score(row)
         best = state.best_val_step
         if best is None or state.best_val_loss is None:
             is_best = True
         elif best in self.standings:
-            is_best = standing(row) < self.standings[best]
+            is_best = validation_score(row) < self.standings[best]
         else:  # its own row is not read yet, or lost
             is_best = row["step"] > best and row["val_loss"] < state.best_val_loss
         if is_best:

@@ -30,17 +30,17 @@ from llmtrain.metrics import Metrics
 from llmtrain.model import LanguageModel
 from llmtrain.optimizer import step as optimizer_step
 from llmtrain.precision import Precision
-from llmtrain.recovery import Action, GiveUp, LowerRate, Recovery, RollBack, Skip, Verdict
+from llmtrain.recovery import Action, Failure, RateReduction, Recovery, Rollback, Skip, Verdict
 from llmtrain.run.directory import RunDirectory
 from llmtrain.schedule import Schedule
 from llmtrain.train.config import LoopConfig
 from llmtrain.train.evaluation import Looks
-from llmtrain.train.out_of_memory import halved_on_out_of_memory
+from llmtrain.train.out_of_memory import halve_on_out_of_memory
 from llmtrain.train.profiler import Profiler
 from llmtrain.train.readback import Readback, StepRecord
 from llmtrain.train.state import TrainState
 from llmtrain.train.step_timer import Stopwatch
-from llmtrain.train.worst_sequences import find_offenders
+from llmtrain.train.worst_sequences import find_worst_sequences
 
 MAX_REFUSED_AT_END = 3  # steps in a row; a run that ends with as many has not come to anything
 
@@ -89,7 +89,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.readback = Readback(self.device)
-        self.stopwatch = Stopwatch(self.device, self.clock, self.profiler.note)
+        self.stopwatch = Stopwatch(self.device, self.clock, self.profiler.on_phase_end)
         self.parameters = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         self.loader = self.open_loader(self.state)
         self.saved_step: int | None = self.state.step or None  # a resumed run starts from what is already saved
@@ -174,7 +174,7 @@ class Loop:
         self.stopwatch.start()
         batch = self.loader.next()
         self.stopwatch.mark("data")
-        loss = halved_on_out_of_memory(
+        loss = halve_on_out_of_memory(
             lambda size: self.accumulate(batch, size), self.micro_batch_size(len(batch.inputs)), self.note_halved
         )
         self.precision.unscale([p for _, p in self.parameters])
@@ -244,7 +244,7 @@ class Loop:
             self.since_log[0] += 1
             self.since_log[1] += record.tokens
             verdict = Verdict.of(record.step, record.position, record.batch_size, record.values)
-            self.recovery.note(verdict)
+            self.recovery.record(verdict)
             self.refused_in_a_row = self.refused_in_a_row + 1 if verdict.refused else 0
             if verdict.refused:
                 self.state.refused_steps += 1
@@ -318,12 +318,12 @@ class Loop:
                 message = f"{action.batches} batches of data are left out; on from position {self.state.position:,}"
                 where = {"batches": action.batches, "position": self.state.position}
                 self.event("skip", self.state.step, message=message, **where)
-            elif isinstance(action, RollBack):
+            elif isinstance(action, Rollback):
                 queue.extend(self.roll_back(action))
-            elif isinstance(action, LowerRate):
+            elif isinstance(action, RateReduction):
                 message = f"the learning rate is multiplied by {action.factor:g} for {action.steps:,} steps"
                 self.event("lower_rate", self.state.step, message=message, factor=action.factor, steps=action.steps)
-            elif isinstance(action, GiveUp):
+            elif isinstance(action, Failure):
                 raise TrainingFailed(
                     f"{action.reason} Resumed as it is, the run would come to the same end; go on from its last "
                     f"checkpoint with a change: llmtrain resume {self.directory.path} KEY=VALUE"
@@ -334,7 +334,7 @@ class Loop:
         examples = []
         if self.examples and not verdict.scaler_overflow:
             with self.precision.autocast():
-                examples = find_offenders(
+                examples = find_worst_sequences(
                     self.looks.plain_loss_sum, self.model, self.looks.tokenizer, self.looks.corpus.train,
                     self.sequences_at(record.position, record.batch_size), self.examples, self.device,
                     self.name_target,
@@ -351,7 +351,7 @@ class Loop:
         self.loader.close()
         self.loader = self.open_loader(state)
 
-    def roll_back(self, action: RollBack) -> Sequence[Action]:
+    def roll_back(self, action: Rollback) -> Sequence[Action]:
         """Go back to a checkpoint before the trouble, but on with the data behind it.
 
         Returns what the recovery wants next, where there is no such checkpoint.

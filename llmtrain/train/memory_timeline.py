@@ -19,7 +19,7 @@ MAX_POINTS = 4000  # in a picture; more are thinned, the peaks kept
 
 
 @dataclass(frozen=True)
-class Border:
+class PhaseBoundary:
     """The end of a phase (``"forward"``, …) at ``microseconds`` of the trace's clock."""
 
     microseconds: float
@@ -43,7 +43,7 @@ class Timeline:
 
     milliseconds: np.ndarray  # (points,), since the recording began
     held: dict[str, np.ndarray]  # category -> (points,); weights, and those that are ever there
-    borders: list[tuple[float, str]]  # milliseconds, the phase that ends there
+    boundaries: list[tuple[float, str]]  # milliseconds, the phase that ends there
 
     @property
     def total(self) -> np.ndarray:
@@ -58,7 +58,13 @@ class Timeline:
 
     @classmethod
     def of(
-        cls, events: Sequence[dict[str, Any]], borders: Sequence[Border], *, is_cuda: bool, weights: int, state: int
+        cls,
+        events: Sequence[dict[str, Any]],
+        boundaries: Sequence[PhaseBoundary],
+        *,
+        is_cuda: bool,
+        weights: int,
+        state: int,
     ) -> "Timeline":
         """From the ``traceEvents`` of a trace.
 
@@ -70,15 +76,17 @@ class Timeline:
             (event for event in events if event.get("name") == "[memory]" and event["args"]["Device Type"] == kind),
             key=lambda event: event["ts"],
         )
-        start = min((event["ts"] for event in [*memory[:1], *({"ts": b.microseconds} for b in borders)]), default=0.0)
+        start = min(
+            (event["ts"] for event in [*memory[:1], *({"ts": b.microseconds} for b in boundaries)]), default=0.0
+        )
         before = 0
         if is_cuda and memory:
             before = max(memory[0]["args"]["Total Allocated"] - memory[0]["args"]["Bytes"] - weights - state, 0)
         blocks, released = _blocks(memory)
         changes = [(when, HELD[2], -num_bytes) for when, num_bytes in released] if is_cuda else []
-        ends = [border.microseconds for border in borders]
+        ends = [boundary.microseconds for boundary in boundaries]
         for block in blocks:
-            category = _category(block, borders, bisect_right(ends, block.begin))
+            category = _category(block, boundaries, bisect_right(ends, block.begin))
             changes.append((block.begin, category, block.num_bytes))
             if block.end is not None:
                 changes.append((block.end, category, -block.num_bytes))
@@ -88,7 +96,7 @@ class Timeline:
         for category, first in zip((*HELD, *MADE), (weights, state, before, 0, 0, 0, 0), strict=True):
             steps = [first, *(delta if name == category else 0 for _, name, delta in changes)]
             held[category] = np.maximum(np.cumsum(steps, dtype=np.int64), 0)
-        marks = [((border.microseconds - start) / 1000, border.phase) for border in borders]
+        marks = [((boundary.microseconds - start) / 1000, boundary.phase) for boundary in boundaries]
         held = {name: values for name, values in held.items() if values.any() or name == HELD[0]}
         return cls((times - start) / 1000, held, marks)
 
@@ -110,16 +118,16 @@ def _blocks(memory: Sequence[dict[str, Any]]) -> tuple[list[Block], list[tuple[f
     return blocks, released
 
 
-def _category(block: Block, borders: Sequence[Border], number: int) -> str:
-    """What a block is, by the phase that made it, which ends at border ``number``, and by what it outlives."""
-    if number == len(borders):
+def _category(block: Block, boundaries: Sequence[PhaseBoundary], number: int) -> str:
+    """What a block is, by the phase that made it, which ends at boundary ``number``, and by what it outlives."""
+    if number == len(boundaries):
         return "temporary"
-    border = borders[number]
-    if block.end is not None and block.end <= border.microseconds:
+    boundary = boundaries[number]
+    if block.end is not None and block.end <= boundary.microseconds:
         return "temporary"
-    if border.phase == "backward" and block.address in border.gradients:
+    if boundary.phase == "backward" and block.address in boundary.gradients:
         return "gradients"
-    return {"forward": "activations", "data": "batch"}.get(border.phase, "temporary")
+    return {"forward": "activations", "data": "batch"}.get(boundary.phase, "temporary")
 
 
 def draw(timeline: Timeline, path: Path, title: str) -> None:
@@ -143,8 +151,8 @@ def draw(timeline: Timeline, path: Path, title: str) -> None:
         top = float(below.max()) or 1.0
         axes.set_ylim(0, 1.12 * top)
         axes.set_xlim(0, max(float(x[-1]), 1e-3))
-        edges = [0.0, *(when for when, _ in timeline.borders)]
-        for (end, phase), begin in zip(timeline.borders, edges, strict=False):
+        edges = [0.0, *(when for when, _ in timeline.boundaries)]
+        for (end, phase), begin in zip(timeline.boundaries, edges, strict=False):
             axes.axvline(end, color="#888888", linewidth=0.6)
             if end - begin > 0.06 * edges[-1]:  # else there is no room for a name
                 axes.text((begin + end) / 2, 1.06 * top, phase, ha="center", fontsize=8, color="#555555")

@@ -15,8 +15,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
-def halved_on_out_of_memory(
-    work: Callable[[int], T], size: int, note: Callable[[int, str], None] = lambda size, message: None
+def halve_on_out_of_memory(
+    work: Callable[[int], T], size: int, on_halved: Callable[[int, str], None] = lambda size, message: None
 ) -> T:
     """``work(size)``, again with half of ``size`` whenever memory runs out; ``note`` hears of each new size.
 
@@ -33,4 +33,4 @@ def halved_on_out_of_memory(
         size = (size + 1) // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        note(size, message)
+        on_halved(size, message)

@@ -21,17 +21,17 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from llmtrain.base.run_files import PROFILE
 from llmtrain.train import memory_timeline
-from llmtrain.train.memory_timeline import Border, Timeline
+from llmtrain.train.memory_timeline import PhaseBoundary, Timeline
 
 FIRST, LAST = 5, 7  # steps of the session, counted from 1; the one before the first warms the profiler up
 TRACE, OPERATIONS, MEMORY = "trace.json.gz", "operations.txt", "memory.png"
-BORDER = "llmtrain: end of "  # how the trace names the borders between phases
+BOUNDARY = "llmtrain: end of "  # how the trace names the boundaries between phases
 WIDTH = 120  # columns of operations.txt
 MAX_ROWS = 40  # of each of its tables
 NAME_WIDTH = 40
 
 
-class Profile(NamedTuple):
+class ProfileResult(NamedTuple):
     """What was made of a recording."""
 
     path: Path | None  # its folder; None where there is nothing
@@ -41,14 +41,14 @@ class Profile(NamedTuple):
 class Profiler:
     """Profiles nothing: ``runtime.profile=false``."""
 
-    note: Callable[[str], None] | None = None  # is to hear the end of each phase of a step
+    on_phase_end: Callable[[str], None] | None = None  # is to hear the end of each phase of a step
     path: Path | None = None  # of what was written
 
     def step(self) -> bool:
         """To be called after each step; True where :meth:`write` is to be called now."""
         return False
 
-    def write(self) -> Profile:
+    def write(self) -> ProfileResult:
         """End the recording and write what there is of it; takes seconds."""
         raise AssertionError("nothing is recorded")
 
@@ -70,7 +70,7 @@ class StepProfiler(Profiler):
     def __init__(
         self, directory: Path, device: torch.device, step: int, parameters: Sequence[Tensor], state_bytes: int
     ) -> None:
-        self.note = self._note
+        self.on_phase_end = self._end_phase
         self._directory = directory
         self._device = device
         self._before = step
@@ -78,7 +78,7 @@ class StepProfiler(Profiler):
         self._state_bytes = state_bytes
         self._steps = 0  # of this session
         self._torch: profile | None = None
-        self._gradients: list[frozenset[int]] = []  # at each border that is recorded
+        self._gradients: list[frozenset[int]] = []  # at each boundary that is recorded
         self._is_through = False
 
     @property
@@ -108,14 +108,14 @@ class StepProfiler(Profiler):
         self._torch = profile(activities=activities, schedule=plan, record_shapes=True, profile_memory=True)
         self._torch.start()
 
-    def _note(self, phase: str) -> None:
+    def _end_phase(self, phase: str) -> None:
         if self._is_recording:
-            with record_function(BORDER + phase):
+            with record_function(BOUNDARY + phase):
                 pass
             made = [p.grad for p in self._parameters if p.grad is not None] if phase == "backward" else []
             self._gradients.append(frozenset(gradient.untyped_storage().data_ptr() for gradient in made))
 
-    def write(self) -> Profile:
+    def write(self) -> ProfileResult:
         last = min(self._steps, LAST)
         steps = f"steps {self._before + FIRST:,} to {self._before + last:,}"
         recorded, self._is_through = self._torch, True
@@ -124,7 +124,7 @@ class StepProfiler(Profiler):
             recorded.stop()
         if recorded is None or last < FIRST:
             wanted = f"the steps {self._before + FIRST:,} to {self._before + LAST:,} are"
-            return Profile(None, f"there is none: {wanted} profiled, and this session ended before them")
+            return ProfileResult(None, f"there is none: {wanted} profiled, and this session ended before them")
         path = self._directory / PROFILE / f"step-{self._before + FIRST:08d}"
         aside = self._directory / f".tmp-profile-{os.getpid()}"  # what a killed process leaves of it is swept
         try:
@@ -136,10 +136,10 @@ class StepProfiler(Profiler):
             aside.rename(path)
         except (OSError, ValueError, RuntimeError) as error:  # a full disk, a trace that is not JSON: no reason to stop
             shutil.rmtree(aside, ignore_errors=True)
-            return Profile(None, f"{steps} could not be written: {type(error).__name__}: {error}")
+            return ProfileResult(None, f"{steps} could not be written: {type(error).__name__}: {error}")
         self.path = path
         files = f"{path / TRACE} (opens in https://ui.perfetto.dev), {OPERATIONS}, {MEMORY}"
-        return Profile(path, f"{steps}: {files}{found}")
+        return ProfileResult(path, f"{steps}: {files}{found}")
 
     def _write_files(self, recorded: profile, folder: Path, title: str, steps: int) -> str:
         """Write the three files; returns what is to be said about them beyond their names."""
@@ -148,13 +148,13 @@ class StepProfiler(Profiler):
         trace = json.loads(plain.read_text(encoding="utf-8"))
         plain.unlink()
         events = trace["traceEvents"]
-        borders = find_borders(events, self._gradients)
-        trace["traceEvents"] = [*events, *phase_track(borders)]
+        boundaries = find_boundaries(events, self._gradients)
+        trace["traceEvents"] = [*events, *phase_track(boundaries)]
         with gzip.open(folder / TRACE, "wt", encoding="utf-8", compresslevel=5) as file:
             json.dump(trace, file)
         is_cuda = self._device.type == "cuda"
         weights = sum(parameter.nbytes for parameter in self._parameters)
-        timeline = Timeline.of(events, borders, is_cuda=is_cuda, weights=weights, state=self._state_bytes)
+        timeline = Timeline.of(events, boundaries, is_cuda=is_cuda, weights=weights, state=self._state_bytes)
         memory_timeline.draw(timeline, folder / MEMORY, f"memory, {title}")
         rows = [row for row in recorded.key_averages(group_by_input_shape=True) if is_operation(row)]
         text = "\n".join(operations(rows, title, steps, is_cuda=is_cuda))
@@ -170,28 +170,28 @@ class StepProfiler(Profiler):
         self._is_through = True
 
 
-def find_borders(events: Sequence[dict[str, Any]], gradients: Sequence[frozenset[int]]) -> list[Border]:
-    """The borders between phases in a trace, in their order, with the addresses that were noted at each.
+def find_boundaries(events: Sequence[dict[str, Any]], gradients: Sequence[frozenset[int]]) -> list[PhaseBoundary]:
+    """The boundaries between phases in a trace, in their order, with the addresses that were noted at each.
 
     Raises ValueError if the trace has others.
     """
-    marks = [event for event in events if event.get("ph") == "X" and str(event.get("name")).startswith(BORDER)]
+    marks = [event for event in events if event.get("ph") == "X" and str(event.get("name")).startswith(BOUNDARY)]
     marks = [event for event in marks if event.get("cat") == "user_annotation"]  # on a GPU there is a second track
     marks.sort(key=lambda event: event["ts"])
     if len(gradients) != len(marks):
-        raise ValueError(f"the trace has {len(marks)} borders between phases instead of {len(gradients)}")
+        raise ValueError(f"the trace has {len(marks)} boundaries between phases instead of {len(gradients)}")
     return [
-        Border(event["ts"], event["name"].removeprefix(BORDER), addresses)
+        PhaseBoundary(event["ts"], event["name"].removeprefix(BOUNDARY), addresses)
         for event, addresses in zip(marks, gradients, strict=True)
     ]
 
 
-def phase_track(borders: Sequence[Border]) -> Iterator[dict[str, Any]]:
+def phase_track(boundaries: Sequence[PhaseBoundary]) -> Iterator[dict[str, Any]]:
     """Events for a trace that show the phases as a track of their own."""
-    for before, border in pairwise(borders):
+    for before, boundary in pairwise(boundaries):
         yield {
-            "ph": "X", "cat": "llmtrain", "name": border.phase, "pid": "llmtrain", "tid": "phases",
-            "ts": before.microseconds, "dur": border.microseconds - before.microseconds, "args": {},
+            "ph": "X", "cat": "llmtrain", "name": boundary.phase, "pid": "llmtrain", "tid": "phases",
+            "ts": before.microseconds, "dur": boundary.microseconds - before.microseconds, "args": {},
         }  # fmt: skip
 
 
@@ -200,7 +200,7 @@ def phase_track(borders: Sequence[Border]) -> Iterator[dict[str, Any]]:
 
 def is_operation(row: Any) -> bool:
     """Whether a row of the profiler's averages is work, and not the name of a stretch."""
-    return not row.is_user_annotation and not row.key.startswith((BORDER, "ProfilerStep"))
+    return not row.is_user_annotation and not row.key.startswith((BOUNDARY, "ProfilerStep"))
 
 
 def operations(rows: Sequence[Any], title: str, steps: int, *, is_cuda: bool) -> Iterator[str]:

@@ -21,11 +21,11 @@ class Stopwatch:
     """
 
     def __init__(
-        self, device: torch.device, clock: Callable[[], float], note: Callable[[str], None] | None = None
+        self, device: torch.device, clock: Callable[[], float], on_mark: Callable[[str], None] | None = None
     ) -> None:
         self._is_cuda = device.type == "cuda"
         self._clock = clock
-        self._note = note
+        self._on_mark = on_mark
         self._pool: list[torch.cuda.Event] = []
         self._lap: Lap = []
         self._laps: deque[Lap] = deque()
@@ -46,8 +46,8 @@ class Stopwatch:
             self._lap.append((phase, event))
         else:
             self._lap.append((phase, self._clock()))
-        if self._note is not None:
-            self._note(phase)
+        if self._on_mark is not None:
+            self._on_mark(phase)
 
     def finish(self) -> None:
         """The step ends here."""

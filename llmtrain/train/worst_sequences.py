@@ -21,7 +21,7 @@ MeanLoss = Callable[[np.ndarray], float]  # of targets (sequence,)
 
 
 @torch.no_grad()
-def find_offenders(
+def find_worst_sequences(
     loss_sum: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -57,20 +57,20 @@ def find_offenders(
             if (rows.targets != IGNORE).any():
                 found.append((mean_loss(rows, rows.targets[0]), int(index)))
         found.sort(key=lambda pair: (-_badness(pair[0]), pair[1]))
-        offenders = []
+        examples = []
         for loss, number in found[:count]:
             rows = sequences.gather(np.array([number]))
-            offender: dict[str, Any] = {"sequence": number, "loss": loss}
+            example: dict[str, Any] = {"sequence": number, "loss": loss}
             if name_target is not None:
                 end = int(np.flatnonzero(rows.targets[0] != IGNORE)[-1])
                 text = tokenizer.decode(rows.inputs[0, : end + 1].tolist())
                 cut = text[: MAX_CHARACTERS - 1] + "…" if len(text) > MAX_CHARACTERS else text
-                offender |= {"label": name_target(int(rows.targets[0, end])), "text": cut}
+                example |= {"label": name_target(int(rows.targets[0, end])), "text": cut}
             else:
                 worst = _worst_tokens(partial(mean_loss, rows), rows.inputs[0], rows.targets[0])
-                offender["text"] = f"…{tokenizer.decode(worst.tolist())[: MAX_CHARACTERS - 2]}…"
-            offenders.append(offender)
-        return offenders
+                example["text"] = f"…{tokenizer.decode(worst.tolist())[: MAX_CHARACTERS - 2]}…"
+            examples.append(example)
+        return examples
     finally:
         model.train(was_training)
 

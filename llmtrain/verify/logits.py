@@ -26,12 +26,12 @@ RANDOM_IDS = 64
 TOLERANCE = 1e-4  # of logits, of their largest: sums in another order differ by a tenth of it in a deep model
 
 
-class Differs(Exception):
+class ExportMismatch(Exception):
     """What was written is not what was trained."""
 
 
 @dataclass(frozen=True)
-class Answers:
+class ReferenceLogits:
     """Prompts as ids, ``(sequence,)`` each, and the logits that a model gave."""
 
     prompts: list[Tensor]
@@ -47,15 +47,15 @@ class Answers:
         return TOLERANCE * max(1.0, *(float(each.abs().max()) for each in self.logits))
 
 
-def compare(name: str, before: Answers, after: Sequence[Tensor]) -> None:
-    """Print the largest difference.  Raises :class:`Differs` if it is more than rounding."""
+def check_logits(name: str, before: ReferenceLogits, after: Sequence[Tensor]) -> None:
+    """Print the largest difference.  Raises :class:`ExportMismatch` if it is more than rounding."""
     difference = before.difference(after)
     if not difference <= before.allowed:
-        raise Differs(f"loaded by {name}, its logits differ by up to {significant(difference)}")
+        raise ExportMismatch(f"loaded by {name}, its logits differ by up to {significant(difference)}")
     print(f"loaded by {name}: logits differ by up to {significant(difference) if difference else 0}")
 
 
-def has(package: str) -> bool:
+def is_installed(package: str) -> bool:
     """Whether a package is installed."""
     return importlib.util.find_spec(package) is not None
 
@@ -63,7 +63,7 @@ def has(package: str) -> bool:
 # --- here ---------------------------------------------------------------------------------------------------------
 
 
-def prompts_of(trained: Trained) -> list[Tensor]:
+def encode_prompts(trained: Trained) -> list[Tensor]:
     """Prompts as ids: for a classifier as its run encodes texts."""
     model, data = trained.model, trained.run.data
     if isinstance(data, Labelled):
@@ -74,14 +74,14 @@ def prompts_of(trained: Trained) -> list[Tensor]:
     return [ids[: model.context_length] for ids in texts if len(ids)]
 
 
-def ask(trained: Trained) -> Answers:
+def reference_logits(trained: Trained) -> ReferenceLogits:
     """The logits of a run's model, fp32."""
-    prompts = prompts_of(trained)
-    return Answers(prompts, answer(trained.model, prompts))
+    prompts = encode_prompts(trained)
+    return ReferenceLogits(prompts, compute_logits(trained.model, prompts))
 
 
 @torch.no_grad()
-def answer(model: LanguageModel, prompts: Sequence[Tensor]) -> list[Tensor]:
+def compute_logits(model: LanguageModel, prompts: Sequence[Tensor]) -> list[Tensor]:
     """The logits for each of ``prompts``: of the next tokens, or of the classes."""
     if hasattr(model, "classifier"):
         classifier: Any = model.classifier
@@ -89,7 +89,7 @@ def answer(model: LanguageModel, prompts: Sequence[Tensor]) -> list[Tensor]:
     return [model(ids[None])[0, :, : model.vocab_size].float() for ids in prompts]
 
 
-def read_back(folder: Path, config: ModelConfig, classes: int, prompts: Sequence[Tensor]) -> list[Tensor]:
+def reloaded_logits(folder: Path, config: ModelConfig, classes: int, prompts: Sequence[Tensor]) -> list[Tensor]:
     """The logits of a new model that the directory is loaded into; ``config``: of the one that was written."""
     json = ConfigJson.read(folder)
     found: Any = family_of(json).read_config(json)
@@ -97,20 +97,20 @@ def read_back(folder: Path, config: ModelConfig, classes: int, prompts: Sequence
     model = found.create(found.vocab_size, torch.device("cpu"), torch.Generator().manual_seed(1)).eval()
     if classes:
         model.classifier = nn.Linear(model.head_weight.shape[1], classes, bias=False)
-    with quiet():
+    with quiet_loading():
         load(model, folder)
-    return answer(model, prompts)
+    return compute_logits(model, prompts)
 
 
 # --- elsewhere ----------------------------------------------------------------------------------------------------
 
 
-def ask_transformers(folder: Path, trained: Trained, prompts: Sequence[Tensor]) -> list[Tensor]:
+def transformers_logits(folder: Path, trained: Trained, prompts: Sequence[Tensor]) -> list[Tensor]:
     """The logits of what transformers loads, its tokenizer too: of a classifier all texts as one padded batch.
 
-    Raises :class:`Differs` if it splits a text otherwise.
+    Raises :class:`ExportMismatch` if it splits a text otherwise.
     """
-    with quiet():
+    with quiet_loading():
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
@@ -119,19 +119,19 @@ def ask_transformers(folder: Path, trained: Trained, prompts: Sequence[Tensor]) 
         for text, ids in zip(PROMPTS, prompts, strict=False):  # behind them, ids that are no text
             theirs = tokenizer(text, add_special_tokens=is_classifier, truncation=True)["input_ids"]
             if theirs != ids.tolist():
-                raise Differs(f"transformers' tokenizer makes {theirs} of {text!r}, ours {ids.tolist()}")
+                raise ExportMismatch(f"transformers' tokenizer makes {theirs} of {text!r}, ours {ids.tolist()}")
         auto = transformers.AutoModelForSequenceClassification if is_classifier else transformers.AutoModelForCausalLM
         model = auto.from_pretrained(str(folder), dtype=torch.float32)
         if is_classifier and tokenizer.pad_token is not None:
             batch = tokenizer(list(PROMPTS), padding=True, truncation=True, return_tensors="pt")
             with torch.no_grad():
                 return list(model.eval()(**batch).logits)
-        return _ask_module(model, prompts)
+        return _module_logits(model, prompts)
 
 
-def ask_peft(base: str, folder: Path, classes: int, prompts: Sequence[Tensor]) -> list[Tensor]:
+def peft_logits(base: str, folder: Path, classes: int, prompts: Sequence[Tensor]) -> list[Tensor]:
     """The logits of the base with the adapters, as PEFT loads them."""
-    with quiet():
+    with quiet_loading():
         import peft
         import transformers
 
@@ -142,17 +142,17 @@ def ask_peft(base: str, folder: Path, classes: int, prompts: Sequence[Tensor]) -
             )
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        return _ask_module(peft.PeftModel.from_pretrained(model, str(folder)), prompts)
+        return _module_logits(peft.PeftModel.from_pretrained(model, str(folder)), prompts)
 
 
 @torch.no_grad()
-def _ask_module(module: Any, prompts: Sequence[Tensor]) -> list[Tensor]:
+def _module_logits(module: Any, prompts: Sequence[Tensor]) -> list[Tensor]:
     module.eval()
     return [module(ids[None]).logits[0] for ids in prompts]
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Without the notes and warnings of loading what has just been written."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

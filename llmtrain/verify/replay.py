@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ NOT_REPLAYED = ("format", "train_seconds", "best_val_loss", "best_val_step")  # 
 
 
 @dataclass(frozen=True)
-class Replay:
+class ReplayResult:
     """What came of replaying."""
 
     inexact: str | None  # why the bits may differ from the run's; None where they must not
@@ -43,56 +43,55 @@ class Replay:
     optimizer: dict[str, Tensor]
     state: dict[str, Any]  # as state.json
 
-    @classmethod
-    def of(
-        cls,
-        run: Run,
-        directory: RunDirectory,
-        scratch: Path,
-        checkpoint: Path | None,
-        end: int,
-        progress: Callable[[], None],
-    ) -> Self:
-        """Train from ``checkpoint`` (None: from the start) to step ``end``, writing into ``scratch`` alone.
 
-        Raises ValueError if the data are not those of the run any more.
-        """
-        away = RunDirectory(scratch)
-        shutil.copy(directory.config, away.config)
-        with contextlib.ExitStack() as stack:
-            device = stack.enter_context(run.runtime.session())
-            run.runtime.seed_everything()
-            parts = run.assemble(device, from_start=checkpoint is None, verify_data=True)
-            stack.enter_context(parts.precision.arithmetic())
-            if checkpoint is None:
-                state = run.first_state(parts)
-            else:
-                state, _ = run.restore(checkpoint, parts)
-            run.check_data(state, parts)
-            tuned_as_recorded(state, directory)
-            parts, _ = tune(run, parts, state, peak_flops(device, parts.precision.dtype))
-            inexact = inexact_because(run, directory, device)
-            metrics = stack.enter_context(Local(log_every=1).build(scratch, resume_step=None))
-            loop = make_loop(
-                run, parts, away, state, metrics=metrics, display=PlainDisplay(scratch, io.StringIO()),
-                saver=stack.enter_context(Saver(run.checkpoint, away, device)), peak_flops=1.0, stop=lambda: None,
-                log_every=1,
-            )  # fmt: skip
-            stack.enter_context(contextlib.closing(loop))
-            parts.model.train()
-            while loop.state.step < end:
-                loop.advance()
-                progress()
-            loop.capture_state()
-            rows = [row for row in read_metrics(scratch / METRICS) if "loss" in row and "event" not in row]
-            model = {name: tensor.cpu() for name, tensor in saved_tensors(parts.model).items()}
-            optimizer = {name: tensor.cpu() for name, tensor in state_tensors(parts.optimizer).items()}
-            return cls(inexact, rows, model, optimizer, json.loads(json.dumps(loop.state.to_json())))
+def replay(
+    run: Run,
+    directory: RunDirectory,
+    scratch: Path,
+    checkpoint: Path | None,
+    end: int,
+    progress: Callable[[], None],
+) -> ReplayResult:
+    """Train from ``checkpoint`` (None: from the start) to step ``end``, writing into ``scratch`` alone.
+
+    Raises ValueError if the data are not those of the run any more.
+    """
+    away = RunDirectory(scratch)
+    shutil.copy(directory.config, away.config)
+    with contextlib.ExitStack() as stack:
+        device = stack.enter_context(run.runtime.session())
+        run.runtime.seed_everything()
+        parts = run.assemble(device, from_start=checkpoint is None, verify_data=True)
+        stack.enter_context(parts.precision.arithmetic())
+        if checkpoint is None:
+            state = run.first_state(parts)
+        else:
+            state, _ = run.restore(checkpoint, parts)
+        run.check_data(state, parts)
+        restore_tuning(state, directory)
+        parts, _ = tune(run, parts, state, peak_flops(device, parts.precision.dtype))
+        inexact = inexactness_reason(run, directory, device)
+        metrics = stack.enter_context(Local(log_every=1).build(scratch, resume_step=None))
+        loop = make_loop(
+            run, parts, away, state, metrics=metrics, display=PlainDisplay(scratch, io.StringIO()),
+            saver=stack.enter_context(Saver(run.checkpoint, away, device)), peak_flops=1.0, stop=lambda: None,
+            log_every=1,
+        )  # fmt: skip
+        stack.enter_context(contextlib.closing(loop))
+        parts.model.train()
+        while loop.state.step < end:
+            loop.advance()
+            progress()
+        loop.capture_state()
+        rows = [row for row in read_metrics(scratch / METRICS) if "loss" in row and "event" not in row]
+        model = {name: tensor.cpu() for name, tensor in saved_tensors(parts.model).items()}
+        optimizer = {name: tensor.cpu() for name, tensor in state_tensors(parts.optimizer).items()}
+        return ReplayResult(inexact, rows, model, optimizer, json.loads(json.dumps(loop.state.to_json())))
 
 
 @dataclass
-class Kind:
-    """One kind of things compared."""
+class ComparedGroup:
+    """One group of things compared."""
 
     name: str
     count: int = 0
@@ -110,35 +109,35 @@ class Kind:
 
 
 @dataclass
-class Comparison:
+class ReplayComparison:
     """All that was compared."""
 
-    kinds: list[Kind] = field(default_factory=list)
-    note: str = ""
+    groups: list[ComparedGroup] = field(default_factory=list)
+    remark: str = ""
 
     @property
     def equal(self) -> bool:
         """Whether all of it agrees bit for bit."""
-        return all(kind.equal == kind.count for kind in self.kinds)
+        return all(group.equal == group.count for group in self.groups)
 
 
-def compare(replayed: Replay, directory: RunDirectory, last: Path | None) -> Comparison:
+def compare(replayed: ReplayResult, directory: RunDirectory, last: Path | None) -> ReplayComparison:
     """Compare with the run's metrics and with the checkpoint ``last`` (None: the replay did not come so far)."""
-    comparison = Comparison([_compare_rows(replayed, read_metrics(directory.metrics))])
+    comparison = ReplayComparison([_compare_rows(replayed, read_metrics(directory.metrics))])
     if last is None:
-        comparison.note = "the replay ended before the last checkpoint: losses and norms were compared, tensors not"
+        comparison.remark = "the replay ended before the last checkpoint: losses and norms were compared, tensors not"
         return comparison
     for name, file, tensors in (
         ("weights", MODEL, replayed.model),
         ("optimizer state", OPTIMIZER, replayed.optimizer),
     ):
-        comparison.kinds.append(_compare_tensors(name, tensors, read_tensors(last / file)))
-    comparison.kinds.append(_compare_state(replayed.state, read_state(last)))
+        comparison.groups.append(_compare_tensors(name, tensors, read_tensors(last / file)))
+    comparison.groups.append(_compare_state(replayed.state, read_state(last)))
     return comparison
 
 
-def _compare_rows(replayed: Replay, recorded: list[dict[str, Any]]) -> Kind:
-    kind = Kind("losses, norms, rates")
+def _compare_rows(replayed: ReplayResult, recorded: list[dict[str, Any]]) -> ComparedGroup:
+    group = ComparedGroup("losses, norms, rates")
     rows = {row["step"]: row for row in recorded if "loss" in row and "event" not in row}
     for row in replayed.rows:
         stored = rows.get(row["step"])
@@ -146,38 +145,38 @@ def _compare_rows(replayed: Replay, recorded: list[dict[str, Any]]) -> Kind:
             before, now = stored[key], row[key]  # type: ignore[index]
             equal = before == now or (before != before and now != now)
             shown = f"{key} {now!r}, recorded {before!r}"
-            kind.add(f"step {row['step']}", equal, _relative(now - before, before), shown)
-    return kind
+            group.add(f"step {row['step']}", equal, _relative(now - before, before), shown)
+    return group
 
 
-def _compare_tensors(name: str, now: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Kind:
-    kind = Kind(name)
+def _compare_tensors(name: str, now: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> ComparedGroup:
+    group = ComparedGroup(name)
     for key in sorted(now.keys() | before.keys()):
         if key not in now or key not in before:
-            kind.add(f"{name} {key}", False, math.inf, "stored by one of the two only")
+            group.add(f"{name} {key}", False, math.inf, "stored by one of the two only")
             continue
         one, other = now[key].contiguous(), before[key]
         same_kind = one.shape == other.shape and one.dtype == other.dtype
         equal = same_kind and torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
         norm = other.double().norm().item()
         difference = _relative((one.double() - other.double()).norm().item(), norm) if same_kind else math.inf
-        kind.add(f"{name} {key}", equal, difference, f"differs by {difference:.2g} of its norm")
-    return kind
+        group.add(f"{name} {key}", equal, difference, f"differs by {difference:.2g} of its norm")
+    return group
 
 
-def _compare_state(now: Mapping[str, Any], before: Mapping[str, Any]) -> Kind:
-    kind = Kind("counters, generators")
+def _compare_state(now: Mapping[str, Any], before: Mapping[str, Any]) -> ComparedGroup:
+    group = ComparedGroup("counters, generators")
     for key in before:
         if key not in NOT_REPLAYED:
-            kind.add(f"state.json {key}", now.get(key) == before[key], math.inf, "is not what was stored")
-    return kind
+            group.add(f"state.json {key}", now.get(key) == before[key], math.inf, "is not what was stored")
+    return group
 
 
 def _relative(difference: float, reference: float) -> float:
     return abs(difference) / max(abs(reference), 1e-30)
 
 
-def tuned_as_recorded(state: TrainState, directory: RunDirectory) -> None:
+def restore_tuning(state: TrainState, directory: RunDirectory) -> None:
     """Have a replay from the run's start compute as the run did: what it found out then is in its checkpoints."""
     checkpoints = directory.find_checkpoints()
     if state.step == 0 and checkpoints:
@@ -185,7 +184,7 @@ def tuned_as_recorded(state: TrainState, directory: RunDirectory) -> None:
         state.compiled, state.micro_batch_size = recorded.compiled, recorded.micro_batch_size
 
 
-def inexact_because(run: Run, directory: RunDirectory, device: torch.device) -> str | None:
+def inexactness_reason(run: Run, directory: RunDirectory, device: torch.device) -> str | None:
     """Why a replay on ``device`` need not give the run's bits; None where it must."""
     if device.type == "cuda" and not run.runtime.deterministic:
         return "runtime.deterministic=false on a GPU"

@@ -12,11 +12,11 @@ from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.checkpoint.format import read_state, verify_checkpoint
 from llmtrain.hf import SCORE, module_names
 from llmtrain.hf.peft import CONFIG, check_kind, import_adapter
-from llmtrain.lora.low_rank import CLASSIFIER, LowRank
+from llmtrain.lora.low_rank import CLASSIFIER, LowRankAdaptation
 from llmtrain.model import LanguageModel
 
 
-def start_from(model: LanguageModel, lora: LowRank, path: Path) -> None:
+def start_from(model: LanguageModel, lora: LowRankAdaptation, path: Path) -> None:
     """Copy adapters, those of a PEFT directory or of one of our runs or checkpoints, into those of ``model``.
 
     Raises ValueError where they are not such as ``lora`` has put into it, naming keys or tensors.

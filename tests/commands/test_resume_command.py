@@ -354,7 +354,7 @@ def test_keys_unknown_to_an_older_version_get_their_defaults(run: Path, capfd: p
     assert changes.pop("data.cache_dir") == ("not stored", os.environ["LLMTRAIN_CACHE"])
     assert changes == {
         "checkpoint.before_evaluation": ("not stored", True),
-        "recovery._target_": ("not stored", "llmtrain.recovery.on.On"),
+        "recovery._target_": ("not stored", "llmtrain.recovery.on.RecoveryOn"),
         "activation_checkpointing._target_": ("not stored", "llmtrain.activation_checkpointing.none.KeepAll"),
     }
     assert "recovery._target_" in capfd.readouterr().out

@@ -13,14 +13,14 @@ from llmtrain.hf.config_json import ConfigJson
 from llmtrain.hf.reading import load
 from llmtrain.lora.dora import DoRA
 from llmtrain.lora.lora import LoRA
-from llmtrain.lora.low_rank import LowRank
+from llmtrain.lora.low_rank import LowRankAdaptation
 from llmtrain.lora.quantization import Quantization
 from llmtrain.lora.rslora import RsLoRA
 from llmtrain.model import LanguageModel
 
 VOCABULARY = 101  # less than a multiple of 64: padded inside
 IDS = torch.randint(0, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(7))
-KINDS: dict[str, type[LowRank]] = {"lora": LoRA, "rslora": RsLoRA, "dora": DoRA}
+KINDS: dict[str, type[LowRankAdaptation]] = {"lora": LoRA, "rslora": RsLoRA, "dora": DoRA}
 KEYS = {
     "rank": 4, "alpha": 6.0, "dropout": 0.0, "targets": ["all-linear"], "also_train": [],
     "quantization": Quantization.none, "path": None,
@@ -79,7 +79,7 @@ def make_pair(family: str, folder: Path) -> Pair:
     return Pair(ours, theirs, directory, module_names(ours), family.startswith("gpt2"))
 
 
-def make(kind: str = "lora", **keys: Any) -> LowRank:
+def make(kind: str = "lora", **keys: Any) -> LowRankAdaptation:
     return KINDS[kind](**KEYS | keys)
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmtrain.hf.peft import CONFIG, TENSORS, export_adapter, import_adapter, shortest
-from llmtrain.lora.low_rank import LowRank
+from llmtrain.lora.low_rank import LowRankAdaptation
 from llmtrain.weights.adapters import start_from
 from tests.helpers.adapted import FAMILIES, IDS, Pair, edit, logits, make, make_pair, seeded, stir
 
@@ -41,7 +41,7 @@ def peft_config(kind: str, targets: Any, **keys: Any) -> Any:
     )  # fmt: skip
 
 
-def adapted(pair: Pair, kind: str, targets: list[str], **keys: Any) -> LowRank:
+def adapted(pair: Pair, kind: str, targets: list[str], **keys: Any) -> LowRankAdaptation:
     """Adapters in our model that change what it computes."""
     lora = make(kind, targets=targets, **keys)
     lora.apply(pair.ours, seeded())
@@ -49,7 +49,7 @@ def adapted(pair: Pair, kind: str, targets: list[str], **keys: Any) -> LowRank:
     return lora
 
 
-def export(pair: Pair, lora: LowRank, to: Path) -> Any:
+def export(pair: Pair, lora: LowRankAdaptation, to: Path) -> Any:
     export_adapter(pair.ours, lora, pair.names, to, base=str(pair.directory), fan_in_fan_out=pair.transposed)
     return peft.PeftModel.from_pretrained(pair.theirs, to, is_trainable=True).eval()
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmtrain.kernels import cpu_attention
-from llmtrain.kernels.cpu_attention import attend, find_kernel, is_there, takes
+from llmtrain.kernels.cpu_attention import attend, find_kernel, is_available, supports
 
 pytestmark = pytest.mark.skipif(
     not torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
@@ -147,11 +147,11 @@ def test_the_operation_passes_torchs_opcheck() -> None:
 @needs_kernel
 def test_the_kernel_is_taken_for_bf16_and_its_head_sizes_alone() -> None:
     query = torch.zeros(1, 2, 8, 64)
-    assert not takes(query)
-    assert takes(query.bfloat16())
-    assert not takes(query.bfloat16()[..., :40])
+    assert not supports(query)
+    assert supports(query.bfloat16())
+    assert not supports(query.bfloat16()[..., :40])
     with torch.autocast("cpu", torch.bfloat16):
-        assert takes(query)
+        assert supports(query)
         assert attend(query, query, query).dtype == torch.bfloat16
 
 
@@ -170,8 +170,8 @@ def test_a_missing_compiler_is_logged_and_torch_is_used(monkeypatch: pytest.Monk
     monkeypatch.setenv("LLMTRAIN_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     assert find_kernel() == (None, "no C++ compiler (g++)")
-    assert not is_there()
-    assert not takes(torch.zeros(1, 2, 8, 64, dtype=torch.bfloat16))
+    assert not is_available()
+    assert not supports(torch.zeros(1, 2, 8, 64, dtype=torch.bfloat16))
 
 
 @needs_kernel

@@ -14,7 +14,7 @@ from llmtrain.activation_checkpointing import ActivationCheckpointing
 from llmtrain.activation_checkpointing.full import Full
 from llmtrain.activation_checkpointing.selective import By, Selective
 from llmtrain.config.build import build
-from llmtrain.lora import trained_and_all
+from llmtrain.lora import count_parameters
 from llmtrain.lora.layers import LoraLinear
 from llmtrain.lora.merge import adapters, merge
 from llmtrain.lora.quantization import Quantization
@@ -90,7 +90,7 @@ def test_adapters_and_heads_alone_are_trained(model: Callable) -> None:
     assert with_gradient == trained - {"classifier.weight", "classifier.bias"}
     sizes = {name: parameter.numel() for name, parameter in ours.named_parameters()}
     every = sum(sizes.values()) - (128 - 101) * 48  # of the vocabulary's padding
-    assert trained_and_all(ours) == (sum(sizes[name] for name in trained), every)
+    assert count_parameters(ours) == (sum(sizes[name] for name in trained), every)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -247,7 +247,7 @@ def test_adapters_are_built_on_the_meta_device(tmp_path: Path) -> None:
         for_both = make("dora", quantization=Quantization.nf4, targets=EVERYTHING)
         for_both.apply(ours, torch.Generator("cpu"))
     for_both.apply(real, seeded())
-    assert trained_and_all(ours) == trained_and_all(real)
+    assert count_parameters(ours) == count_parameters(real)
     assert ours.num_parameters() == real.num_parameters()
 
 

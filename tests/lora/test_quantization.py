@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.lora.layers import FrozenLinear
-from llmtrain.lora.quantization import Packed, Quantization
+from llmtrain.lora.quantization import PackedWeight, Quantization
 from tests.helpers.adapted import seeded
 
 PACKED = (Quantization.bf16, Quantization.int8, Quantization.nf4)
@@ -21,7 +21,7 @@ def matrix(rows: int = 320, columns: int = 256, spread: float = 1.0) -> Tensor:
     return weight * torch.exp(spread * torch.randn(rows, 1, generator=seeded(4)))
 
 
-def packed(quantization: Quantization, weight: Tensor) -> Packed:
+def packed(quantization: Quantization, weight: Tensor) -> PackedWeight:
     if quantization is not Quantization.bf16:
         pytest.importorskip("bitsandbytes")
     result = quantization.pack(weight)

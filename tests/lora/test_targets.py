@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from llmtrain.config.build import build
-from llmtrain.lora import trained_and_all
+from llmtrain.lora import count_parameters
 from llmtrain.lora.targets import find_targets
 from llmtrain.model import LanguageModel, ModelConfig
 from llmtrain.model.gpt import GPTConfig, Initialisation
@@ -143,6 +143,6 @@ def test_the_number_of_trained_parameters_is_the_published_one(config: str, rank
     with torch.device("meta"):
         built = build(values, ModelConfig).build(50257 if config == "gpt124m" else 32000)
         make(rank=rank).apply(built, seeded())
-    trained, every = trained_and_all(built)
+    trained, every = count_parameters(built)
     assert trained == expected
     assert every == expected + (124_439_808 if config == "gpt124m" else 6_738_415_616)

@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 
-from llmtrain.optimizer.composite import Composite
+from llmtrain.optimizer.composite import CompositeOptimizer
 
 
 def make():
     one, two = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
     parts = [torch.optim.SGD([one], lr=0.1, momentum=0.9), torch.optim.AdamW([two], lr=0.1)]
-    return one, two, Composite(parts)
+    return one, two, CompositeOptimizer(parts)
 
 
 def fill(*parameters):
@@ -34,7 +34,7 @@ def test_groups_and_state_are_those_of_the_parts():
 def test_a_parameter_belongs_to_one_part():
     shared = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match="more than one parameter group"):
-        Composite([torch.optim.SGD([shared], lr=0.1), torch.optim.SGD([shared], lr=0.1)])
+        CompositeOptimizer([torch.optim.SGD([shared], lr=0.1), torch.optim.SGD([shared], lr=0.1)])
 
 
 def test_a_composite_has_torchs_state_dict():

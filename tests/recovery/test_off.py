@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from llmtrain.recovery import LAG, GiveUp, Verdict
-from llmtrain.recovery.off import FiniteOnly, Off
+from llmtrain.recovery import LAG, Failure, Verdict
+from llmtrain.recovery.off import FiniteOnly, RecoveryOff
 
 NAN, INF = math.nan, math.inf
 
@@ -17,16 +17,16 @@ def verdict(step: int, loss: float = 3.0, grad_norm: float = 1.0, **more: float)
     return Verdict.of(step, 4 * step, 4, {"loss": loss, "grad_norm": grad_norm, "refused": float(refused), **more})
 
 
-def drive(recovery: FiniteOnly, verdicts: list[Verdict]) -> list[tuple[int, GiveUp]]:
+def drive(recovery: FiniteOnly, verdicts: list[Verdict]) -> list[tuple[int, Failure]]:
     acted = []
     for each in verdicts:
-        recovery.note(each)
+        recovery.record(each)
         acted += [(each.step, action) for action in recovery.decide(each.step)]
     return acted
 
 
 def fresh() -> FiniteOnly:
-    return Off(examples=0).build(torch.device("cpu"))
+    return RecoveryOff(examples=0).build(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_the_third_nonfinite_step_in_a_row_ends_the_run() -> None:
     bad = [verdict(step, loss=NAN if step in (3, 4, 6, 7, 8) else 3.0) for step in range(1, 12)]
     ((step, action),) = drive(fresh(), bad)
     assert step == 8 + LAG
-    assert isinstance(action, GiveUp)
+    assert isinstance(action, Failure)
     for part in ("step 8: loss nan and gradient norm 1", "3rd step in a row", "optimizer.lr", "precision=fp32"):
         assert part in action.reason
 
@@ -80,4 +80,4 @@ def test_the_learning_rate_is_left_unchanged() -> None:
 
 def test_impossible_values_are_refused() -> None:
     with pytest.raises(ValueError, match="examples=-1: must not be negative"):
-        Off(examples=-1)
+        RecoveryOff(examples=-1)

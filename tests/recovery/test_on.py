@@ -11,19 +11,19 @@ import pytest
 import torch
 import yaml
 
-from llmtrain.recovery import LAG, Action, GiveUp, LowerRate, RollBack, Skip, Verdict
-from llmtrain.recovery.on import Ladder, On
+from llmtrain.recovery import LAG, Action, Failure, RateReduction, Rollback, Skip, Verdict
+from llmtrain.recovery.on import Ladder, RecoveryOn
 
 NAN, INF = math.nan, math.inf
 BATCH = 4
 QUIET, SPIKE = (3.0, 1.0), (9.0, 1.0)
 
 VALUES = yaml.safe_load((Path(__file__).parents[2] / "conf" / "recovery" / "on.yaml").read_text())
-SHIPPED = On(**{key: value for key, value in VALUES.items() if key != "_target_"})
+SHIPPED = RecoveryOn(**{key: value for key, value in VALUES.items() if key != "_target_"})
 SHORT = replace(SHIPPED, max_skips=1, rollback_after=8, max_refused=30)  # few steps from rung to rung
 
 
-def ladder(config: On = SHORT, **changes: float) -> Ladder:
+def ladder(config: RecoveryOn = SHORT, **changes: float) -> Ladder:
     return replace(config, **changes).build(torch.device("cpu"))
 
 
@@ -61,12 +61,12 @@ class Driver:
 
     def note(self, late: int) -> None:
         while len(self.under_way) > late:
-            self.recovery.note(self.under_way.pop(0))
+            self.recovery.record(self.under_way.pop(0))
 
     def act(self, actions: list[Action]) -> None:
         for action in actions:
             self.acted.append((self.step, action))
-            if isinstance(action, RollBack):
+            if isinstance(action, Rollback):
                 old = [step for step in self.stored if step <= action.before_step]
                 self.note(0)
                 if old:
@@ -165,7 +165,7 @@ def test_more_data_are_skipped_while_steps_stay_bad() -> None:
     """Steps launched before the data was left do not count towards the next time."""
     driver = Driver(ladder(SHIPPED), checkpoints=[50]).run([*quiet(160), *[SPIKE] * 24])
     assert driver.acted == [
-        (164, Skip(10)), (168, Skip(20)), (172, Skip(40)), (176, Skip(80)), (182, RollBack(61, 200, 161)),
+        (164, Skip(10)), (168, Skip(20)), (172, Skip(40)), (176, Skip(80)), (182, Rollback(61, 200, 161)),
     ]  # fmt: skip
     enough = Driver(ladder(SHIPPED)).run([*quiet(160), *[SPIKE] * 6, *quiet(60), *[SPIKE] * 2, *quiet(2)])
     assert enough.acted == [(164, Skip(10)), (168, Skip(20)), (230, Skip(10))]
@@ -184,10 +184,10 @@ def test_the_steps_of_recovery_do_not_depend_on_the_delay_of_readback(late: int)
     driver = Driver(ladder(), late=late, checkpoints=[100, 200]).run(steps)
     assert driver.acted == [
         (252 + LAG, Skip(10)),
-        (258 + LAG, RollBack(before_step=151, batches=200, first_refused_step=251)),  # to 100, and on to 200
+        (258 + LAG, Rollback(before_step=151, batches=200, first_refused_step=251)),  # to 100, and on to 200
         (202 + LAG, Skip(10)),
-        (208 + LAG, RollBack(before_step=101, batches=200, first_refused_step=201)),
-        (100, LowerRate(0.5, 500)),
+        (208 + LAG, Rollback(before_step=101, batches=200, first_refused_step=201)),
+        (100, RateReduction(0.5, 500)),
     ]
     assert driver.factors[-4:] == [1.0, 0.5, 0.5, 0.5]
     assert driver.step == 103
@@ -198,7 +198,7 @@ def test_a_rollback_restores_the_window_of_its_checkpoint() -> None:
     assert driver.refused == []
     assert driver.recovery.window.limits()[0].item() > 8
     driver.run([(50.0, 1.0)] * 10)
-    assert driver.kinds() == [(304, Skip), (310, RollBack)]
+    assert driver.kinds() == [(304, Skip), (310, Rollback)]
     assert driver.step == 100
     stored = json.loads(driver.stored[100])
     assert driver.recovery.window.state_dict() == stored["window"]
@@ -212,21 +212,21 @@ def test_a_rollback_to_a_checkpoint_without_a_window_starts_a_new_one() -> None:
     driver = Driver(ladder(), checkpoints=[50]).run(quiet(50))
     driver.stored[50] = "null"
     driver.run([*quiet(110), *[SPIKE] * 10])
-    assert driver.kinds()[-1] == (170, RollBack)
+    assert driver.kinds()[-1] == (170, Rollback)
     assert driver.recovery.window.state_dict() == {"loss": [], "grad_norm": []}
 
 
 def test_before_step_is_never_negative() -> None:
     driver = Driver(ladder(), checkpoints=[]).run([*quiet(40), *[SPIKE] * 10])
-    assert driver.acted[1] == (50, RollBack(before_step=0, batches=200, first_refused_step=41))
+    assert driver.acted[1] == (50, Rollback(before_step=0, batches=200, first_refused_step=41))
 
 
 def test_after_max_rollbacks_it_gives_up_and_says_why() -> None:
     driver = Driver(ladder(rollback_steps=0), checkpoints=[50]).run([*quiet(90), *[SPIKE] * 40])
     assert [kind for _, kind in driver.kinds()] == [
-        Skip, RollBack, Skip, RollBack, LowerRate, Skip, RollBack, LowerRate, Skip, GiveUp,
+        Skip, Rollback, Skip, Rollback, RateReduction, Skip, Rollback, RateReduction, Skip, Failure,
     ]  # fmt: skip
-    assert driver.acted[-3][1] == LowerRate(0.25, 500)
+    assert driver.acted[-3][1] == RateReduction(0.25, 500)
     assert driver.recovery.rate_factor(549) == 0.25
     assert driver.recovery.rate_factor(550) == 1.0
     reason = driver.acted[-1][1].reason
@@ -241,7 +241,7 @@ def test_after_max_rollbacks_it_gives_up_and_says_why() -> None:
 
 def test_without_a_checkpoint_the_rate_is_lowered_and_the_new_level_accepted() -> None:
     driver = Driver(ladder()).run([*quiet(60), *[SPIKE] * 90])
-    assert driver.acted == [(64, Skip(10)), (70, RollBack(0, 200, 61)), (70, LowerRate(0.5, 500))]
+    assert driver.acted == [(64, Skip(10)), (70, Rollback(0, 200, 61)), (70, RateReduction(0.5, 500))]
     assert driver.refused == list(range(61, 71))
     assert driver.factors[69:71] == [1.0, 0.5]
     assert driver.recovery.rate_factor(569) == 0.5
@@ -250,7 +250,7 @@ def test_without_a_checkpoint_the_rate_is_lowered_and_the_new_level_accepted() -
 
 def test_data_skipped_before_a_rollback_count_again() -> None:
     driver = Driver(ladder(rollback_steps=5), checkpoints=[60]).run([*quiet(60), *[SPIKE] * 60])
-    assert driver.kinds() == [(64, Skip), (70, RollBack), (70, LowerRate)]  # 60 is not old enough for 61
+    assert driver.kinds() == [(64, Skip), (70, Rollback), (70, RateReduction)]  # 60 is not old enough for 61
     driver.run([(90.0, 1.0)] * 10)
     assert driver.step == 60
     driver.run([SPIKE] * 4)
@@ -259,45 +259,45 @@ def test_data_skipped_before_a_rollback_count_again() -> None:
 
 def test_without_a_checkpoint_twice_it_gives_up() -> None:
     driver = Driver(ladder()).run([*quiet(60), *[SPIKE] * 60, *[(90.0, 1.0)] * 10])
-    assert [kind for _, kind in driver.kinds()] == [Skip, RollBack, LowerRate, Skip, RollBack, GiveUp]
+    assert [kind for _, kind in driver.kinds()] == [Skip, Rollback, RateReduction, Skip, Rollback, Failure]
     assert "found no checkpoint old enough twice" in driver.acted[-1][1].reason
 
 
 def test_a_lower_rate_is_no_help_where_no_update_gets_through() -> None:
     driver = Driver(ladder()).run([(NAN, NAN)] * 10)
-    assert driver.kinds() == [(4, Skip), (10, RollBack), (10, GiveUp)]
+    assert driver.kinds() == [(4, Skip), (10, Rollback), (10, Failure)]
     assert "step 8: loss nan and gradient norm nan, not finite; 8 steps refused" in driver.acted[-1][1].reason
     assert "recovery=off" not in driver.acted[-1][1].reason
     mixed = Driver(ladder()).run([(NAN, NAN), QUIET] * 10)
-    assert [kind for _, kind in mixed.kinds()] == [Skip, RollBack, LowerRate]
+    assert [kind for _, kind in mixed.kinds()] == [Skip, Rollback, RateReduction]
 
 
 def test_rollbacks_are_forgotten_once_the_run_is_past_the_place() -> None:
     affair = [*[SPIKE] * 10, *quiet(1200)]
     driver = Driver(ladder(rollback_steps=10), checkpoints=range(100, 9000, 100)).run([*quiet(205), *affair * 5])
-    assert [kind for _, kind in driver.kinds()] == [Skip, RollBack] * 5
+    assert [kind for _, kind in driver.kinds()] == [Skip, Rollback] * 5
     strict = ladder(rollback_steps=10, forget_steps=0)
     driver = Driver(strict, checkpoints=range(100, 9000, 100)).run([*quiet(205), *affair * 4])
-    assert driver.kinds()[-1][1] is GiveUp
+    assert driver.kinds()[-1][1] is Failure
 
 
 @pytest.mark.parametrize(
     ("off", "expected"),
     [
-        ({"skip_after": 0}, [RollBack, RollBack, LowerRate, RollBack, LowerRate, GiveUp]),
-        ({"lower_rate_at": 0}, [Skip, RollBack, Skip, RollBack, Skip, RollBack, Skip, GiveUp]),
-        ({"rollback_after": 0}, [Skip, LowerRate]),  # which takes the new level, so nothing more is refused
-        ({"rollback_after": 0, "lower_rate_at": 0}, [Skip, GiveUp]),
-        ({"rollback_after": 0, "lower_rate_at": 0, "skip_after": 0, "max_refused": 5}, [GiveUp]),
-        ({"max_rollbacks": 1}, [Skip, RollBack, Skip, GiveUp]),
-        ({"lower_rate_at": 1, "max_rollbacks": 1}, [Skip, RollBack, LowerRate, Skip, GiveUp]),
+        ({"skip_after": 0}, [Rollback, Rollback, RateReduction, Rollback, RateReduction, Failure]),
+        ({"lower_rate_at": 0}, [Skip, Rollback, Skip, Rollback, Skip, Rollback, Skip, Failure]),
+        ({"rollback_after": 0}, [Skip, RateReduction]),  # which takes the new level, so nothing more is refused
+        ({"rollback_after": 0, "lower_rate_at": 0}, [Skip, Failure]),
+        ({"rollback_after": 0, "lower_rate_at": 0, "skip_after": 0, "max_refused": 5}, [Failure]),
+        ({"max_rollbacks": 1}, [Skip, Rollback, Skip, Failure]),
+        ({"lower_rate_at": 1, "max_rollbacks": 1}, [Skip, Rollback, RateReduction, Skip, Failure]),
         ({"loss_deviations": 0.0}, []),
     ],
 )
 def test_each_measure_can_be_switched_off(off: dict[str, float], expected: list[type]) -> None:
     driver = Driver(ladder(rollback_steps=0, **off), checkpoints=[50]).run(quiet(90))
     for _ in range(70):
-        if GiveUp not in [kind for _, kind in driver.kinds()]:
+        if Failure not in [kind for _, kind in driver.kinds()]:
             driver.run([SPIKE])
     assert [kind for _, kind in driver.kinds()] == expected
 
@@ -321,7 +321,7 @@ def test_another_batch_size_starts_a_new_window() -> None:
     resumed.run(small, batch_size=2)
     assert (resumed.refused, resumed.acted) == (driver.refused, [])
     same_size = Driver(ladder()).run(large, batch_size=64).run(small, batch_size=64)
-    assert [kind for _, kind in same_size.kinds()] == [Skip, RollBack, LowerRate]
+    assert [kind for _, kind in same_size.kinds()] == [Skip, Rollback, RateReduction]
 
 
 # --- resuming --------------------------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def test_a_run_resumed_at_any_step_decides_the_same() -> None:
     """Also in the middle of an episode, and with steps that have not been decided upon."""
     steps = [*quiet(60), *[SPIKE] * 5, *quiet(10), (NAN, 1.0), *[SPIKE] * 3, *[(12.0, 1.0)] * 60, *[(90.0, NAN)] * 5]
     whole = Driver(ladder()).run(steps)
-    assert [kind for _, kind in whole.kinds()] == [Skip, RollBack, LowerRate, Skip]
+    assert [kind for _, kind in whole.kinds()] == [Skip, Rollback, RateReduction, Skip]
     for cut in range(40, len(steps)):
         first = Driver(ladder()).run(steps[:cut])
         state = json.loads(json.dumps(first.recovery.state_dict(), allow_nan=False))

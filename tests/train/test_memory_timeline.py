@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from llmtrain.train.memory_timeline import MAX_POINTS, Border, Timeline, _thinned, draw
+from llmtrain.train.memory_timeline import MAX_POINTS, PhaseBoundary, Timeline, _thinned, draw
 
 CPU, CUDA = 0, 1
 
@@ -17,7 +17,8 @@ def event(ts: float, address: int, num_bytes: int, total: int = 0, device: int =
 
 # one step: data until 1000, forward until 2000, backward until 3000, optimizer until 4000 microseconds
 BORDERS = [
-    Border(1000, "data"), Border(2000, "forward"), Border(3000, "backward", frozenset({30})), Border(4000, "optimizer"),
+    PhaseBoundary(1000, "data"), PhaseBoundary(2000, "forward"), PhaseBoundary(3000, "backward", frozenset({30})),
+    PhaseBoundary(4000, "optimizer"),
 ]  # fmt: skip
 EVENTS = [
     event(500, 10, 7),  # the batch
@@ -62,7 +63,7 @@ def test_memory_is_divided_by_origin_and_lifetime() -> None:
     assert timeline.peak == {
         "weights": 1000, "optimizer state": 2000, "gradients": 50, "activations": 100, "batch": 7, "temporary": 60,
     }  # fmt: skip
-    assert timeline.borders == [(0.5, "data"), (1.5, "forward"), (2.5, "backward"), (3.5, "optimizer")]
+    assert timeline.boundaries == [(0.5, "data"), (1.5, "forward"), (2.5, "backward"), (3.5, "optimizer")]
 
 
 def test_memory_allocated_before_is_counted_on_a_gpu() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmtrain.train.out_of_memory import halved_on_out_of_memory, is_out_of_memory
+from llmtrain.train.out_of_memory import halve_on_out_of_memory, is_out_of_memory
 
 
 def test_sizes_are_halved_until_it_fits() -> None:
@@ -15,7 +15,7 @@ def test_sizes_are_halved_until_it_fits() -> None:
             raise torch.OutOfMemoryError(f"no room for {size}\nand more")
         return f"done with {size}"
 
-    result = halved_on_out_of_memory(work, 11, lambda size, message: noted.append((size, message)))
+    result = halve_on_out_of_memory(work, 11, lambda size, message: noted.append((size, message)))
     assert result == "done with 2"
     assert tried == [11, 6, 3, 2]
     assert noted == [(6, "no room for 11"), (3, "no room for 6"), (2, "no room for 3")]
@@ -26,7 +26,7 @@ def test_a_single_sequence_that_does_not_fit_is_an_error() -> None:
         raise torch.OutOfMemoryError("no room")
 
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
-        halved_on_out_of_memory(work, 4)
+        halve_on_out_of_memory(work, 4)
 
 
 def test_other_errors_are_not_caught() -> None:
@@ -34,7 +34,7 @@ def test_other_errors_are_not_caught() -> None:
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        halved_on_out_of_memory(work, 4)
+        halve_on_out_of_memory(work, 4)
 
 
 def test_torchs_error_without_memory_on_a_cpu_is_recognised() -> None:

@@ -18,7 +18,7 @@ from llmtrain.model.gpt import GPTConfig, Initialisation
 from llmtrain.objective.causal import Causal
 from llmtrain.tokenizer.byte import Byte
 from llmtrain.tokenizer.gpt2 import GPT2
-from llmtrain.train.worst_sequences import find_offenders
+from llmtrain.train.worst_sequences import find_worst_sequences
 
 CPU = torch.device("cpu")
 BYTE = Byte().build()
@@ -56,7 +56,7 @@ def sequences_of(*texts: str) -> Sequences:
 def find(sequences: Sequences, count: int, indices: list[int] | None = None) -> list[dict]:
     model = Bytes()
     numbers = np.arange(len(sequences)) if indices is None else np.array(indices)
-    return find_offenders(partial(loss_sum, model), model, BYTE, sequences, numbers, count, CPU)
+    return find_worst_sequences(partial(loss_sum, model), model, BYTE, sequences, numbers, count, CPU)
 
 
 def planted(at: int, what: str) -> str:
@@ -108,7 +108,9 @@ def test_excerpts_are_short_at_any_length(length: int) -> None:
     data = np.full(2 * length + 1, ord("a"), np.uint16)
     data[length + 1 + length // 2] = ord("z")  # a target of the second sequence
     model = Bytes()
-    found = find_offenders(partial(loss_sum, model), model, BYTE, Stream([data], length), np.array([0, 1]), 1, CPU)
+    found = find_worst_sequences(
+        partial(loss_sum, model), model, BYTE, Stream([data], length), np.array([0, 1]), 1, CPU
+    )
     assert found[0]["sequence"] == 1
     assert "z" in found[0]["text"]
     assert len(found[0]["text"]) <= 67  # 64 targets, the input before them, two marks
@@ -121,7 +123,9 @@ def test_excerpts_of_long_words_are_cut() -> None:
     model = GPTConfig(1, 32, 2, 64, None, 0.0, True, True, None, Initialisation.gpt2).create(
         gpt2.vocab_size, CPU, torch.Generator().manual_seed(0)
     )
-    (found,) = find_offenders(partial(Causal(0.0, None), model), model, gpt2, Stream([ids], 64), np.array([0]), 1, CPU)
+    (found,) = find_worst_sequences(
+        partial(Causal(0.0, None), model), model, gpt2, Stream([ids], 64), np.array([0]), 1, CPU
+    )
     assert len(found["text"]) == 300
     assert found["text"].startswith("… internationally internationally")
 
@@ -156,7 +160,7 @@ def test_a_real_model_is_evaluated_without_dropout_and_left_as_it_was() -> None:
     sequences = sequences_of(*TEXTS)
     model = real_model(0.5).train()
     random = torch.get_rng_state()
-    found = find_offenders(partial(Causal(0.0, None), model), model, BYTE, sequences, np.arange(5), 5, CPU)
+    found = find_worst_sequences(partial(Causal(0.0, None), model), model, BYTE, sequences, np.arange(5), 5, CPU)
     assert torch.equal(torch.get_rng_state(), random)
     assert model.training
     assert all(p.grad is None for p in model.parameters())
@@ -175,7 +179,7 @@ def test_the_mode_is_restored_after_an_error() -> None:
         raise RuntimeError("out of memory")
 
     call: Callable[[], object] = partial(
-        find_offenders, failing, model, BYTE, sequences_of(*TEXTS), np.arange(5), 1, CPU
+        find_worst_sequences, failing, model, BYTE, sequences_of(*TEXTS), np.arange(5), 1, CPU
     )
     with pytest.raises(RuntimeError, match="out of memory"):
         call()

@@ -2,7 +2,7 @@
 
 A query sees the keys up to its own; with packed examples those of its own example, with a sliding window the last few.
 So the keys that it sees are always neighbours, and an index says where they begin.  What follows from it for all
-layers, a mask if there has to be one, is made once a forward pass (:func:`sight`) and given to every block.
+layers, a mask if there has to be one, is made once a forward pass (:func:`attention_mask`) and given to every block.
 """
 
 import importlib.util
@@ -32,7 +32,7 @@ class Kernel(Enum):
     own = "own"  # llmtrain.kernels.cpu_attention
 
 
-class Blockwise(NamedTuple):
+class BlockwiseMask(NamedTuple):
     """What FlexAttention is told: a mask that names the blocks without a visible pair, and ALiBi's slopes."""
 
     mask: BlockMask
@@ -46,7 +46,7 @@ class FirstKeys(NamedTuple):
 
 
 # a mask: boolean, or added to the scores; None: all keys up to the query's own
-Sight = Tensor | Blockwise | FirstKeys | None
+AttentionMask = Tensor | BlockwiseMask | FirstKeys | None
 
 
 def segment_starts(segments: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def alibi_slopes(heads: int) -> Tensor:
     return torch.tensor([2.0**ratio for ratio in ratios], device="cpu")
 
 
-def sight(
+def attention_mask(
     new: int,
     past: int,
     device: torch.device,
@@ -76,7 +76,7 @@ def sight(
     window: int | None = None,
     slopes: Tensor | None = None,
     kernel: Kernel = Kernel.sdpa,
-) -> Sight:
+) -> AttentionMask:
     """Which keys ``new`` tokens behind ``past`` cached ones see, for a layer of any number of heads.
 
     ``starts``: of :func:`segment_starts`.  ``window``: a query sees its own key and ``window - 1`` before it.
@@ -96,7 +96,7 @@ def sight(
     if kernel is Kernel.flex:
         if is_fake(first):
             return None  # what is planned for, all keys, has the same memory
-        return Blockwise(block_mask(first), slopes)
+        return BlockwiseMask(block_mask(first), slopes)
     keys = torch.arange(past + new, device=device)
     mask = ((keys <= queries[:, None]) & (keys >= first[..., None])).unsqueeze(1)  # (batch or 1, 1, new, past + new)
     if slopes is None:
@@ -117,7 +117,7 @@ def kernel_for(ids: Tensor, head_size: int, dropout: float) -> Kernel:
         return Kernel.sdpa
     if ids.device.type == "cpu":
         has_own = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        return Kernel.own if has_own and cpu_attention.fits(head_size) else Kernel.sdpa
+        return Kernel.own if has_own and cpu_attention.supports_head_size(head_size) else Kernel.sdpa
     if ids.device.type != "cuda" or head_size < MIN_HEAD_SIZE:
         return Kernel.sdpa
     return Kernel.flex if is_fake(ids) or importlib.util.find_spec("triton") is not None else Kernel.sdpa
@@ -152,33 +152,33 @@ def _numbers(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return blocks.sum(-1, dtype=torch.int32), blocks.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, sight: Sight, dropout: float = 0.0) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, dropout: float = 0.0) -> Tensor:
     """Attention of ``query`` ``(batch, heads, new, head_size)``; the result has its shape.
 
     ``key`` and ``value``: ``(batch, key_heads, seen, head_size)``, each of their heads for ``heads / key_heads`` of the
     query's (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245).
     """
     repeats = query.shape[1] // key.shape[1]
-    if isinstance(sight, Blockwise):
+    if isinstance(mask, BlockwiseMask):
         flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
-        bias = None if sight.slopes is None else _distance_bias(sight.slopes)
-        return flex(query, key, value, score_mod=bias, block_mask=sight.mask, enable_gqa=repeats > 1)
-    if isinstance(sight, FirstKeys):
-        return cpu_attention.attend(query, key, value, sight.numbers)
-    if sight is None and query.shape[2] == key.shape[2] and not dropout and cpu_attention.takes(query):
+        bias = None if mask.slopes is None else _distance_bias(mask.slopes)
+        return flex(query, key, value, score_mod=bias, block_mask=mask.mask, enable_gqa=repeats > 1)
+    if isinstance(mask, FirstKeys):
+        return cpu_attention.attend(query, key, value, mask.numbers)
+    if mask is None and query.shape[2] == key.shape[2] and not dropout and cpu_attention.supports(query):
         return cpu_attention.attend(query, key, value)
-    if sight is not None and sight.dtype != torch.bool:
-        sight = sight.to(query.dtype)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(query.dtype)
     is_written_out = dropout > 0 and is_drawn_here(query)
-    has_shares = query.device.type == "cpu" or (sight is None and _has_flash(query.dtype))
+    has_shares = query.device.type == "cpu" or (mask is None and _has_flash(query.dtype))
     is_shared = repeats > 1 and has_shares and not is_written_out
     if repeats > 1 and not is_shared:
         key, value = (heads.repeat_interleave(repeats, dim=1) for heads in (key, value))
     if is_written_out:
-        return attend_with_dropout(query, key, value, sight, dropout)
+        return attend_with_dropout(query, key, value, mask, dropout)
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=sight, dropout_p=dropout,
-        is_causal=sight is None and query.shape[2] == key.shape[2], enable_gqa=is_shared,
+        query, key, value, attn_mask=mask, dropout_p=dropout,
+        is_causal=mask is None and query.shape[2] == key.shape[2], enable_gqa=is_shared,
     )  # fmt: skip
 
 
@@ -189,14 +189,14 @@ def _has_flash(dtype: torch.dtype) -> bool:
     return not torch.cuda.is_initialized() or torch.cuda.get_device_capability() >= (8, 0)
 
 
-def why_slow(device: torch.device, dtype: torch.dtype) -> str:
+def slow_attention_reason(device: torch.device, dtype: torch.dtype) -> str:
     """What there is to say if a faster attention cannot be had; mostly nothing."""
     return cpu_attention.find_kernel()[1] if device.type == "cpu" and dtype == torch.bfloat16 else ""
 
 
 # What torch.compiler.assume_constant_result does; that would import the compiler, which takes a second.
 _has_flash._dynamo_marked_constant = True  # type: ignore[attr-defined]
-cpu_attention.is_there._dynamo_marked_constant = True  # type: ignore[attr-defined]
+cpu_attention.is_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -108,17 +108,17 @@ class Rotary:
         return 0.1 * math.log(self.factor) + 1.0 if self.scaling is Scaling.yarn and self.factor else 1.0
 
 
-Turns = tuple[Tensor, Tensor]  # cosines and sines, each (batch or 1, sequence, 1, head_size / 2), fp32
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (batch or 1, sequence, 1, head_size / 2), fp32
 
 
-def turns(positions: Tensor, frequencies: Tensor, magnitude: float = 1.0) -> Turns:
+def rotation(positions: Tensor, frequencies: Tensor, magnitude: float = 1.0) -> Rotation:
     """What :func:`rotate` needs for tokens at ``positions`` ``(batch or 1, sequence)``."""
     angles = positions[..., None, None].float() * frequencies
     return angles.cos() * magnitude, angles.sin() * magnitude
 
 
-def rotate(heads: Tensor, turns: Turns) -> Tensor:
+def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
     """Turn ``heads`` ``(batch, sequence, heads, head_size)``; the result has their shape and type."""
-    cosines, sines = turns
+    cosines, sines = rotation
     first, second = heads.chunk(2, dim=-1)
     return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1).to(heads.dtype)

@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 RANDOM = {"normal_", "uniform_", "kaiming_uniform_", "trunc_normal_"}  # what torch's modules and ours are filled by
 
 
-class Unfilled(TorchFunctionMode):
+class SkipInitMode(TorchFunctionMode):
     """Within it random numbers are not drawn: for modules that have no data, or get it later.
 
     Torch would do it even for tensors of the meta device, in Python, and import its compiler for that.

@@ -7,15 +7,15 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from llmtrain.kernels import cpu_attention
 from llmtrain.model.layers.attention import (
-    Blockwise,
+    BlockwiseMask,
     FirstKeys,
     Kernel,
     alibi_slopes,
     attend,
+    attention_mask,
     block_mask,
     kernel_for,
     segment_starts,
-    sight,
 )
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def test_attention_is_that_of_each_pair(packed: bool, window: int | None, biased
     query, key, value = heads(4, 12, 0), heads(key_heads, 12, 1), heads(key_heads, 12, 2)
     slopes = alibi_slopes(4) if biased else None
     starts = segment_starts(SEGMENTS) if packed else None
-    seen = sight(12, 0, CPU, starts=starts, window=window, slopes=slopes)
+    seen = attention_mask(12, 0, CPU, starts=starts, window=window, slopes=slopes)
     assert (seen is None) == (not packed and not biased and window != 4)  # else the kernel's own causal mask does
     reference = expected(query, key, value, SEGMENTS if packed else None, window, slopes)
     torch.testing.assert_close(attend(query, key, value, seen).double(), reference, atol=1e-6, rtol=0)
@@ -72,7 +72,7 @@ def test_attention_is_that_of_each_pair(packed: bool, window: int | None, biased
 def test_queries_behind_cached_keys_see_the_keys_before_them(new: int, window: int | None, biased: bool) -> None:
     query, key, value = heads(4, new, 0), heads(2, 12, 1), heads(2, 12, 2)
     slopes = alibi_slopes(4) if biased else None
-    seen = sight(new, 12 - new, CPU, window=window, slopes=slopes)
+    seen = attention_mask(new, 12 - new, CPU, window=window, slopes=slopes)
     reference = expected(query, key, value, None, window, slopes)
     torch.testing.assert_close(attend(query, key, value, seen).double(), reference, atol=1e-6, rtol=0)
 
@@ -92,8 +92,8 @@ def test_blocks_are_those_that_torch_finds_pair_by_pair(length: int, window: int
     draw = torch.Generator().manual_seed(length)
     cuts = [torch.randint(0, length, (4,), generator=draw).tolist() for _ in range(2)]
     segments = torch.tensor([[sum(cut <= i for cut in row) for i in range(length)] for row in cuts])
-    seen = sight(length, 0, CPU, starts=segment_starts(segments), window=window, kernel=Kernel.flex)
-    assert isinstance(seen, Blockwise)
+    seen = attention_mask(length, 0, CPU, starts=segment_starts(segments), window=window, kernel=Kernel.flex)
+    assert isinstance(seen, BlockwiseMask)
     ours, theirs = seen.mask, create_block_mask(seen.mask.mask_mod, 2, None, length, length, device="cpu")
     assert torch.equal(ours.to_dense(), theirs.to_dense())
     for name in ("kv", "full_kv", "q", "full_q"):
@@ -114,7 +114,7 @@ def test_flex_attention_is_told_the_same_as_a_mask_tells(biased: bool, monkeypat
     segments = torch.arange(200).div(70, rounding_mode="floor").expand(3, -1)
     starts, slopes = segment_starts(segments), alibi_slopes(4) if biased else None
     by_blocks, by_mask = (
-        attend(query, key, value, sight(200, 0, CPU, starts=starts, window=40, slopes=slopes, kernel=kernel))
+        attend(query, key, value, attention_mask(200, 0, CPU, starts=starts, window=40, slopes=slopes, kernel=kernel))
         for kernel in (Kernel.flex, Kernel.sdpa)
     )
     torch.testing.assert_close(by_blocks, by_mask, atol=1e-6, rtol=0)
@@ -137,7 +137,7 @@ def test_blocks_on_a_gpu_give_what_a_mask_gives(dtype: torch.dtype, biased: bool
     tensors = [torch.randn(2, n, 320, 64, device=cuda, generator=draw) for n in (4, 2, 2, 4)]
     for kernel, to in ((Kernel.flex, dtype), (Kernel.sdpa, torch.float32)):
         query, key, value = (tensor.to(to).requires_grad_() for tensor in tensors[:3])
-        seen = sight(320, 0, cuda, starts=segment_starts(segments), window=200, slopes=slopes, kernel=kernel)
+        seen = attention_mask(320, 0, cuda, starts=segment_starts(segments), window=200, slopes=slopes, kernel=kernel)
         y = attend(query, key, value, seen)
         y.backward(tensors[3].to(to))
         found.append([tensor.float() for tensor in (y, query.grad, key.grad, value.grad) if tensor is not None])
@@ -149,7 +149,7 @@ def test_blocks_on_a_gpu_give_what_a_mask_gives(dtype: torch.dtype, biased: bool
 # --- our own kernel ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not cpu_attention.is_there(), reason="needs a CPU with AVX512-BF16 and without AMX, and g++")
+@pytest.mark.skipif(not cpu_attention.is_available(), reason="needs a CPU with AVX512-BF16 and without AMX, and g++")
 def test_our_own_kernel_is_for_bf16_on_a_cpu() -> None:
     ids = torch.zeros(1, 8, dtype=torch.long)
     with torch.autocast("cpu", torch.bfloat16):
@@ -157,18 +157,18 @@ def test_our_own_kernel_is_for_bf16_on_a_cpu() -> None:
         assert kernel_for(ids, 24, 0.0) is Kernel.sdpa
         assert kernel_for(ids, 64, 0.1) is Kernel.sdpa
         slopes = alibi_slopes(4)
-        assert isinstance(sight(8, 0, CPU, window=4, kernel=Kernel.own), FirstKeys)
-        assert isinstance(sight(8, 0, CPU, window=4, slopes=slopes, kernel=Kernel.own), Tensor)
+        assert isinstance(attention_mask(8, 0, CPU, window=4, kernel=Kernel.own), FirstKeys)
+        assert isinstance(attention_mask(8, 0, CPU, window=4, slopes=slopes, kernel=Kernel.own), Tensor)
 
 
-@pytest.mark.skipif(not cpu_attention.is_there(), reason="needs a CPU with AVX512-BF16 and without AMX, and g++")
+@pytest.mark.skipif(not cpu_attention.is_available(), reason="needs a CPU with AVX512-BF16 and without AMX, and g++")
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
 @pytest.mark.parametrize("window", [None, 4, 12])
 @pytest.mark.parametrize("packed", [False, True])
 def test_our_own_kernel_sees_the_keys_that_a_mask_shows(packed: bool, window: int | None, key_heads: int) -> None:
     query, key, value = (heads(count, 12, seed, 16).bfloat16() for seed, count in enumerate((4, key_heads, key_heads)))
     starts = segment_starts(SEGMENTS) if packed else None
-    seen = sight(12, 0, CPU, starts=starts, window=window, kernel=Kernel.own)
+    seen = attention_mask(12, 0, CPU, starts=starts, window=window, kernel=Kernel.own)
     assert seen is None or isinstance(seen, FirstKeys)
     reference = expected(query, key, value, SEGMENTS if packed else None, window, None)
     torch.testing.assert_close(attend(query, key, value, seen).double(), reference, atol=2e-2, rtol=2e-2)

@@ -4,12 +4,12 @@ import torch
 from torch import nn
 
 from llmtrain import Run
-from llmtrain.model.layers.skip_init import Unfilled
+from llmtrain.model.layers.skip_init import SkipInitMode
 
 
 def test_no_random_number_is_drawn() -> None:
     before = torch.get_rng_state()
-    with Unfilled():
+    with SkipInitMode():
         layer, embedding, norm = nn.Linear(3, 5), nn.Embedding(7, 2), nn.LayerNorm(4)
         torch.empty(3).normal_()
     assert torch.equal(torch.get_rng_state(), before)
