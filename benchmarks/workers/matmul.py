@@ -15,7 +15,7 @@ LARGER_ERROR = 4.0  # a faster way of multiplying fp32 counts as fp32 up to so m
 
 def measure(task: Task) -> dict[str, Any]:
     """FLOP/s by precision, each product's and the best; on a GPU also of a square one."""
-    from llmtrain.base.device import DATASHEET_BF16
+    from llmtrain.base.gpus import find_gpu
     from llmtrain.base.process import prepare_process
 
     prepare_process()
@@ -31,9 +31,8 @@ def measure(task: Task) -> dict[str, Any]:
         products = {" × ".join(map(str, shape)): rate(shape, precision, task.device) for shape in shapes}
         rows[precision] = {"flops_per_second": max(products.values()), "products": products}
     if task.device == "cuda":
-        name = torch.cuda.get_device_name()
-        sheet = next((flops for key, flops in DATASHEET_BF16.items() if key in name), None)
-        rows["bf16"]["data_sheet"] = sheet
+        gpu = find_gpu(torch.cuda.get_device_name())
+        rows["bf16"]["data_sheet"] = None if gpu is None else gpu.flops.get("bf16")
     return {"rows": rows}
 
 

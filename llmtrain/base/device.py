@@ -1,4 +1,4 @@
-"""The device: its name, its memory and its speed."""
+"""The device of this machine: its name, its memory and its speed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmtrain.base.gpus import find_gpu
+
 if TYPE_CHECKING:
     import torch
 
 
 def physical_cores() -> int:
-    """Physical cores this process may run on: hyper-threads only get in one another's way in matrix products."""
+    """Count the physical cores that this process may use; two hyper-threads of a core only slow matrix products."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     cores = set()
     for cpu in allowed:
@@ -25,7 +27,7 @@ def physical_cores() -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """For people: "NVIDIA H100 80GB HBM3", "CPU, AMD EPYC …, 2 threads"."""
+    """Name ``device`` for people: "NVIDIA H100 80GB HBM3", "CPU, AMD EPYC …, 2 threads"."""
     import torch
 
     if device.type == "cuda":
@@ -41,7 +43,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes held so far: allocated on a GPU, resident in this process on a CPU."""
+    """Return the most bytes held so far: allocated on a GPU, resident in this process on a CPU."""
     import resource
 
     import torch
@@ -49,7 +51,7 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.is_file():  # the kernel's getrusage begins with the peak of the process that started this one
+    if status.is_file():  # getrusage would start from the peak of the parent process
         peaks = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
         if peaks:
             return 1024 * int(peaks[0])
@@ -58,7 +60,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes of host memory that this process can still take, by the kernel and its control group; None if unknown."""
+    """Return the bytes of host memory that this process can still take; None if unknown.
+
+    The limit is the kernel's or that of the process's control group, whichever is lower.
+    """
     found = []
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
@@ -70,41 +75,42 @@ def available_memory() -> int | None:
     return min(found) if found else None
 
 
-# Dense bf16 matrix products without sparsity, FLOP/s, from the makers' data sheets.
-DATASHEET_BF16 = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12,
-    "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-}  # fmt: skip
-
-
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that 100% MFU stands for: the data sheet's for a GPU in bf16 or fp16, else measured on the spot."""
+    """Return the FLOP/s that 100% MFU stands for.
+
+    For bf16 and fp16 on a GPU it is the data sheet's; where there is none, and for other types, it is measured.
+    """
     import torch
 
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        name = torch.cuda.get_device_name(device)
-        for key, flops in DATASHEET_BF16.items():
-            if key in name:
-                return flops
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    if device.type == "cuda" and dtype in names:
+        gpu = find_gpu(torch.cuda.get_device_name(device))
+        if gpu is not None and names[dtype] in gpu.flops:
+            return gpu.flops[names[dtype]]
     return _measured_flops(device, dtype, torch.get_num_threads(), torch.get_float32_matmul_precision())
 
 
 @functools.cache
 def _measured_flops(device: torch.device, dtype: torch.dtype, num_threads: int, float32_precision: str) -> float:
-    """As :func:`measure_matmul_flops` finds it, once in a process: a later run need not wait for it again."""
+    """Measure once in a process, so that a later run need not wait again."""
     return measure_matmul_flops(device, dtype)
 
 
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of a few matrix products; tens of milliseconds, or the time of two on a slow device."""
+    """Measure the FLOP/s of the fastest of a few matrix products, within tens of milliseconds.
+
+    A slow device takes the time of two products.
+    """
     import torch
 
     m, k, n = (8192, 8192, 8192) if device.type == "cuda" else (2048, 1024, 4096)
-    generator = torch.Generator(device).manual_seed(0)  # zeros would run faster than data does
+    generator = torch.Generator(device).manual_seed(0)  # products of zeros would be faster
     a = torch.randn(m, k, device=device, generator=generator).to(dtype)
     b = torch.randn(k, n, device=device, generator=generator).to(dtype)
-    product = torch.empty(m, n, device=device, dtype=dtype)  # or else memory is measured, that is mapped anew each time
-    torch.mm(a[: m // 16], b, out=product[: m // 16])  # what is done but once, such as choosing a kernel
+    product = torch.empty(
+        m, n, device=device, dtype=dtype
+    )  # allocated once: mapping fresh memory takes longer than the product
+    torch.mm(a[: m // 16], b, out=product[: m // 16])  # one-time work, such as choosing a kernel
     seconds: list[float] = []
     while len(seconds) < 2 or (len(seconds) < 16 and sum(seconds) < 0.2):
         if device.type == "cuda":
