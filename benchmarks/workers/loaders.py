@@ -14,7 +14,7 @@ WARM_UP = 20  # batches
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """Tokens a second of the contestant that the task names."""
+    """TokenSlice a second of the contestant that the task names."""
     batches = MAKERS[task.contestant](task)
     for _ in itertools.islice(batches, WARM_UP):
         pass

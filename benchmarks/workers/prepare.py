@@ -20,7 +20,7 @@ def measure(task: Task) -> dict[str, Any]:
 
     from llmtrain import Run
     from llmtrain.base.device import available_memory, device_name, physical_cores
-    from llmtrain.data.cache.encode import encode_documents
+    from llmtrain.data.cache.document_encoder import encode_documents
     from llmtrain.data.python_stdlib import PythonStdlib
     from llmtrain.model.gpt import GPTConfig
     from llmtrain.model.layers.padded_vocabulary import padded_size

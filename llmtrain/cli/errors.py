@@ -33,7 +33,7 @@ def explain(error: BaseException, verb: str) -> tuple[str | None, int]:
                 f"sweep: -m; if it is one text with a comma: '{key}=\"{value}\"'"
             ), USAGE_ERROR
         return message, USAGE_ERROR
-    if type(error).__name__ in ("TrainingFailed", "DataFailed"):
+    if type(error).__name__ in ("TrainingFailed", "DataError"):
         return str(error), FAILED
     if type(error).__name__ == "OutOfMemoryError":
         remedy = "a smaller accumulation.micro_batch_size keeps the batch and needs less memory"

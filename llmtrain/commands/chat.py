@@ -16,10 +16,11 @@ from llmtrain.base.invocation import FINISHED, Invocation
 from llmtrain.base.process import cache_folder
 from llmtrain.base.runtime import Device, Runtime
 from llmtrain.checkpoint.directory import locate_checkpoint
-from llmtrain.data.chat.templates import Message
+from llmtrain.data.chat.template import Message
+from llmtrain.inference.conversation import Conversation
 from llmtrain.inference.generate import Sampling
-from llmtrain.run.conversation import Conversation, check_writes, template_of
 from llmtrain.run.load import load_trained
+from llmtrain.run.text_generation import check_generates, template_of
 
 COMMANDS = {
     "/reset": "forget what was said",
@@ -66,10 +67,12 @@ def main(settings: Chat, invocation: Invocation) -> int:
     console = Console(highlight=False, soft_wrap=True)
     runtime = Runtime.for_inference(settings.device)
     with load_trained(checkpoint, runtime, base=settings.base, plugins=settings.plugins) as trained:
-        check_writes(trained, invocation.targets[0])
+        check_generates(trained, invocation.targets[0])
         seed = secrets.randbits(63) if settings.seed is None else settings.seed
         conversation = Conversation(
-            trained,
+            trained.model,
+            trained.tokenizer,
+            trained.precision,
             template_of(trained, settings.template, settings.system),
             settings.sampling(),
             settings.max_tokens,
@@ -108,7 +111,7 @@ def answer(text: str, conversation: Conversation, console: Console) -> None:
         console.print(Text(" …", style="dim"), end="")
     sys.stdout.write("\n\n" if is_terminal else "\n")
     if conversation.room < 0 <= room:
-        reads = f"{conversation.trained.model.context_length:,} tokens"
+        reads = f"{conversation.model.context_length:,} tokens"
         message = f"longer than the {reads} that the model reads: it no longer sees the beginning; /reset starts again"
         console.print(Text(message, style="yellow"))
 

@@ -18,22 +18,25 @@ from llmtrain.base.invocation import FAILED, FINISHED, Invocation
 from llmtrain.base.runtime import Device, Runtime
 from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.config.run_config import RunConfig
-from llmtrain.data.chat.templates import Markup, PartEncoder, Template
+from llmtrain.data.chat.encoder import ConversationEncoder
+from llmtrain.data.chat.markup_template import MarkupTemplate
+from llmtrain.data.chat.template import ChatTemplate
 from llmtrain.data.chat.to_jinja import to_jinja
-from llmtrain.data.labelled import Labelled
-from llmtrain.hf import CLASSIFIER, SCORE, config_of, family_for, module_names
-from llmtrain.hf.classifier_tokenizer import PAD, find_padding, wrapped
+from llmtrain.data.labelled import LabelledText
+from llmtrain.hf import CLASSIFIER, SCORE, config_of
+from llmtrain.hf.classifier_tokenizer import PAD, add_classifier_tokens, find_padding
 from llmtrain.hf.config_json import ConfigJson
-from llmtrain.hf.directory import locate
+from llmtrain.hf.directory import locate_directory
+from llmtrain.hf.families import family_of_model, module_names
 from llmtrain.hf.peft import export_adapter, import_adapter
-from llmtrain.hf.tokenizer_export import files
-from llmtrain.hf.writing import config_json, is_transposed, write
+from llmtrain.hf.tokenizer_export import export_files
+from llmtrain.hf.writing import config_json, is_transposed, write_checkpoint
 from llmtrain.lora.low_rank import LowRankAdaptation
 from llmtrain.lora.merge import merge
 from llmtrain.lora.quantization import Quantization
 from llmtrain.lora.targets import HEAD
-from llmtrain.run.conversation import template_of
 from llmtrain.run.load import Trained, load_trained
+from llmtrain.run.text_generation import template_of
 from llmtrain.verify.logits import (
     ExportMismatch,
     check_logits,
@@ -138,7 +141,7 @@ def whole(settings: Export, trained: Trained, folder: Path) -> None:
         print(f"rounded to {str(dtype).removeprefix('torch.')}: logits change by up to {change}")
         before = rounded
     generation = {"eos_token_id": ends_of(trained)}
-    write(model, folder, values, generation, dtype=dtype, shard_bytes=round(settings.shard_gb * 1e9))
+    write_checkpoint(model, folder, values, generation, dtype=dtype, shard_bytes=round(settings.shard_gb * 1e9))
     write_files(contents, folder)
     model.to_empty(device="meta")  # its memory goes before the copy's comes
     check_logits("this program", before, reloaded_logits(folder, config_of(model), len(labels), before.prompts))
@@ -153,12 +156,12 @@ def whole(settings: Export, trained: Trained, folder: Path) -> None:
 def type_of_base(run: RunConfig) -> DType:
     """The type that merged weights are stored in unless the user names one."""
     if run.lora.adapts and isinstance(run.weights, HuggingFace):
-        values = ConfigJson.read(locate(run.weights.path)).values
+        values = ConfigJson.read(locate_directory(run.weights.path)).values
         return STORED.get(str(values.get("dtype") or values.get("torch_dtype")), DType.fp32)
     return DType.fp32
 
 
-def taught(trained: Trained) -> Template | None:
+def taught(trained: Trained) -> ChatTemplate | None:
     """The template of the run's instructions; None for other data."""
     return template_of(trained, None, None) if hasattr(trained.run.data, "template") else None
 
@@ -166,7 +169,7 @@ def taught(trained: Trained) -> Template | None:
 def ends_of(trained: Trained) -> int | list[int]:
     """The ids that end a text, and those that end a response in the run's template."""
     end, template = trained.tokenizer.end_of_text, taught(trained)
-    others = set() if template is None else PartEncoder(trained.tokenizer, template).stops(template)[0] - {end}
+    others = set() if template is None else ConversationEncoder(trained.tokenizer, template).stops(template)[0] - {end}
     return [end, *sorted(others)] if others else end
 
 
@@ -177,18 +180,18 @@ def tokenizer_files(trained: Trained, *, may_add: bool) -> tuple[dict[str, str],
     cannot pad too: without a token for that, one more is added behind the vocabulary if that ``may_add``.
     """
     tokenizer, data, template = trained.tokenizer, trained.run.data, taught(trained)
-    source = to_jinja(template, has_bos=tokenizer.bos is not None) if isinstance(template, Markup) else None
-    contents = files(tokenizer, trained.model.context_length, source)
-    if not isinstance(data, Labelled):
+    source = to_jinja(template, has_bos=tokenizer.bos is not None) if isinstance(template, MarkupTemplate) else None
+    contents = export_files(tokenizer, trained.model.context_length, source)
+    if not isinstance(data, LabelledText):
         return contents, None
-    contents = files(tokenizer, data.sequence_length, source)
+    contents = export_files(tokenizer, data.sequence_length, source)
     pad = find_padding(tokenizer, contents)
     if pad is None and not data.append_end_of_text:
         names = {id: name for name, id in tokenizer.special_tokens.items()}
         pad = names[tokenizer.end_of_text], tokenizer.end_of_text
     if pad is None and may_add:
         pad = PAD, tokenizer.vocab_size
-    contents = wrapped(contents, tokenizer, begins=True, ends=data.append_end_of_text, pad=pad)
+    contents = add_classifier_tokens(contents, tokenizer, begins=True, ends=data.append_end_of_text, pad=pad)
     return contents, None if pad is None else pad[1]
 
 
@@ -208,10 +211,10 @@ def adapter(settings: Export, trained: Trained, folder: Path) -> None:
         raise ValueError(
             "format=peft: this run trained the weights themselves and has no adapters; take format=huggingface"
         )
-    family = family_for(config_of(model))
+    family = family_of_model(config_of(model))
     names = module_names(model) | {CLASSIFIER.removesuffix(".weight"): SCORE.removesuffix(".weight")}
     kind = family.write_config(config_of(model), model.vocab_size)["model_type"]
-    base = str(locate(run.weights.path).resolve()) if isinstance(run.weights, HuggingFace) else None
+    base = str(locate_directory(run.weights.path).resolve()) if isinstance(run.weights, HuggingFace) else None
     before = reference_logits(trained)
     transposed = is_transposed(family, model, kind)
     export_adapter(model, run.lora, names, folder, base=base, fan_in_fan_out=transposed)

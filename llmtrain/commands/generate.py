@@ -16,12 +16,13 @@ from llmtrain.base.format import visible
 from llmtrain.base.invocation import Invocation
 from llmtrain.base.runtime import Device, Runtime
 from llmtrain.checkpoint.directory import locate_checkpoint
-from llmtrain.data.chat.templates import Message, PartEncoder, Template
+from llmtrain.data.chat.encoder import ConversationEncoder
+from llmtrain.data.chat.template import ChatTemplate, Message
 from llmtrain.data.sources.documents import read_text
-from llmtrain.data.sources.records import Reader, find_records
-from llmtrain.inference.generate import Sampling, as_text, generate
-from llmtrain.run.conversation import check_writes, template_of
+from llmtrain.data.sources.records import RecordReader, find_records
+from llmtrain.inference.generate import Sampling, generate, stream_text
 from llmtrain.run.load import Trained, load_trained
+from llmtrain.run.text_generation import check_generates, template_of
 
 AS_IT_IS, AS_TAUGHT = "none", "run"  # of the templates
 
@@ -69,7 +70,7 @@ def main(settings: Generate, invocation: Invocation) -> int:
     checkpoint = locate_checkpoint(invocation.targets[0])
     runtime = Runtime.for_inference(settings.device)
     with load_trained(checkpoint, runtime, base=settings.base, plugins=settings.plugins) as trained:
-        check_writes(trained, invocation.targets[0])
+        check_generates(trained, invocation.targets[0])
         writer = Writer(trained, settings)
         if settings.file is not None:
             write_rows(writer, settings)
@@ -92,12 +93,12 @@ class Writer:
         self.trained, self.settings = trained, settings
         seed = secrets.randbits(63) if settings.seed is None else settings.seed
         self.generator = torch.Generator(trained.device).manual_seed(seed)
-        self.template: Template | None = None
+        self.template: ChatTemplate | None = None
         self.stop_ids: frozenset[int] = frozenset()
         self.stop_texts: tuple[str, ...] = ()
         if settings.template != AS_IT_IS:
             self.template = template_of(trained, None if settings.template == AS_TAUGHT else settings.template, None)
-            self.encoder = PartEncoder(trained.tokenizer, self.template)
+            self.encoder = ConversationEncoder(trained.tokenizer, self.template)
             self.stop_ids, self.stop_texts = self.encoder.stops(self.template)
 
     def texts(self, prompt: str) -> Iterator[str]:
@@ -119,7 +120,7 @@ class Writer:
                 end_of_text=tokenizer.end_of_text,
                 stops=self.stop_ids,
             )
-            yield from as_text(new, tokenizer.decode_bytes, self.stop_texts)
+            yield from stream_text(new, tokenizer.decode_bytes, self.stop_texts)
 
 
 def write_rows(writer: Writer, settings: Generate) -> None:
@@ -138,7 +139,7 @@ def read_prompts(file: str, column: str) -> Iterator[tuple[str, dict[str, Any]]]
             if line.strip():
                 yield line, {}
         return
-    reader = Reader()
+    reader = RecordReader()
     for path in find_records(file, "file"):
         for record in reader.read(path):
             others = {name: value for name, value in record.values.items() if name != column}

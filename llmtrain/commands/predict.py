@@ -23,8 +23,8 @@ from llmtrain.base.invocation import FINISHED, Invocation
 from llmtrain.base.runtime import Device, Runtime
 from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.data import padded
-from llmtrain.data.labelled import Labelled
-from llmtrain.data.sources.records import Reader, Record, find_records
+from llmtrain.data.labelled import LabelledText
+from llmtrain.data.sources.records import Record, RecordReader, find_records
 from llmtrain.objective.classification import Classification
 from llmtrain.run.load import Trained, load_trained
 
@@ -83,7 +83,7 @@ class Predictor:
     """A model that tells classes apart, and what belongs to it."""
 
     trained: Trained
-    data: Labelled
+    data: LabelledText
     objective: Classification
     labels: tuple[str, ...]
     threshold: float  # of several labels a text: from which probability on one is given
@@ -92,7 +92,7 @@ class Predictor:
     def of(cls, trained: Trained, threshold: float, target: Path) -> "Predictor":
         """Raises ValueError for a run that was not trained to tell classes apart."""
         run = trained.run
-        if not isinstance(run.objective, Classification) or not isinstance(run.data, Labelled):
+        if not isinstance(run.objective, Classification) or not isinstance(run.data, LabelledText):
             raise ValueError(
                 f"{target}: this run was not trained to tell classes apart (objective=classification); "
                 "llmtrain generate and llmtrain chat use what other runs have learnt"
@@ -138,7 +138,7 @@ def predict_file(predictor: Predictor, settings: Predict) -> None:
     assert settings.file is not None
     column = settings.text_column or predictor.data.text_column
     key = "text_column"
-    reader = Reader()
+    reader = RecordReader()
     records = (record for path in find_records(settings.file, "file") for record in reader.read(path))
     right = judged = total = 0
     with writer(settings.output, predictor.labels) as write:

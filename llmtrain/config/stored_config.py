@@ -23,6 +23,7 @@ MOVED = {  # classes by the names that older versions wrote
     "llmtrain.run.Run": "llmtrain.run.run.Run",
     "llmtrain.recovery.off.Off": "llmtrain.recovery.off.RecoveryOff",
     "llmtrain.recovery.on.On": "llmtrain.recovery.on.RecoveryOn",
+    "llmtrain.data.labelled.Labelled": "llmtrain.data.labelled.LabelledText",
 }
 
 

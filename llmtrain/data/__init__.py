@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from llmtrain.data.cache.reader import DataFailed as DataFailed
+from llmtrain.data.cache.token_reader import DataError as DataError
 from llmtrain.data.sequences import Sequences
 from llmtrain.tokenizer import Tokenizer
 
@@ -78,7 +78,7 @@ class DataConfig(ABC):
     def build(self, tokenizer: Tokenizer) -> Corpus:
         """Prepare (or find in the cache), check and open the data.
 
-        Raises ValueError with the path and the remedy, :class:`DataFailed` for text that cannot be tokenised.
+        Raises ValueError with the path and the remedy, :class:`DataError` for text that cannot be tokenised.
         """
 
     def verify(self, tokenizer: Tokenizer) -> Corpus:

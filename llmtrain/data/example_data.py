@@ -18,16 +18,16 @@ import numpy as np
 
 from llmtrain.base.checks import did_you_mean
 from llmtrain.base.format import percent
-from llmtrain.data import Corpus, DataConfig, DataFailed
-from llmtrain.data.cache.encode import dtype_of
-from llmtrain.data.cache.example_cache import FORMAT, Entry, ExampleIndex, digest_of
-from llmtrain.data.cache.parallel import in_order
-from llmtrain.data.cache.shard_index import PartWriter
+from llmtrain.data import Corpus, DataConfig, DataError
+from llmtrain.data.cache.document_encoder import dtype_of
+from llmtrain.data.cache.example_cache import FORMAT, ExampleCacheEntry, ExampleIndex, digest_of
+from llmtrain.data.cache.parallel_map import map_in_order
+from llmtrain.data.cache.shard_index import ShardWriter
 from llmtrain.data.cache.token_cache import REPORT_SECONDS, find_or_make
 from llmtrain.data.examples import Examples, no_target
 from llmtrain.data.order.validation_split import column, content_hash, set_aside, undersample
 from llmtrain.data.sources.files import Stamp, remember, sha256, stamp
-from llmtrain.data.sources.records import Reader, Record, find_records
+from llmtrain.data.sources.records import Record, RecordReader, find_records
 from llmtrain.data.text_data import check_options
 from llmtrain.tokenizer import Tokenizer
 
@@ -37,7 +37,7 @@ JOB = 128  # records that are encoded in one go
 TRAIN, VALIDATION, LEFT_OUT = 0, 1, 2
 
 
-class Item(NamedTuple, Generic[T]):
+class Example(NamedTuple, Generic[T]):
     """A record that has been checked."""
 
     what: T  # to be encoded
@@ -45,7 +45,7 @@ class Item(NamedTuple, Generic[T]):
     labels: tuple[str, ...] = ()
 
 
-class Encoded(NamedTuple):
+class EncodedExample(NamedTuple):
     """An example as ids."""
 
     inputs: np.ndarray  # (tokens,)
@@ -54,7 +54,7 @@ class Encoded(NamedTuple):
 
 
 @dataclass
-class Plan:
+class ExamplePlan:
     """What the first reading has found out."""
 
     purposes: np.ndarray  # of each record, int8: TRAIN, VALIDATION or LEFT_OUT
@@ -79,6 +79,7 @@ class ExampleData(DataConfig, Generic[T]):
 
     # --- what an option says of itself -----------------------------------------------------------------------------
 
+    cache_name: ClassVar[str]  # of the option in the key of the cache; a new one would make every run's data another's
     noun: ClassVar[str] = "example"
     cut_words: ClassVar[str] = "their ends were cut"
     dropped_words: ClassVar[str] = "nothing was left"
@@ -90,11 +91,11 @@ class ExampleData(DataConfig, Generic[T]):
         return 0
 
     @abstractmethod
-    def read(self, record: Record) -> Item[T]:
+    def read(self, record: Record) -> Example[T]:
         """The example in ``record``.  Raises ValueError, naming file and line, for what is none."""
 
     @abstractmethod
-    def encoder(self, tokenizer: Tokenizer) -> Callable[[T], Encoded]:
+    def encoder(self, tokenizer: Tokenizer) -> Callable[[T], EncodedExample]:
         """What encodes an example; called from several threads.  An example without inputs is left out."""
 
     @abstractmethod
@@ -132,13 +133,13 @@ class ExampleData(DataConfig, Generic[T]):
         hashes = remember(cache_dir / "sha256.json", train + validation, sha256, verify=verify)
         suffixes = [file.suffixes[-2:] for file in train + validation]
         key = [
-            FORMAT, type(self).__name__, hashes, suffixes, len(train), self.validation_fraction, self.sequence_length,
+            FORMAT, self.cache_name, hashes, suffixes, len(train), self.validation_fraction, self.sequence_length,
             self.settings(tokenizer), tokenizer.fingerprint,
         ]  # fmt: skip
-        preparation = Preparation(self, train, validation, before, tokenizer)
+        preparation = ExampleWriter(self, train, validation, before, tokenizer)
         entry = find_or_make(
-            cache_dir, key, lambda folder, again: Entry.open(folder, tokenizer, verify=again), preparation.fill,
-            f"{self.noun}s of {self.path}", verify=verify,
+            cache_dir, key, lambda folder, again: ExampleCacheEntry.open(folder, tokenizer, verify=again),
+            preparation.fill,            f"{self.noun}s of {self.path}", verify=verify,
         )  # fmt: skip
         return self._corpus(entry, self.remarks(tokenizer))
 
@@ -153,7 +154,7 @@ class ExampleData(DataConfig, Generic[T]):
             raise ValueError(f"data.path={self.path}: all of its files are for validation; name some for training")
         return train, validation
 
-    def _corpus(self, entry: Entry, remarks: list[str]) -> Corpus:
+    def _corpus(self, entry: ExampleCacheEntry, remarks: list[str]) -> Corpus:
         train = Examples(entry.train, self.sequence_length, is_packed=self.packs)
         validation = None
         if len(entry.validation):
@@ -180,7 +181,7 @@ class ExampleData(DataConfig, Generic[T]):
         return ()
 
 
-class Preparation(Generic[T]):
+class ExampleWriter(Generic[T]):
     """Examples into the cache.
 
     Args:
@@ -197,14 +198,14 @@ class Preparation(Generic[T]):
         self.files = [(file, TRAIN) for file in train] + [(file, VALIDATION) for file in validation]
         self.before = before
         self.tokenizer = tokenizer
-        self.reader = Reader()
+        self.reader = RecordReader()
 
     def fill(self, folder: Path) -> None:
         """Write the files of an entry."""
         plan = self.plan()
         dtype = dtype_of(self.tokenizer.vocab_size + 1)  # and one for the place of what is no target
-        streams = [PartWriter(folder, name) for name in ("train", "validation")]
-        numbers = [PartWriter(folder, f"{name}-examples") for name in ("train", "validation")]
+        streams = [ShardWriter(folder, name) for name in ("train", "validation")]
+        numbers = [ShardWriter(folder, f"{name}-examples") for name in ("train", "validation")]
         cut, dropped, seen = [0, 0], [0, 0], [0, 0]
         has_targets = False
         for purpose, label, encoded in self._encode(plan):
@@ -246,7 +247,7 @@ class Preparation(Generic[T]):
 
     # --- the first reading ------------------------------------------------------------------------------------------
 
-    def plan(self) -> Plan:
+    def plan(self) -> ExamplePlan:
         """Check every record and decide what it is for.  Raises ValueError, naming file and line, for a bad one."""
         hashes, labels, purposes = array("q"), array("q"), array("b")
         numbers: dict[tuple[str, ...], int] = {}  # of what the examples are labelled with
@@ -258,7 +259,9 @@ class Preparation(Generic[T]):
             purposes.append(purpose)
             for label in item.labels:
                 first.setdefault((purpose, label), record.origin)
-        plan = Plan(np.frombuffer(purposes, np.int8).copy() if purposes else np.empty(0, np.int8), column(labels), [])
+        plan = ExamplePlan(
+            np.frombuffer(purposes, np.int8).copy() if purposes else np.empty(0, np.int8), column(labels), []
+        )
         if not (plan.purposes == TRAIN).any():
             raise ValueError(f"data.path={self.data.path}: there is no {self.data.noun} in it")
         self._split(plan, column(hashes))
@@ -266,7 +269,7 @@ class Preparation(Generic[T]):
         self._tell_duplicates(plan, column(hashes))
         return plan
 
-    def _split(self, plan: Plan, hashes: np.ndarray) -> None:
+    def _split(self, plan: ExamplePlan, hashes: np.ndarray) -> None:
         data = self.data
         fraction = data.validation_fraction
         if data.validation_path is None and fraction > 0:
@@ -286,7 +289,9 @@ class Preparation(Generic[T]):
                     "as frequent as the rarest (data.balance=undersample)"
                 )
 
-    def _name_labels(self, plan: Plan, combinations: list[tuple[str, ...]], first: dict[tuple[int, str], str]) -> None:
+    def _name_labels(
+        self, plan: ExamplePlan, combinations: list[tuple[str, ...]], first: dict[tuple[int, str], str]
+    ) -> None:
         """Turn the numbers of combinations of labels into targets."""
         if not self.data.has_labels:
             return
@@ -319,7 +324,7 @@ class Preparation(Generic[T]):
         targets = np.array([self.data.label_of(labels, numbers) for labels in combinations], np.int64)
         plan.labels = targets[plan.labels]
 
-    def _tell_duplicates(self, plan: Plan, hashes: np.ndarray) -> None:
+    def _tell_duplicates(self, plan: ExamplePlan, hashes: np.ndarray) -> None:
         data = self.data
         train, validation = hashes[plan.purposes == TRAIN], hashes[plan.purposes == VALIDATION]
         unique = np.unique(train)
@@ -348,11 +353,11 @@ class Preparation(Generic[T]):
 
     # --- the second -------------------------------------------------------------------------------------------------
 
-    def _encode(self, plan: Plan) -> Iterator[tuple[int, int, Encoded]]:
+    def _encode(self, plan: ExamplePlan) -> Iterator[tuple[int, int, EncodedExample]]:
         """Purpose, label and ids of the examples that are not left out, in order."""
         encode = self.data.encoder(self.tokenizer)
 
-        def work(job: list[tuple[int, int, Record]]) -> list[tuple[int, int, Encoded]]:
+        def work(job: list[tuple[int, int, Record]]) -> list[tuple[int, int, EncodedExample]]:
             done = []
             for purpose, label, record in job:
                 try:
@@ -362,13 +367,13 @@ class Preparation(Generic[T]):
                     raise ValueError(f"{where}{error}") from error
                 except BaseException as error:  # what a tokenizer of native code raises may be no Exception
                     what = f"{type(error).__name__}: {error}".rstrip(": ")
-                    raise DataFailed(f"{record.origin} cannot be encoded: {what}") from error
+                    raise DataError(f"{record.origin} cannot be encoded: {what}") from error
             return done
 
         plans = zip(plan.purposes.tolist(), plan.labels.tolist(), self._records(), strict=True)
         wanted = ((purpose, label, record) for purpose, label, (_, record) in plans if purpose != LEFT_OUT)
         number, reported = 0, time.monotonic()
-        for done in in_order(work, iter(lambda: list(islice(wanted, JOB)), [])):
+        for done in map_in_order(work, iter(lambda: list(islice(wanted, JOB)), [])):
             yield from done
             number += len(done)
             if time.monotonic() - reported > REPORT_SECONDS:

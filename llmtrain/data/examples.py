@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmtrain.data import IGNORE, padded
-from llmtrain.data.cache.reader import Tokens
+from llmtrain.data.cache.token_reader import TokenSlice
 from llmtrain.data.order.packing import pack
 from llmtrain.data.order.permutation import mix, order
 from llmtrain.data.sequences import Rows, Sequences
@@ -16,14 +16,14 @@ GROUP = 32  # examples of like length that are visited one after the other
 
 
 @dataclass(frozen=True)
-class Stored:
+class ExampleStore:
     """Examples in files.
 
     ``shards`` hold one stream of ids: of each example its inputs and, with ``has_targets``, behind them as many
     targets.  Without, an example has one target, in ``labels``, at its last input.
     """
 
-    shards: Sequence[Tokens]
+    shards: Sequence[TokenSlice]
     lengths: np.ndarray  # (examples,) int64: inputs of each
     labels: np.ndarray  # (examples,) int64; all 0 where there are targets
     has_targets: bool
@@ -38,7 +38,7 @@ class Examples(Sequences):
     Memory goes with the number of examples, not with that of their tokens.
     """
 
-    def __init__(self, stored: Stored, sequence_length: int, *, is_packed: bool = False) -> None:
+    def __init__(self, stored: ExampleStore, sequence_length: int, *, is_packed: bool = False) -> None:
         assert stored.lengths.max(initial=1) <= sequence_length
         assert stored.lengths.min(initial=1) > 0
         self.sequence_length = sequence_length

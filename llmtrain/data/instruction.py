@@ -9,8 +9,11 @@ import numpy as np
 
 from llmtrain.base.checks import did_you_mean
 from llmtrain.data import IGNORE
-from llmtrain.data.chat.templates import OWN, Message, PartEncoder, Template, find_template, parse_template
-from llmtrain.data.example_data import Encoded, ExampleData, Item
+from llmtrain.data.chat.encoder import ConversationEncoder
+from llmtrain.data.chat.special_tokens import missing_tokens
+from llmtrain.data.chat.template import ChatTemplate, Message
+from llmtrain.data.chat.templates import OWN, find_template, parse_template
+from llmtrain.data.example_data import EncodedExample, Example, ExampleData
 from llmtrain.data.sources.records import Record, shown
 from llmtrain.tokenizer import Tokenizer
 
@@ -48,6 +51,7 @@ class Instruction(ExampleData[list[Message]]):
     pack: bool
 
     gives = "responses"
+    cache_name: ClassVar[str] = "Instruction"
     cut_words: ClassVar[str] = "what is beyond was cut off"
     dropped_words: ClassVar[str] = "nothing of a response was left"
 
@@ -62,7 +66,7 @@ class Instruction(ExampleData[list[Message]]):
 
     # --- a record ---------------------------------------------------------------------------------------------------
 
-    def read(self, record: Record) -> Item[list[Message]]:
+    def read(self, record: Record) -> Example[list[Message]]:
         messages = self.messages(record)
         while messages and messages[-1].role != "assistant":
             messages.pop()  # what nobody answers teaches nothing
@@ -72,7 +76,7 @@ class Instruction(ExampleData[list[Message]]):
         if not any(answer.strip() for answer in answers):
             what = "its response is empty" if answers else "there is no response in it"
             raise ValueError(f"{record.origin}: {what}: every target would be masked; remove it, or fill it in")
-        return Item(messages, tuple(text for message in messages for text in message))
+        return Example(messages, tuple(text for message in messages for text in message))
 
     def messages(self, record: Record) -> list[Message]:
         """The conversation in ``record``.  Raises ValueError, naming file and line, if it has no known form."""
@@ -100,15 +104,15 @@ class Instruction(ExampleData[list[Message]]):
 
     # --- its ids ----------------------------------------------------------------------------------------------------
 
-    def find_template(self, tokenizer: Tokenizer) -> Template:
+    def find_template(self, tokenizer: Tokenizer) -> ChatTemplate:
         """The template, as training and chat use it.  Raises ValueError if there is none of that name."""
         return find_template(self.template, tokenizer, system=self.system)
 
-    def encoder(self, tokenizer: Tokenizer) -> Callable[[list[Message]], Encoded]:
+    def encoder(self, tokenizer: Tokenizer) -> Callable[[list[Message]], EncodedExample]:
         template = self.find_template(tokenizer)
-        encode_parts = PartEncoder(tokenizer, template)
+        encode_parts = ConversationEncoder(tokenizer, template)
 
-        def encode(messages: list[Message]) -> Encoded:
+        def encode(messages: list[Message]) -> EncodedExample:
             last = [len(messages) - 1] if self.train_on is TrainOn.last else None
             ids, wanted = encode_parts(template.render(messages, trained=last))
             if self.train_on is TrainOn.all:
@@ -118,7 +122,7 @@ class Instruction(ExampleData[list[Message]]):
             inputs, targets = inputs[: self.sequence_length], targets[: self.sequence_length]
             if (targets == IGNORE).all():  # what is taught was cut off
                 inputs = inputs[:0]
-            return Encoded(inputs, targets, is_cut)
+            return EncodedExample(inputs, targets, is_cut)
 
         return encode
 
@@ -130,7 +134,7 @@ class Instruction(ExampleData[list[Message]]):
         ]  # fmt: skip
 
     def remarks(self, tokenizer: Tokenizer) -> list[str]:
-        missing = self.find_template(tokenizer).spelled_out(tokenizer)
+        missing = missing_tokens(self.find_template(tokenizer), tokenizer)
         if not missing:
             return []
         return [

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from llmtrain.data.example_data import Encoded, ExampleData, Item
+from llmtrain.data.example_data import EncodedExample, Example, ExampleData
 from llmtrain.data.sources.records import Record, shown
 from llmtrain.tokenizer import Tokenizer
 
@@ -24,7 +24,7 @@ class Balance(Enum):
 
 
 @dataclass(frozen=True)
-class Labelled(ExampleData[str]):
+class LabelledText(ExampleData[str]):
     """A record is a text and its label, or its labels with ``multi_label``.
 
     With ``append_end_of_text`` every text is followed by the token that ends one, and the class is read there.  In a
@@ -40,6 +40,7 @@ class Labelled(ExampleData[str]):
     append_end_of_text: bool
 
     gives = "labels"
+    cache_name: ClassVar[str] = "Labelled"
     noun: ClassVar[str] = "text"
     has_labels: ClassVar[bool] = True
     cut_words: ClassVar[str] = "only their beginnings are read"
@@ -58,13 +59,13 @@ class Labelled(ExampleData[str]):
 
     # --- a record ---------------------------------------------------------------------------------------------------
 
-    def read(self, record: Record) -> Item[str]:
+    def read(self, record: Record) -> Example[str]:
         text = record.text(self.text_column, "data.text_column")
         if not text.strip():
             raise ValueError(f"{record.origin}: {self.text_column} is empty; remove the line, or fill it in")
         value = record.value(self.label_column, "data.label_column")
         labels = self._several(value, record.origin) if self.multi_label else (self._one(value, record.origin),)
-        return Item(text, (text,), labels)
+        return Example(text, (text,), labels)
 
     def _one(self, value: Any, origin: str) -> str:
         if isinstance(value, str | int):
@@ -123,15 +124,15 @@ class Labelled(ExampleData[str]):
 
     # --- its ids ----------------------------------------------------------------------------------------------------
 
-    def encoder(self, tokenizer: Tokenizer) -> Callable[[str], Encoded]:
+    def encoder(self, tokenizer: Tokenizer) -> Callable[[str], EncodedExample]:
         begin = [] if tokenizer.bos is None else [tokenizer.bos]
         end = [tokenizer.end_of_text] if self.append_end_of_text else []
         room = self.sequence_length - len(begin) - len(end)
         before, behind = np.array(begin, np.uint32), np.array(end, np.uint32)
 
-        def encode(text: str) -> Encoded:
+        def encode(text: str) -> EncodedExample:
             ids = tokenizer.encode(text)
-            return Encoded(np.concatenate([before, ids[:room], behind]), None, len(ids) > room)
+            return EncodedExample(np.concatenate([before, ids[:room], behind]), None, len(ids) > room)
 
         return encode
 

@@ -11,7 +11,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from llmtrain.data import IGNORE, Batch, DataFailed
+from llmtrain.data import IGNORE, Batch, DataError
 from llmtrain.data.sequences import Sequences
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Loader:
     def next(self) -> Batch:
         """The batch of the next step.
 
-        Raises :class:`llmtrain.data.DataFailed`, which says where, if the thread could not make it; the batches made
+        Raises :class:`llmtrain.data.DataError`, which says where, if the thread could not make it; the batches made
         before come first.
         """
         with self._changed:
@@ -79,7 +79,7 @@ class Loader:
                 if self._closed:
                     raise RuntimeError("the loader is closed")
                 if not self._thread.is_alive():
-                    raise DataFailed(f"loader thread, {self._making}: it is gone, and has left no error")
+                    raise DataError(f"loader thread, {self._making}: it is gone, and has left no error")
                 self._changed.wait(WATCH_SECONDS)
                 if time.monotonic() > told:
                     log.warning("still waiting for the loader thread, %s; is its disk in order?", self._making)
@@ -135,8 +135,8 @@ class Loader:
         """The error with what the thread was at.  Of memory of the device others know what to say."""
         if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
             return error
-        what = str(error) if isinstance(error, DataFailed) else f"{type(error).__name__}: {error}".rstrip(": ")
-        failed = DataFailed(f"loader thread, {self._making}: {what}")
+        what = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}".rstrip(": ")
+        failed = DataError(f"loader thread, {self._making}: {what}")
         failed.__cause__ = error
         return failed
 

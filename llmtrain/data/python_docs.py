@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llmtrain.data.cache.token_cache import Source
-from llmtrain.data.sources.documents import Piece
+from llmtrain.data.cache.token_cache import DocumentSource
+from llmtrain.data.sources.documents import DocumentPiece
 from llmtrain.data.text_data import TextData
 
 
@@ -14,14 +14,14 @@ from llmtrain.data.text_data import TextData
 class PythonDocs(TextData):
     """A document for each topic of :mod:`pydoc_data.topics`, in alphabetical order."""
 
-    def source(self, *, verify: bool = False) -> Source:  # nothing is remembered of the topics
+    def source(self, *, verify: bool = False) -> DocumentSource:  # nothing is remembered of the topics
         topics = _read_topics()
         digest = hashlib.sha256("\0".join(topics.values()).encode()).hexdigest()
 
-        def pieces() -> Iterator[Piece]:
-            return (Piece(text, True, f"topic {name}") for name, text in topics.items())
+        def pieces() -> Iterator[DocumentPiece]:
+            return (DocumentPiece(text, True, f"topic {name}") for name, text in topics.items())
 
-        return Source("python_docs", digest, pieces)
+        return DocumentSource("python_docs", digest, pieces)
 
 
 def _read_topics() -> dict[str, str]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtrain.data.cache.token_cache import Source
-from llmtrain.data.sources.documents import Piece
+from llmtrain.data.cache.token_cache import DocumentSource
+from llmtrain.data.sources.documents import DocumentPiece
 from llmtrain.data.sources.files import remember, sha256
 from llmtrain.data.text_data import TextData
 
@@ -19,17 +19,17 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # n
 class PythonStdlib(TextData):
     """A document for each ``.py`` file of the running Python's library, sorted by path."""
 
-    def source(self, *, verify: bool = False) -> Source:
+    def source(self, *, verify: bool = False) -> DocumentSource:
         folder = Path(sysconfig.get_path("stdlib"))
         files = sorted(_find_sources(folder))
         if not files:
             raise ValueError(f"data=python_stdlib: there are no sources in {folder}; take data=python_docs")
         hashes = remember(Path(self.cache_dir).expanduser() / "sha256.json", files, sha256, verify=verify)
 
-        def pieces() -> Iterator[Piece]:
-            return (Piece(text, True, str(path)) for path in files if (text := _read(path)))
+        def pieces() -> Iterator[DocumentPiece]:
+            return (DocumentPiece(text, True, str(path)) for path in files if (text := _read(path)))
 
-        return Source("python_stdlib", "python-source " + " ".join(hashes), pieces)
+        return DocumentSource("python_stdlib", "python-source " + " ".join(hashes), pieces)
 
 
 def _find_sources(folder: Path) -> Iterator[Path]:

@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmtrain.data.cache.reader import Tokens
+from llmtrain.data.cache.token_reader import TokenSlice
 from llmtrain.data.order.permutation import order
 
-Shard = np.ndarray | Tokens
+Shard = np.ndarray | TokenSlice
 
 
 class Held:
-    """Token ids in memory, with what :class:`Tokens` does for those in files."""
+    """Token ids in memory, with what :class:`TokenSlice` does for those in files."""
 
     def __init__(self, ids: np.ndarray) -> None:
         self._ids = ids
@@ -52,7 +52,7 @@ class Sequences(ABC):
     def gather(self, indices: np.ndarray) -> Rows:
         """The sequences ``indices``.
 
-        Raises :class:`llmtrain.data.DataFailed`, naming the file, if one was cut or written to, or its disk fails.
+        Raises :class:`llmtrain.data.DataError`, naming the file, if one was cut or written to, or its disk fails.
         """
 
     @property
@@ -83,7 +83,7 @@ class Stream(Sequences):
         assert sequence_length > 0
         self.sequence_length = sequence_length
         self.tokens = sum(map(len, shards))
-        self._shards = [shard if isinstance(shard, Tokens) else Held(shard) for shard in shards]
+        self._shards = [shard if isinstance(shard, TokenSlice) else Held(shard) for shard in shards]
         self._begins = np.cumsum([0, *map(len, shards)])[:-1]  # of the shards in the stream
         self._dtype = np.result_type(*(shard.dtype for shard in shards)) if shards else np.dtype(np.int64)
         self._length = max(self.tokens - 1, 0) // sequence_length

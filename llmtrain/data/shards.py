@@ -8,9 +8,9 @@ from pathlib import Path
 
 from llmtrain.data import Corpus, DataConfig
 from llmtrain.data.cache.integrity import DamagedFile, open_checked
-from llmtrain.data.cache.reader import Tokens
 from llmtrain.data.cache.shard_index import INDEX
-from llmtrain.data.cache.token_file import Format, TokenFile, read_indices, recognise
+from llmtrain.data.cache.token_file import TokenFile, TokenFileFormat, read_indices, recognise
+from llmtrain.data.cache.token_reader import TokenSlice
 from llmtrain.data.sources.files import find_files
 from llmtrain.data.text_data import check_options, make_corpus
 from llmtrain.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ class Shards(DataConfig):
 
     path: str
     validation_path: str | None
-    format: Format
+    format: TokenFileFormat
     sequence_length: int
     validation_fraction: float
     shuffle: bool
@@ -89,7 +89,7 @@ class Shards(DataConfig):
         return files
 
 
-def fingerprint(tokens: list[Tokens], train: int) -> str:
+def fingerprint(tokens: list[TokenSlice], train: int) -> str:
     """Stands for every byte of the files, how they are read, and which of them (the first ``train``) train."""
     parts = [[each.file.sha256, each.dtype.str, len(each)] for each in tokens]
     return hashlib.sha256(json.dumps([train, parts]).encode()).hexdigest()[:32]

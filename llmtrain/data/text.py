@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtrain.data.cache.token_cache import Source
-from llmtrain.data.sources.documents import Piece, read_text, split_documents
+from llmtrain.data.cache.token_cache import DocumentSource
+from llmtrain.data.sources.documents import DocumentPiece, read_text, split_documents
 from llmtrain.data.sources.files import find_files, remember, sha256, stamp
 from llmtrain.data.text_data import TextData
 
@@ -21,19 +21,19 @@ class Text(TextData):
     path: str
     separator: str
 
-    def source(self, *, verify: bool = False) -> Source:
+    def source(self, *, verify: bool = False) -> DocumentSource:
         files = find_files(self.path, _is_text, f"text ({', '.join(SUFFIXES)}, also {' and '.join(COMPRESSIONS)})")
         before = [stamp(file) for file in files]
         hashes = remember(Path(self.cache_dir).expanduser() / "sha256.json", files, sha256, verify=verify)
         suffixes = [file.suffix if file.suffix in COMPRESSIONS else "" for file in files]
 
-        def pieces() -> Iterator[Piece]:
+        def pieces() -> Iterator[DocumentPiece]:
             for file, was in zip(files, before, strict=True):
                 yield from split_documents(read_text(file), self.separator, str(file))
                 if stamp(file) != was:
                     raise ValueError(f"{file}: changed while it was read; start again when it is complete")
 
-        return Source(f"text {self.path}", json.dumps([self.separator, hashes, suffixes]), pieces)
+        return DocumentSource(f"text {self.path}", json.dumps([self.separator, hashes, suffixes]), pieces)
 
 
 def _is_text(file: Path) -> bool:

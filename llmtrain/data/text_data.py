@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtrain.data import Corpus, DataConfig
-from llmtrain.data.cache.token_cache import Source, prepare
+from llmtrain.data.cache.token_cache import DocumentSource, prepare
 from llmtrain.data.sequences import Shard, Stream, slice_stream
 from llmtrain.tokenizer import Tokenizer
 
@@ -24,7 +24,7 @@ class TextData(DataConfig):
         check_options(self.sequence_length, self.validation_fraction)
 
     @abstractmethod
-    def source(self, *, verify: bool = False) -> Source:
+    def source(self, *, verify: bool = False) -> DocumentSource:
         """The documents; with ``verify`` whatever is remembered of them is read again.
 
         Raises ValueError where there are none, or a file that is verified is not what it was.

@@ -4,9 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from llmtrain.hf import family_of
 from llmtrain.hf.config_json import ConfigJson
-from llmtrain.hf.directory import locate
+from llmtrain.hf.directory import locate_directory
+from llmtrain.hf.families import family_of_checkpoint
 from llmtrain.model import ModelConfig
 from llmtrain.model.layers.rotary import Scaling
 
@@ -24,9 +24,9 @@ class Auto:
 
     def resolved(self) -> ModelConfig:
         """The model's own config.  Raises ValueError, naming file and key, for what is not known here."""
-        config = ConfigJson.read(locate(self.path))
+        config = ConfigJson.read(locate_directory(self.path))
         config.check_architecture()
-        model: Any = family_of(config).read_config(config)
+        model: Any = family_of_checkpoint(config).read_config(config)
         return self.adapted(model, str(config.file))
 
     def adapted(self, model: Any, where: str = "") -> ModelConfig:

@@ -20,7 +20,7 @@ FIRST_VOCABULARY = 64000  # of the first Baichuan
 THETA = 10000.0
 
 
-class Baichuan(LlamaFamily):
+class BaichuanFamily(LlamaFamily):
     """``model_type`` baichuan."""
 
     model_types = ("baichuan",)

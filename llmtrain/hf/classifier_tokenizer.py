@@ -19,7 +19,7 @@ def find_padding(tokenizer: Tokenizer, files: Mapping[str, str]) -> tuple[str, i
     return None if id is None or id in (tokenizer.bos, tokenizer.end_of_text) else (str(name), id)
 
 
-def wrapped(
+def add_classifier_tokens(
     files: Mapping[str, str], tokenizer: Tokenizer, *, begins: bool, ends: bool, pad: tuple[str, int] | None
 ) -> dict[str, str]:
     """``files`` of :mod:`llmtrain.hf.tokenizer_export` for a tokenizer that adds tokens when it is called.

@@ -22,7 +22,7 @@ DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 SAMPLES, SAMPLE = 64, 1 << 16  # what a fingerprint reads of a file: blocks, and bytes of each
 
 
-class Stored(NamedTuple):
+class TensorLocation(NamedTuple):
     """Where a tensor is."""
 
     file: BinaryIO
@@ -31,7 +31,7 @@ class Stored(NamedTuple):
     dtype: torch.dtype
 
 
-class Directory:
+class CheckpointDirectory:
     """A directory that is read from; a context, since its files are held open.
 
     Read, and not mapped into memory: what has been copied into a model takes no memory any longer, and a file that is
@@ -43,7 +43,7 @@ class Directory:
         self.config = ConfigJson.read(folder)
         self.files = find_files(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._where: dict[str, Stored] = {}
+        self._where: dict[str, TensorLocation] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -81,7 +81,7 @@ class Directory:
                 raise ValueError(f"{file}: {name} is in another file of the directory too")
             start, end = entry["data_offsets"]
             self.shapes[name] = tuple(entry["shape"])
-            self._where[name] = Stored(opened, 8 + length + start, end - start, FLOATS[entry["dtype"]])
+            self._where[name] = TensorLocation(opened, 8 + length + start, end - start, FLOATS[entry["dtype"]])
 
     def _check_index(self) -> None:
         if self.files[0].name != SINGLE:
@@ -157,7 +157,7 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def locate(path: str) -> Path:
+def locate_directory(path: str) -> Path:
     """The directory ``path``, or that of a model of the hub, ``org/name`` or ``org/name@revision``, once downloaded.
 
     Raises ValueError if there is neither.

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llmtrain.hf import HEAD, Family, Map
+from llmtrain.hf import HEAD, ModelFamily, TensorMap
 from llmtrain.hf.config_json import ConfigJson
 from llmtrain.model import ModelConfig
 from llmtrain.model.gpt import GPTConfig, Initialisation
@@ -10,7 +10,7 @@ from llmtrain.model.gpt import GPTConfig, Initialisation
 NORM_EPS = 1e-5  # of our LayerNorm
 
 
-class GPT2(Family):
+class GPT2Family(ModelFamily):
     """``model_type`` gpt2."""
 
     model_types = ("gpt2",)
@@ -64,11 +64,11 @@ class GPT2(Family):
             "tie_word_embeddings": config.tie_embeddings,
         }
 
-    def names(self, config: ModelConfig, model_type: str = "gpt2") -> list[Map]:
+    def names(self, config: ModelConfig, model_type: str = "gpt2") -> list[TensorMap]:
         assert isinstance(config, GPTConfig)
         maps = [
-            Map(("token_embedding.weight",), (self.embedding,)),
-            Map(("position_embedding.weight",), ("transformer.wpe.weight",), may_be_longer=True),
+            TensorMap(("token_embedding.weight",), (self.embedding,)),
+            TensorMap(("position_embedding.weight",), ("transformer.wpe.weight",), may_be_longer=True),
         ]
         for layer in range(config.num_layers):
             ours, theirs = f"blocks.{layer}", f"transformer.h.{layer}"
@@ -78,14 +78,14 @@ class GPT2(Family):
             maps += _both(f"{ours}.mlp.up", f"{theirs}.mlp.c_fc", transposed=True)
             maps += _both(f"{ours}.mlp.down", f"{theirs}.mlp.c_proj", transposed=True)
             weight, bias = _both(f"{ours}.attention.qkv", f"{theirs}.attn.c_attn", transposed=True)
-            maps += [weight, bias if config.qkv_bias else Map((), bias.theirs, zeros=(3 * config.hidden_size,))]
+            maps += [weight, bias if config.qkv_bias else TensorMap((), bias.theirs, zeros=(3 * config.hidden_size,))]
         maps += _both("final_norm", "transformer.ln_f")
-        return maps if config.tie_embeddings else [*maps, Map(("head.weight",), (HEAD,))]
+        return maps if config.tie_embeddings else [*maps, TensorMap(("head.weight",), (HEAD,))]
 
 
-def _both(ours: str, theirs: str, *, transposed: bool = False) -> list[Map]:
+def _both(ours: str, theirs: str, *, transposed: bool = False) -> list[TensorMap]:
     """Weight and bias of a layer."""
     return [
-        Map((f"{ours}.weight",), (f"{theirs}.weight",), transposed=transposed),
-        Map((f"{ours}.bias",), (f"{theirs}.bias",)),
+        TensorMap((f"{ours}.weight",), (f"{theirs}.weight",), transposed=transposed),
+        TensorMap((f"{ours}.bias",), (f"{theirs}.bias",)),
     ]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llmtrain.hf import HEAD, Family, Map
+from llmtrain.hf import HEAD, ModelFamily, TensorMap
 from llmtrain.hf.config_json import ConfigJson
 from llmtrain.hf.rope import read_rope, write_rope
 from llmtrain.model import ModelConfig
@@ -18,7 +18,7 @@ HEAD_SIZES = {"qwen3": 128}  # … no head_dim
 WINDOW, FULL_LAYERS = 4096, 28  # … no sliding_window, no max_window_layers
 
 
-class LlamaFamily(Family):
+class LlamaFamily(ModelFamily):
     """``model_type`` llama, mistral, qwen2 and qwen3."""
 
     model_types = tuple(ARCHITECTURES)
@@ -96,9 +96,9 @@ class LlamaFamily(Family):
             }  # fmt: skip
         return values
 
-    def names(self, config: ModelConfig, model_type: str) -> list[Map]:
+    def names(self, config: ModelConfig, model_type: str) -> list[TensorMap]:
         assert isinstance(config, LlamaConfig)
-        maps = [Map(("token_embedding.weight",), (self.embedding,))]
+        maps = [TensorMap(("token_embedding.weight",), (self.embedding,))]
         heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         rows = tuple(config.size_of_head * count for count in heads)
         has_both = model_type in ("llama", "qwen3") and has_bias(config)
@@ -112,16 +112,16 @@ class LlamaFamily(Family):
             )  # fmt: skip
             if config.qk_norm:
                 maps += [
-                    Map((f"{ours}.attention.{part}_norm.weight",), (f"{theirs}.self_attn.{part[0]}_norm.weight",))
+                    TensorMap((f"{ours}.attention.{part}_norm.weight",), (f"{theirs}.self_attn.{part[0]}_norm.weight",))
                     for part in ("query", "key")
                 ]
             maps += rest_of_layer(config, ours, theirs)
-        maps.append(Map(("final_norm.weight",), ("model.norm.weight",)))
-        return maps if config.tie_embeddings else [*maps, Map(("head.weight",), (HEAD,))]
+        maps.append(TensorMap(("final_norm.weight",), ("model.norm.weight",)))
+        return maps if config.tie_embeddings else [*maps, TensorMap(("head.weight",), (HEAD,))]
 
     def attention(
         self, config: LlamaConfig, ours: str, theirs: tuple[str, ...], rows: tuple[int, ...], has_bias: bool
-    ) -> list[Map]:
+    ) -> list[TensorMap]:
         """Queries, keys and values: three layers there, one or three here."""
         if config.fused_qkv:
             return layer_maps((f"{ours}.qkv",), theirs, rows, config.qkv_bias, has_bias)
@@ -134,23 +134,23 @@ class LlamaFamily(Family):
 
 def layer_maps(
     ours: tuple[str, ...], theirs: tuple[str, ...], rows: tuple[int, ...], our_bias: bool, their_bias: bool
-) -> list[Map]:
+) -> list[TensorMap]:
     """Weights and biases of linear layers; ``rows``: outputs of each of theirs."""
     several = rows if len(theirs) > 1 else ()
     biases = tuple(f"{name}.bias" for name in theirs)
-    maps = [Map(tuple(f"{name}.weight" for name in ours), tuple(f"{name}.weight" for name in theirs), several)]
+    maps = [TensorMap(tuple(f"{name}.weight" for name in ours), tuple(f"{name}.weight" for name in theirs), several)]
     if our_bias:
-        maps.append(Map(tuple(f"{name}.bias" for name in ours), biases, several))
+        maps.append(TensorMap(tuple(f"{name}.bias" for name in ours), biases, several))
     elif their_bias:
-        maps += [Map((), (name,), zeros=(count,)) for name, count in zip(biases, rows, strict=True)]
+        maps += [TensorMap((), (name,), zeros=(count,)) for name, count in zip(biases, rows, strict=True)]
     return maps
 
 
-def rest_of_layer(config: LlamaConfig, ours: str, theirs: str) -> list[Map]:
+def rest_of_layer(config: LlamaConfig, ours: str, theirs: str) -> list[TensorMap]:
     """Norms and MLP."""
     maps = [
-        Map((f"{ours}.attention_norm.weight",), (f"{theirs}.input_layernorm.weight",)),
-        Map((f"{ours}.mlp_norm.weight",), (f"{theirs}.post_attention_layernorm.weight",)),
+        TensorMap((f"{ours}.attention_norm.weight",), (f"{theirs}.input_layernorm.weight",)),
+        TensorMap((f"{ours}.mlp_norm.weight",), (f"{theirs}.post_attention_layernorm.weight",)),
     ]
     for name in ("gate", "up", "down"):
         maps += layer_maps((f"{ours}.mlp.{name}",), (f"{theirs}.mlp.{name}_proj",), (), config.mlp_bias, False)

@@ -32,7 +32,7 @@ UNKNOWN: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-class Entry(NamedTuple):
+class AdapterTensor(NamedTuple):
     """A tensor of an adapter file, and what it is here."""
 
     name: str  # of our parameter
@@ -125,20 +125,22 @@ def import_adapter(model: LanguageModel, lora: LowRankAdaptation, names: Mapping
         entry.parameter.copy_(tensors[key].t() if entry.transposed else tensors[key])
 
 
-def entries(model: LanguageModel, names: Mapping[str, str], *, fan_in_fan_out: bool) -> Iterator[tuple[str, Entry]]:
+def entries(
+    model: LanguageModel, names: Mapping[str, str], *, fan_in_fan_out: bool
+) -> Iterator[tuple[str, AdapterTensor]]:
     """All tensors of the adapter file of ``model``, by their names there."""
     for name, adapter in adapters(model).items():
         key = PREFIX + names[name]
         for matrix, parameter in (("A", adapter.lora_A), ("B", adapter.lora_B)):
             there = f"lora_embedding_{matrix}" if isinstance(adapter, LoraEmbedding) else f"lora_{matrix}.weight"
-            yield f"{key}.{there}", Entry(f"{name}.lora_{matrix}", parameter)
+            yield f"{key}.{there}", AdapterTensor(f"{name}.lora_{matrix}", parameter)
         if adapter.lora_magnitude is not None:
-            yield f"{key}.lora_magnitude_vector", Entry(f"{name}.lora_magnitude", adapter.lora_magnitude)
+            yield f"{key}.lora_magnitude_vector", AdapterTensor(f"{name}.lora_magnitude", adapter.lora_magnitude)
     for name, module in trained_modules(model, names).items():
         for part, parameter in module.named_parameters():
             rows = model.vocab_size if name in (EMBEDDING, HEAD) else len(parameter)
             transposed = fan_in_fan_out and isinstance(module, nn.Linear) and name.startswith("blocks.")
-            entry = Entry(f"{name}.{part}", parameter[:rows], transposed and part == "weight")
+            entry = AdapterTensor(f"{name}.{part}", parameter[:rows], transposed and part == "weight")
             yield f"{PREFIX}{names[name]}.{part}", entry
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from llmtrain.base.format import setting
-from llmtrain.hf import HEAD, Family, Map, config_of, family_of, with_classifier
-from llmtrain.hf.directory import Directory
+from llmtrain.hf import HEAD, ModelFamily, TensorMap, config_of
+from llmtrain.hf.directory import CheckpointDirectory
+from llmtrain.hf.families import family_of_checkpoint, with_classifier
 from llmtrain.hf.rope import CHANGES
 from llmtrain.model import LanguageModel, ModelConfig
 
@@ -30,7 +31,7 @@ MODEL_OF_THE_WEIGHTS = "model=auto is the model of config.json; if it is that al
 
 
 @torch.no_grad()
-def load(model: LanguageModel, folder: Path) -> None:
+def load_weights(model: LanguageModel, folder: Path) -> None:
     """Fill ``model`` in place with the weights of a directory, on its device and in its type.
 
     A model with a classifier is filled with one.  At no moment is more than the tensors of one layer read.  Raises
@@ -38,9 +39,9 @@ def load(model: LanguageModel, folder: Path) -> None:
     or of another shape.
     """
     is_classifier = hasattr(model, "classifier")
-    with Directory(folder) as directory:
+    with CheckpointDirectory(folder) as directory:
         directory.config.check_architecture(is_classifier=is_classifier)
-        family = family_of(directory.config)
+        family = family_of_checkpoint(directory.config)
         check_config(model, family, directory)
         state = model.state_dict()
         kind = directory.config.text("model_type")
@@ -57,7 +58,7 @@ def load(model: LanguageModel, folder: Path) -> None:
         log.info("%s: %s", folder, note)
 
 
-def check_config(model: LanguageModel, family: Family, directory: Directory) -> None:
+def check_config(model: LanguageModel, family: ModelFamily, directory: CheckpointDirectory) -> None:
     """Raise ValueError if the weights mean something else than ``model`` computes; tell what may be on purpose."""
     config, theirs = config_of(model), family.read_config(directory.config)
     file = directory.config.file
@@ -84,7 +85,7 @@ def _shown(config: ModelConfig, key: str) -> str:
     return setting(getattr(value, "name", value))
 
 
-def settle(maps: list[Map], family: Family, directory: Directory) -> list[Map]:
+def settle(maps: list[TensorMap], family: ModelFamily, directory: CheckpointDirectory) -> list[TensorMap]:
     """``maps`` with the names that this directory has: of a bare model, without a head, they lack the prefix.
 
     The head of a checkpoint that says that it is tied, and has none, is the embedding.
@@ -97,11 +98,11 @@ def settle(maps: list[Map], family: Family, directory: Directory) -> list[Map]:
         theirs = (family.embedding,) if is_tied and each.theirs == (HEAD,) else each.theirs
         if is_bare:
             theirs = tuple(name.removeprefix(family.prefix) for name in theirs)
-        settled.append(Map(each.ours, theirs, each.rows, each.transposed, each.may_be_longer, each.zeros))
+        settled.append(TensorMap(each.ours, theirs, each.rows, each.transposed, each.may_be_longer, each.zeros))
     return settled
 
 
-def shapes_of(each: Map, state: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
+def shapes_of(each: TensorMap, state: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
     """Shapes of the tensors of theirs."""
     if not each.ours:
         return [each.zeros]
@@ -113,7 +114,9 @@ def shapes_of(each: Map, state: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
     return [(count, *others) for count in each.rows or (total,)]
 
 
-def check_tensors(maps: Iterable[Map], state: Mapping[str, Tensor], family: Family, directory: Directory) -> None:
+def check_tensors(
+    maps: Iterable[TensorMap], state: Mapping[str, Tensor], family: ModelFamily, directory: CheckpointDirectory
+) -> None:
     """Raise ValueError unless ``maps`` account for every tensor of the model and of the directory."""
     mapped = {name for each in maps for name in each.ours}
     assert mapped == state.keys(), mapped ^ state.keys()
@@ -146,7 +149,9 @@ def check_tensors(maps: Iterable[Map], state: Mapping[str, Tensor], family: Fami
         )
 
 
-def check_head(model: LanguageModel, family: Family, directory: Directory, maps: Iterable[Map]) -> None:
+def check_head(
+    model: LanguageModel, family: ModelFamily, directory: CheckpointDirectory, maps: Iterable[TensorMap]
+) -> None:
     """Raise ValueError if a model whose head is its embedding is given another head."""
     if HEAD not in directory.shapes or any(each.theirs == (HEAD,) for each in maps):
         return
@@ -162,7 +167,7 @@ def check_head(model: LanguageModel, family: Family, directory: Directory, maps:
         )
 
 
-def fill(each: Map, state: Mapping[str, Tensor], directory: Directory) -> None:
+def fill(each: TensorMap, state: Mapping[str, Tensor], directory: CheckpointDirectory) -> None:
     """Copy the tensors of one map into the model."""
     sources = [directory.read(name) for name in each.theirs]
     if not each.ours:
@@ -180,7 +185,7 @@ def fill(each: Map, state: Mapping[str, Tensor], directory: Directory) -> None:
         row += len(target)
 
 
-def notes(model: LanguageModel, maps: Iterable[Map], directory: Directory) -> list[str]:
+def notes(model: LanguageModel, maps: Iterable[TensorMap], directory: CheckpointDirectory) -> list[str]:
     """What is otherwise than one might think."""
     found = []
     head: Any = next((each for each in maps if each.ours == ("head.weight",)), None)

@@ -13,7 +13,7 @@ from llmtrain.tokenizer.byte import ByteTokenizer
 from llmtrain.tokenizer.directory import CONFIG, TEMPLATE
 from llmtrain.tokenizer.huggingface import HuggingFaceTokenizer
 from llmtrain.tokenizer.sentencepiece import SentencePieceTokenizer
-from llmtrain.tokenizer.sentencepiece_model import Algorithm, Kind, Model
+from llmtrain.tokenizer.sentencepiece_model import Algorithm, PieceKind, SentencePieceModel
 from llmtrain.tokenizer.token_bytes import SPACE, to_byte_level
 
 FILE = "tokenizer.json"
@@ -58,7 +58,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
             raise ValueError(f"{type(tokenizer).__name__} cannot be written as {FILE}")
     text = _dump(spec, tokenizer)
     if isinstance(tokenizer, SentencePieceTokenizer):
-        defined = [piece.text for piece in tokenizer.model.pieces if piece.kind is Kind.USER_DEFINED]
+        defined = [piece.text for piece in tokenizer.model.pieces if piece.kind is PieceKind.USER_DEFINED]
         _compare(tokenizer, text, f"tokenizer.path={tokenizer.file}", defined[:50])
     return text
 
@@ -67,7 +67,7 @@ def tokenizer_config(tokenizer: Tokenizer, model_max_length: int, chat_template:
     """The content of ``tokenizer_config.json``; ``chat_template``: of the training, null for the tokenizer's own."""
     kept: dict[str, Any] = {}
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        kept = {key: value for key, value in tokenizer.sidecar.tokenizer.items() if key in KEPT}
+        kept = {key: value for key, value in tokenizer.directory.tokenizer_config.items() if key in KEPT}
     names = {id: name for name, id in tokenizer.special_tokens.items()}
     config = kept | {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -81,7 +81,7 @@ def tokenizer_config(tokenizer: Tokenizer, model_max_length: int, chat_template:
     return config if template is None else config | {"chat_template": template}
 
 
-def files(tokenizer: Tokenizer, model_max_length: int, chat_template: str | None = None) -> dict[str, str]:
+def export_files(tokenizer: Tokenizer, model_max_length: int, chat_template: str | None = None) -> dict[str, str]:
     """Names and contents of what goes into an exported directory."""
     config = tokenizer_config(tokenizer, model_max_length, chat_template)
     contents = {FILE: tokenizer_json(tokenizer)}
@@ -186,12 +186,12 @@ def _pairs(token: bytes, ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, by
 # --- SentencePiece -----------------------------------------------------------------------------------------------
 
 
-def _of_sentencepiece(model: Model) -> dict[str, Any]:
+def _of_sentencepiece(model: SentencePieceModel) -> dict[str, Any]:
     """Normaliser, vocabulary and decoder of a SentencePiece model, in the library's terms."""
     if model.algorithm not in (Algorithm.UNIGRAM, Algorithm.BPE):
         raise ValueError(f"a SentencePiece model of kind {model.algorithm.name} cannot be written as {FILE}")
-    unknown = next(id for id, piece in enumerate(model.pieces) if piece.kind is Kind.UNKNOWN)
-    defined = [piece.text for piece in model.pieces if piece.kind is Kind.USER_DEFINED]
+    unknown = next(id for id, piece in enumerate(model.pieces) if piece.kind is PieceKind.UNKNOWN)
+    defined = [piece.text for piece in model.pieces if piece.kind is PieceKind.USER_DEFINED]
     normalizers: list[Any] = []
     if model.charsmap:
         normalizers.append({"type": "Precompiled", "precompiled_charsmap": b64encode(model.charsmap).decode()})
@@ -227,17 +227,17 @@ def _quote(name: str) -> str:
     return "".join(rf"\x{{{ord(character):x}}}" for character in name)
 
 
-def _unigram(model: Model, unknown: int) -> dict[str, Any]:
+def _unigram(model: SentencePieceModel, unknown: int) -> dict[str, Any]:
     """Names of bytes and control symbols are text for SentencePiece: they get a score that is too low to win."""
-    in_text = (Kind.NORMAL, Kind.USER_DEFINED)
+    in_text = (PieceKind.NORMAL, PieceKind.USER_DEFINED)
     low = min(piece.score for piece in model.pieces) - 1000
     vocabulary = [[piece.text, piece.score if piece.kind in in_text else low] for piece in model.pieces]
     return {"type": "Unigram", "unk_id": unknown, "vocab": vocabulary, "byte_fallback": model.has_bytes}
 
 
-def _merges(model: Model, unknown: int) -> dict[str, Any]:
+def _merges(model: SentencePieceModel, unknown: int) -> dict[str, Any]:
     """SentencePiece joins the neighbours whose piece has the highest score, the leftmost of equals."""
-    pieces = {piece.text: (piece.score, id) for id, piece in enumerate(model.pieces) if piece.kind is Kind.NORMAL}
+    pieces = {piece.text: (piece.score, id) for id, piece in enumerate(model.pieces) if piece.kind is PieceKind.NORMAL}
     ordered = sorted(pieces, key=lambda text: (-pieces[text][0], pieces[text][1]))
     merges = [
         [text[:i], text[i:]]
@@ -253,7 +253,7 @@ def _merges(model: Model, unknown: int) -> dict[str, Any]:
         "end_of_word_suffix": None,
         "fuse_unk": True,
         "byte_fallback": model.has_bytes,
-        "ignore_merges": any(piece.kind is Kind.USER_DEFINED for piece in model.pieces),  # no merges make those
+        "ignore_merges": any(piece.kind is PieceKind.USER_DEFINED for piece in model.pieces),  # no merges make those
         "vocab": {piece.text: id for id, piece in enumerate(model.pieces)},
         "merges": merges,
     }

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmtrain.base.files import share
-from llmtrain.hf import CLASSIFIER, Family, Map, config_of, family_for, with_classifier
+from llmtrain.hf import CLASSIFIER, ModelFamily, TensorMap, config_of
 from llmtrain.hf.config_json import NAME
 from llmtrain.hf.directory import INDEX, SINGLE, tensor_bytes
+from llmtrain.hf.families import family_of_model, with_classifier
 from llmtrain.hf.reading import shapes_of
 from llmtrain.model import LanguageModel
 
@@ -29,7 +30,7 @@ def config_json(
     Raises ValueError, naming the key of ours, for what transformers' model cannot compute.
     """
     config = config_of(model)
-    family = family_for(config)
+    family = family_of_model(config)
     values = family.write_config(config, model.vocab_size)
     name = str(dtype).removeprefix("torch.")
     values |= {**tokens, "dtype": name, "torch_dtype": name}  # by its new and its old name
@@ -55,7 +56,7 @@ def config_json(
 
 
 @torch.no_grad()
-def write(
+def write_checkpoint(
     model: LanguageModel,
     folder: Path,
     values: Mapping[str, Any],
@@ -71,7 +72,7 @@ def write(
     """
     config = config_of(model)
     state = model.state_dict()
-    family = family_for(config)
+    family = family_of_model(config)
     maps = family.names(config, values["model_type"])
     if CLASSIFIER in state:
         maps = with_classifier(maps)
@@ -94,9 +95,11 @@ def write(
         _write_json(folder / GENERATION, {**tokens, **generation})
 
 
-def split(maps: Sequence[Map], state: Mapping[str, Tensor], dtype: torch.dtype, shard_bytes: int) -> list[list[Map]]:
+def split(
+    maps: Sequence[TensorMap], state: Mapping[str, Tensor], dtype: torch.dtype, shard_bytes: int
+) -> list[list[TensorMap]]:
     """``maps`` in as many parts as it takes for none to be larger, unless one tensor is."""
-    shards: list[list[Map]] = [[]]
+    shards: list[list[TensorMap]] = [[]]
     used = 0
     for each in maps:
         size = sum(tensor_bytes(shape, dtype) for shape in shapes_of(each, state))
@@ -108,7 +111,7 @@ def split(maps: Sequence[Map], state: Mapping[str, Tensor], dtype: torch.dtype, 
     return shards
 
 
-def theirs(maps: Sequence[Map], state: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def theirs(maps: Sequence[TensorMap], state: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a checkpoint, by their names there."""
     for each in maps:
         if not each.ours:
@@ -123,7 +126,7 @@ def theirs(maps: Sequence[Map], state: Mapping[str, Tensor], dtype: torch.dtype)
             yield name, part.to("cpu", dtype, copy=True).contiguous()
 
 
-def is_transposed(family: Family, model: LanguageModel, model_type: str) -> bool:
+def is_transposed(family: ModelFamily, model: LanguageModel, model_type: str) -> bool:
     """Whether the matrices of linear layers are stored as (inputs, outputs)."""
     return any(each.transposed for each in family.names(config_of(model), model_type))
 

@@ -86,7 +86,7 @@ def generate(
         model.train(was_training)
 
 
-def as_text(
+def stream_text(
     ids: Iterator[int], decode_bytes: Callable[[Sequence[int]], bytes], stops: Sequence[str] = ()
 ) -> Iterator[str]:
     """The text of ``ids`` as it comes, up to the first of ``stops``, of which nothing is given out.

@@ -10,15 +10,15 @@ TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
-class Sidecar:
+class TokenizerDirectory:
     """The JSON files of a directory, those that are there."""
 
     folder: Path
-    tokenizer: dict[str, Any]  # tokenizer_config.json
+    tokenizer_config: dict[str, Any]
     others: tuple[dict[str, Any], ...]  # special_tokens_map.json, config.json, generation_config.json
 
     @classmethod
-    def read(cls, folder: Path) -> "Sidecar":
+    def read(cls, folder: Path) -> "TokenizerDirectory":
         """Raises ValueError, naming the file, for one that is not a JSON object."""
         others = ("special_tokens_map.json", "config.json", "generation_config.json")
         return cls(folder, _read_object(folder / CONFIG), tuple(_read_object(folder / name) for name in others))
@@ -29,9 +29,9 @@ class Sidecar:
         A null in tokenizer_config.json holds for ``bos``: the model's configuration may name one all the same, which
         the tokenizer does not put before a text.
         """
-        if role == "bos" and self.tokenizer.get("bos_token", "") is None:
+        if role == "bos" and self.tokenizer_config.get("bos_token", "") is None:
             return None
-        for config in (self.tokenizer, *self.others):
+        for config in (self.tokenizer_config, *self.others):
             found = config.get(f"{role}_token", config.get(f"{role}_token_id"))
             if isinstance(found, list):  # several ids end a text
                 found = found[0] if found else None
@@ -46,13 +46,13 @@ class Sidecar:
         path = self.folder / TEMPLATE
         if path.is_file():
             return read_file(path)
-        found = self.tokenizer.get("chat_template")
+        found = self.tokenizer_config.get("chat_template")
         if isinstance(found, list):  # several, by name
             found = next((each.get("template") for each in found if each.get("name") == "default"), None)
         return found if isinstance(found, str) else None
 
 
-def locate(path: str, name: str, remedy: str) -> Path:
+def locate_file(path: str, name: str, remedy: str) -> Path:
     """The file ``path``, or ``name`` in the directory ``path``.  Raises ValueError if it is not there."""
     found = Path(path).expanduser()
     if found.is_dir():

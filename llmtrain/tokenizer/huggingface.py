@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmtrain.tokenizer import UNUSED, Tokenizer, TokenizerConfig
-from llmtrain.tokenizer.directory import Sidecar, locate, parse_object, read_file
+from llmtrain.tokenizer.directory import TokenizerDirectory, locate_file, parse_object, read_file
 from llmtrain.tokenizer.safe_cuts import cuts_of, puts_space_first
-from llmtrain.tokenizer.token_bytes import Decoder, flatten
+from llmtrain.tokenizer.token_bytes import TokenDecoder, flatten
 
 if TYPE_CHECKING:
     import tokenizers
@@ -37,7 +37,7 @@ class HuggingFace(TokenizerConfig):
     end_of_text: str | None
 
     def build(self) -> "HuggingFaceTokenizer":
-        file = locate(
+        file = locate_file(
             self.path,
             FILE,
             "transformers writes one: AutoTokenizer.from_pretrained(…).save_pretrained(…); a tokenizer.model is for "
@@ -49,7 +49,7 @@ class HuggingFace(TokenizerConfig):
             raise ValueError(
                 "tokenizer=huggingface: the tokenizers package is not installed; pip install 'llmtrain[huggingface]'"
             ) from error
-        return HuggingFaceTokenizer(file, read_file(file), Sidecar.read(file.parent), self.end_of_text)
+        return HuggingFaceTokenizer(file, read_file(file), TokenizerDirectory.read(file.parent), self.end_of_text)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -59,17 +59,17 @@ class HuggingFaceTokenizer(Tokenizer):
     transformers.
     """
 
-    def __init__(self, file: Path, source: str, sidecar: Sidecar, end_of_text: str | None = None) -> None:
-        self.file, self.source, self.sidecar = file, source, sidecar
+    def __init__(self, file: Path, source: str, directory: TokenizerDirectory, end_of_text: str | None = None) -> None:
+        self.file, self.source, self.directory = file, source, directory
         self._spec = _clean(parse_object(source, file), file)
         self._marked = self._load(self._spec)
-        self.bos = self._find(sidecar.token("bos"))
+        self.bos = self._find(directory.token("bos"))
         self.end_of_text = self._find_end(end_of_text)
         self._mark_special()
         added = self._marked.get_added_tokens_decoder()
         self.special_tokens = {token.content: id for id, token in sorted(added.items()) if token.special}
         self.vocab_size = max(self._marked.get_vocab(with_added_tokens=True).values()) + 1
-        self.chat_template = sidecar.chat_template()
+        self.chat_template = directory.chat_template()
         self.fingerprint = _fingerprint(self._spec, self.special_tokens, self.end_of_text)
         hidden = _hide(self._spec, self.special_tokens)
         self.cuts = cuts_of(hidden)
@@ -98,7 +98,7 @@ class HuggingFaceTokenizer(Tokenizer):
     @cached_property
     def _bytes(self) -> dict[int, bytes]:
         try:
-            decoder = Decoder(self._spec.get("decoder"))
+            decoder = TokenDecoder(self._spec.get("decoder"))
         except ValueError as error:
             raise ValueError(f"{self.file}: {error}") from error
         vocabulary = self._marked.get_vocab(with_added_tokens=True)
@@ -131,7 +131,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return token if token is not None and self._marked.id_to_token(token) is not None else None
 
     def _find_end(self, name: str | None) -> int:
-        token = self.sidecar.token("eos") if name is None else name
+        token = self.directory.token("eos") if name is None else name
         found = self._find(token)
         if found is not None:
             return found

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmtrain.tokenizer import UNUSED, Tokenizer, TokenizerConfig
-from llmtrain.tokenizer.directory import Sidecar, locate
+from llmtrain.tokenizer.directory import TokenizerDirectory, locate_file
 from llmtrain.tokenizer.safe_cuts import cuts_of_pieces
-from llmtrain.tokenizer.sentencepiece_model import Algorithm, Kind, Model, Piece
+from llmtrain.tokenizer.sentencepiece_model import Algorithm, Piece, PieceKind, SentencePieceModel
 from llmtrain.tokenizer.token_bytes import BYTE, SPACE
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class SentencePiece(TokenizerConfig):
     end_of_text: str | None
 
     def build(self) -> "SentencePieceTokenizer":
-        file = locate(self.path, FILE, "a tokenizer.json is for tokenizer=huggingface")
+        file = locate_file(self.path, FILE, "a tokenizer.json is for tokenizer=huggingface")
         try:
             import sentencepiece  # noqa: F401
         except ModuleNotFoundError as error:
@@ -66,12 +66,12 @@ class SentencePieceTokenizer(Tokenizer):
         self._processor = self._load(data)
         self.model = self._parse(data)
         self.vocab_size = len(self.model.pieces)
-        special = (Kind.CONTROL, Kind.UNKNOWN)
+        special = (PieceKind.CONTROL, PieceKind.UNKNOWN)
         self.special_tokens = {piece.text: id for id, piece in enumerate(self.model.pieces) if piece.kind in special}
         self.end_of_text = self._find_end(end_of_text)
         self.bos = bos if (bos := self._processor.bos_id()) >= 0 else None
         self.cuts = _cuts(self.model)
-        self.chat_template = Sidecar.read(file.parent).chat_template()
+        self.chat_template = TokenizerDirectory.read(file.parent).chat_template()
         self.fingerprint = f"sentencepiece-{hashlib.sha256(data + str(self.end_of_text).encode()).hexdigest()}"
         self._continuing = self._load(data + WITHOUT_SPACE_FIRST) if self.model.adds_space else self._processor
 
@@ -101,9 +101,9 @@ class SentencePieceTokenizer(Tokenizer):
         except RuntimeError as error:
             raise ValueError(f"{self.file}: cut or damaged, not a SentencePiece model: {error}") from error
 
-    def _parse(self, data: bytes) -> Model:
+    def _parse(self, data: bytes) -> SentencePieceModel:
         try:
-            return Model.parse(data)
+            return SentencePieceModel.parse(data)
         except ValueError as error:
             raise ValueError(f"{self.file}: not a SentencePiece model: {error}") from error
 
@@ -122,7 +122,7 @@ class SentencePieceTokenizer(Tokenizer):
         raise ValueError(f"tokenizer.end_of_text={name}: not a symbol of {self.file}; there are {names}")
 
 
-def _cuts(model: Model) -> Sequence[re.Pattern[str]]:
+def _cuts(model: SentencePieceModel) -> Sequence[re.Pattern[str]]:
     """Where the ids of both parts are those of the whole.
 
     With a Unigram model that is but for ties, which rounding decides: the library adds up scores in fp32, and after a
@@ -132,7 +132,9 @@ def _cuts(model: Model) -> Sequence[re.Pattern[str]]:
         return ()
     if not model.has_bytes:  # several unknown characters in a row are one token
         return ()
-    cuts = cuts_of_pieces(piece.text for piece in model.pieces if piece.kind not in (Kind.CONTROL, Kind.UNKNOWN))
+    cuts = cuts_of_pieces(
+        piece.text for piece in model.pieces if piece.kind not in (PieceKind.CONTROL, PieceKind.UNKNOWN)
+    )
     if not model.charsmap:
         return cuts
     return [PLAIN_SPACES] if cuts and model.rules in KNOWN_RULES else ()
@@ -143,7 +145,7 @@ def _ids(processor: "SentencePieceProcessor", text: str) -> np.ndarray:
 
 
 def _decode(piece: Piece) -> bytes:
-    if piece.kind is Kind.BYTE and (match := BYTE.fullmatch(piece.text)):
+    if piece.kind is PieceKind.BYTE and (match := BYTE.fullmatch(piece.text)):
         return bytes([int(match[1], 16)])
-    is_special = piece.kind in (Kind.CONTROL, Kind.UNKNOWN)
+    is_special = piece.kind in (PieceKind.CONTROL, PieceKind.UNKNOWN)
     return (piece.text if is_special else piece.text.replace(SPACE, " ")).encode()

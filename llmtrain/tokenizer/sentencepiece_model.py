@@ -7,7 +7,7 @@ from enum import IntEnum
 from typing import NamedTuple, Self
 
 
-class Kind(IntEnum):
+class PieceKind(IntEnum):
     """``SentencePiece.Type``."""
 
     NORMAL = 1
@@ -32,11 +32,11 @@ class Piece(NamedTuple):
 
     text: str
     score: float
-    kind: Kind
+    kind: PieceKind
 
 
 @dataclass(frozen=True)
-class Model:
+class SentencePieceModel:
     """What of the file decides how a text is split."""
 
     pieces: list[Piece]  # by id
@@ -75,7 +75,7 @@ class Model:
 
 
 def _parse_piece(data: int | bytes) -> Piece:
-    text, score, kind = b"", 0.0, int(Kind.NORMAL)
+    text, score, kind = b"", 0.0, int(PieceKind.NORMAL)
     for number, value in _fields(data):
         match number:
             case 1:
@@ -84,7 +84,7 @@ def _parse_piece(data: int | bytes) -> Piece:
                 (score,) = struct.unpack("<f", bytes(value))
             case 3:
                 kind = int(value)
-    return Piece(text.decode(), score, Kind(kind))
+    return Piece(text.decode(), score, PieceKind(kind))
 
 
 def _fields(data: int | bytes) -> Iterator[tuple[int, int | bytes]]:

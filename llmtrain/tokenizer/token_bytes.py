@@ -41,7 +41,7 @@ def flatten(node: Mapping[str, Any] | None, parts: str) -> list[Mapping[str, Any
     return [step for inner in node[parts] for step in flatten(inner, parts)]
 
 
-class Decoder:
+class TokenDecoder:
     """From a token to its bytes, each token by itself.
 
     What a decoder of the library does at the ends of a whole text, such as to strip the first space, is left out.

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.base.format import significant
-from llmtrain.data.labelled import Labelled
-from llmtrain.hf import family_of
+from llmtrain.data.labelled import LabelledText
 from llmtrain.hf.config_json import ConfigJson
-from llmtrain.hf.reading import load
+from llmtrain.hf.families import family_of_checkpoint
+from llmtrain.hf.reading import load_weights
 from llmtrain.model import LanguageModel, ModelConfig
 from llmtrain.run.load import Trained
 
@@ -66,7 +66,7 @@ def is_installed(package: str) -> bool:
 def encode_prompts(trained: Trained) -> list[Tensor]:
     """Prompts as ids: for a classifier as its run encodes texts."""
     model, data = trained.model, trained.run.data
-    if isinstance(data, Labelled):
+    if isinstance(data, LabelledText):
         encode = data.encoder(trained.tokenizer)
         return [torch.from_numpy(encode(text).inputs.astype("int64")) for text in PROMPTS]
     texts = [torch.from_numpy(trained.tokenizer.encode(text).astype("int64")) for text in PROMPTS]
@@ -92,13 +92,13 @@ def compute_logits(model: LanguageModel, prompts: Sequence[Tensor]) -> list[Tens
 def reloaded_logits(folder: Path, config: ModelConfig, classes: int, prompts: Sequence[Tensor]) -> list[Tensor]:
     """The logits of a new model that the directory is loaded into; ``config``: of the one that was written."""
     json = ConfigJson.read(folder)
-    found: Any = family_of(json).read_config(json)
+    found: Any = family_of_checkpoint(json).read_config(json)
     found = replace(found, context_length=config.context_length)  # of dynamic scaling, config.json has the original
     model = found.create(found.vocab_size, torch.device("cpu"), torch.Generator().manual_seed(1)).eval()
     if classes:
         model.classifier = nn.Linear(model.head_weight.shape[1], classes, bias=False)
     with quiet_loading():
-        load(model, folder)
+        load_weights(model, folder)
     return compute_logits(model, prompts)
 
 

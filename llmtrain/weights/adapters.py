@@ -10,7 +10,8 @@ from llmtrain.base.run_files import MODEL
 from llmtrain.base.tensor_files import CheckpointError, read_tensors
 from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.checkpoint.format import read_state, verify_checkpoint
-from llmtrain.hf import SCORE, module_names
+from llmtrain.hf import SCORE
+from llmtrain.hf.families import module_names
 from llmtrain.hf.peft import CONFIG, check_kind, import_adapter
 from llmtrain.lora.low_rank import CLASSIFIER, LowRankAdaptation
 from llmtrain.model import LanguageModel

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from llmtrain.hf.directory import fingerprint, locate
-from llmtrain.hf.reading import load
+from llmtrain.hf.directory import fingerprint, locate_directory
+from llmtrain.hf.reading import load_weights
 from llmtrain.model import LanguageModel
 from llmtrain.weights import Weights
 
@@ -18,7 +18,7 @@ class HuggingFace(Weights):
     path: str
 
     def load(self, model: LanguageModel) -> None:
-        load(model, locate(self.path))
+        load_weights(model, locate_directory(self.path))
 
     def fingerprint(self) -> str:
-        return fingerprint(locate(self.path))
+        return fingerprint(locate_directory(self.path))

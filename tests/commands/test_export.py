@@ -275,8 +275,9 @@ def test_a_classifier_without_counterpart_in_transformers_is_refused(
 @pytest.mark.parametrize("template", ["Q: {prompt}\nA: {response}\n", "chatml"])
 def test_an_export_holds_the_chat_template(template: str, bases: Path) -> None:
     """``apply_chat_template`` gives the ids that ``chat`` asks with."""
-    from llmtrain.data.chat.templates import Message, PartEncoder
-    from llmtrain.run.conversation import template_of
+    from llmtrain.data.chat.encoder import ConversationEncoder
+    from llmtrain.data.chat.template import Message
+    from llmtrain.run.text_generation import template_of
 
     rows = [{"instruction": f"Say {index}.", "input": "", "output": str(index)} for index in range(20)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -288,7 +289,7 @@ def test_an_export_holds_the_chat_template(template: str, bases: Path) -> None:
     asked = [{"role": "user", "content": "Say 7."}]
     theirs = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
     with load_trained(locate_checkpoint(Path("run")), Runtime.for_inference(Device.cpu)) as trained:
-        encoder = PartEncoder(trained.tokenizer)
+        encoder = ConversationEncoder(trained.tokenizer)
         parts = template_of(trained, None, None).render([Message("user", "Say 7.")], add_generation_prompt=True)
         assert encoder.prompt(parts) == theirs
 

@@ -6,22 +6,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmtrain.data import IGNORE, DataFailed, padded
-from llmtrain.data.cache.reader import OpenFile, Tokens
-from llmtrain.data.examples import BUCKET, GROUP, Examples, Stored, no_target
+from llmtrain.data import IGNORE, DataError, padded
+from llmtrain.data.cache.token_reader import OpenFile, TokenSlice
+from llmtrain.data.examples import BUCKET, GROUP, Examples, ExampleStore, no_target
 from llmtrain.data.loader import Loader
 from llmtrain.data.order.packing import WINDOW, pack
 from llmtrain.data.order.permutation import order
 
 
-def shards(folder: Path, stream: np.ndarray, cuts: tuple[int, ...] = ()) -> list[Tokens]:
+def shards(folder: Path, stream: np.ndarray, cuts: tuple[int, ...] = ()) -> list[TokenSlice]:
     """``stream`` in files, cut at ``cuts``."""
     found = []
     for number, part in enumerate(np.split(stream, cuts)):
         path = folder / f"{len(list(folder.iterdir()))}-{number}.bin"
         path.write_bytes(part.tobytes())
         file = OpenFile(path, hashlib.sha256(part.tobytes()).hexdigest())
-        found.append(Tokens(file, stream.dtype, 0, len(part)))
+        found.append(TokenSlice(file, stream.dtype, 0, len(part)))
     return found
 
 
@@ -45,7 +45,7 @@ def make(
         stream = np.concatenate(stored).astype("<u2")
     cuts = tuple(np.sort(rng.integers(0, len(stream), 3)).tolist())  # files end anywhere, also twice at one place
     files = shards(folder, stream, cuts)
-    stored_examples = Stored(files, np.asarray(lengths, np.int64), classes.astype(np.int64), not labels)
+    stored_examples = ExampleStore(files, np.asarray(lengths, np.int64), classes.astype(np.int64), not labels)
     return Examples(stored_examples, longest, is_packed=packed), inputs, targets
 
 
@@ -82,7 +82,7 @@ def test_a_file_that_is_cut_is_noticed(tmp_path: Path) -> None:
     examples.gather(np.arange(50))
     path = examples.stored.shards[-1].file.path
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(DataFailed, match=path.name):
+    with pytest.raises(DataError, match=path.name):
         examples.gather(np.arange(50))
 
 
@@ -91,7 +91,7 @@ def test_a_file_that_is_cut_is_noticed(tmp_path: Path) -> None:
 
 def of_lengths(lengths: np.ndarray) -> Examples:
     """Only what the order needs."""
-    return Examples(Stored([], lengths, lengths, False), int(lengths.max()))
+    return Examples(ExampleStore([], lengths, lengths, False), int(lengths.max()))
 
 
 @pytest.mark.parametrize("number", [1, 2, 31, 32, 33, 1000, 1024, 1025, 1056, 3000, 4096])

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from llmtrain.cli.main import main
-from llmtrain.data.cache.token_cache import Source, prepare
-from llmtrain.data.sources.documents import Piece
+from llmtrain.data.cache.token_cache import DocumentSource, prepare
+from llmtrain.data.sources.documents import DocumentPiece
 from llmtrain.tokenizer import Tokenizer
 from tests.data.harm import flip
 from tests.helpers.cli import TINY, llmtrain, rows, start
@@ -51,7 +51,7 @@ def refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
 def corpus(tmp_path: Path, byte: Tokenizer) -> Path:
     """Five shards of this program, all of a size but the last."""
     text = " ".join(str(i**3) for i in range(600))[:4000]
-    source = Source("a test", "x", lambda: iter([Piece(text, True)]))
+    source = DocumentSource("a test", "x", lambda: iter([DocumentPiece(text, True)]))
     made = prepare(source, byte, 0, tmp_path / "made", shard_tokens=900)
     shutil.move(made.folder, tmp_path / "corpus")
     return tmp_path / "corpus"

@@ -10,7 +10,7 @@ import pytest
 
 from llmtrain.data import IGNORE, Corpus
 from llmtrain.data.examples import Examples
-from llmtrain.data.labelled import Labelled
+from llmtrain.data.labelled import LabelledText
 from llmtrain.data.order.validation_split import set_aside, undersample
 from llmtrain.data.sequences import Sequences
 from llmtrain.run.run import Run
@@ -24,12 +24,12 @@ def jsonl(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
-def labelled(folder: Path, path: str, **changes: object) -> Labelled:
+def labelled(folder: Path, path: str, **changes: object) -> LabelledText:
     """The option as conf/data/labelled.yaml has it."""
     keys = {"path": path, "sequence_length": 40, "cache_dir": folder / "cache", **changes}
     values = [f"data.{key}={'null' if value is None else value}" for key, value in keys.items()]
     data = Run.compose("model=tiny", "tokenizer=byte", "data=labelled", "objective=classification", *values).data
-    assert isinstance(data, Labelled)
+    assert isinstance(data, LabelledText)
     return data
 
 

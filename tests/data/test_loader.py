@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmtrain.data import Batch, DataFailed
+from llmtrain.data import Batch, DataError
 from llmtrain.data import loader as module
 from llmtrain.data.cache.integrity import open_checked
 from llmtrain.data.cache.token_file import TokenFile
@@ -101,7 +101,7 @@ def test_an_error_in_the_thread_reaches_the_caller() -> None:
         loader.next()
         for _ in range(2):  # however often one asks
             with pytest.raises(
-                DataFailed,
+                DataError,
                 match=r"^loader thread, step 9, sequences 1,006 to 1,008 of the order: OSError: the disk is gone$",
             ) as error:
                 loader.next()
@@ -115,7 +115,7 @@ def test_an_error_in_batch_size_reaches_the_caller() -> None:
     with (
         open_loader(broken) as loader,
         pytest.raises(
-            DataFailed, match=r"^loader thread, step 0, from sequence 0 of the order on: ZeroDivisionError: b"
+            DataError, match=r"^loader thread, step 0, from sequence 0 of the order on: ZeroDivisionError: b"
         ),
     ):
         loader.next()
@@ -272,11 +272,11 @@ def test_a_shard_damaged_while_it_is_read_ends_the_run(
     with open_loader(sequences=sequences) as loader:
         next_but(loader, 5)
         harm(files[1])
-        with pytest.raises(DataFailed) as error:
+        with pytest.raises(DataError) as error:
             next_but(loader, 100)
     where = r"loader thread, step \d+, sequences \d+ to \d+ of the order"
     assert re.fullmatch(rf"{where}: {re.escape(str(files[1]))}: ({message}).*", str(error.value))
-    with pytest.raises(DataFailed, match=rf"^{re.escape(str(files[1]))}: ({message})"):
+    with pytest.raises(DataError, match=rf"^{re.escape(str(files[1]))}: ({message})"):
         sequences.gather(np.arange(187))  # as an evaluation does
 
 
@@ -286,7 +286,7 @@ def test_both_shards_at_an_edge_are_watched_for_changes(files: list[Path]) -> No
     assert sequences.gather(across)[1].tolist() == [list(range(993, 1009))]
     flip(files[1], 0)
     sequences.gather(np.array([61]))
-    with pytest.raises(DataFailed, match=r"1\.bin: changed while in use"):
+    with pytest.raises(DataError, match=r"1\.bin: changed while in use"):
         sequences.gather(across)
 
 

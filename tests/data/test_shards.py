@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from llmtrain.data import Corpus
-from llmtrain.data.cache.reader import BLOCK
-from llmtrain.data.cache.token_cache import Source, prepare
-from llmtrain.data.cache.token_file import Format
+from llmtrain.data.cache.token_cache import DocumentSource, prepare
+from llmtrain.data.cache.token_file import TokenFileFormat
+from llmtrain.data.cache.token_reader import BLOCK
 from llmtrain.data.shards import Shards
-from llmtrain.data.sources.documents import Piece
+from llmtrain.data.sources.documents import DocumentPiece
 from llmtrain.data.sources.files import read_memo
 from llmtrain.tokenizer import Tokenizer
 from llmtrain.tokenizer.byte import Byte
@@ -45,7 +45,7 @@ def llama3(ids: np.ndarray) -> bytes:
 def common(tmp_path: Path) -> dict[str, Any]:
     return {
         "validation_path": None,
-        "format": Format.auto,
+        "format": TokenFileFormat.auto,
         "sequence_length": 10,
         "validation_fraction": 0.0,
         "shuffle": True,
@@ -56,8 +56,10 @@ def common(tmp_path: Path) -> dict[str, Any]:
 @pytest.fixture
 def ours(tmp_path: Path, byte: Tokenizer) -> Path:
     """Shards of this program: 40 documents of 5 tokens, 4 of them for validation, in several files."""
-    pieces = [Piece(f"{i:04d}", ends_document=True) for i in range(40)]
-    return prepare(Source("a test", "x", lambda: iter(pieces)), byte, 0.1, tmp_path / "made", shard_tokens=64).folder
+    pieces = [DocumentPiece(f"{i:04d}", ends_document=True) for i in range(40)]
+    return prepare(
+        DocumentSource("a test", "x", lambda: iter(pieces)), byte, 0.1, tmp_path / "made", shard_tokens=64
+    ).folder
 
 
 def build(path: Path | str, common: dict[str, Any], tokenizer: Tokenizer | None = None) -> Corpus:
@@ -85,8 +87,8 @@ def inputs(sequences: Any) -> list[int]:
 def test_nanogpt_and_llmc_layouts_are_read(tmp_path: Path, common: dict[str, Any], write: Any) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(write(IDS))
-    explicit = Format.nanogpt if write is nanogpt else Format.llmc
-    for form in (Format.auto, explicit):
+    explicit = TokenFileFormat.nanogpt if write is nanogpt else TokenFileFormat.llmc
+    for form in (TokenFileFormat.auto, explicit):
         corpus = build(path, common | {"format": form})
         assert inputs(corpus.train) == IDS[:100].tolist()
         assert corpus.validation is None
@@ -94,7 +96,7 @@ def test_nanogpt_and_llmc_layouts_are_read(tmp_path: Path, common: dict[str, Any
 
 
 def test_our_own_shards_are_read(ours: Path, common: dict[str, Any], byte: Tokenizer) -> None:
-    for form in (Format.auto, Format.llmtrain):
+    for form in (TokenFileFormat.auto, TokenFileFormat.llmtrain):
         corpus = build(ours, common | {"format": form, "sequence_length": 5, "validation_fraction": 0.5})
         assert byte.decode(inputs(corpus.train)).startswith("0000<|endoftext|>0001<|endoftext|>")
         assert corpus.train.tokens == 36 * 5
@@ -146,24 +148,28 @@ def test_validation_fraction_takes_the_end_of_the_shards(tmp_path: Path, common:
 @pytest.mark.parametrize(
     ("content", "form", "message"),
     [
-        (b"", Format.auto, "an empty file"),
-        (nanogpt(IDS)[:-1], Format.auto, "cut or no token file: 201 bytes"),
-        (llmc(IDS)[:-2], Format.auto, r"cut or damaged: 1,224 bytes, where its header says 101 tokens \(1,226 bytes\)"),
-        (llmc(IDS) + b"\0\0", Format.auto, "cut or damaged: 1,228 bytes"),
-        (llama3(IDS)[:500], Format.auto, "cut or damaged: 500 bytes"),
-        (llmc(IDS[:0]), Format.auto, "cut or damaged: 1,024 bytes, where its header says 0 tokens"),
-        (llmc(IDS, tokens=-5), Format.auto, "cut or damaged"),
+        (b"", TokenFileFormat.auto, "an empty file"),
+        (nanogpt(IDS)[:-1], TokenFileFormat.auto, "cut or no token file: 201 bytes"),
+        (
+            llmc(IDS)[:-2],
+            TokenFileFormat.auto,
+            r"cut or damaged: 1,224 bytes, where its header says 101 tokens \(1,226 bytes\)",
+        ),
+        (llmc(IDS) + b"\0\0", TokenFileFormat.auto, "cut or damaged: 1,228 bytes"),
+        (llama3(IDS)[:500], TokenFileFormat.auto, "cut or damaged: 500 bytes"),
+        (llmc(IDS[:0]), TokenFileFormat.auto, "cut or damaged: 1,024 bytes, where its header says 0 tokens"),
+        (llmc(IDS, tokens=-5), TokenFileFormat.auto, "cut or damaged"),
         (
             llmc(IDS, version=3),
-            Format.auto,
+            TokenFileFormat.auto,
             "magic 20240520 version 3; llm.c's are 20240520 version 1, 20240801 version 7",
         ),
-        (nanogpt(IDS), Format.llmc, "its header has magic 65536 version 196610"),
-        (nanogpt(IDS), Format.llmtrain, r"a\.bin: no index\.json beside it names it; take data\.format=auto"),
+        (nanogpt(IDS), TokenFileFormat.llmc, "its header has magic 65536 version 196610"),
+        (nanogpt(IDS), TokenFileFormat.llmtrain, r"a\.bin: no index\.json beside it names it; take data\.format=auto"),
     ],
 )
 def test_damaged_files_are_named(
-    tmp_path: Path, common: dict[str, Any], content: bytes, form: Format, message: str
+    tmp_path: Path, common: dict[str, Any], content: bytes, form: TokenFileFormat, message: str
 ) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(content)
@@ -227,7 +233,7 @@ def test_the_fingerprint_covers_content_and_order_not_names(tmp_path: Path, comm
         build(both, common).fingerprint,
         build(both, common | {"validation_path": str(tmp_path / "c.bin")}).fingerprint,  # another split
         build(tmp_path / "d.bin", common).fingerprint,
-        build(tmp_path / "d.bin", common | {"format": Format.nanogpt}, gpt2_sized()).fingerprint,
+        build(tmp_path / "d.bin", common | {"format": TokenFileFormat.nanogpt}, gpt2_sized()).fingerprint,
     ]
     assert len(set(prints)) == len(prints)
     assert build(tmp_path / "b.bin", common).fingerprint == prints[0]  # by content, not by name
@@ -245,7 +251,7 @@ def test_an_index_of_another_program_is_refused_without_data_format(tmp_path: Pa
         match=r"index\.json: damaged, .*'format' is missing; .*\(if they are not llmtrain's, name their data\.format\)",
     ):
         build(tmp_path, common)
-    assert build(tmp_path, common | {"format": Format.nanogpt}).train.tokens == 101
+    assert build(tmp_path, common | {"format": TokenFileFormat.nanogpt}).train.tokens == 101
 
 
 def test_shards_of_another_tokenizer_are_refused(ours: Path, common: dict[str, Any], gpt2: Tokenizer) -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmtrain.hf import family_of, module_names
 from llmtrain.hf.config_json import ConfigJson
-from llmtrain.hf.reading import load
+from llmtrain.hf.families import family_of_checkpoint, module_names
+from llmtrain.hf.reading import load_weights
 from llmtrain.lora.dora import DoRA
 from llmtrain.lora.lora import LoRA
 from llmtrain.lora.low_rank import LowRankAdaptation
@@ -62,10 +62,10 @@ def make_theirs(family: str) -> Any:
 def read_ours(directory: Path) -> LanguageModel:
     """Our model of a directory of transformers."""
     values = ConfigJson.read(directory)
-    config = family_of(values).read_config(values)
+    config = family_of_checkpoint(values).read_config(values)
     assert config.vocab_size is not None
     model = config.create(config.vocab_size, torch.device("cpu"), torch.Generator().manual_seed(0))
-    load(model, directory)
+    load_weights(model, directory)
     return model.eval()
 
 

@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor
 
 from llmtrain.hf.auto import Auto
-from llmtrain.hf.reading import load
+from llmtrain.hf.reading import load_weights
 from llmtrain.model import LanguageModel
 
 VOCABULARY = 301
@@ -71,7 +71,7 @@ def read(folder: Path, **changes: Any) -> LanguageModel:
     assert config.vocab_size is not None
     generator = torch.Generator().manual_seed(1)
     model = config.create(config.vocab_size, torch.device("cpu"), generator).eval()
-    load(model, folder)
+    load_weights(model, folder)
     return model
 
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmtrain.hf.config_json import ConfigJson
-from llmtrain.hf.reading import load
-from llmtrain.hf.writing import config_json, write
+from llmtrain.hf.reading import load_weights
+from llmtrain.hf.writing import config_json, write_checkpoint
 from llmtrain.model.llama import Position
 from tests.hf.checkpoints import read
 
@@ -127,7 +127,7 @@ def test_logits_of_a_baichuan_checkpoint_equal_its_formulas(
         model = replace(model.config, fused_qkv=False).create(
             VOCABULARY, torch.device("cpu"), torch.Generator().manual_seed(1)
         )
-        load(model.eval(), tmp_path / "theirs")
+        load_weights(model.eval(), tmp_path / "theirs")
     ids = np.random.default_rng(1).integers(VOCABULARY, size=50)
     expected = torch.from_numpy(reference(weights, ids, config["num_attention_heads"], rotary=rotary))
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_logits_of_a_baichuan_checkpoint_equal_its_formulas(
 
     (tmp_path / "ours").mkdir()
     values = config_json(model, torch.float32, {}, (), False)
-    write(model, tmp_path / "ours", values, {}, dtype=torch.float32, shard_bytes=10**9)
+    write_checkpoint(model, tmp_path / "ours", values, {}, dtype=torch.float32, shard_bytes=10**9)
     written = load_file(tmp_path / "ours" / "model.safetensors")
     assert written.keys() == weights.keys()
     assert all(np.array_equal(written[name].double().numpy(), weights[name]) for name in weights)
@@ -157,10 +157,10 @@ def test_the_variant_of_baichuan_follows_from_its_config(
     changes: dict[str, Any], rotary: bool, normalised: bool, tmp_path: Path
 ) -> None:
     """The published sizes go by ``hidden_size``; the first Baichuan, of 64,000 tokens, has a plain head."""
-    from llmtrain.hf import family_of
+    from llmtrain.hf.families import family_of_checkpoint
 
     json_file = ConfigJson(COMMON | {"num_attention_heads": 32} | changes, tmp_path / "config.json")
-    config: Any = family_of(json_file).read_config(json_file)
+    config: Any = family_of_checkpoint(json_file).read_config(json_file)
     assert (config.position is Position.rope) == rotary
     assert config.normalised_head == normalised
     assert json_file.unknown() == []

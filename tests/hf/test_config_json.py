@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import transformers
 
-from llmtrain.hf import family_of
 from llmtrain.hf.auto import Auto
 from llmtrain.hf.config_json import ConfigJson
+from llmtrain.hf.families import family_of_checkpoint
 from llmtrain.model.layers.rotary import Scaling
 from tests.hf.checkpoints import GPT2_SIZES, SIZES
 
@@ -22,7 +22,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 def config_of(values: dict[str, Any], folder: Path) -> Any:
     (folder / "config.json").write_text(json.dumps(values))
     config = ConfigJson.read(folder)
-    return family_of(config).read_config(config)
+    return family_of_checkpoint(config).read_config(config)
 
 
 @pytest.mark.parametrize(("values", "message"), [
@@ -82,7 +82,7 @@ def test_every_key_of_transformers_is_known(kind: type, tmp_path: Path) -> None:
     """Those of this version, with their defaults; the sizes that config.json may leave out are the same."""
     kind().to_json_file(tmp_path / "config.json", use_diff=False)
     config = ConfigJson.read(tmp_path)
-    family_of(config).read_config(config)
+    family_of_checkpoint(config).read_config(config)
     assert config.unknown() == []
 
 
@@ -107,7 +107,7 @@ def test_unknown_keys_are_reported(tmp_path: Path) -> None:
         json.dumps(LLAMA | {"my_attention": "odd", "unused": None, "use_cache": True})
     )
     config = ConfigJson.read(tmp_path)
-    family_of(config).read_config(config)
+    family_of_checkpoint(config).read_config(config)
     assert config.unknown() == ["my_attention"]
 
 

@@ -8,8 +8,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from llmtrain.hf import family_for, module_names
-from llmtrain.hf.writing import config_json, write
+from llmtrain.hf.families import family_of_model, module_names
+from llmtrain.hf.writing import config_json, write_checkpoint
 from llmtrain.inference.generate import Sampling, generate
 from llmtrain.model import LanguageModel
 from llmtrain.model.gpt import GPTConfig, Initialisation
@@ -22,7 +22,7 @@ TOLERANCE = 1e-5
 
 def export(model: LanguageModel, folder: Path, shard_bytes: int = 10**9) -> Path:
     folder.mkdir()
-    write(model, folder, config_json(model, FP32, {}, (), False), {}, dtype=FP32, shard_bytes=shard_bytes)
+    write_checkpoint(model, folder, config_json(model, FP32, {}, (), False), {}, dtype=FP32, shard_bytes=shard_bytes)
     return folder
 
 
@@ -117,12 +117,12 @@ def test_a_joint_qkv_matrix_is_split(tmp_path: Path) -> None:
     """Three layers there, one here: put together on the way in, taken apart on the way out."""
     from dataclasses import replace
 
-    from llmtrain.hf.reading import load
+    from llmtrain.hf.reading import load_weights
 
     theirs = make(*CASES["qwen2"], tmp_path / "a")
     config: Any = read(tmp_path / "a").config
     fused = replace(config, fused_qkv=True).create(301, torch.device("cpu"), torch.Generator().manual_seed(1)).eval()
-    load(fused, tmp_path / "a")
+    load_weights(fused, tmp_path / "a")
     assert fused.blocks[0].attention.qkv.weight.shape == (96, 48)
     assert largest_difference(fused, theirs, some_ids()) < TOLERANCE
     before, after = tensors(tmp_path / "a"), tensors(export(fused, tmp_path / "b"))
@@ -167,9 +167,9 @@ def test_a_gpt2_without_qkv_bias_survives_a_round_trip(tmp_path: Path) -> None:
     back = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     assert largest_difference(model, back, some_ids()) < TOLERANCE
     again = config.create(301, torch.device("cpu"), torch.Generator().manual_seed(5))
-    from llmtrain.hf.reading import load
+    from llmtrain.hf.reading import load_weights
 
-    load(again, folder)  # zeros are no bias
+    load_weights(again, folder)  # zeros are no bias
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
@@ -188,7 +188,7 @@ def test_models_that_transformers_cannot_compute_are_refused(
     config: Any = replace(read(tmp_path / "a").config, **changes)  # type: ignore[arg-type]
     assert isinstance(config, LlamaConfig)
     with pytest.raises(ValueError, match=message):
-        family_for(config).write_config(config, 301)
+        family_of_model(config).write_config(config, 301)
 
 
 @pytest.mark.parametrize("case", ["gpt2 untied", "llama", "qwen3"])

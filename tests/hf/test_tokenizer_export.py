@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
-from llmtrain.hf.tokenizer_export import files, tokenizer_config, tokenizer_json
+from llmtrain.hf.tokenizer_export import export_files, tokenizer_config, tokenizer_json
 from llmtrain.tokenizer import Tokenizer
 from llmtrain.tokenizer.bpe import END_OF_TEXT, for_oniguruma
 from llmtrain.tokenizer.byte import Byte
@@ -39,7 +39,7 @@ KNOWN = [character for character in EVERY if unicodedata.category(character) not
 
 
 def export(tokenizer: Tokenizer, folder: Path, **options: Any) -> Path:
-    for name, content in files(tokenizer, 1024, **options).items():
+    for name, content in export_files(tokenizer, 1024, **options).items():
         (folder / name).write_text(content, encoding="utf-8")
     return folder
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmtrain.inference.generate import Sampling, as_text, generate
+from llmtrain.inference.generate import Sampling, generate, stream_text
 from llmtrain.model.gpt import GPT, GPTConfig, Initialisation
 
 END = 50
@@ -115,10 +115,10 @@ def test_impossible_settings_are_refused(values: tuple[float, int, float], messa
     ],
 )
 def test_text_is_streamed_until_a_stop_string(text: str, stops: tuple[str, ...], expected: str) -> None:
-    pieces = list(as_text(iter(text.encode()), bytes, stops))
+    pieces = list(stream_text(iter(text.encode()), bytes, stops))
     assert "".join(pieces) == expected
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)  # characters are given out whole
 
 
 def test_a_character_cut_off_at_the_end_is_written_as_a_replacement() -> None:
-    assert "".join(as_text(iter("é".encode()[:1]), bytes)) == "\N{REPLACEMENT CHARACTER}"
+    assert "".join(stream_text(iter("é".encode()[:1]), bytes)) == "\N{REPLACEMENT CHARACTER}"

@@ -15,7 +15,7 @@ from llmtrain import Run
 from llmtrain.base.tensor_files import read_tensors
 from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.cli.main import main
-from llmtrain.hf.directory import SAMPLE, Directory, download, fingerprint, locate
+from llmtrain.hf.directory import SAMPLE, CheckpointDirectory, download, fingerprint, locate_directory
 from tests.helpers.cli import TINY, rows
 
 TRAIN = (*(override for override in TINY if not override.startswith("model=")), "loop.max_steps=1")
@@ -221,7 +221,7 @@ def test_a_cut_file_is_refused(gpt2: Path, size: int, capfd: pytest.CaptureFixtu
 
 def test_a_file_cut_while_it_is_read_is_refused(gpt2: Path) -> None:
     """It is read and not mapped: an error, where a map would end the process."""
-    with Directory(gpt2) as directory:
+    with CheckpointDirectory(gpt2) as directory:
         last = max(directory.shapes, key=lambda name: directory._where[name].start)
         file = gpt2 / "model.safetensors"
         with file.open("r+b") as opened:
@@ -260,7 +260,7 @@ def test_damaged_shards_are_refused(saved: Path, gpt2: Path, capfd: pytest.Captu
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, 'gpt2/config.json: model_type="mamba": not a family that is known here; there are: '),
+        ({"model_type": "mamba"}, 'gpt2/config.json: model_type="mamba": not a known family; the known ones are: '),
         ({"architectures": ["GPT2ForSequenceClassification"]}, "architectures="),
         ({"activation_function": "relu"}, 'activation_function="relu": must be gelu_new'),
     ],
@@ -303,7 +303,7 @@ def test_from_the_hub_only_data_are_taken(tmp_path: Path, monkeypatch: pytest.Mo
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert locate("org/name@v1.0") == tmp_path
+    assert locate_directory("org/name@v1.0") == tmp_path
     assert asked["name"] == "org/name"
     assert asked["revision"] == "v1.0"
     assert not any(pattern.endswith((".bin", ".py", ".pt", "*")) for pattern in asked["allow_patterns"])

@@ -10,10 +10,10 @@ from typing import Any, Self
 import numpy as np
 
 from llmtrain.data.cache.integrity import open_checked
-from llmtrain.data.cache.reader import Tokens
-from llmtrain.data.cache.shard_index import Index, Part, Shard
+from llmtrain.data.cache.shard_index import Shard, ShardIndex, SplitShards
 from llmtrain.data.cache.token_file import TokenFile
-from llmtrain.data.examples import Stored
+from llmtrain.data.cache.token_reader import TokenSlice
+from llmtrain.data.examples import ExampleStore
 from llmtrain.tokenizer import Tokenizer
 
 FORMAT = "examples-1"
@@ -25,13 +25,13 @@ def digest_of(has_targets: bool, labels: Sequence[str], notes: Sequence[str]) ->
 
 
 @dataclass(frozen=True)
-class ExampleIndex(Index):
+class ExampleIndex(ShardIndex):
     """What ``index.json`` says of a folder of examples."""
 
     FORMAT = FORMAT
 
-    train_examples: Part  # of each example its inputs and its label: pairs of int64
-    validation_examples: Part
+    train_examples: SplitShards  # of each example its inputs and its label: pairs of int64
+    validation_examples: SplitShards
     has_targets: bool
     labels: list[str]
     notes: list[str]
@@ -39,7 +39,7 @@ class ExampleIndex(Index):
 
     @classmethod
     def parse(cls, stored: dict[str, Any]) -> dict[str, Any]:
-        parts = {name: Part.parse(stored[name]) for name in ("train_examples", "validation_examples")}
+        parts = {name: SplitShards.parse(stored[name]) for name in ("train_examples", "validation_examples")}
         facts = bool(stored["has_targets"]), list(map(str, stored["labels"])), list(map(str, stored["notes"]))
         if stored["sha256"] != digest_of(*facts):
             raise ValueError("its sha256 is not that of labels and notes")
@@ -53,27 +53,27 @@ class ExampleIndex(Index):
 
 
 @dataclass(frozen=True)
-class Entry:
+class ExampleCacheEntry:
     """A whole entry of the cache, every byte of it as it was written."""
 
     folder: Path
     index: ExampleIndex
-    train: Stored
-    validation: Stored
+    train: ExampleStore
+    validation: ExampleStore
 
     @classmethod
     def open(cls, folder: Path, tokenizer: Tokenizer, *, verify: bool = False) -> Self:
         """Open and check the entry ``folder``.  Raises ValueError, naming the file, if it is missing or damaged."""
         index = ExampleIndex.read(folder)
 
-        def check(shards: Sequence[Shard], dtype: str) -> list[Tokens]:
+        def check(shards: Sequence[Shard], dtype: str) -> list[TokenSlice]:
             files = [TokenFile(folder / shard.name, dtype, 0, index.tokenizer, shard.sha256) for shard in shards]
             return open_checked(files, 1 << 63, folder.parent, verify=verify)  # the keys tell the tokenizer
 
-        def stored(part: Part, examples: Part) -> Stored:
+        def stored(part: SplitShards, examples: SplitShards) -> ExampleStore:
             numbers = np.concatenate([np.empty(0, "<i8"), *map(_read, check(examples.shards, "<i8"))]).reshape(-1, 2)
             shards = check(part.shards, index.dtype)
-            return Stored(shards, numbers[:, 0].copy(), numbers[:, 1].copy(), index.has_targets)
+            return ExampleStore(shards, numbers[:, 0].copy(), numbers[:, 1].copy(), index.has_targets)
 
         return cls(
             folder, index, stored(index.train, index.train_examples),
@@ -81,7 +81,7 @@ class Entry:
         )  # fmt: skip
 
 
-def _read(tokens: Tokens) -> np.ndarray:
+def _read(tokens: TokenSlice) -> np.ndarray:
     out = np.empty(len(tokens), tokens.dtype)
     tokens.read(0, out)
     return out

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from llmtrain.data.cache.reader import BLOCK, OpenFile, Tokens
 from llmtrain.data.cache.shard_index import INDEX
 from llmtrain.data.cache.token_file import TokenFile
+from llmtrain.data.cache.token_reader import BLOCK, OpenFile, TokenSlice
 from llmtrain.data.sources.files import Stamp, remember, stamp
 
 
@@ -21,7 +21,9 @@ class DamagedFile(ValueError):
     """A file whose content is not what its index says; the message names it."""
 
 
-def open_checked(files: Sequence[TokenFile], vocab_size: int, cache_dir: Path, *, verify: bool = False) -> list[Tokens]:
+def open_checked(
+    files: Sequence[TokenFile], vocab_size: int, cache_dir: Path, *, verify: bool = False
+) -> list[TokenSlice]:
     """The ids of ``files``, whose content is what it should be and in the vocabulary; facts kept in ``cache_dir``.
 
     With ``verify`` all of them are read again, whatever is remembered of them.  Raises ValueError, naming the file
@@ -43,7 +45,7 @@ def open_checked(files: Sequence[TokenFile], vocab_size: int, cache_dir: Path, *
     return [_open(file, digests[file.path], was) for file, was in zip(files, before, strict=True)]
 
 
-def _open(file: TokenFile, digest: str, was: Stamp) -> Tokens:
+def _open(file: TokenFile, digest: str, was: Stamp) -> TokenSlice:
     try:
         opened = OpenFile(file.path, digest)
     except OSError as error:
@@ -52,7 +54,7 @@ def _open(file: TokenFile, digest: str, was: Stamp) -> Tokens:
     if opened.stamp != was:
         raise ValueError(f"{file.path}: changed while it was read; start again when it is complete")
     dtype = np.dtype(file.dtype)
-    return Tokens(opened, dtype, file.offset, (was[0] - file.offset) // dtype.itemsize)
+    return TokenSlice(opened, dtype, file.offset, (was[0] - file.offset) // dtype.itemsize)
 
 
 def _learn(path: Path, dtype: str, offset: int) -> list:

@@ -26,7 +26,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitShards:
     """The shards of training or of validation, one stream of documents."""
 
     documents: int
@@ -49,7 +49,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Index:
+class ShardIndex:
     """What ``index.json`` says of its folder."""
 
     FORMAT: ClassVar[int | str] = FORMAT
@@ -57,8 +57,8 @@ class Index:
     format: int | str
     dtype: str  # numpy's name of the ids' type: <u2 or <u4
     tokenizer: str  # fingerprint of the tokenizer that made the ids
-    train: Part
-    validation: Part  # without shards where no document was set aside
+    train: SplitShards
+    validation: SplitShards  # without shards where no document was set aside
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -87,7 +87,7 @@ class Index:
     @classmethod
     def parse(cls, stored: dict[str, Any]) -> dict[str, Any]:
         """The fields from what JSON has of them.  Raises KeyError, TypeError or ValueError if they are not there."""
-        parts = {name: Part.parse(stored[name]) for name in ("train", "validation")}
+        parts = {name: SplitShards.parse(stored[name]) for name in ("train", "validation")}
         return {"format": cls.FORMAT, "dtype": _parse_dtype(stored["dtype"]), "tokenizer": stored["tokenizer"], **parts}
 
     def files(self) -> Iterator[tuple[Shard, int]]:
@@ -118,7 +118,7 @@ def sync(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
-class PartWriter:
+class ShardWriter:
     """Writes the shards of one part."""
 
     def __init__(self, folder: Path, name: str, shard_tokens: int = SHARD_TOKENS) -> None:
@@ -146,11 +146,11 @@ class PartWriter:
             if self._tokens == self.shard_tokens:
                 self._finish_shard()
 
-    def close(self) -> Part:
+    def close(self) -> SplitShards:
         """Finish the last shard."""
         if self._file is not None:
             self._finish_shard()
-        return Part(self.documents, self.shards)
+        return SplitShards(self.documents, self.shards)
 
     @property
     def _path(self) -> Path:

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from llmtrain.data.cache.encode import dtype_of, encode_documents
+from llmtrain.data.cache.document_encoder import dtype_of, encode_documents
 from llmtrain.data.cache.integrity import open_checked
-from llmtrain.data.cache.reader import DataFailed, Tokens
-from llmtrain.data.cache.shard_index import FORMAT, SHARD_TOKENS, Index, PartWriter, sync
+from llmtrain.data.cache.shard_index import FORMAT, SHARD_TOKENS, ShardIndex, ShardWriter, sync
 from llmtrain.data.cache.token_file import TokenFile
-from llmtrain.data.sources.documents import Piece
+from llmtrain.data.cache.token_reader import DataError, TokenSlice
+from llmtrain.data.sources.documents import DocumentPiece
 from llmtrain.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -33,27 +33,29 @@ REPORT_SECONDS = 10
 
 
 @dataclass(frozen=True)
-class Source:
+class DocumentSource:
     """Documents to be tokenised."""
 
     name: str  # for people
     content: str  # changes whenever the documents do
-    pieces: Callable[[], Iterator[Piece]]  # the documents, in order; raises ValueError where they cannot be read
+    pieces: Callable[
+        [], Iterator[DocumentPiece]
+    ]  # the documents, in order; raises ValueError where they cannot be read
 
 
 @dataclass(frozen=True)
-class Entry:
+class TokenCacheEntry:
     """A whole entry of the cache, every byte of it as it was written."""
 
     folder: Path  # its name stands for text, tokenizer and split
-    index: Index
-    train: list[Tokens]
-    validation: list[Tokens]
+    index: ShardIndex
+    train: list[TokenSlice]
+    validation: list[TokenSlice]
 
     @classmethod
     def open(cls, folder: Path, tokenizer: Tokenizer, *, verify: bool = False) -> Self:
         """Open and check the entry ``folder``.  Raises ValueError, naming the file, if it is missing or damaged."""
-        index = Index.read(folder)
+        index = ShardIndex.read(folder)
         files = [TokenFile.of_index(folder, index, shard) for shard in index.shards]
         tokens = open_checked(files, tokenizer.vocab_size, folder.parent, verify=verify)
         train = len(index.train.shards)
@@ -61,28 +63,28 @@ class Entry:
 
 
 def prepare(
-    source: Source,
+    source: DocumentSource,
     tokenizer: Tokenizer,
     validation_fraction: float,
     cache_dir: Path,
     *,
     shard_tokens: int = SHARD_TOKENS,
     verify: bool = False,
-) -> Entry:
+) -> TokenCacheEntry:
     """The shards of ``source``, from the cache, or made now.
 
     Every ``1 / validation_fraction``-th document is for validation, if there are as many; else none is.  With
     ``verify`` every byte of an entry is read again, and a damaged one stays as it is.  Raises ValueError if the
     source cannot be read or has no text, the cache cannot be written, or ``verify`` finds damage;
-    :class:`DataFailed` if a document cannot be tokenised.
+    :class:`DataError` if a document cannot be tokenised.
     """
     parts = [FORMAT, source.content, validation_fraction, tokenizer.fingerprint]
 
     def fill(folder: Path) -> None:
         _write_shards(folder, source, tokenizer, validation_fraction, shard_tokens)
 
-    def open_entry(folder: Path, verify: bool) -> Entry:
-        return Entry.open(folder, tokenizer, verify=verify)
+    def open_entry(folder: Path, verify: bool) -> TokenCacheEntry:
+        return TokenCacheEntry.open(folder, tokenizer, verify=verify)
 
     return find_or_make(cache_dir, parts, open_entry, fill, source.name, verify=verify)
 
@@ -136,17 +138,17 @@ def _make(folder: Path, fill: Callable[[Path], None], name: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         temporary.rename(folder)
         _sync_folder(folder.parent)
-    except DataFailed as error:
-        raise DataFailed(f"tokenising {name}: {error}") from error
+    except DataError as error:
+        raise DataError(f"tokenising {name}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_shards(
-    folder: Path, source: Source, tokenizer: Tokenizer, validation_fraction: float, shard_tokens: int
+    folder: Path, source: DocumentSource, tokenizer: Tokenizer, validation_fraction: float, shard_tokens: int
 ) -> None:
-    train = PartWriter(folder, "train", shard_tokens)
-    validation = PartWriter(folder, "validation", shard_tokens)
+    train = ShardWriter(folder, "train", shard_tokens)
+    validation = ShardWriter(folder, "validation", shard_tokens)
     tokens, reported = 0, time.monotonic()
     for encoded in encode_documents(source.pieces(), tokenizer, validation_fraction):
         (validation if encoded.is_validation else train).write(encoded.ids, encoded.documents)
@@ -156,9 +158,9 @@ def _write_shards(
             reported = time.monotonic()
     if not tokens:
         raise ValueError(f"{source.name}: there is no text in it; name other data: data.path=…")
-    Index(FORMAT, dtype_of(tokenizer.vocab_size).str, tokenizer.fingerprint, train.close(), validation.close()).write(
-        folder
-    )
+    ShardIndex(
+        FORMAT, dtype_of(tokenizer.vocab_size).str, tokenizer.fingerprint, train.close(), validation.close()
+    ).write(folder)
 
 
 def _sync_folder(folder: Path) -> None:

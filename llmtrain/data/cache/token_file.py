@@ -8,14 +8,14 @@ from typing import Self
 
 import numpy as np
 
-from llmtrain.data.cache.shard_index import INDEX, Index, Shard
+from llmtrain.data.cache.shard_index import INDEX, Shard, ShardIndex
 
 HEADER = np.dtype(("<i4", 256))
 LLMC_VERSIONS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version): ids; GPT-2's and Llama 3's
 LLMC_MAGICS = {magic for magic, _ in LLMC_VERSIONS}
 
 
-class Format(Enum):
+class TokenFileFormat(Enum):
     """The layout of a token file."""
 
     auto = "from the content: a header of llm.c, an index.json beside the file, else nanogpt"
@@ -35,17 +35,17 @@ class TokenFile:
     sha256: str | None = None  # what the content should have, if the file says
 
     @classmethod
-    def of_index(cls, folder: Path, index: Index, shard: Shard) -> Self:
+    def of_index(cls, folder: Path, index: ShardIndex, shard: Shard) -> Self:
         """One of this program's shards."""
         return cls(folder / shard.name, index.dtype, 0, index.tokenizer, shard.sha256)
 
 
-def read_indices(folders: Iterable[Path], form: Format) -> dict[Path, Index]:
+def read_indices(folders: Iterable[Path], form: TokenFileFormat) -> dict[Path, ShardIndex]:
     """The indices of those ``folders`` that have one.  Raises ValueError if one is damaged or its shards are."""
-    if form not in (Format.auto, Format.llmtrain):
+    if form not in (TokenFileFormat.auto, TokenFileFormat.llmtrain):
         return {}
     try:
-        return {folder: Index.read(folder) for folder in folders if (folder / INDEX).exists()}
+        return {folder: ShardIndex.read(folder) for folder in folders if (folder / INDEX).exists()}
     except ValueError as error:
         raise ValueError(
             f"{error}; restore it from a copy or prepare the shards again (if they are not llmtrain's, name their "
@@ -53,7 +53,7 @@ def read_indices(folders: Iterable[Path], form: Format) -> dict[Path, Index]:
         ) from error
 
 
-def recognise(path: Path, form: Format, index: Index | None) -> TokenFile:
+def recognise(path: Path, form: TokenFileFormat, index: ShardIndex | None) -> TokenFile:
     """How to read a token file; ``index`` is its folder's.
 
     Raises ValueError, naming the file, if it is empty, cut or not of the format.
@@ -70,10 +70,10 @@ def recognise(path: Path, form: Format, index: Index | None) -> TokenFile:
         if shard.name == path.name:
             assert index is not None
             return TokenFile.of_index(path.parent, index, shard)
-    if form is Format.llmtrain:
+    if form is TokenFileFormat.llmtrain:
         raise ValueError(f"{path}: no {INDEX} beside it names it; take data.format=auto")
     magic, version, tokens = np.frombuffer(head[:12].ljust(12, b"\0"), "<i4").tolist()
-    if form is Format.llmc or (form is Format.auto and magic in LLMC_MAGICS):
+    if form is TokenFileFormat.llmc or (form is TokenFileFormat.auto and magic in LLMC_MAGICS):
         if (magic, version) not in LLMC_VERSIONS:
             known = ", ".join(f"{m} version {v}" for m, v in LLMC_VERSIONS)
             raise ValueError(f"{path}: its header has magic {magic} version {version}; llm.c's are {known}")

@@ -11,14 +11,15 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
-from llmtrain.data.chat.templates import Kind, Message, Part, Template, special_tokens
+from llmtrain.data.chat.special_tokens import special_tokens
+from llmtrain.data.chat.template import ChatTemplate, Message, PartKind, RenderedPart
 from llmtrain.tokenizer import Tokenizer
 
 GUARD = "\ufdd0"  # no character of any text: keeps names in messages from being taken for special tokens
 DATE = datetime(2024, 7, 26)  # what Llama 3.1's template takes where it is told no date
 
 
-class ChatTemplate(Template):
+class JinjaTemplate(ChatTemplate):
     """A Jinja chat template.
 
     Args:
@@ -61,7 +62,7 @@ class ChatTemplate(Template):
         self._names = {key: "" if id is None else tokenizer.decode([id]) for key, id in names.items()}
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, system: str | None = None, *, now: datetime = DATE) -> "ChatTemplate":
+    def of(cls, tokenizer: Tokenizer, system: str | None = None, *, now: datetime = DATE) -> "JinjaTemplate":
         """The template of ``tokenizer``.  Raises ValueError if it has none."""
         if tokenizer.chat_template is None:
             raise ValueError(
@@ -84,7 +85,7 @@ class ChatTemplate(Template):
         *,
         add_generation_prompt: bool = False,
         trained: Collection[int] | None = None,
-    ) -> list[Part]:
+    ) -> list[RenderedPart]:
         messages = list(messages)
         shift = 0  # of the numbers of messages
         if self._system and not (messages and messages[0].role == "system"):
@@ -131,8 +132,8 @@ class ChatTemplate(Template):
             text = text.replace(name, name[0] + GUARD + name[1:])
         return text
 
-    def _split(self, text: str, *, is_trained: bool) -> list[Part]:
-        return [Part(piece, is_trained, Kind.markup) for piece in text.split(GUARD) if piece]
+    def _split(self, text: str, *, is_trained: bool) -> list[RenderedPart]:
+        return [RenderedPart(piece, is_trained, PartKind.markup) for piece in text.split(GUARD) if piece]
 
 
 def _common(left: str, right: str) -> int:

@@ -3,12 +3,12 @@
 import json
 from string import Formatter
 
-from llmtrain.data.chat.templates import Markup
+from llmtrain.data.chat.markup_template import MarkupTemplate
 
 REFUSED = "this template has places for system, user and assistant"
 
 
-def to_jinja(template: Markup, *, has_bos: bool) -> str:
+def to_jinja(template: MarkupTemplate, *, has_bos: bool) -> str:
     """The source of ``chat_template.jinja``; ``has_bos``: whether the tokenizer has a token that begins a text.
 
     The one thing that it cannot say is an instruction with an input given apart: there, messages have no such field.

@@ -17,7 +17,7 @@ BLOCK = 1 << 20  # bytes read at once
 COMPRESSED_BLOCK = 1 << 16  # small, since what comes out can be a thousand times larger
 
 
-class Piece(NamedTuple):
+class DocumentPiece(NamedTuple):
     """A stretch of a document, cut where tokenizers that split text by words give the same ids as of the whole."""
 
     text: str
@@ -25,7 +25,7 @@ class Piece(NamedTuple):
     origin: str = ""  # the file, or what else the document is known by, for people
 
 
-def split_documents(blocks: Iterable[str], separator: str, origin: str = "") -> Iterator[Piece]:
+def split_documents(blocks: Iterable[str], separator: str, origin: str = "") -> Iterator[DocumentPiece]:
     """Cut a text, given in blocks, into documents at ``separator`` (empty: one document) and those into pieces.
 
     Joined, the pieces of a document are its exact text.  Documents of nothing but white space are left out.
@@ -37,14 +37,14 @@ def split_documents(blocks: Iterable[str], separator: str, origin: str = "") -> 
         *documents, rest = rest.split(separator) if separator else [rest]
         for document in documents:
             if is_open or not _is_blank(document):
-                yield Piece(document, True, origin)
+                yield DocumentPiece(document, True, origin)
             is_open = False
         while cut := _find_cut(rest, len(separator)):
-            yield Piece(rest[:cut], False, origin)
+            yield DocumentPiece(rest[:cut], False, origin)
             rest = rest[cut:]
             is_open = True
     if is_open or not _is_blank(rest):
-        yield Piece(rest, True, origin)
+        yield DocumentPiece(rest, True, origin)
 
 
 def _is_blank(text: str) -> bool:

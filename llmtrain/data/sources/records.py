@@ -45,7 +45,7 @@ def shown(value: Any) -> str:
     return f"{short} ({type(value).__name__})"
 
 
-class Reader:
+class RecordReader:
     """The records of some files, in order.
 
     ``blank`` counts the empty lines that were passed over.
@@ -152,11 +152,14 @@ class Reader:
             raise ValueError(f"{path}: no Parquet file, or damaged or cut: {error}") from error
 
 
-Format = Callable[[Reader, Path], Iterator[Record]]
-FORMATS: dict[str, Format] = {
-    ".csv": Reader._csv, ".tsv": Reader._tsv, ".jsonl": Reader._jsonl, ".ndjson": Reader._jsonl, ".json": Reader._json,
-    ".parquet": Reader._parquet,
-}  # fmt: skip
+FORMATS: dict[str, Callable[[RecordReader, Path], Iterator[Record]]] = {
+    ".csv": RecordReader._csv,
+    ".tsv": RecordReader._tsv,
+    ".jsonl": RecordReader._jsonl,
+    ".ndjson": RecordReader._jsonl,
+    ".json": RecordReader._json,
+    ".parquet": RecordReader._parquet,
+}
 
 
 def find_records(path: str, key: str) -> list[Path]:

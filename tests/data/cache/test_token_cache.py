@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmtrain.data.cache.reader import Tokens
-from llmtrain.data.cache.shard_index import INDEX, Index
-from llmtrain.data.cache.token_cache import Entry, Source, prepare
-from llmtrain.data.sources.documents import Piece
+from llmtrain.data.cache.shard_index import INDEX, ShardIndex
+from llmtrain.data.cache.token_cache import DocumentSource, TokenCacheEntry, prepare
+from llmtrain.data.cache.token_reader import TokenSlice
+from llmtrain.data.sources.documents import DocumentPiece
 from llmtrain.tokenizer import Tokenizer
 from tests.data.harm import flip_unnoticed
 
@@ -32,17 +32,17 @@ class Documents:
     def __init__(self, texts: list[str], seconds: float = 0) -> None:
         self.texts, self.seconds, self.reads = texts, seconds, 0
 
-    def source(self) -> Source:
-        return Source("a test", json.dumps(self.texts), self.pieces)
+    def source(self) -> DocumentSource:
+        return DocumentSource("a test", json.dumps(self.texts), self.pieces)
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[DocumentPiece]:
         self.reads += 1
         for text in self.texts:
             time.sleep(self.seconds)
-            yield Piece(text, ends_document=True)
+            yield DocumentPiece(text, ends_document=True)
 
 
-def ids_of(part: list[Tokens]) -> list[int]:
+def ids_of(part: list[TokenSlice]) -> list[int]:
     """All of them, in one list."""
     ids: list[int] = []
     for tokens in part:
@@ -52,7 +52,7 @@ def ids_of(part: list[Tokens]) -> list[int]:
     return ids
 
 
-def decode(entry: Entry, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
+def decode(entry: TokenCacheEntry, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
     train, validation = (
         tokenizer.decode(ids_of(part)).split("<|endoftext|>") for part in (entry.train, entry.validation)
     )
@@ -73,7 +73,7 @@ def test_an_entry_holds_the_documents_of_both_parts_and_their_hashes(tmp_path: P
         raw = (folder / shard.name).read_bytes()
         assert len(raw) == 2 * shard.tokens
         assert hashlib.sha256(raw).hexdigest() == shard.sha256
-    assert Index.read(folder) == index
+    assert ShardIndex.read(folder) == index
 
 
 def test_large_vocabularies_take_32_bits(tmp_path: Path, byte: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +101,7 @@ def test_too_few_documents_leave_validation_empty(tmp_path: Path, byte: Tokenize
     assert (index.train.documents, index.validation.documents, index.validation.shards) == (9, 0, [])
 
 
-def damage_entry(entry: Entry, damage: str) -> Path:
+def damage_entry(entry: TokenCacheEntry, damage: str) -> Path:
     """Harm a file of the entry; returns which."""
     shard, other, stored = (entry.folder / name for name in ("train-00000.bin", "train-00001.bin", INDEX))
     content, text = shard.read_bytes(), stored.read_text()
@@ -223,12 +223,12 @@ def test_shards_are_read_whole_once(tmp_path: Path, byte: Tokenizer) -> None:
 
 
 def test_a_failure_leaves_no_entry(tmp_path: Path, byte: Tokenizer) -> None:
-    def pieces() -> Iterator[Piece]:
-        yield Piece("some text", ends_document=True)
+    def pieces() -> Iterator[DocumentPiece]:
+        yield DocumentPiece("some text", ends_document=True)
         raise ValueError("a.txt: byte 7 is not UTF-8")
 
     with pytest.raises(ValueError, match=r"a\.txt: byte 7"):
-        prepare(Source("a test", "x", pieces), byte, 0, tmp_path)
+        prepare(DocumentSource("a test", "x", pieces), byte, 0, tmp_path)
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
@@ -250,13 +250,14 @@ def test_a_full_disk_is_named_and_leaves_no_entry(tmp_path: Path, byte: Tokenize
     script = f"""
 import resource, signal
 from pathlib import Path
-from llmtrain.data.cache.token_cache import Source, prepare
-from llmtrain.data.sources.documents import Piece
+from llmtrain.data.cache.token_cache import DocumentSource, prepare
+from llmtrain.data.sources.documents import DocumentPiece
 from llmtrain.tokenizer.byte import Byte
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
-    prepare(Source("a test", "x", lambda: iter([Piece("x" * 9999, True)])), Byte().build(), 0, Path({str(tmp_path)!r}))
+    source = DocumentSource("a test", "x", lambda: iter([DocumentPiece("x" * 9999, True)]))
+    prepare(source, Byte().build(), 0, Path({str(tmp_path)!r}))
 except ValueError as error:
     print(error)
 """
@@ -294,14 +295,14 @@ def test_a_killed_writer_is_waited_for_and_swept_away(tmp_path: Path, byte: Toke
     script = f"""
 import time
 from pathlib import Path
-from llmtrain.data.cache.token_cache import Source, prepare
-from llmtrain.data.sources.documents import Piece
+from llmtrain.data.cache.token_cache import DocumentSource, prepare
+from llmtrain.data.sources.documents import DocumentPiece
 from llmtrain.tokenizer.byte import Byte
 def pieces():
-    yield Piece("x" * (1 << 21), True)
+    yield DocumentPiece("x" * (1 << 21), True)
     print("writing", flush=True)
     time.sleep(60)
-prepare(Source("a test", {json.dumps(TEXTS)!r}, pieces), Byte().build(), 0.1, Path({str(tmp_path)!r}))
+prepare(DocumentSource("a test", {json.dumps(TEXTS)!r}, pieces), Byte().build(), 0.1, Path({str(tmp_path)!r}))
 """
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout is not None

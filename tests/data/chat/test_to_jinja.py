@@ -6,7 +6,10 @@ import pytest
 import transformers
 from tokenizers import Tokenizer as Library
 
-from llmtrain.data.chat.templates import TEMPLATES, Kind, Markup, Message, parse_template
+from llmtrain.data.chat.builtin_templates import TEMPLATES
+from llmtrain.data.chat.markup_template import MarkupTemplate
+from llmtrain.data.chat.template import Message, PartKind
+from llmtrain.data.chat.templates import parse_template
 from llmtrain.data.chat.to_jinja import to_jinja
 from llmtrain.hf.tokenizer_export import tokenizer_json
 from llmtrain.tokenizer.byte import Byte
@@ -20,9 +23,9 @@ CONVERSATIONS = [
 ]
 
 
-def rendered(template: Markup, messages: list[tuple[str, str]], add_generation_prompt: bool, bos: str) -> str:
+def rendered(template: MarkupTemplate, messages: list[tuple[str, str]], add_generation_prompt: bool, bos: str) -> str:
     parts = template.render([Message(*each) for each in messages], add_generation_prompt=add_generation_prompt)
-    marks = {Kind.begin: bos, Kind.end: "</s>"}
+    marks = {PartKind.begin: bos, PartKind.end: "</s>"}
     return "".join(marks.get(part.kind, part.text) for part in parts)
 
 

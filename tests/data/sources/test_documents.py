@@ -9,7 +9,7 @@ import pytest
 import zstandard
 
 from llmtrain.data.sources import documents
-from llmtrain.data.sources.documents import Piece, read_text, split_documents
+from llmtrain.data.sources.documents import DocumentPiece, read_text, split_documents
 from llmtrain.tokenizer import Tokenizer
 from llmtrain.tokenizer.bpe import END_OF_TEXT, PATTERNS
 from llmtrain.tokenizer.gpt2 import RANKS
@@ -22,7 +22,7 @@ def in_blocks(text: str, size: int) -> Iterator[str]:
     return (text[start : start + size] for start in range(0, len(text), size))
 
 
-def join(pieces: Iterator[Piece]) -> list[str]:
+def join(pieces: Iterator[DocumentPiece]) -> list[str]:
     whole = [""]
     for piece in pieces:
         whole[-1] += piece.text

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from llmtrain.data.sources.records import Reader, Record, find_records
+from llmtrain.data.sources.records import Record, RecordReader, find_records
 
 ROWS: list[dict[str, Any]] = [
     {"text": "plain", "label": "a"},
@@ -47,7 +47,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def read(path: Path) -> list[Record]:
-    return list(Reader().read(path))
+    return list(RecordReader().read(path))
 
 
 def error(path: Path, content: str) -> str:
@@ -88,7 +88,7 @@ def test_records_are_read_only_as_far_as_asked(tmp_path: Path) -> None:
     for name, good, bad in (("a.csv", "x\n1\n", '"\n'), ("a.jsonl", '{"x": "1"}\n', "{\n")):
         path = tmp_path / name
         path.write_text(good + bad)
-        assert next(Reader().read(path)).values == {"x": "1"}
+        assert next(RecordReader().read(path)).values == {"x": "1"}
 
 
 def test_records_of_json_have_their_line_numbers(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_json_lines_in_a_json_file_are_read(tmp_path: Path) -> None:
 
 
 def test_empty_lines_are_counted(tmp_path: Path) -> None:
-    reader = Reader()
+    reader = RecordReader()
     for name, content in (("a.jsonl", '\n{"a": "1"}\n  \n{"a": "2"}\n\n'), ("a.csv", "\na\n1\n\n2\n\n")):
         (tmp_path / name).write_text(content)
         reader.blank = 0

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmtrain.data import DataFailed
-from llmtrain.data.cache import encode as module
-from llmtrain.data.cache.encode import dtype_of, encode_documents, is_validation
-from llmtrain.data.sources.documents import Piece, read_text, split_documents
+from llmtrain.data import DataError
+from llmtrain.data.cache import document_encoder as module
+from llmtrain.data.cache.document_encoder import dtype_of, encode_documents, is_validation
+from llmtrain.data.sources.documents import DocumentPiece, read_text, split_documents
 from llmtrain.tokenizer import CUTS, Tokenizer
 from llmtrain.tokenizer.byte import ByteTokenizer
 
@@ -36,7 +36,7 @@ def test_documents_keep_their_order_in_both_parts(
 ) -> None:
     monkeypatch.setattr(module, "PIECE", 50)
     documents = [f"document {i} " + "x" * (i % 90) for i in range(200)]
-    pieces = [Piece(part, ends) for text in documents for part, ends in ((text[:9], False), (text[9:], True))]
+    pieces = [DocumentPiece(part, ends) for text in documents for part, ends in ((text[:9], False), (text[9:], True))]
     found: dict[bool, list[int]] = {False: [], True: []}
     counts = {False: 0, True: 0}
     for encoded in encode_documents(pieces, byte, 0.25, num_threads=num_threads):
@@ -77,8 +77,12 @@ class Panic(BaseException):
     ],
 )
 def test_a_document_that_cannot_be_encoded_is_named(text: str, message: str) -> None:
-    documents = [Piece("good", True, "a.txt"), Piece("so far ", False, "b.txt"), Piece(text, True, "b.txt")]
-    with pytest.raises(DataFailed, match=rf"^document 2 \(b\.txt\) cannot be encoded: {message}$"):
+    documents = [
+        DocumentPiece("good", True, "a.txt"),
+        DocumentPiece("so far ", False, "b.txt"),
+        DocumentPiece(text, True, "b.txt"),
+    ]
+    with pytest.raises(DataError, match=rf"^document 2 \(b\.txt\) cannot be encoded: {message}$"):
         list(encode_documents([*documents, *documents], Broken(), 0.5))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("encode")]
 
@@ -126,7 +130,7 @@ class Spaced(ByteTokenizer):
 def test_a_cut_that_would_change_ids_is_undone(
     monkeypatch: pytest.MonkeyPatch, cuts: list[re.Pattern[str]], expected: list[str]
 ) -> None:
-    pieces = [Piece(text, text in ("x", "four")) for text in ("one", " two", ".three", "x", "four")]
+    pieces = [DocumentPiece(text, text in ("x", "four")) for text in ("one", " two", ".three", "x", "four")]
     tokenizer = Spaced()
     tokenizer.cuts = cuts
     assert [stretch.text for stretch in module._rejoin(pieces, tokenizer)] == expected
@@ -139,7 +143,7 @@ def test_pieces_encoded_together_are_bounded(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "LONGEST_WHOLE", 10)
     tokenizer = Spaced()
     tokenizer.cuts = ()
-    pieces = [Piece("abc ", False)] * 9 + [Piece("end", True)]
+    pieces = [DocumentPiece("abc ", False)] * 9 + [DocumentPiece("end", True)]
     stretches = list(module._rejoin(pieces, tokenizer))
     assert [len(stretch.text) for stretch in stretches] == [12, 12, 12, 3]
     assert [(stretch.starts_document, stretch.ends_document) for stretch in stretches] == [

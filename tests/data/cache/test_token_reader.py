@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmtrain.data import DataFailed
+from llmtrain.data import DataError
 from llmtrain.data.cache.integrity import open_checked
-from llmtrain.data.cache.reader import OpenFile, Tokens
 from llmtrain.data.cache.token_file import TokenFile
+from llmtrain.data.cache.token_reader import OpenFile, TokenSlice
 from llmtrain.data.sequences import Shard, Stream, slice_stream
 
 
@@ -53,7 +53,7 @@ def test_files_are_closed_when_nobody_reads_them(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abcd")
     gc.collect()
     before = open_descriptors()
-    tokens = Tokens(OpenFile(tmp_path / "a", ""), np.dtype("<u2"), 0, 2)
+    tokens = TokenSlice(OpenFile(tmp_path / "a", ""), np.dtype("<u2"), 0, 2)
     part = tokens[1:]
     assert len(open_descriptors()) == len(before) + 1
     del tokens
@@ -68,14 +68,12 @@ def test_files_are_closed_when_nobody_reads_them(tmp_path: Path) -> None:
 def test_a_read_error_names_file_and_byte() -> None:
     """A file that opens and then cannot be read: nothing is at address 0 of this process."""
     file = OpenFile(Path("/proc/self/mem"), "")
-    with pytest.raises(DataFailed, match=r"^/proc/self/mem: byte 0: Input/output error$"):
+    with pytest.raises(DataError, match=r"^/proc/self/mem: byte 0: Input/output error$"):
         file.read(0, np.empty(4, np.uint8))
 
 
 def test_a_file_that_ends_too_early_is_named(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abcd")
     file = OpenFile(tmp_path / "a", "")
-    with pytest.raises(
-        DataFailed, match=r"/a: cut while in use: it ends before byte 6; it had 4 bytes when it was che"
-    ):
+    with pytest.raises(DataError, match=r"/a: cut while in use: it ends before byte 6; it had 4 bytes when it was che"):
         file.read(2, np.empty(4, np.uint8))

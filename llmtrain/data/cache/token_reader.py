@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 BLOCK = 1 << 22  # bytes read at once when a whole file is
 
 
-class DataFailed(RuntimeError):
+class DataError(RuntimeError):
     """Data that cannot be read or made on the way; the message names where.  The run fails, the user did nothing."""
 
 
@@ -40,19 +40,19 @@ class OpenFile:
         self._checking = threading.Lock()
 
     def read(self, position: int, out: np.ndarray) -> None:
-        """Fill ``out``, contiguous uint8, with the bytes from ``position`` on.  Raises :class:`DataFailed`."""
+        """Fill ``out``, contiguous uint8, with the bytes from ``position`` on.  Raises :class:`DataError`."""
         count = self._read(position, out)
         while count < len(out):  # seldom: a file system that gives less than it was asked for
             more = self._read(position + count, out[count:])
             if not more:
-                raise DataFailed(
+                raise DataError(
                     f"{self.path}: cut while in use: it ends before byte {position + len(out):,}; it had "
                     f"{self.stamp[0]:,} bytes when it was checked"
                 )
             count += more
 
     def check(self) -> None:
-        """Raise :class:`DataFailed` if the content is no longer what it was.  Cheap while nobody touches the file."""
+        """Raise :class:`DataError` if the content is no longer what it was.  Cheap while nobody touches the file."""
         if self._stamp() == self.stamp:
             return
         with self._checking:
@@ -61,9 +61,9 @@ class OpenFile:
                 return
             if now[0] != self.stamp[0]:
                 what = f"it has {now[0]:,} bytes, and had {self.stamp[0]:,} when it was checked"
-                raise DataFailed(f"{self.path}: changed while in use: {what}")
+                raise DataError(f"{self.path}: changed while in use: {what}")
             if self._digest() != self.sha256 or self._stamp() != now:
-                raise DataFailed(f"{self.path}: changed while in use: it was written to, and its content is another")
+                raise DataError(f"{self.path}: changed while in use: it was written to, and its content is another")
             log.warning("%s: touched while in use; its content is the same", self.path)
             self.stamp = now
 
@@ -71,14 +71,14 @@ class OpenFile:
         try:
             stat = os.fstat(self._descriptor)
         except OSError as error:
-            raise DataFailed(f"{self.path}: {error.strerror}") from error
+            raise DataError(f"{self.path}: {error.strerror}") from error
         return stat.st_size, stat.st_mtime_ns
 
     def _read(self, position: int, out: np.ndarray) -> int:
         try:
             return os.preadv(self._descriptor, [out.data], position)
         except OSError as error:
-            raise DataFailed(f"{self.path}: byte {position:,}: {error.strerror}") from error
+            raise DataError(f"{self.path}: byte {position:,}: {error.strerror}") from error
 
     def _digest(self) -> str:
         digest, block, position = hashlib.sha256(), np.empty(BLOCK, np.uint8), 0
@@ -88,7 +88,7 @@ class OpenFile:
         return digest.hexdigest()
 
 
-class Tokens:
+class TokenSlice:
     """A stretch of the token ids of a file: ``length`` ids of ``dtype`` from byte ``offset`` on.
 
     Slices as an array does, without reading anything.
@@ -110,7 +110,7 @@ class Tokens:
         return type(self)(self.file, self.dtype, offset, max(end - begin, 0))
 
     def read(self, begin: int, out: np.ndarray) -> None:
-        """Fill ``out``, contiguous, with the ids from ``begin`` on.  Raises :class:`DataFailed`."""
+        """Fill ``out``, contiguous, with the ids from ``begin`` on.  Raises :class:`DataError`."""
         if out.dtype != self.dtype:  # the stream has wider ids
             ids = np.empty(len(out), self.dtype)
             self.read(begin, ids)
@@ -119,5 +119,5 @@ class Tokens:
         self.file.read(self._offset + begin * self.dtype.itemsize, out.view(np.uint8))
 
     def check(self) -> None:
-        """Raise :class:`DataFailed` if the file is no longer what it was."""
+        """Raise :class:`DataError` if the file is no longer what it was."""
         self.file.check()

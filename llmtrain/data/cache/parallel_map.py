@@ -11,7 +11,7 @@ Out = TypeVar("Out")
 MAX_THREADS = 32  # one thread reads for all of them, and each holds a few MB
 
 
-def in_order(function: Callable[[In], Out], jobs: Iterable[In], num_threads: int | None = None) -> Iterator[Out]:
+def map_in_order(function: Callable[[In], Out], jobs: Iterable[In], num_threads: int | None = None) -> Iterator[Out]:
     """``map`` on threads; None: one a core.  At most two jobs a thread are in memory."""
     num_threads = num_threads or min(getattr(os, "process_cpu_count", os.cpu_count)() or 1, MAX_THREADS)
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="encode")

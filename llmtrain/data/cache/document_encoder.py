@@ -6,15 +6,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmtrain.data.cache.parallel import in_order
-from llmtrain.data.cache.reader import DataFailed
-from llmtrain.data.sources.documents import PIECE, Piece
+from llmtrain.data.cache.parallel_map import map_in_order
+from llmtrain.data.cache.token_reader import DataError
+from llmtrain.data.sources.documents import PIECE, DocumentPiece
 from llmtrain.tokenizer import CUTS, Tokenizer
 
 LONGEST_WHOLE = 4 * PIECE  # characters of a document that are encoded at once where a cut may change ids
 
 
-class Encoded(NamedTuple):
+class EncodedText(NamedTuple):
     """Some consecutive documents of one part of the data, or a stretch of one document."""
 
     is_validation: bool
@@ -33,18 +33,18 @@ def is_validation(document: int, fraction: float) -> bool:
 
 
 def encode_documents(
-    pieces: Iterable[Piece], tokenizer: Tokenizer, validation_fraction: float, *, num_threads: int | None = None
-) -> Iterator[Encoded]:
+    pieces: Iterable[DocumentPiece], tokenizer: Tokenizer, validation_fraction: float, *, num_threads: int | None = None
+) -> Iterator[EncodedText]:
     """Encode documents on threads (tokenizers of native code let go of Python's lock).
 
     Results keep the order of the documents within each part, whatever the number of threads (None: one a core).
     At most two jobs a thread of about ``PIECE`` characters are in memory (of ``LONGEST_WHOLE`` where the tokenizer
-    wants documents whole).  Raises :class:`DataFailed`, naming the document, if one cannot be encoded.
+    wants documents whole).  Raises :class:`DataError`, naming the document, if one cannot be encoded.
     """
     dtype = dtype_of(tokenizer.vocab_size)
     end_of_text = np.array([tokenizer.end_of_text], dtype)
 
-    def encode(job: "_Job") -> Encoded:
+    def encode(job: "_Job") -> EncodedText:
         arrays = []
         at = job.pieces[0]
         try:
@@ -52,19 +52,19 @@ def encode_documents(
                 _, piece = at
                 ids = (tokenizer.encode if piece.starts_document else tokenizer.encode_continuation)(piece.text)
                 if (largest := ids.max(initial=0)) >= tokenizer.vocab_size:
-                    raise DataFailed(f"id {largest} is beyond the tokenizer's vocabulary of {tokenizer.vocab_size:,}")
+                    raise DataError(f"id {largest} is beyond the tokenizer's vocabulary of {tokenizer.vocab_size:,}")
                 arrays.append(ids.astype(dtype))
                 if piece.ends_document:
                     arrays.append(end_of_text)
             ended = sum(piece.ends_document for _, piece in job.pieces)
-            return Encoded(job.is_validation, np.concatenate(arrays), ended)
+            return EncodedText(job.is_validation, np.concatenate(arrays), ended)
         except BaseException as error:  # what a tokenizer of native code raises may be no Exception
-            what = str(error) if isinstance(error, DataFailed) else f"{type(error).__name__}: {error}".rstrip(": ")
+            what = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}".rstrip(": ")
             document, piece = at
             origin = f" ({piece.origin})" if piece.origin else ""
-            raise DataFailed(f"document {document:,}{origin} cannot be encoded: {what}") from error
+            raise DataError(f"document {document:,}{origin} cannot be encoded: {what}") from error
 
-    yield from in_order(encode, _make_jobs(_rejoin(pieces, tokenizer), validation_fraction), num_threads)
+    yield from map_in_order(encode, _make_jobs(_rejoin(pieces, tokenizer), validation_fraction), num_threads)
 
 
 class _Stretch(NamedTuple):
@@ -76,7 +76,7 @@ class _Stretch(NamedTuple):
     origin: str
 
 
-def _rejoin(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[_Stretch]:
+def _rejoin(pieces: Iterable[DocumentPiece], tokenizer: Tokenizer) -> Iterator[_Stretch]:
     """Undo the cuts of documents at which ``tokenizer`` would give other ids, up to ``LONGEST_WHOLE`` characters."""
     held: _Stretch | None = None
     for piece in pieces:
