@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 
 from llmtrain.tokenizer.sentencepiece import SentencePiece, SentencePieceTokenizer
-from llmtrain.tokenizer.sentencepiece_model import Kind
+from llmtrain.tokenizer.sentencepiece_model import PieceKind
 from tests.tokenizer.conftest import CORPUS, random_texts, train_sentencepiece
 
 OTHERS: dict[str, dict[str, Any]] = {
@@ -52,7 +52,7 @@ def test_the_file_is_read_as_the_library_reads_it(paths: dict[str, Path]) -> Non
         model, theirs = load(path).model, sentencepiece.SentencePieceProcessor(model_file=str(path))
         for id, piece in enumerate(model.pieces):
             assert (piece.text, piece.score) == (theirs.id_to_piece(id), theirs.get_score(id))
-            kinds = (piece.kind is Kind.CONTROL, piece.kind is Kind.UNKNOWN, piece.kind is Kind.BYTE)
+            kinds = (piece.kind is PieceKind.CONTROL, piece.kind is PieceKind.UNKNOWN, piece.kind is PieceKind.BYTE)
             assert kinds == (theirs.is_control(id), theirs.is_unknown(id), theirs.is_byte(id))
 
 
