@@ -233,7 +233,7 @@ def test_roles_out_of_place_are_refused() -> None:
 
 
 def test_a_chat_template_of_chatml_equals_ours() -> None:
-    own, ours = ChatTemplate(CHATML + GENERATION, Chat()), TEMPLATES["chatml"]
+    own, ours = JinjaTemplate(CHATML + GENERATION, Chat()), TEMPLATES["chatml"]
     encode = ConversationEncoder(Chat())
     assert own.stop == ("<|im_end|>",)
     for trained in (None, [3]):
@@ -304,7 +304,7 @@ def test_a_template_that_drops_earlier_thoughts_trains_on_its_last_turn_alone() 
 
 
 def test_dates_in_chat_templates_are_fixed() -> None:
-    parts = ChatTemplate("{{ strftime_now('%d %b %Y') }}", Chat()).render(TURNS[:1])
+    parts = JinjaTemplate("{{ strftime_now('%d %b %Y') }}", Chat()).render(TURNS[:1])
     assert text(parts) == "26 Jul 2024"
 
 
