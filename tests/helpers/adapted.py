@@ -1,6 +1,7 @@
 """A small GPT-2 and a small Llama, ours and transformers', with the same random weights."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,20 +12,14 @@ from torch import Tensor
 from llmtrain.hf.config_json import ConfigJson
 from llmtrain.hf.families import family_of_checkpoint, module_names
 from llmtrain.hf.reading import load_weights
-from llmtrain.lora.dora import DoRA
-from llmtrain.lora.lora import LoRA
 from llmtrain.lora.low_rank import LowRankAdaptation
-from llmtrain.lora.quantization import Quantization
-from llmtrain.lora.rslora import RsLoRA
 from llmtrain.model import LanguageModel
+from tests.helpers.options import make_option, option_names
 
 VOCABULARY = 101  # less than a multiple of 64: padded inside
 IDS = torch.randint(0, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(7))
-KINDS: dict[str, type[LowRankAdaptation]] = {"lora": LoRA, "rslora": RsLoRA, "dora": DoRA}
-KEYS = {
-    "rank": 4, "alpha": 6.0, "dropout": 0.0, "targets": ["all-linear"], "also_train": [],
-    "quantization": Quantization.none, "path": None,
-}  # fmt: skip
+KINDS = [name for name in option_names("lora") if name != "none"]
+COMMON = {"rank": 4, "alpha": 6.0}
 FAMILIES = ("gpt2", "gpt2 untied", "llama")
 
 
@@ -80,7 +75,7 @@ def make_pair(family: str, folder: Path) -> Pair:
 
 
 def make(kind: str = "lora", **keys: Any) -> LowRankAdaptation:
-    return KINDS[kind](**KEYS | keys)
+    return replace(make_option("lora", kind, COMMON), **keys)
 
 
 def seeded(seed: int = 3) -> torch.Generator:

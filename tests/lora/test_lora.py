@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from llmtrain.activation_checkpointing import ActivationCheckpointing
 from llmtrain.activation_checkpointing.full import Full
 from llmtrain.activation_checkpointing.selective import By, Selective
-from llmtrain.config.build import build
 from llmtrain.lora import count_parameters
 from llmtrain.lora.layers import LoraLinear
 from llmtrain.lora.merge import adapters, merge
@@ -21,13 +19,12 @@ from llmtrain.lora.quantization import Quantization
 from llmtrain.model import LanguageModel
 from llmtrain.objective.causal import Causal
 from llmtrain.objective.classification import Classification, Part
-from llmtrain.optimizer import OptimizerConfig
 from llmtrain.plan.trace import fake_tensors
 from llmtrain.precision.fp8 import FP8Precision
 from llmtrain.precision.fp8_linear import Recipe
 from tests.helpers.adapted import FAMILIES, IDS, KINDS, logits, make, make_pair, seeded, stir
+from tests.helpers.options import make_option, option_names
 
-CONF = Path(__file__).parents[2] / "conf"
 EVERYTHING = ["all-linear", "head", "embeddings"]
 CPU = torch.device("cpu")
 
@@ -198,14 +195,12 @@ def test_blocks_compile_to_two_graphs(kind: str, quantization: Quantization, mod
     assert graphs.frame_count == 2
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted((CONF / "optimizer").glob("*.yaml"))])
+@pytest.mark.parametrize("name", option_names("optimizer"))
 def test_every_optimizer_trains_adapters_alone(name: str, model: Callable) -> None:
     ours = model("llama")
     make("dora", also_train=["final_norm"]).apply(ours, seeded())
     frozen = {name: p.clone() for name, p in ours.named_parameters() if not p.requires_grad}
-    values = yaml.safe_load((CONF / "optimizer" / f"{name}.yaml").read_text())
-    values = {key: values["lr"] if value == "${optimizer.lr}" else value for key, value in values.items()}
-    optimizer = build(values, OptimizerConfig).build(ours)
+    optimizer = make_option("optimizer", name, {}).build(ours)
     groups = optimizer.param_groups
     trained = {name for name, p in ours.named_parameters() if p.requires_grad}
     assert {name for group in groups for name in group["names"]} == trained

@@ -7,9 +7,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from llmtrain.lora.lora import LoRA
 from llmtrain.model.gpt import GPT, GPTConfig, Initialisation
-from tests.helpers.adapted import KEYS
+from tests.helpers.adapted import make as make_lora
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 SMALL = {
@@ -199,7 +198,7 @@ def test_flops_per_token_of_frozen_weights(trained: str) -> None:
     model = make(vocab_size=128, num_layers=6)
     whole = model.flops_per_token(32)
     if trained == "lora_":
-        LoRA(**KEYS).apply(model, torch.Generator().manual_seed(0))
+        make_lora().apply(model, torch.Generator().manual_seed(0))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained in name)
     # the first products that gradients come back to need none for their input: 3% at this size

@@ -13,6 +13,7 @@ from llmtrain.schedule.step import StepDecay
 from llmtrain.schedule.warmup_cosine import WarmupCosine
 from llmtrain.schedule.warmup_linear import WarmupLinear
 from llmtrain.schedule.wsd import WSD, Shape
+from tests.helpers.options import make_option, option_names
 
 WARMUP = {"initial_lr": 1e-5, "warmup_steps": 27, "warmup_ratio": 0.0}
 NO_WARMUP = {"initial_lr": 0.0, "warmup_steps": None, "warmup_ratio": 0.0}
@@ -70,6 +71,12 @@ LITERAL = {
         {10: 5.005e-4, 45: 3.8125e-4, 90: 7.1875e-5},
     ),
 }
+
+
+def test_every_schedule_has_literal_values():
+    assert {type(schedule) for schedule, _ in LITERAL.values()} == {
+        type(make_option("schedule", name, {"lr": 1e-3})) for name in option_names("schedule")
+    }
 
 
 @pytest.mark.parametrize("case", LITERAL)

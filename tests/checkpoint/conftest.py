@@ -1,0 +1,1 @@
+from tests.helpers.optimizers import new_model, option, options  # noqa: F401
