@@ -8,6 +8,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
 
+from llmtrain.base.options import Option, RunFacts
+
 
 class Stretch(NamedTuple):
     """Consecutive optimizer steps with one batch size."""
@@ -16,7 +18,7 @@ class Stretch(NamedTuple):
     batch_size: int  # sequences
 
 
-class Accumulation(ABC):
+class Accumulation(Option, ABC):
     """Contract of ``accumulation=...``.
 
     An option gives :meth:`batch_size_at`.  One whose batch size seldom or never changes also overrides
@@ -61,3 +63,11 @@ class Accumulation(ABC):
             steps += stretch.steps
             left -= stretch.steps * stretch.batch_size
         return steps
+
+    def unread(self, run: RunFacts) -> dict[str, str]:
+        if self.micro_batch_size <= run.largest_batch:
+            return {}
+        return {
+            "micro_batch_size": f"a step has {run.largest_batch} sequences at most; for larger steps raise "
+            f"accumulation.{self.batch_size_key}"
+        }

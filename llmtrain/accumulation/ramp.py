@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from llmtrain.accumulation import Accumulation, Stretch
 from llmtrain.base.checks import positive
+from llmtrain.base.options import RunFacts
 
 
 class Unit(Enum):
@@ -60,3 +61,14 @@ class RampedBatch(Accumulation):
                 yield Stretch(left, stage.batch_size)
             step += left
             position += left * stage.batch_size
+
+    def unread(self, run: RunFacts) -> dict[str, str]:
+        unread = super().unread(run)
+        end = run.steps if self.unit is Unit.steps else run.sequences * run.sequence_length
+        if self.stages[-1].start >= end:
+            unread["stages"] = f"in part: {run.end}, before the last stage; earlier starts, or a longer run"
+        if len(self.stages) > 1 and self.stages[1].start >= end:
+            unread[self.ITSELF] = (
+                f"{run.end}, before the batch grows for the first time; earlier starts in accumulation.stages"
+            )
+        return unread

@@ -2,10 +2,11 @@
 
 from abc import ABC, abstractmethod
 
+from llmtrain.base.options import Option
 from llmtrain.model import LanguageModel
 
 
-class ActivationCheckpointing(ABC):
+class ActivationCheckpointing(Option, ABC):
     """Contract of ``activation_checkpointing=...``: called once the model is whole, before anything is compiled."""
 
     @abstractmethod

@@ -7,6 +7,7 @@ from llmtrain.activation_checkpointing import ActivationCheckpointing
 from llmtrain.activation_checkpointing.offload import offload
 from llmtrain.activation_checkpointing.recompute import recompute
 from llmtrain.activation_checkpointing.selective_ops import recompute_cheap
+from llmtrain.base.options import RunFacts
 from llmtrain.model import LanguageModel
 
 
@@ -41,3 +42,10 @@ class Selective(ActivationCheckpointing):
                 recompute_cheap(block, offloader)
             elif number % self.every == 0:
                 recompute(block)
+
+    def unread(self, run: RunFacts) -> dict[str, str]:
+        if self.by is By.block:
+            return {}
+        return {
+            "every": "it counts blocks, but operations are selected, in every block; activation_checkpointing.by=block"
+        }

@@ -13,6 +13,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Self
 
 from llmtrain.base.device import physical_cores
+from llmtrain.base.options import Option
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,7 @@ class Device(Enum):
 
 
 @dataclass(frozen=True)
-class Runtime:
+class Runtime(Option):
     """The ``runtime`` group."""
 
     device: Device

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtrain.base.checks import non_negative
+from llmtrain.base.options import Option, RunFacts
 
 SHORT_SAVE = 1.0  # seconds: such a save is made ahead of every evaluation
 MAX_SHARE = 0.1  # of the training since the save before, that a longer one ahead of an evaluation may take
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Option):
     """The ``checkpoint`` group."""
 
     every_steps: int
@@ -32,6 +33,19 @@ class Checkpoint:
             keep_every=self.keep_every,
             step=self.step,
         )
+
+    def unread(self, run: RunFacts) -> dict[str, str]:
+        unread = super().unread(run)
+        if self.every_steps > run.steps:
+            unread["every_steps"] = f"{run.end}, where one is written in any case; checkpoint.every_steps={run.tenth}"
+        if self.keep_every > run.steps:
+            unread["keep_every"] = f"{run.end}, so that no step is a multiple; checkpoint.keep_every={run.tenth}"
+        if not run.evaluates:
+            unread["keep_best"] = run.no_evaluation
+        if not self.keep_last:
+            why = "checkpoint.keep_last=0 keeps all; checkpoint.keep_last=2"
+            unread |= {"keep_best": why, "keep_every": why}
+        return unread
 
     def is_due(self, step: int, seconds: float) -> bool:
         """Whether to save after ``step`` steps, ``seconds`` after the last save."""

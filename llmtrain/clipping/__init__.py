@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from llmtrain.base.options import Option
+
 
 class ClipResult(NamedTuple):
     """What clipping saw; 0-dimensional tensors on the gradients' device."""
@@ -15,7 +17,7 @@ class ClipResult(NamedTuple):
     clipped: Tensor  # bool, whether any gradient was changed
 
 
-class Clipping(ABC):
+class Clipping(Option, ABC):
     """Contract of ``clipping=...``: called once a step, after accumulation and unscaling."""
 
     start_step: int  # steps before this one (0-based) are measured, not clipped
@@ -27,5 +29,5 @@ class Clipping(ABC):
         A gradient that is not finite yields a norm that is not finite; the loop then refuses the step.
         """
 
-    def check_parameters(self, names: Sequence[str]) -> None:  # noqa: B027 - most options have nothing to check
+    def check_parameters(self, names: Sequence[str]) -> None:
         """Raise ValueError before training if the option names parameters that do not exist."""

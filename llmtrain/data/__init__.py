@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import torch
 
+from llmtrain.base.options import Option
 from llmtrain.data.cache.token_reader import DataError as DataError
 from llmtrain.data.sequences import Sequences
 from llmtrain.tokenizer import Tokenizer
@@ -62,7 +63,7 @@ class Corpus:
     notes: tuple[str, ...] = ()  # what was left out or cut, for the user to know
 
 
-class DataConfig(ABC):
+class DataConfig(Option, ABC):
     """Contract of ``data=...``."""
 
     gives: ClassVar[str] = "text"  # what the targets are: text (every next token) | responses (those of some) | labels

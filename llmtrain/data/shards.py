@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmtrain.base.options import RunFacts
 from llmtrain.data import Corpus, DataConfig
 from llmtrain.data.cache.integrity import DamagedFile, open_checked
 from llmtrain.data.cache.shard_index import INDEX
@@ -60,6 +61,22 @@ class Shards(DataConfig):
             name=f"shards {self.path}, {len(train)} file{'s' * (len(train) != 1)}",
             fingerprint=fingerprint(tokens, len(train)),
         )
+
+    def unread(self, run: RunFacts) -> dict[str, str]:
+        if self.validation_path is not None:
+            return {
+                "validation_fraction": f"data.validation_path={self.validation_path} is the validation data; leave out "
+                "one of the two"
+            }
+        if run.validation_tokens is None:
+            return {}
+        tokens = run.train_tokens + run.validation_tokens
+        if run.validation_tokens == int(tokens * self.validation_fraction):
+            return {}  # this share was cut off the tokens, so the validation data are not files
+        return {
+            "validation_fraction": f"the files of data.path={self.path} named val or validation are the validation "
+            "data, whole; to cut off a share of the others, name only these in data.path"
+        }
 
     def _find_parts(self) -> tuple[list[Path], list[Path]]:
         files = _find(self.path)

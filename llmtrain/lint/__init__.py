@@ -9,8 +9,8 @@ from dataclasses import replace
 
 from llmtrain.lint import data, rates, training
 from llmtrain.lint.case import Case, Finding
-from llmtrain.lint.inert import inert_keys
 from llmtrain.lint.overlap import validation_in_training
+from llmtrain.lint.unread import unread_keys
 
 __all__ = ["Case", "Finding", "lint", "lint_changes", "refuse"]
 
@@ -30,7 +30,7 @@ OF_SETTINGS: tuple[Check, ...] = (
     training.slow_arithmetic,
     training.lost_work,
     training.default_on_cpu,
-    inert_keys,
+    unread_keys,
 )
 OF_DATA: tuple[Check, ...] = (data.masked_targets, validation_in_training)  # these read them
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from llmtrain.base.options import RunFacts
 from llmtrain.config.run_config import RunConfig
 from llmtrain.data import Corpus
 from llmtrain.model import LanguageModel
@@ -66,6 +67,15 @@ class Case:
     def largest_batch(self) -> int:
         """Sequences of the largest optimizer step."""
         return self.run.accumulation.largest_batch(self.max_steps, self.run.data.sequence_length)
+
+    @cached_property
+    def facts(self) -> RunFacts:
+        """The facts from which options know which of their keys are read."""
+        validation = self.corpus.validation
+        return RunFacts(
+            self.max_steps, self.sequences, self.run.data.sequence_length, self.epochs, self.largest_batch,
+            self.corpus.train.tokens, None if validation is None else validation.tokens, self.evaluates,
+        )  # fmt: skip
 
     @property
     def batch_key(self) -> str:

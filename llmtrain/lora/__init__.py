@@ -6,10 +6,11 @@ from typing import ClassVar
 
 import torch
 
+from llmtrain.base.options import Option
 from llmtrain.model import LanguageModel
 
 
-class Lora(ABC):
+class Lora(Option, ABC):
     """Contract of ``lora=...``: called once the weights are loaded, before the optimizer is built."""
 
     adapts: ClassVar[bool] = False  # whether the model's own weights stay as they are, and come from elsewhere

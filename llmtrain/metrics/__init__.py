@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from llmtrain.base.options import Option, RunFacts
 from llmtrain.metrics.jsonl import Row, drop_rows, read_metrics
 
 __all__ = ["Metrics", "MetricsConfig", "Row", "ValidationScore", "drop_rows", "read_metrics", "validation_score"]
@@ -62,7 +63,7 @@ class Metrics(ABC):
         self.close()
 
 
-class MetricsConfig(ABC):
+class MetricsConfig(Option, ABC):
     """Contract of ``metrics=...``."""
 
     log_every: int  # optimizer steps between two train rows
@@ -75,5 +76,10 @@ class MetricsConfig(ABC):
         rows that the run will write again, identically, are dropped.
         """
 
-    def check(self) -> None:  # noqa: B027 - most options have nothing to check
+    def unread(self, run: RunFacts) -> dict[str, str]:
+        if self.log_every <= run.steps:
+            return {}
+        return {"log_every": f"{run.end}, of which the first and the last are logged; metrics.log_every={run.tenth}"}
+
+    def check(self) -> None:
         """Raise ValueError, before a run directory exists, if the option cannot work on this machine."""

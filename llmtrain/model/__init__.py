@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmtrain.base.options import Option
 from llmtrain.model.layers.kv_cache import KVCache
 from llmtrain.model.layers.skip_init import SkipInitMode
 
@@ -135,7 +136,7 @@ class LanguageModel(nn.Module, ABC):
         return {"adapters of embeddings and head": sum(p.numel() for p in adapters)} if adapters else {}
 
 
-class ModelConfig(ABC):
+class ModelConfig(Option, ABC):
     """Contract of ``model=...``."""
 
     context_length: int

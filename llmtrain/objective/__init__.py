@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from llmtrain.base.options import Option
 from llmtrain.model import LanguageModel
 
 
-class Objective(ABC):
+class Objective(Option, ABC):
     """Contract of ``objective=...``."""
 
     scores: ClassVar[bool] = False  # whether :meth:`score` counts more than the loss
@@ -27,7 +28,7 @@ class Objective(ABC):
         a packed row a token belongs to, 0 for padding; None: a row is one example, padded on the right.
         """
 
-    def attach(  # noqa: B027 (most need nothing)
+    def attach(
         self,
         model: LanguageModel,
         labels: Sequence[str],

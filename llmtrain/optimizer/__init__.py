@@ -5,8 +5,10 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from llmtrain.base.options import Option
 
-class OptimizerConfig(ABC):
+
+class OptimizerConfig(Option, ABC):
     """Contract of ``optimizer=...``.
 
     ``lr`` is the peak learning rate.  Every parameter group that :meth:`build` makes holds ``lr_multiplier``

@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from llmtrain.base.options import Option
 
-class PrecisionConfig(ABC):
+
+class PrecisionConfig(Option, ABC):
     """Contract of ``precision=...``."""
 
     @abstractmethod

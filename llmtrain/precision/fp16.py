@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llmtrain.base.options import RunFacts
 from llmtrain.precision import LossScaler, Precision, PrecisionConfig
 
 
@@ -23,3 +24,8 @@ class FP16(PrecisionConfig):
     def build(self, device: torch.device) -> Precision:
         scaler = LossScaler(device, self.initial_scale, self.growth_interval)
         return Precision("fp16", device, torch.float16, scaler=scaler)
+
+    def unread(self, run: RunFacts) -> dict[str, str]:
+        if self.growth_interval <= run.steps:
+            return {}
+        return {"growth_interval": f"{run.end}, before the loss scale can grow; precision.growth_interval={run.tenth}"}

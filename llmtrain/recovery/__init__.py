@@ -30,6 +30,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from llmtrain.base.options import Option
+
 # Steps: the decision about step s is taken when step s + LAG has been launched, on every device.  Equals the depth of
 # the readback, which by then has waited for the numbers of step s anyway.
 LAG = 2
@@ -161,7 +163,7 @@ class Recovery(ABC):
         """Continue from a checkpoint; what the option that wrote it did not know stays as new."""
 
 
-class RecoveryConfig(ABC):
+class RecoveryConfig(Option, ABC):
     """Contract of ``recovery=...``."""
 
     examples: int  # offending sequences to find and decode for each event; 0: none

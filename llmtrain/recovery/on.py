@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.base.checks import fraction, non_negative, positive
+from llmtrain.base.options import RunFacts
 from llmtrain.recovery import Action, Failure, RateReduction, RecoveryConfig, Rollback, Skip, Verdict
 from llmtrain.recovery.delayed import DelayedRecovery
 from llmtrain.recovery.window import Window
@@ -65,6 +66,30 @@ class RecoveryOn(RecoveryConfig):
 
     def build(self, device: torch.device, *, judges_spikes: bool = True) -> "Ladder":
         return Ladder(self if judges_spikes else replace(self, loss_deviations=0.0, grad_norm_deviations=0.0), device)
+
+    def unread(self, run: RunFacts) -> dict[str, str]:
+        unread = super().unread(run)
+        if self.min_window_steps >= run.steps:
+            why = (
+                f"{run.end}, and spikes are judged after recovery.min_window_steps={self.min_window_steps} of them; "
+                f"recovery.min_window_steps={run.tenth}"
+            )
+            unread |= dict.fromkeys(("loss_deviations", "loss_floor", "grad_norm_deviations", "grad_norm_floor"), why)
+        if not self.skip_after:
+            unread["skip_batches"] = "no data are left out with recovery.skip_after=0; recovery.skip_after=2"
+        if not self.rollback_after:
+            why = "the run never rolls back with recovery.rollback_after=0; recovery.rollback_after=8"
+            unread |= dict.fromkeys(("rollback_steps", "rollback_skip_batches", "max_rollbacks"), why)
+        if not self.lower_rate_at:
+            why = "the learning rate is never lowered with recovery.lower_rate_at=0; recovery.lower_rate_at=2"
+            unread |= {"lower_rate_factor": why, "lower_rate_steps": why}
+        if not self.loss_deviations:
+            unread["loss_floor"] = "the loss is not judged with recovery.loss_deviations=0; recovery.loss_deviations=12"
+        if not self.grad_norm_deviations:
+            unread["grad_norm_floor"] = (
+                "gradient norms are not judged with recovery.grad_norm_deviations=0; recovery.grad_norm_deviations=100"
+            )
+        return unread
 
 
 @dataclass

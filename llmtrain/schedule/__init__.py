@@ -6,8 +6,10 @@ the rate of its step and gets the one that the undisturbed run would have had.
 
 from abc import ABC, abstractmethod
 
+from llmtrain.base.options import Option
 
-class Schedule(ABC):
+
+class Schedule(Option, ABC):
     """Contract of ``schedule=...``."""
 
     @abstractmethod
@@ -21,5 +23,5 @@ class Schedule(ABC):
         """The number of warm-up steps in a run of ``total`` steps; 0 if the schedule has none."""
         return 0
 
-    def check_peak(self, peak: float) -> None:  # noqa: B027 - most options fit every peak
+    def check_peak(self, peak: float) -> None:
         """Raise ValueError if the schedule does not fit ``optimizer.lr``, such as a floor above the peak."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from llmtrain.base.checks import fraction, positive
+from llmtrain.base.options import RunFacts
 from llmtrain.schedule.warmup import Warmup
 
 
@@ -33,3 +34,10 @@ class StepDecay(Warmup):
     def after_warmup(self, step: int, *, peak: float, warmup: int, total: int) -> float:
         times = bisect_right(self.milestones, step) if self.every is None else step // self.every
         return peak * self.factor**times
+
+    def unread(self, run: RunFacts) -> dict[str, str]:
+        unread = super().unread(run)
+        if (self.every or self.milestones[0]) >= run.steps:
+            why = f"{run.end}, before the learning rate drops for the first time; a drop before step {run.steps}"
+            unread |= {"milestones": why, "every": why, "factor": why}
+        return unread

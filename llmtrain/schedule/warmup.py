@@ -4,6 +4,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 
 from llmtrain.base.checks import fraction, non_negative
+from llmtrain.base.options import RunFacts
 from llmtrain.schedule import Schedule
 
 
@@ -39,6 +40,16 @@ class Warmup(Schedule):
 
     def check_peak(self, peak: float) -> None:
         self._check_below_peak(peak, "initial_lr")
+
+    def unread(self, run: RunFacts) -> dict[str, str]:
+        unread = super().unread(run)
+        if self.warmup_steps is not None:
+            unread["warmup_ratio"] = (
+                f"schedule.warmup_steps={self.warmup_steps} is used instead; schedule.warmup_steps=null"
+            )
+        if not self.warmup(run.steps):
+            unread["initial_lr"] = f"it is the start of a warm-up, and there is none; schedule.warmup_steps={run.tenth}"
+        return unread
 
     def _check_below_peak(self, peak: float, key: str) -> None:
         if (value := getattr(self, key)) > peak:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from llmtrain.base.checks import fraction, non_negative
+from llmtrain.base.options import RunFacts
 from llmtrain.schedule.warmup import WarmupDecay
 
 
@@ -48,8 +49,22 @@ class WSD(WarmupDecay):
         fraction(decay_ratio=self.decay_ratio)
 
     def after_warmup(self, step: int, *, peak: float, warmup: int, total: int) -> float:
-        decay = round(self.decay_ratio * total) if self.decay_steps is None else self.decay_steps
-        start = max(warmup, total - decay)
+        start = max(warmup, total - self.decay(total))
         if step < start:
             return peak
         return self.min_lr + (peak - self.min_lr) * self.decay_shape((step - start) / (total - start))
+
+    def decay(self, total: int) -> int:
+        """The number of decay steps in a run of ``total`` steps."""
+        return round(self.decay_ratio * total) if self.decay_steps is None else self.decay_steps
+
+    def unread(self, run: RunFacts) -> dict[str, str]:
+        unread = super().unread(run)
+        if self.decay_steps is not None:
+            unread["decay_ratio"] = (
+                f"schedule.decay_steps={self.decay_steps} is used instead; schedule.decay_steps=null"
+            )
+        if not self.decay(run.steps):
+            why = "the learning rate never decays; schedule.decay_steps=null schedule.decay_ratio=0.2"
+            unread |= {"decay_shape": why, "min_lr": why}
+        return unread

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from llmtrain.base.options import Option
+
 # Between a letter or digit and a character that cannot go on with its word: white space, or punctuation.  The patterns
 # of GPT-2, cl100k and o200k all end a match there and none of them looks back, so both sides split as the whole would.
 WORD_ENDS = (r"[^\W_](?=\s)", r"[^\W_](?=[!-&(-/:-@[-^`{-~—…、。！（），：；？])")
@@ -64,7 +66,7 @@ class Tokenizer(ABC):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
-class TokenizerConfig(ABC):
+class TokenizerConfig(Option, ABC):
     """Contract of ``tokenizer=...``."""
 
     @abstractmethod

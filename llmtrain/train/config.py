@@ -4,11 +4,12 @@ import math
 from dataclasses import dataclass
 
 from llmtrain.accumulation import Accumulation
+from llmtrain.base.options import Option, RunFacts
 from llmtrain.inference.generate import Sampling
 
 
 @dataclass(frozen=True)
-class LoopConfig:
+class LoopConfig(Option):
     """The ``loop`` group."""
 
     max_steps: int | None
@@ -45,6 +46,33 @@ class LoopConfig:
     def sampling(self) -> Sampling:
         """How samples are drawn."""
         return Sampling(self.sample_temperature, self.sample_top_k, 1.0)
+
+    def unread(self, run: RunFacts) -> dict[str, str]:
+        unread = super().unread(run)
+        if self.epochs is not None and run.steps == self.max_steps and run.epochs < self.epochs:
+            ends = f"loop.max_steps={self.max_steps} ends the run first, after {run.epochs:.3g} epochs"
+            unread["epochs"] = f"{ends}; loop.max_steps=null"
+        if self.epochs is not None and self.max_steps is not None and run.steps < self.max_steps:
+            ends = f"loop.epochs={self.epochs:g} ends the run first, after {run.steps:,} steps"
+            unread["max_steps"] = f"{ends}; loop.epochs=null"
+        if self.eval_every > run.steps:
+            unread["eval_every"] = (
+                f"{run.end}, so that only its start and end are evaluated; loop.eval_every={run.tenth}"
+            )
+        if not run.evaluates:
+            keys = ("eval_batches", "eval_train_batches", *["eval_every"] * (self.eval_every > 0))
+            unread |= dict.fromkeys(keys, run.no_evaluation)
+        if self.sample_every > run.steps:
+            unread["sample_every"] = f"{run.end}, where one sample is taken in any case; loop.sample_every={run.tenth}"
+        if self.sample_temperature == 0:
+            unread["sample_top_k"] = (
+                "with loop.sample_temperature=0 it is always the most likely token; loop.sample_temperature=0.8"
+            )
+        if not self.sample_every:
+            keys = ("sample_prompt", "sample_tokens", "sample_temperature", "sample_top_k")
+            why = f"no text is sampled with loop.sample_every=0; loop.sample_every={run.tenth}"
+            unread |= dict.fromkeys(keys, why)
+        return unread
 
     def total_steps(self, accumulation: Accumulation, sequences: int, sequence_length: int) -> int:
         """Optimizer steps of the run: ``max_steps``, or fewer where ``epochs`` passes over ``sequences`` end first."""

@@ -2,10 +2,11 @@
 
 from abc import ABC, abstractmethod
 
+from llmtrain.base.options import Option
 from llmtrain.model import LanguageModel
 
 
-class Weights(ABC):
+class Weights(Option, ABC):
     """Contract of ``weights=...``: called once, on the initialised model, before a run's first step."""
 
     @abstractmethod
