@@ -24,7 +24,7 @@ def unread_keys(case: Case) -> Iterator[Finding]:
 
 def of_options(case: Case) -> dict[str, str]:
     """The keys that the options themselves name, with their groups, and the reasons."""
-    reasons = {}
+    reasons: dict[str, str] = {}
     for field in fields(case.run):
         option = getattr(case.run, field.name)
         if isinstance(option, Option):
