@@ -1,5 +1,6 @@
-"""The harness under benchmarks/: what it makes of records, and that it still measures."""
+"""The benchmarks: reports made of records, and a short measurement."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from benchmarks.report import write_report
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +36,7 @@ def content(records: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_the_table_holds_medians_ranges_paired_ratios_and_failures(tmp_path: Path) -> None:
+def test_the_report_holds_medians_ranges_paired_ratios_and_failures(tmp_path: Path) -> None:
     speeds = {"llmtrain": (100, 200, 300), "nanogpt": (50, 50, 200)}  # paired 2, 4, 1.5; of the medians it would be 4
     records = [
         record("matmul", "bf16", at, result={"flops_per_second": rate}) for at, rate in enumerate((1e9, 3e9, 2e9))
@@ -48,7 +51,7 @@ def test_the_table_holds_medians_ranges_paired_ratios_and_failures(tmp_path: Pat
     path = tmp_path / "results.json"
     path.write_text(json.dumps(content(records)))
 
-    printed = benchmarks("--report", str(path)).stdout
+    printed = write_report(path)
     lines = (tmp_path / "results.md").read_text().splitlines()
     assert "|  |  | tok/s | range | ours is faster by | model GFLOP/s | MFU | peak memory, GB |" in lines
     assert "| bf16 | llmtrain | 200 | 100–300 |  | 0 | 10.0% | 2.00 |" in lines
@@ -71,17 +74,17 @@ def test_modes_are_compared_with_one_another(tmp_path: Path) -> None:
     ]
     path = tmp_path / "results.json"
     path.write_text(json.dumps(content(records)))
-    lines = benchmarks("--report", str(path)).stdout.splitlines()
+    lines = write_report(path).splitlines()
     assert "|  |  | bf16 | fp32 |" in lines
     assert "| bf16 | nanogpt | 2.00 × | 0.75 × |" in lines
     assert "| fp32 | nanogpt | 4.00 × | 1.50 × |" in lines
 
 
-def test_a_machine_that_others_used_is_told(tmp_path: Path) -> None:
+def test_measurements_on_a_disturbed_machine_are_marked(tmp_path: Path) -> None:
     records = [record("training", "llmtrain", at, result={"tokens_per_second": 1}, cores_of_others=at) for at in (0, 1)]
     path = tmp_path / "results.json"
     path.write_text(json.dumps(content(records)))
-    assert "**Disturbed**: in 1 of 2 measurements" in benchmarks("--report", str(path)).stdout
+    assert "**Disturbed**: in 1 of 2 measurements" in write_report(path)
 
 
 @pytest.mark.parametrize(
@@ -92,49 +95,31 @@ def test_a_machine_that_others_used_is_told(tmp_path: Path) -> None:
         (["--peer-python", "nanogtp=/bin/sh"], "no such peer; there are nanogpt, hf_trainer, litgpt"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_measured(arguments: list[str], message: str) -> None:
+def test_mistakes_are_named_before_anything_is_measured(arguments: list[str], message: str) -> None:
     assert message in benchmarks(*arguments, check=2).stderr
 
 
-def test_lora_is_compared_by_what_is_trained_and_kept(tmp_path: Path) -> None:
+def test_lora_is_compared_by_trained_parameters_and_checkpoint_size(tmp_path: Path) -> None:
     figures = {"tokens_per_second": 300, "memory_bytes": 2e9, "trained_parameters": 2359296, "checkpoint_bytes": 28.4e6}
     others = {"tokens_per_second": 200, "memory_bytes": 3e9, "trained_parameters": 124439808, "checkpoint_bytes": 1.5e9}
     contestants = {"llmtrain, LoRA": figures, "HF Trainer, all weights": others}
     path = tmp_path / "results.json"
     path.write_text(json.dumps(content([record("lora", name, 1, result=each) for name, each in contestants.items()])))
-    lines = benchmarks("--report", str(path)).stdout.splitlines()
+    lines = write_report(path).splitlines()
     assert "| bf16 | llmtrain, LoRA | 300 | 300–300 |  | 2.00 | 2,359,296 | 28.4 |" in lines
     assert "| bf16 | HF Trainer, all weights | 200 | 200–200 | 1.50 × | 3.00 | 124,439,808 | 1,500.0 |" in lines
 
 
-@pytest.mark.slow
-def test_lora_is_measured_beside_peft_from_the_same_weights(tmp_path: Path) -> None:
-    benchmarks(
-        "--suites", "lora", "--modes", "bf16", "--peers", "hf_trainer", "--model", "tiny", "--tokenizer", "byte",
-        "--context", "64", "--steps", "2", "--batch-sizes", "4", "--rounds", "1", "--output", str(tmp_path),
-    )  # fmt: skip
-    (path,) = tmp_path.glob("*-bench-*.json")
-    results = {record["contestant"]: record["result"] for record in json.loads(path.read_text())["records"]}
-    adapters = [name for name in results if "LoRA" in name]
-    assert len(adapters) == 3
-    assert len(results) == 5
-    trained = {name: result["trained_parameters"] for name, result in results.items()}
-    # rank 16 in two blocks: inputs and outputs of qkv, projection, up and down, of 32 and 128 numbers
-    assert {trained[name] for name in adapters} == {2 * 16 * (32 + 96 + 32 + 32 + 32 + 128 + 128 + 32)}
-    assert trained["llmtrain, all weights"] == trained["HF Trainer, all weights"] > 2 * trained["llmtrain, LoRA"]
-    sizes = {name: result["checkpoint_bytes"] for name, result in results.items()}
-    assert max(sizes[name] for name in adapters) < sizes["llmtrain, all weights"]
-    assert all(len(result["step_seconds"]) == 2 for result in results.values())
+@pytest.mark.parametrize("module", sorted(path.stem for path in (ROOT / "benchmarks" / "suites").glob("[a-z]*.py")))
+def test_every_suite_can_be_imported(module: str) -> None:
+    importlib.import_module(f"benchmarks.suites.{module}")
 
 
 @pytest.mark.slow
-def test_every_suite_measures_and_a_peer_that_is_missing_is_told(tmp_path: Path) -> None:
-    text = tmp_path / "some text.txt"
-    text.write_text("A text to be encoded, and then another.<|endoftext|>" * 1000)
+def test_a_training_suite_measures_variants_and_names_a_missing_peer(tmp_path: Path) -> None:
     benchmarks(
-        "--suites", "matmul", "training", "start", "loader", "tokenizer", "checkpoint", "--modes", "fp32",
-        "--peers", "nanogpt", "--model", "tiny", "--tokenizer", "byte", "--context", "64", "--steps", "2",
-        "--batch-sizes", "8", "--save-every", "2", "--rounds", "1", "--text", str(text), "--output", str(tmp_path),
+        "--suites", "training", "--modes", "fp32", "--peers", "nanogpt", "--model", "tiny", "--tokenizer", "byte",
+        "--context", "64", "--steps", "2", "--batch-sizes", "8", "--rounds", "1", "--output", str(tmp_path),
         "--variant", "lion: optimizer=lion",
     )  # fmt: skip
     (path,) = tmp_path.glob("*-bench-*.json")
@@ -142,16 +127,7 @@ def test_every_suite_measures_and_a_peer_that_is_missing_is_told(tmp_path: Path)
     assert path.with_suffix(".png").exists()
     records = json.loads(path.read_text())["records"]
     assert not [record for record in records if "error" in record]
-    absent = {(record["suite"], record["contestant"]) for record in records if "absent" in record}
-    assert ("training", "nanogpt") in absent
-    assert absent <= {("training", "nanogpt"), ("start", "nanogpt"), ("tokenizer", "tokenizers, batch")}
-    training = {record["contestant"]: record.get("result") for record in records if record["suite"] == "training"}
-    assert len(training["llmtrain"]["step_seconds"]) == 2
-    assert 100 < training["llmtrain, lion"]["tokens_per_second"] < 1e7
-    encoded = {
-        record["result"]["tokens"] for record in records if record["suite"] == "tokenizer" and "result" in record
-    }
-    assert len(encoded) == 1
-    saves = {record["contestant"]: record["result"] for record in records if record["suite"] == "checkpoint"}
-    assert set(saves) == {"none", "asynchronous", "synchronous", "torch.save alone"}
-    assert saves["synchronous"]["held_seconds"] > 0
+    assert {record["contestant"] for record in records if "absent" in record} == {"nanogpt"}
+    results = {record["contestant"]: record["result"] for record in records if "result" in record}
+    assert len(results["llmtrain"]["step_seconds"]) == 2
+    assert 100 < results["llmtrain, lion"]["tokens_per_second"] < 1e7

@@ -29,14 +29,12 @@ def llmtrain(
     check: int | None = 0,
     env: Mapping[str, str] | None = None,
     file_bytes: int | None = None,
-    fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command in a process of its own, which :mod:`launcher` forks: starting Python and torch takes seconds.
 
-    ``env`` is added to the environment, ``file_bytes`` limits the length of files that it writes.  ``fresh``: in a
-    process that has imported nothing, as a user starts it.
+    ``env`` is added to the environment, ``file_bytes`` limits the length of files that it writes.
     """
-    if fresh or sys.platform != "linux":
+    if sys.platform != "linux":
         assert file_bytes is None
         command = [sys.executable, "-m", "llmtrain", *arguments]
         environment = os.environ | dict(env or {})

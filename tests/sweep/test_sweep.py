@@ -53,24 +53,32 @@ def test_another_order_of_overrides_is_the_same_sweep(folder: Path) -> None:
     assert again.stdout.count("finished already") == 3
 
 
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a sweep of two jobs, the second of which fails, in a directory of its own, and what it wrote."""
+    folder = tmp_path_factory.mktemp("failed")
+    diverging = ("optimizer.lr=1e-3,1e30", "schedule=constant", "clipping=none", "precision=fp32")
+    return folder, llmtrain(*SWEEP, *diverging, "hydra.sweep.dir=my/sweep", cwd=folder, check=1).stdout
+
+
 @pytest.mark.slow
-def test_a_failing_job_does_not_lose_the_others(tmp_path: Path) -> None:
-    command = (*SWEEP, "optimizer.lr=1e-3,1e30", "schedule=constant", "clipping=none", "precision=fp32")
-    done = llmtrain(*command, cwd=tmp_path, check=1)
-    states = [json.loads((job / "summary.json").read_text())["exit_reason"] for job in runs(tmp_path)]
+def test_a_failing_job_does_not_lose_the_others(failed: tuple[Path, str]) -> None:
+    summaries = failed[0].rglob("summary.json")
+    states = [json.loads(summary.read_text())["exit_reason"] for summary in summaries]
     assert sorted(states) == ["failed", "finished"]
-    assert "failed" in done.stdout
+    assert "failed" in failed[1]
 
 
 @pytest.mark.slow
-def test_a_job_that_never_came_to_train_has_failed(tmp_path: Path) -> None:
+def test_a_job_that_fails_before_training_is_run_again(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_text(" \n")
     data = ("data=text", "data.path=bad.txt", "data.cache_dir=cache")
-    done = llmtrain(*SWEEP, "optimizer.lr=1e-4,1e-3", *data, cwd=tmp_path, check=1)
+    done = llmtrain(*SWEEP, "optimizer.lr=1e-3", *data, cwd=tmp_path, check=1)
     assert "pending" not in done.stdout
-    assert [json.loads((job / "summary.json").read_text())["exit_reason"] for job in runs(tmp_path)] == ["failed"] * 2
+    assert [json.loads((job / "summary.json").read_text())["exit_reason"] for job in runs(tmp_path)] == ["failed"]
     (tmp_path / "bad.txt").write_text((Path(__file__).parents[2] / "data" / "lighthouse.txt").read_text())
-    llmtrain(*SWEEP, "optimizer.lr=1e-4,1e-3", *data, cwd=tmp_path)
+    llmtrain(*SWEEP, "optimizer.lr=1e-3", *data, cwd=tmp_path)
+    assert [json.loads((job / "summary.json").read_text())["exit_reason"] for job in runs(tmp_path)] == ["finished"]
 
 
 def test_all_jobs_are_checked_before_the_first_starts(tmp_path: Path) -> None:
@@ -94,6 +102,6 @@ def test_an_interrupted_job_is_resumed(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_sweeps_directory_can_be_named(tmp_path: Path) -> None:
-    llmtrain(*SWEEP, "optimizer.lr=1e-3", "hydra.sweep.dir=my/sweep", cwd=tmp_path)
-    assert len(list((tmp_path / "my" / "sweep").glob("*/summary.json"))) == 1
+def test_the_sweeps_directory_can_be_named(failed: tuple[Path, str]) -> None:
+    assert len(list((failed[0] / "my" / "sweep").glob("*/summary.json"))) == 2
+    assert not (failed[0] / "runs").exists()
