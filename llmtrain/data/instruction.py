@@ -13,7 +13,8 @@ from llmtrain.data.chat.encoder import ConversationEncoder
 from llmtrain.data.chat.special_tokens import missing_tokens
 from llmtrain.data.chat.template import ChatTemplate, Message
 from llmtrain.data.chat.templates import OWN, find_template, parse_template
-from llmtrain.data.example_data import EncodedExample, Example, ExampleData
+from llmtrain.data.example_data import ExampleData
+from llmtrain.data.example_format import EncodedExample, Example
 from llmtrain.data.sources.records import Record, shown
 from llmtrain.tokenizer import Tokenizer
 
@@ -52,8 +53,8 @@ class Instruction(ExampleData[list[Message]]):
 
     gives = "responses"
     cache_name: ClassVar[str] = "Instruction"
-    cut_words: ClassVar[str] = "what is beyond was cut off"
-    dropped_words: ClassVar[str] = "nothing of a response was left"
+    cut_remark: ClassVar[str] = "what is beyond was cut off"
+    dropped_remark: ClassVar[str] = "nothing of a response was left"
 
     def __post_init__(self) -> None:
         super().__post_init__()

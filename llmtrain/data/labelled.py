@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from llmtrain.data.example_data import EncodedExample, Example, ExampleData
+from llmtrain.data.example_data import ExampleData
+from llmtrain.data.example_format import EncodedExample, Example
 from llmtrain.data.sources.records import Record, shown
 from llmtrain.tokenizer import Tokenizer
 
@@ -43,7 +44,7 @@ class LabelledText(ExampleData[str]):
     cache_name: ClassVar[str] = "Labelled"
     noun: ClassVar[str] = "text"
     has_labels: ClassVar[bool] = True
-    cut_words: ClassVar[str] = "only their beginnings are read"
+    cut_remark: ClassVar[str] = "only their beginnings are read"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,7 +89,7 @@ class LabelledText(ExampleData[str]):
     # --- its label --------------------------------------------------------------------------------------------------
 
     @property
-    def fewest_labels(self) -> int:
+    def min_labels(self) -> int:
         return 1 if self.multi_label else 2
 
     def undersamples(self) -> bool:

@@ -123,7 +123,7 @@ def test_equal_texts_are_in_one_part(tmp_path: Path, byte: Tokenizer) -> None:
     train, validation = texts(corpus.train, byte), texts(corpus.validation, byte)
     assert len(train) == 210
     assert not set(train) & set(validation)
-    assert corpus.notes == ("140 of 210 training texts are repetitions of others",)
+    assert corpus.notes == ("140 of 210 training texts are duplicates of others",)
 
 
 def test_each_class_gives_its_share_to_validation() -> None:
@@ -168,9 +168,7 @@ def test_validation_may_have_a_file_of_its_own(tmp_path: Path, byte: Tokenizer) 
     path = jsonl(tmp_path / "data" / "dev.jsonl", validation)
     corpus = labelled(tmp_path, str(tmp_path / "data"), validation_path=path).build(byte)
     assert (len(corpus.train), len(texts(corpus.validation, byte))) == (30, 4)
-    assert corpus.notes == (
-        "3 of 4 validation texts (75.0%) are training data too: their loss shows what has been learnt by heart",
-    )
+    assert corpus.notes == ("3 of 4 validation texts (75.0%) are training data too: their loss measures memorisation",)
 
 
 def test_conflicting_labels_and_empty_lines_are_reported(tmp_path: Path, byte: Tokenizer) -> None:
@@ -178,9 +176,9 @@ def test_conflicting_labels_and_empty_lines_are_reported(tmp_path: Path, byte: T
     path.write_text("text,label\na,x\n\nb,y\na,y\nc,x\n\n")
     corpus = labelled(tmp_path, str(path), validation_fraction=0).build(byte)
     assert corpus.notes == (
-        "1 of 4 training texts are repetitions of others",
-        "1 texts are there with different labels",
-        "2 empty lines were passed over",
+        "1 of 4 training texts are duplicates of others",
+        "1 texts occur with different labels",
+        "2 empty lines were skipped",
     )
 
 
@@ -242,12 +240,12 @@ def test_errors_name_the_line(tmp_path: Path, byte: Tokenizer) -> None:
 
 def test_data_that_cannot_train_or_validate_are_refused(tmp_path: Path, byte: Tokenizer) -> None:
     one = [{"text": "a", "label": "x"}, {"text": "b", "label": "x"}]
-    assert "all training texts have the label 'x': there is nothing to tell apart" in refused(tmp_path, one, byte)
+    assert "all training texts have the label 'x': there is nothing to classify" in refused(tmp_path, one, byte)
     assert "there is no text in it" in refused(tmp_path, [], byte)
     assert "5 texts make none for validation" in refused(tmp_path, many(5), byte, validation_fraction=0.1)
     path = jsonl(tmp_path / "dev.jsonl", [*many(3), {"text": "x", "label": "eggs"}])
     assert refused(tmp_path, many(9), byte, validation_path=path).startswith(
-        f"{path}:4: the label 'eggs' is in the validation data alone"
+        f"{path}:4: the label 'eggs' occurs in the validation data alone"
     )
 
 

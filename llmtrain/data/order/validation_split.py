@@ -16,7 +16,7 @@ def content_hash(parts: Iterable[str]) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
-def column(values: array) -> np.ndarray:
+def to_column(values: array) -> np.ndarray:
     """A growing array as one of NumPy's, int64."""
     return np.frombuffer(values, np.int64) if len(values) else np.empty(0, np.int64)
 
