@@ -1,4 +1,4 @@
-"""Gradient clipping: in place, on the device, never waiting for it."""
+"""Gradient clipping, in place and on the device; the host never waits for it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from llmtrain.base.options import Option
 
 
 class ClipResult(NamedTuple):
-    """What clipping saw; 0-dimensional tensors on the gradients' device."""
+    """Measurements of one clipping: 0-dimensional tensors on the gradients' device."""
 
     norm: Tensor  # fp32, global L2 norm of all gradients before clipping
     largest: Tensor  # fp32, largest absolute value of a single gradient element before clipping
@@ -24,9 +24,9 @@ class Clipping(Option, ABC):
 
     @abstractmethod
     def __call__(self, parameters: Sequence[tuple[str, nn.Parameter]], step: int) -> ClipResult:
-        """Clip the gradients of the named ``parameters`` in place; parameters without gradient are passed over.
+        """Clip the gradients of the named ``parameters`` in place; parameters without a gradient are left out.
 
-        A gradient that is not finite yields a norm that is not finite; the loop then refuses the step.
+        A gradient that is not finite gives a norm that is not finite; the loop then refuses the step.
         """
 
     def check_parameters(self, names: Sequence[str]) -> None:

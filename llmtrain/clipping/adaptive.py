@@ -13,11 +13,11 @@ from llmtrain.clipping.base import Gradients, MeasuredClipping
 
 @dataclass(frozen=True)
 class AdaptiveClipping(MeasuredClipping):
-    """The gradient of a unit may be at most ``clip_factor`` times as long as the unit's weights.
+    """A limit on the norm of each unit's gradient: ``clip_factor`` times the norm of the unit's weights.
 
     For each unit i: ``G_i *= limit / |G_i|`` where ``|G_i| > limit = clip_factor * max(|W_i|, eps)``.  A unit is a
-    row of a matrix (what produces one output), and a whole vector or scalar.  ``exclude`` names parameters, by
-    ``re.search``, that are left alone; the paper leaves out the output layer.
+    row of a matrix (the weights of one output), or a whole vector or scalar.  Parameters that match a pattern of
+    ``exclude`` (``re.search``) are not clipped; the paper leaves out the output layer.
     """
 
     clip_factor: float

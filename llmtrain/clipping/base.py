@@ -1,4 +1,4 @@
-"""What every kind of clipping shares: it measures the gradients, then clips them from ``start_step`` on."""
+"""The shared part of every clipping: measure the gradients, then clip them from ``start_step`` on."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from llmtrain.clipping import Clipping, ClipResult
 
 @dataclass(frozen=True)
 class Gradients:
-    """The gradients of one step, on one device, with their norms; taken with at least fp32 arithmetic."""
+    """The gradients of one step, on one device, with their norms, computed in fp32 or float64."""
 
     names: list[str]
     parameters: list[nn.Parameter]
@@ -25,7 +25,7 @@ class Gradients:
 
 @dataclass(frozen=True)
 class MeasuredClipping(Clipping):
-    """A clipping that :meth:`clip` defines."""
+    """A clipping whose rule is :meth:`clip`."""
 
     start_step: int
 
@@ -41,7 +41,7 @@ class MeasuredClipping(Clipping):
 
     @abstractmethod
     def clip(self, gradients: Gradients) -> Tensor:
-        """Clip the gradients in place; return whether any was changed, 0-dimensional on their device."""
+        """Clip the gradients in place; return whether any changed, a 0-dimensional boolean on their device."""
 
 
 def measure(parameters: Sequence[tuple[str, nn.Parameter]]) -> Gradients:
@@ -67,9 +67,9 @@ def _measure_foreach(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]
 
 
 def _measure_each(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The same on the CPU, where torch adds a whole tensor up in too few fp32 sums.
+    """The same on the CPU, where torch sums a whole tensor in too few fp32 accumulators.
 
-    Its norm of a 50304 × 768 gradient comes out 0.3% too small.  By rows first it is right to 1e-6, and faster.
+    Its norm of a 50304 × 768 gradient is 0.3% too small.  Norms of rows first are right to 1e-6, and faster.
     """
     dtype = _at_least_fp32(*tensors)
     norms, largest = [], []

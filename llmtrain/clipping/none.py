@@ -12,7 +12,7 @@ from llmtrain.clipping.base import measure
 
 @dataclass(frozen=True)
 class NoClipping(Clipping):
-    """The gradients are measured and left as they are."""
+    """No clipping; the gradients are only measured."""
 
     start_step = 0
 

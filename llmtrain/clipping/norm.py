@@ -11,7 +11,7 @@ from llmtrain.clipping.base import Gradients, MeasuredClipping
 
 @dataclass(frozen=True)
 class NormClipping(MeasuredClipping):
-    """All gradients times ``max_norm / norm`` where the L2 norm of all of them together exceeds ``max_norm``."""
+    """All gradients scaled by ``max_norm / norm`` if their global L2 norm exceeds ``max_norm``."""
 
     max_norm: float
 
@@ -21,9 +21,9 @@ class NormClipping(MeasuredClipping):
 
     def clip(self, gradients: Gradients) -> Tensor:
         exceeds = gradients.norm > self.max_norm
-        if exceeds.device.type == "cpu" and not exceeds:  # a pass over all gradients less
+        if exceeds.device.type == "cpu" and not exceeds:  # saves a pass over all gradients
             return exceeds
-        # times exactly 1 otherwise, which changes no bit and saves asking the device which of the two it is
+        # a factor of exactly 1 changes no bit, and the host need not wait to learn which factor it is
         coefficient = torch.where(exceeds, self.max_norm / gradients.norm, 1.0)
         torch._foreach_mul_(gradients.tensors, coefficient)
         return exceeds

@@ -13,10 +13,10 @@ from llmtrain.clipping.base import Gradients, MeasuredClipping
 
 @dataclass(frozen=True)
 class PerParameterClipping(MeasuredClipping):
-    """A gradient times ``threshold / norm`` where its own L2 norm exceeds its threshold.
+    """Each gradient scaled by ``threshold / norm`` if its own L2 norm exceeds its threshold.
 
-    The threshold of a parameter is that of the first pattern in ``thresholds`` that ``re.search`` finds in its name,
-    else ``max_norm``.
+    The first pattern in ``thresholds`` that matches a parameter's name (``re.search``) gives its threshold; without a
+    match it is ``max_norm``.
     """
 
     max_norm: float
@@ -35,10 +35,10 @@ class PerParameterClipping(MeasuredClipping):
 
     def clip(self, gradients: Gradients) -> Tensor:
         excesses = list(torch._foreach_div(gradients.norms, [self.threshold(name) for name in gradients.names]))
-        torch._foreach_clamp_min_(excesses, 1.0)  # divided by exactly 1, a gradient keeps its bits
+        torch._foreach_clamp_min_(excesses, 1.0)  # division by exactly 1 changes no bit
         torch._foreach_div_(gradients.tensors, excesses)
         return (torch.stack(excesses) > 1).any()
 
     def threshold(self, name: str) -> float:
-        """The largest norm allowed to the gradient of the parameter ``name``."""
+        """The largest norm allowed for the gradient of the parameter ``name``."""
         return next((limit for key, limit in self.thresholds.items() if re.search(key, name)), self.max_norm)

@@ -11,7 +11,7 @@ from llmtrain.clipping.base import Gradients, MeasuredClipping
 
 @dataclass(frozen=True)
 class ValueClipping(MeasuredClipping):
-    """Every element is limited to ``[-max_value, max_value]``."""
+    """A limit on every gradient element, to ``[-max_value, max_value]``."""
 
     max_value: float
 

@@ -1,152 +1,26 @@
 // Causal attention in bfloat16 for CPUs with AVX512-BF16, forward and backward: the algorithm of FlashAttention-2
-// (Dao 2023, https://arxiv.org/abs/2307.08691).  Scores, softmax and sums are in fp32; what enters a product is rounded
+// (Dao 2023, https://arxiv.org/abs/2307.08691).  Scores, softmax and sums are in fp32; operands of products are rounded
 // to bfloat16.  The matrix of all scores is never made, and a block without a visible pair is not computed.
-//
-// Every product is C (rows, columns) += A (rows, 2 pairs) B (2 pairs, columns), with A as it lies in memory.  B is
-// packed as the instruction wants it: units of 32 bits with two neighbours of the inner dimension, in panels of 64
-// columns; each panel is a dense (pairs, 64).
 //
 // A query sees the keys from `first[query]`, which never falls along a row, to its own; without `first`, from 0.
 
-#include <immintrin.h>
+#include "bf16_products.h"
+
 #include <omp.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
 namespace {
-
-using bf16 = uint16_t;
-
-constexpr int LANES = 16;   // fp32 numbers of a register
-constexpr int PANEL = 64;   // columns of a panel, 4 registers
-constexpr int ROWS = 6;     // rows of a tile: 24 registers of sums, 4 of a panel
-constexpr float LOG2E = 1.44269504088896341f;
 
 // Blocks of queries and keys: multiples of ROWS on the side of the rows, of PANEL on the other.
 constexpr int QUERIES = 48, KEYS = 256;
 constexpr int BACKWARD_KEYS = 96, BACKWARD_QUERIES = 128;
 
-int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
-
-// How many of LANES numbers lie before `end`, the first of them at `begin`.
-__mmask16 before(int64_t begin, int64_t end) {
-    return static_cast<__mmask16>((1u << std::clamp<int64_t>(end - begin, 0, LANES)) - 1);
-}
-
-__m512i units_of(__m256i numbers) { return _mm512_cvtepu16_epi32(numbers); }
-__m512 floats_of(__m256i numbers) { return (__m512)_mm512_slli_epi32(units_of(numbers), 16); }
-__m256i rounded(__m512 numbers) { return (__m256i)_mm512_cvtneps_pbh(numbers); }
-__m256i load(const bf16 *from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)); }
-void store(bf16 *to, __m256i numbers) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), numbers); }
-
-__m512i multiples_of(int64_t step) {
-    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    return _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(step)));
-}
-
-// 2 ** x for x <= 0, relative error below 3e-7; 0 for what no fp32 number can hold.
-__m512 exp2_of(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // in this order it lets NaN through
-    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 part = _mm512_sub_ps(x, whole);
-    __m512 y = _mm512_set1_ps(1.33976470e-3f);  // a polynomial for -0.5 to 0.5
-    for (float coefficient : {9.61800531e-3f, 5.55033222e-2f, 2.40226522e-1f, 6.93147182e-1f, 1.0f})
-        y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(coefficient));
-    return _mm512_scalef_ps(y, whole);
-}
-
-// --- products -------------------------------------------------------------------------------------------------------
-
-template <int R, int C>
-void tile(const bf16 *a, int64_t a_stride, const uint32_t *b, int64_t pairs, float *c, int64_t c_stride, bool add) {
-    __m512 sum[R][C];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-        for (int j = 0; j < C; j++)
-            sum[r][j] = add ? _mm512_loadu_ps(c + r * c_stride + j * LANES) : _mm512_setzero_ps();
-    for (int64_t p = 0; p < pairs; p++) {
-        __m512bh column[C];
-#pragma GCC unroll 8
-        for (int j = 0; j < C; j++) column[j] = (__m512bh)_mm512_loadu_si512(b + p * PANEL + j * LANES);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            int32_t pair;
-            std::memcpy(&pair, a + r * a_stride + 2 * p, sizeof pair);
-            const __m512bh row = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 8
-            for (int j = 0; j < C; j++) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], row, column[j]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-        for (int j = 0; j < C; j++) _mm512_storeu_ps(c + r * c_stride + j * LANES, sum[r][j]);
-}
-
-using Tile = decltype(&tile<1, 1>);
-constexpr Tile TILES[ROWS][PANEL / LANES] = {
-    {tile<1, 1>, tile<1, 2>, tile<1, 3>, tile<1, 4>}, {tile<2, 1>, tile<2, 2>, tile<2, 3>, tile<2, 4>},
-    {tile<3, 1>, tile<3, 2>, tile<3, 3>, tile<3, 4>}, {tile<4, 1>, tile<4, 2>, tile<4, 3>, tile<4, 4>},
-    {tile<5, 1>, tile<5, 2>, tile<5, 3>, tile<5, 4>}, {tile<6, 1>, tile<6, 2>, tile<6, 3>, tile<6, 4>},
-};
-
-// C (rows, columns) = A B, or += with `add`.  Up to ROWS rows; columns `begin` to `end`, multiples of LANES, of B,
-// whose panels lie `panel` units apart.  Column 0 of B goes to `c`.
-void product(int rows, int begin, int end, const bf16 *a, int64_t a_stride, const uint32_t *b, int64_t panel,
-             int64_t pairs, float *c, int64_t c_stride, bool add) {
-    while (begin < end) {
-        const int stop = std::min(end, begin / PANEL * PANEL + PANEL);
-        TILES[rows - 1][(stop - begin) / LANES - 1](a, a_stride, b + begin / PANEL * panel + begin % PANEL, pairs,
-                                                    c + begin, c_stride, add);
-        begin = stop;
-    }
-}
-
-// --- packing --------------------------------------------------------------------------------------------------------
-
-// A matrix (rows, size): the numbers of a row lie together.
-struct Matrix {
-    bf16 *data;
-    int64_t stride;
-    bf16 *row(int64_t number) const { return data + number * stride; }
-};
-
-// The rows of `from` as columns of B: panels of 64 rows, each (size / 2, 64).  Rows from `rows` to a whole panel are 0.
-void pack_as_columns(Matrix from, int64_t rows, int size, uint32_t *to) {
-    const __m512i offsets = multiples_of(from.stride * static_cast<int64_t>(sizeof(bf16)));
-    for (int64_t row = 0; row < round_up(rows, PANEL); row += LANES)
-        for (int pair = 0; pair < size / 2; pair++)
-            _mm512_storeu_si512(to + row / PANEL * PANEL * (size / 2) + pair * PANEL + row % PANEL,
-                                _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), before(row, rows), offsets,
-                                                            from.row(row) + 2 * pair, 1));
-}
-
-// The rows of `from` as rows of B: panels of 64 of a row's numbers, each (length / 2, 64).  Rows from `rows` to `length`
-// are 0.
-void pack_as_rows(Matrix from, int64_t rows, int64_t length, int size, uint32_t *to) {
-    const __m256i zero = _mm256_setzero_si256();
-    for (int64_t row = 0; row < length; row += 2)
-        for (int j = 0; j < size; j += LANES) {
-            const __m256i even = row < rows ? load(from.row(row) + j) : zero;
-            const __m256i odd = row + 1 < rows ? load(from.row(row + 1) + j) : zero;
-            _mm512_storeu_si512(to + (j / PANEL * length + row) / 2 * PANEL + j % PANEL,
-                                _mm512_or_si512(units_of(even), _mm512_slli_epi32(units_of(odd), 16)));
-        }
-}
-
-// `from` transposed: (size, length).  Columns from `rows` to `length` are 0.
-void transpose(Matrix from, int64_t rows, int64_t length, int size, bf16 *to) {
-    for (int j = 0; j < size; j++)
-        for (int64_t row = 0; row < length; row++) to[j * length + row] = row < rows ? from.row(row)[j] : 0;
-}
-
 // --- memory ---------------------------------------------------------------------------------------------------------
 
-// A thread's memory, handed out in pieces of whole cache lines.  Without memory it only counts.
+// A thread's memory, handed out in pieces of whole cache lines.  With a null pointer it only counts the bytes.
 struct Arena {
     char *memory;
     int64_t used = 0;
@@ -172,7 +46,7 @@ struct ForwardMemory {
 
 struct BackwardMemory {
     int64_t length;  // rounded up to whole blocks
-    int64_t across;  // of a transposed matrix: not a multiple of a page, whose rows would share places in the cache
+    int64_t across;  // row length of transposed matrices: no multiple of a page, where rows would share cache sets
     uint32_t *query_columns, *query_rows, *grad_columns, *grad_rows;  // packed
     bf16 *keys_across;
     float *query_grads_across, *key_grads, *value_grads;
@@ -209,7 +83,7 @@ struct Softmax {
     float largest[QUERIES], total[QUERIES];
 };
 
-// Scores of one query and `count` keys from key `begin` on to weights; what was summed up before is scaled down.
+// Turn the scores of one query and `count` keys from key `begin` on into weights; earlier sums are scaled down.
 void weigh(float *scores, int count, int64_t begin, int64_t first, int64_t query, float factor, float &largest,
            float &total, bool is_later, float *sums, int size, bf16 *weights) {
     __m512 top = _mm512_set1_ps(-INFINITY);
@@ -221,7 +95,7 @@ void weigh(float *scores, int count, int64_t begin, int64_t first, int64_t query
         top = _mm512_max_ps(top, masked);
     }
     const float now = std::max(largest, _mm512_reduce_max_ps(top));
-    const __m512 shift = _mm512_set1_ps(now == -INFINITY ? 0.0f : now);  // it may see no key of this block
+    const __m512 shift = _mm512_set1_ps(now == -INFINITY ? 0.0f : now);  // the query may see no key of this block
     __m512 sum = _mm512_setzero_ps();
     for (int j = 0; j < count; j += LANES) {
         const __m512 weight = exp2_of(_mm512_sub_ps(_mm512_loadu_ps(scores + j), shift));
@@ -236,7 +110,7 @@ void weigh(float *scores, int count, int64_t begin, int64_t first, int64_t query
             _mm512_storeu_ps(sums + j, _mm512_mul_ps(_mm512_loadu_ps(sums + j), _mm512_set1_ps(scale)));
 }
 
-// Queries `begin` to `end` of one head.  `lse`: of each query the logarithm, base 2, of the sum of its weights.
+// Compute queries `begin` to `end` of one head.  `lse`: for each query the base-2 logarithm of its sum of weights.
 void forward(Arena arena, Matrix queries, Matrix keys, Matrix values, Matrix out, float *lse, const int32_t *first,
              int64_t begin, int64_t end, int size, float scale) {
     const int64_t padded = round_up(end, KEYS);
@@ -276,11 +150,11 @@ void forward(Arena arena, Matrix queries, Matrix keys, Matrix values, Matrix out
 
 // --- backward -------------------------------------------------------------------------------------------------------
 
-// Of a tile of keys from `key` on and the queries from `q0` on, columns `begin` to `end`: the weights, and the gradients
-// of the scores.  Row `row` of the block is the first.
+// Compute the weights and the gradients of the scores for a tile of keys from `key` on and the queries from `q0` on,
+// columns `begin` to `end`.  The tile begins at row `row` of the block.
 void backward_weights(const BackwardMemory &memory, int rows, int row, int64_t key, int64_t q0, int begin, int end,
                       bool has_first, float factor) {
-    for (int r = 0; r < rows; r += 2)  // rows behind the last key of an odd number are computed, and never read
+    for (int r = 0; r < rows; r += 2)  // an odd number of keys computes one row more, which is never read
         for (int j = begin; j < end; j += LANES) {
             const __m512 shift = _mm512_loadu_ps(memory.shift + q0 + j), delta = _mm512_loadu_ps(memory.delta + q0 + j);
             __m512i units[2];
@@ -306,7 +180,8 @@ void backward_weights(const BackwardMemory &memory, int rows, int row, int64_t k
         }
 }
 
-// One head of queries; gradients of keys and values are added to those in `memory`, that of the queries is new.
+// Differentiate one head of queries.  Gradients of keys and values are added to those in `memory`; that of the
+// queries is written anew.
 void backward(const BackwardMemory &memory, Matrix queries, Matrix keys, Matrix values, Matrix out, Matrix grad,
               const float *lse, const int32_t *first, int64_t tokens, int size, float scale) {
     pack_as_columns(queries, tokens, size, memory.query_columns);
@@ -318,14 +193,14 @@ void backward(const BackwardMemory &memory, Matrix queries, Matrix keys, Matrix 
         for (int j = 0; i < tokens && j < size; j += LANES)
             sum = _mm512_fmadd_ps(floats_of(load(grad.row(i) + j)), floats_of(load(out.row(i) + j)), sum);
         memory.delta[i] = _mm512_reduce_add_ps(sum);
-        memory.shift[i] = i < tokens ? lse[i] : 1e30f;  // the weights of queries that are not there are 0
+        memory.shift[i] = i < tokens ? lse[i] : 1e30f;  // the weights of queries past the end are 0
         memory.first[i] = i < tokens && first ? first[i] : 0;
     }
     std::fill_n(memory.query_grads_across, memory.across * size, 0.0f);
     for (int64_t k0 = 0; k0 < tokens; k0 += BACKWARD_KEYS) {
         const int count = static_cast<int>(std::min<int64_t>(BACKWARD_KEYS, tokens - k0));
         for (int64_t q0 = k0 / BACKWARD_QUERIES * BACKWARD_QUERIES; q0 < tokens; q0 += BACKWARD_QUERIES) {
-            if (first && first[q0] >= k0 + count) break;  // nor do later queries see these keys
+            if (first && first[q0] >= k0 + count) break;  // later queries do not see these keys either
             const int begin = static_cast<int>(std::max<int64_t>(k0 - q0, 0) / LANES * LANES);
             const int end = static_cast<int>(std::min<int64_t>(BACKWARD_QUERIES, round_up(tokens - q0, LANES)));
             for (int row = 0; row < count; row += ROWS) {
@@ -370,7 +245,7 @@ void store_transposed(const float *from, int64_t stride, int64_t rows, int size,
 
 // --- whole tensors --------------------------------------------------------------------------------------------------
 
-// (batch, heads, tokens, size), the numbers of a token together.
+// A tensor (batch, heads, tokens, size), the numbers of a token contiguous.
 struct Tensor {
     bf16 *data;
     const int64_t *strides;  // of batch, head, token
@@ -383,7 +258,7 @@ struct Tensor {
 
 extern "C" {
 
-// Bytes that one thread works in.
+// Bytes of working memory that one thread needs.
 int64_t causal_attention_memory(int64_t tokens, int64_t size, int backward) {
     Arena arena{nullptr};
     if (backward)
@@ -401,7 +276,7 @@ void causal_attention_forward(bf16 *const *tensors, const int64_t *strides, cons
     const Tensor queries{tensors[0], strides}, keys{tensors[1], strides + 3}, values{tensors[2], strides + 6};
     const Tensor out{tensors[3], strides + 9};
     const int64_t bytes = causal_attention_memory(tokens, size, false);
-    // where there are few heads for the threads, a head's queries are divided too; the last part has the most to do
+    // with few heads for the threads, the queries of a head are divided too; the last part has the most work
     const int64_t parts = std::clamp<int64_t>(4 * threads / (batch * heads), 1, std::max<int64_t>(tokens / 256, 1));
     const int64_t part_size = round_up((tokens + parts - 1) / parts, QUERIES);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)

@@ -1,8 +1,8 @@
 """Causal attention in bf16 on CPUs with AVX512-BF16, by a kernel of our own (``cpu_attention.cpp``).
 
-There torch's attention multiplies bf16 without the instruction that the CPU has for it; it is fast with AMX alone.  The
-kernel is compiled when it is first needed, which takes a second, and kept.  Each process tries it before it uses it.
-Where it cannot be had, attention is torch's.
+On these CPUs torch's attention does not use their bf16 instruction; it is fast only with AMX.  The kernel is compiled
+at its first use, which takes a second, and kept.  Each process checks the kernel on a small problem before it uses it.
+Without the kernel, attention is torch's.
 """
 
 import ctypes
@@ -22,19 +22,19 @@ from llmtrain.kernels.build import load
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16")
-MULTIPLE = 16  # that the size of a head has to be of
-TOLERANCE = 0.02  # of the kernel when it is tried, relative: bf16 has 8 bits
+HEAD_SIZE_MULTIPLE = 16
+TOLERANCE = 0.02  # largest relative error of the kernel in its check: bf16 has 8 bits
 
 
 class Operand(NamedTuple):
-    """A tensor in memory, and its strides in elements."""
+    """The address of a tensor, and its strides in elements."""
 
     address: int
     strides: Sequence[int]
 
 
 def operand(tensor: Tensor) -> Operand:
-    """``tensor``: ``(batch, heads, sequence, head_size)``, the last dimension dense."""
+    """The operand for ``tensor`` ``(batch, heads, sequence, head_size)``, whose last dimension is dense."""
     assert tensor.stride(-1) == 1 or tensor.shape[-1] == 1
     return Operand(tensor.data_ptr(), tensor.stride()[:3])
 
@@ -42,9 +42,9 @@ def operand(tensor: Tensor) -> Operand:
 class Kernel:
     """The compiled functions.
 
-    ``shape``: batch, heads, heads of the keys, sequence, head size.  ``log_sums``: address of ``(batch, heads,
-    sequence)``, fp32.  ``first``: address of ``(batch, sequence)``, int32, the first key that each query sees, never
-    falling along a row; None: 0.
+    ``shape``: batch, heads, key heads, sequence, head size.  ``log_sums``: address of ``(batch, heads, sequence)``,
+    fp32.  ``first``: address of ``(batch, sequence)``, int32, the first key that each query sees, which never falls
+    along a row; None: 0.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -52,11 +52,11 @@ class Kernel:
         library.causal_attention_memory.restype = ctypes.c_int64
 
     def forward(self, operands: list[Operand], shape: Sequence[int], log_sums: int, first: int | None) -> None:
-        """``operands``: queries, keys, values; the result, which is written."""
+        """Compute the result; ``operands``: queries, keys, values, and the result to write."""
         self._call(self.library.causal_attention_forward, operands, shape, log_sums, first, False)
 
     def backward(self, operands: list[Operand], shape: Sequence[int], log_sums: int, first: int | None) -> None:
-        """``operands``: queries, keys, values, the result, its gradient; those of queries, keys and values, written."""
+        """Compute the gradients; ``operands``: queries, keys, values, the result, its gradient, and three to write."""
         self._call(self.library.causal_attention_backward, operands, shape, log_sums, first, True)
 
     def _call(
@@ -77,37 +77,37 @@ class Kernel:
 
 @cache
 def find_kernel() -> tuple[Kernel | None, str]:
-    """The kernel, and otherwise why not; nothing to say where it is of no use."""
-    is_for_it = platform.machine() in ("x86_64", "AMD64") and torch.cpu._is_avx512_bf16_supported()
-    if not is_for_it or torch.cpu._is_amx_tile_supported():
+    """Load the kernel; else None and the reason, which is empty where the kernel would be of no use."""
+    is_suitable = platform.machine() in ("x86_64", "AMD64") and torch.cpu._is_avx512_bf16_supported()
+    if not is_suitable or torch.cpu._is_amx_tile_supported():
         return None, ""
     try:
         kernel = Kernel(load(SOURCE, FLAGS))
-    except OSError as error:
-        return None, str(error)
-    wrong = error_of(kernel)
-    return (kernel, "") if wrong < TOLERANCE else (None, f"our own computes wrongly here, by {wrong:.1%}")
+    except OSError as failure:
+        return None, str(failure)
+    error = measure_error(kernel)
+    return (kernel, "") if error < TOLERANCE else (None, f"the kernel's results are wrong on this CPU, by {error:.1%}")
 
 
 def is_available() -> bool:
-    """Whether there is a kernel."""
+    """Return whether the kernel can be used on this machine."""
     return find_kernel()[0] is not None
 
 
 def supports(tensor: Tensor) -> bool:
-    """Whether the kernel computes the attention of ``tensor``, queries ``(batch, heads, sequence, head_size)``."""
+    """Return whether the kernel can compute attention of queries ``tensor`` ``(batch, heads, sequence, head_size)``."""
     return tensor.device.type == "cpu" and _dtype(tensor) == torch.bfloat16 and supports_head_size(tensor.shape[-1])
 
 
 def supports_head_size(head_size: int) -> bool:
-    """Whether the kernel is there for heads of this size."""
-    return head_size % MULTIPLE == 0 and is_available()
+    """Return whether the kernel can compute attention with heads of this size."""
+    return head_size % HEAD_SIZE_MULTIPLE == 0 and is_available()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, first: Tensor | None = None) -> Tensor:
-    """Attention of ``query`` ``(batch, heads, sequence, head_size)``, in bf16; the result has its shape.
+    """Causal attention of ``query`` ``(batch, heads, sequence, head_size)`` in bf16; the result has its shape.
 
-    ``key`` and ``value`` may have fewer heads, each for several of the query's.  Query ``i`` sees the keys from
+    ``key`` and ``value`` may have fewer heads, each shared by several of the query's.  Query ``i`` sees the keys from
     ``first[:, i]`` to ``i``; ``first``: ``(batch or 1, sequence)``, int32, None for 0.  Not differentiable twice.
     """
     query, key, value = query.to(torch.bfloat16), key.to(torch.bfloat16), value.to(torch.bfloat16)
@@ -120,8 +120,8 @@ def _dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else tensor.dtype
 
 
-def error_of(kernel: Kernel) -> float:
-    """Largest relative error of the result and the gradients of a small problem, against float64."""
+def measure_error(kernel: Kernel) -> float:
+    """Measure the largest relative error of result and gradients on a small problem, against float64."""
     heads, length, size = 2, 139, 32
     draw = np.random.default_rng(0)
     parts = [_as_bf16(draw.standard_normal((count, length, size))) for count in (heads, 1, 1, heads)]
@@ -159,8 +159,8 @@ def _as_float(bits: np.ndarray) -> np.ndarray:
 
 # --- for torch ------------------------------------------------------------------------------------------------------
 #
-# Operations that its compiler, its checkpoints and a plan's tensors without data take as they take its own.  (Made by
-# torch.library.custom_op they would import the compiler, which takes a second, when they are first called.)
+# Operations that torch's compiler, activation checkpointing and fake tensors treat like torch's own.
+# (torch.library.custom_op would import the compiler at the first call, which takes a second.)
 
 torch.library.define(
     "llmtrain::causal_attention", "(Tensor query, Tensor key, Tensor value, Tensor? first) -> (Tensor, Tensor)",
@@ -175,7 +175,7 @@ torch.library.define(
 
 
 def _empty(like: Tensor) -> Tensor:
-    """Memory for a tensor as ``like``, the heads of a token together, as the projections read and write them."""
+    """An empty tensor of the shape of ``like``; the heads of a token are contiguous, as the projections need them."""
     return torch.empty_like(like.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
@@ -205,7 +205,7 @@ def _results(query: Tensor, key: Tensor, value: Tensor, first: Tensor | None) ->
 
 @torch.library.impl("llmtrain::causal_attention", "cpu")
 def _forward(query: Tensor, key: Tensor, value: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The result, and of each query the logarithm of the sum of its weights, base 2."""
+    """Compute the result, and for each query the base-2 logarithm of its sum of weights."""
     inputs = [_dense(tensor) for tensor in (query, key, value)]
     result, log_sums = _results(query, key, value, first)
     operands = [operand(tensor) for tensor in (*inputs, result)]
@@ -224,7 +224,7 @@ def _gradients(
 def _backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, first: Tensor | None, result: Tensor, log_sums: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values; ``grad`` is that of the result."""
+    """Compute the gradients of queries, keys and values; ``grad`` is that of the result."""
     inputs = [_dense(tensor) for tensor in (query, key, value, result, grad)]
     grads = _gradients(grad, query, key, value, first, result, log_sums)
     operands = [operand(tensor) for tensor in (*inputs, *grads)]

@@ -1,8 +1,8 @@
-"""Dropout (Srivastava et al. 2014), in a form that a CPU draws quickly.
+"""Dropout (Srivastava et al. 2014) with fast random numbers on a CPU.
 
-torch draws every element on a CPU with a call of its generator, one after the other on one core: with dropout a step
-took a third longer for that alone.  Here a 64-bit number decides on four elements, 16 bits each, and attention with
-dropout, which has no fused kernel on a CPU, is written out.  On other devices and in compiled code it is torch's own.
+On a CPU torch calls its generator once for every element, on one core, which made a step with dropout a third longer.
+Here one 64-bit random number decides four elements, 16 bits each.  Attention with dropout, which has no fused kernel
+on a CPU, is computed step by step.  On other devices and in compiled code dropout is torch's own.
 """
 
 import math
@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEVELS = 1 << 16  # of the 16 bits: a rate is a multiple of 1 / LEVELS
+LEVELS = 1 << 16  # values of 16 bits: a rate is a multiple of 1 / LEVELS
 
 
 class Dropout(nn.Module):
-    """Zeroes elements with probability ``rate`` while training, and scales up the others."""
+    """Dropout: in training, zero elements with probability ``rate`` and scale up the others."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` of any shape; the result has it too."""
+        """Drop elements of ``x`` (any shape); the result has its shape."""
         if not self.training or not self.rate:
             return x
         if not is_drawn_here(x):
@@ -35,31 +35,32 @@ class Dropout(nn.Module):
 
 
 def is_drawn_here(x: Tensor) -> bool:
-    """Whether the random numbers for ``x`` are drawn by :func:`draw_kept` rather than by torch's kernels."""
+    """Return whether :func:`draw_kept`, and not torch's kernels, draws the random numbers for ``x``."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def draw_kept(shape: torch.Size, rate: float) -> tuple[Tensor, float]:
-    """Which elements are kept, a boolean of ``shape`` on the CPU, and by what those are to be multiplied.
+    """Draw the elements to keep, a boolean mask of ``shape`` on the CPU, and the factor to multiply them by.
 
-    From torch's default generator.  ``rate`` is rounded to a multiple of 1 / 65536, by which the factor goes.
+    The numbers come from torch's default generator.  ``rate`` is rounded to a multiple of 1 / 65536, and the factor
+    follows from the rounded rate.
     """
     count = shape.numel()
-    dropped = min(max(round(rate * LEVELS), 1), LEVELS - 1)  # of the levels
+    dropped = min(max(round(rate * LEVELS), 1), LEVELS - 1)  # levels that drop
     bits = torch.empty(-(-count // 4), dtype=torch.int64, device="cpu").random_(-(1 << 63), None)
     kept = bits.view(torch.int16)[:count] >= dropped - LEVELS // 2
     return kept.view(shape), LEVELS / (LEVELS - dropped)
 
 
 def attend_with_dropout(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rate: float) -> Tensor:
-    """Attention of ``query`` ``(batch, heads, new, head_size)`` on a CPU, a share ``rate`` of its weights dropped.
+    """Attention of ``query`` ``(batch, heads, new, head_size)`` on a CPU, with a share ``rate`` of its weights dropped.
 
     ``key`` and ``value``: ``(batch, heads, seen, head_size)``.  ``mask``: boolean, or added to the scores; None: all
     keys up to the query's own.
     """
     new, seen, size = query.shape[2], key.shape[2], query.shape[3]
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    with torch.autocast("cpu", enabled=False):  # it would have the softmax read and write fp32
+    with torch.autocast("cpu", enabled=False):  # autocast would make the softmax read and write fp32
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if mask is None:
             mask = torch.full((new, seen), -torch.inf, dtype=dtype, device="cpu").triu_(seen - new + 1)

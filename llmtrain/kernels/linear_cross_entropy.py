@@ -1,9 +1,9 @@
-"""Output layer and cross-entropy in one, without the logits.
+"""Output layer and cross-entropy as one operation that never holds all logits.
 
 The logits of a step are its largest tensor by far: 8 GB in fp32 for 40 thousand tokens of GPT-2, and as much again
-for their gradient.  Here they exist for a chunk of tokens at a time.  Once a chunk's logits are there, so is all that
-the gradient needs, so it is taken at once, in their place, and no logits are computed twice: forward does the three
-matrix products of the output layer, and backward only scales what they gave.
+for their gradient.  Here they exist for one chunk of tokens at a time.  The gradient of a chunk needs only its logits,
+so forward computes it at once and writes it over them, and no logits are computed twice: forward does the three matrix
+products of the output layer, and backward only scales their results.
 """
 
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORE = -100  # a target without a loss
-CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # of a chunk's logits; more only takes memory
-ROWS_BYTES = 1 << 23  # of fp32 logits that a CPU works on at once: what its second-level cache about holds
+IGNORE = -100  # target of a token without a loss
+CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # logits of a chunk; larger ones are no faster
+ROWS_BYTES = 1 << 23  # fp32 logits that a CPU processes at once: about the size of its second-level cache
 _PLANNED_FOR: ContextVar[str | None] = ContextVar("_PLANNED_FOR", default=None)  # kind of device; None: where it runs
 
 
@@ -37,23 +37,23 @@ def as_on(device_type: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Options:
-    """What is added to the plain cross-entropy."""
+    """Additions to the plain cross-entropy."""
 
     softcap: float | None = None  # logits are cap * tanh(logits / cap)
-    z_loss: float = 0.0  # times the squared log of the softmax' denominator: PaLM, section 5
+    z_loss: float = 0.0  # weight of the squared log of the softmax denominator: PaLM, section 5
 
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options, chunk_tokens: int | None
 ) -> Tensor:
-    """The **sum** of the cross-entropies of ``hidden @ weight.T``, fp32 (float64 for float64), 0-dimensional.
+    """Compute the **sum** of the cross-entropies of ``hidden @ weight.T``, fp32 (float64 for float64), 0-dimensional.
 
     ``hidden``: ``(tokens, hidden)``; ``weight``: ``(vocabulary, hidden)``; ``bias``: ``(vocabulary,)`` without
-    gradient, added after the soft-cap, ``-inf`` for what is not to be predicted; ``targets``: ``(tokens,)``, -100 for
-    those without a loss.  Logits are computed in autocast's dtype, the rest in fp32.  ``chunk_tokens``: at once;
-    None: what goes with the device.
+    gradient, added after the soft-cap, ``-inf`` for classes that are never predicted; ``targets``: ``(tokens,)``,
+    -100 for tokens without a loss.  Logits are computed in autocast's dtype, the rest in fp32.  ``chunk_tokens``:
+    tokens of a chunk; None: the device's default.
 
-    ``options.z_loss`` takes part in the gradient alone; the value is the cross-entropy with or without it.
+    ``options.z_loss`` changes the gradient only; the value is the cross-entropy without it.
     """
     is_differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     device = hidden.device.type
@@ -64,9 +64,9 @@ def linear_cross_entropy(
 
 
 def default_chunk(vocabulary: int, dtype: torch.dtype, device: str) -> int:
-    """Tokens whose logits fit ``CHUNK_BYTES``, a power of 2.
+    """The number of tokens, a power of 2, whose logits fit into ``CHUNK_BYTES``.
 
-    A GPU holds a chunk in fp32 too; on a CPU that is done in smaller parts.
+    A GPU also holds the chunk in fp32; a CPU converts it in smaller parts.
     """
     itemsize = dtype.itemsize if device == "cpu" else dtype.itemsize + 4
     fitting = CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (itemsize * vocabulary)
@@ -91,16 +91,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for_hidden, for_weight = ctx.needs_input_grad[:2] if is_differentiated else (False, False)
         is_target = targets != IGNORE
         classes = torch.where(is_target, targets, 0)[:, None]
-        # A token without a loss has no part in the gradients: here a factor of 0 costs less than on the logits.
+        # A token without a loss adds nothing to the gradients: a factor of 0 costs less here than on the logits.
         low_targets = low * is_target[:, None] if for_weight else low
         hidden_grad = torch.empty_like(low) if for_hidden else None
         weight_grad: Tensor | None = None
         total = torch.zeros((), dtype=exact, device=hidden.device)
-        # One block of memory for the logits of all chunks: a freed one need not fit the next, for a CPU's malloc.
+        # One buffer for the logits of all chunks: malloc might not reuse the memory of a freed chunk for the next.
         buffer = torch.empty((min(chunk_tokens, len(low)), len(weight)), dtype=dtype, device=low.device)
         for start in range(0, len(hidden), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            # On a CPU the product would first fill all logits with the bias: a pass over memory more.
+            # On a CPU addmm would first fill all logits with the bias, which is one more pass over memory.
             in_product = bias if options.softcap is None and hidden.is_cuda else None
             later = bias if in_product is None else None
             logits = _linear(low[chunk], low_weight, in_product, buffer[: len(low[chunk])])
@@ -110,7 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if hidden_grad is not None:
                 torch.mm(logits, low_weight, out=hidden_grad[chunk])
             if start + chunk_tokens >= len(hidden):
-                del low_weight  # here a step holds the most
+                del low_weight  # memory of the step peaks here
             if for_weight:
                 weight_grad = _plus_product(weight_grad, logits.t(), low_targets[chunk], exact)
         if hidden_grad is not None:
@@ -138,7 +138,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tens
 
 
 def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, exact: torch.dtype) -> Tensor:
-    """``total + left @ right`` in ``exact``; ``total`` None: nothing yet, and a lone product may stay as it came."""
+    """Compute ``total + left @ right`` in ``exact``; with ``total`` None the product may keep its dtype."""
     if left.dtype == exact:
         return torch.mm(left, right) if total is None else total.addmm_(left, right)
     if left.is_cuda:
@@ -152,7 +152,7 @@ def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, exact: torc
 def _losses(
     logits: Tensor, bias: Tensor | None, classes: Tensor, options: Options, exact: torch.dtype, *, differentiate: bool
 ) -> Tensor:
-    """The cross-entropy of each row of ``logits``, whose place the gradient takes if ``differentiate``."""
+    """Compute the cross-entropy of each row; with ``differentiate``, write the gradient over ``logits``."""
     planned_for = _PLANNED_FOR.get()
     rows = len(logits)
     if (planned_for or logits.device.type) == "cpu":

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: a stream of rows, each a flat dictionary.
+"""The metrics of a run: a stream of rows, each a flat dictionary.
 
 Three kinds of rows, told apart by their keys:
 
@@ -6,10 +6,10 @@ Three kinds of rows, told apart by their keys:
   tokens_per_second, mfu, step_seconds, memory_bytes, batch_size, and loss_scale under fp16; data_seconds,
   forward_seconds, backward_seconds, optimizer_seconds and other_seconds add up to step_seconds (rows of older
   versions lack them);
-- validation: step, tokens, epoch, val_loss; where classes are told apart accuracy, macro_f1, confusion and labels;
-- events: event ("save", "refused", "resume", ...), step, and what belongs to the event.
+- validation: step, tokens, epoch, val_loss; for classifiers also accuracy, macro_f1, confusion and labels;
+- events: event ("save", "refused", "resume", ...), step, and the details of the event.
 
-``step`` is the number of optimizer steps done when the row was made, ``tokens`` the number trained on.
+``step`` is the number of optimizer steps done when the row was written, ``tokens`` the number of tokens trained on.
 """
 
 import math
@@ -27,28 +27,28 @@ ValidationScore = tuple[float, float]
 
 
 def validation_score(validation: Row) -> ValidationScore:
-    """What validation rows of a run are compared by, the least being the best.
+    """The score that compares validation rows of a run; the smallest is the best.
 
-    That is the accuracy where classes are told apart, and the loss among equals: a classifier that grows surer of
-    itself has a higher loss for its mistakes, and makes no more of them.  Elsewhere it is the loss.
+    For a classifier it is the accuracy, and the loss among equals: a more confident classifier has a higher loss for
+    its mistakes without making more of them.  For other models it is the loss.
     """
     loss = validation["val_loss"]
     return -validation.get("accuracy", 0.0), math.inf if loss is None or not math.isfinite(loss) else loss
 
 
 class Metrics(ABC):
-    """An open sink of rows; a context manager that closes itself."""
+    """An open sink of rows, and a context manager that closes it."""
 
     @abstractmethod
     def row(self, row: Row) -> None:
-        """Record ``row``.  It has left the process when this returns: a kill afterwards does not lose it.
+        """Record ``row``.  The row has left the process when this returns, so a later kill does not lose it.
 
-        On a full disk it waits in memory for the next one.
+        On a full disk the row waits in memory and is written with the next one.
         """
 
     @abstractmethod
     def rewind(self, step: int) -> None:
-        """Forget the rows after ``step``, except events: the run went back there and goes on from it."""
+        """Drop the rows after ``step``, except events: the run was rolled back to it and continues from there."""
 
     @abstractmethod
     def close(self) -> None:
@@ -72,8 +72,8 @@ class MetricsConfig(Option, ABC):
     def build(self, run_dir: Path, *, resume_step: int | None) -> Metrics:
         """Open the sink of the run in ``run_dir``.
 
-        ``resume_step`` is None for a new run; for one that goes on from a checkpoint it is that checkpoint's step:
-        rows that the run will write again, identically, are dropped.
+        ``resume_step`` is None for a new run, and the checkpoint's step for a resumed one: rows that the run will write
+        again, identically, are dropped.
         """
 
     def unread(self, run: RunFacts) -> dict[str, str]:

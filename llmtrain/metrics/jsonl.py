@@ -1,7 +1,7 @@
-"""Rows in a file, one JSON object a line: written as they come, readable while the run goes on.
+"""Rows in a file, one JSON object a line, readable while the run goes on.
 
-JSON has no number that is not finite, and dropping one would hide that a run went wrong: nan and the infinities are
-written as the strings "nan", "inf" and "-inf", and :func:`read_metrics` turns them back into floats.
+JSON lacks numbers that are not finite, and dropping one would hide a failure: nan and the infinities are written as
+the strings "nan", "inf" and "-inf", and :func:`read_metrics` turns them back into floats.
 """
 
 import json
@@ -18,15 +18,15 @@ _NON_FINITE = ("nan", "inf", "-inf")
 
 
 def to_line(row: Row) -> str:
-    """``row`` as its line in the file, newline included."""
+    """Format ``row`` as its line in the file, newline included."""
     return json.dumps(_encode(row), ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """All rows of the file at ``path``, in the order in which they were written.
+    """Read all rows of the file at ``path``, in the order in which they were written.
 
-    A last line without its newline, as a kill or a running process leaves it, is no row yet and is left out.
-    Raises ValueError that names file and line where another line is not a JSON object with a step.
+    A last line without its newline, as a kill or a running process leaves it, is not a row yet and is left out.
+    Raises ValueError that names file and line if another line is not a JSON object with a step.
     """
     return [row for _, row in _lines(path)]
 
@@ -34,7 +34,7 @@ def read_metrics(path: Path) -> list[Row]:
 def drop_rows(path: Path, drop: Callable[[Row], bool]) -> None:
     """Remove the rows for which ``drop`` is true, and a torn last line, from the file at ``path``.
 
-    The file is replaced by a whole new one: a kill leaves the old or the new.  One that is not there is left so.
+    The file is replaced as a whole: a kill leaves the old one or the new one.  A missing file stays missing.
     """
     if not path.exists():
         return
@@ -44,18 +44,18 @@ def drop_rows(path: Path, drop: Callable[[Row], bool]) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Row]]:
-    """Each whole line of the file, with the row that it holds."""
+    """Yield each whole line of the file with its row."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
-            if not raw.endswith(b"\n"):  # only the last line can be so
+            if not raw.endswith(b"\n"):  # only the last line can lack its newline
                 return
             try:
                 line = raw.decode("utf-8")
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error}); remove the line to go on") from error
+                raise ValueError(f"{path}, line {number}: not JSON ({error}); remove the line to continue") from error
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                raise ValueError(f"{path}, line {number}: not an object with a step; remove the line to go on")
+                raise ValueError(f"{path}, line {number}: not an object with a step; remove the line to continue")
             yield line, _decode(row)
 
 

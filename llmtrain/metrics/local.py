@@ -1,4 +1,4 @@
-"""``metrics=local``: the rows in ``RUN/metrics.jsonl``."""
+"""``metrics=local``: rows in ``RUN/metrics.jsonl``."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from llmtrain.metrics.jsonl import Row, drop_rows, to_line
 
 @dataclass(frozen=True)
 class Local(MetricsConfig):
-    """``metrics=local``."""
+    """Settings of ``metrics=local``."""
 
     log_every: int
 
@@ -23,12 +23,12 @@ class Local(MetricsConfig):
         """Open ``run_dir/metrics.jsonl``."""
         path = run_dir / METRICS
         if resume_step is not None:
-            drop_rows(path, lambda row: _comes_again(row, resume_step))
+            drop_rows(path, lambda row: _is_written_again(row, resume_step))
         return LocalMetrics(path, new=resume_step is None)
 
 
 class LocalMetrics(Metrics):
-    """Appends rows to a file."""
+    """A sink that appends rows to a file."""
 
     def __init__(self, path: Path, *, new: bool) -> None:
         if new:
@@ -37,21 +37,21 @@ class LocalMetrics(Metrics):
         self._file = AppendedFile(path)
 
     def row(self, row: Row) -> None:
-        """Write ``row`` as one line and hand it to the operating system."""
+        """Write ``row`` as one line and pass it to the operating system."""
         self._file.append(to_line(row))
 
     def rewind(self, step: int) -> None:
         """Drop the rows after ``step`` that the run will write again."""
-        self._file.rewrite(lambda: drop_rows(self._path, lambda row: _comes_again(row, step)))
+        self._file.rewrite(lambda: drop_rows(self._path, lambda row: _is_written_again(row, step)))
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
 
-def _comes_again(row: Row, resume_step: int) -> bool:
-    """Whether a run that goes on from ``resume_step`` writes ``row`` again.
+def _is_written_again(row: Row, resume_step: int) -> bool:
+    """Return whether a run resumed from ``resume_step`` writes ``row`` again.
 
-    An event does not come again: that a checkpoint was saved or a step refused remains true.
+    Events are kept: a save or a refused step happened, whatever is undone.
     """
     return "event" not in row and row["step"] > resume_step

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``, and the same numbers as TensorBoard event files under ``tensorboard/``."""
+"""``metrics=tensorboard``: ``metrics.jsonl``, and the same numbers as event files under ``tensorboard/``."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ FOLDER = "tensorboard"
 
 @dataclass(frozen=True)
 class TensorBoard(MetricsConfig):
-    """``metrics=tensorboard``; look at it with ``tensorboard --logdir RUN``."""
+    """Settings of ``metrics=tensorboard``; ``tensorboard --logdir RUN`` shows the curves."""
 
     log_every: int
 
@@ -32,13 +32,13 @@ class TensorBoard(MetricsConfig):
             )
 
     def build(self, run_dir: Path, *, resume_step: int | None) -> "TensorBoardMetrics":
-        """Open both; on resume TensorBoard is told to forget the points after ``resume_step``."""
+        """Open both sinks; on resume TensorBoard drops the points after ``resume_step``."""
         self.check()
         return TensorBoardMetrics(Local(self.log_every).build(run_dir, resume_step=resume_step), run_dir, resume_step)
 
 
 class TensorBoardMetrics(Metrics):
-    """Writes every row to ``local``, its numbers as scalars, and events as text."""
+    """A sink that writes rows to ``local``, and to TensorBoard as scalars and events as text."""
 
     def __init__(self, local: Metrics, run_dir: Path, resume_step: int | None) -> None:
         self._local = local
@@ -51,7 +51,7 @@ class TensorBoardMetrics(Metrics):
         return SummaryWriter(self._folder, purge_step=None if resume_step is None else resume_step + 1)
 
     def row(self, row: Row) -> None:
-        """Record ``row`` in both places; scalars are tagged ``train/loss``, ``validation/val_loss`` and so on."""
+        """Record ``row`` in both sinks; scalars are tagged ``train/loss``, ``validation/val_loss`` and so on."""
         self._local.row(row)
         step = row.get("step")
         if "event" in row:
@@ -65,7 +65,7 @@ class TensorBoardMetrics(Metrics):
         self._writer.flush()
 
     def rewind(self, step: int) -> None:
-        """Drop the rows after ``step``, and have TensorBoard forget their points."""
+        """Drop the rows after ``step`` and their points in TensorBoard."""
         self._local.rewind(step)
         self._writer.close()
         self._writer = self._open(step)

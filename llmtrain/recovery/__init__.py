@@ -1,21 +1,21 @@
-"""Spikes and steps that are not finite: how they are noticed, and what is done about them.
+"""Recovery from loss spikes and from steps that are not finite.
 
-The protocol, step by step, between the loop and a :class:`Recovery`:
+The protocol between the loop and a :class:`Recovery`:
 
 1. Before step ``s`` (1-based) the loop multiplies the schedule's rate by ``rate_factor(s - 1)``.
-2. After backward and clipping it calls ``judge(loss, norm)``, which stays on the device.  The optimizer is told
-   ``"refused"``, the loss scaler ``"non_finite"`` (a spike is no overflow: it must not change the scale), and all the
+2. After backward and clipping it calls ``judge(loss, norm)``, which stays on the device.  The optimizer reads
+   ``"refused"``, the loss scaler ``"non_finite"`` (a spike is no overflow and must not change the scale), and all the
    scalars go through the readback with the step's other numbers.
-3. When a step's numbers have come back the loop calls ``record(Verdict.of(...))``: every step, once, in order.
-4. After step ``s`` was launched and the notes made that have come in, the loop calls ``decide(s)``, before a save
-   that may be due, and carries out the actions in their order.  Only steps up to ``s - LAG`` are decided upon, so the
-   run does not depend on how early their numbers happened to arrive; the readback must have delivered those.
+3. When a step's numbers have arrived the loop calls ``record(Verdict.of(...))``: every step, once, in order.
+4. After step ``s`` is launched and the verdicts that have arrived are recorded, the loop calls ``decide(s)``, before
+   a save that may be due, and carries out the actions in their order.  ``decide`` considers only steps up to
+   ``s - LAG``, which the readback must have delivered, so the run does not depend on how early numbers arrive.
 5. A :class:`Rollback` is answered by ``rolled_back(to_step, stored)``, once model, optimizer and
-   ``TrainState`` are those of the checkpoint and the readback is empty: the records under way belong to steps that are
-   undone, and are dropped, not noted.  ``stored`` is what ``state_dict`` had given to that checkpoint.  The
-   actions that it returns are carried out as well.  The object itself is not reloaded: what it has tried so far must
-   survive the rollback, and so must the position in the data, which only moves on.
-6. A checkpoint stores ``state_dict()`` after all of the above for its step, with every step up to it noted; a
+   ``TrainState`` are those of the checkpoint and the readback is empty: pending records belong to steps that are
+   undone, and are dropped, not recorded.  ``stored`` is the ``state_dict`` in that checkpoint.  The loop carries out
+   the actions that the call returns as well.  The object itself is not reloaded: its past attempts must survive the
+   rollback, and so must the position in the data, which only moves forward.
+6. A checkpoint stores ``state_dict()`` after all of the above for its step, with every step up to it recorded; a
    resumed run gives it to ``load_state_dict`` and decides as the uninterrupted run would have.
 
 ``on`` and ``off`` are booleans to YAML: in a defaults list they are written ``- recovery: "on"``.
@@ -32,23 +32,23 @@ from torch import Tensor
 
 from llmtrain.base.options import Option
 
-# Steps: the decision about step s is taken when step s + LAG has been launched, on every device.  Equals the depth of
-# the readback, which by then has waited for the numbers of step s anyway.
+# Steps: step s is decided on when step s + LAG has been launched, on every device.  Equals the depth of the readback,
+# which by then has waited for the numbers of step s anyway.
 LAG = 2
 
 
 @dataclass(frozen=True)
 class Skip:
-    """Leave out so many batches of data from where the run is."""
+    """Leave out so many batches of data from the run's position on."""
 
     batches: int
 
 
 @dataclass(frozen=True)
 class Rollback:
-    """Go back to the newest whole checkpoint of at most ``before_step``, with other data.
+    """Return to the newest intact checkpoint of at most ``before_step``, with other data.
 
-    The data goes on ``batches`` batches behind the furthest position that the run has reached.
+    The data continues ``batches`` batches behind the furthest position that the run has reached.
     """
 
     before_step: int
@@ -58,9 +58,9 @@ class Rollback:
 
 @dataclass(frozen=True)
 class RateReduction:
-    """The schedule's rate is multiplied by ``factor`` for the coming ``steps`` steps.
+    """The schedule's rate is multiplied by ``factor`` for the next ``steps`` steps.
 
-    To be recorded only: :meth:`Recovery.rate_factor` knows already.
+    The loop only records this: :meth:`Recovery.rate_factor` already includes it.
     """
 
     factor: float
@@ -69,10 +69,10 @@ class RateReduction:
 
 @dataclass(frozen=True)
 class Failure:
-    """Stop the run as failed.
+    """The end of a run that cannot recover.
 
-    ``reason`` explains to the user, in whole sentences, at which step what happened, what was tried and which keys
-    could help; how to resume, which needs the run's directory, is the loop's to add.
+    ``reason`` tells the user, in whole sentences, the step, the event, the attempts and the keys that could help; the
+    loop adds how to resume, which needs the run's directory.
     """
 
     reason: str
@@ -83,7 +83,7 @@ Action = Skip | Rollback | RateReduction | Failure
 
 @dataclass(frozen=True)
 class Verdict:
-    """One step as it was judged, in plain numbers of the host."""
+    """The judgement of one step, in plain numbers on the host."""
 
     step: int  # 1-based
     position: int  # of the batch's first sequence in the data order
@@ -91,14 +91,14 @@ class Verdict:
     loss: float
     grad_norm: float
     refused: bool  # the update did not happen
-    scaler_overflow: bool  # refused only since the loss scale was too large for fp16, which lowers it: harmless
-    loss_limit: float  # what the loss was compared with; inf: with nothing
+    scaler_overflow: bool  # refused only because fp16's loss scale was too large, and is now lowered: harmless
+    loss_limit: float  # of the loss; inf: none
     grad_norm_limit: float
 
     @classmethod
     def of(cls, step: int, position: int, batch_size: int, values: Mapping[str, float]) -> Self:
-        """The verdict on a step whose numbers have come back: ``loss``, ``grad_norm``, ``refused``, where there is a
-        loss scaler ``loss_scale`` (that of the step), and what else :meth:`Recovery.judge` gave."""
+        """The verdict on a step from the numbers read back: ``loss``, ``grad_norm``, ``refused``, with a loss scaler
+        ``loss_scale`` (that of the step), and the other results of :meth:`Recovery.judge`."""
         loss, grad_norm, refused = values["loss"], values["grad_norm"], bool(values["refused"])
         overflow = refused and math.isfinite(loss) and not math.isfinite(grad_norm) and values.get("loss_scale", 0) > 1
         limits = (values.get("loss_limit", math.inf), values.get("grad_norm_limit", math.inf))
@@ -106,12 +106,12 @@ class Verdict:
 
     @property
     def finite(self) -> bool:
-        """Whether loss and gradient norm are numbers."""
+        """True if loss and gradient norm are finite."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
     @property
     def reason(self) -> str:
-        """Why the step was refused, as in "loss 9.1 (limit 4.2)"; empty if it was not."""
+        """The reason for refusing the step, as "loss 9.1 (limit 4.2)"; empty if it was accepted."""
         if not self.refused:
             return ""
         if not self.finite:
@@ -125,53 +125,53 @@ class Verdict:
 
 
 class Recovery(ABC):
-    """What ``recovery=...`` builds; the module's docstring tells how the loop uses it."""
+    """A recovery at work; the module's docstring describes its use by the loop."""
 
     @abstractmethod
     def judge(self, loss: Tensor, norm: Tensor) -> dict[str, Tensor]:
         """Judge a step by its loss and gradient norm, 0-dimensional on the device, without waiting for it.
 
         Returns 0-dimensional tensors: ``refused`` (fp32, 1.0: the update must not happen), ``non_finite`` (fp32, 1.0:
-        loss or norm is not finite, so refused as well) and what else is to be read back with the step.
+        loss or norm is not finite, so refused as well) and any other scalars to read back with the step.
         """
 
     @abstractmethod
     def record(self, verdict: Verdict) -> None:
-        """Take note of a step whose numbers have come back: each step once, in order."""
+        """Record a step whose numbers have arrived: each step once, in order."""
 
     @abstractmethod
     def decide(self, step: int) -> list[Action]:
-        """What to do, now that ``step`` (1-based) has been launched; by the steps up to ``step - LAG`` alone."""
+        """The actions to take once ``step`` (1-based) is launched, decided from steps up to ``step - LAG`` only."""
 
     def rate_factor(self, step: int) -> float:
-        """By how much to multiply the learning rate of ``step`` (0-based), the next one to be launched."""
+        """The factor on the learning rate of ``step`` (0-based), the next one to be launched."""
         return 1.0
 
     @abstractmethod
     def rolled_back(self, to_step: int | None, stored: Mapping[str, Any] | None) -> list[Action]:
-        """Go on from the checkpoint of ``to_step``, with its ``stored`` :meth:`state_dict` (None: it has none).
+        """Continue from the checkpoint of ``to_step``, with its ``stored`` :meth:`state_dict` (None: it has none).
 
-        ``to_step`` None: no checkpoint was old enough, the run is where it was; the actions are those of the next rung.
+        ``to_step`` None: no checkpoint was old enough and nothing changed; the actions are those of the next rung.
         """
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs, in JSON's values without NaN; waits for the device."""
+        """The state that a resume needs, in JSON values without NaN; waits for the device."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint; what the option that wrote it did not know stays as new."""
+        """Load the state of a checkpoint; values that it lacks, from another option, keep their initial value."""
 
 
 class RecoveryConfig(Option, ABC):
     """Contract of ``recovery=...``."""
 
-    examples: int  # offending sequences to find and decode for each event; 0: none
+    examples: int  # worst sequences to find and decode for each event; 0: none
 
     @abstractmethod
     def build(self, device: torch.device, *, judges_spikes: bool = True) -> Recovery:
-        """A fresh :class:`Recovery` that judges on ``device``.
+        """Build a new :class:`Recovery` that judges on ``device``.
 
-        Without ``judges_spikes`` only what is not finite is refused: the loss of a handful of targets, one a text,
-        scatters so far that no limit tells a spike from a hard text.
+        Without ``judges_spikes`` only steps that are not finite are refused: with one target a text, the loss of a
+        step varies so much that no limit can tell a spike from a hard text.
         """

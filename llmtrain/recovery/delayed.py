@@ -1,4 +1,4 @@
-"""What every option shares: the steps that are known and wait for their turn to be decided upon."""
+"""The shared part of every option: a queue of recorded steps that wait for their decision."""
 
 import math
 from abc import abstractmethod
@@ -11,15 +11,15 @@ from llmtrain.recovery import LAG, Action, Failure, Recovery, Rollback, Verdict
 
 
 class DelayedRecovery(Recovery):
-    """A recovery that :meth:`consider` defines: it sees each step ``LAG`` steps after its launch, in order."""
+    """A recovery whose rule is :meth:`consider`, called for each step ``LAG`` steps after its launch, in order."""
 
     def __init__(self) -> None:
         self.pending: deque[Verdict] = deque()
-        self.newest: int | None = None  # the last step noted
+        self.newest: int | None = None  # the last step recorded
 
     @abstractmethod
     def consider(self, verdict: Verdict, step: int) -> list[Action]:
-        """What to do about the step of ``verdict``, now that ``step`` has been launched."""
+        """The actions for the step of ``verdict``, now that ``step`` has been launched."""
 
     def record(self, verdict: Verdict) -> None:
         assert self.newest is None or verdict.step == self.newest + 1, (verdict.step, self.newest)
@@ -32,11 +32,11 @@ class DelayedRecovery(Recovery):
         while self.pending and self.pending[0].step <= step - LAG:
             actions += self.consider(self.pending.popleft(), step)
             if any(isinstance(action, Rollback | Failure) for action in actions):
-                break  # whatever comes after depends on how that goes
+                break  # the steps after it are undone, or never decided
         return actions
 
     def forget_pending(self) -> None:
-        """Drop the steps not decided upon: they have been undone."""
+        """Drop the pending steps: they have been undone."""
         self.pending.clear()
         self.newest = None
 
@@ -50,7 +50,7 @@ class DelayedRecovery(Recovery):
 
 
 def _encode(value: Any) -> Any:
-    """JSON has no number that is not finite: "nan", "inf" and "-inf" stand for them."""
+    """Replace numbers that are not finite, which JSON lacks, by "nan", "inf" and "-inf"."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

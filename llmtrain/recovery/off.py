@@ -16,7 +16,7 @@ MAX_REFUSED_IN_A_ROW = 3
 
 @dataclass(frozen=True)
 class RecoveryOff(RecoveryConfig):
-    """Only what is not finite is refused; spikes are trained on."""
+    """Settings of ``recovery=off``: only steps that are not finite are refused; spikes are trained on."""
 
     examples: int
 
@@ -28,9 +28,9 @@ class RecoveryOff(RecoveryConfig):
 
 
 class FiniteOnly(DelayedRecovery):
-    """Refuses a step whose loss or gradient norm is not finite; gives up after the third in a row.
+    """A recovery that refuses steps that are not finite, and fails the run at the third in a row.
 
-    Under fp16 an overflow with a finite loss only means that the loss scale is still too large, and does not count.
+    Under fp16 an overflow with a finite loss only means that the loss scale is still too large; it does not count.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A ladder against spikes: refuse the update, leave out data, go back, lower the rate, give up."""
+"""A ladder against spikes: refuse the update, skip data, roll back, lower the rate, give up."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,7 +16,7 @@ from llmtrain.recovery.window import Window
 
 @dataclass(frozen=True)
 class RecoveryOn(RecoveryConfig):
-    """When a step is refused, and which rungs there are; every key is explained in ``conf/recovery/on.yaml``."""
+    """Settings of ``recovery=on``; ``conf/recovery/on.yaml`` explains every key."""
 
     window_steps: int
     min_window_steps: int
@@ -56,7 +56,7 @@ class RecoveryOn(RecoveryConfig):
         if 0 < self.rollback_after <= self.skip_after:
             raise ValueError(
                 f"skip_after={self.skip_after}: not reached before rollback_after={self.rollback_after}; "
-                "take less, or 0 to leave out no data"
+                "take less, or 0 to skip no data"
             )
         if self.max_refused <= max(self.rollback_after, self.skip_after):
             raise ValueError(
@@ -94,42 +94,42 @@ class RecoveryOn(RecoveryConfig):
 
 @dataclass
 class Episode:
-    """A stretch of steps that began with a refused one and has not been calm since."""
+    """A run of steps that begins with a refused one and lasts until the run is calm again."""
 
     first_step: int
     first_position: int  # in the data, sequences
     refused: int = 0  # steps
     accepted: int = 0  # steps
     calm: int = 0  # accepted steps since the last refused one
-    skips: int = 0  # times that data was left out
-    skipped_at: int = 0  # the step launched when it last was
-    since_skip: int = 0  # refused steps launched after that
+    skips: int = 0  # times that data was skipped
+    skipped_at: int = 0  # the step launched at the last skip
+    since_skip: int = 0  # refused steps launched after the last skip
 
 
 @dataclass
 class Attempts:
-    """What has been done since the ladder was last forgotten."""
+    """Counts of the upper rungs used since they were last forgotten."""
 
-    setbacks: int = 0  # times that ``rollback_after`` was reached, with or without a checkpoint to go back to
-    last_setback: int = 0  # the furthest step of one
+    setbacks: int = 0  # times that ``rollback_after`` was reached, with or without a checkpoint to return to
+    last_setback: int = 0  # the furthest step of any setback
     skips: int = 0
     rollbacks: int = 0
     lowerings: int = 0
 
 
 class Ladder(DelayedRecovery):
-    """``recovery=on`` at work.
+    """The recovery of ``recovery=on``.
 
-    A step is refused where loss or gradient norm is not finite or above the limit of the :class:`Window` of accepted
-    steps.  Refused steps that are close together make an episode, and the ladder is climbed by their number.  After
-    ``skip_after`` of them data is left out, twice as much if that many follow again, and so on: a bad stretch of the
-    data has an end, and the weights are still good.  After ``rollback_after`` the run goes back, from the
-    ``lower_rate_at``-th time on at a lower rate.  The next episode starts at the bottom again; how often the upper
-    rungs were used is forgotten once the run is ``forget_steps`` past the place.
+    A step is refused if loss or gradient norm is not finite or above the limit of the :class:`Window` of accepted
+    steps.  Refused steps that are close together make an episode, and their number decides the rung.  After
+    ``skip_after`` of them data is skipped, twice as much after as many again, and so on: a bad stretch of the data
+    ends, and the weights are still good.  After ``rollback_after`` the run rolls back, from the ``lower_rate_at``-th
+    time on at a lower rate.  The next episode starts at the bottom again; the uses of the upper rungs are forgotten
+    once the run is ``forget_steps`` past the place.
 
-    A level that stays too high is an episode too: as long as nothing is accepted, the window does not follow.  Where
-    going back is not possible the rate is lowered and the window restarted, as the updates that could lead down again
-    would be refused otherwise.
+    A loss that stays too high is an episode too: as long as no step is accepted, the window does not follow.  If no
+    rollback is possible, the rate is lowered and the window restarted; otherwise the updates that could lower the
+    loss would be refused.
     """
 
     def __init__(self, config: RecoveryOn, device: torch.device) -> None:
@@ -144,11 +144,11 @@ class Ladder(DelayedRecovery):
         )
         self.episode: Episode | None = None
         self.tried = Attempts()
-        self.factor = 1.0  # of the learning rate, before the 0-based step lowered_until
+        self.factor = 1.0  # on the learning rate, before the 0-based step lowered_until
         self.lowered_until = 0
-        self.passed_over = 0  # steps up to this one were judged by a window that has been given up since
-        self.batch_size: int | None = None  # of the step last considered
-        self.asked: tuple[Verdict, int] | None = None  # a Rollback's refused step, and the step launched by then
+        self.ignored_until = 0  # steps up to this one were judged by a window that has been restarted since
+        self.batch_size: int | None = None  # of the last step considered
+        self.requested: tuple[Verdict, int] | None = None  # a Rollback's refused step, and the step launched by then
 
     # --- every step ---------------------------------------------------------------------------------------------
 
@@ -173,9 +173,9 @@ class Ladder(DelayedRecovery):
 
     def consider(self, verdict: Verdict, step: int) -> list[Action]:
         if self.batch_size is not None and verdict.batch_size < self.batch_size:
-            self.start_over(step)  # smaller batches are noisier than what the window knows
+            self.start_over(step)  # smaller batches are noisier than those in the window
         self.batch_size = verdict.batch_size
-        if verdict.scaler_overflow or verdict.step <= self.passed_over:
+        if verdict.scaler_overflow or verdict.step <= self.ignored_until:
             return []
         if verdict.refused:
             return self.climb(verdict, step)
@@ -189,7 +189,7 @@ class Ladder(DelayedRecovery):
     # --- the rungs ----------------------------------------------------------------------------------------------
 
     def climb(self, verdict: Verdict, step: int) -> list[Action]:
-        """The rung that one more refused step leads to."""
+        """The actions of the rung that one more refused step leads to."""
         config = self.config
         if self.episode is None:
             self.episode = Episode(verdict.step, verdict.position)
@@ -198,9 +198,9 @@ class Ladder(DelayedRecovery):
         episode = self.episode
         episode.refused += 1
         episode.calm = 0
-        episode.since_skip += verdict.step > episode.skipped_at  # not those of data that was about to be left
+        episode.since_skip += verdict.step > episode.skipped_at  # not those launched before the skip
         if config.rollback_after and episode.refused >= config.rollback_after:
-            return self.go_back(verdict, step)
+            return self.request_rollback(verdict, step)
         if episode.refused >= config.max_refused:
             return self.last_resort(verdict, step)
         if 0 < config.skip_after <= episode.since_skip and episode.skips < config.max_skips:
@@ -211,28 +211,28 @@ class Ladder(DelayedRecovery):
             return [Skip(batches)]
         return []
 
-    def go_back(self, verdict: Verdict, step: int) -> list[Action]:
-        """Ask for a rollback, unless there have been enough of them."""
+    def request_rollback(self, verdict: Verdict, step: int) -> list[Action]:
+        """Request a rollback, or give up after ``max_rollbacks`` of them."""
         assert self.episode is not None
         if self.tried.setbacks >= self.config.max_rollbacks:
             return self.give_up(verdict)
         self.tried.setbacks += 1
         self.tried.last_setback = max(self.tried.last_setback, verdict.step)
-        self.asked = verdict, step
+        self.requested = verdict, step
         first = self.episode.first_step
         before = max(first - self.config.rollback_steps, 0)
         return [Rollback(before, self.config.rollback_skip_batches, first)]
 
     def rolled_back(self, to_step: int | None, stored: Mapping[str, Any] | None) -> list[Action]:
-        assert self.asked is not None, "no Rollback was asked for"
-        verdict, step = self.asked
-        self.asked = None
+        assert self.requested is not None, "no Rollback was requested"
+        verdict, step = self.requested
+        self.requested = None
         if to_step is None:
             return self.last_resort(verdict, step)
         self.forget_pending()
         self.window.load_state_dict((stored or {}).get("window", {}))
         self.episode = None
-        self.passed_over = 0
+        self.ignored_until = 0
         self.batch_size = None
         self.tried.rollbacks += 1
         if 0 < self.config.lower_rate_at <= self.tried.setbacks:
@@ -240,7 +240,7 @@ class Ladder(DelayedRecovery):
         return []
 
     def last_resort(self, verdict: Verdict, step: int) -> list[Action]:
-        """Go on from here at a lower rate, and judge by what comes; or give up where that cannot help."""
+        """Continue from here at a lower rate with a new window; or give up if that cannot help."""
         assert self.episode is not None
         stuck = not verdict.finite and not self.episode.accepted  # no update gets through, at whatever rate
         if not self.config.lower_rate_at or stuck or step < self.lowered_until:
@@ -249,53 +249,53 @@ class Ladder(DelayedRecovery):
         return self.lower_rate(step)
 
     def start_over(self, step: int) -> None:
-        """Learn anew what is usual, from the steps after ``step``."""
+        """Restart the window from the steps after ``step``."""
         self.episode = None
         self.window.restart()
-        self.passed_over = step
+        self.ignored_until = step
 
     def lower_rate(self, step: int) -> list[Action]:
-        """Lower the rate for the steps from the 0-based ``step`` on; further if it is lowered already."""
+        """Lower the rate for the steps from the 0-based ``step`` on, further if it is lowered already."""
         self.factor = self.rate_factor(step) * self.config.lower_rate_factor
         self.lowered_until = step + self.config.lower_rate_steps
         self.tried.lowerings += 1
         return [RateReduction(self.factor, self.config.lower_rate_steps)]
 
     def give_up(self, verdict: Verdict) -> list[Action]:
-        """The end, explained."""
+        """The failure, with its explanation for the user."""
         episode, tried = self.episode, self.tried
         assert episode is not None
         counted = (
-            (tried.skips, "left out data"),
-            (tried.rollbacks, "went back to a checkpoint"),
+            (tried.skips, "skipped data"),
+            (tried.rollbacks, "rolled back to a checkpoint"),
             (tried.setbacks - tried.rollbacks, "found no checkpoint old enough"),
             (tried.lowerings, "lowered the learning rate"),
         )
-        did = ", ".join(f"{what} {_times(number)}" for number, what in counted if number)
-        unwanted = "; if the data is meant to change here: recovery=off, or larger recovery.loss_deviations and "
-        unwanted += "recovery.grad_norm_deviations"
+        attempts = ", ".join(f"{what} {_times(number)}" for number, what in counted if number)
+        intended = "; if the data is meant to change here: recovery=off, or larger recovery.loss_deviations and "
+        intended += "recovery.grad_norm_deviations"
         return [
             Failure(
                 f"step {verdict.step}: {verdict.reason}; {_steps(episode.refused)} refused since step "
-                f"{episode.first_step}, none of which reached the weights. Tried before: {did or 'nothing'}. "
+                f"{episode.first_step}, none of which reached the weights. Tried before: {attempts or 'nothing'}. "
                 "Usual remedies: a lower optimizer.lr, a longer schedule.warmup_steps, clipping=norm with a smaller "
                 "clipping.max_norm, precision=fp32; a look at the data, positions "
                 f"{episode.first_position} to {verdict.position + verdict.batch_size - 1} of its order"
-                f"{unwanted if verdict.finite else ''}."
+                f"{intended if verdict.finite else ''}."
             )
         ]
 
     # --- resuming -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        assert self.asked is None, "a Rollback waits for its answer"
+        assert self.requested is None, "a requested Rollback is not answered yet"
         return super().state_dict() | {
             "window": self.window.state_dict(),
             "episode": None if self.episode is None else asdict(self.episode),
             "tried": asdict(self.tried),
             "factor": self.factor,
             "lowered_until": self.lowered_until,
-            "passed_over": self.passed_over,
+            "passed_over": self.ignored_until,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -305,8 +305,8 @@ class Ladder(DelayedRecovery):
         self.tried = Attempts(**state.get("tried", {}))
         self.factor = state.get("factor", 1.0)
         self.lowered_until = state.get("lowered_until", 0)
-        self.passed_over = state.get("passed_over", 0)
-        self.batch_size = None  # the pending steps tell
+        self.ignored_until = state.get("passed_over", 0)
+        self.batch_size = None  # known again from the pending steps
 
 
 def _times(number: int) -> str:

@@ -1,4 +1,4 @@
-"""What is usual: robust statistics of the recent accepted steps, kept and computed on the device."""
+"""Robust statistics of the recent accepted steps, kept and computed on the device."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,15 +11,15 @@ MAD_TO_SIGMA = 1.4826  # a normal distribution's standard deviation over its med
 
 
 class Window:
-    """The losses and gradient norms of the last ``size`` accepted steps, and how far above them is too far.
+    """The losses and gradient norms of the last ``size`` accepted steps, and the limits that follow from them.
 
     The limit of a quantity is ``median + deviations * max(1.4826 * MAD, floor * |median|)``, where MAD is the median of
-    the distances from the median.  Neither median moves much for a few outliers, however large.  There is no limit
-    (inf) while fewer than ``min_steps`` steps are in the window, where ``deviations`` is 0, and where the values do not
-    vary at all and nothing else gives a measure: no floor, or a median of 0.
+    the distances from the median.  A few outliers, however large, hardly move either median.  There is no limit
+    (inf) while fewer than ``min_steps`` steps are in the window, if ``deviations`` is 0, and if the values do not vary
+    and the floor gives no measure either: no floor, or a median of 0.
 
-    The host never waits: the number of values is a tensor too, and slots not filled yet hold inf, which sorts to the
-    end.  Medians are taken from sorted values, since ``torch.median`` along a dimension is not deterministic on a GPU.
+    The host never waits: the number of values is a tensor too, and empty slots hold inf, which sorts to the end.
+    Medians are taken from sorted values, since ``torch.median`` along a dimension is not deterministic on a GPU.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class Window:
         assert 1 <= min_steps <= size
         self.size, self.min_steps = size, min_steps
         self.values = torch.full((len(QUANTITIES), size), torch.inf, device=device)  # fp32, a ring in each row
-        self.count = torch.zeros((), dtype=torch.int64, device=device)  # steps ever added since the last restart
+        self.count = torch.zeros((), dtype=torch.int64, device=device)  # steps added since the last restart
         self.slots = torch.arange(size, device=device)
         self.deviations = torch.tensor(deviations, dtype=torch.float32, device=device)
         self.floors = torch.tensor(floors, dtype=torch.float32, device=device)
@@ -52,7 +52,7 @@ class Window:
         return values.sort(dim=1).values.index_select(1, middle).mean(dim=1)
 
     def add(self, observed: Tensor, accepted: Tensor) -> None:
-        """Take in a step's ``observed`` quantities ``(2,)``, if ``accepted`` (bool, 0-dimensional)."""
+        """Add a step's ``observed`` quantities ``(2,)``, if ``accepted`` (bool, 0-dimensional)."""
         here = (self.slots == self.count % self.size) & accepted
         self.values = torch.where(here, observed[:, None], self.values)
         self.count = self.count + accepted
@@ -69,7 +69,7 @@ class Window:
         return dict(zip(QUANTITIES, rows.tolist(), strict=True))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Hold the values of ``state``, of which the newest if they are too many; none where it has none."""
+        """Load the values of ``state``, the newest of them if they are too many."""
         self.restart()
         rows = torch.tensor([state.get(name, []) for name in QUANTITIES], dtype=torch.float32)[:, -self.size :]
         self.values[:, : rows.shape[1]] = rows.to(self.values.device)

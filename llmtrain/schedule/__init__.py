@@ -1,7 +1,7 @@
 """The learning rate as a pure function of the step.
 
-An option is a frozen dataclass that is called with the step.  Nothing is stored: a resumed run asks for
-the rate of its step and gets the one that the undisturbed run would have had.
+An option is a frozen dataclass that is called with the step.  Nothing is stored: a resumed run computes the rate of its
+step, which is that of an uninterrupted run.
 """
 
 from abc import ABC, abstractmethod

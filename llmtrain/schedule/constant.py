@@ -1,4 +1,4 @@
-"""The peak learning rate at every step."""
+"""A constant learning rate."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from llmtrain.schedule.warmup import Warmup
 
 @dataclass(frozen=True)
 class Constant(Warmup):
-    """The peak, from the first step on unless a warm-up is asked for."""
+    """The peak at every step, after an optional warm-up."""
 
     def after_warmup(self, step: int, *, peak: float, warmup: int, total: int) -> float:
         return peak

@@ -1,4 +1,4 @@
-"""Exponential decay: equal steps take equal shares of the learning rate."""
+"""Exponential decay: every step multiplies the learning rate by the same factor."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from llmtrain.schedule.warmup import WarmupDecay
 class Exponential(WarmupDecay):
     """``peak * decay_rate ** ((step - warmup) / decay_steps)``, not below ``min_lr``.
 
-    Without ``decay_rate`` and ``decay_steps`` the rate is the one that ends at ``min_lr``:
+    Without ``decay_rate`` and ``decay_steps`` the decay ends at ``min_lr``:
     ``peak * (min_lr / peak) ** progress``, progress = (step - warmup) / (total - warmup).
     """
 
@@ -24,7 +24,7 @@ class Exponential(WarmupDecay):
         if (self.decay_rate is None) != (self.decay_steps is None):
             raise ValueError(f"decay_rate={self.decay_rate}, decay_steps={self.decay_steps}: give both or neither")
         if self.decay_rate is None and self.min_lr == 0:
-            raise ValueError("min_lr=0.0: an exponential never gets there; give a positive min_lr or a decay_rate")
+            raise ValueError("min_lr=0.0: an exponential decay never reaches 0; give min_lr > 0 or a decay_rate")
 
     def after_warmup(self, step: int, *, peak: float, warmup: int, total: int) -> float:
         if self.decay_rate is None or self.decay_steps is None:

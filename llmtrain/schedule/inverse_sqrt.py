@@ -8,7 +8,7 @@ from llmtrain.schedule.warmup import Warmup
 
 @dataclass(frozen=True)
 class InverseSqrt(Warmup):
-    """``peak * sqrt(warmup / step)`` after the warm-up; it needs no ``total``.  A warm-up of 0 counts as 1."""
+    """``peak * sqrt(warmup / step)`` after the warm-up, independent of ``total``.  A warm-up of 0 counts as 1."""
 
     def after_warmup(self, step: int, *, peak: float, warmup: int, total: int) -> float:
         return peak * math.sqrt(max(warmup, 1) / max(step, 1))

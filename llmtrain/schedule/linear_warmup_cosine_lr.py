@@ -1,4 +1,4 @@
-"""The schedule of LAVIS, with which BLIP and its successors were trained.
+"""The schedule of LAVIS, used to train BLIP and its successors.
 
 Li et al. 2022, https://arxiv.org/abs/2209.09019; ``lavis/common/optims.py``.
 """
@@ -16,10 +16,10 @@ class LinearWarmupCosineLR(Schedule):
 
     ``min_lr + (init_lr - min_lr) * (1 + cos(pi * step / total)) / 2 * lr_decay_rate ** (step / total)``
 
-    Progress counts from the start of the run, not from the end of the warm-up, so the rate steps down a little where
-    the warm-up ends.  LAVIS counts epochs here, this counts steps.  LAVIS takes ``lr_decay_rate`` but its cosine does
-    not read it: 1.0 is exactly LAVIS, and a smaller rate also decays the cosine exponentially, to that share of it at
-    the end.  ``init_lr`` has the part of ``peak``, which is not read.
+    Progress counts from the start of the run, not from the end of the warm-up, so the rate steps down a little at the
+    end of the warm-up.  LAVIS counts epochs here; this class counts steps.  LAVIS has ``lr_decay_rate`` but its cosine
+    does not read it: 1.0 is exactly LAVIS, and a smaller rate also decays the cosine exponentially, to that share of it
+    at the end.  ``init_lr`` replaces ``peak``, which is not read.
     """
 
     init_lr: float

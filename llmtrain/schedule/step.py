@@ -1,4 +1,4 @@
-"""Step decay: the learning rate is multiplied by a factor now and then."""
+"""Step decay: the learning rate is multiplied by a factor at certain steps."""
 
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from llmtrain.schedule.warmup import Warmup
 
 @dataclass(frozen=True)
 class StepDecay(Warmup):
-    """``peak * factor ** n``, n the milestones reached, or the times that ``every`` steps have passed.
+    """``peak * factor ** n``, with n the number of milestones reached, or of periods of ``every`` steps passed.
 
-    Steps are counted from the start of the run, warm-up included.  torch's ``MultiStepLR`` and ``StepLR``.
+    Steps count from the start of the run, warm-up included, as in torch's ``MultiStepLR`` and ``StepLR``.
     """
 
     milestones: list[int]

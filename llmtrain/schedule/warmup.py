@@ -1,4 +1,4 @@
-"""The linear warm-up that schedules begin with."""
+"""Base classes of schedules with a linear warm-up."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from llmtrain.schedule import Schedule
 class Warmup(Schedule):
     """``lr = initial_lr + step * (peak - initial_lr) / warmup`` for ``step < warmup``, then :meth:`after_warmup`.
 
-    ``warmup`` is ``warmup_steps`` if that is given, else ``round(warmup_ratio * total)``.  A warm-up longer than
-    the run is cut off by the run's end.
+    ``warmup`` is ``warmup_steps`` if given, else ``round(warmup_ratio * total)``.  A warm-up longer than the run
+    stops with the run.
     """
 
     initial_lr: float

@@ -1,4 +1,4 @@
-"""Linear decay after a linear warm-up, as BERT was trained (Devlin et al. 2019, https://arxiv.org/abs/1810.04805)."""
+"""Linear decay after a linear warm-up, the schedule of BERT (Devlin et al. 2019, https://arxiv.org/abs/1810.04805)."""
 
 from dataclasses import dataclass
 

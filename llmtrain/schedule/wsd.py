@@ -1,7 +1,7 @@
 """Warm-up, stable, decay (Hu et al. 2024, https://arxiv.org/abs/2404.06395).
 
-The peak is held until the decay begins, so one long run can be decayed at several lengths.  The shapes are those
-compared by Hägele et al. 2024, https://arxiv.org/abs/2405.18392, who found ``sqrt`` the best.
+The rate stays at the peak until the decay begins, so one long run can be decayed at several lengths.  Hägele et al.
+2024, https://arxiv.org/abs/2405.18392, compare the shapes and find ``sqrt`` the best.
 """
 
 import math
@@ -14,14 +14,14 @@ from llmtrain.schedule.warmup import WarmupDecay
 
 
 class Shape(Enum):
-    """How the learning rate falls from the peak to ``min_lr``."""
+    """The shape of the decay from the peak to ``min_lr``."""
 
     linear = "linear"
     cosine = "cosine"
     sqrt = "sqrt"
 
     def __call__(self, progress: float) -> float:
-        """The share of ``peak - min_lr`` that is left at ``progress`` in [0, 1) of the decay."""
+        """The remaining share of ``peak - min_lr`` at ``progress`` in [0, 1) of the decay."""
         match self:
             case Shape.linear:
                 return 1 - progress
@@ -33,9 +33,9 @@ class Shape(Enum):
 
 @dataclass(frozen=True)
 class WSD(WarmupDecay):
-    """The peak after the warm-up; over the last steps ``min_lr + (peak - min_lr) * shape(progress)``.
+    """The peak after the warm-up; in the last steps ``min_lr + (peak - min_lr) * shape(progress)``.
 
-    The decay takes ``decay_steps`` if that is given, else ``round(decay_ratio * total)``; it never begins before the
+    The decay takes ``decay_steps`` if given, else ``round(decay_ratio * total)``; it never begins before the
     warm-up has ended.
     """
 

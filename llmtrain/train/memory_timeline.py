@@ -1,4 +1,4 @@
-"""What memory held during a few profiled steps, by category: from the profiler's events to a picture."""
+"""Memory by category during a few profiled steps: from the profiler's events to a picture."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ import numpy as np
 from llmtrain.base.format import size
 from llmtrain.base.png import write_png
 
-# Bottom to top; the first three are there when the recording begins, and their sizes are known without it.
-HELD = ("weights", "optimizer state", "other, from before")
-MADE = ("gradients", "activations", "batch", "temporary")
+# Bottom to top; the first three exist when the recording begins, and their sizes are known without it.
+EXISTING = ("weights", "optimizer state", "other, from before")
+CREATED = ("gradients", "activations", "batch", "temporary")
 COLOURS = ("#3b6ea8", "#7a9cc6", "#b9b9b9", "#d1603d", "#e3a857", "#6f9e6e", "#c9a4c4")
-MAX_POINTS = 4000  # in a picture; more are thinned, the peaks kept
+MAX_POINTS = 4000  # in a picture; more are thinned out, except the peaks
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class PhaseBoundary:
 
     microseconds: float
     phase: str
-    gradients: frozenset[int] = field(default_factory=frozenset)  # addresses of the gradients that there are by now
+    gradients: frozenset[int] = field(default_factory=frozenset)  # addresses of the gradients that exist by now
 
 
 @dataclass(frozen=True)
 class Block:
-    """Memory from its allocation to its release; ``end`` is None for what is still there when the recording ends."""
+    """Memory from its allocation to its release; ``end`` is None for a block that outlives the recording."""
 
     address: int
     num_bytes: int
@@ -42,8 +42,8 @@ class Timeline:
     """Bytes held by each category after each allocation and release."""
 
     milliseconds: np.ndarray  # (points,), since the recording began
-    held: dict[str, np.ndarray]  # category -> (points,); weights, and those that are ever there
-    boundaries: list[tuple[float, str]]  # milliseconds, the phase that ends there
+    held: dict[str, np.ndarray]  # category -> (points,): weights, and every other category that is not always 0
+    boundaries: list[tuple[float, str]]  # milliseconds, and the phase that ends there
 
     @property
     def total(self) -> np.ndarray:
@@ -52,7 +52,7 @@ class Timeline:
 
     @property
     def peak(self) -> dict[str, int]:
-        """What each category holds when all of them together hold the most."""
+        """Bytes of each category at the point where their sum is largest."""
         point = int(self.total.argmax())
         return {category: int(values[point]) for category, values in self.held.items()}
 
@@ -66,10 +66,10 @@ class Timeline:
         weights: int,
         state: int,
     ) -> "Timeline":
-        """From the ``traceEvents`` of a trace.
+        """Build the timeline from the ``traceEvents`` of a trace.
 
-        ``weights`` and ``state`` are the bytes of the parameters and of the optimizer's state, which are there all
-        the time.  On a GPU the allocator says how much more was held before; a CPU's profiler knows nothing of it.
+        ``weights`` and ``state`` are the bytes of the parameters and of the optimizer's state, which exist all the
+        time.  On a GPU the allocator reports the other bytes held before; a CPU's profiler does not know them.
         """
         kind = 1 if is_cuda else 0  # c10::DeviceType
         memory = sorted(
@@ -83,7 +83,7 @@ class Timeline:
         if is_cuda and memory:
             before = max(memory[0]["args"]["Total Allocated"] - memory[0]["args"]["Bytes"] - weights - state, 0)
         blocks, released = _blocks(memory)
-        changes = [(when, HELD[2], -num_bytes) for when, num_bytes in released] if is_cuda else []
+        changes = [(when, EXISTING[2], -num_bytes) for when, num_bytes in released] if is_cuda else []
         ends = [boundary.microseconds for boundary in boundaries]
         for block in blocks:
             category = _category(block, boundaries, bisect_right(ends, block.begin))
@@ -93,16 +93,16 @@ class Timeline:
         changes.sort(key=lambda change: change[0])
         times = np.array([start, *(when for when, _, _ in changes)])
         held = {}
-        for category, first in zip((*HELD, *MADE), (weights, state, before, 0, 0, 0, 0), strict=True):
+        for category, first in zip((*EXISTING, *CREATED), (weights, state, before, 0, 0, 0, 0), strict=True):
             steps = [first, *(delta if name == category else 0 for _, name, delta in changes)]
             held[category] = np.maximum(np.cumsum(steps, dtype=np.int64), 0)
         marks = [((boundary.microseconds - start) / 1000, boundary.phase) for boundary in boundaries]
-        held = {name: values for name, values in held.items() if values.any() or name == HELD[0]}
+        held = {name: values for name, values in held.items() if values.any() or name == EXISTING[0]}
         return cls((times - start) / 1000, held, marks)
 
 
 def _blocks(memory: Sequence[dict[str, Any]]) -> tuple[list[Block], list[tuple[float, int]]]:
-    """The blocks allocated during the recording, and (when, bytes) of what was released of before."""
+    """Return the blocks allocated during the recording, and (time, bytes) of each release of an earlier block."""
     blocks, released = [], []
     live: dict[int, tuple[float, int]] = {}
     for event in memory:
@@ -119,7 +119,7 @@ def _blocks(memory: Sequence[dict[str, Any]]) -> tuple[list[Block], list[tuple[f
 
 
 def _category(block: Block, boundaries: Sequence[PhaseBoundary], number: int) -> str:
-    """What a block is, by the phase that made it, which ends at boundary ``number``, and by what it outlives."""
+    """Return a block's category: by the phase that made it, which ends at boundary ``number``, and by its lifetime."""
     if number == len(boundaries):
         return "temporary"
     boundary = boundaries[number]
@@ -142,7 +142,7 @@ def draw(timeline: Timeline, path: Path, title: str) -> None:
         axes = figure.subplots()
         below = np.zeros(len(chosen))
         peak = timeline.peak
-        for category, colour in zip((*HELD, *MADE), COLOURS, strict=True):
+        for category, colour in zip((*EXISTING, *CREATED), COLOURS, strict=True):
             if category in timeline.held:
                 above = below + timeline.held[category][chosen]
                 label = f"{category}, {size(peak[category])}"
@@ -154,7 +154,7 @@ def draw(timeline: Timeline, path: Path, title: str) -> None:
         edges = [0.0, *(when for when, _ in timeline.boundaries)]
         for (end, phase), begin in zip(timeline.boundaries, edges, strict=False):
             axes.axvline(end, color="#888888", linewidth=0.6)
-            if end - begin > 0.06 * edges[-1]:  # else there is no room for a name
+            if end - begin > 0.06 * edges[-1]:  # else the name does not fit
                 axes.text((begin + end) / 2, 1.06 * top, phase, ha="center", fontsize=8, color="#555555")
         axes.yaxis.set_major_formatter(lambda value, _: size(value))
         axes.set_xlabel("milliseconds")
@@ -167,7 +167,7 @@ def draw(timeline: Timeline, path: Path, title: str) -> None:
 
 
 def _thinned(total: np.ndarray) -> np.ndarray:
-    """Numbers of at most some MAX_POINTS points of ``total``, each stretch's highest among them."""
+    """Choose about MAX_POINTS points of ``total``, the highest of each stretch among them; return their indices."""
     if len(total) <= MAX_POINTS:
         return np.arange(len(total))
     stretches = np.array_split(np.arange(len(total)), MAX_POINTS // 2)

@@ -1,8 +1,8 @@
-"""``runtime.profile=true``: a few steps through torch's profiler.
+"""``runtime.profile=true``: a few steps recorded by torch's profiler.
 
-From the fifth to the seventh step of a session, when all that is done once has been done, into
-``RUN/profile/step-00000005/``: ``trace.json.gz`` (opens in https://ui.perfetto.dev), ``operations.txt`` (what took the
-most time) and ``memory.png`` (what memory held, by category).  The steps compute what they would without it.
+The fifth to the seventh step of a session, after all one-time work, are written to ``RUN/profile/step-00000005/``:
+``trace.json.gz`` (opens in https://ui.perfetto.dev), ``operations.txt`` (the operations by time) and ``memory.png``
+(memory by category).  Profiling does not change the results of the steps.
 """
 
 import gzip
@@ -23,48 +23,48 @@ from llmtrain.base.run_files import PROFILE
 from llmtrain.train import memory_timeline
 from llmtrain.train.memory_timeline import PhaseBoundary, Timeline
 
-FIRST, LAST = 5, 7  # steps of the session, counted from 1; the one before the first warms the profiler up
+FIRST, LAST = 5, 7  # steps of the session, counted from 1; the step before FIRST warms the profiler up
 TRACE, OPERATIONS, MEMORY = "trace.json.gz", "operations.txt", "memory.png"
-BOUNDARY = "llmtrain: end of "  # how the trace names the boundaries between phases
+BOUNDARY = "llmtrain: end of "  # prefix of the boundaries between phases in a trace
 WIDTH = 120  # columns of operations.txt
 MAX_ROWS = 40  # of each of its tables
 NAME_WIDTH = 40
 
 
 class ProfileResult(NamedTuple):
-    """What was made of a recording."""
+    """The files written from a recording, or the reason why there are none."""
 
-    path: Path | None  # its folder; None where there is nothing
+    path: Path | None  # the folder of the files; None if there are none
     message: str
 
 
 class Profiler:
-    """Profiles nothing: ``runtime.profile=false``."""
+    """A profiler that records nothing: ``runtime.profile=false``."""
 
-    on_phase_end: Callable[[str], None] | None = None  # is to hear the end of each phase of a step
-    path: Path | None = None  # of what was written
+    on_phase_end: Callable[[str], None] | None = None  # to be called at the end of each phase of a step
+    path: Path | None = None  # the folder of the files written
 
     def step(self) -> bool:
-        """To be called after each step; True where :meth:`write` is to be called now."""
+        """Advance after each step; return True when :meth:`write` is due."""
         return False
 
     def write(self) -> ProfileResult:
-        """End the recording and write what there is of it; takes seconds."""
+        """End the recording and write its files, which takes seconds."""
         raise AssertionError("nothing is recorded")
 
     @property
     def is_unfinished(self) -> bool:
-        """Whether :meth:`write` is still to be called."""
+        """True while :meth:`write` is still to be called."""
         return False
 
     def close(self) -> None:
-        """Let go of the profiler, whatever has been recorded."""
+        """Release the profiler and discard what is not written."""
 
 
 class StepProfiler(Profiler):
-    """Profiles the steps FIRST to LAST that it is told of; ``step`` is how many the run has done before.
+    """A profiler of the session's steps FIRST to LAST; ``step`` is the number of steps that the run did before.
 
-    ``directory`` is the run's; ``state_bytes`` the size of the optimizer's state.
+    ``directory`` is the run's; ``state_bytes`` is the size of the optimizer's state.
     """
 
     def __init__(
@@ -78,20 +78,20 @@ class StepProfiler(Profiler):
         self._state_bytes = state_bytes
         self._steps = 0  # of this session
         self._torch: profile | None = None
-        self._gradients: list[frozenset[int]] = []  # at each boundary that is recorded
-        self._is_through = False
+        self._gradients: list[frozenset[int]] = []  # addresses at each recorded boundary
+        self._is_done = False
 
     @property
     def is_unfinished(self) -> bool:
-        return not self._is_through
+        return not self._is_done
 
     @property
     def _is_recording(self) -> bool:
-        return FIRST - 1 <= self._steps < LAST and not self._is_through
+        return FIRST - 1 <= self._steps < LAST and not self._is_done
 
     def step(self) -> bool:
         self._steps += 1
-        if self._is_through:
+        if self._is_done:
             return False
         if self._steps == FIRST - 2:
             self._start()
@@ -118,15 +118,15 @@ class StepProfiler(Profiler):
     def write(self) -> ProfileResult:
         last = min(self._steps, LAST)
         steps = f"steps {self._before + FIRST:,} to {self._before + last:,}"
-        recorded, self._is_through = self._torch, True
+        recorded, self._is_done = self._torch, True
         self._torch = None
         if recorded is not None:
             recorded.stop()
         if recorded is None or last < FIRST:
-            wanted = f"the steps {self._before + FIRST:,} to {self._before + LAST:,} are"
-            return ProfileResult(None, f"there is none: {wanted} profiled, and this session ended before them")
+            wanted = f"steps {self._before + FIRST:,} to {self._before + LAST:,} are"
+            return ProfileResult(None, f"none written: {wanted} profiled, and this session ended before them")
         path = self._directory / PROFILE / f"step-{self._before + FIRST:08d}"
-        aside = self._directory / f".tmp-profile-{os.getpid()}"  # what a killed process leaves of it is swept
+        aside = self._directory / f".tmp-profile-{os.getpid()}"  # left by a killed process, removed later
         try:
             aside.mkdir()
             found = self._write_files(recorded, aside, f"{self._directory.name}, {steps}", last - FIRST + 1)
@@ -134,7 +134,7 @@ class StepProfiler(Profiler):
             if path.exists():  # of a session that started from the same checkpoint
                 shutil.rmtree(path)
             aside.rename(path)
-        except (OSError, ValueError, RuntimeError) as error:  # a full disk, a trace that is not JSON: no reason to stop
+        except (OSError, ValueError, RuntimeError) as error:  # a full disk or a broken trace must not stop the run
             shutil.rmtree(aside, ignore_errors=True)
             return ProfileResult(None, f"{steps} could not be written: {type(error).__name__}: {error}")
         self.path = path
@@ -142,7 +142,7 @@ class StepProfiler(Profiler):
         return ProfileResult(path, f"{steps}: {files}{found}")
 
     def _write_files(self, recorded: profile, folder: Path, title: str, steps: int) -> str:
-        """Write the three files; returns what is to be said about them beyond their names."""
+        """Write the three files; return a remark about them for the message, mostly empty."""
         plain = folder / "trace.json"
         recorded.export_chrome_trace(str(plain))
         trace = json.loads(plain.read_text(encoding="utf-8"))
@@ -160,20 +160,20 @@ class StepProfiler(Profiler):
         text = "\n".join(operations(rows, title, steps, is_cuda=is_cuda))
         (folder / OPERATIONS).write_text(text + "\n", encoding="utf-8")
         if is_cuda and not any(row.self_device_time_total for row in rows):
-            return "; nothing was recorded of the GPU itself (is this user allowed to profile it?)"
+            return "; the GPU itself was not recorded (is this user allowed to profile it?)"
         return ""
 
     def close(self) -> None:
         if self._torch is not None:
             self._torch.stop()
             self._torch = None
-        self._is_through = True
+        self._is_done = True
 
 
 def find_boundaries(events: Sequence[dict[str, Any]], gradients: Sequence[frozenset[int]]) -> list[PhaseBoundary]:
-    """The boundaries between phases in a trace, in their order, with the addresses that were noted at each.
+    """Find the boundaries between phases in a trace, in order, and add the addresses recorded at each.
 
-    Raises ValueError if the trace has others.
+    Raises ValueError if their numbers differ.
     """
     marks = [event for event in events if event.get("ph") == "X" and str(event.get("name")).startswith(BOUNDARY)]
     marks = [event for event in marks if event.get("cat") == "user_annotation"]  # on a GPU there is a second track
@@ -187,7 +187,7 @@ def find_boundaries(events: Sequence[dict[str, Any]], gradients: Sequence[frozen
 
 
 def phase_track(boundaries: Sequence[PhaseBoundary]) -> Iterator[dict[str, Any]]:
-    """Events for a trace that show the phases as a track of their own."""
+    """Yield trace events that show the phases as a track of their own."""
     for before, boundary in pairwise(boundaries):
         yield {
             "ph": "X", "cat": "llmtrain", "name": boundary.phase, "pid": "llmtrain", "tid": "phases",
@@ -199,13 +199,13 @@ def phase_track(boundaries: Sequence[PhaseBoundary]) -> Iterator[dict[str, Any]]
 
 
 def is_operation(row: Any) -> bool:
-    """Whether a row of the profiler's averages is work, and not the name of a stretch."""
+    """Return whether a row of the profiler's averages is an operation, and not an annotation."""
     return not row.is_user_annotation and not row.key.startswith((BOUNDARY, "ProfilerStep"))
 
 
 def operations(rows: Sequence[Any], title: str, steps: int, *, is_cuda: bool) -> Iterator[str]:
-    """The lines of ``operations.txt``, WIDTH columns at most, from the profiler's averages by name and shapes."""
-    yield f"{title}: operations by the time they took themselves, without those they called"
+    """Yield the lines of ``operations.txt``, at most WIDTH columns, from the averages by name and shapes."""
+    yield f"{title}: operations by their own time, without the operations they call"
     host = [row for row in rows if row.device_type == torch.autograd.DeviceType.CPU]
     if is_cuda:
         kernels = [row for row in rows if row.device_type == torch.autograd.DeviceType.CUDA]
@@ -221,13 +221,13 @@ def _table(heading: str, rows: Sequence[Any], key: str, steps: int) -> Iterator[
     yield f"{heading}: {total / 1000 / steps:,.3f} ms a step"
     columns = f"{'ms a step':>10} {'share':>6} {'sum':>6} {'calls a step':>12} {'us a call':>10}"
     yield f"{columns}  {'operation':<{NAME_WIDTH}}  shapes"
-    seen = 0.0
+    shown = 0.0
     for row in rows[:MAX_ROWS]:
         time = getattr(row, key)
-        seen += time
+        shown += time
         name = _shortened(row.key) if row.input_shapes else row.key
         line = (
-            f"{time / 1000 / steps:>10,.3f} {time / total:>6.1%} {seen / total:>6.1%} {row.count / steps:>12,.1f} "
+            f"{time / 1000 / steps:>10,.3f} {time / total:>6.1%} {shown / total:>6.1%} {row.count / steps:>12,.1f} "
             f"{time / row.count:>10,.1f}  {name:<{NAME_WIDTH}}  {_shapes(row.input_shapes)}"
         ).rstrip()
         yield line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
@@ -236,11 +236,11 @@ def _table(heading: str, rows: Sequence[Any], key: str, steps: int) -> Iterator[
 
 
 def _shortened(name: str) -> str:
-    """At most NAME_WIDTH characters, with both ends, as in ``aten::_scaled_dot_pr…ttention_for_cpu_backward``."""
+    """Shorten to NAME_WIDTH characters, keeping both ends, as in ``aten::_scaled_dot_pr…ttention_for_cpu_backward``."""
     tail = NAME_WIDTH * 3 // 5
     return name if len(name) <= NAME_WIDTH else name[: NAME_WIDTH - tail - 1] + "…" + name[-tail:]
 
 
 def _shapes(shapes: Any) -> str:
-    """``8×256×768, 768×768``; what is no tensor is left out."""
+    """Format shapes as ``8×256×768, 768×768``; arguments that are no tensors are left out."""
     return ", ".join("×".join(map(str, shape)) for shape in shapes or () if shape)

@@ -1,4 +1,4 @@
-"""Reading a step's numbers from the device without waiting for it."""
+"""Asynchronous reading of a step's numbers from the device."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -9,23 +9,23 @@ from torch import Tensor
 
 @dataclass
 class StepRecord:
-    """A step as the host knows it, and the numbers that the device has yet to deliver."""
+    """The facts of a step that the host knows, and the numbers that the device delivers later."""
 
     step: int  # 1-based: steps done
-    position: int  # of its first sequence in the data
-    tokens: int  # of this step, padding left out
+    position: int  # of the step's first sequence in the data order
+    tokens: int  # of this step, without padding
     total_tokens: int  # of the run up to and with this step
     batch_size: int
     learning_rate: float
-    values: dict[str, float] = field(default_factory=dict)  # filled when the device is through
+    values: dict[str, float] = field(default_factory=dict)  # filled when the device has computed the step
 
 
 class Readback:
-    """A queue of records whose numbers are copied to the host behind the device's back.
+    """A queue of records whose numbers are copied to the host while the device goes on.
 
-    On a GPU each record's scalars are copied to pinned memory with an event after them; :meth:`ready` returns those
-    whose event has passed.  At most ``depth`` steps are under way, which keeps the host from running off without
-    ever letting the device run dry.  On a CPU a record is ready at once.
+    On a GPU each record's scalars are copied to pinned memory, followed by an event; :meth:`ready` returns the records
+    whose event has passed.  At most ``depth`` steps are pending: the host stays close to the device, and the device
+    always has work.  On a CPU a record is ready at once.
     """
 
     def __init__(self, device: torch.device, depth: int = 2) -> None:
@@ -46,11 +46,11 @@ class Readback:
         self.pending.append((record, tuple(scalars), stacked, event))
 
     def ready(self) -> list[StepRecord]:
-        """Records whose numbers have arrived, in order; waits only for those more than ``depth`` steps back."""
+        """Return the records that have arrived, in order; wait only for those more than ``depth`` steps back."""
         return self._take(wait_for=len(self.pending) - self.depth)
 
     def drain(self) -> list[StepRecord]:
-        """All records; waits for the device."""
+        """Wait for the device and return all records."""
         return self._take(wait_for=len(self.pending))
 
     def _take(self, wait_for: int) -> list[StepRecord]:

@@ -1,4 +1,4 @@
-"""Stopping on request: finish the step, save, exit 75."""
+"""Stops by signal: finish the step, save, exit with status 75."""
 
 import contextlib
 import os
@@ -10,22 +10,22 @@ from types import FrameType
 from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
-WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # a scheduler's, ahead of its SIGTERM: SLURM's --signal=USR1@300
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # sent by a scheduler ahead of its SIGTERM: SLURM's --signal=USR1@300
 
 
 class StopRequest:
-    """Set by the first signal.  A second one ends the process at once, but for the SIGTERM that a warning announced."""
+    """A request to stop, set by the first signal; a second one ends the process, except a SIGTERM after a warning."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
         self._received: list[int] = []
-        self.before: dict[int, Any] = {}  # the handlers that were there
+        self.previous: dict[int, Any] = {}  # the handlers installed before
 
     def __bool__(self) -> bool:
         return self.signal_name is not None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler."""
+        """Handle a signal: record it, or end the process at the second one."""
         announced = number in STOPPING and all(earlier in WARNINGS for earlier in self._received)
         if self._received and not announced:
             if sys.stdout.isatty():
@@ -35,28 +35,28 @@ class StopRequest:
         self.signal_name = self.signal_name or signal.Signals(number).name
 
     def pass_on(self) -> None:
-        """Call the handlers that were there before with the signals that came, now that the run has saved."""
+        """Call the previous handlers with the received signals, after the run has saved."""
         for number in self._received:
-            handler = self.before.get(number)
+            handler = self.previous.get(number)
             if callable(handler) and handler is not signal.default_int_handler:
                 handler(number, None)
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Catch SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 for the duration of a run, where it is the main thread's.
+    """Catch SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 during a run in the main thread.
 
-    No other thread can catch any.  A handler that was there before (a cluster launcher's, which requeues the job) is
-    called when the run has saved and left.
+    Other threads cannot catch signals.  A previous handler (of a cluster launcher, which requeues the job) is called
+    after the run has saved and left.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    request.before = {number: signal.signal(number, request.handle) for number in (*STOPPING, *WARNINGS)}
+    request.previous = {number: signal.signal(number, request.handle) for number in (*STOPPING, *WARNINGS)}
     try:
         yield request
     finally:
-        for number, handler in request.before.items():
+        for number, handler in request.previous.items():
             signal.signal(number, handler)
     request.pass_on()

@@ -1,4 +1,4 @@
-"""Where the time of the training steps goes, at no cost: a mark at each border, read when the device is through."""
+"""Timing of the phases of a training step: a mark at each boundary, read when the device has passed it."""
 
 from collections import deque
 from collections.abc import Callable
@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-PHASES = ("data", "forward", "backward", "optimizer")  # what is left of a step is "other"
+PHASES = ("data", "forward", "backward", "optimizer")  # the rest of a step is "other"
 
-Lap = list[tuple[str, Any]]  # the marks of a step: what ended there, and a moment or a CUDA event
+Lap = list[tuple[str, Any]]  # the marks of a step: the phase that ends there, and a time or a CUDA event
 
 
 class Stopwatch:
     """Seconds in each of :data:`PHASES`.
 
-    On a CPU a mark is a look at ``clock``.  On a GPU it is an event between the kernels, so that what is timed is the
-    device's work, not its launching; the events of a step are read once they have passed (:meth:`read`), which the
-    host never waits for, and then used again.  ``note`` hears of each mark, if given.
+    On a CPU a mark is a reading of ``clock``.  On a GPU it is an event between the kernels, which times the work and not
+    its launching; the events of a step are read once they have passed (:meth:`read`), so the host never waits, and are
+    then reused.  ``on_mark``, if given, is called with the phase at each mark.
     """
 
     def __init__(
@@ -30,16 +30,16 @@ class Stopwatch:
         self._lap: Lap = []
         self._laps: deque[Lap] = deque()
         self._seconds = dict.fromkeys(PHASES, 0.0)
-        self.total: dict[str, float] = dict.fromkeys((*PHASES, "other"), 0.0)  # of all that was taken
+        self.total: dict[str, float] = dict.fromkeys((*PHASES, "other"), 0.0)  # of all time taken so far
 
     def start(self) -> None:
-        """A step begins here; one that was not finished is forgotten."""
+        """Begin a step, and discard one that was not finished."""
         self._pool += [moment for _, moment in self._lap if self._is_cuda]
         self._lap = []
         self.mark("other")
 
     def mark(self, phase: str) -> None:
-        """What was done since the last mark belongs to ``phase``, one of :data:`PHASES` or "other"."""
+        """Assign the time since the last mark to ``phase``, one of :data:`PHASES` or "other"."""
         if self._is_cuda:
             event = self._pool.pop() if self._pool else torch.cuda.Event(enable_timing=True)
             event.record()
@@ -50,12 +50,12 @@ class Stopwatch:
             self._on_mark(phase)
 
     def finish(self) -> None:
-        """The step ends here."""
+        """End the step."""
         self._laps.append(self._lap)
         self._lap = []
 
     def read(self) -> None:
-        """Account for the oldest step that was finished.  The device must be through with it."""
+        """Add the times of the oldest finished step, which the device must have completed."""
         lap = self._laps.popleft()
         for (_, begin), (phase, end) in pairwise(lap):
             if phase in self._seconds:
@@ -63,10 +63,10 @@ class Stopwatch:
         self._pool += [moment for _, moment in lap if self._is_cuda]
 
     def take(self, seconds: float) -> dict[str, float]:
-        """What of ``seconds``, the time since this was last asked, went into each phase, and into all "other".
+        """Divide ``seconds``, the time since the last call, among the phases and "other", and reset.
 
-        The sum is ``seconds``.  On a GPU the device is up to two steps behind the host's clock; should it therefore
-        have been busy for longer than ``seconds``, each phase gets its share of them.
+        The parts add up to ``seconds``.  On a GPU the device is up to two steps behind the host's clock; if it was
+        therefore busy for longer than ``seconds``, each phase gets its share of them.
         """
         busy = sum(self._seconds.values())
         scale = min(1.0, seconds / busy) if busy else 1.0
@@ -78,10 +78,10 @@ class Stopwatch:
         return parts
 
     def forget(self) -> None:
-        """Start the account anew."""
+        """Discard the times since the last call of :meth:`take`."""
         self._seconds = dict.fromkeys(PHASES, 0.0)
 
     def shares(self) -> dict[str, float] | None:
-        """Each phase's share of all the time that was taken, adding up to 1; None before there is any."""
+        """Each phase's share of all time taken so far, adding up to 1; None before there is any."""
         whole = sum(self.total.values())
         return {phase: value / whole for phase, value in self.total.items()} if whole else None

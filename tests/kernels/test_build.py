@@ -43,6 +43,14 @@ def test_an_edited_kernel_is_compiled_again(source: Path) -> None:
     assert load(source, ["-DFACTOR=1"]).threads_of(1) == 7
 
 
+def test_a_kernel_with_an_edited_header_is_compiled_again(source: Path) -> None:
+    source.write_text(f'#include "factor.h"\n{SOURCE}')
+    source.with_name("factor.h").write_text("#define FACTOR 2\n")
+    assert load(source, []).threads_of(1) == 2
+    source.with_name("factor.h").write_text("#define FACTOR 5\n")
+    assert load(source, []).threads_of(1) == 5
+
+
 def test_a_failed_compilation_leaves_nothing(source: Path, tmp_path: Path) -> None:
     source.write_text("int broken(")
     with pytest.raises(OSError, match=r"g\+\+ cannot compile count\.cpp: .*count\.cpp"):

@@ -179,8 +179,10 @@ def test_a_missing_compiler_is_logged_and_torch_is_used(monkeypatch: pytest.Monk
 def test_a_kernel_that_computes_wrongly_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LLMTRAIN_CACHE", str(tmp_path))
     source = tmp_path / "cpu_attention.cpp"
-    source.write_text(cpu_attention.SOURCE.read_text().replace("6.93147182e-1f", "6e-1f"))
+    source.write_text(cpu_attention.SOURCE.read_text())
+    products = cpu_attention.SOURCE.with_name("bf16_products.h").read_text()
+    source.with_name("bf16_products.h").write_text(products.replace("6.93147182e-1f", "6e-1f"))
     monkeypatch.setattr(cpu_attention, "SOURCE", source)
     kernel, reason = find_kernel()
     assert kernel is None
-    assert reason.startswith("our own computes wrongly here, by ")
+    assert reason.startswith("the kernel's results are wrong on this CPU, by ")

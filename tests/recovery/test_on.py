@@ -232,7 +232,7 @@ def test_after_max_rollbacks_it_gives_up_and_says_why() -> None:
     reason = driver.acted[-1][1].reason
     for part in (
         "step 58: loss 9 (limit ", "8 steps refused since step 51, none of which reached the weights",
-        "left out data 4 times", "went back to a checkpoint 3 times", "lowered the learning rate twice",
+        "skipped data 4 times", "rolled back to a checkpoint 3 times", "lowered the learning rate twice",
         "optimizer.lr", "schedule.warmup_steps",
         "clipping.max_norm", "precision=fp32", "recovery=off", "recovery.loss_deviations", "positions 480 to 511",
     ):  # fmt: skip
