@@ -8,9 +8,9 @@ from llmtrain.lora.low_rank import LowRankAdaptation
 
 @dataclass(frozen=True)
 class DoRA(LowRankAdaptation):
-    """``m V x / |V|`` with ``V = W + (alpha / rank) B A``: magnitude ``m`` and direction of each output apart.
+    """``m V x / |V|`` with ``V = W + (alpha / rank) B A``: separate magnitude ``m`` and direction of each output.
 
-    The norm ``|V|`` counts as a constant in the gradient, section 4.3 of the paper.
+    The norm ``|V|`` is a constant in the gradient, as in section 4.3 of the paper.
     """
 
     has_magnitude: ClassVar[bool] = True

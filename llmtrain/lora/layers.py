@@ -1,8 +1,8 @@
-"""Layers whose weight is frozen, and the same with an adapter.
+"""Layers with a frozen weight, with and without an adapter.
 
-They take the place of an ``nn.Linear`` or ``nn.Embedding`` with its parameters ``weight`` and ``bias``.  An adapter
-adds ``lora_A`` ``(rank, inputs)`` and ``lora_B`` ``(outputs, rank)``, with DoRA ``lora_magnitude`` ``(outputs,)``: in
-fp32, and multiplied in autocast's dtype.  ``B A`` is not made for a forward pass but for DoRA's norm, and for the head.
+They replace an ``nn.Linear`` or ``nn.Embedding`` and keep its parameters ``weight`` and ``bias``.  An adapter adds
+``lora_A`` ``(rank, inputs)`` and ``lora_B`` ``(outputs, rank)``, with DoRA ``lora_magnitude`` ``(outputs,)``, stored in
+fp32 and multiplied in autocast's dtype.  Only DoRA's norm and the head need the product ``B A`` in a forward pass.
 """
 
 import math
@@ -17,7 +17,7 @@ from llmtrain.lora.quantization import PackedWeight
 
 
 class PackedProduct(torch.autograd.Function):
-    """``x @ weight.T + bias`` of a weight that has no gradient, made for the product and dropped after it."""
+    """``x @ weight.T + bias`` with a frozen packed weight, unpacked for each product."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, packed: PackedWeight) -> Tensor:
@@ -33,9 +33,9 @@ class PackedProduct(torch.autograd.Function):
 
 
 class FrozenLinear(nn.Linear):
-    """The layer ``linear``, its weight as ``packed`` holds it.
+    """The layer ``linear`` with a frozen weight, stored in ``packed`` if given.
 
-    Of a packed weight the parameter ``weight`` has name and shape, on the meta device, and no data.
+    With a packed weight the parameter ``weight`` keeps its name and shape, on the meta device, without data.
     """
 
     def __init__(self, linear: nn.Linear, packed: PackedWeight | None) -> None:
@@ -46,17 +46,17 @@ class FrozenLinear(nn.Linear):
             self.weight = linear.weight
         else:
             self.weight.requires_grad_(False)
-            for name, tensor in packed.stored.items():  # for those who count a model's memory
+            for name, tensor in packed.stored.items():  # so that memory counts include them
                 self.register_buffer(f"weight_{name}", tensor, persistent=False)
         self.train(linear.training)
 
     @property
     def own_weight(self) -> Tensor:
-        """The weight ``(outputs, inputs)`` without adapter."""
+        """The weight ``(outputs, inputs)`` without its adapter."""
         return self.weight if self.packed is None else self.packed.dense(torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(computed_in(x), self.bias)
+        return self.product(to_autocast_dtype(x), self.bias)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ weight.T + bias`` in the dtype of ``x``."""
@@ -65,43 +65,43 @@ class FrozenLinear(nn.Linear):
         return PackedProduct.apply(x, bias, self.packed)
 
 
-def computed_in(x: Tensor) -> Tensor:
-    """``x`` in the dtype that autocast multiplies in: once for the product of the weight and that of the adapter."""
+def to_autocast_dtype(x: Tensor) -> Tensor:
+    """Convert ``x`` to autocast's dtype, once for the products of the weight and of the adapter."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
-def exactly(device: torch.device) -> AbstractContextManager:
-    """A context without autocast, which tensors without data do not know."""
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A context that disables autocast; on the meta device, where autocast does not exist, it does nothing."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class Adapter(nn.Module):
-    """What a layer with an adapter has."""
+    """Base class of layers with an adapter."""
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_magnitude: nn.Parameter | None
     scaling: float
     dropout: float
-    axis: int  # of the weight: DoRA's norm is taken along it
+    axis: int  # dimension of the weight that DoRA's norm reduces
 
     @property
     def own_weight(self) -> Tensor:
-        """The weight without adapter, vocabulary padding included."""
+        """The weight without its adapter, vocabulary padding included."""
         raise NotImplementedError
 
     def delta(self, dtype: torch.dtype) -> Tensor:
-        """What the adapter adds to the weight, without vocabulary padding."""
+        """The product that the adapter adds to the weight, without vocabulary padding."""
         raise NotImplementedError
 
     def adapt(
         self, rank: int, scaling: float, dropout: float, *, has_magnitude: bool, generator: torch.Generator
     ) -> None:
-        """Add an adapter that changes nothing yet."""
+        """Add an adapter that initially changes nothing."""
         self.scaling = scaling
         self.dropout = dropout
-        inputs, outputs = self.sizes()
+        inputs, outputs = self.adapter_sizes()
         weight = self.own_weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.lora_A = nn.Parameter(torch.empty(rank, inputs, dtype=dtype, device=weight.device))
@@ -109,17 +109,17 @@ class Adapter(nn.Module):
         self.initialise(generator)
         self.register_parameter("lora_magnitude", nn.Parameter(self.norm()) if has_magnitude else None)
 
-    def sizes(self) -> tuple[int, int]:
-        """Inputs and outputs of the adapter."""
+    def adapter_sizes(self) -> tuple[int, int]:
+        """The number of inputs and outputs of the adapter."""
         raise NotImplementedError
 
     def initialise(self, generator: torch.Generator) -> None:
-        """A as torch initialises a linear layer, B zero (Hu et al. 2021, section 4.1)."""
+        """Initialise A as torch does a linear layer, and B with zeros (Hu et al. 2021, section 4.1)."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)
         nn.init.zeros_(self.lora_B)
 
     def adapted(self, dtype: torch.dtype) -> Tensor:
-        """The weight with its adapter in ``dtype``, differentiable; vocabulary padding included."""
+        """The weight with its adapter, in ``dtype``; differentiable, vocabulary padding included."""
         delta, weight = self.delta(dtype), self.own_weight.to(dtype)
         padding = weight.shape[0] - delta.shape[0]
         adapted = weight + F.pad(delta, (0, 0, 0, padding))
@@ -132,9 +132,9 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def norm(self, dtype: torch.dtype | None = None) -> Tensor:
-        """DoRA's ``|W + delta|`` along :attr:`axis`; in fp32 unless said otherwise."""
+        """DoRA's ``|W + delta|`` along :attr:`axis`, in the dtype of the adapter by default."""
         dtype = dtype or self.lora_A.dtype
-        with exactly(self.lora_A.device):
+        with without_autocast(self.lora_A.device):
             delta = self.delta(dtype)
             return torch.linalg.vector_norm(self.own_weight[: len(delta)].to(dtype) + delta, dim=self.axis)
 
@@ -148,33 +148,33 @@ class LoraLinear(FrozenLinear, Adapter):
 
     axis = 1
 
-    def sizes(self) -> tuple[int, int]:
+    def adapter_sizes(self) -> tuple[int, int]:
         return self.in_features, self.out_features
 
     def delta(self, dtype: torch.dtype) -> Tensor:
         return self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = computed_in(x)
+        x = to_autocast_dtype(x)
         y = self.product(x, self.bias)
         drops = self.training and self.dropout > 0
         inputs = F.dropout(x, self.dropout) if drops else x
         low = self.low_rank(inputs)
-        if self.lora_magnitude is None:  # added up within the product: no tensor of the size of y in between
+        if self.lora_magnitude is None:  # addmm adds within the product, which saves a tensor of the size of y
             low, up = low.flatten(0, -2), self.lora_B.t()
             return torch.addmm(y.flatten(0, -2), low, up).view(y.shape)
         scale = self.lora_magnitude / self.norm()
         plain = y if self.bias is None else y - self.bias.to(y.dtype)
-        if drops:  # what the magnitude changes is dropped out too, as in PEFT
+        if drops:  # dropout applies to the part scaled by the magnitude too, as in PEFT
             plain = self.product(inputs, None)
         return y + (scale - 1).to(y.dtype) * plain + scale.to(y.dtype) * F.linear(low, self.lora_B)
 
 
 class LoraHead(Adapter):
-    """The output layer, of which the model asks for the matrix and not for a product: it is made with its adapter.
+    """The output layer with an adapter.
 
-    So ``weight`` is the adapted matrix here, as with a parametrization of torch's; the parameter of that name is the
-    model's own.
+    The model reads its matrix and calls no product, so ``weight`` is the adapted matrix, as with a parametrization of
+    torch; the parameter of that name is the model's own.
     """
 
     axis = 1
@@ -193,7 +193,7 @@ class LoraHead(Adapter):
         assert weight is not None
         return weight
 
-    def sizes(self) -> tuple[int, int]:
+    def adapter_sizes(self) -> tuple[int, int]:
         return self.in_features, self.rows
 
     def delta(self, dtype: torch.dtype) -> Tensor:
@@ -202,12 +202,12 @@ class LoraHead(Adapter):
     @property
     def weight(self) -> Tensor:
         """The adapted matrix ``(padded_vocab_size, hidden)``."""
-        with exactly(self.lora_A.device):
+        with without_autocast(self.lora_A.device):
             return self.adapted(self.lora_A.dtype)
 
 
 class LoraEmbedding(nn.Embedding, Adapter):
-    """``W[id] + scaling B A[:, id]``; ``lora_A`` is ``(rank, rows)``, and as in PEFT zero, with B normal."""
+    """``W[id] + scaling B A[:, id]``; ``lora_A`` is ``(rank, rows)``.  As in PEFT, A starts at zero and B is normal."""
 
     axis = 0
 
@@ -221,7 +221,7 @@ class LoraEmbedding(nn.Embedding, Adapter):
     def own_weight(self) -> Tensor:
         return self.weight
 
-    def sizes(self) -> tuple[int, int]:
+    def adapter_sizes(self) -> tuple[int, int]:
         return self.rows, self.embedding_dim
 
     def initialise(self, generator: torch.Generator) -> None:

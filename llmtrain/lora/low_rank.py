@@ -1,4 +1,4 @@
-"""What the kinds of low-rank adapters share: their keys, and how they come into a model."""
+"""The shared keys of LoRA, rsLoRA and DoRA, and the insertion of their adapters into a model."""
 
 import re
 from abc import abstractmethod
@@ -16,12 +16,12 @@ from llmtrain.lora.quantization import Quantization
 from llmtrain.lora.targets import EMBEDDING, HEAD, block_linears, exchange, find_targets
 from llmtrain.model import LanguageModel
 
-CLASSIFIER = "classifier."  # what an objective adds is new, and trained whatever else is
+CLASSIFIER = "classifier."  # the layer that an objective adds, which is always trained
 
 
 @dataclass(frozen=True)
 class LowRankAdaptation(Lora):
-    """Adapters ``B A`` of ``rank`` beside the weights that ``targets`` names; the other weights are frozen."""
+    """Adapters ``B A`` of ``rank`` on the weights that ``targets`` names; the model's own weights are frozen."""
 
     adapts: ClassVar[bool] = True
     has_magnitude: ClassVar[bool] = False
@@ -45,25 +45,25 @@ class LowRankAdaptation(Lora):
 
     @property
     def kind(self) -> str:
-        """The option: lora, rslora or dora."""
+        """The name of the option: lora, rslora or dora."""
         return option_name(self)
 
     @property
     @abstractmethod
     def scaling(self) -> float:
-        """What ``B A`` is multiplied by."""
+        """The factor on ``B A``."""
 
     def apply(self, model: LanguageModel, generator: torch.Generator) -> None:
-        """Freeze, quantise, and put the adapters in; names of parameters stay, ``lora_A`` and ``lora_B`` are added."""
+        """Freeze and quantise weights and insert adapters; parameters keep their names, adapters add theirs."""
         targets = find_targets(model, self.targets)
         linears = block_linears(model)
         if HEAD in targets and self.dropout:
             raise ValueError(
-                f"dropout={self.dropout}: is on an adapter's input, and the head's is added to its matrix instead; "
+                f"dropout={self.dropout}: applies to an adapter's input, but the head's is added to its matrix; "
                 f"take dropout=0.0, or leave {HEAD} out of targets"
             )
         if self.dropout and not any(name in linears for name in targets):
-            raise ValueError(f"dropout={self.dropout}: adapters of embeddings have none; take dropout=0.0")
+            raise ValueError(f"dropout={self.dropout}: adapters of embeddings have no dropout; take dropout=0.0")
         self._freeze(model)
         for name, linear in linears.items():
             packed = None

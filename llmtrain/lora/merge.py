@@ -1,4 +1,4 @@
-"""Adapters into the weights: a plain model again."""
+"""Merging of adapters into the weights."""
 
 import dataclasses
 from typing import Any
@@ -18,14 +18,14 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 @torch.no_grad()
 def merge(model: LanguageModel) -> None:
-    """Add each adapter to the weight that it belongs to, in float64, and leave plain layers.
+    """Add each adapter to its weight, in float64, and replace the layer by a plain one.
 
-    The weights keep their dtype; those that were packed are fp32 afterwards: rounded to fewer bits again they would
-    lose what was learnt.  An output layer that is the embedding gets a matrix of its own where the embedding has an
-    adapter, which is for the input alone.  Raises ValueError where the model cannot have one.
+    The weights keep their dtype; packed weights become fp32, since rounding them to fewer bits again would lose the
+    adapter's small changes.  If the embedding is also the output layer and has an adapter, which is for the input
+    only, the output layer gets a matrix of its own.  Raises ValueError if the model cannot have one.
     """
-    is_used = not hasattr(model, "classifier")  # as an output layer
-    if isinstance(model.get_submodule(EMBEDDING), LoraEmbedding) and not hasattr(model, HEAD) and is_used:
+    has_head = not hasattr(model, "classifier")
+    if isinstance(model.get_submodule(EMBEDDING), LoraEmbedding) and not hasattr(model, HEAD) and has_head:
         _untie(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraEmbedding):

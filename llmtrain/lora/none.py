@@ -10,7 +10,7 @@ from llmtrain.model import LanguageModel
 
 @dataclass(frozen=True)
 class NoLora(Lora):
-    """Every parameter is trained."""
+    """No adapters: every parameter is trained."""
 
     def apply(self, model: LanguageModel, generator: torch.Generator) -> None:
         pass

@@ -1,8 +1,8 @@
 """Frozen weights in fewer bits (QLoRA: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314).
 
-Rounding and its inverse are those of bitsandbytes, which has kernels for CPUs and for GPUs.  A packed weight is brought
-back to the dtype of the computation for each product, in forward and again in backward: nothing of it is kept between.
-The same weights give the same bits each time, so that a checkpoint needs only the adapters.
+Rounding and its inverse are those of bitsandbytes, which has kernels for CPUs and for GPUs.  A packed weight is
+unpacked to the dtype of the computation for each product, in forward and again in backward, and not kept between them.
+The same weights always give the same bits, so a checkpoint needs only the adapters.
 """
 
 import logging
@@ -19,7 +19,7 @@ INT8_LARGEST = 127
 
 
 class Quantization(Enum):
-    """How the frozen linear layers of the blocks are kept."""
+    """The storage format of the blocks' frozen linear layers."""
 
     none = "none"  # as they are
     bf16 = "bf16"  # 16 bits
@@ -27,12 +27,12 @@ class Quantization(Enum):
     nf4 = "nf4"  # 4 bits in blocks of 64, their scales in 8 bits: 4.13 bits in all
 
     def pack(self, weight: Tensor) -> "PackedWeight | None":
-        """``weight`` ``(out, in)`` in fewer bits; None where it stays as it is."""
+        """Pack ``weight`` ``(out, in)`` into fewer bits; None for ``none``."""
         return None if self is Quantization.none else PACKED[self](weight.detach())
 
 
 class PackedWeight:
-    """A matrix in fewer bits; ``stored`` are the tensors that make it up."""
+    """A matrix in fewer bits; ``stored`` holds its tensors."""
 
     stored: dict[str, Tensor]
 
@@ -43,22 +43,22 @@ class PackedWeight:
         if self.has_data:
             self.stored = self.fill(weight)
             assert {key: (tensor.shape, tensor.dtype) for key, tensor in self.stored.items()} == self.layout()
-        else:  # of a run that is only planned
+        else:  # a plan, which has no data
             self.stored = {
                 key: torch.empty(shape, dtype=dtype, device=weight.device)
                 for key, (shape, dtype) in self.layout().items()
             }
 
     def layout(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        """Shapes and types of what is stored."""
+        """Shapes and dtypes of the stored tensors."""
         raise NotImplementedError
 
     def fill(self, weight: Tensor) -> dict[str, Tensor]:
-        """What is stored of ``weight``."""
+        """Pack ``weight`` into the stored tensors."""
         raise NotImplementedError
 
     def unpack(self) -> Tensor:
-        """The matrix, in fp32 or less."""
+        """Unpack the matrix, in fp32 or fewer bits."""
         raise NotImplementedError
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -69,7 +69,7 @@ class PackedWeight:
 
 
 class BF16Weight(PackedWeight):
-    """What autocast multiplies with anyway: with ``precision=bf16`` the results are the same to the bit."""
+    """A matrix in bf16, autocast's own dtype: with ``precision=bf16`` the results are bit-identical."""
 
     def layout(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
         return {"packed": (self.shape, torch.bfloat16)}
@@ -82,7 +82,7 @@ class BF16Weight(PackedWeight):
 
 
 class Int8Weight(PackedWeight):
-    """Each row is ``q * largest / 127`` with whole numbers ``q`` from -127 to 127."""
+    """A matrix whose rows are ``q * largest / 127`` with integers ``q`` from -127 to 127."""
 
     def layout(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
         return {"packed": (self.shape, torch.int8), "scales": (self.shape[:1], torch.float32)}
@@ -99,7 +99,7 @@ class Int8Weight(PackedWeight):
 
 
 class NF4Weight(PackedWeight):
-    """4 bits a number that name one of 16 quantiles of the normal distribution, times its block's largest magnitude."""
+    """A matrix of 4-bit codes for 16 quantiles of the normal distribution, scaled by each block's largest magnitude."""
 
     def layout(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
         blocks = -(-self.shape.numel() // BLOCK)
@@ -128,16 +128,16 @@ PACKED = {Quantization.bf16: BF16Weight, Quantization.int8: Int8Weight, Quantiza
 
 
 def functional() -> Any:
-    """bitsandbytes' functions.  Raises ValueError naming the extra if it is not installed."""
+    """Import bitsandbytes' functions.  Raises ValueError that names the extra if it is not installed."""
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns of a package of other kernels, which are not used here
+    logger.setLevel(logging.ERROR)  # it warns that kernels are missing which are not used here
     try:
         import bitsandbytes.functional
     except ImportError as error:
         raise ValueError(
             'quantization=int8 or nf4: needs bitsandbytes; pip install "llmtrain[quantization]", or take '
-            "quantization=bf16, which needs nothing"
+            "quantization=bf16, which needs no package"
         ) from error
     finally:
         logger.setLevel(level)

@@ -8,7 +8,7 @@ from llmtrain.lora.low_rank import LowRankAdaptation
 
 @dataclass(frozen=True)
 class RsLoRA(LowRankAdaptation):
-    """``W x + (alpha / sqrt(rank)) B A x``: what the adapters do to activations and gradients is alike at any rank."""
+    """``W x + (alpha / sqrt(rank)) B A x``: activations and gradients keep their scale at any rank."""
 
     @property
     def scaling(self) -> float:

@@ -1,11 +1,11 @@
-"""Which layers of a model get adapters.
+"""Targets of adapters: the layers that ``lora.targets`` names.
 
 A target is one of
 
 * ``all-linear``: every linear layer of the blocks;
-* ``embeddings``, ``head``, or the full name of a layer outside of the blocks;
-* a layer's name, or the end of it from a dot on: ``qkv``, ``mlp.down``, ``blocks.0.attention.qkv``;
-* the same by the name that the model's publishers gave it: ``c_attn``, ``q_proj``, ``mlp.down_proj``, ``W_pack``;
+* ``embeddings``, ``head``, or the full name of a layer outside the blocks;
+* a layer's name, or its end after a dot: ``qkv``, ``mlp.down``, ``blocks.0.attention.qkv``;
+* the same with the published name of the layer: ``c_attn``, ``q_proj``, ``mlp.down_proj``, ``W_pack``;
 * with any other character than letters, digits, ``_``, ``-`` and ``.``, a regular expression that ``re.search`` looks
   for in the full names of the blocks' linear layers, as ``optimizer.rules`` does in those of parameters.
 """
@@ -21,7 +21,8 @@ from llmtrain.model import LanguageModel
 
 ALL_LINEAR, EMBEDDINGS, HEAD, EMBEDDING = "all-linear", "embeddings", "head", "token_embedding"
 
-# Ends of our names to ends of the names in transformers, by a layer that only this family has; the last is for others.
+# Ends of our names to ends of the names in transformers, keyed by a layer that only this family has; the last is for
+# all other families.
 PUBLISHED = {
     "mlp.gate": {
         "attention.qkv": "self_attn.W_pack", "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj",
@@ -36,13 +37,13 @@ PUBLISHED = {
 
 
 def block_linears(model: LanguageModel) -> dict[str, nn.Linear]:
-    """The linear layers of the blocks, by their names in the model."""
+    """The linear layers of the blocks, by name."""
     named = model.blocks.named_modules(prefix="blocks")
     return {name: module for name, module in named if isinstance(module, nn.Linear)}
 
 
 def outer_layers(model: LanguageModel) -> list[str]:
-    """The layers outside of the blocks that can be targeted: embeddings, and a head that is not the embedding."""
+    """The layers outside the blocks that can be targeted: embeddings, and a head that is not the embedding."""
     children = model.named_children()
     return [name for name, module in children if isinstance(module, nn.Embedding) or name == HEAD]
 
@@ -54,9 +55,9 @@ def exchange(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def find_targets(model: LanguageModel, targets: Sequence[str]) -> list[str]:
-    """The names of the layers that ``targets`` names, in the model's order.
+    """Find the names of the layers that ``targets`` selects, in the model's order.
 
-    Raises ValueError, with what there is, for a target that names none.
+    Raises ValueError, with the valid names, for a target that selects none.
     """
     linears, outer = list(block_linears(model)), outer_layers(model)
     published = published_names([*linears, *outer])
@@ -83,19 +84,19 @@ def find_targets(model: LanguageModel, targets: Sequence[str]) -> list[str]:
 
 
 def is_end(end: str, name: str) -> bool:
-    """Whether ``name`` is ``end``, or ends with it from a dot on."""
+    """Return whether ``name`` is ``end``, or ends with it after a dot."""
     return name == end or name.endswith(f".{end}")
 
 
 def published_names(names: Sequence[str]) -> dict[str, str]:
-    """The name in transformers, or the end of it, of each layer; "" for one that has none."""
+    """The name of each layer in transformers, or its end; "" for a layer without one."""
     families = (table for sign, table in PUBLISHED.items() if any(is_end(sign, name) for name in names))
     family = next(families, {})
     return {name: next((theirs for ours, theirs in family.items() if is_end(ours, name)), "") for name in names}
 
 
 def explain(target: str, linears: Sequence[str], outer: Sequence[str], published: dict[str, str]) -> str:
-    """What is wrong with a target that names nothing, and what can be targeted."""
+    """Explain a target that selects no layer: the valid names, and the closest one."""
     ours = list(dict.fromkeys(re.sub(r"^blocks\.\d+\.", "", name) for name in linears))
     theirs = list(dict.fromkeys(published[name].rpartition(".")[2] for name in linears if published[name]))
     names = [ALL_LINEAR, *ours, EMBEDDINGS, *(name for name in outer if name != EMBEDDING)]

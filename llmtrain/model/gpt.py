@@ -20,7 +20,7 @@ from llmtrain.model.layers.padded_vocabulary import hide_padding, logit_bias, pa
 
 
 class Initialisation(Enum):
-    """Where the weights start."""
+    """The distribution of the initial weights."""
 
     gpt2 = "gpt2"  # N(0, 0.02), residual projections scaled by 1/sqrt(2 layers), biases 0
     torch = "torch"  # torch's own: embeddings N(0, 1), linear layers U(-1, 1) / sqrt(inputs), their biases too
@@ -77,7 +77,7 @@ class Attention(nn.Module):
         """``x`` and the result: ``(batch, sequence, hidden)``."""
         batch, length, hidden = x.shape
         heads = self.qkv(x).view(batch, length, 3, self.num_heads, hidden // self.num_heads)
-        # each (batch, heads, sequence, head_size); in this order their gradients are put together by one copy
+        # each (batch, heads, sequence, head_size); in this order one copy joins their gradients
         query, key, value = (each.transpose(1, 2) for each in heads.unbind(2))
         if cache is not None:
             key, value = cache.update(key, value)
@@ -86,7 +86,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The position-wise feed-forward network, with GELU in GPT-2's tanh form."""
+    """The feed-forward network, with GELU in GPT-2's tanh form."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -144,14 +144,14 @@ class GPT(LanguageModel):
         dropout = self.config.dropout if self.training else 0.0
         head_size = self.config.hidden_size // self.config.num_heads
         kernel = kernel_for(ids, head_size, dropout) if cache is None else Kernel.sdpa
-        seen = attention_mask(length, past, ids.device, starts=starts, kernel=kernel)
+        mask = attention_mask(length, past, ids.device, starts=starts, kernel=kernel)
         x = self.dropout(self.token_embedding(ids) + self.position_embedding(positions))
         if cache is None:
             for block in self.callable_blocks:
-                x = block(x, None, seen)
+                x = block(x, None, mask)
         else:
             for layer, block in enumerate(self.blocks):
-                x = block(x, cache.layer(layer), seen)
+                x = block(x, cache.layer(layer), mask)
             cache.advance(length)
         return self.final_norm(x)
 
@@ -165,7 +165,7 @@ class GPT(LanguageModel):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """As ``initialisation`` says; norms are the identity in either case."""
+        """Initialise the weights as ``initialisation`` names; norms become the identity."""
         fill = self._fill_as_gpt2 if self.config.initialisation is Initialisation.gpt2 else self._fill_as_torch
         for name, parameter in self.named_parameters():
             if "norm" in name:

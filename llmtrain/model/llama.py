@@ -27,14 +27,14 @@ from llmtrain.model.layers.attention import (
 )
 from llmtrain.model.layers.kv_cache import KVCache, LayerCache
 from llmtrain.model.layers.padded_vocabulary import hide_padding, logit_bias, padded_size
-from llmtrain.model.layers.rotary import Rotary, Rotation, Scaling, rotate, rotation
+from llmtrain.model.layers.rotary import Rotary, Rotation, Scaling, make_rotation, rotate
 
 
 class Position(Enum):
-    """How a token knows where it is."""
+    """The encoding of positions."""
 
-    rope = "rope"  # queries and keys are turned by their position
-    alibi = "alibi"  # scores fall with the distance, in each head by another slope: Baichuan 2 13B
+    rope = "rope"  # queries and keys are rotated by their position
+    alibi = "alibi"  # scores fall with the distance, by a different slope in each head: Baichuan 2 13B
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,16 @@ class LlamaConfig(ModelConfig):
         if self.position is Position.rope:
             if self.rope_theta is None:
                 raise ValueError("rope_theta=null: position=rope needs it; 10000 is usual")
-            assert self.rotary is not None  # it checks itself
+            assert self.rotary is not None  # its constructor checks the values
             return
         if self.rope_scaling is not Scaling.none:
-            raise ValueError(f"rope_scaling={self.rope_scaling.name}: nothing is turned with position=alibi; take none")
+            raise ValueError(
+                f"rope_scaling={self.rope_scaling.name}: position=alibi has no rotations; take none"
+            )
         for key in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_context_length"):
             if getattr(self, f"rope_{key}") is not None:
                 value = getattr(self, f"rope_{key}")
-                raise ValueError(f"rope_{key}={value}: nothing is turned with position=alibi; take null")
+                raise ValueError(f"rope_{key}={value}: position=alibi has no rotary positions; take null")
 
     @property
     def size_of_head(self) -> int:
@@ -134,7 +136,7 @@ class LlamaConfig(ModelConfig):
         )  # fmt: skip
 
     def window(self, layer: int) -> int | None:
-        """Keys that a query of ``layer`` sees at most; None: all up to its own."""
+        """The largest number of keys that a query of ``layer`` sees; None: all up to its own."""
         return self.sliding_window if layer >= self.sliding_window_from_layer else None
 
     def build(self, vocab_size: int) -> "Llama":
@@ -198,7 +200,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The position-wise feed-forward network, gated: SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+    """The gated feed-forward network: SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -228,8 +230,8 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
-class Constant(nn.Module):
-    """A vector that follows from the configuration: on the model's device, in no state dict, and fp32 in any case."""
+class ConstantVector(nn.Module):
+    """A vector computed from the configuration: on the model's device, always fp32, and in no state dict."""
 
     value: Tensor
 
@@ -237,7 +239,7 @@ class Constant(nn.Module):
         super().__init__()
         self.register_buffer("value", None, persistent=False)
 
-    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> "Constant":
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> "ConstantVector":
         before = self.value
         super()._apply(function, recurse)
         if before is not None and self.value.dtype != torch.float32:
@@ -246,7 +248,7 @@ class Constant(nn.Module):
 
 
 class Llama(LanguageModel):
-    """A Llama of any size, or a relative of it."""
+    """A Llama of any size, or a related model."""
 
     def __init__(self, config: LlamaConfig, vocab_size: int) -> None:
         super().__init__()
@@ -263,7 +265,7 @@ class Llama(LanguageModel):
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         if not config.tie_embeddings:
             self.head = nn.Linear(config.hidden_size, self.padded_vocab_size, bias=False)
-        self.positions = Constant()  # frequencies (head_size / 2,), or slopes (heads,)
+        self.positions = ConstantVector()  # frequencies (head_size / 2,), or slopes (heads,)
         self.register_buffer("logit_bias", None, persistent=False)
         hide_padding(self, ("token_embedding.weight", "head.weight"), vocab_size)
 
@@ -271,20 +273,20 @@ class Llama(LanguageModel):
         assert cache is None or segments is None
         length, past = ids.shape[1], 0 if cache is None else cache.length
         starts = None if segments is None else segment_starts(segments)
-        turned = self._rotation(length, past, ids.device, starts)
-        seen = self._masks(ids, cache, starts)
+        rotation = self._rotation(length, past, ids.device, starts)
+        masks = self._masks(ids, cache, starts)
         x = self.dropout(self.token_embedding(ids))
         if cache is None:
             for layer, block in enumerate(self.callable_blocks):
-                x = block(x, None, seen[self.config.window(layer)], turned)
+                x = block(x, None, masks[self.config.window(layer)], rotation)
         else:
             for layer, block in enumerate(self.blocks):
-                x = block(x, cache.layer(layer), seen[self.config.window(layer)], turned)
+                x = block(x, cache.layer(layer), masks[self.config.window(layer)], rotation)
             cache.advance(length)
         return self.final_norm(x)
 
     def _rotation(self, length: int, past: int, device: torch.device, starts: Tensor | None) -> Rotation | None:
-        """What the rotary positions of a forward pass are; None with ALiBi."""
+        """The rotation of the tokens of a forward pass; None with ALiBi."""
         if self.rotary is None:
             return None
         positions = torch.arange(past, past + length, device=device)[None]
@@ -293,10 +295,10 @@ class Llama(LanguageModel):
         frequencies = self.positions.value
         if self.rotary.changes_at(past + length):
             frequencies = self.rotary.frequencies(device, past + length)
-        return rotation(positions, frequencies, self.rotary.magnitude)
+        return make_rotation(positions, frequencies, self.rotary.magnitude)
 
     def _masks(self, ids: Tensor, cache: KVCache | None, starts: Tensor | None) -> dict[int | None, AttentionMask]:
-        """Which keys queries see, for each window that a layer has."""
+        """The attention mask for each sliding window among the layers."""
         length, past = ids.shape[1], 0 if cache is None else cache.length
         dropout = self.config.dropout if self.training else 0.0
         kernel = kernel_for(ids, self.config.size_of_head, dropout) if cache is None else Kernel.sdpa
@@ -316,13 +318,13 @@ class Llama(LanguageModel):
 
     @property
     def _matrix(self) -> Tensor:
-        """The output layer's matrix as it is stored."""
+        """The stored matrix of the output layer."""
         return self.token_embedding.weight if self.config.tie_embeddings else self.head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
         if not self.config.normalised_head:
             return super().logits(hidden)
-        # the lengths divide the logits, of a few tokens, and not the matrix
+        # divide the logits of a few tokens by the norms, rather than the whole matrix
         logits = F.linear(hidden, self._matrix) / self._matrix.norm(dim=-1).clamp_min(1e-12)
         if self.logit_softcap is not None:
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
@@ -330,7 +332,7 @@ class Llama(LanguageModel):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Matrices N(0, ``initial_std``), biases 0, norms the identity."""
+        """Initialise matrices to N(0, ``initial_std``), biases to 0, norms to the identity."""
         for name, parameter in self.named_parameters():
             if "norm" in name:
                 parameter.fill_(1.0)

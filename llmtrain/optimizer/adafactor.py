@@ -1,4 +1,4 @@
-"""Adafactor (Shazeer & Stern 2018, https://arxiv.org/abs/1804.04235), in torch's version."""
+"""Adafactor (Shazeer & Stern 2018, https://arxiv.org/abs/1804.04235), as implemented in torch."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ from llmtrain.optimizer.groups import GroupedOptimizer, parameter_groups
 
 @dataclass(frozen=True)
 class Adafactor(GroupedOptimizer):
-    """The second moment of a matrix is kept as a row and a column, there is no first moment: almost no state.
+    """Adafactor: a second moment of one row and one column for each matrix, no first moment, so almost no state.
 
     The step is relative to the size of the parameter, ``max(eps2, RMS(w)) * min(lr, 1 / sqrt(step))``, and
-    ``weight_decay`` is decoupled.  torch reads the size of every parameter and update back to the host.
+    ``weight_decay`` is decoupled.  torch copies the norm of every parameter and update to the host.
     """
 
     beta2_decay: float
@@ -45,7 +45,7 @@ class Adafactor(GroupedOptimizer):
 
 
 def initial_state(parameter: nn.Parameter) -> dict[str, Tensor]:
-    """State of step 0: (…, rows, columns) has ``row_var`` (…, rows, 1) and ``col_var`` (…, 1, columns)."""
+    """The state of step 0: (…, rows, columns) has ``row_var`` (…, rows, 1) and ``col_var`` (…, 1, columns)."""
     state = {"step": torch.tensor(0.0)}  # torch counts on the host
     if parameter.dim() < 2:
         return state | {"variance": torch.zeros_like(parameter, memory_format=torch.preserve_format)}

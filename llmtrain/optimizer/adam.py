@@ -12,7 +12,7 @@ from llmtrain.optimizer.groups import GroupedOptimizer, check_betas, has_fused_k
 
 @dataclass(frozen=True)
 class Adam(GroupedOptimizer):
-    """``weight_decay`` is an L2 penalty here: it is added to the gradient and passes through both moments."""
+    """Adam; ``weight_decay`` is an L2 penalty, added to the gradient before both moments."""
 
     betas: list[float]
     eps: float
@@ -30,7 +30,7 @@ class Adam(GroupedOptimizer):
 def build_adam(
     kind: type[torch.optim.Adam], groups: list[dict[str, Any]], *, betas: list[float], eps: float
 ) -> torch.optim.Adam:
-    """torch's Adam or AdamW over ``groups``, fused where there is a kernel, with the state of step 0."""
+    """Build torch's Adam or AdamW over ``groups``, fused if there is a kernel, with the state of step 0."""
     beta1, beta2 = betas
     fused = has_fused_kernel(groups)
     optimizer = kind(groups, betas=(beta1, beta2), eps=eps, fused=fused)

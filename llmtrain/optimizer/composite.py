@@ -1,4 +1,4 @@
-"""Several optimizers that act as one."""
+"""One optimizer composed of several."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +11,11 @@ from llmtrain.optimizer import step
 class CompositeOptimizer(torch.optim.Optimizer):
     """One optimizer made of ``parts`` with disjoint parameters.
 
-    ``param_groups`` holds the parts' own group dictionaries, so that what is set on a group (its learning rate)
-    reaches the part, and all parts keep their state in the one dictionary ``state``.
+    ``param_groups`` holds the parts' own group dictionaries, so a value set on a group (its learning rate) reaches the
+    part, and all parts keep their state in the one dictionary ``state``.
     """
 
-    # a step is refused part by part, on the device where the part knows how
+    # each part refuses a step, on the device if it can
     _step_supports_amp_scaling = True
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
@@ -26,14 +26,14 @@ class CompositeOptimizer(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Give every part its share of the groups and the common state."""
+        """Give every part its groups and the common state."""
         groups = iter(self.param_groups)
         for part in self.parts:
             part.param_groups = [next(groups) for _ in part.param_groups]
             part.state = self.state
 
     def step(self) -> None:  # type: ignore[override]  # no closures
-        """Step every part; what the attribute ``found_inf`` refuses is refused by all."""
+        """Step every part; the attribute ``found_inf`` refuses the step of all parts."""
         for part in self.parts:
             if hasattr(self, "found_inf"):
                 step(part, self.found_inf)
@@ -41,6 +41,6 @@ class CompositeOptimizer(torch.optim.Optimizer):
                 part.step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, for all parts at once."""
+        """Load the state of all parts, as in torch."""
         super().load_state_dict(state_dict)
         self._share()

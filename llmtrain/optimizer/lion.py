@@ -11,9 +11,9 @@ from llmtrain.optimizer.groups import GroupedOptimizer, check_betas, parameter_g
 
 @dataclass(frozen=True)
 class Lion(GroupedOptimizer):
-    """Each step has the size ``lr`` in every coordinate; ``weight_decay`` is decoupled.
+    """Lion: every step has the size ``lr`` in each coordinate; ``weight_decay`` is decoupled.
 
-    The authors take a rate 3 to 10 times smaller than AdamW's and a decay as many times larger (section 5).
+    The authors use a rate 3 to 10 times smaller than AdamW's and a decay larger by the same factor (section 5).
     """
 
     betas: list[float]
@@ -30,7 +30,7 @@ class LionOptimizer(torch.optim.Optimizer):
     """``c = beta1 * m + (1 - beta1) * g``; ``w -= lr * (sign(c) + weight_decay * w)``; ``m += (1 - beta2) * (g - m)``.
 
     A step can be refused on the device, by torch's convention: while the attribute ``found_inf`` is a tensor of 1.0,
-    :meth:`step` changes nothing but the gradients, which are then useless anyway.
+    :meth:`step` changes only the gradients, which are not used again.
     """
 
     _step_supports_amp_scaling = True
@@ -58,7 +58,7 @@ class LionOptimizer(torch.optim.Optimizer):
         decay: Any = 1 - group["lr"] * group["weight_decay"]
         rate: Any = -group["lr"]
         if found_inf is not None:
-            # A refused step becomes one that moves nothing: an average stays where it is when it is its own gradient.
+            # A refused step must change nothing: an average stays the same if the gradient equals it.
             refused = found_inf != 0
             for gradient, average in zip(gradients, averages, strict=True):
                 torch.where(refused, average, gradient, out=gradient)

@@ -17,7 +17,7 @@ from llmtrain.optimizer.groups import GroupedOptimizer, Layered, Member, check_b
 
 
 class AdjustLR(Enum):
-    """How Muon's learning rate depends on the shape (rows, columns) of a matrix."""
+    """The dependence of Muon's learning rate on the shape (rows, columns) of a matrix."""
 
     original = "original"  # sqrt(max(1, rows / columns)), Jordan et al.
     match_rms_adamw = "match_rms_adamw"  # 0.2 * sqrt(max(rows, columns)): the update size of AdamW, Liu et al.
@@ -25,11 +25,10 @@ class AdjustLR(Enum):
 
 @dataclass(frozen=True)
 class Muon(GroupedOptimizer):
-    """The momentum of a matrix, orthogonalised by Newton-Schulz iterations, is its update.
+    """Muon: the update of a matrix is its momentum, orthogonalised by Newton-Schulz iterations.
 
-    ``lr`` is the rate of the two-dimensional parameters of the blocks.  Embeddings, head, norms and biases are
-    trained by AdamW at ``adamw_lr``, which follows the same schedule: their groups' ``lr_multiplier`` contains
-    ``adamw_lr / lr``.
+    ``lr`` is the rate of the two-dimensional parameters of the blocks.  AdamW trains embeddings, head, norms and biases
+    at ``adamw_lr``, which follows the same schedule: their groups' ``lr_multiplier`` includes ``adamw_lr / lr``.
     """
 
     momentum: float
@@ -82,5 +81,5 @@ class Muon(GroupedOptimizer):
 
 
 def is_hidden_matrix(member: Member, model: Layered) -> bool:
-    """Whether the parameter is a matrix that maps hidden units to hidden units: within a block, two-dimensional."""
+    """Return whether the parameter is a matrix within a block, which maps hidden units to hidden units."""
     return member.parameter.dim() == 2 and 1 <= model.layer_index(member.name) <= model.num_layers

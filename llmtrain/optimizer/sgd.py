@@ -10,7 +10,7 @@ from llmtrain.optimizer.groups import GroupedOptimizer, has_fused_kernel, parame
 
 @dataclass(frozen=True)
 class SGD(GroupedOptimizer):
-    """``weight_decay`` is an L2 penalty here: it is added to the gradient."""
+    """SGD; ``weight_decay`` is an L2 penalty, added to the gradient."""
 
     momentum: float
     nesterov: bool
@@ -28,8 +28,8 @@ class SGD(GroupedOptimizer):
             groups, momentum=self.momentum, nesterov=self.nesterov, fused=has_fused_kernel(groups)
         )
         if self.momentum:
-            # torch's fused kernel would begin with uninitialised buffers and leave them so if the first step is
-            # refused; from zeros the first step is the same, 0 * momentum + gradient.
+            # torch's fused kernel starts with uninitialised buffers and leaves them so if the first step is
+            # refused.  With zeros the first step is the same: 0 * momentum + gradient.
             for group in groups:
                 for parameter in group["params"]:
                     buffer = torch.zeros_like(parameter, memory_format=torch.preserve_format)

@@ -15,7 +15,7 @@ Lap = list[tuple[str, Any]]  # the marks of a step: the phase that ends there, a
 class Stopwatch:
     """Seconds in each of :data:`PHASES`.
 
-    On a CPU a mark is a reading of ``clock``.  On a GPU it is an event between the kernels, which times the work and not
+    On a CPU a mark is a reading of ``clock``.  On a GPU it is an event between the kernels, which times the work, not
     its launching; the events of a step are read once they have passed (:meth:`read`), so the host never waits, and are
     then reused.  ``on_mark``, if given, is called with the phase at each mark.
     """

@@ -1,1 +1,1 @@
-"""Proof that checkpoints are intact and that a resumed run repeats what it did."""
+"""Proofs that checkpoints are intact, that a resumed run repeats its steps, and that an export is the same model."""

@@ -1,4 +1,4 @@
-"""What a model answers here and, written to a directory, in other programs: the same logits, or an export is none."""
+"""Check an export: the written model must give the same logits in transformers or PEFT as here."""
 
 import contextlib
 import importlib.util
@@ -20,30 +20,30 @@ from llmtrain.hf.reading import load_weights
 from llmtrain.model import LanguageModel, ModelConfig
 from llmtrain.run.load import Trained
 
-# What all are asked: text in a few languages, code, and ids from all over the vocabulary.
+# Text in a few languages and code; ids drawn from the whole vocabulary are added.
 PROMPTS = ("The quick brown fox jumps over", "def area(r):\n    return 3.14159 * r", "Füße, 你好, привет 🙂 1234")
 RANDOM_IDS = 64
-TOLERANCE = 1e-4  # of logits, of their largest: sums in another order differ by a tenth of it in a deep model
+TOLERANCE = 1e-4  # of logits, relative to the largest: another order of summation gives a tenth of it in a deep model
 
 
 class ExportMismatch(Exception):
-    """What was written is not what was trained."""
+    """A written model that differs from the trained one."""
 
 
 @dataclass(frozen=True)
 class ReferenceLogits:
-    """Prompts as ids, ``(sequence,)`` each, and the logits that a model gave."""
+    """Prompts as ids, ``(sequence,)`` each, and a model's logits for them."""
 
     prompts: list[Tensor]
     logits: list[Tensor]  # (sequence, vocabulary), or (classes,)
 
     def difference(self, others: Sequence[Tensor]) -> float:
-        """The largest difference of a logit; NaN where either has one."""
+        """The largest absolute difference of a logit; NaN if either side has one."""
         return float(torch.stack([(a - b).abs().max() for a, b in zip(self.logits, others, strict=True)]).max())
 
     @property
     def allowed(self) -> float:
-        """How large it may be."""
+        """The largest difference allowed for rounding."""
         return TOLERANCE * max(1.0, *(float(each.abs().max()) for each in self.logits))
 
 
@@ -56,15 +56,15 @@ def check_logits(name: str, before: ReferenceLogits, after: Sequence[Tensor]) ->
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package is installed."""
+    """Return whether a package is installed."""
     return importlib.util.find_spec(package) is not None
 
 
-# --- here ---------------------------------------------------------------------------------------------------------
+# --- in this program ------------------------------------------------------------------------------------------------
 
 
 def encode_prompts(trained: Trained) -> list[Tensor]:
-    """Prompts as ids: for a classifier as its run encodes texts."""
+    """Encode the prompts; for a classifier as its run encodes texts."""
     model, data = trained.model, trained.run.data
     if isinstance(data, LabelledText):
         encode = data.encoder(trained.tokenizer)
@@ -75,14 +75,14 @@ def encode_prompts(trained: Trained) -> list[Tensor]:
 
 
 def reference_logits(trained: Trained) -> ReferenceLogits:
-    """The logits of a run's model, fp32."""
+    """Compute the logits of a run's model, in fp32."""
     prompts = encode_prompts(trained)
     return ReferenceLogits(prompts, compute_logits(trained.model, prompts))
 
 
 @torch.no_grad()
 def compute_logits(model: LanguageModel, prompts: Sequence[Tensor]) -> list[Tensor]:
-    """The logits for each of ``prompts``: of the next tokens, or of the classes."""
+    """Compute the logits for each of ``prompts``: of the next tokens, or of the classes."""
     if hasattr(model, "classifier"):
         classifier: Any = model.classifier
         return [classifier(model.hidden(ids[None])[0, -1]).float() for ids in prompts]
@@ -90,11 +90,12 @@ def compute_logits(model: LanguageModel, prompts: Sequence[Tensor]) -> list[Tens
 
 
 def reloaded_logits(folder: Path, config: ModelConfig, classes: int, prompts: Sequence[Tensor]) -> list[Tensor]:
-    """The logits of a new model that the directory is loaded into; ``config``: of the one that was written."""
+    """Load the directory into a new model and compute its logits; ``config`` is that of the written model."""
     json = ConfigJson.read(folder)
-    found: Any = family_of_checkpoint(json).read_config(json)
-    found = replace(found, context_length=config.context_length)  # of dynamic scaling, config.json has the original
-    model = found.create(found.vocab_size, torch.device("cpu"), torch.Generator().manual_seed(1)).eval()
+    read: Any = family_of_checkpoint(json).read_config(json)
+    # with dynamic scaling, config.json holds the original context length
+    read = replace(read, context_length=config.context_length)
+    model = read.create(read.vocab_size, torch.device("cpu"), torch.Generator().manual_seed(1)).eval()
     if classes:
         model.classifier = nn.Linear(model.head_weight.shape[1], classes, bias=False)
     with quiet_loading():
@@ -102,13 +103,13 @@ def reloaded_logits(folder: Path, config: ModelConfig, classes: int, prompts: Se
     return compute_logits(model, prompts)
 
 
-# --- elsewhere ----------------------------------------------------------------------------------------------------
+# --- in other programs ----------------------------------------------------------------------------------------------
 
 
 def transformers_logits(folder: Path, trained: Trained, prompts: Sequence[Tensor]) -> list[Tensor]:
-    """The logits of what transformers loads, its tokenizer too: of a classifier all texts as one padded batch.
+    """Load model and tokenizer with transformers and compute the logits; a classifier gets one padded batch.
 
-    Raises :class:`ExportMismatch` if it splits a text otherwise.
+    Raises :class:`ExportMismatch` if the tokenizer splits a text differently.
     """
     with quiet_loading():
         import transformers
@@ -116,7 +117,7 @@ def transformers_logits(folder: Path, trained: Trained, prompts: Sequence[Tensor
         transformers.utils.logging.disable_progress_bar()
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
         is_classifier = hasattr(trained.model, "classifier")
-        for text, ids in zip(PROMPTS, prompts, strict=False):  # behind them, ids that are no text
+        for text, ids in zip(PROMPTS, prompts, strict=False):  # the prompts of random ids come last
             theirs = tokenizer(text, add_special_tokens=is_classifier, truncation=True)["input_ids"]
             if theirs != ids.tolist():
                 raise ExportMismatch(f"transformers' tokenizer makes {theirs} of {text!r}, ours {ids.tolist()}")
@@ -130,7 +131,7 @@ def transformers_logits(folder: Path, trained: Trained, prompts: Sequence[Tensor
 
 
 def peft_logits(base: str, folder: Path, classes: int, prompts: Sequence[Tensor]) -> list[Tensor]:
-    """The logits of the base with the adapters, as PEFT loads them."""
+    """Load the base and the adapters with PEFT and compute the logits."""
     with quiet_loading():
         import peft
         import transformers
@@ -153,7 +154,7 @@ def _module_logits(module: Any, prompts: Sequence[Tensor]) -> list[Tensor]:
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Without the notes and warnings of loading what has just been written."""
+    """Silence the messages and warnings of loading a model that was just written."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""Training steps done again, away from the run, and compared with what the run recorded."""
+"""Replay of training steps outside the run, and their comparison with the run's records."""
 
 import contextlib
 import io
@@ -29,16 +29,16 @@ from llmtrain.run.run import Run
 from llmtrain.run.session import make_loop, tune
 from llmtrain.train.state import TrainState
 
-NUMBERS = ("loss", "grad_norm", "learning_rate", "tokens")  # of a metrics row
-NOT_REPLAYED = ("format", "train_seconds", "best_val_loss", "best_val_step")  # of the state: time, and evaluations
+COMPARED_KEYS = ("loss", "grad_norm", "learning_rate", "tokens")  # of a metrics row
+NOT_COMPARED = ("format", "train_seconds", "best_val_loss", "best_val_step")  # keys of the state: time, evaluations
 
 
 @dataclass(frozen=True)
 class ReplayResult:
-    """What came of replaying."""
+    """Metrics and final state of the replayed steps."""
 
-    inexact: str | None  # why the bits may differ from the run's; None where they must not
-    rows: list[dict[str, Any]]  # metrics rows of the replayed steps, every one
+    inexact: str | None  # the reason why bits may differ from the run's; None if they must not
+    rows: list[dict[str, Any]]  # a metrics row for every replayed step
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]  # as state.json
@@ -52,12 +52,12 @@ def replay(
     end: int,
     progress: Callable[[], None],
 ) -> ReplayResult:
-    """Train from ``checkpoint`` (None: from the start) to step ``end``, writing into ``scratch`` alone.
+    """Train from ``checkpoint`` (None: from the start) to step ``end``, writing only into ``scratch``.
 
-    Raises ValueError if the data are not those of the run any more.
+    Raises ValueError if the data have changed since the run.
     """
-    away = RunDirectory(scratch)
-    shutil.copy(directory.config, away.config)
+    scratch_run = RunDirectory(scratch)
+    shutil.copy(directory.config, scratch_run.config)
     with contextlib.ExitStack() as stack:
         device = stack.enter_context(run.runtime.session())
         run.runtime.seed_everything()
@@ -73,8 +73,8 @@ def replay(
         inexact = inexactness_reason(run, directory, device)
         metrics = stack.enter_context(Local(log_every=1).build(scratch, resume_step=None))
         loop = make_loop(
-            run, parts, away, state, metrics=metrics, display=PlainDisplay(scratch, io.StringIO()),
-            saver=stack.enter_context(Saver(run.checkpoint, away, device)), peak_flops=1.0, stop=lambda: None,
+            run, parts, scratch_run, state, metrics=metrics, display=PlainDisplay(scratch, io.StringIO()),
+            saver=stack.enter_context(Saver(run.checkpoint, scratch_run, device)), peak_flops=1.0, stop=lambda: None,
             log_every=1,
         )  # fmt: skip
         stack.enter_context(contextlib.closing(loop))
@@ -91,7 +91,7 @@ def replay(
 
 @dataclass
 class ComparedGroup:
-    """One group of things compared."""
+    """The comparison of one group of values, such as all weights."""
 
     name: str
     count: int = 0
@@ -100,7 +100,7 @@ class ComparedGroup:
     first_difference: str = ""
 
     def add(self, label: str, equal: bool, difference: float, shown: str) -> None:
-        """Take one comparison in."""
+        """Add the comparison of one value."""
         self.count += 1
         self.equal += equal
         if not equal:
@@ -110,19 +110,19 @@ class ComparedGroup:
 
 @dataclass
 class ReplayComparison:
-    """All that was compared."""
+    """The comparison of a replay with the run."""
 
     groups: list[ComparedGroup] = field(default_factory=list)
     remark: str = ""
 
     @property
     def equal(self) -> bool:
-        """Whether all of it agrees bit for bit."""
+        """True if all values agree bit for bit."""
         return all(group.equal == group.count for group in self.groups)
 
 
 def compare(replayed: ReplayResult, directory: RunDirectory, last: Path | None) -> ReplayComparison:
-    """Compare with the run's metrics and with the checkpoint ``last`` (None: the replay did not come so far)."""
+    """Compare with the run's metrics and with the checkpoint ``last`` (None: the replay ended before it)."""
     comparison = ReplayComparison([_compare_rows(replayed, read_metrics(directory.metrics))])
     if last is None:
         comparison.remark = "the replay ended before the last checkpoint: losses and norms were compared, tensors not"
@@ -141,7 +141,7 @@ def _compare_rows(replayed: ReplayResult, recorded: list[dict[str, Any]]) -> Com
     rows = {row["step"]: row for row in recorded if "loss" in row and "event" not in row}
     for row in replayed.rows:
         stored = rows.get(row["step"])
-        for key in NUMBERS if stored is not None else ():
+        for key in COMPARED_KEYS if stored is not None else ():
             before, now = stored[key], row[key]  # type: ignore[index]
             equal = before == now or (before != before and now != now)
             shown = f"{key} {now!r}, recorded {before!r}"
@@ -153,7 +153,7 @@ def _compare_tensors(name: str, now: Mapping[str, Tensor], before: Mapping[str, 
     group = ComparedGroup(name)
     for key in sorted(now.keys() | before.keys()):
         if key not in now or key not in before:
-            group.add(f"{name} {key}", False, math.inf, "stored by one of the two only")
+            group.add(f"{name} {key}", False, math.inf, "is stored by only one of the two")
             continue
         one, other = now[key].contiguous(), before[key]
         same_kind = one.shape == other.shape and one.dtype == other.dtype
@@ -167,8 +167,8 @@ def _compare_tensors(name: str, now: Mapping[str, Tensor], before: Mapping[str, 
 def _compare_state(now: Mapping[str, Any], before: Mapping[str, Any]) -> ComparedGroup:
     group = ComparedGroup("counters, generators")
     for key in before:
-        if key not in NOT_REPLAYED:
-            group.add(f"state.json {key}", now.get(key) == before[key], math.inf, "is not what was stored")
+        if key not in NOT_COMPARED:
+            group.add(f"state.json {key}", now.get(key) == before[key], math.inf, "differs from the stored value")
     return group
 
 
@@ -177,7 +177,7 @@ def _relative(difference: float, reference: float) -> float:
 
 
 def restore_tuning(state: TrainState, directory: RunDirectory) -> None:
-    """Have a replay from the run's start compute as the run did: what it found out then is in its checkpoints."""
+    """For a replay from the start, take micro-batch size and compilation from the run's first checkpoint."""
     checkpoints = directory.find_checkpoints()
     if state.step == 0 and checkpoints:
         recorded = TrainState.from_json(read_state(checkpoints[0]))
@@ -185,14 +185,14 @@ def restore_tuning(state: TrainState, directory: RunDirectory) -> None:
 
 
 def inexactness_reason(run: Run, directory: RunDirectory, device: torch.device) -> str | None:
-    """Why a replay on ``device`` need not give the run's bits; None where it must."""
+    """Return the reason why a replay on ``device`` may give other bits than the run; None if it must not."""
     if device.type == "cuda" and not run.runtime.deterministic:
         return "runtime.deterministic=false on a GPU"
     environment = json.loads(directory.environment.read_text(encoding="utf-8"))
     latest = [environment, *environment.get("resumes", [])][-1]
     now = describe_environment(device, [])
     if latest["device"] != now["device"]:
-        return f"the run was on {latest['device']}, this is {now['device']}"
+        return f"the run used {latest['device']}, this is {now['device']}"
     if latest["versions"]["torch"] != now["versions"]["torch"]:
-        return f"the run was with torch {latest['versions']['torch']}, this is {now['versions']['torch']}"
+        return f"the run used torch {latest['versions']['torch']}, this is {now['versions']['torch']}"
     return None

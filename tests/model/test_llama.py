@@ -484,7 +484,7 @@ def test_initialisation_has_the_standard_deviation_of_its_key() -> None:
         ({"rope_scaling": Scaling.linear}, "rope_factor=null: rope_scaling=linear needs it"),
         ({"rope_factor": 2.0}, "rope_factor=2.0: rope_scaling=none does not read it"),
         ({"rope_scaling": Scaling.yarn, "rope_factor": 0.5, "rope_original_context_length": 8}, "rope_factor=0.5"),
-        ({"position": Position.alibi}, "rope_theta=10000.0: nothing is turned with position=alibi; take null"),
+        ({"position": Position.alibi}, "rope_theta=10000.0: position=alibi has no rotary positions; take null"),
         ({"norm_eps": 0.0}, "norm_eps=0.0"),
         ({"dropout": 1.0}, "dropout=1.0"),
     ],

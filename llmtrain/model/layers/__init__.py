@@ -1,1 +1,1 @@
-"""Parts that the architectures share."""
+"""Layers shared by the architectures."""

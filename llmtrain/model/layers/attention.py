@@ -1,8 +1,8 @@
-"""What attention is in every decoder here: which keys a query sees, and the product itself.
+"""Causal attention of the decoders: masks and the product itself.
 
-A query sees the keys up to its own; with packed examples those of its own example, with a sliding window the last few.
-So the keys that it sees are always neighbours, and an index says where they begin.  What follows from it for all
-layers, a mask if there has to be one, is made once a forward pass (:func:`attention_mask`) and given to every block.
+A query sees the keys up to its own: with packed examples those of its own example, with a sliding window the last few.
+The keys that it sees are therefore neighbours, and the index of the first one defines them.  A mask, if one is needed,
+is made once a forward pass (:func:`attention_mask`) and passed to every block.
 """
 
 import importlib.util
@@ -20,12 +20,12 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from llmtrain.kernels import cpu_attention
 from llmtrain.kernels.dropout import attend_with_dropout, is_drawn_here
 
-BLOCK = 128  # queries and keys that FlexAttention leaves out, or takes, at once
-MIN_HEAD_SIZE = 16  # of FlexAttention's kernels
+BLOCK = 128  # queries, and keys, of a block that FlexAttention computes or skips
+MIN_HEAD_SIZE = 16  # supported by FlexAttention's kernels
 
 
 class Kernel(Enum):
-    """What computes attention.  But for the first they see neither a mask nor make the matrix of all scores."""
+    """The implementations of attention.  All but ``sdpa`` avoid the mask and the matrix of all scores."""
 
     sdpa = "sdpa"  # torch.nn.functional.scaled_dot_product_attention
     flex = "flex"  # FlexAttention
@@ -33,33 +33,33 @@ class Kernel(Enum):
 
 
 class BlockwiseMask(NamedTuple):
-    """What FlexAttention is told: a mask that names the blocks without a visible pair, and ALiBi's slopes."""
+    """The mask for FlexAttention, which lists the blocks with a visible pair, and ALiBi's slopes."""
 
-    mask: BlockMask
+    blocks: BlockMask
     slopes: Tensor | None  # (heads,)
 
 
 class FirstKeys(NamedTuple):
-    """What our own kernel is told: the first key that each query sees, ``(batch or 1, sequence)``, int32."""
+    """The mask for our own kernel: the first key that each query sees, ``(batch or 1, sequence)``, int32."""
 
     numbers: Tensor
 
 
-# a mask: boolean, or added to the scores; None: all keys up to the query's own
+# Tensor: boolean, or added to the scores; None: a query sees all keys up to its own
 AttentionMask = Tensor | BlockwiseMask | FirstKeys | None
 
 
 def segment_starts(segments: Tensor) -> Tensor:
-    """Where the segment of each token begins, ``(batch, sequence)``; a segment is a run of equal numbers."""
+    """The index where each token's segment begins, ``(batch, sequence)``; a segment is a run of equal numbers."""
     index = torch.arange(segments.shape[1], device=segments.device)
     begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
     return torch.where(begins, index, 0).cummax(dim=1).values
 
 
 def alibi_slopes(heads: int) -> Tensor:
-    """Slopes ``(heads,)``, fp32: powers of ``2 ** (-8 / heads)``.
+    """ALiBi's slopes ``(heads,)``, fp32: powers of ``2 ** (-8 / heads)``.
 
-    Where the number of heads is no power of 2: those of the next smaller power, then every other one of twice as many.
+    If the number of heads is no power of 2: the slopes of the next smaller power, then every other one of twice that.
     """
     power = 1 << (heads.bit_length() - 1)
     ratios = [-8 * (i + 1) / power for i in range(power)]
@@ -77,11 +77,11 @@ def attention_mask(
     slopes: Tensor | None = None,
     kernel: Kernel = Kernel.sdpa,
 ) -> AttentionMask:
-    """Which keys ``new`` tokens behind ``past`` cached ones see, for a layer of any number of heads.
+    """Make the mask of ``new`` tokens behind ``past`` cached ones, for a layer of any number of heads.
 
-    ``starts``: of :func:`segment_starts`.  ``window``: a query sees its own key and ``window - 1`` before it.
+    ``starts``: from :func:`segment_starts`.  ``window``: a query sees its own key and ``window - 1`` before it.
     ``slopes`` ``(heads,)``: ALiBi, ``slope * (key - query)`` is added to the scores (Press et al. 2021,
-    https://arxiv.org/abs/2108.12409).  ``kernel``: what computes it (:func:`kernel_for`).
+    https://arxiv.org/abs/2108.12409).  ``kernel``: the implementation, from :func:`kernel_for`.
     """
     if window is not None and past + new <= window:
         window = None
@@ -95,23 +95,23 @@ def attention_mask(
         return FirstKeys(first.to(torch.int32))
     if kernel is Kernel.flex:
         if is_fake(first):
-            return None  # what is planned for, all keys, has the same memory
+            return None  # a plan: attention without a mask takes the same memory
         return BlockwiseMask(block_mask(first), slopes)
     keys = torch.arange(past + new, device=device)
     mask = ((keys <= queries[:, None]) & (keys >= first[..., None])).unsqueeze(1)  # (batch or 1, 1, new, past + new)
     if slopes is None:
         return mask
     bias = slopes[:, None, None] * (keys - queries[:, None])
-    if torch.is_autocast_enabled(device.type):  # once, and not in every layer
+    if torch.is_autocast_enabled(device.type):  # converted once, not in every layer
         bias = bias.to(torch.get_autocast_dtype(device.type))
     return bias.masked_fill(~mask, -torch.inf)
 
 
 def kernel_for(ids: Tensor, head_size: int, dropout: float) -> Kernel:
-    """What computes attention without cached keys, backward included.
+    """Choose the implementation of attention without cached keys, backward included.
 
-    FlexAttention's kernels are compiled with a block or by themselves.  A model compiled as a whole makes a mask: on a
-    CPU torch 2.13 refuses block masks that are made in the same graph.
+    FlexAttention's kernels are compiled with a block or alone.  A model compiled as a whole uses a plain mask: on a CPU
+    torch 2.13 refuses block masks that are made in the same graph.
     """
     if dropout or torch.compiler.is_compiling():
         return Kernel.sdpa
@@ -124,10 +124,10 @@ def kernel_for(ids: Tensor, head_size: int, dropout: float) -> Kernel:
 
 
 def block_mask(first: Tensor) -> BlockMask:
-    """FlexAttention's mask of queries that see the keys from ``first`` ``(batch, sequence)`` to their own.
+    """Make FlexAttention's mask for queries that see the keys from ``first`` ``(batch, sequence)`` to their own.
 
-    ``first`` never falls along a row.  Of each block the first query then sees furthest back and the last one least, so
-    that no mask of ``(sequence, sequence)`` has to be made to find the blocks.
+    ``first`` never falls along a row, so the first query of a block sees furthest back and the last one least: the
+    blocks follow without a mask of ``(sequence, sequence)``.
     """
     length = first.shape[1]
     index = torch.arange(-(-length // BLOCK), device=first.device)
@@ -147,22 +147,22 @@ def block_mask(first: Tensor) -> BlockMask:
 
 
 def _numbers(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of keys each block of queries has, and which: the others behind; with one head for all."""
+    """The number of key blocks of each query block, and their indices before the others; one head for all."""
     blocks = blocks.unsqueeze(1).to(torch.int32)
     return blocks.sum(-1, dtype=torch.int32), blocks.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, dropout: float = 0.0) -> Tensor:
-    """Attention of ``query`` ``(batch, heads, new, head_size)``; the result has its shape.
+    """Compute attention of ``query`` ``(batch, heads, new, head_size)``; the result has its shape.
 
-    ``key`` and ``value``: ``(batch, key_heads, seen, head_size)``, each of their heads for ``heads / key_heads`` of the
+    ``key`` and ``value``: ``(batch, key_heads, seen, head_size)``, each head shared by ``heads / key_heads`` of the
     query's (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245).
     """
     repeats = query.shape[1] // key.shape[1]
     if isinstance(mask, BlockwiseMask):
         flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
         bias = None if mask.slopes is None else _distance_bias(mask.slopes)
-        return flex(query, key, value, score_mod=bias, block_mask=mask.mask, enable_gqa=repeats > 1)
+        return flex(query, key, value, score_mod=bias, block_mask=mask.blocks, enable_gqa=repeats > 1)
     if isinstance(mask, FirstKeys):
         return cpu_attention.attend(query, key, value, mask.numbers)
     if mask is None and query.shape[2] == key.shape[2] and not dropout and cpu_attention.supports(query):
@@ -170,8 +170,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, dropo
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
     is_written_out = dropout > 0 and is_drawn_here(query)
-    has_shares = query.device.type == "cpu" or (mask is None and _has_flash(query.dtype))
-    is_shared = repeats > 1 and has_shares and not is_written_out
+    can_share = query.device.type == "cpu" or (mask is None and _has_flash(query.dtype))
+    is_shared = repeats > 1 and can_share and not is_written_out
     if repeats > 1 and not is_shared:
         key, value = (heads.repeat_interleave(repeats, dim=1) for heads in (key, value))
     if is_written_out:
@@ -183,25 +183,25 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, dropo
 
 
 def _has_flash(dtype: torch.dtype) -> bool:
-    """Whether a GPU has flash attention: no other kernel has heads of keys for several of queries."""
+    """Return whether a GPU has flash attention, the only kernel whose key heads can serve several query heads."""
     if dtype not in (torch.float16, torch.bfloat16):
         return False
     return not torch.cuda.is_initialized() or torch.cuda.get_device_capability() >= (8, 0)
 
 
 def slow_attention_reason(device: torch.device, dtype: torch.dtype) -> str:
-    """What there is to say if a faster attention cannot be had; mostly nothing."""
+    """The reason why a faster attention is not available, or an empty string."""
     return cpu_attention.find_kernel()[1] if device.type == "cpu" and dtype == torch.bfloat16 else ""
 
 
-# What torch.compiler.assume_constant_result does; that would import the compiler, which takes a second.
+# As torch.compiler.assume_constant_result does, which would import the compiler; that takes a second.
 _has_flash._dynamo_marked_constant = True  # type: ignore[attr-defined]
 cpu_attention.is_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
 def _compiled_flex() -> Any:
-    return torch.compile(flex_attention)  # as it is, it would make the matrix of all scores
+    return torch.compile(flex_attention)  # uncompiled, it makes the matrix of all scores
 
 
 def _distance_bias(slopes: Tensor) -> Callable[..., Tensor]:

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FIRST_TOKENS = 256  # that there is room for, once there are any
+FIRST_TOKENS = 256  # capacity of the first allocation
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, a pair of buffers a layer that grow with them up to ``length``.
+    """Keys and values of the tokens so far: a pair of buffers for each layer, which grow up to ``length``.
 
-    At each growth the room doubles: a context of 128 thousand tokens takes its gigabytes when they have been read.
+    The buffers double as they grow: a context of 128 thousand tokens takes its gigabytes only when it fills.
     """
 
     def __init__(
@@ -32,23 +32,23 @@ class KVCache:
         self.capacity = length
 
     def layer(self, index: int) -> "LayerCache":
-        """The part of the layer ``index``."""
+        """The cache of the layer ``index``."""
         return LayerCache(self, index)
 
     def advance(self, tokens: int) -> None:
-        """Called once after all layers have been updated with ``tokens`` new tokens."""
+        """Count ``tokens`` new tokens, after all layers have been updated."""
         self.length += tokens
 
 
 @dataclass(frozen=True)
 class LayerCache:
-    """What one layer sees of a :class:`KVCache`."""
+    """The view of one layer into a :class:`KVCache`."""
 
     whole: KVCache
     index: int
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add ``keys`` and ``values`` ``(batch, heads, new, head_size)``; return all that there are so far."""
+        """Add ``keys`` and ``values`` ``(batch, heads, new, head_size)``; return all so far."""
         return self._add(self.whole.keys, keys), self._add(self.whole.values, values)
 
     def _add(self, buffers: list[Tensor], new: Tensor) -> Tensor:

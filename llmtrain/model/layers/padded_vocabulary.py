@@ -1,4 +1,4 @@
-"""Vocabulary padding: rows added inside the model, never seen outside of it."""
+"""Vocabulary padding: rows added inside the model, invisible outside."""
 
 from typing import Any
 
@@ -15,9 +15,9 @@ def padded_size(vocab_size: int) -> int:
 
 
 def logit_bias(vocab_size: int, device: torch.device) -> Tensor | None:
-    """A bias ``(padded,)`` for the output layer: 0 for tokens, ``-inf`` for padding; None where nothing is padded.
+    """A bias ``(padded,)`` for the output layer: 0 for tokens, ``-inf`` for padding; None without padding.
 
-    As the bias of the matrix product it costs no pass of its own over the logits.
+    As the bias of the matrix product it needs no pass of its own over the logits.
     """
     padding = padded_size(vocab_size) - vocab_size
     if padding == 0:
@@ -28,7 +28,7 @@ def logit_bias(vocab_size: int, device: torch.device) -> Tensor | None:
 
 
 def hide_padding(module: nn.Module, names: tuple[str, ...], vocab_size: int) -> None:
-    """Make ``module.state_dict()`` cut the padding off the parameters ``names``, and loading add it again as zeros."""
+    """Hide the padding of the parameters ``names``: ``state_dict()`` removes it, loading adds it as zeros."""
 
     def cut(_: nn.Module, state: dict[str, Tensor], prefix: str, __: Any) -> None:
         for name in names:

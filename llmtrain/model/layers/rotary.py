@@ -1,6 +1,6 @@
-"""Rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864) and how they are stretched to longer contexts.
+"""Rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864) and their scaling to longer contexts.
 
-Channel i turns together with channel i + half, as in Hugging Face's Llama; angles are computed in fp32.
+Channel i is rotated together with channel i + half, as in Hugging Face's Llama; angles are computed in fp32.
 """
 
 import math
@@ -10,17 +10,17 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-BETA_FAST, BETA_SLOW = 32, 1  # of YaRN: turns within the original context that a channel kept, or slowed down, makes
+BETA_FAST, BETA_SLOW = 32, 1  # YaRN: turns in the original context of the kept and of the slowed channels
 
 
 class Scaling(Enum):
-    """How a model reads contexts longer than the one it was first trained on."""
+    """The scaling of positions for contexts longer than the original one."""
 
     none = "none"
     linear = "linear"  # all angles divided by the factor (Chen et al. 2023, https://arxiv.org/abs/2306.15595)
     dynamic = "dynamic"  # a larger theta for sequences longer than the original context: "dynamic NTK"
     llama3 = "llama3"  # slow channels divided, fast ones kept, those between interpolated: Llama 3.1
-    yarn = "yarn"  # the same by channel, and scores made sharper (Peng et al. 2023, https://arxiv.org/abs/2309.00071)
+    yarn = "yarn"  # as llama3, with sharper scores (Peng et al. 2023, https://arxiv.org/abs/2309.00071)
 
 
 NEEDS = {
@@ -34,7 +34,7 @@ NEEDS = {
 
 @dataclass(frozen=True)
 class Rotary:
-    """The keys ``rope_*`` of a model."""
+    """Rotary positions, from the keys ``rope_*`` of a model."""
 
     head_size: int
     theta: float
@@ -46,7 +46,7 @@ class Rotary:
 
     def __post_init__(self) -> None:
         if self.head_size % 2:
-            raise ValueError(f"head_size={self.head_size}: must be even, since channels turn in pairs")
+            raise ValueError(f"head_size={self.head_size}: must be even, since channels are rotated in pairs")
         if not 0 < self.theta < math.inf:
             raise ValueError(f"rope_theta={self.theta}: must be above 0; 10000 is usual")
         for key in NEEDS[Scaling.llama3]:
@@ -70,7 +70,7 @@ class Rotary:
             )
 
     def changes_at(self, length: int) -> bool:
-        """Whether sequences of ``length`` tokens have other frequencies than short ones."""
+        """Return whether sequences of ``length`` tokens have other frequencies than short ones."""
         return self.scaling is Scaling.dynamic and length > (self.original_context_length or 0)
 
     def frequencies(self, device: torch.device, length: int = 0) -> Tensor:
@@ -86,7 +86,7 @@ class Rotary:
         if self.scaling is Scaling.llama3:
             assert self.low_freq_factor is not None
             assert self.high_freq_factor is not None
-            turns = original * plain / (2 * math.pi)  # within the original context
+            turns = original * plain / (2 * math.pi)  # in the original context
             kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
             return torch.lerp(plain / factor, plain, kept.clamp(0, 1))
         if self.scaling is Scaling.yarn:
@@ -97,28 +97,28 @@ class Rotary:
         return plain
 
     def _channel(self, turns: float) -> float:
-        """The number of the pair of channels that makes so many turns within the original context."""
+        """The index of the channel pair that makes ``turns`` turns in the original context."""
         assert self.original_context_length is not None
         ratio = self.original_context_length / (turns * 2 * math.pi)
         return self.head_size * math.log(ratio) / (2 * math.log(self.theta))
 
     @property
     def magnitude(self) -> float:
-        """What queries and keys are multiplied by."""
+        """The factor on queries and keys."""
         return 0.1 * math.log(self.factor) + 1.0 if self.scaling is Scaling.yarn and self.factor else 1.0
 
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (batch or 1, sequence, 1, head_size / 2), fp32
 
 
-def rotation(positions: Tensor, frequencies: Tensor, magnitude: float = 1.0) -> Rotation:
-    """What :func:`rotate` needs for tokens at ``positions`` ``(batch or 1, sequence)``."""
+def make_rotation(positions: Tensor, frequencies: Tensor, magnitude: float = 1.0) -> Rotation:
+    """The cosines and sines for tokens at ``positions`` ``(batch or 1, sequence)``."""
     angles = positions[..., None, None].float() * frequencies
     return angles.cos() * magnitude, angles.sin() * magnitude
 
 
 def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
-    """Turn ``heads`` ``(batch, sequence, heads, head_size)``; the result has their shape and type."""
+    """Rotate ``heads`` ``(batch, sequence, heads, head_size)``; the result has their shape and dtype."""
     cosines, sines = rotation
     first, second = heads.chunk(2, dim=-1)
     return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1).to(heads.dtype)

@@ -1,17 +1,17 @@
-"""Building modules without filling their parameters."""
+"""Construction of modules without initialising their parameters."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
-RANDOM = {"normal_", "uniform_", "kaiming_uniform_", "trunc_normal_"}  # what torch's modules and ours are filled by
+RANDOM = {"normal_", "uniform_", "kaiming_uniform_", "trunc_normal_"}  # the initialisers of torch's modules and ours
 
 
 class SkipInitMode(TorchFunctionMode):
-    """Within it random numbers are not drawn: for modules that have no data, or get it later.
+    """A mode without random initialisation, for modules that have no data or get it later.
 
-    Torch would do it even for tensors of the meta device, in Python, and import its compiler for that.
+    torch would initialise even tensors of the meta device, in Python, and import its compiler for that.
     """
 
     def __torch_function__(

@@ -94,7 +94,7 @@ def test_blocks_are_those_that_torch_finds_pair_by_pair(length: int, window: int
     segments = torch.tensor([[sum(cut <= i for cut in row) for i in range(length)] for row in cuts])
     seen = attention_mask(length, 0, CPU, starts=segment_starts(segments), window=window, kernel=Kernel.flex)
     assert isinstance(seen, BlockwiseMask)
-    ours, theirs = seen.mask, create_block_mask(seen.mask.mask_mod, 2, None, length, length, device="cpu")
+    ours, theirs = seen.blocks, create_block_mask(seen.blocks.mask_mod, 2, None, length, length, device="cpu")
     assert torch.equal(ours.to_dense(), theirs.to_dense())
     for name in ("kv", "full_kv", "q", "full_q"):
         counts, expected_counts = getattr(ours, f"{name}_num_blocks"), getattr(theirs, f"{name}_num_blocks")
