@@ -112,9 +112,7 @@ class LlamaConfig(ModelConfig):
             assert self.rotary is not None  # its constructor checks the values
             return
         if self.rope_scaling is not Scaling.none:
-            raise ValueError(
-                f"rope_scaling={self.rope_scaling.name}: position=alibi has no rotations; take none"
-            )
+            raise ValueError(f"rope_scaling={self.rope_scaling.name}: position=alibi has no rotations; take none")
         for key in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_context_length"):
             if getattr(self, f"rope_{key}") is not None:
                 value = getattr(self, f"rope_{key}")

@@ -122,7 +122,7 @@ def test_impossible_keys_are_refused(keys: dict[str, Any], message: str) -> None
         ("gpt2", {"also_train": ["norms"]}, "also_train\\[0\\]='norms': matches no parameter; the nearest are"),
         ("gpt2", {"also_train": ["head"]}, "output layer is its embedding, which would be trained too"),
         ("untied", {"targets": ["head"], "dropout": 0.1}, "dropout=0.1: applies to an adapter's input"),
-        ("gpt2", {"targets": ["embeddings"], "dropout": 0.1}, "dropout=0.1: adapters of embeddings have none"),
+        ("gpt2", {"targets": ["embeddings"], "dropout": 0.1}, "dropout=0.1: adapters of embeddings have no dropout"),
     ],
 )
 def test_keys_that_do_not_suit_the_model_are_refused(name: str, keys: dict[str, Any], message: str) -> None:
