@@ -1,7 +1,7 @@
-"""Which operations of a block are kept, and how.
+"""Selective checkpointing by operation.
 
-Recomputed: norms, activations, dropout, casts, additions, which take memory and hardly any time.  Kept: the results
-of matrix products and of attention, which take the time.
+Norms, activations, dropout, casts and additions take memory and hardly any time: they are recomputed.  The results of
+matrix products and of attention, which take the time, are kept.
 """
 
 import logging
@@ -34,35 +34,35 @@ KEPT_NAMES = (
 
 def recompute_cheap(block: nn.Module, offloader: Offloader | None = None) -> None:
     """Have ``block`` keep its input and the results of its expensive operations, with ``offloader`` in host memory."""
-    unneeded: set[int] = set()  # numbers of kept results that backward did not come to: not kept the next time
+    unneeded: set[int] = set()  # numbers of kept results that backward did not use: not kept the next time
 
     def contexts() -> Contexts:
         results = Results(offloader, unneeded)
         return SaveMode(results), ReplayMode(results)
 
-    # torch's compiler knows its own contexts alone: it asks the policy when it divides the graph, and what is kept then
-    # comes to the hooks of the offloader
+    # torch's compiler knows only its own contexts: it calls the policy when it divides the graph, and the kept results
+    # reach the hooks of the offloader
     compiled = partial(again, context_fn=partial(create_selective_checkpoint_contexts, policy))
     recompute(block, partial(again, context_fn=contexts), compiled)
     logging.getLogger("torch._higher_order_ops.wrap").addFilter(is_news)
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """Whether a message of torch's compiler is more than that a selective context is in use."""
+    """Return False for the compiler's message that a selective context is in use."""
     return "context_fn is passed" not in record.getMessage()
 
 
 def policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """The choice in the terms of torch's compiler."""
+    """Return the choice for ``operation`` in the terms of torch's compiler."""
     kept = operation is torch.ops.higher_order.flex_attention or is_kept(operation, args, kwargs)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def is_kept(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the result of ``operation``, called with these arguments, is kept.
+    """Return whether the result of ``operation``, called with these arguments, is kept.
 
-    One that draws random numbers is not: left out of the repetition, those after it would draw other ones.  Nor is one
-    that writes into an argument, as compiled code does.
+    An operation that draws random numbers is recomputed: without it, later ones would draw other numbers.  An operation
+    that writes into an argument, as compiled code does, is recomputed too.
     """
     if not isinstance(operation, OpOverload) or operation.name().partition(".")[0] not in KEPT_NAMES:
         return False
@@ -81,25 +81,25 @@ def _position_of_dropout(operation: OpOverload) -> int | None:
 
 
 class Results:
-    """Results of one call of a block, in the order in which they were computed."""
+    """Kept results of one call of a block, in the order of computation."""
 
     def __init__(self, offloader: Offloader | None, unneeded: set[int]) -> None:
         self.offloader = offloader
         self.unneeded = unneeded
-        self.kept: list[Any] = []  # None: to be computed again
+        self.kept: list[Any] = []  # None: to be recomputed
 
     def keep(self, result: Any) -> None:
-        """Take a result in."""
+        """Keep a result, unless backward did not need it the last time."""
         needed = len(self.kept) not in self.unneeded
         self.kept.append(tree_map_only(Tensor, self._pack, result) if needed else None)
 
     def recall(self, number: int, again: Callable[[], Any]) -> Any:
-        """Give a result out, for good; ``again`` computes it if it was not kept."""
+        """Return and release a result; ``again`` recomputes it if it was not kept."""
         result, self.kept[number] = self.kept[number], None
         return again() if result is None else tree_map_only((Tensor, Offloaded), self._unpack, result)
 
     def _pack(self, tensor: Tensor) -> Tensor | Offloaded:
-        tensor = tensor.detach()  # or it would hold the graph that holds it
+        tensor = tensor.detach()  # its graph would hold it in a cycle
         return tensor if self.offloader is None else self.offloader.pack(tensor)
 
     def _unpack(self, packed: Tensor | Offloaded) -> Tensor:
@@ -107,19 +107,19 @@ class Results:
 
 
 class ResultsMode(TorchDispatchMode):
-    """A mode that what is compiled within a block, FlexAttention, runs beside: computed again, and never kept."""
+    """A mode that ignores compiled operations in a block (FlexAttention), which are recomputed and never kept."""
 
     def __init__(self, results: Results) -> None:
         super().__init__()
         self.results = results
 
     @classmethod
-    def ignore_compile_internals(cls) -> bool:  # without it torch would run that uncompiled
+    def ignore_compile_internals(cls) -> bool:  # otherwise torch would run them uncompiled
         return True
 
 
 class SaveMode(ResultsMode):
-    """The forward pass."""
+    """The mode of the forward pass: save the results of expensive operations."""
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -130,7 +130,7 @@ class SaveMode(ResultsMode):
 
 
 class ReplayMode(ResultsMode):
-    """Its repetition, which torch ends as soon as backward has all that it needs."""
+    """The mode of the recomputation: return saved results.  torch ends it once backward has what it needs."""
 
     def __init__(self, results: Results) -> None:
         super().__init__(results)

@@ -24,7 +24,7 @@ class Clipping(Option, ABC):
 
     @abstractmethod
     def __call__(self, parameters: Sequence[tuple[str, nn.Parameter]], step: int) -> ClipResult:
-        """Clip the gradients of the named ``parameters`` in place; parameters without a gradient are left out.
+        """Clip the gradients of the named ``parameters`` in place; parameters without a gradient are ignored.
 
         A gradient that is not finite gives a norm that is not finite; the loop then refuses the step.
         """

@@ -1,6 +1,6 @@
 """The metrics of a run: a stream of rows, each a flat dictionary.
 
-Three kinds of rows, told apart by their keys:
+Three kinds of rows, distinguished by their keys:
 
 - train, each ``log_every`` steps: step, tokens, epoch, loss, learning_rate, grad_norm, grad_max, clipped, refused,
   tokens_per_second, mfu, step_seconds, memory_bytes, batch_size, and loss_scale under fp16; data_seconds,

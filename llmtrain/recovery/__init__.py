@@ -125,7 +125,7 @@ class Verdict:
 
 
 class Recovery(ABC):
-    """A recovery at work; the module's docstring describes its use by the loop."""
+    """The state of a recovery during a run; the module's docstring describes its use by the loop."""
 
     @abstractmethod
     def judge(self, loss: Tensor, norm: Tensor) -> dict[str, Tensor]:

@@ -76,7 +76,7 @@ class RecoveryOn(RecoveryConfig):
             )
             unread |= dict.fromkeys(("loss_deviations", "loss_floor", "grad_norm_deviations", "grad_norm_floor"), why)
         if not self.skip_after:
-            unread["skip_batches"] = "no data are left out with recovery.skip_after=0; recovery.skip_after=2"
+            unread["skip_batches"] = "no data are skipped with recovery.skip_after=0; recovery.skip_after=2"
         if not self.rollback_after:
             why = "the run never rolls back with recovery.rollback_after=0; recovery.rollback_after=8"
             unread |= dict.fromkeys(("rollback_steps", "rollback_skip_batches", "max_rollbacks"), why)

@@ -1,4 +1,4 @@
-"""Attention by our own kernel: against float64, beside torch's, in compiled code, and where it cannot be had."""
+"""Attention by our own kernel: against float64, with torch's, in compiled code, and where it is not available."""
 
 import shutil
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Dropout on a CPU: the share, the scale, the gradients, and attention beside torch's."""
+"""Dropout on a CPU: the share, the scale, the gradients, and attention compared with torch's."""
 
 import math
 

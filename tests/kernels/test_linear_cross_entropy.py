@@ -1,4 +1,4 @@
-"""The output layer and its loss in one: equal to the plain form, at a fraction of the memory."""
+"""Output layer and loss as one operation: equal to the plain form, in a fraction of the memory."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Adapters in a model: where they start, what is trained, that they merge exactly and go with everything else."""
+"""Adapters in a model: initial values, trained parameters, exact merging, and use with other features."""
 
 from collections.abc import Callable
 from dataclasses import replace

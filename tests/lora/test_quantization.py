@@ -1,4 +1,4 @@
-"""Weights in fewer bits: how far off, the same bits each time, and gradients through them."""
+"""Weights in fewer bits: their error, reproducible bits, and gradients through them."""
 
 import builtins
 from typing import Any

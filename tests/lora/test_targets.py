@@ -1,4 +1,4 @@
-"""What a target names."""
+"""Targets of adapters: the layers that they select."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The metrics file: what is written comes back; what a resumed run writes again is dropped."""
+"""The metrics file: rows are read as written, and rows that a resumed run writes again are dropped."""
 
 import json
 import math

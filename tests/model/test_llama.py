@@ -1,4 +1,4 @@
-"""Llama and its relatives against transformers, independent references and the published sizes."""
+"""Llama and related models against transformers, independent references and the published sizes."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Several optimizers as one."""
+"""One optimizer composed of several."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What is not finite is refused; the third in a row ends the run, and fp16 may look for its scale."""
+"""Steps that are not finite are refused, the third in a row ends the run, and fp16 may search for its scale."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The ladder, rung by rung, and with each rung switched off."""
+"""The ladder of recovery, rung by rung, and with each rung switched off."""
 
 import json
 import math

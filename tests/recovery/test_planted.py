@@ -1,4 +1,4 @@
-"""Bad text planted in a run's data: with recovery it trains on as if nothing had been, without it does not."""
+"""Bad text planted in a run's data: the run recovers with recovery=on, and not without."""
 
 import json
 import pydoc_data.topics

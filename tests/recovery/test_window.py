@@ -1,4 +1,4 @@
-"""The limits, against NumPy and numbers worked out by hand; the ring, the state, and no waiting for a GPU."""
+"""The window's limits against NumPy and numbers computed by hand; the ring, the state, no waiting for a GPU."""
 
 import json
 import math

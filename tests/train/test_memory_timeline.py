@@ -1,4 +1,4 @@
-"""Memory by category, from events made up by hand."""
+"""Memory by category, from hand-made events."""
 
 from pathlib import Path
 from typing import Any

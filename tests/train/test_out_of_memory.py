@@ -1,4 +1,4 @@
-"""Going on with less at once when memory runs out."""
+"""Retries with smaller batches when memory runs out."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Signals: the first asks to stop, handlers that were there before come after; a second one ends at once."""
+"""Signals: the first requests a stop, a second one ends the process, and previous handlers are called at the end."""
 
 import signal
 import subprocess

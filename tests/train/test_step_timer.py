@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""Timing of the phases of a step."""
 
 from pathlib import Path
 

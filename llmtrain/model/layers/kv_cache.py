@@ -44,20 +44,20 @@ class KVCache:
 class LayerCache:
     """The view of one layer into a :class:`KVCache`."""
 
-    whole: KVCache
+    cache: KVCache
     index: int
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add ``keys`` and ``values`` ``(batch, heads, new, head_size)``; return all so far."""
-        return self._add(self.whole.keys, keys), self._add(self.whole.values, values)
+        return self._add(self.cache.keys, keys), self._add(self.cache.values, values)
 
     def _add(self, buffers: list[Tensor], new: Tensor) -> Tensor:
-        held, room = self.whole.length, buffers[self.index].shape[2]
+        held, room = self.cache.length, buffers[self.index].shape[2]
         end = held + new.shape[2]
-        assert end <= self.whole.capacity
+        assert end <= self.cache.capacity
         if end > room:
             batch, heads, _, head_size = new.shape
-            room = min(max(2 * room, end, FIRST_TOKENS), self.whole.capacity)
+            room = min(max(2 * room, end, FIRST_TOKENS), self.cache.capacity)
             grown = buffers[self.index].new_empty((batch, heads, room, head_size))
             grown[:, :, :held] = buffers[self.index][:, :, :held]
             buffers[self.index] = grown

@@ -1,4 +1,4 @@
-"""Which keys a query sees, in every way that it is computed."""
+"""The keys that a query sees, in every implementation of attention."""
 
 import pytest
 import torch

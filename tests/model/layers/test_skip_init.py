@@ -1,4 +1,4 @@
-"""Modules are built without drawing random numbers."""
+"""Construction of modules without random numbers."""
 
 import torch
 from torch import nn
