@@ -238,10 +238,12 @@ def test_keys_in_the_text_exist(page: Path) -> None:
 
 
 def is_file(name: str) -> bool:
-    """Whether some file of the project ends with this path."""
-    return any((ROOT / folder / name).exists() for folder in ("", "llmtrain", "docs", "conf")) or any(
-        next((ROOT / folder).rglob(Path(name).name), None) for folder in ("llmtrain", "conf", "tests", "benchmarks")
-    )
+    """Whether some file or folder of the project ends with this path."""
+    name = name.rstrip("/")
+    if (ROOT / name).exists():
+        return True
+    folders = [ROOT / folder for folder in ("llmtrain", "conf", "docs", "tests", "benchmarks")]
+    return any(str(path).endswith(f"/{name}") for folder in folders for path in folder.rglob(Path(name).name))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
