@@ -1,4 +1,4 @@
-"""Checks before step 1 for what would fail in silence: a config can be valid and still not do what it seems to.
+"""Checks before step 1 for silent failures: a config can be valid and still not do what it seems to.
 
 A check is a function of a :class:`llmtrain.lint.case.Case` that yields findings.  It changes nothing, draws no random
 number, and its time does not grow with the corpus or the run.
@@ -32,7 +32,7 @@ OF_SETTINGS: tuple[Check, ...] = (
     training.default_on_cpu,
     unread_keys,
 )
-OF_DATA: tuple[Check, ...] = (data.masked_targets, validation_in_training)  # these read them
+OF_DATA: tuple[Check, ...] = (data.masked_targets, validation_in_training)  # these read the data
 
 
 def lint(case: Case) -> list[Finding]:

@@ -84,5 +84,5 @@ class Case:
 
     @property
     def evaluates(self) -> bool:
-        """Whether the run has a validation loss."""
+        """True if the run has a validation loss."""
         return self.corpus.validation is not None and self.run.loop.eval_every > 0

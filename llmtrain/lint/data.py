@@ -1,4 +1,4 @@
-"""Checks of what training and evaluation will see of the data."""
+"""Checks of the data that training and evaluation will read."""
 
 import math
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ from llmtrain.weights.scratch import Scratch
 
 SAMPLE_SEQUENCES = 256  # of the first batches, and as many of the rest
 SAMPLE_TOKENS = 1 << 19  # the same in tokens, where sequences are long
-EMPTY_SHARE = 0.1  # sequences without a target that are worth a word
-EPOCHS = 4  # beyond, repeated data are worth less and less: Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264
+EMPTY_SHARE = 0.1  # the share of sequences without a target from which on the user is warned
+EPOCHS = 4  # repeated data help less and less beyond these: Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264
 
 
 def masked_targets(case: Case) -> Iterator[Finding]:
-    """Targets that are masked: without any there is no loss."""
+    """Sequences whose targets are all masked, which have no loss."""
     data, corpus = case.run.data, case.corpus
     key, name = "data", f"data={option_name(data)}"
     remedy = (
@@ -52,8 +52,8 @@ def masked_targets(case: Case) -> Iterator[Finding]:
         yield error(
             key,
             f"{name}: every target of the {len(counts):,} validation sequences looked at is masked ({IGNORE}): the "
-            f"validation loss would be 0.0 from the start and always the best; {remedy}, or do without: "
-            "loop.eval_every=0",
+            f"validation loss would be 0.0 from the start and always the best; {remedy}, or train "
+            "without evaluation: loop.eval_every=0",
         )
 
 
@@ -64,12 +64,12 @@ def sample(number: int, sequence_length: int) -> np.ndarray:
 
 
 def count_targets(sequences: Sequences, indices: np.ndarray) -> np.ndarray:
-    """How many targets each of the sequences ``indices`` has that are not masked."""
+    """The number of targets that are not masked, of each of the sequences ``indices``."""
     return (sequences.gather(indices).targets != IGNORE).sum(axis=1)
 
 
 def repetition(case: Case) -> Iterator[Finding]:
-    """The same data again and again, where nobody has asked for it by naming ``loop.epochs``."""
+    """More epochs than help, unless the user has asked for them with ``loop.epochs``."""
     loop = case.run.loop
     if case.epochs <= EPOCHS or loop.epochs is not None or case.is_resumed:
         return
@@ -77,26 +77,26 @@ def repetition(case: Case) -> Iterator[Finding]:
     yield warning(
         "loop.max_steps",
         f"loop.max_steps={loop.max_steps}: goes {case.epochs:.3g} times through {case.corpus.train.tokens:,} "
-        f"training tokens: beyond {EPOCHS} epochs repeated text is worth less and less, and is learnt by heart; more "
+        f"training tokens: beyond {EPOCHS} epochs repeated text helps less and less, and is memorised; more "
         f"text, loop.max_steps={enough}, or, if it is meant, loop.max_steps=null loop.epochs={math.ceil(case.epochs)}",
     )
 
 
 def batch_beyond_data(case: Case) -> Iterator[Finding]:
-    """An optimizer step that holds the same sequence more than once."""
+    """An optimizer step that has a sequence more than once."""
     sequences, batch = len(case.corpus.train), case.largest_batch
     if batch > sequences:
         key = case.batch_key
         yield warning(
             key,
-            f"{key}: a step of {batch} sequences holds the same ones several times, since there are {sequences:,} for "
+            f"{key}: a step of {batch} sequences has some of them more than once, since there are {sequences:,} for "
             f"training; {max(1, sequences // 8)} sequences a step, shorter ones "
             f"(data.sequence_length={case.run.data.sequence_length}), or more text",
         )
 
 
 def untrained_positions(case: Case) -> Iterator[Finding]:
-    """Positions of the context that no training sequence reaches, and that ``generate`` would use."""
+    """Positions of the context that are in no training sequence, and that ``generate`` would use."""
     length, context = case.run.data.sequence_length, case.run.model.context_length
     if 2 * length < context and isinstance(case.run.weights, Scratch):
         yield warning(
@@ -108,11 +108,11 @@ def untrained_positions(case: Case) -> Iterator[Finding]:
 
 
 def unused_vocabulary(case: Case) -> Iterator[Finding]:
-    """Rows of the embedding for ids that the tokenizer never gives."""
+    """Rows of the embedding for ids that the tokenizer does not have."""
     rows, ids = case.run.model.vocab_size, case.tokenizer.vocab_size
     if rows is not None and rows > 1.1 * ids + 64 and isinstance(case.run.weights, Scratch):
         yield warning(
             "model.vocab_size",
-            f"model.vocab_size={rows}: the tokenizer gives {ids:,} ids; the other {rows - ids:,} rows of the "
-            "embedding take memory and time and learn nothing but not to be chosen; model.vocab_size=null",
+            f"model.vocab_size={rows}: the tokenizer has {ids:,} ids; the other {rows - ids:,} rows of the "
+            "embedding take memory and time for tokens that never occur; model.vocab_size=null",
         )

@@ -1,4 +1,4 @@
-"""Validation data that are in the training data as well: their loss measures memory, not learning.
+"""Validation data that are in the training data as well: their loss measures what was memorised.
 
 Stretches of the validation data are looked up in the training data by a hash of every window of as many tokens, at
 any place.  The hash of a window of 2n tokens follows from those of its halves, so that all windows of a block take
@@ -17,17 +17,17 @@ from llmtrain.lint.case import Case, Finding, error, warning
 
 STRETCH = 64  # tokens; a power of two
 STRETCHES = 1024  # of the validation data, to look up
-MOST_STRETCHES = 1 << 14  # where only a part of the training data is looked through: few of them are found
-SPACING = 1024  # tokens between those, so that most are of different documents
-DISTINCT = 8  # a stretch of fewer different tokens (rulers, padding) says nothing about where it is from
-MAX_TOKENS = 1 << 25  # of the training data, to look through; some 0.3 s
+MOST_STRETCHES = 1 << 14  # the same if only a part of the training data is searched, where few of them are found
+SPACING = 1024  # tokens between these, so that most are of different documents
+DISTINCT = 8  # a stretch of fewer different tokens (rulers, padding) does not tell its document
+MAX_TOKENS = 1 << 25  # of the training data, to search; some 0.3 s
 MAX_ROWS = 1 << 17  # the same in sequences, where these are short
 BLOCK = 1 << 16  # tokens hashed at once: they stay in the processor's cache
-SMALL_BLOCK = 1 << 13  # of a sample: what belongs together should not be in it as a whole or not at all
+SMALL_BLOCK = 1 << 13  # the same in a sample: small, so that a document is seldom in it as a whole or not at all
 # Python's own documentation and library, split by document, repeat 11% and 15% of themselves: sections under two names,
 # code in two packages.  A split that has gone wrong repeats most of it.
 SHARE = 0.2
-FEWEST = 4  # stretches found that are no chance; and looked up, to speak of all of them
+FEWEST = 4  # stretches found from which on the user is warned: fewer may be chance
 
 MULTIPLIERS = [pow(0xD1342543DE82EF95, 2**n, 2**64) for n in range(STRETCH.bit_length() - 1)]  # odd: nothing is lost
 
@@ -36,7 +36,7 @@ def validation_in_training(case: Case) -> Iterator[Finding]:
     """Validation data that are training data."""
     train, validation = case.corpus.train, case.corpus.validation
     if not isinstance(validation, Stream) or not isinstance(train, Stream) or not case.evaluates:
-        return  # of examples it is known since they were prepared
+        return  # examples are compared when they are prepared
     rows = sampled_rows(train)
     looked_through = sum(map(len, rows)) / len(train)
     whole = looked_through == 1
@@ -54,8 +54,8 @@ def validation_in_training(case: Case) -> Iterator[Finding]:
         yield error(
             key,
             f"{setting}: the validation data are in the training data from beginning to end {looked}: their loss "
-            "would only show what has been learnt by heart; name other text for validation, remove the duplicates, or "
-            "do without validation: loop.eval_every=0",
+            "would only show what was memorised; name other text for validation, remove the duplicates, or "
+            "train without evaluation: loop.eval_every=0",
         )
     else:
         about = "" if whole else "about "
@@ -68,7 +68,7 @@ def validation_in_training(case: Case) -> Iterator[Finding]:
 
 
 def source(data: DataConfig) -> tuple[str, str]:
-    """The key that says where the validation data are from, and with its value."""
+    """The key that names the source of the validation data, alone and with its value."""
     for key in ("validation_path", "path"):
         if value := getattr(data, key, None):
             return f"data.{key}", f"data.{key}={value}"
@@ -89,7 +89,7 @@ def stretches(sequences: Sequences, at_most: int = STRETCHES) -> np.ndarray:
 
 
 def sampled_rows(sequences: Sequences) -> list[range]:
-    """The sequences to look through, as ranges that make blocks: all of them, or blocks evenly spread."""
+    """The sequences to search, as ranges that make blocks: all of them, or blocks evenly spread."""
     most = min(MAX_TOKENS // sequences.sequence_length, MAX_ROWS)
     rows = max(1, (BLOCK if len(sequences) <= most else SMALL_BLOCK) // sequences.sequence_length)
     blocks = spread(-(-len(sequences) // rows), max(1, most // rows))
@@ -97,7 +97,7 @@ def sampled_rows(sequences: Sequences) -> list[range]:
 
 
 def look_up(wanted: np.ndarray, sequences: Sequences, rows: list[range]) -> np.ndarray:
-    """How often windows of the sequences ``rows`` have each of the sorted hashes ``wanted``."""
+    """Count the windows of the sequences ``rows`` that have each of the sorted hashes ``wanted``."""
     found = np.zeros(len(wanted), np.int64)
     marked = np.zeros(1 << 16, bool)  # a first sieve: the upper bits of what is wanted
     marked[wanted >> np.uint64(48)] = True
@@ -116,11 +116,11 @@ def look_up(wanted: np.ndarray, sequences: Sequences, rows: list[range]) -> np.n
 
 
 def number_in_all(found: np.ndarray, looked_through: float) -> float:
-    """How many of the stretches are in the training data, from how often each was ``found`` in a share of them.
+    """Estimate the number of stretches in the training data from the times that each was ``found`` in a share of them.
 
-    Dividing by that share would be wrong: a licence that stands in every file is found in any part of them.  How many
-    were found once and how many twice tells the rare from the frequent (Chao and Lin 2012, "Nonparametric lower bounds
-    for species richness and shared species richness under sampling without replacement").
+    Dividing by that share would be wrong: a licence that is in every file is found in any part of them.  The numbers
+    of those found once and of those found twice tell the rare from the frequent (Chao and Lin 2012, "Nonparametric
+    lower bounds for species richness and shared species richness under sampling without replacement").
     """
     seen = int(np.count_nonzero(found))
     if looked_through == 1 or not seen:

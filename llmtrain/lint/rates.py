@@ -1,4 +1,4 @@
-"""Checks of the learning rate: its schedule, its size, and the batch that it was chosen for."""
+"""Checks of the learning rate: its schedule, its size, and the batch for which it was chosen."""
 
 import logging
 import math
@@ -43,15 +43,15 @@ LION = 1 / math.sqrt(3 * 10)  # times AdamW's: 3 to 10 times smaller, Chen et al
 MUON = 0.02  # with adjust_lr_fn=original: Jordan et al. 2024
 ADAFACTOR = 1e-2  # relative to the size of a parameter: Shazeer & Stern 2018, algorithm 6; PaLM
 SGD_TOTAL = 1.0  # times 1 - momentum: 0.1 with a momentum of 0.9, He et al. 2016, https://arxiv.org/abs/1512.03385
-FACTOR = 10  # beyond the usual, up and down
-FINE_TUNING = 100  # … and down for weights that have been trained before
+FACTOR = 10  # a rate may be so many times the usual one, or that part of it
+FINE_TUNING = 100  # … and this part of that for weights that have been trained before
 
 CHANGES_BATCH = re.compile(r"accumulation(?!\.micro_batch_size).*|data\.sequence_length|model|model\.context_length")
 NAMES_INPUT = re.compile(r"(data|tokenizer|weights|lora|objective|hydra\.searchpath)\b")
 
 
 def schedule(case: Case) -> Iterator[Finding]:
-    """A learning rate that never arrives, or is gone before the run is."""
+    """A learning rate that never reaches its peak, or vanishes long before the end of the run."""
     rule, steps, peak = case.run.schedule, case.max_steps, case.run.optimizer.lr
     sampled = np.unique(np.linspace(0, steps - 1, min(steps, SAMPLED_STEPS)).astype(int)).tolist()
     rates = np.array([rule(step, peak=peak, total=steps) for step in sampled])
@@ -66,15 +66,15 @@ def schedule(case: Case) -> Iterator[Finding]:
         if highest <= NEXT_TO_NOTHING * intended:
             yield error(
                 key,
-                f"{key}={value}: the run ends after {steps:,} steps, deep in the warm-up, with a learning rate of at "
+                f"{key}={value}: the run ends after {steps:,} steps, within the warm-up, with a learning rate of at "
                 f"most {highest:.2g} instead of {intended:g}: it would learn next to nothing; {key}={better}, or more "
                 "loop.max_steps",
             )
         else:
             yield warning(
                 key,
-                f"{key}={value}: the warm-up takes all {steps:,} steps of the run: the learning rate gets to "
-                f"{highest:.2g} of {intended:g} and is never lowered again; {key}={better}, or more loop.max_steps",
+                f"{key}={value}: the warm-up takes all {steps:,} steps of the run: the learning rate reaches "
+                f"{highest:.2g} of {intended:g} and never decays; {key}={better}, or more loop.max_steps",
             )
     elif highest == 0:
         yield error(
@@ -86,13 +86,13 @@ def schedule(case: Case) -> Iterator[Finding]:
         yield warning(
             "schedule",
             f"schedule={option_name(rule)}: for {percent(share)} of the run the learning rate is below a thousandth of "
-            f"its peak, {highest:g}, so that these steps change next to nothing; a slower decay, or fewer "
+            f"its peak, {highest:g}, so that these steps change almost nothing; a slower decay, or fewer "
             "loop.max_steps",
         )
 
 
 def learning_rate(case: Case) -> Iterator[Finding]:
-    """A peak far from what others take for such a model and optimizer."""
+    """A peak far from the usual one for such a model and optimizer."""
     parameters = case.model.num_parameters()
     is_new = isinstance(case.run.weights, Scratch) and not case.is_resumed
     lowest = 1 / FACTOR if is_new else 1 / (FACTOR * FINE_TUNING)
@@ -120,7 +120,7 @@ def peaks(case: Case, parameters: int) -> Iterator[tuple[str, float, float]]:
 
 
 def usual_rate(optimizer: OptimizerConfig, parameters: int) -> float | None:
-    """The usual peak learning rate; None for an optimizer that is not ours."""
+    """The usual peak learning rate; None for an optimizer of a plug-in."""
     match optimizer:
         case Muon(adjust_lr_fn=AdjustLR.original):
             return MUON
@@ -147,7 +147,7 @@ def far(ratio: float) -> str:
 
 
 def batch_of_recipe(case: Case) -> Iterator[Finding]:
-    """Another size of step than the recipe's, at the recipe's learning rate: in tokens, of examples in their number."""
+    """A batch of another size than the recipe's, at the recipe's learning rate; in tokens, or in unpacked examples."""
     recipe = case.given.get("experiment")
     if not recipe or "optimizer.lr" in case.given or "optimizer" in case.given:
         return
@@ -176,5 +176,5 @@ def batch_of_recipe(case: Case) -> Iterator[Finding]:
     yield warning(
         key,
         f"{key}: a step takes {taken:,} {unit}, in the recipe {recipe} {intended:,}, and optimizer.lr={rate:g} was "
-        f"chosen for those; optimizer.lr={scaled:.2g} goes with this batch; name optimizer.lr={rate:g} if it is meant",
+        f"chosen for those; optimizer.lr={scaled:.2g} goes with this batch; to keep it: optimizer.lr={rate:g}",
     )

@@ -1,4 +1,4 @@
-"""Checks of what is trained, in which arithmetic, and what a kill would cost."""
+"""Checks of the trained parameters, the arithmetic, and the work that a kill would lose."""
 
 from collections.abc import Iterator
 
@@ -12,8 +12,8 @@ from llmtrain.precision.auto import has_native_bf16
 from llmtrain.precision.bf16 import BF16
 from llmtrain.precision.fp16 import FP16
 
-LAPTOP = 50_000_000  # parameters that a CPU trains while one waits
-LONG_RUN = 1000  # steps that are worth a checkpoint on the way
+LAPTOP = 50_000_000  # the most parameters that a CPU trains in minutes
+LONG_RUN = 1000  # steps from which on a run should write checkpoints before its end
 
 
 def nothing_trainable(case: Case) -> Iterator[Finding]:
@@ -45,7 +45,7 @@ def nothing_trainable(case: Case) -> Iterator[Finding]:
 
 
 def oversized_adapters(case: Case) -> Iterator[Finding]:
-    """A rank so high that nothing is saved."""
+    """A rank so high that adapters are no smaller than their matrices."""
     lora = case.run.lora
     if not isinstance(lora, LowRankAdaptation):
         return
@@ -73,14 +73,14 @@ def clipping_too_late(case: Case) -> Iterator[Finding]:
 
 
 def slow_arithmetic(case: Case) -> Iterator[Finding]:
-    """A precision that the device only imitates."""
+    """A precision that the device only emulates, or that brings it nothing."""
     precision, device = case.run.precision, case.device
     if device is None:
         return
     if isinstance(precision, BF16) and not has_native_bf16(device):
         yield warning(
             "precision",
-            f"precision=bf16: this {device.type} does not compute in bf16 but imitates it, which is slower than fp32 "
+            f"precision=bf16: this {device.type} does not compute in bf16 but emulates it, which is slower than fp32 "
             "and less exact; precision=auto",
         )
     elif isinstance(precision, FP16) and device.type == "cpu":
@@ -92,19 +92,19 @@ def slow_arithmetic(case: Case) -> Iterator[Finding]:
 
 
 def default_on_cpu(case: Case) -> Iterator[Finding]:
-    """The default model, chosen by nobody, where it takes hours: a first try is over sooner with the laptop's."""
+    """The default model on a CPU, where it takes hours, without the user having chosen it."""
     device, parameters = case.device, case.model.num_parameters()
     chosen = {"model", "experiment"} & case.given.keys() or case.is_resumed or case.run.plugins
     if device is not None and device.type == "cpu" and parameters > LAPTOP and not chosen:
         yield warning(
             "model",
-            f"model: none was named, and the default's {parameters / 1e6:.0f} million parameters are for a GPU; on a "
-            "CPU experiment=laptop is done in a minute or two; to train this one all the same: model=gpt124m",
+            f"model: none was chosen, and the default's {parameters / 1e6:.0f} million parameters are for a GPU; on a "
+            "CPU experiment=laptop takes a minute or two; to train the default anyway: model=gpt124m",
         )
 
 
 def lost_work(case: Case) -> Iterator[Finding]:
-    """A long run without a checkpoint on the way."""
+    """A long run without a checkpoint before its end."""
     checkpoint, loop = case.run.checkpoint, case.run.loop
     intervals = [checkpoint.every_steps]
     if checkpoint.before_evaluation:
@@ -113,7 +113,7 @@ def lost_work(case: Case) -> Iterator[Finding]:
     if case.max_steps >= LONG_RUN and not saves:
         yield warning(
             "checkpoint.every_steps",
-            f"checkpoint.every_steps={checkpoint.every_steps}: the only checkpoint is that of the end, and a kill or a "
+            f"checkpoint.every_steps={checkpoint.every_steps}: the only checkpoint is the last, and a kill or a "
             f"crash loses up to {case.max_steps:,} steps; checkpoint.every_steps={case.max_steps // 20}, or "
             "checkpoint.every_minutes=15",
         )

@@ -161,7 +161,7 @@ def test_many_epochs_are_reported() -> None:
     epochs = 3000 * 8 / sequences
     assert message == (
         f"loop.max_steps=3000: goes {epochs:.3g} times through {tokens} training tokens: beyond 4 epochs repeated text "
-        f"is worth less and less, and is learnt by heart; more text, loop.max_steps={4 * sequences // 8}, or, if it is "
+        f"helps less and less, and is memorised; more text, loop.max_steps={4 * sequences // 8}, or, if it is "
         f"meant, loop.max_steps=null loop.epochs={math.ceil(epochs)}"
     )
     assert find(f"loop.max_steps={4 * sequences // 8 - 9}") == {}
@@ -171,7 +171,7 @@ def test_many_epochs_are_reported() -> None:
 def test_a_batch_larger_than_the_data_is_reported() -> None:
     found = find("accumulation.batch_size=6000", "loop.max_steps=2")
     message = found["accumulation.batch_size"].message
-    there = re.findall(r"a step of 6000 sequences holds the same ones several times, since there are ([\d,]+)", message)
+    there = re.findall(r"a step of 6000 sequences has some of them more than once, since there are ([\d,]+)", message)
     assert find(f"accumulation.batch_size={there[0].replace(',', '')}", "loop.max_steps=2", "loop.eval_every=1") == {}
 
 
@@ -185,7 +185,7 @@ def test_positions_that_are_never_trained_are_reported() -> None:
 
 def test_a_vocabulary_larger_than_the_tokenizers_is_reported() -> None:
     message = find("model.vocab_size=50257")["model.vocab_size"].message
-    assert "the tokenizer gives 257 ids; the other 50,000 rows" in message
+    assert "the tokenizer has 257 ids; the other 50,000 rows" in message
     assert find("model.vocab_size=320") == {}
 
 

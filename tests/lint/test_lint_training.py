@@ -128,8 +128,8 @@ def test_schedules_that_do_not_suit_the_run_are_reported(
 def test_a_schedule_cut_short_is_reported_with_the_rate_it_reaches() -> None:
     message = find("schedule.warmup_steps=400", "optimizer.lr=1e-3")["schedule.warmup_steps"].message
     assert message == (
-        "schedule.warmup_steps=400: the warm-up takes all 200 steps of the run: the learning rate gets to 0.0005 of "
-        "0.001 and is never lowered again; schedule.warmup_steps=10, or more loop.max_steps"
+        "schedule.warmup_steps=400: the warm-up takes all 200 steps of the run: the learning rate reaches 0.0005 of "
+        "0.001 and never decays; schedule.warmup_steps=10, or more loop.max_steps"
     )
 
 
