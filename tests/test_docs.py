@@ -33,6 +33,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "data/README
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 HELP = {"-h", "--help", "-sc"}
 EXAMPLES = {"key", "group", "file", "halving", "stored"}  # no keys and options of ours, but in examples
+ARGUMENTS = {"step", "checkpoint.step"}  # of `resume`, beside the keys
 PEERS_FILES = {"train.py", "pretrain.py"}
 FILE_ENDINGS = {"jsonl", "json", "yaml", "py"}
 SHRUNK = ("train", "plan", "generate")  # the verbs that a marker's overrides are added to
@@ -228,12 +229,18 @@ def test_keys_in_the_text_exist(page: Path) -> None:
     leaves = {key.rpartition(".")[2] for key in known}
     for code in re.findall(r"`([^`\n(]+)`", prose(page)):
         for key, value in re.findall(r"(?:^| |')([a-z_]+(?:\.[a-z_]+)*)=(?!=)(\S*)", code):
-            if key not in EXAMPLES:
+            if key not in EXAMPLES | ARGUMENTS:
                 assert key in (leaves if "." not in key else known), f"{page.name}: `{code}`"
             if (CONF / key).is_dir() and re.fullmatch(r"[a-z]\w*", value) and value not in EXAMPLES:
                 assert (CONF / key / f"{value}.yaml").exists(), f"{page.name}: `{code}`"
         group, _, key = code.partition(".")
-        if group and (CONF / group).is_dir() and re.fullmatch(r"[a-z_]+", key) and key not in FILE_ENDINGS:
+        if (
+            group
+            and (CONF / group).is_dir()
+            and code not in ARGUMENTS
+            and re.fullmatch(r"[a-z_]+", key)
+            and key not in FILE_ENDINGS
+        ):
             assert code in known, f"{page.name}: `{code}`"
 
 
