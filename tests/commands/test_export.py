@@ -344,7 +344,7 @@ def test_an_export_that_differs_is_removed(
     harm: str, runs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A disk that flips a bit of a weight, two layers under one another's names, a model that is broken itself."""
-    write = export.write
+    write = export.write_checkpoint
 
     def harmed(model: Any, folder: Path, *arguments: Any, **options: Any) -> None:
         from safetensors.torch import save_file
@@ -361,7 +361,7 @@ def test_an_export_that_differs_is_removed(
             tensors[one], tensors[other] = tensors[other], tensors[one]
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr(export, "write", harmed)
+    monkeypatch.setattr(export, "write_checkpoint", harmed)
     assert main(["export", str(runs / "gpt"), "to=out"]) == 1
     captured = capfd.readouterr()
     assert "not written: loaded by this program, its logits differ by up to " in captured.out + captured.err
