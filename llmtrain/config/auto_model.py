@@ -12,7 +12,7 @@ from llmtrain.base.run_files import CONFIG
 from llmtrain.config.build import build, naming
 from llmtrain.config.stored_config import ConfigError, escape, load, to_plain
 
-AUTO = "llmtrain.hf.auto.Auto"  # stands for the model that it finds
+AUTO = "llmtrain.hf.auto.AutoModel"  # stands for the model that it finds
 RUN_WEIGHTS = "llmtrain.weights.checkpoint.Checkpoint"
 SAME_AS_CONTEXT = "${model.context_length}"
 

@@ -1,4 +1,4 @@
-"""Instructions and conversations: what a model learns is what to answer."""
+"""Instructions and conversations: the model learns to write the responses."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,26 +18,26 @@ from llmtrain.data.example_format import EncodedExample, Example
 from llmtrain.data.sources.records import Record, shown
 from llmtrain.tokenizer import Tokenizer
 
-MESSAGES = ("messages", "conversations")  # columns that hold a conversation, if no other is named
+MESSAGES = ("messages", "conversations")  # columns of conversations, if no other is named
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
 KNOWN_ROLES = ("system", "user", "assistant", "tool")
 
 
 class TrainOn(Enum):
-    """Which tokens are targets."""
+    """The tokens that are targets."""
 
-    responses = "those of every response, and what ends it"
-    last = "those of the last response"
-    all = "all"
+    responses = "every response and its end"
+    last = "the last response and its end"
+    all = "all tokens"
 
 
 @dataclass(frozen=True)
 class Instruction(ExampleData[list[Message]]):
-    """A record is a conversation; its columns say in which form.
+    """Records that are conversations, in a form that their columns determine.
 
-    ``instruction``, ``input`` (may be missing) and ``output``, as Alpaca has them; ``messages`` or ``conversations``, a
-    list of ``{role, content}`` or ``{from, value}``; ``prompt`` and ``completion``.  It becomes text by a template, as
-    :mod:`llmtrain.data.chat.templates` describes.
+    The forms: ``instruction``, ``input`` (may be missing) and ``output``, as in Alpaca; ``messages`` or
+    ``conversations``, a list of ``{role, content}`` or ``{from, value}``; ``prompt`` and ``completion``.  A template
+    (:mod:`llmtrain.data.chat.templates`) turns a conversation into text.
     """
 
     instruction_column: str
@@ -53,7 +53,7 @@ class Instruction(ExampleData[list[Message]]):
 
     gives = "responses"
     cache_name: ClassVar[str] = "Instruction"
-    cut_remark: ClassVar[str] = "what is beyond was cut off"
+    cut_remark: ClassVar[str] = "the rest was cut off"
     dropped_remark: ClassVar[str] = "nothing of a response was left"
 
     def __post_init__(self) -> None:
@@ -70,7 +70,7 @@ class Instruction(ExampleData[list[Message]]):
     def read(self, record: Record) -> Example[list[Message]]:
         messages = self.messages(record)
         while messages and messages[-1].role != "assistant":
-            messages.pop()  # what nobody answers teaches nothing
+            messages.pop()  # messages after the last response have no targets
         answers = [message.content for message in messages if message.role == "assistant"]
         if self.train_on is TrainOn.last:
             answers = answers[-1:]
@@ -80,7 +80,7 @@ class Instruction(ExampleData[list[Message]]):
         return Example(messages, tuple(text for message in messages for text in message))
 
     def messages(self, record: Record) -> list[Message]:
-        """The conversation in ``record``.  Raises ValueError, naming file and line, if it has no known form."""
+        """Read the conversation in ``record``.  Raises ValueError, naming file and line, if it has no known form."""
         columns = record.values
         names = MESSAGES if self.messages_column is None else (self.messages_column,)
         if found := [name for name in names if columns.get(name) is not None]:
@@ -106,7 +106,7 @@ class Instruction(ExampleData[list[Message]]):
     # --- its ids ----------------------------------------------------------------------------------------------------
 
     def find_template(self, tokenizer: Tokenizer) -> ChatTemplate:
-        """The template, as training and chat use it.  Raises ValueError if there is none of that name."""
+        """The template of training and chat.  Raises ValueError for an unknown name."""
         return find_template(self.template, tokenizer, system=self.system)
 
     def encoder(self, tokenizer: Tokenizer) -> Callable[[list[Message]], EncodedExample]:
@@ -115,13 +115,13 @@ class Instruction(ExampleData[list[Message]]):
 
         def encode(messages: list[Message]) -> EncodedExample:
             last = [len(messages) - 1] if self.train_on is TrainOn.last else None
-            ids, wanted = encode_parts(template.render(messages, trained=last))
+            ids, targets = encode_parts(template.render(messages, trained=last))
             if self.train_on is TrainOn.all:
-                wanted = np.where(wanted == IGNORE, ids, wanted)
-            inputs, targets = ids[:-1], wanted[1:]
+                targets = np.where(targets == IGNORE, ids, targets)
+            inputs, targets = ids[:-1], targets[1:]
             is_cut = len(inputs) > self.sequence_length
             inputs, targets = inputs[: self.sequence_length], targets[: self.sequence_length]
-            if (targets == IGNORE).all():  # what is taught was cut off
+            if (targets == IGNORE).all():  # the trained part was cut off
                 inputs = inputs[:0]
             return EncodedExample(inputs, targets, is_cut)
 
@@ -145,7 +145,7 @@ class Instruction(ExampleData[list[Message]]):
 
 
 def _conversation(value: Any, origin: str) -> list[Message]:
-    """Messages as OpenAI (role, content) or ShareGPT (from, value) write them."""
+    """Messages in the form of OpenAI (role, content) or ShareGPT (from, value)."""
     if not isinstance(value, list):
         raise ValueError(f"{origin} is {shown(value)}, where a list of messages is needed")
     return [_message(each, f"{origin}[{number}]") for number, each in enumerate(value)]

@@ -1,4 +1,4 @@
-"""Texts with labels: what kind of text each is, is what a model learns to tell."""
+"""Texts with labels, for classification."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,24 +13,24 @@ from llmtrain.data.sources.records import Record, shown
 from llmtrain.tokenizer import Tokenizer
 
 SEPARATOR = "|"  # between several labels in one value
-MOST_BITS = 62  # of a target that stands for several labels
+MAX_LABELS = 62  # of a text with several: a bit each in a target
 
 
 class Balance(Enum):
-    """What is done about labels that are more frequent than others."""
+    """The treatment of labels that are more frequent than others."""
 
     none = "nothing"
-    undersample = "examples of the more frequent ones are left out of training"
-    weights = "the objective counts those of rare labels more"
+    undersample = "leave out training examples of frequent labels"
+    weights = "weigh the loss of rare labels higher"
 
 
 @dataclass(frozen=True)
 class LabelledText(ExampleData[str]):
-    """A record is a text and its label, or its labels with ``multi_label``.
+    """Records of a text and its label, or its labels with ``multi_label``.
 
-    With ``append_end_of_text`` every text is followed by the token that ends one, and the class is read there.  In a
-    causal model only the last token has seen the whole text; so it is the same one everywhere, whether a text was cut
-    or not, and not whatever word a text happens to end with.
+    With ``append_end_of_text`` every text is followed by the end-of-text token, and its class is predicted there.  In a
+    causal model only the last token has seen the whole text; with this setting it is the same token for every text, cut
+    or not, instead of the word that a text happens to end with.
     """
 
     text_column: str
@@ -53,7 +53,9 @@ class LabelledText(ExampleData[str]):
                 raise ValueError(f"labels={self.labels}: must name each class once; null takes those found")
             self._check_number(self.labels)
         if self.multi_label and self.balance is Balance.undersample:
-            raise ValueError("balance=undersample: a text of several labels cannot be left out for one; take weights")
+            raise ValueError(
+                "balance=undersample: a text with several labels cannot be left out for one of them; take weights"
+            )
         least = 1 + self.append_end_of_text
         if self.sequence_length < least:
             raise ValueError(f"sequence_length={self.sequence_length}: must be at least {least}, with a token of text")
@@ -101,9 +103,9 @@ class LabelledText(ExampleData[str]):
         return names
 
     def _check_number(self, names: Sequence[str]) -> None:
-        if self.multi_label and len(names) > MOST_BITS:
+        if self.multi_label and len(names) > MAX_LABELS:
             raise ValueError(
-                f"multi_label=true: {len(names)} labels, and at most {MOST_BITS} have room in a target; drop rare ones"
+                f"multi_label=true: {len(names)} labels, and a target has room for {MAX_LABELS}; drop rare ones"
             )
 
     def label_of(self, names: Sequence[str], numbers: dict[str, int]) -> int:
@@ -117,7 +119,7 @@ class LabelledText(ExampleData[str]):
         return tuple(int((targets >> bit & 1).sum()) for bit in range(classes))
 
     def class_weights(self, counts: Sequence[int]) -> tuple[float, ...]:
-        """``balance=weights``: the rarer, the more; 1 on average over the training texts."""
+        """``balance=weights``: weights inverse to the frequency, 1 on average over the training texts."""
         if self.balance is not Balance.weights:
             return ()
         total = sum(counts)

@@ -12,9 +12,9 @@ from llmtrain.data.text_data import TextData
 
 @dataclass(frozen=True)
 class PythonDocs(TextData):
-    """A document for each topic of :mod:`pydoc_data.topics`, in alphabetical order."""
+    """One document for each topic of :mod:`pydoc_data.topics`, in alphabetical order."""
 
-    def source(self, *, verify: bool = False) -> DocumentSource:  # nothing is remembered of the topics
+    def source(self, *, verify: bool = False) -> DocumentSource:  # nothing about the topics is remembered
         topics = _read_topics()
         digest = hashlib.sha256("\0".join(topics.values()).encode()).hexdigest()
 
@@ -31,7 +31,7 @@ def _read_topics() -> dict[str, str]:
 
 
 def _as_prose(text: str) -> str:
-    """``text`` as paragraphs of a line each, without tables and rules: a quarter of its tokens would be white space."""
+    """``text`` with a line per paragraph, without tables and rules: a quarter of its tokens would be white space."""
     paragraphs = []
     for paragraph in re.split(r"\n\s*\n", text):
         lines = [line.strip() for line in paragraph.splitlines()]

@@ -12,12 +12,12 @@ from llmtrain.data.sources.documents import DocumentPiece
 from llmtrain.data.sources.files import remember, sha256
 from llmtrain.data.text_data import TextData
 
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # not the library, or its tests
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # other packages, and tests
 
 
 @dataclass(frozen=True)
 class PythonStdlib(TextData):
-    """A document for each ``.py`` file of the running Python's library, sorted by path."""
+    """One document for each ``.py`` file of the running Python's library, sorted by path."""
 
     def source(self, *, verify: bool = False) -> DocumentSource:
         folder = Path(sysconfig.get_path("stdlib"))
@@ -34,12 +34,12 @@ class PythonStdlib(TextData):
 
 def _find_sources(folder: Path) -> Iterator[Path]:
     for root, folders, names in os.walk(folder):
-        folders[:] = set(folders) - LEFT_OUT  # os.walk goes only into what is left
+        folders[:] = set(folders) - LEFT_OUT  # os.walk only enters the folders left here
         yield from (Path(root, name) for name in names if name.endswith(".py"))
 
 
 def _read(path: Path) -> str:
-    """The source, decoded as Python would; empty if it is not meant to be decoded, as some test data is not."""
+    """The source, decoded as Python does; empty for files that cannot be decoded on purpose, such as test data."""
     try:
         with tokenize.open(path) as file:
             return file.read()

@@ -1,4 +1,4 @@
-"""Token files that are already prepared: by this program, by nanoGPT, by llm.c or modded-nanogpt."""
+"""Token files prepared in advance by this program, nanoGPT, llm.c or modded-nanogpt."""
 
 import hashlib
 import json
@@ -22,10 +22,10 @@ VALIDATION = re.compile(r"(?<![a-z])val(id(ation)?)?(?![a-z])", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Shards(DataConfig):
-    """The token files that ``path`` names, one stream in the order of their names.
+    """The token files in ``path``: one stream in the order of their names.
 
-    Validation is ``validation_path``; else, of a folder or a glob, the files with ``val`` or ``validation`` as a word
-    of their name; else the last ``validation_fraction`` of the tokens.  A file is never in both parts.
+    Validation uses ``validation_path``; without it, the files of a folder or glob with ``val`` or ``validation`` as a
+    word of their name; else the last ``validation_fraction`` of the tokens.  A file never serves both.
     """
 
     path: str
@@ -59,7 +59,7 @@ class Shards(DataConfig):
             validation_fraction=self.validation_fraction,
             sequence_length=self.sequence_length,
             name=f"shards {self.path}, {len(train)} file{'s' * (len(train) != 1)}",
-            fingerprint=fingerprint(tokens, len(train)),
+            fingerprint=fingerprint_of(tokens, len(train)),
         )
 
     def unread(self, run: RunFacts) -> dict[str, str]:
@@ -101,13 +101,13 @@ class Shards(DataConfig):
         for file in files:
             if file.tokenizer not in (None, tokenizer.fingerprint):
                 raise ValueError(
-                    f"{file.path}: made by another tokenizer, as {INDEX} says; set tokenizer=… to that one"
+                    f"{file.path}: made by another tokenizer according to {INDEX}; set tokenizer=… to that one"
                 )
         return files
 
 
-def fingerprint(tokens: list[TokenSlice], train: int) -> str:
-    """Stands for every byte of the files, how they are read, and which of them (the first ``train``) train."""
+def fingerprint_of(tokens: list[TokenSlice], train: int) -> str:
+    """A hash of every byte of the files, of their format, and of their use: the first ``train`` files train."""
     parts = [[each.file.sha256, each.dtype.str, len(each)] for each in tokens]
     return hashlib.sha256(json.dumps([train, parts]).encode()).hexdigest()[:32]
 

@@ -1,4 +1,4 @@
-"""Text files of the user's own."""
+"""Text files of the user."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ COMPRESSIONS = (".gz", ".zst")
 
 @dataclass(frozen=True)
 class Text(TextData):
-    """A document for each file, or several of a file where ``separator`` stands between them."""
+    """Files that are one document each, or several with ``separator`` between them."""
 
     path: str
     separator: str

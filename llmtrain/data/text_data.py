@@ -1,4 +1,4 @@
-"""What the options share: from documents to a :class:`Corpus`."""
+"""Base of the options whose data are text: from documents or token streams to a :class:`Corpus`."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from llmtrain.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TextData(DataConfig):
-    """Base of the options that tokenise text."""
+    """Documents of text, tokenised once into a cache."""
 
     sequence_length: int
     validation_fraction: float
@@ -25,9 +25,9 @@ class TextData(DataConfig):
 
     @abstractmethod
     def source(self, *, verify: bool = False) -> DocumentSource:
-        """The documents; with ``verify`` whatever is remembered of them is read again.
+        """Find the documents; with ``verify`` read again what is remembered of them.
 
-        Raises ValueError where there are none, or a file that is verified is not what it was.
+        Raises ValueError if there are none, or if a verified file has changed.
         """
 
     def build(self, tokenizer: Tokenizer) -> Corpus:
@@ -52,7 +52,7 @@ class TextData(DataConfig):
 
 
 def check_options(sequence_length: int, validation_fraction: float) -> None:
-    """Raise ValueError for values that no corpus can have."""
+    """Raise ValueError for values out of range."""
     if sequence_length < 1:
         raise ValueError(f"sequence_length={sequence_length}: must be positive")
     if not 0 <= validation_fraction < 1:
@@ -68,10 +68,10 @@ def make_corpus(
     name: str,
     fingerprint: str,
 ) -> Corpus:
-    """Sequences over streams of token ids.
+    """Cut streams of token ids into sequences.
 
-    Where nothing has been set aside as ``validation``, the last ``validation_fraction`` of the tokens is.  Raises
-    ValueError for a part that is too short for one sequence.
+    Without a ``validation`` stream, the last ``validation_fraction`` of the tokens validates.  Raises ValueError for a
+    stream that is too short for one sequence.
     """
     if not validation and validation_fraction > 0:
         train, validation = _split(train, validation_fraction)

@@ -11,55 +11,55 @@ from llmtrain.hf.config_json import ConfigJson
 from llmtrain.model import LanguageModel, ModelConfig
 
 HEAD = "lm_head.weight"
-SCORE = "score.weight"  # of a classifier
-CLASSIFIER = "classifier.weight"  # ours
+SCORE = "score.weight"  # the classifier there
+CLASSIFIER = "classifier.weight"  # the classifier here
 
 
 @dataclass(frozen=True)
 class TensorMap:
-    """Tensors of ours and of theirs that hold the same numbers, whichever way they are carried.
+    """Tensors here (``ours``) and in transformers (``theirs``) that hold the same numbers, for both directions.
 
-    The rows of ours, one tensor after another, are the rows of theirs, one after another: so a map says that one has
-    another name there, that ours is made of several of theirs, or that theirs is made of several of ours.
+    The rows of ours, concatenated, equal the rows of theirs, concatenated.  So a map can rename a tensor, join several
+    of theirs into one of ours, or split one of theirs into several of ours.
     """
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
-    rows: tuple[int, ...] = ()  # of each of theirs, where there are several
+    rows: tuple[int, ...] = ()  # rows of each of theirs, where there are several
     transposed: bool = False  # theirs is (inputs, outputs)
-    may_be_longer: bool = False  # theirs may have more rows than we take: positions that are not used
-    zeros: tuple[int, ...] = ()  # shape of theirs where ours is empty: a bias that we do not have, and that must be 0
+    may_be_longer: bool = False  # theirs may have more rows than ours: positions that are not used
+    zeros: tuple[int, ...] = ()  # shape of theirs where ours is empty: a bias that is missing here and must be 0
 
 
 class ModelFamily(ABC):
-    """What is particular to the models of a few ``model_type``s."""
+    """The names and config keys of one or more ``model_type``s, in both directions."""
 
     model_types: ClassVar[tuple[str, ...]]
-    prefix: ClassVar[str]  # of all names but the head's; checkpoints of a bare model, without a head, lack it
+    prefix: ClassVar[str]  # of all names except the head's; checkpoints of a bare model, without a head, lack it
     embedding: ClassVar[str]  # name of the token embedding, which a tied head shares
-    dropped: ClassVar[str]  # regular expression of tensors that follow from the configuration: not parameters
+    dropped: ClassVar[str]  # regular expression of tensors that are no parameters: they follow from the configuration
 
     @abstractmethod
     def read_config(self, config: ConfigJson) -> ModelConfig:
         """The model that ``config.json`` describes, without dropout.
 
-        Every key that changes what is computed is read.  Raises ValueError, naming key and value, for what is computed
-        otherwise than here.
+        Every key that changes the computation is read.  Raises ValueError, naming key and value, for a computation
+        that differs from ours.
         """
 
     @abstractmethod
     def write_config(self, config: ModelConfig, vocab_size: int) -> dict[str, Any]:
-        """``config.json`` of a model, ``model_type`` and ``architectures`` included.
+        """The ``config.json`` of a model, with ``model_type`` and ``architectures``.
 
-        Raises ValueError, naming the key of ours, for what their implementation cannot compute.
+        Raises ValueError, naming our key, for a model that transformers cannot compute.
         """
 
     @abstractmethod
     def names(self, config: ModelConfig, model_type: str) -> list[TensorMap]:
-        """Every tensor of a model of ``config``, and every one of a checkpoint of ``model_type``."""
+        """Maps that cover every tensor of a model of ``config`` and of a checkpoint of ``model_type``."""
 
     def module_names(self, model: LanguageModel) -> dict[str, str]:
-        """Their name of each of our modules that has a weight and is one module there too."""
+        """Their name for each of our modules that has a weight and is a single module there too."""
         config = config_of(model)
         maps = self.names(config, self.write_config(config, model.vocab_size)["model_type"])
         whole = [(m.ours[0], m.theirs[0]) for m in maps if len(m.ours) == len(m.theirs) == 1]

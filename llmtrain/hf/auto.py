@@ -1,4 +1,4 @@
-"""``model=auto``: the architecture that a checkpoint's ``config.json`` says."""
+"""``model=auto``: the architecture that a checkpoint's ``config.json`` describes."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from llmtrain.hf.families import family_of_checkpoint
 from llmtrain.model import ModelConfig
 from llmtrain.model.layers.rotary import Scaling
 
-SEQUENCE = 1024  # tokens; what a sequence has at most where nobody says how long it is to be
+DEFAULT_SEQUENCE_LENGTH = 1024  # tokens; at most, where data.sequence_length is not set
 
 
 @dataclass(frozen=True)
-class Auto:
-    """Stands for the config of the model that it finds: a run has that one, and needs the checkpoint no longer."""
+class AutoModel:
+    """Placeholder for the config of the model in ``path``; a run stores that config and no longer needs ``path``."""
 
     path: str
     context_length: int | None
@@ -23,14 +23,14 @@ class Auto:
     tie_embeddings: bool | None
 
     def resolved(self) -> ModelConfig:
-        """The model's own config.  Raises ValueError, naming file and key, for what is not known here."""
+        """The model's own config.  Raises ValueError, naming file and key, for what is not supported."""
         config = ConfigJson.read(locate_directory(self.path))
         config.check_architecture()
         model: Any = family_of_checkpoint(config).read_config(config)
         return self.adapted(model, str(config.file))
 
     def adapted(self, model: Any, where: str = "") -> ModelConfig:
-        """``model``, which was found in ``where``, with what is set here.  Raises ValueError for a context too long."""
+        """``model``, found in ``where``, with the settings made here.  Raises ValueError for a context too long."""
         positions = model.context_length
         longest = (
             positions * model.rope_factor if getattr(model, "rope_scaling", None) is Scaling.dynamic else positions
@@ -49,5 +49,5 @@ class Auto:
 
     @staticmethod
     def sequence_length(context_length: int) -> int:
-        """``data.sequence_length`` where nobody has set it: a context of 128 thousand tokens trains on few devices."""
-        return min(context_length, SEQUENCE)
+        """The default of ``data.sequence_length``: a context of 128 thousand tokens would fit on few devices."""
+        return min(context_length, DEFAULT_SEQUENCE_LENGTH)

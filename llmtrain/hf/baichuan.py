@@ -1,8 +1,8 @@
-"""Baichuan and Baichuan 2, whose code comes with their checkpoints and is not needed: names and config keys are read.
+"""Baichuan and Baichuan 2: names and config keys.  The code that comes with their checkpoints is not needed.
 
-7B and 13B are two programs under one ``model_type``, and ``config.json`` does not say which: the published ones are
-told apart by ``hidden_size`` (4096: rotary positions; 5120: ALiBi), others by ``max_position_embeddings``, a key that
-only the configuration of the 7B has.  Baichuan 2 normalises the rows of its head; the first Baichuan, with its 64,000
+7B and 13B are two architectures under one ``model_type``, and ``config.json`` does not say which: the published ones
+differ in ``hidden_size`` (4096: rotary positions; 5120: ALiBi), others in ``max_position_embeddings``, a key that only
+the configuration of the 7B has.  Baichuan 2 normalises the rows of its head; the first Baichuan, with its 64,000
 tokens, does not.
 """
 
@@ -88,7 +88,7 @@ class BaichuanFamily(LlamaFamily):
         return values | {"max_position_embeddings": config.context_length} if is_rotary else values
 
     def _check(self, config: LlamaConfig, vocab_size: int) -> None:
-        """Raise ValueError for what Baichuan's code does not compute, or would not tell from another model."""
+        """Raise ValueError for a model that Baichuan's code does not compute, or would take for another."""
         check_common(config)
         is_rotary = config.position is Position.rope
         plain: dict[str, Any] = {
@@ -123,5 +123,5 @@ class BaichuanFamily(LlamaFamily):
 
 
 def has_rotary(hidden_size: int, names_positions: bool) -> bool:
-    """Whether a Baichuan turns queries and keys; else its scores fall with the distance."""
+    """True for a Baichuan with rotary positions, False for one with ALiBi."""
     return names_positions if hidden_size not in (ROTARY_SIZE, ALIBI_SIZE) else hidden_size == ROTARY_SIZE

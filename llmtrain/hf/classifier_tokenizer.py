@@ -1,4 +1,4 @@
-"""The files of an exported tokenizer, made to put around a text what a classifier was trained to find there."""
+"""Tokenizer export for classifiers: adds the special tokens and the padding used in training."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ PAD = "<|pad|>"
 
 
 def find_padding(tokenizer: Tokenizer, files: Mapping[str, str]) -> tuple[str, int] | None:
-    """The token that pads a batch, by name and id; None if there is none, or one that texts have."""
+    """Name and id of the token that pads a batch; None if there is none, or if texts contain it."""
     named = json.loads(files[CONFIG]).get("pad_token")
     name = named.get("content") if isinstance(named, dict) else named
     id = tokenizer.special_tokens.get(str(name))
@@ -22,10 +22,10 @@ def find_padding(tokenizer: Tokenizer, files: Mapping[str, str]) -> tuple[str, i
 def add_classifier_tokens(
     files: Mapping[str, str], tokenizer: Tokenizer, *, begins: bool, ends: bool, pad: tuple[str, int] | None
 ) -> dict[str, str]:
-    """``files`` of :mod:`llmtrain.hf.tokenizer_export` for a tokenizer that adds tokens when it is called.
+    """Change ``files`` of :mod:`llmtrain.hf.tokenizer_export` so that the tokenizer adds tokens when it is called.
 
-    ``begins``, ``ends``: the token that a text begins with before it, the one that ends it behind it.  ``pad``: name
-    and id of what pads a batch on the right, added if the tokenizer has no such token.
+    ``begins``, ``ends``: add the token that begins a text before it, the one that ends a text after it.  ``pad``: name
+    and id of the token that pads a batch on the right, added if the tokenizer lacks it.
     """
     spec, config = json.loads(files[FILE]), json.loads(files[CONFIG])
     names = {id: name for name, id in tokenizer.special_tokens.items()}

@@ -1,4 +1,4 @@
-"""A checkpoint's ``config.json``: every key of it is read, checked, known to change nothing, or spoken of."""
+"""A checkpoint's ``config.json``: every key is read, checked, known to have no effect, or reported."""
 
 import json
 import math
@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 NAME = "config.json"
 LARGEST = 1 << 24  # bytes
 
-# Keys that do not change the logits of a causal language model: how text is made with it, how it is stored, what it is
-# called, what training does.  Dropout is a key of ours, and not taken over.
+# Keys that do not change the logits of a causal language model: settings of generation, of storage and of training, and
+# names.  Dropout is set by a key of ours and not taken over.
 INERT = frozenset({
     "_commit_hash", "_from_model_config", "_name_or_path", "_flash_attn_2_enabled", "add_bos_token", "add_eos_token",
     "architectures", "attention_dropout", "attn_implementation", "attn_pdrop", "auto_map", "bad_words_ids",
@@ -27,7 +27,7 @@ INERT = frozenset({
     "unsloth_version", "use_bfloat16", "use_cache", "use_return_dict", "z_loss_weight",
 })  # fmt: skip
 
-# Keys that would change the computation of any family, with the values that they have where they do not.
+# Keys that would change the computation of any family, with the values that leave it unchanged.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None, {}),
     "compression_config": (None, {}),
@@ -52,27 +52,27 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "clip_qkv": (None,),
     "use_qk_norm": (False, None),
 }
-ANSWERS = {
+REASONS = {
     "quantization_config": "its weights are quantised; take the checkpoint that they were quantised from",
-    "num_experts": "mixtures of experts are not known here",
-    "num_local_experts": "mixtures of experts are not known here",
-    "n_routed_experts": "mixtures of experts are not known here",
+    "num_experts": "mixtures of experts are not supported",
+    "num_local_experts": "mixtures of experts are not supported",
+    "n_routed_experts": "mixtures of experts are not supported",
 }
 
 
 class ConfigJson:
-    """The keys of a ``config.json``, and which of them nobody has asked for yet."""
+    """The keys of a ``config.json``, with a record of those that were read."""
 
     def __init__(self, values: dict[str, Any], file: Path) -> None:
         self.values, self.file = values, file
         self._read: set[str] = set()
         for key, plain in PLAIN.items():
             if values.get(key) not in plain and key in values:
-                self.refuse(key, ANSWERS.get(key, "what is computed here has no such thing"))
+                self.refuse(key, REASONS.get(key, "not supported here"))
 
     @classmethod
     def read(cls, folder: Path) -> "ConfigJson":
-        """That of a directory.  Raises ValueError, naming the file."""
+        """Read the file of a directory.  Raises ValueError, naming the file."""
         file = folder / NAME
         if not file.is_file():
             raise ValueError(
@@ -80,7 +80,7 @@ class ConfigJson:
                 "save_pretrained wrote (a run of this program: weights=checkpoint)"
             )
         if file.stat().st_size > LARGEST:
-            raise ValueError(f"{file}: {file.stat().st_size:,} bytes; no model's configuration is that long")
+            raise ValueError(f"{file}: {file.stat().st_size:,} bytes; too large for a model's configuration")
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
@@ -90,7 +90,7 @@ class ConfigJson:
         return cls(values, file)
 
     def refuse(self, key: str, why: str) -> NoReturn:
-        """Raise ValueError that names file, key and value."""
+        """Raise a ValueError that names file, key and value."""
         value = json.dumps(self.values.get(key))
         raise ValueError(f"{self.file}: {key}={value if len(value) < 80 else value[:77] + '...'}: {why}")
 
@@ -100,14 +100,14 @@ class ConfigJson:
         return self.values.get(key, default)
 
     def text(self, key: str) -> str:
-        """A string that has to be there."""
+        """A string; it must be present."""
         value = self.get(key)
         if not isinstance(value, str):
             self.refuse(key, "a name is needed")
         return value
 
     def count(self, *keys: str, default: int | None = None) -> int:
-        """A positive integer, under the first of ``keys`` that is there."""
+        """A positive integer, under the first of ``keys`` that is present."""
         key = next((key for key in keys if self.get(key) is not None), keys[0])
         value = self.get(key)
         if value is None and default is not None:
@@ -141,21 +141,21 @@ class ConfigJson:
 
     @property
     def is_tied(self) -> bool:
-        """Whether the head is the embedding; of those that leave it out, as each family has it."""
+        """True if the head is the embedding; without the key, the default of each family."""
         return self.flag("tie_word_embeddings", self.get("model_type") == "gpt2")
 
     def check_architecture(self, *, is_classifier: bool = False) -> None:
-        """Raise ValueError for a model with another head than that of a language model (a classifier), or none."""
+        """Raise ValueError for a head other than a language model's (or a classifier's, with ``is_classifier``)."""
         ends = ("ForSequenceClassification",) if is_classifier else ("ForCausalLM", "LMHeadModel", "Model")
         for name in self.get("architectures") or ():
             if not str(name).endswith(ends):
                 self.refuse(
                     "architectures",
-                    "the head is another than a language model's; name the language model that it was made from",
+                    "the head is not a language model's; name the language model that it was made from",
                 )
 
     def unknown(self) -> list[str]:
-        """Keys that nobody has read and that are not known to change nothing."""
+        """Keys that were not read and may have an effect."""
         return sorted(
             key for key, value in self.values.items()
             if key not in self._read and key not in INERT and key not in PLAIN and value not in (None, False, [], {})

@@ -1,4 +1,4 @@
-"""A checkpoint directory: where it is, which tensors it holds, and the tensors one at a time."""
+"""A checkpoint directory: find it, list its tensors, and read them one at a time."""
 
 import hashlib
 import json
@@ -19,11 +19,11 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-SAMPLES, SAMPLE = 64, 1 << 16  # what a fingerprint reads of a file: blocks, and bytes of each
+SAMPLES, SAMPLE = 64, 1 << 16  # blocks of a file that a fingerprint reads, and bytes of each
 
 
 class TensorLocation(NamedTuple):
-    """Where a tensor is."""
+    """The place of a tensor in a file."""
 
     file: BinaryIO
     start: int  # bytes from the beginning of the file
@@ -32,10 +32,10 @@ class TensorLocation(NamedTuple):
 
 
 class CheckpointDirectory:
-    """A directory that is read from; a context, since its files are held open.
+    """A checkpoint directory to read from; a context manager, since its files are held open.
 
-    Read, and not mapped into memory: what has been copied into a model takes no memory any longer, and a file that is
-    cut meanwhile is an error and no crash.
+    Files are read, not mapped into memory: a tensor that has been copied into a model takes no more memory, and a file
+    that is cut meanwhile raises an error instead of crashing the process.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,7 +47,7 @@ class CheckpointDirectory:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        """Open every file and read what tensors it holds.  Raises ValueError, naming the file, for a damaged one."""
+        """Open every file and read its list of tensors.  Raises ValueError, naming the file, for a damaged one."""
         try:
             for file in self.files:
                 self._open(file)
@@ -64,7 +64,7 @@ class CheckpointDirectory:
     def _open(self, file: Path) -> None:
         try:
             with safe_open(file, framework="pt"):
-                pass  # the header, and whether all is there that it names, has been checked
+                pass  # opening checks the header and the size of the file
             opened = self._stack.enter_context(file.open("rb"))
             length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(length))
@@ -74,7 +74,7 @@ class CheckpointDirectory:
         for name, entry in header.items():
             if entry["dtype"] not in FLOATS:
                 raise ValueError(
-                    f"{file}: {name} is {entry['dtype']}, no floating-point number of 16 bits or more; quantised "
+                    f"{file}: {name} is {entry['dtype']}, not a floating-point type of 16 bits or more; quantised "
                     "weights cannot be trained, take the checkpoint that they were quantised from"
                 )
             if name in self._where:
@@ -90,7 +90,7 @@ class CheckpointDirectory:
                 raise ValueError(f"{self.folder / INDEX}: lists {absent[0]}, which is in no file of the directory")
 
     def read(self, name: str) -> Tensor:
-        """A tensor, on the host, as it is stored.  Raises ValueError, naming it, if it cannot be read."""
+        """A tensor on the host, in its stored type.  Raises ValueError, naming it, if it cannot be read."""
         file, start, size, dtype = self._where[name]
         tensor = torch.empty(self.shapes[name], dtype=dtype)
         try:
@@ -104,7 +104,7 @@ class CheckpointDirectory:
 
 
 def find_files(folder: Path) -> list[Path]:
-    """The safetensors files of a directory.  Raises ValueError, with what would help, if they are not there."""
+    """The safetensors files of a directory.  Raises ValueError, with the remedy, if there are none."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
@@ -116,11 +116,11 @@ def find_files(folder: Path) -> list[Path]:
     found = sorted(path for kind in PICKLES for path in folder.glob(kind) if path.name != "training_args.bin")
     if found:
         raise ValueError(
-            f"{found[0]}: a pickle, which can run any code when it is loaded, and so is not; if you trust it, convert "
-            'it, where transformers is installed: python -c "from transformers import AutoModelForCausalLM as M; '
+            f"{found[0]}: a pickle, which can run any code when it is loaded, so it is not loaded; if you trust it, "
+            'convert it with transformers: python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors', safe_serialization=True)\""
         )
-    raise ValueError(f"{folder}: neither {SINGLE} nor {INDEX} is in it")
+    raise ValueError(f"{folder}: it holds neither {SINGLE} nor {INDEX}")
 
 
 def read_index(file: Path) -> dict[str, str]:
@@ -128,7 +128,7 @@ def read_index(file: Path) -> dict[str, str]:
     try:
         names = dict(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: cut or damaged, no map of tensors to files ({error})") from error
+        raise ValueError(f"{file}: cut or damaged: not a map of tensors to files ({error})") from error
     if not names:
         raise ValueError(f"{file}: lists no tensor")
     for name in names.values():
@@ -138,10 +138,10 @@ def read_index(file: Path) -> dict[str, str]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Changes whenever the weights do, and reads only some of them: sha256 over names, sizes and bytes of the files.
+    """A hash that changes with the weights: sha256 over names, sizes and sampled bytes of the files.
 
-    Of a file of up to 4 MiB all bytes count; of a larger one 64 blocks of 64 KiB, evenly spaced, the first and the last
-    bytes among them.  Training, or rounding to another type, changes weights everywhere.
+    Of a file of up to 4 MiB all bytes count; of a larger one 64 blocks of 64 KiB, evenly spaced, including the first
+    and the last bytes.  Training, or rounding to another type, changes weights everywhere.
     """
     digest = hashlib.sha256()
     for file in find_files(folder):
@@ -158,7 +158,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def locate_directory(path: str) -> Path:
-    """The directory ``path``, or that of a model of the hub, ``org/name`` or ``org/name@revision``, once downloaded.
+    """The directory ``path``, or the downloaded model ``org/name`` or ``org/name@revision`` of the hub.
 
     Raises ValueError if there is neither.
     """
@@ -166,7 +166,7 @@ def locate_directory(path: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ValueError(f"weights.path={path}: a file; give the directory that it is in")
+        raise ValueError(f"weights.path={path}: a file; give its directory")
     match = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", path)
     if match is None:
         raise ValueError(
@@ -179,7 +179,7 @@ def locate_directory(path: str) -> Path:
 
 @cache
 def download(name: str, revision: str | None, path: str) -> Path:
-    """The directory of a model of the hub: of its files those that are data, never a pickle or a program."""
+    """Download a model of the hub and return its directory.  Only data files: never a pickle or a program."""
     try:
         import huggingface_hub
     except ModuleNotFoundError as error:
@@ -188,14 +188,14 @@ def download(name: str, revision: str | None, path: str) -> Path:
         ) from error
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED))
-    except Exception as error:  # of the network, of the hub, of the disk: many kinds, no common one
+    except Exception as error:  # of the network, the hub or the disk, without a common base class
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"weights.path={path}: no such directory here, and it could not be got from the Hugging Face hub "
+            f"weights.path={path}: no such directory, and the download from the Hugging Face hub failed "
             f"({type(error).__name__}: {reason[:200]}); without a network, give the directory of a copy"
         ) from error
 
 
 def tensor_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """What a tensor takes in a file."""
+    """Bytes of a tensor in a file."""
     return torch.Size(shape).numel() * dtype.itemsize

@@ -1,4 +1,4 @@
-"""GPT-2 as transformers has it: linear layers stored as (inputs, outputs), learned positions, a tied head."""
+"""GPT-2 in transformers' format: linear layers stored as (inputs, outputs), learned positions, a tied head."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ class GPT2Family(ModelFamily):
 
     def read_config(self, config: ConfigJson) -> GPTConfig:
         hidden = config.count("n_embd", "hidden_size", default=768)
-        ours = "GPT-2 is built with this alone here"
+        ours = "the only supported value"
         config.expect("n_inner", None, 4 * hidden, default=None, why=f"must be 4 * n_embd = {4 * hidden}")
         config.expect(
             "activation_function", "gelu_new", "gelu_pytorch_tanh", default="gelu_new", why="must be gelu_new"
@@ -44,7 +44,7 @@ class GPT2Family(ModelFamily):
     def write_config(self, config: ModelConfig, vocab_size: int) -> dict[str, Any]:
         assert isinstance(config, GPTConfig)
         if config.logit_softcap is not None:
-            raise ValueError(f"model.logit_softcap={config.logit_softcap}: the GPT-2 of transformers has none")
+            raise ValueError(f"model.logit_softcap={config.logit_softcap}: GPT-2 in transformers has none")
         return {
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",

@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen 2 and Qwen 3 as transformers has them (SmolLM is a Llama): one layout, other switches."""
+"""Llama, Mistral, Qwen 2 and Qwen 3 in transformers' format (SmolLM is a Llama): one layout, different switches."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }  # fmt: skip
-KEY_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # where config.json has no num_key_value_heads
-HEAD_SIZES = {"qwen3": 128}  # … no head_dim
-WINDOW, FULL_LAYERS = 4096, 28  # … no sliding_window, no max_window_layers
+KEY_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # without num_key_value_heads in config.json
+HEAD_SIZES = {"qwen3": 128}  # without head_dim
+WINDOW, FULL_LAYERS = 4096, 28  # without sliding_window, max_window_layers
 
 
 class LlamaFamily(ModelFamily):
@@ -158,12 +158,12 @@ def rest_of_layer(config: LlamaConfig, ours: str, theirs: str) -> list[TensorMap
 
 
 def has_bias(config: LlamaConfig) -> bool:
-    """Whether a Llama or Qwen 3 has to have ``attention_bias``, which is that of all four layers of the attention."""
+    """True if a Llama or Qwen 3 needs ``attention_bias``, which applies to all four layers of the attention."""
     return config.qkv_bias or config.output_bias
 
 
 def read_window(config: ConfigJson, kind: str, layers: int) -> tuple[int | None, int]:
-    """Sliding window, and the layer from which on there is one."""
+    """The sliding window (None: none), and the first layer that has one."""
     if kind == "llama":
         return None, 0
     if kind == "mistral":
@@ -178,8 +178,8 @@ def read_window(config: ConfigJson, kind: str, layers: int) -> tuple[int | None,
         first = next((i for i, kind in enumerate(kinds) if kind != "full_attention"), layers)
         plain = ["full_attention"] * first + ["sliding_attention"] * (layers - first)
         if kinds != plain or (first < layers and not is_used):
-            config.refuse("layer_types", "must be full_attention up to some layer, and sliding_attention, with "
-                          "use_sliding_window and a sliding_window, from there on")  # fmt: skip
+            config.refuse("layer_types", "must be full_attention up to some layer and sliding_attention from there "
+                          "on, with use_sliding_window and a sliding_window")  # fmt: skip
     if not is_used or first >= layers:
         config.get("sliding_window")
         return None, 0
@@ -187,7 +187,7 @@ def read_window(config: ConfigJson, kind: str, layers: int) -> tuple[int | None,
 
 
 def model_type_of(config: LlamaConfig) -> str:
-    """The model of transformers that computes what ``config`` says; a bias that ours lacks is written as zeros.
+    """The ``model_type`` that computes the same as ``config``; a bias missing here is written as zeros.
 
     Raises ValueError, naming the key, if there is none.
     """
@@ -210,7 +210,7 @@ def model_type_of(config: LlamaConfig) -> str:
 
 
 def check_common(config: LlamaConfig) -> None:
-    """Raise ValueError for what no model of the family computes."""
+    """Raise ValueError for settings that no model of the family supports."""
     if config.logit_softcap is not None:
         raise ValueError(f"model.logit_softcap={config.logit_softcap}: this family of transformers has none")
     if config.rope_scaling is Scaling.dynamic and config.rope_original_context_length is None:

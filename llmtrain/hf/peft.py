@@ -1,7 +1,7 @@
-"""Adapters in the format of PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``, both ways.
+"""Adapters in the format of PEFT: write and read ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-``names`` is the map of a family: our name of each linear and embedding module (others may be in it) to its name in
-transformers' model for causal language modelling, or for classification where there is a classifier.
+``names`` maps our name of each linear and embedding module (others may be in it) to its name in transformers' model
+for causal language modelling, or for classification where there is a classifier.
 """
 
 import json
@@ -24,7 +24,7 @@ from llmtrain.model import LanguageModel
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 
-# What changes an adapter's function and has no counterpart here, with the values that mean that it is not used.
+# Keys that change the function of an adapter and have no counterpart here, with the values that leave it unchanged.
 UNKNOWN: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None), "target_parameters": (None, []), "trainable_token_indices": (None, [], {}),
     "layer_replication": (None, []), "alora_invocation_tokens": (None, []), "use_qalora": (False, None),
@@ -33,7 +33,7 @@ UNKNOWN: dict[str, tuple[Any, ...]] = {
 
 
 class AdapterTensor(NamedTuple):
-    """A tensor of an adapter file, and what it is here."""
+    """A tensor of an adapter file, and its parameter here."""
 
     name: str  # of our parameter
     parameter: Tensor  # without vocabulary padding
@@ -49,11 +49,10 @@ def export_adapter(
     base: str | None = None,
     fan_in_fan_out: bool = False,
 ) -> None:
-    """Write the adapters of ``model``, and what is trained beside them, for ``PeftModel.from_pretrained(…, to)``.
+    """Write the adapters of ``model`` and the modules trained beside them, for ``PeftModel.from_pretrained(…, to)``.
 
-    ``base``: the directory or hub name of the base model, for PEFT to find it.  ``fan_in_fan_out``: whether
-    transformers stores the blocks' matrices transposed, as those of GPT-2.  Raises ValueError for what is trained and
-    PEFT has no place for.
+    ``base``: the directory or hub name of the base model, for PEFT to find it.  ``fan_in_fan_out``: transformers stores
+    the blocks' matrices transposed, as in GPT-2.  Raises ValueError for a trained parameter that PEFT cannot store.
     """
     with_adapter = adapters(model)
     targets = [names[name] for name in with_adapter]
@@ -71,7 +70,7 @@ def export_adapter(
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": shortest(targets, [name for name in names.values() if name not in targets]),
+        "target_modules": shortest_suffixes(targets, [name for name in names.values() if name not in targets]),
         "modules_to_save": [names[name] for name in whole] or None,
         "use_rslora": lora.kind == "rslora",
         "use_dora": lora.has_magnitude,
@@ -81,7 +80,7 @@ def export_adapter(
         "inference_mode": True,
     }
     tensors = {}
-    for key, entry in entries(model, names, fan_in_fan_out=fan_in_fan_out):
+    for key, entry in adapter_tensors(model, names, fan_in_fan_out=fan_in_fan_out):
         tensor = entry.parameter.detach().cpu()
         tensors[key] = (tensor.t() if entry.transposed else tensor).contiguous()
     to.mkdir(parents=True, exist_ok=True)
@@ -92,10 +91,10 @@ def export_adapter(
 
 @torch.no_grad()
 def import_adapter(model: LanguageModel, lora: LowRankAdaptation, names: Mapping[str, str], path: Path) -> None:
-    """Copy a PEFT adapter into the adapters that ``lora`` has put into ``model``.
+    """Copy a PEFT adapter into the adapters that ``lora`` added to ``model``.
 
-    Raises ValueError for a setting that is not this run's, and :class:`CheckpointError` naming the tensors that are
-    missing, too many or of another shape.
+    Raises ValueError for a setting that differs from this run's, and :class:`CheckpointError` naming the tensors that
+    are missing, unexpected or of another shape.
     """
     config = read_config(path)
     check_config(config, lora, path)
@@ -107,7 +106,7 @@ def import_adapter(model: LanguageModel, lora: LowRankAdaptation, names: Mapping
             )
         raise ValueError(f"{path}: has no {TENSORS}")
     tensors = read_tensors(path / TENSORS)
-    expected = dict(entries(model, names, fan_in_fan_out=bool(config.get("fan_in_fan_out"))))
+    expected = dict(adapter_tensors(model, names, fan_in_fan_out=bool(config.get("fan_in_fan_out"))))
     problems = [f"{key} ({entry.name}) is missing" for key, entry in expected.items() if key not in tensors]
     for key, tensor in tensors.items():
         if key in expected:
@@ -125,7 +124,7 @@ def import_adapter(model: LanguageModel, lora: LowRankAdaptation, names: Mapping
         entry.parameter.copy_(tensors[key].t() if entry.transposed else tensors[key])
 
 
-def entries(
+def adapter_tensors(
     model: LanguageModel, names: Mapping[str, str], *, fan_in_fan_out: bool
 ) -> Iterator[tuple[str, AdapterTensor]]:
     """All tensors of the adapter file of ``model``, by their names there."""
@@ -145,9 +144,9 @@ def entries(
 
 
 def trained_modules(model: LanguageModel, names: Mapping[str, str]) -> dict[str, nn.Module]:
-    """The modules that are trained whole beside the adapters: PEFT's ``modules_to_save``.
+    """The modules that are fully trained beside the adapters: PEFT's ``modules_to_save``.
 
-    Raises ValueError for a parameter that is trained and not in one of them.
+    Raises ValueError for a trained parameter outside of them.
     """
     found: dict[str, nn.Module] = {}
     with_adapter = adapters(model)
@@ -158,8 +157,8 @@ def trained_modules(model: LanguageModel, names: Mapping[str, str]) -> dict[str,
         module = model.get_submodule(name)
         if name in with_adapter or not all(p.requires_grad for p in module.parameters()):
             raise ValueError(
-                f"lora.also_train: {full} is trained and other parameters of {name} are not; PEFT knows whole modules "
-                "alone; export format=huggingface, merged"
+                f"lora.also_train: {full} is trained and other parameters of {name} are not; PEFT stores only whole "
+                "modules; export format=huggingface, merged"
             )
         if name not in names:
             raise ValueError(
@@ -170,12 +169,12 @@ def trained_modules(model: LanguageModel, names: Mapping[str, str]) -> dict[str,
 
 
 def is_classifier(name: str) -> bool:
-    """Whether a module is what an objective has added."""
+    """True for a module that an objective added."""
     return f"{name}.".startswith(CLASSIFIER)
 
 
-def shortest(targets: Iterable[str], others: Iterable[str]) -> list[str]:
-    """The shortest ends of names, from a dot on, that all of ``targets`` have and none of ``others``."""
+def shortest_suffixes(targets: Iterable[str], others: Iterable[str]) -> list[str]:
+    """The shortest name suffixes, starting after a dot, that match all of ``targets`` and none of ``others``."""
     targets, others = sorted(set(targets)), set(others)
     ends: dict[str, None] = {}
     for name in targets:
@@ -186,7 +185,7 @@ def shortest(targets: Iterable[str], others: Iterable[str]) -> list[str]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """``adapter_config.json``.  Raises ValueError naming it."""
+    """Read ``adapter_config.json``.  Raises ValueError, naming it."""
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -198,22 +197,22 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check_config(config: Mapping[str, Any], lora: LowRankAdaptation, path: Path) -> None:
-    """Raise ValueError unless an adapter of PEFT's ``config`` computes what one of ``lora`` does."""
+    """Raise ValueError unless an adapter of PEFT's ``config`` computes the same as one of ``lora``."""
     kind = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
     if config.get("use_dora") and config.get("use_rslora"):
-        raise ValueError(f"{path / CONFIG}: use_dora=true use_rslora=true: there is one or the other here")
+        raise ValueError(f"{path / CONFIG}: use_dora=true use_rslora=true: only one of them is supported")
     check_kind(lora, kind, config.get("r"), config.get("lora_alpha"), path)
     for theirs, value in (("rank_pattern", lora.rank), ("alpha_pattern", lora.alpha)):
         others = {name: other for name, other in (config.get(theirs) or {}).items() if other != value}
         if others:
-            raise ValueError(f"{path / CONFIG}: {theirs}={others}: there is one rank and one alpha for all layers here")
+            raise ValueError(f"{path / CONFIG}: {theirs}={others}: all layers share one rank and one alpha here")
     for key, unused in UNKNOWN.items():
         if key in config and config[key] not in unused:
             raise ValueError(f"{path / CONFIG}: {key}={config[key]}: has no counterpart here")
 
 
 def check_kind(lora: LowRankAdaptation, kind: str, rank: Any, alpha: Any, path: Path) -> None:
-    """Raise ValueError unless the adapters of ``path`` are those of ``lora``."""
+    """Raise ValueError unless the adapters of ``path`` have the kind, rank and alpha of ``lora``."""
     if kind != lora.kind:
         raise ValueError(f"lora={lora.kind}: the adapters of {path} are of another kind; lora={kind}")
     for key, value in (("rank", rank), ("alpha", alpha)):
@@ -224,9 +223,9 @@ def check_kind(lora: LowRankAdaptation, kind: str, rank: Any, alpha: Any, path: 
 
 
 def differs_from_base(key: str, tensor: Tensor, model: LanguageModel, names: Mapping[str, str]) -> str | None:
-    """What is wrong with a tensor that belongs to no adapter: nothing, if it is an embedding of the base as it is.
+    """The problem with a tensor that belongs to no adapter; None for an unchanged embedding of the base.
 
-    PEFT stores the base's embeddings too where they are adapted, or might have been made larger.
+    PEFT also stores the base's embeddings where they are adapted or may have been enlarged.
     """
     name = key.removeprefix(PREFIX).replace(".base_layer.", ".").removesuffix(".weight")
     ours = next((our for our, their in names.items() if their == name), None)

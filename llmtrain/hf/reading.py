@@ -1,4 +1,4 @@
-"""Weights of a checkpoint directory into a model of ours, tensor by tensor."""
+"""Load the weights of a checkpoint directory into a model of ours, tensor by tensor."""
 
 import logging
 import re
@@ -19,24 +19,24 @@ from llmtrain.model import LanguageModel, ModelConfig
 
 log = logging.getLogger(__name__)
 
-# Keys that a model may have otherwise than the checkpoint: the sizes that are compared tensor by tensor, and what
-# changes nothing of the weights' meaning.
+# Keys that may differ from the checkpoint: sizes, which are compared tensor by tensor, and keys that do not change the
+# meaning of the weights.
 FREE = {
     "context_length", "vocab_size", "dropout", "initialisation", "initial_std", "tie_embeddings", "fused_qkv",
     "qkv_bias", "output_bias", "mlp_bias", "head_size",
 }  # fmt: skip
-# … and may have otherwise on purpose, to read longer texts, say: that is told.
-TOLD = {*CHANGES, "sliding_window", "sliding_window_from_layer", "logit_softcap"}
-MODEL_OF_THE_WEIGHTS = "model=auto is the model of config.json; if it is that already, get the files again"
+# Keys that may differ on purpose, for instance to read longer texts: the difference is reported.
+REPORTED = {*CHANGES, "sliding_window", "sliding_window_from_layer", "logit_softcap"}
+AUTO_REMEDY = "take model=auto, the model of config.json; if it is that already, download the files again"
 
 
 @torch.no_grad()
 def load_weights(model: LanguageModel, folder: Path) -> None:
     """Fill ``model`` in place with the weights of a directory, on its device and in its type.
 
-    A model with a classifier is filled with one.  At no moment is more than the tensors of one layer read.  Raises
-    ValueError for a configuration that is another model's, and, in one message, for tensors that are missing, not known
-    or of another shape.
+    A model with a classifier needs a checkpoint with one.  Never more than the tensors of one layer are in memory.
+    Raises ValueError for a configuration of another model and, in one message, for tensors that are missing, unknown or
+    of another shape.
     """
     is_classifier = hasattr(model, "classifier")
     with CheckpointDirectory(folder) as directory:
@@ -49,35 +49,35 @@ def load_weights(model: LanguageModel, folder: Path) -> None:
         if is_classifier:
             maps = with_classifier(maps)
             state.pop("head.weight", None)  # a classifier has none
-        maps = settle(maps, family, directory)
+        maps = resolve_names(maps, family, directory)
         check_tensors(maps, state, family, directory)
         check_head(model, family, directory, maps)
         for each in maps:
-            fill(each, state, directory)
-    for note in notes(model, maps, directory):
+            copy_tensors(each, state, directory)
+    for note in describe_differences(model, maps, directory):
         log.info("%s: %s", folder, note)
 
 
 def check_config(model: LanguageModel, family: ModelFamily, directory: CheckpointDirectory) -> None:
-    """Raise ValueError if the weights mean something else than ``model`` computes; tell what may be on purpose."""
+    """Raise ValueError if ``model`` computes something other than the checkpoint's; report intended differences."""
     config, theirs = config_of(model), family.read_config(directory.config)
     file = directory.config.file
     if type(config) is not type(theirs):
         raise ValueError(
             f"{file}: model_type={directory.config.text('model_type')}, and the model is a {type(model).__name__}; "
-            "model=auto takes what the checkpoint is"
+            "take model=auto"
         )
     keys = [field.name for field in fields(config) if field.name not in FREE]  # type: ignore[arg-type]
     different = [key for key in keys if getattr(config, key) != getattr(theirs, key)]
-    wrong = [key for key in different if key not in TOLD]
+    wrong = [key for key in different if key not in REPORTED]
     if wrong:
         listed = ", ".join(f"model.{key}={_shown(config, key)} ({_shown(theirs, key)} there)" for key in wrong)
-        raise ValueError(f"{listed}: not as in {file}; model=auto takes what the checkpoint is")
+        raise ValueError(f"{listed}: not as in {file}; take model=auto, the model of the checkpoint")
     for key in different:
         log.warning("model.%s=%s, in %s it is %s", key, _shown(config, key), file, _shown(theirs, key))
     for key in directory.config.unknown():
         value = setting(directory.config.values[key])
-        log.warning("%s: %s=%s is not known here, and nothing follows from it", file, key, value[:80])
+        log.warning("%s: %s=%s is unknown and was ignored", file, key, value[:80])
 
 
 def _shown(config: ModelConfig, key: str) -> str:
@@ -85,10 +85,11 @@ def _shown(config: ModelConfig, key: str) -> str:
     return setting(getattr(value, "name", value))
 
 
-def settle(maps: list[TensorMap], family: ModelFamily, directory: CheckpointDirectory) -> list[TensorMap]:
-    """``maps`` with the names that this directory has: of a bare model, without a head, they lack the prefix.
+def resolve_names(maps: list[TensorMap], family: ModelFamily, directory: CheckpointDirectory) -> list[TensorMap]:
+    """``maps`` with the tensor names of this directory.
 
-    The head of a checkpoint that says that it is tied, and has none, is the embedding.
+    The names in a checkpoint of a bare model, without a head, lack the prefix.  The head of a checkpoint that is tied,
+    and holds none, is the embedding.
     """
     names = directory.shapes.keys()
     is_bare = not any(name.startswith(family.prefix) for name in names)
@@ -103,7 +104,7 @@ def settle(maps: list[TensorMap], family: ModelFamily, directory: CheckpointDire
 
 
 def shapes_of(each: TensorMap, state: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
-    """Shapes of the tensors of theirs."""
+    """Shapes of their tensors in a map."""
     if not each.ours:
         return [each.zeros]
     rows, *others = state[each.ours[0]].shape
@@ -139,10 +140,10 @@ def check_tensors(
                 if found[1:] == shape[1:] and shape[0] == len(state["token_embedding.weight"]):
                     remedies.add(f"model.vocab_size={found[0]}, or model=auto, takes all rows of the vocabulary")
     unexpected = [n for n in directory.shapes if n not in known and not re.fullmatch(family.dropped, n)]
-    problems += [f"{name} is not known" for name in unexpected]
+    problems += [f"{name} is unknown" for name in unexpected]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        remedies = remedies or {MODEL_OF_THE_WEIGHTS}
+        remedies = remedies or {AUTO_REMEDY}
         remedy = "".join(f"; {text}" for text in sorted(remedies))
         raise ValueError(
             f"weights.path={directory.folder}: does not fit the model: {'; '.join(problems[:3])}{more}{remedy}"
@@ -152,7 +153,7 @@ def check_tensors(
 def check_head(
     model: LanguageModel, family: ModelFamily, directory: CheckpointDirectory, maps: Iterable[TensorMap]
 ) -> None:
-    """Raise ValueError if a model whose head is its embedding is given another head."""
+    """Raise ValueError if the model ties its head to its embedding and the checkpoint has another head."""
     if HEAD not in directory.shapes or any(each.theirs == (HEAD,) for each in maps):
         return
     embedding = (
@@ -167,7 +168,7 @@ def check_head(
         )
 
 
-def fill(each: TensorMap, state: Mapping[str, Tensor], directory: CheckpointDirectory) -> None:
+def copy_tensors(each: TensorMap, state: Mapping[str, Tensor], directory: CheckpointDirectory) -> None:
     """Copy the tensors of one map into the model."""
     sources = [directory.read(name) for name in each.theirs]
     if not each.ours:
@@ -185,8 +186,8 @@ def fill(each: TensorMap, state: Mapping[str, Tensor], directory: CheckpointDire
         row += len(target)
 
 
-def notes(model: LanguageModel, maps: Iterable[TensorMap], directory: CheckpointDirectory) -> list[str]:
-    """What is otherwise than one might think."""
+def describe_differences(model: LanguageModel, maps: Iterable[TensorMap], directory: CheckpointDirectory) -> list[str]:
+    """Remarks for the user on weights that are used differently from the checkpoint."""
     found = []
     head: Any = next((each for each in maps if each.ours == ("head.weight",)), None)
     if head is not None and head.theirs != (HEAD,):
@@ -194,5 +195,5 @@ def notes(model: LanguageModel, maps: Iterable[TensorMap], directory: Checkpoint
     for each in maps:
         if each.may_be_longer and directory.shapes[each.theirs[0]][0] > model.context_length:
             positions = directory.shapes[each.theirs[0]][0]
-            found.append(f"of its {positions} positions the first {model.context_length} are taken")
+            found.append(f"of its {positions} positions the first {model.context_length} are used")
     return found

@@ -1,4 +1,4 @@
-"""Any tokenizer as a ``tokenizer.json``, so that transformers splits text exactly as we do."""
+"""Export of any tokenizer as a ``tokenizer.json``, so that transformers splits text exactly as we do."""
 
 import json
 import random
@@ -18,7 +18,7 @@ from llmtrain.tokenizer.token_bytes import SPACE, to_byte_level
 
 FILE = "tokenizer.json"
 
-# Of the tokenizer that a model came with, these stay as they are: what pads, masks and separates its input.
+# Keys kept from the tokenizer that came with a model: tokens that pad, mask and separate its input.
 KEPT = (
     "pad_token", "unk_token", "sep_token", "cls_token", "mask_token", "additional_special_tokens",
     "extra_special_tokens", "padding_side", "model_input_names",
@@ -40,31 +40,28 @@ FRAGMENTS = [
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:
-    """The content of ``tokenizer.json``.
-
-    Raises ValueError where the format cannot say what the tokenizer does.
-    """
+    """The content of ``tokenizer.json``.  Raises ValueError for a tokenizer that the format cannot express."""
     match tokenizer:
         case HuggingFaceTokenizer():
             return tokenizer.source
         case ByteTokenizer():
             model = _bpe({bytes([byte]): byte for byte in range(256)}, tokenizer.special_tokens)
-            spec = _spec(_byte_level(None), model | {"ignore_merges": False}, BYTE_LEVEL)  # no word to be one token
+            spec = _spec(_byte_level(None), model | {"ignore_merges": False}, BYTE_LEVEL)  # words are never one token
         case BPE():
-            return _of_ranks(tokenizer)
+            return _bpe_json(tokenizer)
         case SentencePieceTokenizer():
-            spec = _of_sentencepiece(tokenizer.model)
+            spec = _sentencepiece_spec(tokenizer.model)
         case _:
             raise ValueError(f"{type(tokenizer).__name__} cannot be written as {FILE}")
     text = _dump(spec, tokenizer)
     if isinstance(tokenizer, SentencePieceTokenizer):
         defined = [piece.text for piece in tokenizer.model.pieces if piece.kind is PieceKind.USER_DEFINED]
-        _compare(tokenizer, text, f"tokenizer.path={tokenizer.file}", defined[:50])
+        _check_equal(tokenizer, text, f"tokenizer.path={tokenizer.file}", defined[:50])
     return text
 
 
 def tokenizer_config(tokenizer: Tokenizer, model_max_length: int, chat_template: str | None = None) -> dict[str, Any]:
-    """The content of ``tokenizer_config.json``; ``chat_template``: of the training, null for the tokenizer's own."""
+    """The content of ``tokenizer_config.json``; ``chat_template``: None for the tokenizer's own."""
     kept: dict[str, Any] = {}
     if isinstance(tokenizer, HuggingFaceTokenizer):
         kept = {key: value for key, value in tokenizer.directory.tokenizer_config.items() if key in KEPT}
@@ -82,7 +79,7 @@ def tokenizer_config(tokenizer: Tokenizer, model_max_length: int, chat_template:
 
 
 def export_files(tokenizer: Tokenizer, model_max_length: int, chat_template: str | None = None) -> dict[str, str]:
-    """Names and contents of what goes into an exported directory."""
+    """Names and contents of the tokenizer files in an exported directory."""
     config = tokenizer_config(tokenizer, model_max_length, chat_template)
     contents = {FILE: tokenizer_json(tokenizer)}
     if template := config.get("chat_template"):
@@ -124,18 +121,18 @@ def _sequence(key: str, steps: list[Any]) -> Any:
 # --- byte-level BPE ----------------------------------------------------------------------------------------------
 
 
-def _of_ranks(tokenizer: BPE) -> str:
+def _bpe_json(tokenizer: BPE) -> str:
     encoding = tokenizer.encoding
     model = _bpe(encoding._mergeable_ranks, tokenizer.special_tokens)
     spec = _spec(_byte_level(encoding._pat_str), model, BYTE_LEVEL)
     text = _dump(spec, tokenizer)
-    if encoding._pat_str not in PATTERNS.values():  # in the two engines a pattern may mean different things
-        _compare(tokenizer, text, "tokenizer.pattern")
+    if encoding._pat_str not in PATTERNS.values():  # the two regex engines may differ on it
+        _check_equal(tokenizer, text, "tokenizer.pattern")
     return text
 
 
 def _byte_level(pattern: str | None) -> dict[str, Any]:
-    """To bytes, after a split by ``pattern``."""
+    """The pre-tokenizer that splits by ``pattern`` and turns text into bytes."""
     if pattern is None:
         return BYTE_LEVEL
     regex = {"Regex": for_oniguruma(pattern)}
@@ -146,9 +143,9 @@ def _byte_level(pattern: str | None) -> dict[str, Any]:
 def _bpe(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> dict[str, Any]:
     """A BPE model that merges as tiktoken does.
 
-    tiktoken joins any two neighbours that make a token, the lowest rank first: so a token is given every pair of
-    tokens that it can be made of.  A word that is a token itself is not split at all (``ignore_merges``).  Special
-    tokens are in the vocabulary as well, or they would get the ids after the number of the others.
+    tiktoken joins any two neighbours that make a token, the lowest rank first; so the merges list every pair of tokens
+    that makes a token.  A word that is a token itself is not split at all (``ignore_merges``).  Special tokens are in
+    the vocabulary too: otherwise the library would number them after all others.
     """
     by_rank = sorted(ranks, key=ranks.__getitem__)
     return {
@@ -166,11 +163,11 @@ def _bpe(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> dict[
 
 
 def _pairs(token: bytes, ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """Every pair of tokens that makes ``token``.
+    """Every pair of tokens that makes ``token``, in an order that resolves ties as tiktoken does.
 
-    Of two that overlap in a text (xy and yz, both ``token``) tiktoken takes the left one, the library the first that
-    is listed.  They overlap where one splits ``token`` after i bytes, the other i before its end, and x stands at both
-    ends of y's.
+    Of two pairs that overlap in a text (xy and yz, both ``token``) tiktoken joins the left one, the library the one
+    listed first.  Pairs overlap where one splits ``token`` i bytes after its start, the other i bytes before its end,
+    and ``token`` starts and ends with the same i bytes.
     """
     size = len(token)
     splits = {i for i in range(1, size) if token[:i] in ranks and token[i:] in ranks}
@@ -186,10 +183,10 @@ def _pairs(token: bytes, ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, by
 # --- SentencePiece -----------------------------------------------------------------------------------------------
 
 
-def _of_sentencepiece(model: SentencePieceModel) -> dict[str, Any]:
-    """Normaliser, vocabulary and decoder of a SentencePiece model, in the library's terms."""
+def _sentencepiece_spec(model: SentencePieceModel) -> dict[str, Any]:
+    """Normaliser, vocabulary and decoder of a SentencePiece model in the library's format."""
     if model.algorithm not in (Algorithm.UNIGRAM, Algorithm.BPE):
-        raise ValueError(f"a SentencePiece model of kind {model.algorithm.name} cannot be written as {FILE}")
+        raise ValueError(f"a SentencePiece model of type {model.algorithm.name} cannot be written as {FILE}")
     unknown = next(id for id, piece in enumerate(model.pieces) if piece.kind is PieceKind.UNKNOWN)
     defined = [piece.text for piece in model.pieces if piece.kind is PieceKind.USER_DEFINED]
     normalizers: list[Any] = []
@@ -200,7 +197,7 @@ def _of_sentencepiece(model: SentencePieceModel) -> dict[str, Any]:
     if model.adds_space:
         normalizers.append({"type": "Prepend", "prepend": SPACE})
     normalizers.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
-    if model.trims_spaces:  # at the end of a text the character that stands for a space as well
+    if model.trims_spaces:  # at the end of a text, also the character that stands for a space
         normalizers.append({"type": "Replace", "pattern": {"Regex": rf"{SPACE}+\z"}, "content": ""})
     steps: list[Any] = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}]
     steps += [{"type": "ByteFallback"}] if model.has_bytes else []
@@ -216,7 +213,7 @@ def _of_sentencepiece(model: SentencePieceModel) -> dict[str, Any]:
 
 
 def _split_at(names: list[str]) -> dict[str, Any] | None:
-    """User-defined symbols are found before anything else, the longest first."""
+    """The pre-tokenizer that finds user-defined symbols before anything else, the longest first."""
     if not names:
         return None
     pattern = "|".join(map(_quote, sorted(names, key=len, reverse=True)))
@@ -228,7 +225,7 @@ def _quote(name: str) -> str:
 
 
 def _unigram(model: SentencePieceModel, unknown: int) -> dict[str, Any]:
-    """Names of bytes and control symbols are text for SentencePiece: they get a score that is too low to win."""
+    """A Unigram model.  Names of bytes and control symbols are plain text: their score is too low to win."""
     in_text = (PieceKind.NORMAL, PieceKind.USER_DEFINED)
     low = min(piece.score for piece in model.pieces) - 1000
     vocabulary = [[piece.text, piece.score if piece.kind in in_text else low] for piece in model.pieces]
@@ -236,7 +233,7 @@ def _unigram(model: SentencePieceModel, unknown: int) -> dict[str, Any]:
 
 
 def _merges(model: SentencePieceModel, unknown: int) -> dict[str, Any]:
-    """SentencePiece joins the neighbours whose piece has the highest score, the leftmost of equals."""
+    """A BPE model: SentencePiece joins the neighbours whose piece has the highest score, the leftmost of equals."""
     pieces = {piece.text: (piece.score, id) for id, piece in enumerate(model.pieces) if piece.kind is PieceKind.NORMAL}
     ordered = sorted(pieces, key=lambda text: (-pieces[text][0], pieces[text][1]))
     merges = [
@@ -253,22 +250,22 @@ def _merges(model: SentencePieceModel, unknown: int) -> dict[str, Any]:
         "end_of_word_suffix": None,
         "fuse_unk": True,
         "byte_fallback": model.has_bytes,
-        "ignore_merges": any(piece.kind is PieceKind.USER_DEFINED for piece in model.pieces),  # no merges make those
+        "ignore_merges": any(piece.kind is PieceKind.USER_DEFINED for piece in model.pieces),  # no merges produce those
         "vocab": {piece.text: id for id, piece in enumerate(model.pieces)},
         "merges": merges,
     }
 
 
-# --- is it the same? ---------------------------------------------------------------------------------------------
+# --- comparison of both tokenizers ---------------------------------------------------------------------------------
 
 
-def _compare(tokenizer: Tokenizer, text: str, what: str, more: Sequence[str] = ()) -> None:
-    """Raise ValueError if what was written splits a text in another way, ``more`` of its parts among them."""
+def _check_equal(tokenizer: Tokenizer, text: str, what: str, more: Sequence[str] = ()) -> None:
+    """Raise ValueError if the exported tokenizer splits random texts differently; ``more``: fragments to include."""
     try:
         import tokenizers
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{what}: to be compared with what it is written as, it takes the tokenizers package; "
+            f"{what}: the export is checked with the tokenizers package, which is missing; "
             "pip install 'llmtrain[huggingface]'"
         ) from error
     try:
@@ -281,14 +278,13 @@ def _compare(tokenizer: Tokenizer, text: str, what: str, more: Sequence[str] = (
         (encoding,) = written.encode_batch_fast([sample], add_special_tokens=False)
         if not _same(tokenizer, tokenizer.encode(sample).tolist(), encoding.ids):
             raise ValueError(
-                f"{what}: cannot be written as {FILE}, where {sample!r} would be split in another way, so that "
-                "others would not read texts as the model was taught to; the run itself can be asked: llmtrain "
-                "generate, chat, predict"
+                f"{what}: cannot be written as {FILE}: {sample!r} would be split differently, so other programs would "
+                "give the model other tokens than in training; use the run itself: llmtrain generate, chat, predict"
             )
 
 
 def _same(tokenizer: Tokenizer, ours: list[int], theirs: list[int]) -> bool:
-    """Of several splits that a Unigram model gives one score, rounding decides, and the two libraries' differ."""
+    """True for equal ids, or for splits of equal score: a Unigram model chooses among those by rounding."""
     if ours == theirs:
         return True
     if not isinstance(tokenizer, SentencePieceTokenizer) or tokenizer.model.algorithm is not Algorithm.UNIGRAM:

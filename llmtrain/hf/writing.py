@@ -1,4 +1,4 @@
-"""A model of ours as a checkpoint directory that transformers loads."""
+"""Write a model of ours as a checkpoint directory that transformers loads."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +26,8 @@ def config_json(
 ) -> dict[str, Any]:
     """The content of ``config.json``; ``tokens``: ids by key, such as ``eos_token_id``; ``labels``: of a classifier.
 
-    A ``pad_token_id`` behind the vocabulary makes it larger: its embedding is 0, and nothing reads it.
-    Raises ValueError, naming the key of ours, for what transformers' model cannot compute.
+    A ``pad_token_id`` beyond the vocabulary enlarges it; the embedding of that token is 0 and is never used.
+    Raises ValueError, naming our key, for a model that transformers cannot compute.
     """
     config = config_of(model)
     family = family_of_model(config)
@@ -42,7 +42,7 @@ def config_json(
     if values["model_type"] not in ("gpt2", "llama", "mistral", "qwen2", "qwen3"):
         raise ValueError(f"objective=classification: {values['model_type']} has no classifier in transformers")
     if getattr(model.classifier, "bias", None) is not None:
-        raise ValueError("objective=classification: the classifier has a bias, and transformers' has none")
+        raise ValueError("objective=classification: the classifier has a bias; the one in transformers has none")
     kind = causal.replace("LMHeadModel", "ForSequenceClassification").replace(
         "ForCausalLM", "ForSequenceClassification"
     )
@@ -65,10 +65,10 @@ def write_checkpoint(
     dtype: torch.dtype,
     shard_bytes: int,
 ) -> None:
-    """Write weights and config into ``folder``, in files of up to ``shard_bytes``.  Vocabulary padding stays behind.
+    """Write weights and config into ``folder``, in files of up to ``shard_bytes``, without vocabulary padding.
 
-    ``values``: of :func:`config_json`; ``generation``: what ``generation_config.json`` has otherwise.  At no moment is
-    there more than a copy of one file's tensors.
+    ``values``: from :func:`config_json`; ``generation``: more keys of ``generation_config.json``.  Never more than a
+    copy of the tensors of one file is in memory.
     """
     config = config_of(model)
     state = model.state_dict()
@@ -76,11 +76,11 @@ def write_checkpoint(
     maps = family.names(config, values["model_type"])
     if CLASSIFIER in state:
         maps = with_classifier(maps)
-    shards = split(maps, state, dtype, shard_bytes)
+    shards = split_shards(maps, state, dtype, shard_bytes)
     total, where = 0, {}
     for index, shard in enumerate(shards):
         name = SINGLE if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = dict(theirs(shard, state, dtype))
+        tensors = dict(export_tensors(shard, state, dtype))
         if (embedding := tensors.get(family.embedding)) is not None:
             tensors[family.embedding] = F.pad(embedding, (0, 0, 0, values["vocab_size"] - len(embedding)))
         save_file(tensors, folder / name, metadata={"format": "pt"})
@@ -95,10 +95,10 @@ def write_checkpoint(
         _write_json(folder / GENERATION, {**tokens, **generation})
 
 
-def split(
+def split_shards(
     maps: Sequence[TensorMap], state: Mapping[str, Tensor], dtype: torch.dtype, shard_bytes: int
 ) -> list[list[TensorMap]]:
-    """``maps`` in as many parts as it takes for none to be larger, unless one tensor is."""
+    """``maps`` in parts of up to ``shard_bytes``; a larger tensor is a part of its own."""
     shards: list[list[TensorMap]] = [[]]
     used = 0
     for each in maps:
@@ -111,8 +111,10 @@ def split(
     return shards
 
 
-def theirs(maps: Sequence[TensorMap], state: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint, by their names there."""
+def export_tensors(
+    maps: Sequence[TensorMap], state: Mapping[str, Tensor], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a checkpoint with their names there."""
     for each in maps:
         if not each.ours:
             for name in each.theirs:
@@ -127,7 +129,7 @@ def theirs(maps: Sequence[TensorMap], state: Mapping[str, Tensor], dtype: torch.
 
 
 def is_transposed(family: ModelFamily, model: LanguageModel, model_type: str) -> bool:
-    """Whether the matrices of linear layers are stored as (inputs, outputs)."""
+    """True if the matrices of linear layers are stored as (inputs, outputs)."""
     return any(each.transposed for each in family.names(config_of(model), model_type))
 
 

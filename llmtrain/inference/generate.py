@@ -12,11 +12,11 @@ from llmtrain.model import LanguageModel
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen."""
+    """The choice of the next token."""
 
     temperature: float  # 0: the most likely token
-    top_k: int  # sample among so many of the most likely tokens; 0: among all
-    top_p: float  # … among the most likely tokens that together have this probability; 1: among all
+    top_k: int  # sample among this many of the most likely tokens; 0: among all
+    top_p: float  # sample among the most likely tokens that together have this probability; 1: among all
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -27,7 +27,7 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1 (off)")
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> int:
-        """A token id from ``logits`` ``(vocabulary,)``.
+        """Choose a token id from ``logits`` ``(vocabulary,)``.
 
         Temperature, then top-k, then top-p (nucleus sampling, Holtzman et al. 2020) over what is left.
         """
@@ -40,7 +40,7 @@ class Sampling:
         if self.top_p < 1:
             ordered, order = logits.sort(descending=True)
             probabilities = ordered.softmax(0)
-            before = probabilities.cumsum(0) - probabilities  # the most likely token always stays
+            before = probabilities.cumsum(0) - probabilities  # always keeps the most likely token
             logits = logits.index_fill(0, order[before >= self.top_p], -torch.inf)
         return int(torch.multinomial(logits.softmax(0), 1, generator=generator))
 
@@ -57,11 +57,11 @@ def generate(
     end_of_text: int,
     stops: Collection[int] = (),
 ) -> Iterator[int]:
-    """Yield up to ``max_tokens`` ids that go on from ``prompt``; ``end_of_text`` and ``stops`` end it, not yielded.
+    """Yield up to ``max_tokens`` ids that continue ``prompt``; ``end_of_text`` and ``stops`` end it, unyielded.
 
-    ``dtype`` is that of the model's keys and values.  Call it, and take its tokens, under the precision's autocast:
-    around all of them, so that the weights are cast once.  Draws from ``generator`` alone.  Past the model's context
-    the last half of it is read again and generation goes on from there, so length is not limited.
+    ``dtype`` is that of the cache of keys and values.  Enter the precision's autocast around the whole iteration, so
+    that the weights are cast once.  All random numbers come from ``generator``.  When the model's context is full, its
+    last half is read again and generation continues from there, so the length is not limited.
     """
     device = next(model.parameters()).device
     ids = list(prompt) or [end_of_text]
@@ -89,12 +89,12 @@ def generate(
 def stream_text(
     ids: Iterator[int], decode_bytes: Callable[[Sequence[int]], bytes], stops: Sequence[str] = ()
 ) -> Iterator[str]:
-    """The text of ``ids`` as it comes, up to the first of ``stops``, of which nothing is given out.
+    """Yield the text of ``ids`` piece by piece, up to the first of ``stops``, which is not yielded.
 
-    A character whose bytes come with several tokens is given out when it is whole.
+    A character whose bytes are spread over several tokens is yielded when it is complete.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    held = ""  # what may be the beginning of a stop
+    held = ""  # text that may be the beginning of a stop
     for token in ids:
         held += decoder.decode(decode_bytes([token]))
         if (ends := [end for stop in stops if (end := held.find(stop)) >= 0]) != []:
@@ -110,5 +110,5 @@ def stream_text(
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of ``text`` are the beginning of ``stop``."""
+    """Characters at the end of ``text`` that are the beginning of ``stop``."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)

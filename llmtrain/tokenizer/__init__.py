@@ -1,4 +1,4 @@
-"""Text to token ids and back, without a network."""
+"""The contract of tokenizers: text to token ids and back, without a network."""
 
 import re
 from abc import ABC, abstractmethod
@@ -8,38 +8,39 @@ import numpy as np
 
 from llmtrain.base.options import Option
 
-# Between a letter or digit and a character that cannot go on with its word: white space, or punctuation.  The patterns
-# of GPT-2, cl100k and o200k all end a match there and none of them looks back, so both sides split as the whole would.
+# Places between a letter or digit and a character that cannot continue its word: white space, or punctuation.  The
+# patterns of GPT-2, cl100k and o200k all end a match there and none of them looks back, so both sides split as in the
+# whole text.
 WORD_ENDS = (r"[^\W_](?=\s)", r"[^\W_](?=[!-&(-/:-@[-^`{-~—…、。！（），：；？])")
 
 # As patterns to match from the start of a text, greedily: the match ends at the last such place.
 CUTS = [re.compile(f".*{end}", re.DOTALL) for end in WORD_ENDS]
 
-UNUSED = "\N{REPLACEMENT CHARACTER}".encode()  # stands for an id without a token
+UNUSED = "\N{REPLACEMENT CHARACTER}".encode()  # the bytes of an id without a token
 
 
 class Tokenizer(ABC):
-    """What the program knows of a tokenizer."""
+    """Contract of a tokenizer."""
 
     vocab_size: int  # ids are 0 … vocab_size - 1
     end_of_text: int  # the id that ends a document
-    bos: int | None = None  # the id that a text begins with, where models are trained so
-    special_tokens: Mapping[str, int]  # names of tokens that are no text, such as ``<|im_start|>``
+    bos: int | None = None  # the id that begins a text, for models that are trained with one
+    special_tokens: Mapping[str, int]  # ids of tokens that never stand for text, by name, such as ``<|im_start|>``
     chat_template: str | None = None  # Jinja source that came with the tokenizer
     fingerprint: str  # changes whenever the mapping from text to ids changes; the data cache is keyed by it
-    cuts: Sequence[re.Pattern[str]] = CUTS  # those at which a text may be cut: its parts have the ids of the whole
+    cuts: Sequence[re.Pattern[str]] = CUTS  # places at which a text may be cut: the parts have the ids of the whole
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """Ids of ``text``, uint32, 1-dimensional.  Special tokens in the text are ordinary characters.
 
-        Nothing is put before or after it.  Must be safe to call from several threads.
+        No id is added before or after.  Must be safe to call from several threads.
         """
 
     def encode_continuation(self, text: str) -> np.ndarray:
-        """As ``encode``, of a text that goes on from another: without the space that SentencePiece begins with.
+        """As ``encode``, for a text that continues another: without the space that SentencePiece puts first.
 
-        After one of ``cuts`` the ids are those that the text has in the whole.
+        After one of ``cuts`` the ids are the same as in the whole text.
         """
         return self.encode(text)
 
@@ -55,14 +56,14 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The bytes behind ``ids``, special tokens as their names; a cut multi-byte character stays cut.
+        """The bytes of ``ids``, with special tokens as their names; a cut multi-byte character stays cut.
 
-        Those of a list are those of its ids one after the other, so that a text can be shown while it is made.
-        Hence the space that SentencePiece begins a text with is there.  Ids without a token are U+FFFD.
+        The bytes of a list are those of its ids concatenated, so text can be shown while it is generated.  Hence the
+        space that SentencePiece puts before a text is kept.  Ids without a token are U+FFFD.
         """
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text behind ``ids``; bytes that are not UTF-8 become U+FFFD."""
+        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 

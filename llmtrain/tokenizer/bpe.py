@@ -1,4 +1,4 @@
-"""Byte-level BPE over merge ranks: what the options ``gpt2`` and ``tiktoken`` share."""
+"""Byte-level BPE over merge ranks, for the options ``gpt2`` and ``tiktoken``."""
 
 import binascii
 import hashlib
@@ -13,7 +13,7 @@ from llmtrain.tokenizer import CUTS, UNUSED, Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 
-# How a text is split before merging, as published with each encoding (https://github.com/openai/tiktoken,
+# The patterns that split a text before merging, as published with each encoding (https://github.com/openai/tiktoken,
 # tiktoken_ext/openai_public.py).
 PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
@@ -36,9 +36,9 @@ PATTERNS = {
 
 
 def for_oniguruma(pattern: str) -> str:
-    """``pattern`` for the engine of the tokenizers library, where ``{1,3}+`` repeats and ``$`` ends a line.
+    """Translate ``pattern`` for the engine of the tokenizers library, where ``{1,3}+`` repeats and ``$`` ends a line.
 
-    Written as an atomic group, what has a bounded possessive count is the same in both.
+    An atom with a bounded possessive count becomes an atomic group, which both engines match alike.
     """
     atom = r"\\p\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]|[^\\\[\](){}|]"
     pattern = re.sub(rf"({atom})(\{{\d+(?:,\d*)?\}})\+", r"(?>\1\2)", pattern)
@@ -49,13 +49,13 @@ class BPE(Tokenizer):
     """A :class:`tiktoken.Encoding` as a tokenizer."""
 
     def __init__(self, encoding: tiktoken.Encoding, end_of_text: str = END_OF_TEXT) -> None:
-        # tiktoken's README builds encodings from these three attributes of others; there are no public names.
+        # tiktoken's README builds encodings from these three private attributes; there are no public ones.
         special_tokens: dict[str, int] = encoding._special_tokens
         self.encoding = encoding
         self.vocab_size = encoding.max_token_value + 1
         self.end_of_text = special_tokens[end_of_text]
         self.special_tokens = dict(special_tokens)
-        self.cuts = CUTS if encoding._pat_str in PATTERNS.values() else ()  # of another pattern nothing is known
+        self.cuts = CUTS if encoding._pat_str in PATTERNS.values() else ()  # an unknown pattern may split differently
         self.fingerprint = _fingerprint(encoding._mergeable_ranks, encoding._pat_str, special_tokens, self.end_of_text)
 
     def encode(self, text: str) -> np.ndarray:
@@ -67,7 +67,7 @@ class BPE(Tokenizer):
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         try:
             return self.encoding.decode_bytes(ids)
-        except KeyError:  # some encodings leave ids unused, and an untrained model finds them
+        except KeyError:  # some encodings leave ids unused, which an untrained model may generate
             return b"".join(map(self._decode_token, ids))
 
     def _decode_token(self, token: int) -> bytes:
@@ -78,7 +78,7 @@ class BPE(Tokenizer):
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """The merge ranks in a ``.tiktoken`` file: a line for each token, its bytes in base64 and its rank.
+    """Read the merge ranks in a ``.tiktoken`` file: a line for each token, its bytes in base64 and its rank.
 
     Raises ValueError, naming the file, if it cannot be read or used.
     """
@@ -99,7 +99,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def _fingerprint(ranks: Mapping[bytes, int], pattern: str, special_tokens: Mapping[str, int], end_of_text: int) -> str:
-    """sha256 over everything that decides which ids a text gets."""
+    """sha256 over everything that decides the ids of a text."""
     tokens = sorted(ranks, key=ranks.__getitem__)
     digest = hashlib.sha256(repr((pattern, sorted(special_tokens.items()), end_of_text)).encode())
     digest.update(np.array([ranks[token] for token in tokens], dtype="<u4").tobytes())

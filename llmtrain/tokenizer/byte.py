@@ -1,4 +1,4 @@
-"""Bytes as tokens: nothing to learn or load, any text, a small vocabulary for small models."""
+"""Bytes as tokens: nothing to train or load, any text, a small vocabulary for small models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What lies beside a tokenizer in a directory of Hugging Face's: its special tokens by role, and its chat template."""
+"""A tokenizer's directory in Hugging Face's format: its special tokens by role, and its chat template."""
 
 import json
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ TEMPLATE = "chat_template.jinja"
 
 @dataclass(frozen=True)
 class TokenizerDirectory:
-    """The JSON files of a directory, those that are there."""
+    """The JSON files of a directory; {} for a missing one."""
 
     folder: Path
     tokenizer_config: dict[str, Any]
@@ -19,21 +19,21 @@ class TokenizerDirectory:
 
     @classmethod
     def read(cls, folder: Path) -> "TokenizerDirectory":
-        """Raises ValueError, naming the file, for one that is not a JSON object."""
+        """Read the files.  Raises ValueError, naming the file, for one that is not a JSON object."""
         others = ("special_tokens_map.json", "config.json", "generation_config.json")
         return cls(folder, _read_object(folder / CONFIG), tuple(_read_object(folder / name) for name in others))
 
     def token(self, role: str) -> str | int | None:
-        """The token of ``role`` (``eos``, ``bos``), by name or by id; None where no file tells.
+        """The token of ``role`` (``eos``, ``bos``), by name or by id; None if no file names it.
 
-        A null in tokenizer_config.json holds for ``bos``: the model's configuration may name one all the same, which
-        the tokenizer does not put before a text.
+        A null for ``bos`` in tokenizer_config.json is final: the model's configuration may still name one, but the
+        tokenizer does not put it before a text.
         """
         if role == "bos" and self.tokenizer_config.get("bos_token", "") is None:
             return None
         for config in (self.tokenizer_config, *self.others):
             found = config.get(f"{role}_token", config.get(f"{role}_token_id"))
-            if isinstance(found, list):  # several ids end a text
+            if isinstance(found, list):  # several ids can end a text
                 found = found[0] if found else None
             if isinstance(found, dict):
                 found = found.get("content")
@@ -42,7 +42,7 @@ class TokenizerDirectory:
         return None
 
     def chat_template(self) -> str | None:
-        """The Jinja source of the default template.  The file of its own comes first, as in transformers."""
+        """The Jinja source of the default template.  A file of its own takes precedence, as in transformers."""
         path = self.folder / TEMPLATE
         if path.is_file():
             return read_file(path)
@@ -53,7 +53,7 @@ class TokenizerDirectory:
 
 
 def locate_file(path: str, name: str, remedy: str) -> Path:
-    """The file ``path``, or ``name`` in the directory ``path``.  Raises ValueError if it is not there."""
+    """The file ``path``, or ``name`` in the directory ``path``.  Raises ValueError if it is missing."""
     found = Path(path).expanduser()
     if found.is_dir():
         if not (found / name).is_file():
@@ -65,7 +65,7 @@ def locate_file(path: str, name: str, remedy: str) -> Path:
 
 
 def read_file(path: Path) -> str:
-    """A text file.  Raises ValueError, naming it, if it cannot be read."""
+    """Read a text file.  Raises ValueError, naming it, if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -75,7 +75,7 @@ def read_file(path: Path) -> str:
 
 
 def parse_object(text: str, path: Path) -> dict[str, Any]:
-    """``text``, the content of ``path``, as a JSON object.  Raises ValueError if it is none."""
+    """Parse ``text``, the content of ``path``, as a JSON object.  Raises ValueError if it is not one."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -1,6 +1,6 @@
-"""A ``tokenizer.json``, as models on the Hugging Face hub bring it, through the tokenizers library alone.
+"""A ``tokenizer.json``, as in models on the Hugging Face hub, through the tokenizers library alone.
 
-No code of a model's author is run, nothing is downloaded, and transformers is not needed.
+No code that comes with a model is run, nothing is downloaded, and transformers is not needed.
 """
 
 import hashlib
@@ -16,16 +16,16 @@ import numpy as np
 
 from llmtrain.tokenizer import UNUSED, Tokenizer, TokenizerConfig
 from llmtrain.tokenizer.directory import TokenizerDirectory, locate_file, parse_object, read_file
-from llmtrain.tokenizer.safe_cuts import cuts_of, puts_space_first
+from llmtrain.tokenizer.safe_cuts import adds_space_first, cuts_of
 from llmtrain.tokenizer.token_bytes import TokenDecoder, flatten
 
 if TYPE_CHECKING:
     import tokenizers
 
 FILE = "tokenizer.json"
-STRETCH = 1 << 17  # characters that are given to the library at once: it takes some 400 bytes for each token
+STRETCH = 1 << 17  # characters given to the library at once: it takes about 400 bytes of memory a token
 
-# Something of every kind, to compare how it is put together again.
+# Characters of every class, to check that decoding gives the text back.
 SAMPLE = "It's 12,345 o'clock — été,\tÑandú,\r\n\n  你好。 🙂\u00a0_x_ \x07 !  x"
 
 
@@ -53,9 +53,9 @@ class HuggingFace(TokenizerConfig):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """The library's tokenizer twice: one that takes special tokens for ordinary characters, and one as the file is.
+    """Two tokenizers of the library: one that treats special tokens as ordinary characters, and one as in the file.
 
-    Added tokens that the file does not call special, such as runs of spaces or ``<think>``, are text, as they are for
+    Added tokens that the file does not mark as special, such as runs of spaces or ``<think>``, are text, as in
     transformers.
     """
 
@@ -74,7 +74,7 @@ class HuggingFaceTokenizer(Tokenizer):
         hidden = _hide(self._spec, self.special_tokens)
         self.cuts = cuts_of(hidden)
         self._plain = self._continuing = self._load(hidden)
-        if puts_space_first(hidden):
+        if adds_space_first(hidden):
             self._continuing = self._load(_without_space_first(hidden))
 
     def encode(self, text: str) -> np.ndarray:
@@ -108,7 +108,7 @@ class HuggingFaceTokenizer(Tokenizer):
         ours = b"".join(table[id] for id in ids).decode(errors="replace")
         if ours.strip(" ") != self._marked.decode(ids, skip_special_tokens=False).strip(" "):
             raise ValueError(
-                f"{self.file}: its decoder cannot be taken token by token, as text is shown when generated"
+                f"{self.file}: its decoder needs several tokens at once, but text is shown while it is generated"
             )
         return table
 
@@ -117,7 +117,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
         try:
             return tokenizers.Tokenizer.from_str(json.dumps(spec))
-        except BaseException as error:  # what the library raises may be no Exception
+        except BaseException as error:  # the library may raise something other than an Exception
             if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
                 raise
             raise ValueError(
@@ -125,7 +125,7 @@ class HuggingFaceTokenizer(Tokenizer):
             ) from error
 
     def _find(self, token: str | int | None) -> int | None:
-        """The id of a token that is given by name or by id; None for one that is not there."""
+        """The id of a token given by name or by id; None for a missing one."""
         if isinstance(token, str):
             return self._marked.token_to_id(token)
         return token if token is not None and self._marked.id_to_token(token) is not None else None
@@ -146,7 +146,7 @@ class HuggingFaceTokenizer(Tokenizer):
         raise ValueError(f"tokenizer.end_of_text={token}{said}: not a token of {self.file}; special tokens: {there}")
 
     def _mark_special(self) -> None:
-        """Make special what the files beside the tokenizer name as one."""
+        """Mark the tokens that files beside the tokenizer name as special."""
         from tokenizers import AddedToken
 
         known = {token.content for token in self._marked.get_added_tokens_decoder().values() if token.special}
@@ -157,13 +157,13 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def _ids(tokenizer: "tokenizers.Tokenizer", text: str) -> np.ndarray:
-    # Not `encode`: that holds Python's lock, and counts characters besides.
+    # Not `encode`, which holds Python's lock and also counts characters.
     (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
     return np.array(encoding.ids, np.uint32)
 
 
 def _stretches(text: str, cuts: Sequence[re.Pattern[str]]) -> Iterator[str]:
-    """``text`` in parts of about ``STRETCH`` characters, as far as it can be cut."""
+    """Yield ``text`` in parts of about ``STRETCH`` characters, as far as it can be cut."""
     start = 0
     while len(text) - start > STRETCH:
         window = text[start : start + STRETCH]
@@ -177,7 +177,7 @@ def _stretches(text: str, cuts: Sequence[re.Pattern[str]]) -> Iterator[str]:
 
 
 def _clean(spec: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Without what changes ids from call to call or cuts a text: dropout, truncation, padding."""
+    """``spec`` without settings that vary ids or cut a text: dropout, truncation, padding."""
     if not isinstance(spec.get("model"), dict) or "vocab" not in spec["model"]:
         raise ValueError(f"{file}: not a {FILE}: it has no model with a vocabulary")
     model = dict(spec["model"])
@@ -189,13 +189,13 @@ def _clean(spec: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _hide(spec: dict[str, Any], special_tokens: Mapping[str, int]) -> dict[str, Any]:
-    """The same tokenizer with names for its special tokens that no text holds: two characters that are none.
+    """The same tokenizer with names for its special tokens that no text contains: they begin with two noncharacters.
 
-    The library can be told to pass over special tokens, but a vocabulary that holds their names (Unigram's does)
-    gives their ids all the same.
+    The library can be told to ignore special tokens, but a vocabulary that holds their names (Unigram's does) still
+    gives their ids.
     """
     model = spec["model"]
-    merged = {"".join(_pair(merge)) for merge in model.get("merges", ())}  # of no special token, or it has to stay
+    merged = {"".join(_pair(merge)) for merge in model.get("merges", ())}  # a token made by a merge has to stay
     names = {name: f"\U0010fffe\U0010ffff{id}" for name, id in special_tokens.items() if name not in merged}
     if isinstance(model["vocab"], list):
         vocabulary: Any = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
@@ -225,12 +225,12 @@ def _without_space_first(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pair(merge: str | list[str]) -> list[str]:
-    """Earlier versions wrote a merge as one string."""
+    """The two parts of a merge, which earlier versions wrote as one string."""
     return merge.split(" ") if isinstance(merge, str) else merge
 
 
 def _fingerprint(spec: dict[str, Any], special_tokens: Mapping[str, int], end_of_text: int) -> str:
-    """sha256 over everything that decides which ids a text gets."""
+    """sha256 over everything that decides the ids of a text."""
     model = dict(spec["model"])
     if "merges" in model:
         model["merges"] = [_pair(merge) for merge in model["merges"]]

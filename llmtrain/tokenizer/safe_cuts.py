@@ -1,7 +1,7 @@
-"""Where a text may be cut, of a tokenizer that is described by a ``tokenizer.json`` or by its pieces.
+"""Places where a text may be cut before encoding, for a tokenizer given as a ``tokenizer.json`` or as pieces.
 
-Only what is known to give the parts the ids of the whole counts: for the others documents are encoded whole, which
-costs memory alone.
+A place counts only if the parts are known to have the ids of the whole.  Without such places documents are encoded
+whole, which costs only memory.
 """
 
 import re
@@ -12,7 +12,7 @@ from llmtrain.tokenizer import CUTS, WORD_ENDS
 from llmtrain.tokenizer.bpe import PATTERNS, for_oniguruma
 from llmtrain.tokenizer.token_bytes import BYTE, SPACE, flatten
 
-# Of families whose files split with a pattern of their own; each ends a match at the end of a word, none looks back.
+# Patterns of model families; each ends a match at the end of a word, and none looks back.
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -21,14 +21,14 @@ QWEN_2 = LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SAFE_PATTERNS = {*map(for_oniguruma, PATTERNS.values()), *PATTERNS.values(), LLAMA_3, QWEN_2, GPT_2}
 
-# They look at one character at a time, or at one with the marks that follow it.
+# Normalizers that look at one character at a time, or at one with the marks that follow it.
 SAFE_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "BertNormalizer", "Prepend"}
 
 
 def cuts_of(spec: Mapping[str, Any]) -> Sequence[re.Pattern[str]]:
-    """Those of ``CUTS`` that are safe; ``spec``: the file as JSON."""
+    """The safe ones among ``CUTS``; ``spec``: the file as JSON."""
     plain = [token for token in spec["added_tokens"] if not token["special"]]
-    if any(map(_looks_around, plain)) or (plain and puts_space_first(spec)):
+    if any(map(_looks_around, plain)) or (plain and adds_space_first(spec)):
         return ()
     if not all(map(_is_safe_normalizer, flatten(spec.get("normalizer"), "normalizers"))):
         return ()
@@ -44,7 +44,7 @@ def _cuts_of_words(spec: Mapping[str, Any]) -> Sequence[re.Pattern[str]]:
     model = spec["model"]
     is_joined = not steps or (steps[0]["type"] == "Metaspace" and len(steps) == 1)
     is_affixed = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-    if not is_joined or is_affixed or not model.get("byte_fallback"):  # without, unknown characters in a row are one
+    if not is_joined or is_affixed or not model.get("byte_fallback"):  # else a run of unknown characters is one token
         return ()
     if model["type"] == "Unigram":
         return cuts_of_pieces(piece for piece, _ in model["vocab"])
@@ -52,7 +52,7 @@ def _cuts_of_words(spec: Mapping[str, Any]) -> Sequence[re.Pattern[str]]:
 
 
 def cuts_of_pieces(pieces: Iterable[str]) -> Sequence[re.Pattern[str]]:
-    """Those of ``CUTS`` that no piece of a vocabulary in the manner of SentencePiece reaches over."""
+    """The ones among ``CUTS`` that no piece of a SentencePiece vocabulary spans."""
     texts = [piece.replace(SPACE, " ") for piece in pieces if not BYTE.fullmatch(piece)]
     for number, end in enumerate(map(re.compile, WORD_ENDS)):
         if any(map(end.search, texts)):
@@ -60,8 +60,8 @@ def cuts_of_pieces(pieces: Iterable[str]) -> Sequence[re.Pattern[str]]:
     return CUTS
 
 
-def puts_space_first(spec: Mapping[str, Any]) -> bool:
-    """Whether a text gets a space before it, as SentencePiece puts one."""
+def adds_space_first(spec: Mapping[str, Any]) -> bool:
+    """True if the tokenizer puts a space before a text, as SentencePiece does."""
     normalizers = flatten(spec.get("normalizer"), "normalizers")
     steps = flatten(spec.get("pre_tokenizer"), "pretokenizers")
     return (

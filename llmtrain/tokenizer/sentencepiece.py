@@ -1,4 +1,4 @@
-"""A SentencePiece model (Kudo and Richardson 2018), as Llama 2 and Baichuan2 bring it: ``tokenizer.model``."""
+"""A SentencePiece model (Kudo and Richardson 2018), ``tokenizer.model``, as in Llama 2 and Baichuan 2."""
 
 import hashlib
 import re
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 FILE = "tokenizer.model"
 
-# A protocol buffer takes the last of several values: normalizer_spec { add_dummy_prefix: false }, put behind a model.
+# normalizer_spec { add_dummy_prefix: false }, appended to a model: the last of several values holds in a protobuf.
 WITHOUT_SPACE_FIRST = b"\x1a\x02\x18\x00"
 
-# Rules that come with the library.  They rewrite characters and their marks, and none reaches over the end of a word,
-# but they leave out control characters that are white space for Python.
+# Rules that come with the library.  They rewrite characters and their marks, never across the end of a word, but they
+# drop control characters that Python counts as white space.
 KNOWN_RULES = {"nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"}
 PLAIN_SPACES = re.compile(r".*[^\W_](?=[ \t\r\n])", re.DOTALL)
 
@@ -56,9 +56,9 @@ class SentencePiece(TokenizerConfig):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """The library's ids.
+    """The tokenizer of the library.
 
-    Control symbols are never found in a text; user-defined ones are, by the library itself.
+    Control symbols are never found in a text; the library finds user-defined ones.
     """
 
     def __init__(self, file: Path, data: bytes, end_of_text: str | None = None) -> None:
@@ -80,7 +80,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_continuation(self, text: str) -> np.ndarray:
         if self.model.trims_spaces and text[:1].isspace() and self.cuts:
-            before = len(_ids(self._processor, ANCHOR))  # its last space is not the first of a text, and stays
+            before = len(_ids(self._processor, ANCHOR))  # after it, a space is not the first of a text, and stays
             return _ids(self._processor, ANCHOR + text)[before:]
         return _ids(self._continuing, text)
 
@@ -123,14 +123,14 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _cuts(model: SentencePieceModel) -> Sequence[re.Pattern[str]]:
-    """Where the ids of both parts are those of the whole.
+    """Places where the ids of both parts are those of the whole.
 
-    With a Unigram model that is but for ties, which rounding decides: the library adds up scores in fp32, and after a
-    million characters knows the sum to a quarter.  The parts are nearer to the model's definition then.
+    A Unigram model may differ in ties, which rounding decides: the library adds up scores in fp32, whose error after a
+    million characters is about 0.25.  The parts are then closer to the model's definition.
     """
     if model.algorithm not in (Algorithm.UNIGRAM, Algorithm.BPE) or model.space_is_suffix or not model.escapes_spaces:
         return ()
-    if not model.has_bytes:  # several unknown characters in a row are one token
+    if not model.has_bytes:  # a run of unknown characters is one token
         return ()
     cuts = cuts_of_pieces(
         piece.text for piece in model.pieces if piece.kind not in (PieceKind.CONTROL, PieceKind.UNKNOWN)

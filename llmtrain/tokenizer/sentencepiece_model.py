@@ -37,21 +37,21 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """What of the file decides how a text is split."""
+    """The parts of the file that decide how a text is split."""
 
     pieces: list[Piece]  # by id
     algorithm: Algorithm
-    has_bytes: bool  # whether characters without a piece are written as bytes
-    space_is_suffix: bool  # whether ``▁`` ends a word instead of beginning it
-    rules: str  # name of the rules that characters are rewritten by
+    has_bytes: bool  # characters without a piece are encoded as bytes
+    space_is_suffix: bool  # ``▁`` ends a word instead of beginning it
+    rules: str  # name of the rules that rewrite characters
     charsmap: bytes  # those rules, compiled; empty: none
-    adds_space: bool  # before a text
-    trims_spaces: bool  # at both ends, and to one within
-    escapes_spaces: bool  # writes them ``▁``
+    adds_space: bool  # puts a space before a text
+    trims_spaces: bool  # removes spaces at both ends, and repeated ones within
+    escapes_spaces: bool  # writes spaces as ``▁``
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
-        """Raises ValueError for bytes that are no such file."""
+        """Parse the content of a file.  Raises ValueError for anything else."""
         try:
             pieces = [_parse_piece(value) for number, value in _fields(data) if number == 1]
             parts: dict[int, dict[int, int | bytes]] = {2: {}, 3: {}}
@@ -88,7 +88,7 @@ def _parse_piece(data: int | bytes) -> Piece:
 
 
 def _fields(data: int | bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Number and value of each field of a message: an integer, or the bytes."""
+    """Yield number and value (an integer or bytes) of each field of a message."""
     assert isinstance(data, bytes)
     position = 0
     while position < len(data):

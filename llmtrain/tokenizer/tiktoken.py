@@ -1,4 +1,4 @@
-"""Any encoding that the tiktoken package knows, or merge ranks from a file."""
+"""An encoding of the tiktoken package, or merge ranks from a file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from llmtrain.tokenizer import TokenizerConfig
 from llmtrain.tokenizer.bpe import BPE, END_OF_TEXT, PATTERNS, read_ranks
 from llmtrain.tokenizer.gpt2 import GPT2
 
-SAMPLE = "It's 12,345 o'clock — été,\tÑandú,\r\n\n  你好。 🙂\u00a0_x_ \x07 "  # something of every class of characters
+SAMPLE = "It's 12,345 o'clock — été,\tÑandú,\r\n\n  你好。 🙂\u00a0_x_ \x07 "  # characters of every class
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Tiktoken(TokenizerConfig):
     def __post_init__(self) -> None:
         if self.is_file and not self.pattern:
             raise ValueError(
-                f"pattern={self.pattern!r}: {self.encoding} holds merge ranks only, the pattern that splits a text "
+                f"pattern={self.pattern!r}: {self.encoding} holds merge ranks only; the pattern that splits a text "
                 f"must be given: one of {', '.join(PATTERNS)}, or a regular expression"
             )
         if not self.is_file and self.pattern is not None:

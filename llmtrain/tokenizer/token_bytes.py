@@ -1,13 +1,13 @@
-"""What a token of a ``tokenizer.json`` stands for in a text, by the decoder that the file describes."""
+"""The bytes of each token of a ``tokenizer.json``, from the decoder in the file."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-SPACE = "▁"  # a space, in SentencePiece's vocabularies and those made from them
+SPACE = "▁"  # a space in SentencePiece's vocabularies and those derived from them
 BYTE = re.compile("<0x([0-9A-F]{2})>")
 
-# As BERT's decoder tidies up English (tokenizers, decoders/wordpiece.rs).
+# Replacements of BERT's decoder for English (tokenizers, decoders/wordpiece.rs).
 TIDY = {
     " .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'", " n't": "n't", " 'm": "'m", " do not": " don't",
     " 's": "'s", " 've": "'ve", " 're": "'re",
@@ -28,12 +28,12 @@ BYTE_OF = {character: byte for byte, character in enumerate(ALPHABET)}
 
 
 def to_byte_level(token: bytes) -> str:
-    """A token of bytes, as byte-level BPE is written in JSON."""
+    """A token of bytes as byte-level BPE writes it in JSON."""
     return "".join(map(ALPHABET.__getitem__, token))
 
 
 def flatten(node: Mapping[str, Any] | None, parts: str) -> list[Mapping[str, Any]]:
-    """The steps of a component, nested sequences laid out; ``parts`` is the key that holds those of a sequence."""
+    """The steps of a component without nesting; ``parts`` is the key that holds the steps of a sequence."""
     if node is None:
         return []
     if node.get("type") != "Sequence":
@@ -42,10 +42,10 @@ def flatten(node: Mapping[str, Any] | None, parts: str) -> list[Mapping[str, Any
 
 
 class TokenDecoder:
-    """From a token to its bytes, each token by itself.
+    """Bytes of a token, each token by itself.
 
-    What a decoder of the library does at the ends of a whole text, such as to strip the first space, is left out.
-    Raises ValueError for a decoder that cannot be taken token by token.
+    Steps at the ends of a whole text, such as stripping the first space, are left out.  Raises ValueError for a decoder
+    that needs several tokens at once.
     """
 
     def __init__(self, node: Mapping[str, Any] | None) -> None:
@@ -55,7 +55,7 @@ class TokenDecoder:
                 raise ValueError(f"its decoder has a step {step['type']} that depends on more than one token")
 
     def __call__(self, token: str) -> bytes:
-        if not self.steps:  # the library then puts spaces between tokens
+        if not self.steps:  # without steps the library puts spaces between tokens
             return f" {token}".encode()
         for step in self.steps:
             match step["type"]:

@@ -1,4 +1,4 @@
-"""Where the weights come from at step 0."""
+"""Sources of the initial weights: the contract of ``weights=...``."""
 
 from abc import ABC, abstractmethod
 
@@ -7,12 +7,12 @@ from llmtrain.model import LanguageModel
 
 
 class Weights(Option, ABC):
-    """Contract of ``weights=...``: called once, on the initialised model, before a run's first step."""
+    """Contract of ``weights=...``, called once, on the initialised model, before the first step of a run."""
 
     @abstractmethod
     def load(self, model: LanguageModel) -> None:
         """Fill ``model`` in place.  Raises ValueError naming file and tensor; never skips one in silence."""
 
     def fingerprint(self) -> str:
-        """Changes whenever what is loaded does; "" where nothing is.  For frozen weights, which are not saved."""
+        """A hash that changes with the weights; "" where none are loaded.  For frozen weights, which are not saved."""
         return ""

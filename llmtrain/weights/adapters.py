@@ -1,4 +1,4 @@
-"""Adapters to start from: those of a PEFT directory, of a run or of a checkpoint."""
+"""Initial adapters from a PEFT directory, a run or a checkpoint."""
 
 from pathlib import Path
 
@@ -18,9 +18,9 @@ from llmtrain.model import LanguageModel
 
 
 def start_from(model: LanguageModel, lora: LowRankAdaptation, path: Path) -> None:
-    """Copy adapters, those of a PEFT directory or of one of our runs or checkpoints, into those of ``model``.
+    """Copy the adapters in ``path``, a PEFT directory, a run or a checkpoint, into those of ``model``.
 
-    Raises ValueError where they are not such as ``lora`` has put into it, naming keys or tensors.
+    Raises ValueError, naming keys or tensors, for adapters that differ from those that ``lora`` added to the model.
     """
     if (path / CONFIG).is_file():
         names = module_names(model) | {CLASSIFIER.removesuffix("."): SCORE.removesuffix(".weight")}
@@ -29,7 +29,9 @@ def start_from(model: LanguageModel, lora: LowRankAdaptation, path: Path) -> Non
     checkpoint = locate_checkpoint(path)
     verify_checkpoint(checkpoint)
     if not read_state(checkpoint).get("base"):
-        raise ValueError(f"lora.path={path}: holds a whole model, no adapters; weights=checkpoint weights.path={path}")
+        raise ValueError(
+            f"lora.path={path}: holds a whole model, no adapters; take weights=checkpoint weights.path={path}"
+        )
     stored = yaml.safe_load((checkpoint / STORED).read_text(encoding="utf-8"))["lora"]
     kind = option_of_target(str(stored["_target_"]))
     check_kind(lora, kind, stored["rank"], stored["alpha"], path)
@@ -42,6 +44,6 @@ def start_from(model: LanguageModel, lora: LowRankAdaptation, path: Path) -> Non
         more = f" (and {len(others) - 3} more)" if len(others) > 3 else ""
         raise CheckpointError(
             f"{checkpoint / MODEL}: does not fit lora.targets and lora.also_train: {', '.join(others[:3])}{more} "
-            "missing, too many or of another shape"
+            "missing, unexpected or of another shape"
         )
     model.load_state_dict(tensors, strict=False)

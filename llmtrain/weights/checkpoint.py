@@ -14,7 +14,7 @@ from llmtrain.weights import Weights
 
 @dataclass(frozen=True)
 class Checkpoint(Weights):
-    """The model of a run or checkpoint directory; its optimizer, step and data position stay behind."""
+    """The model of a run or checkpoint directory; without its optimizer state, step and data position."""
 
     path: str
 

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint directory in Hugging Face's form."""
+"""The weights of a checkpoint directory in Hugging Face's format."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from llmtrain.weights import Weights
 class HuggingFace(Weights):
     """A directory that ``save_pretrained`` wrote, or a model of the hub, as ``org/name`` or ``org/name@revision``.
 
-    Safetensors alone, in one file or several.  A pickle is refused; no code that comes with a checkpoint is run.
+    Only safetensors, in one file or several.  A pickle is refused; no code that comes with a checkpoint is run.
     """
 
     path: str

@@ -115,7 +115,7 @@ def test_long_examples_are_cut_or_left_out_and_counted(tmp_path: Path, byte: Tok
         ("pppppccccc", f"ccccc{END}"), ("pppppddddd", "dddddd"), ("pppppppppp", "e"),
     ]  # fmt: skip
     assert corpus.notes == (
-        "2 of 4 training examples (50.0%) are longer than data.sequence_length=10: what is beyond was cut off",
+        "2 of 4 training examples (50.0%) are longer than data.sequence_length=10: the rest was cut off",
         "1 of 4 training examples (25.0%) are longer than data.sequence_length=10: nothing of a response was left, so "
         "they are left out",
     )

@@ -203,7 +203,7 @@ def test_more_than_62_labels_are_refused(tmp_path: Path, byte: Tokenizer) -> Non
     corpus = labelled(tmp_path, path, multi_label=True, validation_fraction=0).build(byte)
     assert [target for _, target in texts(corpus.train, byte)] == [1 << i for i in range(62)]
     path = jsonl(tmp_path / "b.jsonl", [*rows, {"text": "one more", "label": "l62"}])
-    with pytest.raises(ValueError, match="63 labels, and at most 62 have room in a target"):
+    with pytest.raises(ValueError, match="63 labels, and a target has room for 62"):
         labelled(tmp_path, path, multi_label=True, validation_fraction=0).build(byte)
 
 

@@ -262,7 +262,7 @@ def rewrite(file: Path) -> None:
         (cut, "cut while in use: it ends before byte|changed while in use: it has 100 bytes, and had 2,000"),
         (empty, "cut while in use: it ends before byte|changed while in use: it has 0 bytes, and had 2,000"),
         (lengthen, "changed while in use: it has 2,002 bytes, and had 2,000 when it was checked"),
-        (rewrite, "changed while in use: it was written to, and its content is another"),
+        (rewrite, "changed while in use: it was written to, and its content has changed"),
     ],
 )
 def test_a_shard_damaged_while_it_is_read_ends_the_run(

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from llmtrain.hf.auto import Auto
+from llmtrain.hf.auto import AutoModel
 from llmtrain.hf.reading import load_weights
 from llmtrain.model import LanguageModel
 
@@ -66,8 +66,8 @@ def make(kind: type, keys: dict[str, Any], folder: Path, **saving: Any) -> Any:
 
 def read(folder: Path, **changes: Any) -> LanguageModel:
     """Our model of what is in ``folder``."""
-    auto = Auto(str(folder), None, 0.0, None)
-    config = Auto(**(vars(auto) | changes)).resolved()
+    auto = AutoModel(str(folder), None, 0.0, None)
+    config = AutoModel(**(vars(auto) | changes)).resolved()
     assert config.vocab_size is not None
     generator = torch.Generator().manual_seed(1)
     model = config.create(config.vocab_size, torch.device("cpu"), generator).eval()

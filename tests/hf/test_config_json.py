@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import transformers
 
-from llmtrain.hf.auto import Auto
+from llmtrain.hf.auto import AutoModel
 from llmtrain.hf.config_json import ConfigJson
 from llmtrain.hf.families import family_of_checkpoint
 from llmtrain.model.layers.rotary import Scaling
@@ -26,7 +26,7 @@ def config_of(values: dict[str, Any], folder: Path) -> Any:
 
 
 @pytest.mark.parametrize(("values", "message"), [
-    (LLAMA | {"model_type": "mamba"}, r'config\.json: model_type="mamba": not a family.*baichuan'),
+    (LLAMA | {"model_type": "mamba"}, r'config\.json: model_type="mamba": not a known family.*baichuan'),
     ({key: LLAMA[key] for key in LLAMA if key != "model_type"}, r"model_type=null"),
     (LLAMA | {"hidden_act": "gelu"}, r'hidden_act="gelu"'),
     (LLAMA | {"hidden_size": "48"}, r'hidden_size="48": a positive integer'),
@@ -34,13 +34,13 @@ def config_of(values: dict[str, Any], folder: Path) -> Any:
     ({key: LLAMA[key] for key in LLAMA if key != "intermediate_size"}, r"intermediate_size=null"),
     (LLAMA | {"rms_norm_eps": 0}, r"rms_norm_eps=0: a positive number"),
     (LLAMA | {"attention_bias": "yes"}, r"attention_bias=\"yes\""),
-    (LLAMA | {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, r"rope_scaling=.*longrope is not known"),
-    (LLAMA | {"rope_scaling": {"type": "su", "factor": 2.0}}, r"rope_type su is not known"),
+    (LLAMA | {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, r"rope_scaling=.*longrope is not supported"),
+    (LLAMA | {"rope_scaling": {"type": "su", "factor": 2.0}}, r"rope_type su is not supported"),
     (LLAMA | {"rope_scaling": {"rope_type": "linear"}}, r"rope_scaling=.*factor is missing"),
     (LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"low_freq_factor is missing"),
     (LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": "2"}}, r"rope_factor must be a positive number"),
-    (LLAMA | {"rope_scaling": YARN | {"beta_fast": 16}}, r"beta_fast is not known"),
-    (LLAMA | {"rope_scaling": YARN | {"attention_factor": 1.0}}, r"attention_factor is not known"),
+    (LLAMA | {"rope_scaling": YARN | {"beta_fast": 16}}, r"beta_fast is not supported"),
+    (LLAMA | {"rope_scaling": YARN | {"attention_factor": 1.0}}, r"attention_factor is not supported"),
     (LLAMA | {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.8}}, r"mscale"),
     (LLAMA | {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, r"rope_parameters=.*one set"),
     (LLAMA | {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, r"partial_rotary_factor"),
@@ -114,10 +114,10 @@ def test_unknown_keys_are_reported(tmp_path: Path) -> None:
 def test_context_length_is_at_most_the_checkpoints(tmp_path: Path) -> None:
     """Of a checkpoint at most what it has; with dynamic scaling, what that reaches."""
     config_of(LLAMA, tmp_path)
-    assert Auto(str(tmp_path), 100, 0.1, None).resolved().context_length == 100
+    assert AutoModel(str(tmp_path), 100, 0.1, None).resolved().context_length == 100
     with pytest.raises(ValueError, match=r"context_length=129: the model would be longer than its positions, 128 in "):
-        Auto(str(tmp_path), 129, 0.0, None).resolved()
+        AutoModel(str(tmp_path), 129, 0.0, None).resolved()
     config_of(LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, tmp_path)
-    assert Auto(str(tmp_path), 256, 0.0, None).resolved().context_length == 256
+    assert AutoModel(str(tmp_path), 256, 0.0, None).resolved().context_length == 256
     with pytest.raises(ValueError, match="longer than its positions"):
-        Auto(str(tmp_path), 257, 0.0, None).resolved()
+        AutoModel(str(tmp_path), 257, 0.0, None).resolved()

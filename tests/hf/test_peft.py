@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llmtrain.hf.peft import CONFIG, TENSORS, export_adapter, import_adapter, shortest
+from llmtrain.hf.peft import CONFIG, TENSORS, export_adapter, import_adapter, shortest_suffixes
 from llmtrain.lora.low_rank import LowRankAdaptation
 from llmtrain.weights.adapters import start_from
 from tests.helpers.adapted import FAMILIES, IDS, Pair, edit, logits, make, make_pair, seeded, stir
@@ -178,7 +178,7 @@ def test_the_adapter_of_a_classifier_gives_the_same_logits_in_peft(tmp_path: Pat
         ({"lora_alpha": 8}, "lora.alpha=6: .* have 8; lora.alpha=8"),
         ({"use_rslora": True}, "lora=lora: .* of another kind; lora=rslora"),
         ({"use_dora": True}, "lora=lora: .* of another kind; lora=dora"),
-        ({"rank_pattern": {"c_attn": 2}}, "rank_pattern={'c_attn': 2}: there is one rank"),
+        ({"rank_pattern": {"c_attn": 2}}, "rank_pattern={'c_attn': 2}: all layers share one rank"),
         ({"bias": "all"}, "bias=all: has no counterpart"),
         ({"lora_bias": True}, "lora_bias=True: has no counterpart"),
         ({"peft_type": "LOHA"}, "peft_type=LOHA: only LORA"),
@@ -248,6 +248,6 @@ def test_dropout_is_applied_as_in_peft(kind: str, tmp_path: Path) -> None:
 
 def test_target_modules_have_the_shortest_names_that_match_nothing_else() -> None:
     names = ["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.1.attn.c_proj", "h.1.mlp.c_proj"]
-    assert shortest(names, []) == ["c_proj"]
-    assert shortest(names[::2], names[1::2]) == ["attn.c_proj"]
-    assert shortest(names[:1], names[1:]) == ["0.attn.c_proj"]
+    assert shortest_suffixes(names, []) == ["c_proj"]
+    assert shortest_suffixes(names[::2], names[1::2]) == ["attn.c_proj"]
+    assert shortest_suffixes(names[:1], names[1:]) == ["0.attn.c_proj"]

@@ -122,7 +122,7 @@ def test_the_first_step_starts_from_the_weights(saved: Path, tmp_path: Path) -> 
 def test_fewer_positions_are_taken_and_reported(gpt2: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["model=auto", "model.context_length=32", "weights=huggingface", "weights.path=gpt2", "run_dir=run"]
     assert main(["train", *TRAIN, *arguments]) == 0
-    assert "of its 64 positions the first 32 are taken" in capfd.readouterr().err
+    assert "of its 64 positions the first 32 are used" in capfd.readouterr().err
 
 
 def test_an_untied_model_starts_from_the_embedding(gpt2: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -147,7 +147,7 @@ def test_settings_other_than_the_checkpoints_are_reported(
     assert main(["train", *TRAIN, *arguments]) == 0
     told = capfd.readouterr().err
     assert "model.rope_theta=10000.0, in base/config.json it is 500000.0" in told
-    assert "base/config.json: strange=7 is not known here" in told
+    assert "base/config.json: strange=7 is unknown and was ignored" in told
 
 
 # --- refused ------------------------------------------------------------------------------------------------------
@@ -164,13 +164,13 @@ def test_tensors_that_do_not_fit_are_listed(gpt2: Path, capfd: pytest.CaptureFix
     assert line.startswith("llmtrain: weights.path=gpt2: does not fit the model: ")
     assert "transformer.h.0.ln_1.weight is (31,), the model's is (32,)" in line
     assert "transformer.ln_f.bias is missing" in line
-    assert "another is not known (and 1 more)" in line
+    assert "another is unknown (and 1 more)" in line
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.num_heads=4", "model.num_heads=4 (2 there): not as in gpt2/config.json; model=auto"),
+        ("model.num_heads=4", "model.num_heads=4 (2 there): not as in gpt2/config.json; take model=auto"),
         ("model.num_layers=3", "model.num_layers=3 (2 there)"),
         ("model.context_length=128", "transformer.wpe.weight has 64 positions, model.context_length=128: the model is "
          "longer than its positions; take model.context_length=64"),
@@ -187,7 +187,7 @@ def test_weights_of_another_size_are_refused(
 
 def test_weights_of_another_family_are_refused(saved: Path, gpt2: Path, capfd: pytest.CaptureFixture[str]) -> None:
     line = refused(*GPT, "weights=huggingface", f"weights.path={saved / 'llama'}", capfd=capfd)
-    assert "model_type=llama, and the model is a GPT; model=auto" in line
+    assert "model_type=llama, and the model is a GPT; take model=auto" in line
 
 
 def test_an_untied_head_is_not_lost(gpt2: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -232,7 +232,7 @@ def test_a_file_cut_while_it_is_read_is_refused(gpt2: Path) -> None:
 
 def test_quantised_weights_are_refused(gpt2: Path, capfd: pytest.CaptureFixture[str]) -> None:
     retouch(gpt2, transformer__ln_f__bias=torch.ones(32, dtype=torch.int8))
-    assert "transformer.ln_f.bias is I8, no floating-point" in refused("model=auto", *WEIGHTS, capfd=capfd)
+    assert "transformer.ln_f.bias is I8, not a floating-point" in refused("model=auto", *WEIGHTS, capfd=capfd)
 
 
 def test_damaged_shards_are_refused(saved: Path, gpt2: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -280,16 +280,16 @@ def test_a_folder_without_weights_is_refused(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for path, message in (
         ("empty", "empty: there is no config.json in it"),
-        ("gpt2/config.json", "gpt2/config.json: a file; give the directory"),
+        ("gpt2/config.json", "gpt2/config.json: a file; give its directory"),
         ("nowhere", f"nowhere: no such directory in {Path.cwd()}, and no name of a model on the hub either"),
         ("../no/where", "../no/where: no such directory in "),
-        ("nobody/nothing", "nobody/nothing: no such directory here, and it could not be got from the Hugging Face hub"),
+        ("nobody/nothing", "nobody/nothing: no such directory, and the download from the Hugging Face hub failed"),
     ):
         assert message in refused("model=auto", "weights=huggingface", f"weights.path={path}", capfd=capfd), path
     assert "or published weights, weights=huggingface weights.path=DIR" in refused("model=auto", capfd=capfd)
     assert "weights.path" in refused("model=auto", "weights=huggingface", capfd=capfd)
     (gpt2 / "model.safetensors").unlink()
-    assert "gpt2: neither model.safetensors nor" in refused("model=auto", *WEIGHTS, capfd=capfd)
+    assert "gpt2: it holds neither model.safetensors nor" in refused("model=auto", *WEIGHTS, capfd=capfd)
 
 
 def test_from_the_hub_only_data_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

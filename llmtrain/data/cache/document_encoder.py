@@ -1,4 +1,4 @@
-"""Documents to token ids, in parallel, in order, in bounded memory."""
+"""Encode documents as token ids: in parallel, in order, in bounded memory."""
 
 from collections.abc import Iterable, Iterator
 from math import floor
@@ -11,15 +11,15 @@ from llmtrain.data.cache.token_reader import DataError
 from llmtrain.data.sources.documents import PIECE, DocumentPiece
 from llmtrain.tokenizer import CUTS, Tokenizer
 
-LONGEST_WHOLE = 4 * PIECE  # characters of a document that are encoded at once where a cut may change ids
+LONGEST_WHOLE = 4 * PIECE  # characters encoded at once of a document that cannot be cut without changing ids
 
 
 class EncodedText(NamedTuple):
-    """Some consecutive documents of one part of the data, or a stretch of one document."""
+    """Consecutive documents of one split, training or validation, or a stretch of one document."""
 
     is_validation: bool
     ids: np.ndarray  # as wide as the tokenizer's ids need; every document ends with its end-of-text token
-    documents: int  # how many documents end in here
+    documents: int  # documents that end in here
 
 
 def dtype_of(vocab_size: int) -> np.dtype:
@@ -28,18 +28,18 @@ def dtype_of(vocab_size: int) -> np.dtype:
 
 
 def is_validation(document: int, fraction: float) -> bool:
-    """Whether the document of this number is set aside: ``fraction`` of them, evenly spread, never the first."""
+    """True for the documents that validate: ``fraction`` of them, evenly spread, never the first."""
     return floor((document + 1) * fraction) > floor(document * fraction)
 
 
 def encode_documents(
     pieces: Iterable[DocumentPiece], tokenizer: Tokenizer, validation_fraction: float, *, num_threads: int | None = None
 ) -> Iterator[EncodedText]:
-    """Encode documents on threads (tokenizers of native code let go of Python's lock).
+    """Encode documents on threads (native tokenizers release Python's lock).
 
-    Results keep the order of the documents within each part, whatever the number of threads (None: one a core).
-    At most two jobs a thread of about ``PIECE`` characters are in memory (of ``LONGEST_WHOLE`` where the tokenizer
-    wants documents whole).  Raises :class:`DataError`, naming the document, if one cannot be encoded.
+    Results keep the order of the documents within each split, for any number of threads (None: one per core).  At most
+    two jobs per thread are in memory, each of about ``PIECE`` characters (``LONGEST_WHOLE`` where documents cannot be
+    cut).  Raises :class:`DataError`, naming the document, if one cannot be encoded.
     """
     dtype = dtype_of(tokenizer.vocab_size)
     end_of_text = np.array([tokenizer.end_of_text], dtype)
@@ -58,7 +58,7 @@ def encode_documents(
                     arrays.append(end_of_text)
             ended = sum(piece.ends_document for _, piece in job.pieces)
             return EncodedText(job.is_validation, np.concatenate(arrays), ended)
-        except BaseException as error:  # what a tokenizer of native code raises may be no Exception
+        except BaseException as error:  # a native tokenizer may raise something other than an Exception
             what = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}".rstrip(": ")
             document, piece = at
             origin = f" ({piece.origin})" if piece.origin else ""
@@ -68,7 +68,7 @@ def encode_documents(
 
 
 class _Stretch(NamedTuple):
-    """A piece, or several that are better encoded as one."""
+    """A piece of a document, or several joined."""
 
     text: str
     starts_document: bool
@@ -77,7 +77,7 @@ class _Stretch(NamedTuple):
 
 
 def _rejoin(pieces: Iterable[DocumentPiece], tokenizer: Tokenizer) -> Iterator[_Stretch]:
-    """Undo the cuts of documents at which ``tokenizer`` would give other ids, up to ``LONGEST_WHOLE`` characters."""
+    """Join pieces whose cut would change the ids, up to ``LONGEST_WHOLE`` characters."""
     held: _Stretch | None = None
     for piece in pieces:
         if held and not (len(held.text) >= LONGEST_WHOLE or _may_cut(held.text, piece.text, tokenizer)):
@@ -104,18 +104,18 @@ class _Job(NamedTuple):
 
 
 def _make_jobs(pieces: Iterable[_Stretch], validation_fraction: float) -> Iterator[_Job]:
-    """Collect pieces of the same part to about ``PIECE`` characters: a job for a small document is all overhead."""
+    """Collect pieces of the same split to about ``PIECE`` characters: a job for one small document is all overhead."""
     collected: dict[bool, list[tuple[int, _Stretch]]] = {False: [], True: []}
     sizes = {False: 0, True: 0}
     document = 0
     for piece in pieces:
-        part = is_validation(document, validation_fraction)
-        collected[part].append((document + 1, piece))
+        validates = is_validation(document, validation_fraction)
+        collected[validates].append((document + 1, piece))
         document += piece.ends_document
-        sizes[part] += len(piece.text)
-        if sizes[part] >= PIECE:
-            yield _Job(part, collected[part])
-            collected[part], sizes[part] = [], 0
-    for part, rest in collected.items():
+        sizes[validates] += len(piece.text)
+        if sizes[validates] >= PIECE:
+            yield _Job(validates, collected[validates])
+            collected[validates], sizes[validates] = [], 0
+    for validates, rest in collected.items():
         if rest:
-            yield _Job(part, rest)
+            yield _Job(validates, rest)

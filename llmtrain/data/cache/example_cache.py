@@ -1,4 +1,4 @@
-"""Examples in the cache: a folder of their ids and numbers, and ``index.json``, which describes them."""
+"""Examples in the cache: a folder with token ids, lengths and labels, and ``index.json``, which describes them."""
 
 import hashlib
 import json
@@ -20,29 +20,29 @@ FORMAT = "examples-1"
 
 
 def digest_of(has_targets: bool, labels: Sequence[str], notes: Sequence[str]) -> str:
-    """sha256 of what no other file could be compared with."""
+    """sha256 of the facts that only the index holds."""
     return hashlib.sha256(json.dumps([has_targets, list(labels), list(notes)]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class ExampleIndex(ShardIndex):
-    """What ``index.json`` says of a folder of examples."""
+    """The content of ``index.json`` in a folder of examples."""
 
     FORMAT = FORMAT
 
-    train_examples: SplitShards  # of each example its inputs and its label: pairs of int64
+    train_examples: SplitShards  # pairs of int64: number of inputs and label of each example
     validation_examples: SplitShards
     has_targets: bool
     labels: list[str]
     notes: list[str]
-    sha256: str  # of what the lines above say; the files have theirs
+    sha256: str  # of has_targets, labels and notes; each shard has its own
 
     @classmethod
     def parse(cls, stored: dict[str, Any]) -> dict[str, Any]:
         parts = {name: SplitShards.parse(stored[name]) for name in ("train_examples", "validation_examples")}
         facts = bool(stored["has_targets"]), list(map(str, stored["labels"])), list(map(str, stored["notes"]))
         if stored["sha256"] != digest_of(*facts):
-            raise ValueError("its sha256 is not that of labels and notes")
+            raise ValueError("its sha256 does not match its labels and notes")
         others = dict(zip(("has_targets", "labels", "notes"), facts, strict=True)) | {"sha256": stored["sha256"]}
         return super().parse(stored) | parts | others
 
@@ -54,7 +54,7 @@ class ExampleIndex(ShardIndex):
 
 @dataclass(frozen=True)
 class ExampleCacheEntry:
-    """A whole entry of the cache, every byte of it as it was written."""
+    """An intact entry of the cache: every byte as it was written."""
 
     folder: Path
     index: ExampleIndex
@@ -68,7 +68,7 @@ class ExampleCacheEntry:
 
         def check(shards: Sequence[Shard], dtype: str) -> list[TokenSlice]:
             files = [TokenFile(folder / shard.name, dtype, 0, index.tokenizer, shard.sha256) for shard in shards]
-            return open_checked(files, 1 << 63, folder.parent, verify=verify)  # the keys tell the tokenizer
+            return open_checked(files, 1 << 63, folder.parent, verify=verify)  # the cache key holds the tokenizer
 
         def stored(part: SplitShards, examples: SplitShards) -> ExampleStore:
             numbers = np.concatenate([np.empty(0, "<i8"), *map(_read, check(examples.shards, "<i8"))]).reshape(-1, 2)

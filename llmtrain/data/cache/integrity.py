@@ -1,6 +1,6 @@
-"""Token files are read once as a whole before anything is trained on them: sha256 and the ids, in one pass.
+"""Check token files before training: one pass over each file gives its sha256 and its largest id.
 
-What a file has given is remembered with its size and times, so that the next start does not read it again.
+Both are remembered with the file's size and times, so that the next start does not read the file again.
 """
 
 import errno
@@ -18,16 +18,16 @@ from llmtrain.data.sources.files import Stamp, remember, stamp
 
 
 class DamagedFile(ValueError):
-    """A file whose content is not what its index says; the message names it."""
+    """A file whose content does not match its index; the message names it."""
 
 
 def open_checked(
     files: Sequence[TokenFile], vocab_size: int, cache_dir: Path, *, verify: bool = False
 ) -> list[TokenSlice]:
-    """The ids of ``files``, whose content is what it should be and in the vocabulary; facts kept in ``cache_dir``.
+    """Open ``files`` after checking their sha256 and that all ids are in the vocabulary.
 
-    With ``verify`` all of them are read again, whatever is remembered of them.  Raises ValueError, naming the file
-    and what is wrong with it; :class:`DamagedFile` where a copy would help.
+    What was learnt is remembered in ``cache_dir``; with ``verify`` all files are read again.  Raises ValueError, naming
+    the file and the problem; :class:`DamagedFile` where a copy would help.
     """
     before = [stamp(file.path) for file in files]
     digests: dict[Path, str] = {}
@@ -58,7 +58,7 @@ def _open(file: TokenFile, digest: str, was: Stamp) -> TokenSlice:
 
 
 def _learn(path: Path, dtype: str, offset: int) -> list:
-    """sha256 of the whole file, and its largest id."""
+    """Compute the sha256 of the whole file, and its largest id."""
     digest, largest = hashlib.sha256(), 0
     for data, ids in _read(path, dtype, offset):
         digest.update(data)
@@ -67,7 +67,7 @@ def _learn(path: Path, dtype: str, offset: int) -> list:
 
 
 def _read(path: Path, dtype: str, offset: int) -> Iterator[tuple[memoryview, np.ndarray]]:
-    """A file in blocks, as bytes and as ids; the first is what is before the ids."""
+    """Yield a file in blocks, as bytes and as ids; the first block is what precedes the ids."""
     ids = np.empty(BLOCK // np.dtype(dtype).itemsize, dtype)
     data = ids.view(np.uint8).data
     try:

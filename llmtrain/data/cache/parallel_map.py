@@ -1,4 +1,4 @@
-"""Work on threads, with its results in order and in bounded memory."""
+"""A parallel ``map`` on threads, with results in order and in bounded memory."""
 
 import os
 from collections import deque
@@ -8,11 +8,11 @@ from typing import TypeVar
 
 In = TypeVar("In")
 Out = TypeVar("Out")
-MAX_THREADS = 32  # one thread reads for all of them, and each holds a few MB
+MAX_THREADS = 32  # one thread reads for all, and each holds a few MB
 
 
 def map_in_order(function: Callable[[In], Out], jobs: Iterable[In], num_threads: int | None = None) -> Iterator[Out]:
-    """``map`` on threads; None: one a core.  At most two jobs a thread are in memory."""
+    """Map ``function`` over ``jobs`` on threads (None: one per core).  At most two jobs per thread are in memory."""
     num_threads = num_threads or min(getattr(os, "process_cpu_count", os.cpu_count)() or 1, MAX_THREADS)
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="encode")
     waiting: deque[Future[Out]] = deque()

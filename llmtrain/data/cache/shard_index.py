@@ -13,7 +13,7 @@ import numpy as np
 
 FORMAT = 1
 INDEX = "index.json"
-SHARD_TOKENS = 128_000_000  # of a shard; the last of a part is shorter
+SHARD_TOKENS = 128_000_000  # tokens of a shard; the last one of a split is shorter
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class SplitShards:
-    """The shards of training or of validation, one stream of documents."""
+    """The shards of one split, training or validation: one stream of documents."""
 
     documents: int
     shards: list[Shard]
@@ -38,7 +38,7 @@ class SplitShards:
 
     @classmethod
     def parse(cls, stored: dict[str, Any]) -> Self:
-        """A part as JSON has it.  Raises KeyError, TypeError or ValueError if it is none."""
+        """Parse the JSON of a split.  Raises KeyError, TypeError or ValueError if it is damaged."""
         shards = [Shard(**shard) for shard in stored["shards"]]
         for shard in shards:
             if Path(shard.name).name != shard.name:
@@ -50,7 +50,7 @@ class SplitShards:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What ``index.json`` says of its folder."""
+    """The content of ``index.json``."""
 
     FORMAT: ClassVar[int | str] = FORMAT
 
@@ -62,7 +62,7 @@ class ShardIndex:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """The index of ``folder``, all of whose shards are there in full length.  Raises ValueError otherwise."""
+        """Read the index of ``folder``.  Raises ValueError unless all of its shards are there in full length."""
         path = folder / INDEX
         try:
             stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -86,18 +86,18 @@ class ShardIndex:
 
     @classmethod
     def parse(cls, stored: dict[str, Any]) -> dict[str, Any]:
-        """The fields from what JSON has of them.  Raises KeyError, TypeError or ValueError if they are not there."""
+        """Parse the fields from JSON.  Raises KeyError, TypeError or ValueError for missing or damaged ones."""
         parts = {name: SplitShards.parse(stored[name]) for name in ("train", "validation")}
         return {"format": cls.FORMAT, "dtype": _parse_dtype(stored["dtype"]), "tokenizer": stored["tokenizer"], **parts}
 
     def files(self) -> Iterator[tuple[Shard, int]]:
-        """Every file, and the bytes of one of its numbers."""
+        """Yield every file with the bytes of one of its numbers."""
         for shard in self.shards:
             yield shard, np.dtype(self.dtype).itemsize
 
     @property
     def shards(self) -> list[Shard]:
-        """Of both parts."""
+        """The shards of both splits."""
         return self.train.shards + self.validation.shards
 
     def write(self, folder: Path) -> None:
@@ -114,12 +114,12 @@ def _parse_dtype(name: str) -> str:
 
 
 def sync(descriptor: int) -> None:
-    """Have what was written on the disk."""
+    """Write a file's data through to the disk."""
     os.fsync(descriptor)
 
 
 class ShardWriter:
-    """Writes the shards of one part."""
+    """Writer of the shards of one split."""
 
     def __init__(self, folder: Path, name: str, shard_tokens: int = SHARD_TOKENS) -> None:
         self.folder = folder
@@ -147,7 +147,7 @@ class ShardWriter:
                 self._finish_shard()
 
     def close(self) -> SplitShards:
-        """Finish the last shard."""
+        """Finish the last shard and describe all of them."""
         if self._file is not None:
             self._finish_shard()
         return SplitShards(self.documents, self.shards)

@@ -1,4 +1,4 @@
-"""Files of token ids as other programs and this one write them."""
+"""Files of token ids, in the formats of this and other programs."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ class TokenFileFormat(Enum):
 
 @dataclass(frozen=True)
 class TokenFile:
-    """Where the ids are in a file, and how wide."""
+    """A file of token ids: their place in it, and their type."""
 
     path: Path
     dtype: str
     offset: int  # bytes before the first id
-    tokenizer: str | None = None  # fingerprint of the tokenizer that made them, if the file says
-    sha256: str | None = None  # what the content should have, if the file says
+    tokenizer: str | None = None  # fingerprint of the tokenizer that made them, if known
+    sha256: str | None = None  # expected for the content, if known
 
     @classmethod
     def of_index(cls, folder: Path, index: ShardIndex, shard: Shard) -> Self:
@@ -41,7 +41,7 @@ class TokenFile:
 
 
 def read_indices(folders: Iterable[Path], form: TokenFileFormat) -> dict[Path, ShardIndex]:
-    """The indices of those ``folders`` that have one.  Raises ValueError if one is damaged or its shards are."""
+    """Read the indices of ``folders``, where there are any.  Raises ValueError for a damaged index or shard."""
     if form not in (TokenFileFormat.auto, TokenFileFormat.llmtrain):
         return {}
     try:
@@ -54,9 +54,9 @@ def read_indices(folders: Iterable[Path], form: TokenFileFormat) -> dict[Path, S
 
 
 def recognise(path: Path, form: TokenFileFormat, index: ShardIndex | None) -> TokenFile:
-    """How to read a token file; ``index`` is its folder's.
+    """Recognise the format of a token file; ``index`` is the one of its folder.
 
-    Raises ValueError, naming the file, if it is empty, cut or not of the format.
+    Raises ValueError, naming the file, if it is empty, cut or of another format.
     """
     try:
         size = path.stat().st_size

@@ -1,4 +1,4 @@
-"""Token ids read from files by position, while the files may be harmed."""
+"""Read token ids from files by position, and notice files that are changed or cut while in use."""
 
 import hashlib
 import logging
@@ -11,18 +11,18 @@ from typing import Self
 import numpy as np
 
 log = logging.getLogger(__name__)
-BLOCK = 1 << 22  # bytes read at once when a whole file is
+BLOCK = 1 << 22  # bytes read at once when a whole file is read
 
 
 class DataError(RuntimeError):
-    """Data that cannot be read or made on the way; the message names where.  The run fails, the user did nothing."""
+    """Data that cannot be read or tokenised during a run; the message names the place.  Not a mistake of the user."""
 
 
 class OpenFile:
-    """A file that is read by position and must stay what it was when it was checked.
+    """A file that is read by position and must stay as it was when it was checked.
 
-    Not a memory map: where a mapped file is cut or its disk fails, the system kills the process without a word.  A
-    file that is replaced or removed by name is still read as it was; one that is written to is noticed.
+    It is not mapped into memory: if a mapped file is cut or its disk fails, the system kills the process without a
+    message.  A file that is replaced or removed by name is still read as it was; a file that is written to is noticed.
 
     Args:
         path: the file.
@@ -42,7 +42,7 @@ class OpenFile:
     def read(self, position: int, out: np.ndarray) -> None:
         """Fill ``out``, contiguous uint8, with the bytes from ``position`` on.  Raises :class:`DataError`."""
         count = self._read(position, out)
-        while count < len(out):  # seldom: a file system that gives less than it was asked for
+        while count < len(out):  # rare: a file system that returns less than requested
             more = self._read(position + count, out[count:])
             if not more:
                 raise DataError(
@@ -52,7 +52,7 @@ class OpenFile:
             count += more
 
     def check(self) -> None:
-        """Raise :class:`DataError` if the content is no longer what it was.  Cheap while nobody touches the file."""
+        """Raise :class:`DataError` if the content has changed.  Cheap while nobody writes to the file."""
         if self._stamp() == self.stamp:
             return
         with self._checking:
@@ -63,7 +63,7 @@ class OpenFile:
                 what = f"it has {now[0]:,} bytes, and had {self.stamp[0]:,} when it was checked"
                 raise DataError(f"{self.path}: changed while in use: {what}")
             if self._digest() != self.sha256 or self._stamp() != now:
-                raise DataError(f"{self.path}: changed while in use: it was written to, and its content is another")
+                raise DataError(f"{self.path}: changed while in use: it was written to, and its content has changed")
             log.warning("%s: touched while in use; its content is the same", self.path)
             self.stamp = now
 
@@ -91,7 +91,7 @@ class OpenFile:
 class TokenSlice:
     """A stretch of the token ids of a file: ``length`` ids of ``dtype`` from byte ``offset`` on.
 
-    Slices as an array does, without reading anything.
+    Slicing works as for an array and reads nothing.
     """
 
     def __init__(self, file: OpenFile, dtype: np.dtype, offset: int, length: int) -> None:
@@ -111,7 +111,7 @@ class TokenSlice:
 
     def read(self, begin: int, out: np.ndarray) -> None:
         """Fill ``out``, contiguous, with the ids from ``begin`` on.  Raises :class:`DataError`."""
-        if out.dtype != self.dtype:  # the stream has wider ids
+        if out.dtype != self.dtype:  # other files of the stream have wider ids
             ids = np.empty(len(out), self.dtype)
             self.read(begin, ids)
             out[:] = ids
@@ -119,5 +119,5 @@ class TokenSlice:
         self.file.read(self._offset + begin * self.dtype.itemsize, out.view(np.uint8))
 
     def check(self) -> None:
-        """Raise :class:`DataError` if the file is no longer what it was."""
+        """Raise :class:`DataError` if the file has changed."""
         self.file.check()

@@ -1,1 +1,1 @@
-"""Conversations as text: chat templates."""
+"""Chat templates: conversations as text and token ids."""

@@ -7,8 +7,8 @@ from llmtrain.data.chat.markup_template import MarkupTemplate
 RESERVED = {"<reserved_106>": 195, "<reserved_107>": 196}  # Baichuan 2: user_token_id, assistant_token_id
 
 TEMPLATES: Mapping[str, MarkupTemplate] = {
-    # Taori et al. 2023, https://github.com/tatsu-lab/stanford_alpaca, with the line break before the response that
-    # alpaca-lora and others put there
+    # Taori et al. 2023, https://github.com/tatsu-lab/stanford_alpaca, with the line break before the response of
+    # alpaca-lora and others
     "alpaca": MarkupTemplate(
         user="### Instruction:\n{instruction}\n\n",
         user_with_input="### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n",
@@ -37,16 +37,14 @@ TEMPLATES: Mapping[str, MarkupTemplate] = {
         begins_text=True,
         strips=True,
     ),
-    # Baichuan 2's own fine-tuning: a reserved id before each message and nothing between them.  The end of the text
-    # stands at the very end alone; behind each earlier response it is what is to be predicted, while the next user's
-    # marker is what is read.
+    # Baichuan 2's own fine-tuning: a reserved id before each message and nothing between them.  The end-of-text token
+    # comes only at the very end; after each earlier response it is the target, while the input is the next user's
+    # marker.
     "baichuan": MarkupTemplate(
         system="{system}",
         user="<reserved_106>{prompt}",
         before="<reserved_107>",
         ends_once=True,
     ),
-    "plain": MarkupTemplate(
-        user="{prompt}", begins_text=True
-    ),  # the messages and nothing else, the end of the text behind
+    "plain": MarkupTemplate(user="{prompt}", begins_text=True),  # only the messages and the end of the text
 }

@@ -17,15 +17,15 @@ class EncodedConversation(NamedTuple):
     """A rendered conversation as ids."""
 
     ids: np.ndarray  # (tokens,) uint32
-    wanted: np.ndarray  # (tokens,) int64: what is to be predicted at the place of each; IGNORE: nothing
+    targets: np.ndarray  # (tokens,) int64: the token itself where it is trained, else IGNORE
 
 
 class ConversationEncoder:
-    """Parts to ids.
+    """Encoder of rendered parts.
 
-    Text is encoded up to where a special token stands or a response begins or ends, each stretch by itself: so the
-    targets are exact, and a prompt has the same ids in training and when a model is asked.  No merge of the tokenizer
-    goes over such a border, where it might in a text that is encoded as a whole.
+    Each stretch of text between special tokens and borders of responses is encoded by itself.  So the targets are
+    exact, and a prompt has the same ids in training and in generation.  No merge of the tokenizer spans such a border,
+    as it might in a text that is encoded as a whole.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> None:
@@ -36,24 +36,24 @@ class ConversationEncoder:
 
     def __call__(self, parts: Sequence[RenderedPart]) -> EncodedConversation:
         ids: list[np.ndarray] = []
-        wanted: list[np.ndarray] = []
-        run = ""  # of text that is not encoded yet
-        is_trained = ends_text = is_under_way = False
+        all_targets: list[np.ndarray] = []
+        run = ""  # text not encoded yet
+        is_trained = ends_text = has_begun = False
 
         def add(new: np.ndarray) -> None:
-            nonlocal is_under_way
-            is_under_way |= part.kind is not PartKind.begin  # the text begins behind the token for that
+            nonlocal has_begun
+            has_begun |= part.kind is not PartKind.begin  # the token that begins a text is not part of it
             targets = new.astype(np.int64) if is_trained else np.full(len(new), IGNORE)
             if ends_text and len(new):
                 targets[0] = self.tokenizer.end_of_text
                 targets[1:] = IGNORE
             ids.append(new)
-            wanted.append(targets)
+            all_targets.append(targets)
 
         def flush() -> None:
             nonlocal run
             if run:
-                add(self._encode(run, is_under_way))
+                add(self._encode(run, has_begun))
             run = ""
 
         for part in parts:
@@ -71,26 +71,26 @@ class ConversationEncoder:
         flush()
         if not ids:
             return EncodedConversation(np.empty(0, np.uint32), np.empty(0, np.int64))
-        return EncodedConversation(np.concatenate(ids), np.concatenate(wanted))
+        return EncodedConversation(np.concatenate(ids), np.concatenate(all_targets))
 
     def prompt(self, parts: Sequence[RenderedPart]) -> list[int]:
-        """The ids alone."""
+        """The ids of a prompt."""
         return self(parts).ids.tolist()
 
     def stops(self, template: ChatTemplate) -> tuple[frozenset[int], tuple[str, ...]]:
-        """What ends a response: ids, and strings where the tokenizer has no token of that name."""
+        """The ids that end a response, and strings where the tokenizer has no token of that name."""
         ids = {self.special[name] for name in template.stop if name in self.special}
         return frozenset({*ids, self.tokenizer.end_of_text}), tuple(s for s in template.stop if s not in self.special)
 
-    def _encode(self, text: str, is_under_way: bool) -> np.ndarray:
-        """Ids of text, in which a name is text too, even where the tokenizer finds that token in any text."""
-        ids = (self.tokenizer.encode_continuation if is_under_way else self.tokenizer.encode)(text)
+    def _encode(self, text: str, has_begun: bool) -> np.ndarray:
+        """Encode text in which names of special tokens are text, even if the tokenizer finds those in any text."""
+        ids = (self.tokenizer.encode_continuation if has_begun else self.tokenizer.encode)(text)
         found = [] if self.pattern is None else [m for m in self.pattern.finditer(text) if len(m[0]) > 1]
         if not found or not np.isin(ids, [self.special[match[0]] for match in found]).any():
             return ids
-        borders = [0, *(match.start() + 1 for match in found), len(text)]  # no name is whole between two of them
+        borders = [0, *(match.start() + 1 for match in found), len(text)]  # no name is complete between two of them
         stretches = [text[start:end] for start, end in pairwise(borders) if start < end]
-        return np.concatenate([self._encode(each, is_under_way or i > 0) for i, each in enumerate(stretches)])
+        return np.concatenate([self._encode(each, has_begun or i > 0) for i, each in enumerate(stretches)])
 
     def _pieces(self, part: RenderedPart) -> list[str | int]:
         match part.kind:

@@ -1,7 +1,7 @@
-"""The chat template that came with a tokenizer: Jinja source of somebody else's, in a sandbox.
+"""The chat template that came with a tokenizer: foreign Jinja source, rendered in a sandbox.
 
-It is rendered as transformers renders it, except that nothing outside of the messages decides what comes out: the date
-that a template asks for is fixed where data are prepared, so that they are the same tomorrow.
+It is rendered as in transformers, except that the result depends on the messages alone: the date that a template may
+ask for is fixed, so that prepared data are the same tomorrow.
 """
 
 import json
@@ -15,18 +15,18 @@ from llmtrain.data.chat.special_tokens import special_tokens
 from llmtrain.data.chat.template import ChatTemplate, Message, PartKind, RenderedPart
 from llmtrain.tokenizer import Tokenizer
 
-GUARD = "\ufdd0"  # no character of any text: keeps names in messages from being taken for special tokens
-DATE = datetime(2024, 7, 26)  # what Llama 3.1's template takes where it is told no date
+GUARD = "\ufdd0"  # a noncharacter that splits names of special tokens in messages
+DATE = datetime(2024, 7, 26)  # the default of Llama 3.1's template
 
 
 class JinjaTemplate(ChatTemplate):
     """A Jinja chat template.
 
     Args:
-        source: of the template.
-        tokenizer: whose special tokens the template names.
-        system: what the system says where a conversation does not begin with it; None: nothing of ours.
-        now: what the template is told of date and time.
+        source: Jinja source of the template.
+        tokenizer: the tokenizer whose special tokens the template names.
+        system: the system message of a conversation without one; None: the template's default.
+        now: the date and time that the template sees.
 
     Raises ValueError if it cannot be read.
     """
@@ -39,7 +39,7 @@ class JinjaTemplate(ChatTemplate):
             raise ValueError('template=tokenizer: needs jinja2; pip install "llmtrain[huggingface]"') from error
         if _version(jinja2.__version__) < (3, 1, 6):
             raise ValueError(
-                f"template=tokenizer: jinja2 {jinja2.__version__} has ways out of its sandbox; pip install -U jinja2"
+                f"template=tokenizer: the sandbox of jinja2 {jinja2.__version__} is not secure; pip install -U jinja2"
             )
 
         def raise_exception(message: str) -> None:
@@ -66,14 +66,14 @@ class JinjaTemplate(ChatTemplate):
         """The template of ``tokenizer``.  Raises ValueError if it has none."""
         if tokenizer.chat_template is None:
             raise ValueError(
-                "template=tokenizer: the tokenizer brings no chat template; take tokenizer=huggingface with the "
+                "template=tokenizer: the tokenizer has no chat template; take tokenizer=huggingface with the "
                 "directory of a chat model, or another template, such as chatml"
             )
         return cls(tokenizer.chat_template, tokenizer, system, now=now)
 
     @cached_property
     def stop(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The special token behind a response, found by rendering one."""
+        """The special token after a response, found by rendering one."""
         text = self._render([Message("user", "U"), Message("assistant", "A")], add_generation_prompt=False)
         rest = text[text.rfind("A") + 1 :].strip()
         found = sorted((rest.find(name), -len(name), name) for name in self._special if name in rest)
@@ -101,21 +101,22 @@ class JinjaTemplate(ChatTemplate):
         return parts + self._split(text[end:], is_trained=False)
 
     def _find(self, messages: Sequence[Message], number: int, text: str) -> tuple[int, int]:
-        """Where in ``text``, all messages rendered, a response with its end stands.
+        """Find the response ``number`` and its end in ``text``, the rendering of all messages: start and stop.
 
-        It is what the rendering with it has more than the prompt for it, if earlier turns do not change with later.
+        It is the difference between the rendering up to it and its prompt.  Raises ValueError if the template renders
+        earlier turns differently once others follow.
         """
         before = self._render(messages[:number], add_generation_prompt=False)
         prompt = self._render(messages[:number], add_generation_prompt=True)
         upto = self._render(messages[: number + 1], add_generation_prompt=False)
-        start = _common(prompt, text)  # some open a response with what the response itself has
+        start = _common(prompt, text)  # a generation prompt may contain the beginning of the response
         if start < len(before) or not text.startswith(upto):
             raise ValueError(
-                f"message {number + 1}: the tokenizer's chat template renders it in another way once others follow, so "
-                "what a model would be asked for is not what it would be taught; take data.train_on=last"
+                f"message {number + 1}: the tokenizer's chat template renders it differently once others follow, so "
+                "training would differ from generation; take data.train_on=last"
             )
         stripped = upto.rstrip()
-        if any(stripped.endswith(name) for name in self._special):  # white space behind the end belongs to no turn
+        if any(stripped.endswith(name) for name in self._special):  # white space after the end belongs to no turn
             upto = stripped
         return start, len(upto)
 
@@ -124,10 +125,10 @@ class JinjaTemplate(ChatTemplate):
         try:
             return self._template.render(messages=plain, add_generation_prompt=add_generation_prompt, **self._names)
         except self._errors as error:
-            raise ValueError(f"the tokenizer's chat template refuses it: {error}") from error
+            raise ValueError(f"the tokenizer's chat template rejects the messages: {error}") from error
 
     def _guard(self, text: str) -> str:
-        """``text`` with no special token's name in one piece."""
+        """``text`` with every name of a special token split."""
         for name in self._special:
             text = text.replace(name, name[0] + GUARD + name[1:])
         return text
@@ -137,7 +138,7 @@ class JinjaTemplate(ChatTemplate):
 
 
 def _common(left: str, right: str) -> int:
-    """How many characters the beginnings of both have in common."""
+    """The length of the common beginning of both."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
 
 
@@ -146,12 +147,12 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
-    """As JSON, without the escapes for HTML that Jinja's own filter puts in."""
+    """``value`` as JSON, without the HTML escapes of Jinja's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
 
 
 def _generation_tag() -> type:
-    """``{% generation %}…{% endgeneration %}``, which some templates put around responses: what stands in between."""
+    """The tag ``{% generation %}…{% endgeneration %}``, which some templates put around responses; it has no effect."""
     from jinja2 import nodes
     from jinja2.ext import Extension
     from jinja2.parser import Parser

@@ -8,9 +8,9 @@ from llmtrain.tokenizer import Tokenizer
 
 
 def special_tokens(tokenizer: Tokenizer, names: Collection[str] = ()) -> dict[str, int]:
-    """Special tokens by name, and those of ``names`` and of the templates here that are a token though no special one.
+    """Special tokens by name, and those of ``names`` and of the built-in templates that are ordinary tokens.
 
-    Baichuan's files declare their reserved ones as ordinary pieces or as such as are found in any text.
+    Baichuan's files declare their reserved tokens as ordinary pieces, or as tokens that are found in any text.
     """
     found = dict(tokenizer.special_tokens)
     for name, token in RESERVED.items():

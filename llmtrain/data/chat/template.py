@@ -1,7 +1,7 @@
-"""The contract of chat templates: messages in, parts of text out, each part marked with its author.
+"""The contract of chat templates: messages in, parts of text out, each marked with its author.
 
-Names of special tokens become their ids in what the template adds and never in a message, so nobody can end a turn or
-speak for another by typing a name.
+Names of special tokens become their ids in the text that the template adds, never in a message; so nobody can end a
+turn or speak for another by typing such a name.
 """
 
 import re
@@ -14,11 +14,11 @@ SPECIAL = re.compile(r"<\|[^|<>\s]+\|>|<reserved_\d+>")  # how names of special 
 
 
 class Message(NamedTuple):
-    """What one side says."""
+    """A message of a conversation."""
 
-    role: str  # system, user, assistant; or one that a tokenizer's own template knows
+    role: str  # system, user, assistant; or another one of a tokenizer's own template
     content: str
-    input: str = ""  # what an instruction is to be done to, if that is given apart
+    input: str = ""  # the text that an instruction applies to, if given separately
 
     @property
     def text(self) -> str:
@@ -27,11 +27,11 @@ class Message(NamedTuple):
 
 
 class PartKind(Enum):
-    """Who a part is from."""
+    """The author of a part."""
 
-    message = auto()  # somebody's words: whatever stands in them is text
-    markup = auto()  # the template's own: names of special tokens are those tokens
-    begin = auto()  # the token that a text begins with, where the tokenizer has one
+    message = auto()  # the words of a message: all of it is text
+    markup = auto()  # text of the template: names of special tokens become those tokens
+    begin = auto()  # the token that begins a text, if the tokenizer has one
     end = auto()  # the token that ends a text
 
 
@@ -39,16 +39,16 @@ class RenderedPart(NamedTuple):
     """A stretch of a rendered conversation."""
 
     text: str
-    is_trained: bool = False  # whether its tokens are to be predicted
+    is_trained: bool = False  # its tokens are targets
     kind: PartKind = PartKind.message
-    ends_text: bool = False  # what is to be predicted in place of its first token is the end of the text
-    is_apart: bool = False  # whether no token goes over its borders: what is a target in one place is one in all
+    ends_text: bool = False  # the target at its first token is the end of the text instead
+    is_apart: bool = False  # no token spans its borders, so that its targets are the same in every conversation
 
 
 class ChatTemplate(ABC):
-    """Contract of a template."""
+    """Contract of a chat template."""
 
-    stop: tuple[str, ...]  # what ends a response, besides the token that ends a text: a special token's name, or text
+    stop: tuple[str, ...]  # names of special tokens, or texts, that end a response besides the end-of-text token
 
     @abstractmethod
     def render(
@@ -58,10 +58,10 @@ class ChatTemplate(ABC):
         add_generation_prompt: bool = False,
         trained: Collection[int] | None = None,
     ) -> list[RenderedPart]:
-        """The parts of a conversation; with ``add_generation_prompt`` up to where a response is to begin.
+        """Render a conversation; with ``add_generation_prompt`` up to the beginning of the next response.
 
-        ``trained``: which of the messages, by number, are taught, each with what ends it; None: the assistant's.
-        Raises ValueError for messages that the template has no place for.
+        ``trained``: numbers of the messages that are targets, each with its end; None: the assistant's.  Raises
+        ValueError for messages that the template does not support.
         """
 
     def special_names(self) -> frozenset[str]:

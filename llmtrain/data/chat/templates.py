@@ -13,10 +13,10 @@ OWN = "tokenizer"  # the template that came with the tokenizer
 
 
 def find_template(name: str, tokenizer: Tokenizer, *, system: str | None = None) -> ChatTemplate:
-    """The template ``name``: of :data:`TEMPLATES`, the tokenizer's own, or a text with fields such as ``{prompt}``.
+    """Find the template ``name``: a built-in one, the tokenizer's own, or a text with fields such as ``{prompt}``.
 
-    ``system``: what the system says where a conversation does not begin with it; None: what is usual.  Raises
-    ValueError, with what there is, for a name or a field that is not known, or a tokenizer without a template.
+    ``system``: the system message of a conversation without one; None: the template's default.  Raises ValueError,
+    listing the known ones, for an unknown name or field, or for a tokenizer without a template.
     """
     if name == OWN:
         return JinjaTemplate.of(tokenizer, system)
@@ -27,7 +27,7 @@ def find_template(name: str, tokenizer: Tokenizer, *, system: str | None = None)
 
 
 def parse_template(name: str) -> MarkupTemplate:
-    """One of :data:`TEMPLATES`, or one of the user's own.  Raises ValueError as :func:`find_template` does."""
+    """A built-in template, or one that the user wrote.  Raises ValueError as :func:`find_template` does."""
     if name in TEMPLATES:
         return TEMPLATES[name]
     if "{" in name:

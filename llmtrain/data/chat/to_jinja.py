@@ -1,17 +1,17 @@
-"""A template as Jinja source, so that ``apply_chat_template`` of transformers puts messages as we do."""
+"""Export of a template as Jinja source, so that transformers' ``apply_chat_template`` renders as we do."""
 
 import json
 from string import Formatter
 
 from llmtrain.data.chat.markup_template import MarkupTemplate
 
-REFUSED = "this template has places for system, user and assistant"
+REFUSED = "this template supports the roles system, user and assistant"
 
 
 def to_jinja(template: MarkupTemplate, *, has_bos: bool) -> str:
-    """The source of ``chat_template.jinja``; ``has_bos``: whether the tokenizer has a token that begins a text.
+    """The source of ``chat_template.jinja``; ``has_bos``: the tokenizer has a token that begins a text.
 
-    The one thing that it cannot say is an instruction with an input given apart: there, messages have no such field.
+    An instruction with a separate input cannot be expressed: messages in transformers have no such field.
     """
     trim = " | trim" if template.strips else ""
     first = "messages[0]['content']"
@@ -41,7 +41,7 @@ def to_jinja(template: MarkupTemplate, *, has_bos: bool) -> str:
 
 
 def _filled(form: str, content: str, trim: str) -> str:
-    """``form`` with the Jinja expression ``content`` in the place of its field."""
+    """``form`` with the Jinja expression ``content`` in place of its field."""
     source = ""
     for literal, name, _, _ in Formatter().parse(form):
         source += _text(literal)
@@ -51,5 +51,5 @@ def _filled(form: str, content: str, trim: str) -> str:
 
 
 def _text(text: str) -> str:
-    """``text`` as it is, whatever in it would mean something to Jinja."""
+    """``text`` literally, even if it contains Jinja syntax."""
     return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""

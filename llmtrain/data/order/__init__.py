@@ -1,1 +1,1 @@
-"""Which sequences are visited when: permutation, packing, and the validation split."""
+"""The order of training: permutation of sequences, packing of examples, and the validation split."""

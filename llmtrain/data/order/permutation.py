@@ -1,20 +1,20 @@
-"""The order in which sequences are visited: computed, not stored.
+"""The order of visiting sequences: computed, not stored.
 
 Each epoch visits every sequence once, by a keyed permutation of their numbers: a Feistel network over the next
 power of two (Luby and Rackoff 1988), walked along its cycle until it lands on a sequence that exists (Black and
-Rogaway 2002, "Ciphers with Arbitrary Finite Domains").  It takes no memory, whatever the size of the corpus, and
-the order depends on nothing but ``(seed, epoch)``.
+Rogaway 2002, "Ciphers with Arbitrary Finite Domains").  It takes no memory at any size of the
+corpus, and the order depends on ``(seed, epoch)`` alone.
 """
 
 import numpy as np
 
-ROUNDS = 8  # four are enough for large domains; small halves mix less a round.  Even, so that the halves end in place
+ROUNDS = 8  # four suffice for large domains; small halves mix less per round.  Even, so that the halves end in place
 MIN_BITS = 6  # in smaller domains the network reaches too few permutations for the order to look random
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, the increment of SplitMix64 (Steele et al. 2014)
 
 
 def order(positions: np.ndarray, n: int, seed: int, shuffle: bool) -> np.ndarray:
-    """Which of ``n`` sequences is visited at each of ``positions``, int64.
+    """The sequence, of ``n``, that is visited at each of ``positions``: int64.
 
     Position ``epoch * n + offset`` is the ``offset``-th visit of its epoch; positions may lie in several epochs.
     """
@@ -35,7 +35,7 @@ def _permute(values: np.ndarray, keys: np.ndarray, n: int) -> np.ndarray:
     high, low = values >> np.uint64(low_bits), values & np.uint64(2**low_bits - 1)
     for i in range(ROUNDS):
         noise = mix(low ^ (keys + np.uint64(i * GOLDEN % 2**64)))
-        # the halves differ by a bit in width where ``bits`` is odd, and change places every round
+        # the halves differ in width by one bit where ``bits`` is odd, and swap every round
         high, low = low, high ^ (noise & np.uint64(2**high_bits - 1))
         low_bits, high_bits = high_bits, low_bits
     return high << np.uint64(low_bits) | low

@@ -1,4 +1,4 @@
-"""Which examples train and which validate, by what is in them."""
+"""The choice of validation examples, and the balance of labels, by a hash of each example's content."""
 
 import hashlib
 from array import array
@@ -17,19 +17,19 @@ def content_hash(parts: Iterable[str]) -> int:
 
 
 def to_column(values: array) -> np.ndarray:
-    """A growing array as one of NumPy's, int64."""
+    """A growing array as a NumPy array, int64."""
     return np.frombuffer(values, np.int64) if len(values) else np.empty(0, np.int64)
 
 
 def set_aside(hashes: np.ndarray, labels: np.ndarray, fraction: float) -> np.ndarray:
-    """Whether each example validates: ``fraction`` of each label's, as near as may be; bool.
+    """Choose the examples for validation: about ``fraction`` of those of each label; bool.
 
-    Which ones follows from ``hashes`` of their content alone, so that the order of the examples does not matter and
-    those of equal content are always on the same side.  A label never goes to validation as a whole.
+    The choice depends on the ``hashes`` of their content alone, so the order of the examples does not matter, and equal
+    examples are always on the same side.  At least one example of each label trains.
     """
     unique, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     of_label = labels[first]
-    by_label = np.lexsort((unique, of_label))  # one label after the other, within it as the hashes fall
+    by_label = np.lexsort((unique, of_label))  # label by label, within it by hash
     numbers = np.arange(len(unique))
     is_chosen = np.floor((numbers + 1) * fraction) > np.floor(numbers * fraction)
     begins = np.flatnonzero(np.diff(of_label[by_label], prepend=-1, append=-1)) if len(unique) else numbers
@@ -42,9 +42,9 @@ def set_aside(hashes: np.ndarray, labels: np.ndarray, fraction: float) -> np.nda
 
 
 def undersample(hashes: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Whether to keep each example, so that there are as many of each label as of the rarest; bool.
+    """Choose the examples to keep, so that each label has as many as the rarest; bool.
 
-    Which ones follows from their content, and for those of equal content from their order.
+    The choice depends on the content of the examples, and for equal content on their order.
     """
     by_label = np.lexsort((np.arange(len(hashes)), hashes, labels))
     _, begins, counts = np.unique(labels[by_label], return_index=True, return_counts=True)

@@ -1,4 +1,4 @@
-"""Text files as documents, streamed: a corpus is never whole in memory, however large its files."""
+"""Stream text files as documents: a corpus is never whole in memory, at any size of its files."""
 
 import codecs
 import gzip
@@ -12,26 +12,26 @@ import zstandard
 from llmtrain.tokenizer import CUTS
 
 PIECE = 1 << 20  # characters of a document that are encoded at once
-LONGEST_PIECE = 16 * PIECE  # where a document offers no place to cut
+LONGEST_PIECE = 16 * PIECE  # of a document without a place to cut
 BLOCK = 1 << 20  # bytes read at once
-COMPRESSED_BLOCK = 1 << 16  # small, since what comes out can be a thousand times larger
+COMPRESSED_BLOCK = 1 << 16  # small, since decompressed it can be a thousand times larger
 
 
 class DocumentPiece(NamedTuple):
-    """A stretch of a document, cut where tokenizers that split text by words give the same ids as of the whole."""
+    """A stretch of a document, cut where tokenizers that split by words give the same ids as for the whole."""
 
     text: str
     ends_document: bool
-    origin: str = ""  # the file, or what else the document is known by, for people
+    origin: str = ""  # the file or another name of the document, for messages
 
 
 def split_documents(blocks: Iterable[str], separator: str, origin: str = "") -> Iterator[DocumentPiece]:
-    """Cut a text, given in blocks, into documents at ``separator`` (empty: one document) and those into pieces.
+    """Cut a text, given in blocks, into documents at ``separator`` (empty: one document), and documents into pieces.
 
-    Joined, the pieces of a document are its exact text.  Documents of nothing but white space are left out.
+    Joined, the pieces of a document are its exact text.  Documents of white space alone are left out.
     """
     rest = ""
-    is_open = False  # whether pieces of the present document are out already
+    is_open = False  # pieces of the current document have been yielded
     for block in blocks:
         rest += block
         *documents, rest = rest.split(separator) if separator else [rest]
@@ -52,9 +52,9 @@ def _is_blank(text: str) -> bool:
 
 
 def _find_cut(text: str, separator_length: int) -> int:
-    """Where to cut ``text`` if it is long enough for a piece, else 0.
+    """The place to cut ``text`` if it is long enough for a piece, else 0.
 
-    What may be the beginning of a separator stays with the rest.
+    A possible beginning of a separator stays with the rest.
     """
     if len(text) < PIECE:
         return 0
@@ -66,7 +66,7 @@ def _find_cut(text: str, separator_length: int) -> int:
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """The text of a UTF-8 file in blocks, decompressed if its name ends in ``.gz`` or ``.zst``.
+    """Yield the text of a UTF-8 file in blocks, decompressed if its name ends in ``.gz`` or ``.zst``.
 
     Raises ValueError, naming the file, if it is missing, unreadable, damaged, binary or not UTF-8 (with the offset
     of the byte in the decompressed file).
@@ -76,7 +76,7 @@ def read_text(path: Path) -> Iterator[str]:
     for block in _read_bytes(path):
         if (nul := block.find(0)) >= 0:
             raise ValueError(f"{path}: byte {position + nul} is NUL: a binary file (or UTF-16), not UTF-8 text")
-        start = position - len(decoder.getstate()[0])  # of the bytes that are decoded now
+        start = position - len(decoder.getstate()[0])  # position of the bytes decoded now
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
@@ -84,12 +84,12 @@ def read_text(path: Path) -> Iterator[str]:
                 f"{path}: byte {start + error.start} is not UTF-8 ({error.reason}); convert the file, for instance "
                 "with iconv -t UTF-8"
             ) from error
-        yield text.removeprefix("\ufeff") if position == 0 else text  # a byte order mark is no text
+        yield text.removeprefix("\ufeff") if position == 0 else text  # a byte order mark is not text
         position += len(block)
 
 
 def _read_bytes(path: Path) -> Iterator[bytes]:
-    """The bytes of a file in blocks, and an empty one at its end."""
+    """Yield the bytes of a file in blocks, and an empty block at its end."""
     try:
         if path.suffix == ".zst":
             yield from _read_zstd(path)
@@ -105,7 +105,7 @@ def _read_bytes(path: Path) -> Iterator[bytes]:
 
 
 def _read_zstd(path: Path) -> Iterator[bytes]:
-    # Not stream_reader: it takes a cut file for a whole one.
+    # Not stream_reader, which takes a cut file for a complete one.
     frame = None
     with path.open("rb") as file:
         while data := file.read(COMPRESSED_BLOCK):

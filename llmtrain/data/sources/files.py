@@ -1,4 +1,4 @@
-"""Finding files, and remembering what was slow to learn about them."""
+"""Find files, and remember facts about them that are slow to compute."""
 
 import fcntl
 import glob
@@ -13,15 +13,15 @@ from typing import TypeVar
 from llmtrain.base.checks import where
 
 log = logging.getLogger(__name__)
-Fact = TypeVar("Fact", str, int, list)  # as JSON has it
+Fact = TypeVar("Fact", str, int, list)  # a JSON value
 REPORT_SECONDS = 10
 
 
 def find_files(path: str, is_wanted: Callable[[Path], bool], wanted: str, key: str = "data.path") -> list[Path]:
     """The files that ``path``, the value of the setting ``key``, names: a file, a folder or a glob of those.
 
-    Sorted.  Of a folder the files that ``is_wanted``, in words ``wanted``, with its subfolders; hidden ones are passed
-    over.  A file that is named itself, or matched, is always taken.  Raises ValueError where there is none.
+    Sorted.  From a folder and its subfolders come the files that ``is_wanted`` accepts (``wanted``: the same in words),
+    except hidden ones.  A file that is named or matched itself is always taken.  Raises ValueError if there is none.
     """
     literal = Path(path).expanduser()
     if literal.exists():
@@ -49,7 +49,7 @@ Stamp = tuple[int, int]
 
 
 def stamp(path: Path) -> Stamp:
-    """Size and modification time (ns): whether a file is still the same.  Raises ValueError if it is not readable."""
+    """Size and modification time (ns) of a file, to notice changes.  Raises ValueError if it is not readable."""
     return _moment(path)[:2]
 
 
@@ -66,10 +66,10 @@ def _moment(path: Path) -> Moment:
 
 
 def remember(memo: Path, files: Sequence[Path], learn: Callable[[Path], Fact], *, verify: bool = False) -> list[Fact]:
-    """``learn(file)`` of every file, from the JSON file ``memo`` where the file has not changed since.
+    """``learn(file)`` for every file, or the fact in the JSON file ``memo`` if the file has not changed since.
 
-    With ``verify`` everything is learnt again, whatever the memo says.  Raises ValueError then for a file that gives
-    another fact though its size and modification time are what they were: its bytes have changed by themselves.
+    With ``verify`` everything is learnt again.  Then raises ValueError for a file that gives another fact although its
+    size and modification time are the same: its bytes have changed by themselves.
     """
     known = read_memo(memo)
     learnt: dict[str, list] = {}
@@ -92,14 +92,14 @@ def remember(memo: Path, files: Sequence[Path], learn: Callable[[Path], Fact], *
             if time.monotonic() - reported > REPORT_SECONDS:
                 log.info("checking data: %d of %d files", number + 1, len(files))
                 reported = time.monotonic()
-    finally:  # also what was learnt before an interrupt
+    finally:  # keeps what was learnt before an interrupt
         if learnt:
             _add_to_memo(memo, learnt)
     return facts
 
 
 def read_memo(memo: Path) -> dict[str, list]:
-    """What is remembered of files, by path: ``[moment, fact]``; nothing if the memo is missing or damaged."""
+    """Read the remembered facts, ``[moment, fact]`` by path; {} if the memo is missing or damaged."""
     try:
         stored = json.loads(memo.read_text(encoding="utf-8"))
         files = stored["files"]
@@ -109,7 +109,7 @@ def read_memo(memo: Path) -> dict[str, list]:
 
 
 def write_memo(memo: Path, files: dict[str, list]) -> None:
-    """Replace the memo as a whole."""
+    """Replace the memo atomically."""
     temporary = memo.with_name(f".tmp-{memo.name}")
     temporary.write_text(json.dumps({"sha256": _digest(files), "files": files}), encoding="utf-8")
     temporary.replace(memo)

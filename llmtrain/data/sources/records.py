@@ -1,4 +1,4 @@
-"""Records with named values from CSV, TSV, JSONL, JSON and Parquet, one after the other, each with its place."""
+"""Read records with named values from CSV, TSV, JSONL, JSON and Parquet, each with its origin."""
 
 import csv
 import json
@@ -20,17 +20,17 @@ class Record(NamedTuple):
     """Values by the names of their columns."""
 
     values: Mapping[str, Any]
-    origin: str  # file and line, for people; of Parquet file and row, from 1 on
+    origin: str  # file and line, for messages; file and row, from 1 on, for Parquet
 
     def text(self, column: str, key: str) -> str:
-        """The text in ``column``, which the setting ``key`` names.  Raises ValueError where there is none."""
+        """The text in ``column``, the value of the setting ``key``.  Raises ValueError if there is none."""
         value = self.value(column, key)
         if not isinstance(value, str):
             raise ValueError(f"{self.origin}: {column} is {shown(value)}, where a text is needed")
         return value
 
     def value(self, column: str, key: str) -> Any:
-        """What is in ``column``.  Raises ValueError, with the columns there are, if there is none of this name."""
+        """The value in ``column``.  Raises ValueError, listing the columns, if there is none of this name."""
         if column not in self.values:
             raise ValueError(
                 f"{self.origin}: there is no column {column}{did_you_mean(column, self.values)}; there are "
@@ -40,30 +40,30 @@ class Record(NamedTuple):
 
 
 def shown(value: Any) -> str:
-    """A value that is not of the wanted type, in a message."""
+    """A value of a wrong type, shortened for a message."""
     short = repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:39]}…"
     return f"{short} ({type(value).__name__})"
 
 
 class RecordReader:
-    """The records of some files, in order.
+    """Reader of records.
 
-    ``blank`` counts the empty lines that were passed over.
+    ``blank`` counts the empty lines that were skipped.
     """
 
     def __init__(self) -> None:
         self.blank = 0
 
     def read(self, path: Path) -> Iterator[Record]:
-        """The records of ``path``, whose suffix says what it is.
+        """Yield the records of ``path``, in the format of its suffix.
 
-        All but JSON lists are read as far as they are asked for.  Raises ValueError, naming file and line, for what
-        cannot be read or has no such form.
+        Files are streamed, except JSON lists.  Raises ValueError, naming file and line, for unreadable or malformed
+        content.
         """
         yield from FORMATS[_suffix(path)](self, path)
 
     def _csv(self, path: Path, delimiter: str = ",") -> Iterator[Record]:
-        """RFC 4180, the first line names the columns."""
+        """CSV as in RFC 4180; the first line names the columns."""
         csv.field_size_limit(LONGEST_FIELD)
         rows = csv.reader(_lines(path), delimiter=delimiter, strict=True)
         begin, columns = 1, None
@@ -90,7 +90,7 @@ class RecordReader:
         return self._csv(path, "\t")
 
     def _jsonl(self, path: Path) -> Iterator[Record]:
-        """An object a line."""
+        """JSON Lines: one object per line."""
         for number, line in enumerate(_lines(path), 1):
             if line.isspace():
                 self.blank += 1
@@ -105,7 +105,7 @@ class RecordReader:
             yield _check_object(value, origin)
 
     def _json(self, path: Path) -> Iterator[Record]:
-        """A list of objects; also an object a line, which many files of that suffix hold."""
+        """A list of objects; also one object per line, which many files with this suffix hold."""
         text = "".join(read_text(path))
         if text.lstrip().startswith("{"):
             del text
@@ -128,7 +128,7 @@ class RecordReader:
                 yield _check_object(value, f"{path}:{line}")
                 at, is_first = space.match(text, end).end(), False  # type: ignore[union-attr]
             if text[at + 1 :].strip():
-                raise json.JSONDecodeError("something stands behind the list", text, at + 1)
+                raise json.JSONDecodeError("there is text after the list", text, at + 1)
         except (json.JSONDecodeError, RecursionError) as error:
             at = error.pos if isinstance(error, json.JSONDecodeError) else at
             raise ValueError(f"{path}:{1 + text.count(chr(10), 0, at)}: not JSON: {_reason(error)}") from error
@@ -149,7 +149,7 @@ class RecordReader:
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror or error}") from error
         except pyarrow.ArrowException as error:
-            raise ValueError(f"{path}: no Parquet file, or damaged or cut: {error}") from error
+            raise ValueError(f"{path}: not a Parquet file, or damaged or cut: {error}") from error
 
 
 FORMATS: dict[str, Callable[[RecordReader, Path], Iterator[Record]]] = {
@@ -163,12 +163,12 @@ FORMATS: dict[str, Callable[[RecordReader, Path], Iterator[Record]]] = {
 
 
 def find_records(path: str, key: str) -> list[Path]:
-    """The files that ``path``, the value of the setting ``key``, names.  Raises ValueError where there is none."""
+    """The files that ``path``, the value of the setting ``key``, names.  Raises ValueError if there is none."""
     files = find_files(path, lambda file: _suffix(file) in FORMATS, f"file of records ({', '.join(FORMATS)})", key)
     for file in files:
         if _suffix(file) not in FORMATS:
-            raise ValueError(f"{file}: of no kind that is known here; there are {', '.join(FORMATS)}, all but the last "
-                             f"also with {' or '.join(COMPRESSIONS)} behind")  # fmt: skip
+            raise ValueError(f"{file}: of an unknown format; the known ones are {', '.join(FORMATS)}, all but the last "
+                             f"also with {' or '.join(COMPRESSIONS)} appended")  # fmt: skip
     return files
 
 
@@ -178,7 +178,7 @@ def _suffix(path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Lines with their ends; only a line feed ends one, as in JSONL and in a quoted field of CSV."""
+    """Yield lines with their ends; only a line feed ends one, as in JSONL and in a quoted field of CSV."""
     rest = ""
     for block in read_text(path):
         *lines, rest = (rest + block).split("\n") if "\n" in block else [rest + block]
@@ -190,7 +190,7 @@ def _lines(path: Path) -> Iterator[str]:
 def _check_columns(names: list[str], origin: str) -> list[str]:
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{origin}: the column {name!r} is there twice; the first line has to name the columns")
+            raise ValueError(f"{origin}: the column {name!r} occurs twice; the first line has to name the columns")
     return names
 
 

@@ -47,9 +47,9 @@ def text(parts: list[RenderedPart]) -> str:
 def taught(encoded: EncodedConversation, tokenizer: Tokenizer) -> str:
     """What is to be predicted; one stretch after another, ``|`` between them."""
     stretches = []
-    for i, wanted in enumerate(encoded.wanted):
+    for i, wanted in enumerate(encoded.targets):
         if wanted != IGNORE:
-            if i == 0 or encoded.wanted[i - 1] == IGNORE:
+            if i == 0 or encoded.targets[i - 1] == IGNORE:
                 stretches.append([])
             stretches[-1].append(int(wanted))
     return "|".join(map(tokenizer.decode, stretches))
@@ -176,7 +176,7 @@ def test_baichuans_markers_are_known_by_id() -> None:
     assert encoded.ids.tolist() == [195, *b"Hi", 196, *b"Hello.", 195, *b"1 + 1?", 196, *b"2", 2]
     no = IGNORE
     expected = [no, no, no, no, *b"Hello.", 2, *[no] * 7, *b"2", 2]
-    assert encoded.wanted.tolist() == expected
+    assert encoded.targets.tolist() == expected
     assert missing_tokens(TEMPLATES["baichuan"], Pieces()) == []
 
 
@@ -211,9 +211,9 @@ def test_a_users_template_is_parsed_and_rendered(byte: Tokenizer) -> None:
         ("{promt}{response}", "there is no field {promt}; did you mean prompt?; there are {prompt}, {instruction}"),
         ("{prompt.__class__}{response}", "there is no field {prompt.__class__}"),
         ("{prompt!r}{response}", "there is no field"),
-        ("{prompt}", "behind it, once, {response}"),
-        ("{response}{prompt}", "behind it, once, {response}"),
-        ("{prompt}{response", "a brace that is no field is written twice"),
+        ("{prompt}", "followed by one {response}"),
+        ("{response}{prompt}", "followed by one {response}"),
+        ("{prompt}{response", "write a brace that is no field twice"),
     ],
 )
 def test_mistakes_in_a_template_are_named(name: str, message: str) -> None:
@@ -239,8 +239,8 @@ def test_a_chat_template_of_chatml_equals_ours() -> None:
     for trained in (None, [3]):
         one, other = encode(own.render(TURNS, trained=trained)), encode(ours.render(TURNS, trained=trained))
         assert one.ids[:-1].tolist() == other.ids.tolist()  # it has a line break behind the last turn
-        np.testing.assert_array_equal(one.wanted[:-1], other.wanted)
-        assert one.wanted[-1] == IGNORE
+        np.testing.assert_array_equal(one.targets[:-1], other.targets)
+        assert one.targets[-1] == IGNORE
     prompts = [t.render(TURNS[:3], add_generation_prompt=True) for t in (own, ours)]
     assert encode.prompt(prompts[0]) == encode.prompt(prompts[1])
 
@@ -281,13 +281,13 @@ def chat_error(source: str, messages: list[Message] = TURNS, *, tokenizer: Token
 
 
 def test_chat_templates_that_cannot_be_used_are_refused(byte: Tokenizer) -> None:
-    assert "message 2: the tokenizer's chat template renders it in another way once others follow" in chat_error(
+    assert "message 2: the tokenizer's chat template renders it differently once others follow" in chat_error(
         "{% for m in messages %}{{ m.content if loop.last else m.role }};{% endfor %}"
     )
-    assert "refuses it: roles must alternate" in chat_error("{{ raise_exception('roles must alternate') }}")
+    assert "rejects the messages: roles must alternate" in chat_error("{{ raise_exception('roles must alternate') }}")
     assert "chat template is damaged" in chat_error("{% if %}")
-    assert "refuses it: access to attribute '__class__'" in chat_error("{{ messages.__class__.__mro__ }}")
-    with pytest.raises(ValueError, match="the tokenizer brings no chat template; take tokenizer=huggingface"):
+    assert "rejects the messages: access to attribute '__class__'" in chat_error("{{ messages.__class__.__mro__ }}")
+    with pytest.raises(ValueError, match="the tokenizer has no chat template; take tokenizer=huggingface"):
         find_template("tokenizer", byte)
 
 
@@ -364,6 +364,6 @@ def test_ids_and_targets_as_transformers_has_them(tmp_path: Path) -> None:
         expected = theirs.apply_chat_template(plain, return_dict=True, return_assistant_tokens_mask=True)
         found = encode(template.render(messages))
         assert found.ids.tolist() == expected["input_ids"]
-        assert (found.wanted != IGNORE).astype(int).tolist() == expected["assistant_masks"]
+        assert (found.targets != IGNORE).astype(int).tolist() == expected["assistant_masks"]
         prompt = encode.prompt(template.render(messages, add_generation_prompt=True))
         assert prompt == theirs.apply_chat_template(plain, add_generation_prompt=True)["input_ids"]

@@ -122,7 +122,7 @@ def test_empty_lines_are_counted(tmp_path: Path) -> None:
         ("a.csv", 'a,b\n1,2\n\n1,2,3\n"x', ":4: 3 fields, and 2 columns (a, b)"),
         ("a.csv", 'a,b\n1,2\n1,"2\n3\n', ":3: not CSV as in RFC 4180"),
         ("a.csv", 'a,b\n1,"2"3\n', ":2: not CSV as in RFC 4180"),
-        ("a.csv", "a,a\n1,2\n", ":1: the column 'a' is there twice"),
+        ("a.csv", "a,a\n1,2\n", ":1: the column 'a' occurs twice"),
         (
             "a.jsonl",
             '{"a": 1}\n\n{"a": 1\n',
@@ -133,11 +133,11 @@ def test_empty_lines_are_counted(tmp_path: Path) -> None:
         ("a.json", '[\n{"a": 1},\n{"a": }\n]', ":3: not JSON: Expecting value"),
         ("a.json", '[\n{"a": 1}\n{"a": 2}]', ":3: not JSON: ',' or ']' is needed"),
         ("a.json", '[\n{"a": 1},\n', ":3: not JSON: Expecting value"),
-        ("a.json", '[{"a": 1}]\n[]', ":1: not JSON: something stands behind the list"),
+        ("a.json", '[{"a": 1}]\n[]', ":1: not JSON: there is text after the list"),
         ("a.json", '"a"', ":1: not JSON: a list of objects, [{…}, …], is needed"),
         ("a.json", '[{"a": 1},\n 2]', ":2: 2 (int), where an object is needed"),
         ("a.json", '{\n "a": [1]\n}', ":1: not JSON"),
-        ("a.parquet", "no", ": no Parquet file, or damaged or cut"),
+        ("a.parquet", "no", ": not a Parquet file, or damaged or cut"),
         ("a.jsonl", "\x00", ": byte 0 is NUL"),
     ],
 )
@@ -168,5 +168,5 @@ def test_record_files_are_found_in_folders_and_by_pattern(tmp_path: Path) -> Non
     assert [str(path.relative_to(tmp_path)) for path in found] == ["a.jsonl.gz", "b.csv", "e.json.zst", "sub/d.parquet"]
     with pytest.raises(ValueError, match=r"data.validation_path=nowhere: no such file"):
         find_records("nowhere", "data.validation_path")
-    with pytest.raises(ValueError, match=r"c.txt: of no kind that is known here; there are .csv, .tsv"):
+    with pytest.raises(ValueError, match=r"c.txt: of an unknown format; the known ones are .csv, .tsv"):
         find_records(str(tmp_path / "c.txt"), "data.path")
