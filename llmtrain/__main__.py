@@ -2,15 +2,12 @@
 
 import sys
 
-from llmtrain.base.process import restart_with_tunables
-
-TRAINING = ("train", "resume", "plan", "verify")  # verbs that do training steps
+from llmtrain.cli.start import restart_if_needed
 
 
 def run() -> int:
-    """The command line of this process; returns the exit status."""
-    if any(verb in sys.argv[1:] for verb in TRAINING):
-        restart_with_tunables()  # before anything else is imported
+    """Run the command line of this process; returns the exit status."""
+    restart_if_needed(sys.argv[1:])  # before anything else is imported
     from llmtrain.cli.main import main
 
     return main()

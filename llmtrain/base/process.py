@@ -1,4 +1,4 @@
-"""The process: its allocator, garbage collector and threads.  Importing this does not import torch."""
+"""The process: its allocator, garbage collector and threads.  Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -8,72 +8,100 @@ import gc
 import os
 import platform
 import sys
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
-
-
-# malloc's cache of small blocks would keep the slivers that are cut off aligned blocks: a freed tensor's hole would be
-# too small for the next tensor of that size, and the heap would grow by up to 0.4 GB over the first steps.
+# malloc's cache of small blocks would keep the slivers that are cut off aligned blocks: the hole of a freed tensor
+# would be too small for the next tensor of its size, and the heap would grow by up to 0.4 GB over the first steps.
 TUNABLE = "glibc.malloc.tcache_count"
+MARK = "LLMTRAIN_SET_TUNABLE"  # in the environment: a restart of this program has set TUNABLE, not the user
+
+
+class Allocator(Enum):
+    """The behaviour of malloc on the host."""
+
+    tuned = "tuned"
+    system = "system"
 
 
 def is_glibc() -> bool:
-    """Whether malloc is glibc's."""
+    """Return whether malloc is glibc's."""
     return platform.libc_ver()[0] == "glibc"
 
 
 def restart_with_tunables() -> None:
-    """Start the program anew, in the same process, without malloc's cache: glibc reads that before Python is there.
+    """Restart the program, in the same process, without malloc's cache: glibc reads the setting before Python starts.
 
-    To be called when nothing has been imported or read yet; it takes 40 ms.  Does nothing where the environment has a
-    size for the cache already, malloc is not glibc's, or there is no program to start.
+    Call it before anything else is imported or read; it takes 40 ms.  It does nothing where the environment already
+    sets the size of the cache, where malloc is not glibc's, or where there is no program to start.
     """
     present = os.environ.get("GLIBC_TUNABLES", "")
-    if TUNABLE in present or not is_glibc() or not sys.executable or not sys.orig_argv:
+    if TUNABLE in present or not is_glibc():
         return
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [present, f"{TUNABLE}=0"]))
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    os.environ[MARK] = "1"
+    _restart()
+
+
+def restart_without_tunables() -> None:
+    """Restart the program without what :func:`restart_with_tunables` has set, as in the parent process of a job.
+
+    A setting of the user's stays.
+    """
+    if not has_own_tunables():
+        return
+    tunables = os.environ.get("GLIBC_TUNABLES", "").split(":")
+    os.environ["GLIBC_TUNABLES"] = ":".join(each for each in tunables if not each.startswith(f"{TUNABLE}="))
+    del os.environ[MARK]
+    _restart()
+
+
+def has_own_tunables() -> bool:
+    """Return whether this program, and not the user, has set glibc's tunables."""
+    return MARK in os.environ
+
+
+def _restart() -> None:
+    if sys.executable and sys.orig_argv:
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def prepare_program() -> None:
-    """All that the command does before it imports torch to train, for a program that calls :class:`Run` itself."""
+    """Set up a Python program that trains with :class:`Run`, as the command does; call it before importing torch."""
     restart_with_tunables()
     prepare_process()
 
 
-def prepare_process() -> None:
-    """Set up memory; to be called before torch is imported.
+def prepare_process(allocator: Allocator = Allocator.tuned) -> None:
+    """Set up memory, garbage collection and threads; call it before importing torch.
 
-    On a CPU, freshly mapped memory costs a page fault every 4 KiB, a third of a training step and more.  So glibc's
+    On a CPU, freshly mapped memory costs a page fault every 4 KiB, a third of a training step and more.  So a tuned
     malloc neither maps big blocks one by one nor gives freed memory back: from the second step on, few new pages are
-    touched, and after :func:`restart_with_tunables` next to none.  (torch's huge pages are left off: their alignment to
-    2 MiB leaves gaps, 0.5 GB for GPT-2 in fp32, and with memory that is kept they save nothing.)  On a GPU, expandable
-    segments keep the allocator from fragmenting.
+    touched, and after :func:`restart_with_tunables` next to none.  torch's huge pages stay off: their alignment to
+    2 MiB leaves gaps, 0.5 GB for GPT-2 in fp32, and save nothing where memory is kept.  On a GPU, expandable segments
+    keep the allocator from fragmenting.
     """
-    # Python looks for garbage in cycles at every 700 new objects, and through all of them at exit: a third of the time
-    # of a program that only imports torch and its compiler.  A training step leaves no tensor in a cycle.
+    # Python searches for cycles after every 700 new objects, and through all objects at exit: a third of the time of a
+    # program that only imports torch and its compiler.  A training step leaves no tensor in a cycle.
     gc.set_threshold(100_000)
-    atexit.register(gc.freeze)  # what is left at the end goes with the process
-    # OpenMP's threads wait actively, by default for 15 ms: too long where another process wants the cores as well, two
-    # small runs at once were 20 times slower each.  After 0.1 ms they would sleep and be woken at most of the 1,500
-    # parallel loops of a step, which takes a fifth of its time.  So they wait for 1.5 ms.
+    atexit.register(gc.freeze)  # nothing is searched at exit
+    # OpenMP's threads wait actively, by default for 15 ms.  That is too long where another process needs the cores:
+    # two small runs at once were 20 times slower each.  After only 0.1 ms they would sleep and be woken at most of the
+    # 1,500 parallel loops of a step, a fifth of its time.  1.5 ms avoids both.
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))  # what is compiled, is once
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))  # kept between runs
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would write into the display
-    if is_glibc():
+    if allocator is Allocator.tuned and is_glibc():
         mallopt = ctypes.CDLL(None).mallopt  # parameters: malloc.h
         m_mxfast, m_trim_threshold, m_top_pad, m_mmap_max = 1, -1, -2, -4
         mallopt(m_mxfast, 0)  # slivers are merged with their neighbours at once
         mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, -1)  # never: 2**31 - 1 is 2 GB, which the top of a large heap exceeds in every step
+        mallopt(m_trim_threshold, -1)  # never: the largest int, 2 GB, is less than the top of a large heap
         mallopt(m_top_pad, 64 << 20)
 
 
 def cache_folder() -> Path:
-    """Where data are cached, and what else is kept between runs."""
+    """Return the folder of cached data and of everything else that is kept between runs."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("LLMTRAIN_CACHE") or f"{cache}/llmtrain").expanduser()

@@ -1,6 +1,6 @@
-"""The process that trains: its device, threads, seeds and allocator.  The only place that reads the environment.
+"""The ``runtime`` group: device, threads, seeds and allocator of the process that trains.
 
-Importing this module does not import torch: :func:`prepare_process` has to come before that.
+Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Self
 
 from llmtrain.base.device import physical_cores
 from llmtrain.base.options import Option
+from llmtrain.base.process import Allocator
 
 if TYPE_CHECKING:
     import torch
 
 
 class Device(Enum):
-    """Where to train."""
+    """The device to train on."""
 
     auto = "auto"
     cpu = "cpu"
@@ -38,24 +39,25 @@ class Runtime(Option):
     cuda_graphs: bool
     profile: bool
     num_threads: int | None
+    allocator: Allocator  # in force before this is built: see llmtrain.cli.start
 
     def __post_init__(self) -> None:
         if self.num_threads is not None and self.num_threads < 1:
-            raise ValueError(f"num_threads={self.num_threads}: must be at least 1, or null for one a physical core")
+            raise ValueError(f"num_threads={self.num_threads}: must be at least 1, or null for one per physical core")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed}: must be between 0 and 2**63 - 1")
         if self.compile not in (True, False, "auto"):
             raise ValueError(f"compile={self.compile}: must be auto, true or false")
         if self.cuda_graphs and self.compile is not True:
-            raise ValueError(f"cuda_graphs=true: takes compile=true, not compile={str(self.compile).lower()}")
+            raise ValueError(f"cuda_graphs=true: needs compile=true, not compile={str(self.compile).lower()}")
 
     @classmethod
     def for_inference(cls, device: Device) -> Self:
-        """That of a program that trains nothing."""
-        return cls(device, 0, False, False, False, False, None)
+        """Build the settings of a program that does not train."""
+        return cls(device, 0, False, False, False, False, None, Allocator.tuned)
 
     def torch_device(self) -> torch.device:
-        """The device.  Raises ValueError if it is not there."""
+        """Return the device.  Raises ValueError if this machine does not have it."""
         import torch
 
         if self.device is Device.cuda and not torch.cuda.is_available():
@@ -65,14 +67,14 @@ class Runtime(Option):
 
     @contextmanager
     def session(self) -> Iterator[torch.device]:
-        """Threads and determinism for the duration of a run; yields the device."""
+        """Set threads and determinism for the duration of a run; yields the device."""
         import torch
 
         device = self.torch_device()
         threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
         torch.set_num_threads(self.num_threads or physical_cores())
         if self.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS makes its first handle
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS creates its first handle
             torch.use_deterministic_algorithms(True)
         try:
             yield device

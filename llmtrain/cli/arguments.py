@@ -1,18 +1,106 @@
-"""Sorting the command line into verb, flags, targets and overrides."""
+"""The parsed command line: verb, flags, targets and overrides."""
 
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from llmtrain.base.format import command
 from llmtrain.base.run_files import CHECKPOINTS
-from llmtrain.cli.suggestions import instead_of_flag
+from llmtrain.cli.start import split_verb
+from llmtrain.cli.suggestions import flag_hint, names_hint
+
+VERBS = {
+    "train": "train a model",
+    "resume": "continue a run exactly where it stopped",
+    "plan": "estimate memory, time, disk and price of a run, and check that it fits",
+    "generate": "generate text with a run or a checkpoint",
+    "chat": "talk to a model in the terminal",
+    "predict": "classify texts with a run that was trained to",
+    "export": "write the model for transformers or PEFT, and check it by loading it back",
+    "verify": "check every byte of a run's checkpoints, then prove its resume by replaying steps",
+    "report": "compare runs and sweeps in a table and as curves",
+}
+
+TARGETS = {  # least and most directories
+    "train": (0, 0), "resume": (1, 1), "plan": (0, 0), "generate": (1, 1), "chat": (1, 1),
+    "predict": (1, 1), "export": (1, 1), "verify": (1, 1),
+    "report": (1, 1000),
+}  # fmt: skip
+
+FLAGS = ("--help", "-h", "--hydra-help", "--multirun", "-m", "--run", "-r", "--resolve")
+
+VALUE_FLAGS = {
+    "--cfg": "--cfg", "-c": "--cfg", "--config-dir": "--config-dir", "-cd": "--config-dir",
+    "--config-name": "--config-name", "-cn": "--config-name", "--config-path": "--config-path", "-cp": "--config-path",
+    "--package": "--package", "-p": "--package", "--info": "--info", "-i": "--info",
+}  # fmt: skip
+
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")  # values of --info
+
+TEXT_KEYS = ("prompt", "text", "system", "template", "loop.sample_prompt", "data.system", "data.template")
+
+
+class UsageError(ValueError):
+    """A mistake in the command line itself."""
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """One command line, parsed and checked."""
+
+    verb: str
+    flags: list[str]  # Hydra's, each with its value in one word
+    targets: list[Path]
+    overrides: list[str]
+    words: list[str]  # all of it as typed, for the record
+    helps: bool  # --help was given
+    multirun: bool
+    step: int | None = None  # resume: of the checkpoint that is named
+    sweep_dir: Path | None = None
+
+
+def parse(arguments: Sequence[str]) -> CommandLine:
+    """Parse and check everything after ``llmtrain``.  Raises :class:`UsageError`."""
+    verb, rest = split_verb(arguments)
+    if verb not in VERBS:
+        raise UsageError(f"{verb}: no such verb{names_hint(verb, list(VERBS))}")
+    flags, targets, overrides = split(verb, rest)
+    multirun = "-m" in flags or "--multirun" in flags
+    if verb == "resume" and multirun:
+        raise UsageError("resume continues one run; a sweep continues when its own command is given again")
+    only_shows = any(flag.startswith(("--cfg", "--info", "--help", "-h", "--hydra-help")) for flag in flags)
+    helps = "--help" in flags or "-h" in flags
+    if helps:
+        flags = [flag for flag in flags if not flag.startswith(("--help", "-h", "-m", "--multirun", "--cfg", "--info"))]
+    check_targets(verb, targets, only_shows=only_shows)
+    step = None
+    if verb == "resume":
+        targets[0], step, overrides = named_checkpoint(targets[0], overrides)
+    sweep_dir, overrides = take(overrides, "hydra.sweep.dir=")
+    words = ["llmtrain", *arguments]
+    return CommandLine(
+        verb, flags, targets, overrides, words, helps, multirun and not helps and verb == "train", step, sweep_dir
+    )
+
+
+def check_targets(verb: str, targets: Sequence[Path], *, only_shows: bool) -> None:
+    """Raise :class:`UsageError` unless the verb takes that many directories; to show its config it needs none."""
+    least, most = TARGETS[verb]
+    if least <= len(targets) <= most or (only_shows and verb != "resume" and len(targets) <= most):
+        return
+    if only_shows and not targets:
+        raise UsageError("resume shows the stored config of a run; name it: llmtrain resume RUN_DIR --help")
+    wanted = {0: "no directory", 1: "one directory: a run's"}.get(most, "directories of runs or sweeps")
+    example = command(verb, "RUN_DIR") if most else f"llmtrain {verb}"
+    raise UsageError(f"{verb} takes {wanted}, as in: {example}")
 
 
 def split(verb: str, arguments: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
     """Sort arguments that come in any order into Hydra's flags, targets and overrides.
 
-    Hydra 1.3 rejects flags after overrides, so they are put first, each with its value in one word.
+    Hydra 1.3 rejects flags after overrides, so they come first, each with its value in one word.
     """
     flags: list[str] = []
     targets: list[Path] = []
@@ -21,22 +109,7 @@ def split(verb: str, arguments: Sequence[str]) -> tuple[list[str], list[Path], l
     while queue:
         argument = queue.pop(0)
         if argument.startswith("-") and argument != "-":
-            name, equals, value = argument.partition("=")
-            if name == "--experimental-rerun":
-                raise UsageError(f"{name}: not supported; it would unpickle a file, which runs whatever is in it")
-            if name in FLAGS:
-                flags.append(argument)
-                continue
-            if name not in VALUE_FLAGS:
-                value = value or " ".join(queue[:1])
-                hint = instead_of_flag(verb, name, value, [*FLAGS, *VALUE_FLAGS, "--debug"])
-                raise UsageError(f"{name}: no such flag{hint}")
-            if not equals:
-                needs_value = name not in ("--info", "-i")
-                if needs_value and not queue:
-                    raise UsageError(f"{name}: needs a value")
-                value = queue.pop(0) if needs_value or (queue and queue[0] in INFO) else "all"
-            flags.append(f"{VALUE_FLAGS[name]}={value}")
+            flags.append(take_flag(verb, argument, queue))
         elif TARGETS[verb][1] and ("=" not in argument or Path(argument).exists()) and argument[0] not in "~+":
             targets.append(Path(argument))
         else:
@@ -48,8 +121,27 @@ def split(verb: str, arguments: Sequence[str]) -> tuple[list[str], list[Path], l
     return flags, targets, overrides
 
 
+def take_flag(verb: str, argument: str, queue: list[str]) -> str:
+    """Write a flag and its value, which may be the next word of ``queue``, in one word.  Raises :class:`UsageError`."""
+    name, equals, value = argument.partition("=")
+    if name == "--experimental-rerun":
+        raise UsageError(f"{name}: not supported; it would unpickle a file, which runs any code that is in it")
+    if name in FLAGS:
+        return argument
+    if name not in VALUE_FLAGS:
+        value = value or " ".join(queue[:1])
+        hint = flag_hint(verb, name, value, [*FLAGS, *VALUE_FLAGS, "--debug"])
+        raise UsageError(f"{name}: no such flag{hint}")
+    if not equals:
+        needs_value = name not in ("--info", "-i")
+        if needs_value and not queue:
+            raise UsageError(f"{name}: needs a value")
+        value = queue.pop(0) if needs_value or (queue and queue[0] in INFO) else "all"
+    return f"{VALUE_FLAGS[name]}={value}"
+
+
 def quoted(override: str) -> str:
-    """A free text is taken as it is: Hydra's grammar would trip over its commas, brackets and apostrophes."""
+    """Quote the value of a free text: Hydra's grammar gives commas, brackets and apostrophes a meaning."""
     key, equals, value = override.partition("=")
     if key not in TEXT_KEYS or not equals or value[:1] in ("'", '"'):
         return override
@@ -59,17 +151,17 @@ def quoted(override: str) -> str:
 
 
 def take(overrides: list[str], prefix: str) -> tuple[Path | None, list[str]]:
-    """The value of the last override that starts with ``prefix``, and the other overrides."""
+    """Return the value of the last override that starts with ``prefix``, and the other overrides."""
     values = [override.removeprefix(prefix) for override in overrides if override.startswith(prefix)]
     others = [override for override in overrides if not override.startswith(prefix)]
     return (Path(values[-1]) if values else None), others
 
 
 def named_checkpoint(target: Path, overrides: list[str]) -> tuple[Path, int | None, list[str]]:
-    """The run that ``resume`` is given, the step of its checkpoint if one is named, and the other overrides.
+    """Return the run that ``resume`` is given, the step of its checkpoint if one is named, and the other overrides.
 
-    ``RUN_DIR/checkpoints/step-00000800`` says the same as ``RUN_DIR checkpoint.step=800``.  The step is no part of the
-    config that is composed: it says where to begin, once.
+    ``RUN_DIR/checkpoints/step-00000800`` means the same as ``RUN_DIR checkpoint.step=800``.  The step is no part of the
+    composed config: it names where to begin, once.
     """
     matches = [re.fullmatch(r"\+{0,2}checkpoint\.step=(.*)", override) for override in overrides]
     given = [match[1].strip("'\"") for match in matches if match]
@@ -86,36 +178,8 @@ def named_checkpoint(target: Path, overrides: list[str]) -> tuple[Path, int | No
     return target, step, others
 
 
-VERBS = {
-    "train": "compose a run and train it",
-    "resume": "continue a run exactly where it stopped",
-    "plan": "parameters, FLOPs, memory, time, disk and price of a run, and whether it fits",
-    "generate": "text from a run or a checkpoint",
-    "chat": "talk to a model in the terminal",
-    "predict": "classes for texts, by a model that was trained to tell them apart",
-    "export": "a run's model for transformers or PEFT, loaded back before it is there",
-    "verify": "check every byte of a run's checkpoints, then prove its resume by replaying steps",
-    "report": "table and curves of runs and sweeps",
-}
-
-TARGETS = {
-    "train": (0, 0), "resume": (1, 1), "plan": (0, 0), "generate": (1, 1), "chat": (1, 1),
-    "predict": (1, 1), "export": (1, 1), "verify": (1, 1),
-    "report": (1, 1000),
-}  # fmt: skip
-
-VALUE_FLAGS = {
-    "--cfg": "--cfg", "-c": "--cfg", "--config-dir": "--config-dir", "-cd": "--config-dir",
-    "--config-name": "--config-name", "-cn": "--config-name", "--config-path": "--config-path", "-cp": "--config-path",
-    "--package": "--package", "-p": "--package", "--info": "--info", "-i": "--info",
-}  # fmt: skip
-
-TEXT_KEYS = ("prompt", "text", "system", "template", "loop.sample_prompt", "data.system", "data.template")
-
-FLAGS = ("--help", "-h", "--hydra-help", "--multirun", "-m", "--run", "-r", "--resolve")
-
-INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
-
-
-class UsageError(ValueError):
-    """The command line itself is wrong."""
+def usage(verb: str) -> str:
+    """Return the form of the verb's command line."""
+    target = {0: "", 1: " RUN_DIR"}.get(TARGETS[verb][1], " DIR…")
+    groups = " [group=option]" if verb in ("train", "resume", "plan") else ""
+    return f"llmtrain {verb}{target}{groups} [key=value]{' [-m]' * (verb == 'train')}"

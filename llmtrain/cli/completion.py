@@ -8,7 +8,7 @@ from llmtrain.cli.hydra_app import run_hydra
 
 
 def complete(arguments: Sequence[str]) -> int:
-    """Hydra's completion, with verbs before it: ``-sc install=bash``, ``-sc query=bash``."""
+    """Complete the verb, and leave the rest to Hydra: ``-sc install=bash``, ``-sc query=bash``."""
     line = os.environ.get("COMP_LINE", "")
     request = arguments[-1]
     words = line.split()
@@ -21,6 +21,6 @@ def complete(arguments: Sequence[str]) -> int:
         verb = words[1]
         if verb not in VERBS or (verb in ("generate", "export", "report") and not words[-1]):
             return 0
-        os.environ["COMP_LINE"] = line.replace(f" {verb}", "", 1)  # Hydra knows of no verbs
+        os.environ["COMP_LINE"] = line.replace(f" {verb}", "", 1)  # Hydra knows no verbs
     run_hydra("train" if verb == "resume" else verb, ["-sc"], [request], lambda _: None)
     return 0

@@ -1,39 +1,23 @@
-"""One message and an exit status for whatever went wrong."""
+"""Messages and exit statuses of errors: the one place that turns an exception into words."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llmtrain.base.invocation import FAILED, USAGE_ERROR
-from llmtrain.cli.suggestions import nearest, suggest_key
-
-if TYPE_CHECKING:
-    pass
+from llmtrain.cli.suggestions import key_hint, names_hint
 
 
 def explain(error: BaseException, verb: str) -> tuple[str | None, int]:
-    """One message for the user and the exit status; no message for what is a bug of ours."""
+    """Return one message for the user, None for a bug of ours, and the exit status."""
     from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
 
     if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, option = (error.missing_cfg_file or "").rpartition("/")
-        if group == "data" and (Path(option).exists() or "." in option or "/" in option):
-            return f"{group}={option}: no such option; to train on a file: data=text data.path={option}", USAGE_ERROR
-        return f"{group}={option}: no such option{nearest(option, sorted(error.options))}", USAGE_ERROR
+        return explain_option(error.missing_cfg_file or "", error.options), USAGE_ERROR
     if isinstance(error, HydraException | OmegaConfBaseException):
-        key = find_key(error)
-        if key is not None:
-            return f"{key}: no such key{suggest_key(key, verb)}", USAGE_ERROR
-        message = str(error).strip().splitlines()[0]
-        if match := re.match(r"Ambiguous value for argument '([^=']+)=(.*)'$", message):
-            key, value = match[1], match[2]
-            return (
-                f"{key}={value}: several values; if it takes a list: '{key}=[{value}]'; if each is to have a run, a "
-                f"sweep: -m; if it is one text with a comma: '{key}=\"{value}\"'"
-            ), USAGE_ERROR
-        return message, USAGE_ERROR
-    if type(error).__name__ in ("TrainingFailed", "DataError"):
+        return explain_override(error, verb), USAGE_ERROR
+    if type(error).__name__ in ("TrainingFailed", "DataError"):  # by name: their modules import torch
         return str(error), FAILED
     if type(error).__name__ == "OutOfMemoryError":
         remedy = "a smaller accumulation.micro_batch_size keeps the batch and needs less memory"
@@ -46,8 +30,31 @@ def explain(error: BaseException, verb: str) -> tuple[str | None, int]:
     return None, FAILED
 
 
+def explain_option(config_file: str, options: Sequence[str]) -> str:
+    """Return the message for an option that its group does not have."""
+    group, _, option = config_file.rpartition("/")
+    if group == "data" and (Path(option).exists() or "." in option or "/" in option):
+        return f"{group}={option}: no such option; to train on a file: data=text data.path={option}"
+    return f"{group}={option}: no such option{names_hint(option, sorted(options))}"
+
+
+def explain_override(error: BaseException, verb: str) -> str:
+    """Return the message for an override that Hydra or OmegaConf refuses."""
+    key = find_key(error)
+    if key is not None:
+        return f"{key}: no such key{key_hint(key, verb)}"
+    message = str(error).strip().splitlines()[0]
+    if match := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'$", message):
+        key, value = match[1], match[2]
+        return (
+            f"{key}={value}: several values; if it takes a list: '{key}=[{value}]'; if each value is a run of its "
+            f"own, a sweep: -m; if it is one text with a comma: '{key}=\"{value}\"'"
+        )
+    return message
+
+
 def raised_by_us(error: BaseException) -> bool:
-    """Whether this package or a plugin raised ``error``: another library's ValueError is no user's mistake."""
+    """Return whether this package or a plugin raised ``error``; a library's ValueError is no mistake of the user's."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
@@ -56,7 +63,7 @@ def raised_by_us(error: BaseException) -> bool:
 
 
 def find_key(error: BaseException | None) -> str | None:
-    """The key that Hydra or OmegaConf did not find."""
+    """Find the key that Hydra or OmegaConf does not know; None if the error has another cause."""
     while error is not None:
         if match := re.search(r"Key '([^']+)' is not in struct(?:.*?full_key: (\S+))?", str(error), re.DOTALL):
             return match[2] or match[1]

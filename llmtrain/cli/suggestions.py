@@ -1,4 +1,4 @@
-"""What to say of a name on the command line that there is not: the one that was meant, or those there are."""
+"""Suggestions for unknown keys, options and flags: the closest match, or the valid names."""
 
 import difflib
 import re
@@ -8,21 +8,21 @@ from typing import Any
 from llmtrain.base.checks import did_you_mean
 
 
-def instead_of_flag(verb: str, name: str, value: str, flags: Sequence[str]) -> str:
-    """What to say of a flag that there is not: the key that it would be, without dashes; else the flags there are."""
+def flag_hint(verb: str, name: str, value: str, flags: Sequence[str]) -> str:
+    """Suggest, for an unknown flag, the key of the same name without dashes, else the closest flag."""
     from llmtrain.config.compose import compose
 
     word = name.lstrip("-").replace("-", "_")
     keys = flatten(compose("train" if verb == "resume" else verb, [])) if len(word) > 1 else []
     same = [key for key in keys if key.rsplit(".", 1)[-1] == word or key == word]
     if not same:
-        return nearest(name, flags)
+        return names_hint(name, flags)
     value = value if value and "=" not in value and not value.startswith("-") else "…"
     return f"; settings have no dashes: {' or '.join(f'{key}={value}' for key in same)}"
 
 
-def suggest_key(key: str, verb: str) -> str:
-    """The nearest key of the verb's config, wherever it is; else those beside it."""
+def key_hint(key: str, verb: str) -> str:
+    """Suggest, for an unknown key, the closest key of the verb's config in any group, else the keys beside it."""
     from llmtrain.config.compose import compose
 
     known = flatten(compose("train" if verb == "resume" else verb, []))
@@ -37,7 +37,7 @@ def suggest_key(key: str, verb: str) -> str:
     if longer and not same_name:
         return f"; did you mean {' or '.join(longer)}?"
     if best == [key]:
-        return f"; the chosen option of {group} has none (what it has: --cfg job --package {group})"
+        return f"; the chosen option of {group} has none (its keys: --cfg job --package {group})"
     if best:
         return f"; did you mean {best[0]}?"
     groups = sorted({name.split(".")[0] for name in known})
@@ -45,7 +45,7 @@ def suggest_key(key: str, verb: str) -> str:
 
 
 def options_with(group: str, name: str) -> list[str]:
-    """The options of ``group`` that have a key ``name``."""
+    """List the options of ``group`` that have a key ``name``."""
     from llmtrain.config.folders import conf_dir
 
     files = sorted((conf_dir() / group).glob("*.yaml")) if group.isidentifier() else []
@@ -53,7 +53,7 @@ def options_with(group: str, name: str) -> list[str]:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> list[str]:
-    """The dotted keys of a nested config, groups included."""
+    """List the dotted keys of a nested config, groups included."""
     keys = []
     for key, value in values.items():
         if key != "_target_":
@@ -62,6 +62,6 @@ def flatten(values: dict[str, Any], prefix: str = "") -> list[str]:
     return keys
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """What to say after "no such option": "; did you mean adamw? there are: …"."""
+def names_hint(name: str, known: Sequence[str]) -> str:
+    """Suggest the closest name and list all: "; did you mean adamw? there are: …"."""
     return f"{did_you_mean(name, known, cutoff=0.6) or ';'} there are: {', '.join(known)}"

@@ -11,7 +11,7 @@ import torch
 
 from llmtrain import Run
 from llmtrain.base.device import measure_matmul_flops, physical_cores
-from llmtrain.base.process import is_glibc
+from llmtrain.base.process import Allocator, is_glibc
 from llmtrain.base.runtime import Device, Runtime
 from tests.helpers.cli import TINY, rows
 
@@ -55,7 +55,7 @@ def test_a_program_restarts_once_to_set_the_allocator(tmp_path: Path, before: st
     assert last == f"['a b', 'c=1'] True {expected}"
 
 
-OFF = {"compile": False, "cuda_graphs": False, "profile": False}
+OFF = {"compile": False, "cuda_graphs": False, "profile": False, "allocator": Allocator.tuned}
 
 
 def test_a_session_leaves_torch_as_it_was() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain import Run
+from llmtrain.base.process import MARK
 from llmtrain.cli.arguments import VERBS, split
 from llmtrain.cli.main import main
 from llmtrain.run.directory import RunDirectory
@@ -347,3 +348,21 @@ def test_the_spam_recipe_finds_its_data_from_any_folder(tmp_path: Path) -> None:
     assert "base: this run was not trained to tell classes apart" in llmtrain(
         "predict", "base", "text=x", cwd=tmp_path, check=2
     ).stderr  # fmt: skip
+
+
+def test_the_system_allocator_is_stored_and_resumed(tmp_path: Path) -> None:
+    llmtrain("train", *QUICK, "runtime.allocator=system", "run_dir=run", cwd=tmp_path)
+    assert "allocator: system" in (tmp_path / "run" / "config.yaml").read_text()
+    llmtrain("resume", "run", "loop.max_steps=3", cwd=tmp_path)
+    refused = llmtrain("train", *QUICK, "runtime.allocator=jemalloc", cwd=tmp_path, check=2).stderr
+    assert "runtime.allocator='jemalloc': must be one of tuned, system" in refused
+
+
+def test_the_system_allocator_from_a_file_is_refused_where_malloc_is_tuned_already(tmp_path: Path) -> None:
+    conf = tmp_path / "conf" / "runtime"
+    conf.mkdir(parents=True)
+    (conf / "plain.yaml").write_text("defaults:\n  - default\nallocator: system\n")
+    arguments = ("train", *QUICK, "--config-dir", "conf", "runtime=plain")
+    refused = llmtrain(*arguments, cwd=tmp_path, env={MARK: "1"}, check=2).stderr
+    assert "runtime.allocator=system: comes from a file" in refused
+    llmtrain(*arguments, cwd=tmp_path)

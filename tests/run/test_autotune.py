@@ -141,7 +141,7 @@ def test_resume_keeps_the_decision_to_compile() -> None:
     ("override", "message"),
     [
         ("runtime.compile=yes please", "runtime.compile=yes please: must be auto, true or false"),
-        ("runtime.cuda_graphs=true", "runtime.cuda_graphs=true: takes compile=true, not compile=auto"),
+        ("runtime.cuda_graphs=true", "runtime.cuda_graphs=true: needs compile=true, not compile=auto"),
         (
             "runtime.cuda_graphs=true runtime.compile=true activation_checkpointing=full "
             "activation_checkpointing.offload=true",
