@@ -1,1 +1,1 @@
-"""Foundations that know nothing of language models: checks, files, formatting, the process and its device."""
+"""Foundations without any knowledge of language models: checks, files, formatting, the process and its device."""

@@ -1,6 +1,6 @@
 """Checks of configured values: one form of message, ``key=value: what is wrong; what would work``.
 
-Comparisons are written so that NaN fails them.  ``None`` means that the user left the value out, and passes.
+Comparisons are written so that NaN fails them.  ``None``, a value that the user left out, passes.
 """
 
 import difflib
@@ -47,18 +47,18 @@ def pattern_matches(key: str, value: str, names: Iterable[str]) -> None:
 
 
 def did_you_mean(value: str, names: Iterable[str], *, cutoff: float = 0.5) -> str:
-    """What to append to a message about a name that is not known: the nearest of ``names``, or nothing."""
+    """Return the end of a message about an unknown name: the nearest of ``names``, or nothing."""
     nearest = difflib.get_close_matches(value.lower(), list(names), n=1, cutoff=cutoff)
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
 def where(path: str) -> str:
-    """What to append to "no such file": where it was looked for, if ``path`` does not say."""
+    """Return the end of a message about a missing file: the working directory, if ``path`` is relative."""
     return "" if Path(path).expanduser().is_absolute() else f" in {Path.cwd()}"
 
 
 def _nearest(value: str, names: Sequence[str], count: int = 3) -> list[str]:
-    """The names most like ``value``, as a whole or in one dotted part, and one for all layers: not also blocks.1."""
+    """List the names most like ``value``, whole or in one dotted part; one name stands for that of all layers."""
 
     def likeness(name: str) -> float:
         return max(difflib.SequenceMatcher(None, value, part).ratio() for part in (name, *name.split(".")))

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside, synced and renamed; and logs that survive a full disk."""
+"""Atomic files, which are whole or absent (written aside, synced, renamed), and logs that survive a full disk."""
 
 import contextlib
 import errno
@@ -9,18 +9,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-REPLACED = ".tmp-replaced-"  # a checkpoint that a new one of its name is taking the place of
+REPLACED = ".tmp-replaced-"  # prefix of a directory while a new one takes its place
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` such that a reader or a crash sees the old or the new, never a part."""
+    """Replace ``path`` by ``text``; a reader, also after a crash, sees the old file or the new one, never a part."""
     with written_whole(path) as file:
         file.write(text)
 
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[IO[str]]:
-    """A text file that takes the place of ``path`` once all of it is written; after an error nothing does."""
+    """Open a text file that replaces ``path`` once it is complete; after an error ``path`` stays as it was."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8", newline="") as file:
@@ -30,24 +30,24 @@ def written_whole(path: Path) -> Iterator[IO[str]]:
         temporary.replace(path)
         fsync(path.parent)
     except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from error  # a write's error names no file
+        raise type(error)(error.errno, error.strerror, str(path)) from error  # the error of a write names no file
     finally:
         temporary.unlink(missing_ok=True)
 
 
 class AppendedFile:
-    """Lines at the end of a file; each has left the process when :meth:`append` returns.
+    """A log file: each line has left the process when :meth:`append` returns.
 
-    Where the disk is full, what does not fit waits in memory and goes first the next time: a run does not die of its
-    log, and no line is torn or lost unless the process ends before there is room.  The next process leaves a torn line
-    as a line of its own.  The file is made by the first line.
+    While the disk is full, lines wait in memory and are written first once there is room: a full log does not end a
+    run, and no line is torn or lost unless the process ends before that.  After a torn line the next process starts a
+    new one.  The first line creates the file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor: int | None = None
-        self._waiting = b""  # from the beginning of a line on
-        self._written = 0  # bytes of it that are in the file already: the line there is torn
+        self._waiting = b""  # starts at the beginning of a line
+        self._written = 0  # bytes of it that are in the file already, a torn line
 
     def append(self, text: str) -> None:
         """Write ``text``, which ends with a newline.  Raises OSError for anything but a full disk."""
@@ -64,17 +64,17 @@ class AppendedFile:
         self._waiting, self._written = self._waiting[whole:], self._written - whole
 
     def _open(self) -> int:
-        # Not through a link: that of a run from elsewhere may lead to any file of the user's.
+        # Not through a link: in a run from elsewhere it may point to any file of the user's.
         descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         size = os.fstat(descriptor).st_size
         if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
-            self._written = 0  # if a line was torn, it went when the file was rewritten
-        elif self._written == 0:  # torn by a process that ended before there was room
+            self._written = 0  # a torn line is gone: the file was rewritten
+        elif self._written == 0:  # torn by an earlier process
             self._waiting = b"\n" + self._waiting
         return descriptor
 
     def rewrite(self, change: Callable[[], None]) -> None:
-        """Call ``change()``, which may replace the file, and go on at the end of what is there then."""
+        """Call ``change()``, which may replace the file, and append to the new one from then on."""
         self.close()
         change()
 
@@ -88,12 +88,12 @@ class AppendedFile:
 
 
 def share(path: Path) -> None:
-    """Give a file the permissions that its directory has: safetensors makes files that its owner alone can read."""
+    """Give a file the permissions of its directory: safetensors creates files that only their owner can read."""
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:
-    """Raise OSError if the disk of ``folder`` has less room than that."""
+    """Raise OSError if the disk of ``folder`` has less room than ``needed_bytes``."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise OSError(errno.ENOSPC, f"{needed_bytes:,} bytes are needed and {free:,} are free", str(folder))
@@ -102,8 +102,8 @@ def check_room(folder: Path, needed_bytes: int) -> None:
 def replace_directory(new: Path, path: Path) -> None:
     """Rename ``new`` to ``path``.
 
-    An older directory of that name makes room first.  It comes back if the renaming fails, and, after a kill between
-    the two, when leftovers are swept.
+    An older directory of that name is renamed first.  It is restored if the second renaming fails, or, after a kill
+    between the two, by :func:`sweep_leftovers`.
     """
     old = path.with_name(f"{REPLACED}{path.name}")
     if path.exists():
@@ -120,9 +120,9 @@ def replace_directory(new: Path, path: Path) -> None:
 
 
 def sweep_leftovers(directory: Path) -> None:
-    """Remove what killed writers left in ``directory``.  Only the holder of the run's lock may call this."""
+    """Remove the leftovers of killed writers.  Only the holder of the run's lock may call this."""
     for replaced in directory.glob(f"{REPLACED}*"):
-        with contextlib.suppress(OSError):  # the new one is in place: the old one is left over
+        with contextlib.suppress(OSError):  # the new one is in place: remove the old one below
             replaced.rename(replaced.with_name(replaced.name.removeprefix(REPLACED)))
     for leftover in directory.glob(".tmp-*"):
         if leftover.is_dir():
@@ -132,12 +132,13 @@ def sweep_leftovers(directory: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Return the hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync(path: Path) -> None:
+    """Force a file or directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Numbers and text for people: the one place where the program decides how a quantity looks."""
+"""Numbers and text for people: the one place that formats quantities."""
 
 import math
 import re
@@ -8,7 +8,7 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u206
 
 
 def visible(text: str) -> str:
-    r"""``text`` with what a terminal would obey written out: an escape character becomes the four letters ``\x1b``.
+    r"""Write out the characters that a terminal would obey: an escape character becomes the four letters ``\x1b``.
 
     Covers the C0 and C1 controls (newline and tab stay), marks that reverse the direction of writing, and lone
     surrogates, which no encoding accepts.
@@ -17,22 +17,22 @@ def visible(text: str) -> str:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """``value`` to three significant digits: 0.0411, 1.83, 12.0, 1.23e+04."""
+    """Format to three significant digits: 0.0411, 1.83, 12.0, 1.23e+04."""
     return f"{value:#.{digits}g}".rstrip(".")
 
 
 def count(value: float) -> str:
-    """How many: 999, 12.3k, 124M, 1.56B."""
+    """Format a number of things: 999, 12.3k, 124M, 1.56B."""
     return _scaled(value, ("", "k", "M", "B", "T"))
 
 
 def size(num_bytes: float) -> str:
-    """Memory or disk in decimal units, as vendors and ``ls --si`` count: 512 B, 1.49 GB."""
+    """Format bytes in decimal units, as vendors and ``ls --si`` do: 512 B, 1.49 GB."""
     return _scaled(num_bytes, (" B", " kB", " MB", " GB", " TB", " PB"))
 
 
 def rate(per_second: float, unit: str) -> str:
-    """A speed with SI prefixes: ``rate(4.2e11, "FLOP/s")`` is 420 GFLOP/s."""
+    """Format a speed with SI prefixes: ``rate(4.2e11, "FLOP/s")`` is 420 GFLOP/s."""
     return _scaled(per_second, (" ", " k", " M", " G", " T", " P")) + unit
 
 
@@ -40,23 +40,23 @@ def _scaled(value: float, units: tuple[str, ...]) -> str:
     if not math.isfinite(value):
         return str(value)
     for unit in units[:-1]:
-        if abs(value) < 999.5:  # what rounds to 1000 belongs to the next unit
+        if abs(value) < 999.5:  # 999.5 rounds to 1000, which belongs to the next unit
             whole = isinstance(value, int) or value == 0
             return (str(round(value)) if whole else significant(value)) + unit
         value /= 1000.0
     return significant(value) + units[-1]
 
 
-ASKED = {"generate": ' prompt="…"', "predict": ' text="…"', "export": " to=DIR"}  # what a verb takes besides a run
+REQUIRED = {"generate": ' prompt="…"', "predict": ' text="…"', "export": " to=DIR"}  # keys of a verb, after its target
 
 
 def command(verb: str, target: str) -> str:
-    """A command line to show: ``llmtrain predict RUN_DIR text="…"``."""
-    return f"llmtrain {verb} {target}{ASKED.get(verb, '')}"
+    """Format a command line to show: ``llmtrain predict RUN_DIR text="…"``."""
+    return f"llmtrain {verb} {target}{REQUIRED.get(verb, '')}"
 
 
 def duration(seconds: float) -> str:
-    """A time span by its two largest units: 83 ms, 12.4 s, 3m 07s, 1h 02m, 2d 03h; whole seconds stay so: 12 s."""
+    """Format a time by its two largest units: 83 ms, 12.4 s, 3m 07s, 1h 02m, 2d 03h; ints stay whole: 12 s."""
     if not math.isfinite(seconds):
         return str(seconds)
     if isinstance(seconds, int) and seconds < 60:
@@ -76,24 +76,24 @@ def duration(seconds: float) -> str:
 
 
 def loss(value: float) -> str:
-    """Nats per token, four decimals: 3.4521; 2.1e-05 where those would show next to nothing; nan and inf as such."""
+    """Format nats per token with four decimals, 3.4521, and in powers of ten below 0.001; nan and inf stay."""
     if 0 < abs(value) < 0.001:
         return f"{value:.1e}"
     return f"{value:.4f}" if not abs(value) >= 10_000 else f"{value:.3e}"
 
 
 def learning_rate(value: float) -> str:
-    """3.0e-04."""
+    """Format as 3.0e-04."""
     return f"{value:.1e}"
 
 
 def percent(fraction: float) -> str:
-    """A share of one: 0.341 is 34.1%."""
+    """Format a share of one: 0.341 is 34.1%."""
     return f"{100 * fraction:.1f}%"
 
 
 def quantity(key: str, value: Any) -> str:
-    """``value`` in the unit that its ``key`` names, as in ``save_seconds`` or ``memory_bytes``; else as it is."""
+    """Format ``value`` in the unit that its ``key`` names, as in ``save_seconds``; without a unit as it is."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return visible(str(value))
     if key.endswith("bytes"):
@@ -108,7 +108,7 @@ def quantity(key: str, value: Any) -> str:
 
 
 def setting(value: Any) -> str:
-    """A config value as one would type it."""
+    """Format a config value as it is typed."""
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
     return visible(str(value))

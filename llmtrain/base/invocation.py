@@ -1,4 +1,4 @@
-"""A command's invocation: what a verb gets besides its config, and the exit statuses that it returns."""
+"""The invocation of a command, besides its config, and the exit statuses that it returns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 FINISHED = 0
 FAILED = 1
 USAGE_ERROR = 2
-INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving; resume goes on
+INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving; resume continues
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Options of config groups: their names, and the keys of theirs that a run would not read."""
+"""Options of config groups: their names, and their keys that a run would not read."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -41,7 +41,7 @@ class Option:
     ITSELF: ClassVar[str] = ""  # stands for the option as a whole among the keys of :meth:`unread`
 
     def unread(self, run: RunFacts) -> dict[str, str]:
-        """The keys of this option that ``run`` would not read: ``{key: "why; what would work"}``.
+        """Return the keys of this option that ``run`` would not read: ``{key: "why; what would work"}``.
 
         Keys are without their group, those named in the reasons with it.  The linter warns of the keys among them that
         the user has set, with ``group.key=value: has no effect: `` before the reason.  An option that overrides this
@@ -51,11 +51,11 @@ class Option:
 
 
 def option_name(component: object) -> str:
-    """The name of a component's option, as in ``optimizer=adamw``: that of its module."""
+    """Return the name of a component's option, as in ``optimizer=adamw``: that of its module."""
     return type(component).__module__.rpartition(".")[2]
 
 
 def option_of_target(target: str) -> str:
-    """The option that a stored ``_target_`` names: ours by their modules, those of plugins by their classes."""
+    """Return the option that a stored ``_target_`` names: the module for ours, the class for a plugin's."""
     parts = target.split(".")
     return parts[-2] if parts[0] == "llmtrain" and len(parts) > 2 else parts[-1]

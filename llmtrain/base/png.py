@@ -1,4 +1,4 @@
-"""Pictures, written whole.  Matplotlib, which takes a while to import, is imported only here and where one is drawn."""
+"""PNG files, written whole.  Matplotlib is slow to import, so only functions that draw import it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    """Save as PNG; a reader sees the old picture or the new one, never a part."""
+    """Save as PNG; a reader sees the old file or the new one, never a part."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")

@@ -13,7 +13,7 @@ class CheckpointError(ValueError):
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The tensors of a safetensors file.  Raises :class:`CheckpointError` naming it."""
+    """Read a safetensors file.  Raises :class:`CheckpointError` naming it."""
     try:
         return load_file(path, device=str(device))
     except (SafetensorError, OSError) as error:

@@ -1,6 +1,6 @@
-"""``llmtrain VERB --help``: what a verb takes, from the YAML of its config and the comments beside its keys.
+"""``llmtrain VERB --help``: groups and keys of a verb, from its YAML and the comments beside the keys.
 
-The comments are the only description of a key, so that help and config cannot say different things.
+The comments are the only description of a key, so that help and config cannot differ.
 """
 
 import os
@@ -19,32 +19,32 @@ from llmtrain.base.format import visible
 from llmtrain.config.compose import folders, options
 
 COMMENTED = re.compile(r"(?P<key>\w+):.*?(?:\s#\s*(?P<comment>.*))?")  # a key, its value and the comment behind it
-WIDEST = 130  # characters of a line where nobody says how wide the terminal is
-RESUME = "resume"  # whose config is the run's own
+WIDEST = 130  # characters of a line where the width of the terminal is unknown
+RESUME = "resume"  # its config is the run's own
 ON_RESUME = [
-    "Go on with a run exactly where it stopped: llmtrain resume runs/2026-11-21/gpt124m-k3v9",
-    "A key that is given is a recorded change, as in loop.max_steps=4000 schedule=constant.  What would make it",
-    "another run is refused: name, model, tokenizer, data (but for its place), objective, weights, lora, runtime.seed.",
-    "checkpoint.step=800, or run_dir=DIR, branches off into a run directory of its own.",
+    "Continue a run exactly where it stopped: llmtrain resume runs/2026-11-21/gpt124m-k3v9",
+    "A key that is given is a recorded change, as in loop.max_steps=4000 schedule=constant.  Changes that would make",
+    "it another run are refused: name, model, tokenizer, data (not its path), objective, weights, lora, runtime.seed.",
+    "checkpoint.step=800, or run_dir=DIR, starts a branch in a run directory of its own.",
 ]
 
 
 def show(verb: str, usage: str, composed: Mapping[str, Any], choices: Mapping[str, Any], named: Sequence[str]) -> None:
-    """Print usage, groups and keys of the verb, as they are with the overrides that were given beside ``--help``.
+    """Print usage, groups and keys of the verb, with the overrides that were given beside ``--help`` applied.
 
-    Of ``named`` groups, whose options the user has chosen, these alone.
+    If ``named`` has groups, whose options the user chose, only these are printed.
     """
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = width()
     with console.capture() as capture:
         for part in parts(verb, usage, composed, choices, named):
-            console.print(part, soft_wrap=isinstance(part, Text))  # what is to be copied stays in one line
+            console.print(part, soft_wrap=isinstance(part, Text))  # text that is copied stays in one line
     print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def width() -> int:
-    """Of the terminal that a pipe such as ``| less`` ends in, or ``COLUMNS``; ``WIDEST`` where there is neither."""
+    """Return ``COLUMNS``, else the width of the terminal behind a pipe such as ``| less``, else :data:`WIDEST`."""
     if os.environ.get("COLUMNS", "").isdigit():
         return int(os.environ["COLUMNS"])
     for stream in (2, 0):
@@ -56,13 +56,13 @@ def width() -> int:
 def parts(
     verb: str, usage: str, composed: Mapping[str, Any], choices: Mapping[str, Any], named: Sequence[str]
 ) -> Iterator[RenderableType]:
-    """What the help consists of, from top to bottom."""
+    """Yield the parts of the help, from top to bottom."""
     searched = folders()
     groups = [str(name) for name in composed if name in choices and isinstance(composed[name], Mapping)]
     recipe = choices.get("experiment")
     yield Text(usage, style="bold")
-    if (of_interest := [group for group in groups if group in named]) and not recipe and verb != RESUME:
-        for group in of_interest:
+    if (chosen := [group for group in groups if group in named]) and not recipe and verb != RESUME:
+        for group in chosen:
             yield from option_help(searched, group, choices[group], composed[group])
         yield Text(f"\nall groups and keys: llmtrain {verb} --help")
         return
@@ -80,12 +80,12 @@ def parts(
         if values:
             yield keys_table(title, f"{group}.", values, comments_of(searched, group, choices[group], composed[group]))
     if groups:
-        yield Text(f"\nwhat an option is, and its keys: llmtrain {verb} group=option --help")
+        yield Text(f"\nan option and its keys: llmtrain {verb} group=option --help")
     yield Text("--cfg job shows the composed config as YAML, --hydra-help Hydra's own flags")
 
 
 def option_help(folders: Sequence[Path], group: str, option: str, node: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """What an option is, and its keys."""
+    """Yield the description of an option, and its keys."""
     yield Text(f"\n{group}={option}", style="bold cyan")
     for line in leading_comment(folders, f"{group}/{option}"):
         yield Text(visible(f"  {line}"), style="dim")
@@ -95,12 +95,12 @@ def option_help(folders: Sequence[Path], group: str, option: str, node: Mapping[
 
 
 def settings(node: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that can be set."""
+    """Return the keys that can be set."""
     return {key: value for key, value in node.items() if key != "_target_"}
 
 
 def groups_table(chosen: Mapping[str, Any]) -> Table:
-    """Each group's options, the chosen one first."""
+    """Build the table of each group's options, the chosen one first."""
     table = titled("groups")
     for group, option in chosen.items():
         others = [name for name in options(group) if name != option]
@@ -110,7 +110,7 @@ def groups_table(chosen: Mapping[str, Any]) -> Table:
 
 
 def keys_table(title: str, prefix: str, values: Mapping[str, Any], comments: Mapping[str, str]) -> Table:
-    """Each key with its value and what it is."""
+    """Build the table of keys, values and descriptions."""
     table = titled(title)
     for key, value in values.items():
         setting = Text.assemble(f"  {prefix}{key}", ("=", "dim"), (written(value), "bold"))
@@ -119,7 +119,7 @@ def keys_table(title: str, prefix: str, values: Mapping[str, Any], comments: Map
 
 
 def titled(title: str) -> Table:
-    """A table of two columns under its title."""
+    """Build an empty table of two columns."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     if title:
         table.title, table.title_justify, table.title_style = f"\n{title}", "left", "bold cyan"
@@ -129,7 +129,7 @@ def titled(title: str) -> Table:
 
 
 def written(value: Any) -> str:
-    """A value as it is written on a command line."""
+    """Format a value as it is written on a command line."""
     if isinstance(value, str) and not value.isprintable():
         return repr(value)[1:-1].join('""')
     if isinstance(value, float):
@@ -142,7 +142,7 @@ def written(value: Any) -> str:
 
 
 def comments_of(folders: Sequence[Path], group: str, option: str, node: Mapping[str, Any]) -> dict[str, str]:
-    """What is said of the keys of a group's option: in its file, else in another of the same class."""
+    """Collect the comments on the keys of an option, from its file or another one of the same class."""
     found = commented(folders, f"{group}/{option}")
     target = str(node.get("_target_"))
     for folder in folders:
@@ -153,7 +153,7 @@ def comments_of(folders: Sequence[Path], group: str, option: str, node: Mapping[
 
 
 def commented(folders: Sequence[Path], name: str) -> dict[str, str]:
-    """The comment behind each key of a file, with the lines below that go on with it."""
+    """Collect the comment behind each key of a file, with its continuation on the lines below."""
     found: dict[str, str] = {}
     key = None
     for line in read(folders, name):
@@ -168,7 +168,7 @@ def commented(folders: Sequence[Path], name: str) -> dict[str, str]:
 
 
 def leading_comment(folders: Sequence[Path], name: str) -> list[str]:
-    """The lines that a file begins with."""
+    """Return the comment at the beginning of a file, as lines."""
     lines = []
     for line in read(folders, name):
         if line.startswith("# @package"):
@@ -180,7 +180,7 @@ def leading_comment(folders: Sequence[Path], name: str) -> list[str]:
 
 
 def read(folders: Sequence[Path], name: str) -> list[str]:
-    """The lines of the first file of this name; none if there is none."""
+    """Read the lines of the first file of this name; none if there is no such file."""
     files = (folder / f"{name}.yaml" for folder in folders)
     path = next((path for path in files if path.is_file()), None)
     return [] if path is None else path.read_text(encoding="utf-8").splitlines()

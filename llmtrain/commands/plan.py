@@ -24,7 +24,7 @@ from llmtrain.model import LanguageModel
 from llmtrain.plan.advice import Suggestion, largest_fitting, suggest
 from llmtrain.plan.blueprint import Blueprint, outline
 from llmtrain.plan.chart import bar, draw
-from llmtrain.plan.costs import Costs, Counts, Speed, add_up, count_looks, without_long_saves
+from llmtrain.plan.costs import Costs, Counts, Speed, add_up, count_work, without_long_saves
 from llmtrain.plan.devices import DeviceSpec, arithmetic, find_device, present_device
 from llmtrain.plan.memory import Memory, Untraceable, at_micro_batch, estimate
 from llmtrain.plan.trace import Phase
@@ -166,7 +166,7 @@ def look_ahead(plan: Plan, run: Run, planned: Planned, device: torch.device) -> 
     largest = run.accumulation.largest_batch(steps, run.data.sequence_length)
     blueprint = Blueprint(run, run.vocab_size(planned.tokenizer), precision, largest, labels=planned.corpus.labels)
     validation = 0 if planned.corpus.validation is None else len(planned.corpus.validation)
-    counts = count_looks(run.loop, run.checkpoint, steps, sequences, batch, validation)
+    counts = count_work(run.loop, run.checkpoint, steps, sequences, batch, validation)
     is_copied = counts.copied_saves > 0 or (run.checkpoint.asynchronous and run.checkpoint.every_minutes > 0)
     memory, note = None, ""
     try:

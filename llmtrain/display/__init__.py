@@ -1,7 +1,7 @@
-"""What a person sees of a run: a live display on a terminal, plain lines elsewhere, and ``train.log`` always.
+"""The display of a run: live on a terminal, plain lines elsewhere, and always ``train.log``.
 
 Everything shown is a rich ``Text``, never a markup string, and whatever comes from outside (generated text, prompts,
-names, paths) goes through ``format.visible`` first: what a terminal would obey is shown instead.
+names, paths) goes through ``format.visible`` first, which shows the characters that a terminal would obey.
 """
 
 import os
@@ -24,7 +24,7 @@ from llmtrain.metrics import Row
 
 
 class Display(ABC):
-    """What the loop tells.  A context manager: leaving it, also by an exception, gives the terminal back.
+    """A run's display.  A context manager: leaving it, also by an exception, gives the terminal back.
 
     :meth:`close` may be called from a signal handler, and more than once.
     """
@@ -36,41 +36,41 @@ class Display(ABC):
         self._log = AppendedFile(run_dir / LOG)
 
     def header(self, rows: list[tuple[str, str]]) -> None:
-        """Say what is about to be trained, as (name, value) pairs."""
-        self._tell(lines.header(rows))
+        """Show what is about to be trained, as (name, value) pairs."""
+        self._emit(lines.header(rows))
 
     def start(self, step: int, max_steps: int) -> None:
-        """Training begins: ``step`` steps are done, ``max_steps`` is the end."""
+        """Begin training: ``step`` steps are done, ``max_steps`` is the end."""
         self.progress.start(step, max_steps)
 
     def step(self, step: int) -> None:
-        """``step`` steps have left the host.  Called each step, so it only takes a note."""
+        """Record that ``step`` steps have left the host.  Called at each step, so it draws nothing."""
         self.progress.advance(step)
 
     def row(self, row: Row) -> None:
-        """A train row, as it goes to the metrics."""
-        self._tell(lines.train(row, self.progress))
+        """Show a train row of the metrics."""
+        self._emit(lines.train(row, self.progress))
 
     def validation(self, row: Row) -> None:
-        """A validation row, as it goes to the metrics."""
-        self._tell(lines.validation(row, self.progress))
+        """Show a validation row of the metrics."""
+        self._emit(lines.validation(row, self.progress))
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        """``text`` is how the model went on after ``prompt``."""
-        self._tell(lines.sample_title(step, self.progress))
-        self._tell(lines.indented(lines.sample(prompt, text)))
+        """Show a sample: ``text`` is the model's continuation of ``prompt``."""
+        self._emit(lines.sample_title(step, self.progress))
+        self._emit(lines.indented(lines.sample(prompt, text)))
 
     def event(self, row: Row) -> None:
-        """An event row, as it goes to the metrics."""
-        self._tell(lines.event(row, self.progress))
+        """Show an event row of the metrics."""
+        self._emit(lines.event(row, self.progress))
 
     def warn(self, text: str) -> None:
-        """Something that the user should know."""
-        self._tell(lines.warning(text))
+        """Show a warning."""
+        self._emit(lines.warning(text))
 
     def summary(self, summary: Row) -> None:
-        """The run's end, from the keys of ``summary.json``."""
-        self._tell(lines.summary(summary, self.run_dir))
+        """Show the end of the run, from the keys of ``summary.json``."""
+        self._emit(lines.summary(summary, self.run_dir))
 
     def close(self) -> None:
         """Give the terminal back and close the log."""
@@ -84,17 +84,17 @@ class Display(ABC):
     ) -> None:
         self.close()
 
-    def _tell(self, text: Text, drawn: RenderableType | None = None) -> None:
-        """Log ``text`` and show it; ``drawn`` is the same in the shape for a terminal, where that differs.
+    def _emit(self, text: Text, drawn: RenderableType | None = None) -> None:
+        """Log ``text`` and show it; ``drawn`` is its form on a terminal, where that differs.
 
-        If the reader is gone (a closed pipe or terminal), the run goes on and speaks to the log alone.
+        If the reader is gone (a closed pipe or terminal), the run continues and writes only to the log.
         """
         self._write_log(text)
         try:
             self._show(text, drawn)
         except OSError as error:
             self._silence()
-            self._write_log(lines.warning(f"the output cannot be written ({error}); only train.log goes on"))
+            self._write_log(lines.warning(f"the output cannot be written ({error}); messages go to train.log alone"))
 
     def _write_log(self, text: Text) -> None:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -102,17 +102,17 @@ class Display(ABC):
 
     @abstractmethod
     def _show(self, text: Text, drawn: RenderableType | None) -> None:
-        """Put ``text`` (one or more lines, without the last newline), or ``drawn``, before the reader."""
+        """Show ``text`` (one or more lines, without the last newline), or ``drawn``."""
 
     def _silence(self) -> None:
-        """Send all further output nowhere, also what is still in a buffer and would fail when Python exits."""
+        """Discard all further output, and what is still in a buffer and would fail when Python exits."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
 
 
 class PlainDisplay(Display):
-    """A line each, no control codes, never wrapped: for pipes, files, CI and notebooks."""
+    """One line per message, without control codes or wrapping: for pipes, files, CI and notebooks."""
 
     def _show(self, text: Text, drawn: RenderableType | None) -> None:
         encoding = self._stream.encoding or "utf-8"
@@ -122,7 +122,7 @@ class PlainDisplay(Display):
 
 
 def open_display(run_dir: Path, stream: TextIO | None = None) -> Display:
-    """The display on ``stream`` (default: stdout): live if it is a terminal that can be drawn on, else plain."""
+    """Open the display on ``stream`` (default: stdout): live if it is a terminal that can be drawn on, else plain."""
     from llmtrain.display.live import LiveDisplay, can_draw
 
     stream = stream or sys.stdout

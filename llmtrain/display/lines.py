@@ -1,4 +1,4 @@
-"""Each message of a run as rich text: the plain lines, and what scrolls by above the live display."""
+"""The messages of a run as rich text, for the plain display and for the lines above the live one."""
 
 import math
 import re
@@ -15,15 +15,15 @@ from llmtrain.base.run_files import CHECKPOINTS
 from llmtrain.display.progress import Progress
 from llmtrain.metrics import Row
 
-EXPECTED_EVENTS = ("save", "resume", "profile")  # others are worth a look
+EXPECTED_EVENTS = ("save", "resume", "profile")  # others are highlighted
 SELF_EXPLAINING = ("path", "message", "reason", "from")  # keys of an event whose values need no label
-# Keys of an event that are not shown as they are: what a reason says already, what has lines of its own, what is long.
+# Keys of an event that are not shown as they are: they are part of its reason, have lines of their own, or are long.
 IN_OTHER_WORDS = {"event", "step", "examples", "changes", "rates", "removed", "loss", "grad_norm"}
 EXIT_STYLES = {"finished": "bold green", "interrupted": "bold yellow"}
 
 
 def header(rows: list[tuple[str, str]]) -> Text:
-    """Names and values in two aligned columns."""
+    """Format names and values in two aligned columns."""
     width = max((len(name) for name, _ in rows), default=0)
     return Text("\n").join(
         Text.assemble((f"{visible(name):<{width}}  ", "dim"), visible(value).replace("\n", " ")) for name, value in rows
@@ -31,7 +31,7 @@ def header(rows: list[tuple[str, str]]) -> Text:
 
 
 def train(row: Row, progress: Progress) -> Text:
-    """One train row; columns of the same width in every row."""
+    """Format a train row; columns have the same width in every row."""
     parts = [_step(row["step"], progress), Text(f"loss {format.loss(row['loss']):>7}", style=loss_style(row["loss"]))]
     if row.get("learning_rate") is not None:
         parts.append(Text(f"lr {format.learning_rate(row['learning_rate'])}"))
@@ -49,14 +49,14 @@ def train(row: Row, progress: Progress) -> Text:
 
 
 def validation(row: Row, progress: Progress) -> Text:
-    """A validation loss, with the perplexity that it means."""
+    """Format a validation loss and its perplexity."""
     value = row["val_loss"]
     line = Text.assemble(
         _step(row["step"], progress), "  ", ("validation", "bold cyan"), " loss ", (format.loss(value), "bold")
     )
     if "accuracy" in row:
         line.append(f"  accuracy {format.percent(row['accuracy'])}  macro-F1 {row['macro_f1']:.3f}")
-    elif value < 20:  # beyond it exp() says nothing to anyone
+    elif value < 20:  # the perplexity of a higher loss is meaningless
         line.append(f"  perplexity {format.significant(math.exp(value))}")
     if row.get("train_loss") is not None:
         line.append(f"  training loss {format.loss(row['train_loss'])}")
@@ -64,24 +64,24 @@ def validation(row: Row, progress: Progress) -> Text:
 
 
 def sample_title(step: int, progress: Progress) -> Text:
-    """The line above a sample."""
+    """Format the line above a sample."""
     return Text.assemble(_step(step, progress), "  ", ("sample", "bold magenta"))
 
 
 def sample(prompt: str, text: str) -> Text:
-    """The prompt, told apart, and the model's continuation."""
+    """Format the prompt, in bold, and the model's continuation."""
     shown = re.sub(r"\n(\s*\n){2,}", "\n\n", text)  # samples.jsonl has them all
     return Text.assemble((visible(prompt), "bold"), visible(shown))
 
 
 def indented(text: Text, by: int = 4) -> Text:
-    """``text`` with each of its lines moved to the right."""
+    """Indent each line of ``text``."""
     margin = Text(" " * by)
     return Text("\n").join(margin + line for line in text.split("\n", allow_blank=True))
 
 
 def event(row: Row, progress: Progress) -> Text:
-    """An event by its name and message, or what it carries; an offending example, and what a resume changes, below."""
+    """Format an event: its name and message, or its values; below them its worst example and a resume's changes."""
     name = row["event"]
     shown = ("message",) if "message" in row else row.keys() - IN_OTHER_WORDS
     details = "  ".join(
@@ -103,7 +103,7 @@ def _example(example: dict[str, Any]) -> Text:
 
 
 def _changes(row: Row) -> Iterator[Text]:
-    """The changed settings of a resumed run as a table, and what becomes of its learning rate."""
+    """Yield the changed settings of a resumed run as a table, and the change of its learning rate."""
     table = [("key", "stored", "now")] if row.get("changes") else []
     table += [(key, format.setting(stored), format.setting(now)) for key, stored, now in row.get("changes") or []]
     widths = [max((len(cells[column]) for cells in table), default=0) for column in (0, 1)]
@@ -114,17 +114,17 @@ def _changes(row: Row) -> Iterator[Text]:
 
 
 def warning(text: str) -> Text:
-    """Something that the user should know."""
+    """Format a warning."""
     return Text.assemble(("warning: ", "bold yellow"), (visible(text), "yellow"))
 
 
 def error(text: str) -> Text:
-    """Something that training would be refused for."""
+    """Format an error for which training would be refused."""
     return Text.assemble(("error: ", "bold red"), (visible(text), "red"))
 
 
 def summary(summary: Row, run_dir: Path) -> Text:
-    """How the run ended, what it reached, where it is and what can be done with it."""
+    """Format the end of a run: its reason, results and directory, and the commands that may follow."""
     reason = str(summary["exit_reason"])
     parts = [
         Text.assemble(
@@ -166,20 +166,20 @@ def _results(summary: Row, run_dir: Path) -> list[tuple[str, str]]:
         results.append(("time", format.duration(summary["train_seconds"])))
     if summary.get("time_shares"):
         shares = [f"{phase} {format.percent(share)}" for phase, share in summary["time_shares"].items()]
-        results.append(("where it went", ", ".join(shares)))
+        results.append(("time by phase", ", ".join(shares)))
     if summary.get("tokens_per_second") is not None:
         results.append(("throughput", f"{format.count(summary['tokens_per_second'])} tok/s"))
     if summary.get("refused_steps"):
-        results.append(("refused steps", f"{summary['refused_steps']:,} (not finite, or far out of the ordinary)"))
+        results.append(("refused steps", f"{summary['refused_steps']:,} (not finite, or far from the usual)"))
     if summary.get("skipped_sequences"):
-        results.append(("left out", f"{summary['skipped_sequences']:,} sequences of the data, by the recovery"))
+        results.append(("skipped", f"{summary['skipped_sequences']:,} sequences of the data, by the recovery"))
     if summary.get("profile"):
         results.append(("profile", visible(summary["profile"])))
     return results
 
 
 def _best(summary: Row, value: str, run_dir: Path) -> str:
-    """Which step was the best, and whether there is a checkpoint of it."""
+    """Format the best result, its step, and whether that step has a checkpoint."""
     best = summary.get("best_val_step")
     if best is None:
         return ""
@@ -190,14 +190,14 @@ def _best(summary: Row, value: str, run_dir: Path) -> str:
     elif (run_dir / CHECKPOINTS / f"step-{best:08d}").is_dir():
         note = ", kept"
     elif summary.get("keep_best"):
-        note = ", where there was no checkpoint"
+        note = ", which has no checkpoint"
     else:
-        note = ", not kept: checkpoint.keep_best=1 does"
+        note = ", not kept: checkpoint.keep_best=1 keeps it"
     return f" (best {value} at step {best:,}{note})"
 
 
 def loss_style(value: float) -> str:
-    """Red for what is not a number any more."""
+    """Return red for a value that is not finite."""
     return "" if math.isfinite(value) else "bold red"
 
 
@@ -206,7 +206,7 @@ def _step(step: int, progress: Progress) -> Text:
 
 
 def _label(key: str) -> str:
-    """The key in words, without the unit that its value shows; nothing is left of ``bytes`` and ``seconds``."""
+    """Format a key in words, without ``bytes`` and ``seconds``, which its value shows."""
     if key in SELF_EXPLAINING:
         return ""
     if key == "held_seconds":

@@ -1,4 +1,4 @@
-"""The display on a terminal: progress and the latest numbers stay at the bottom, all else scrolls by above."""
+"""The display on a terminal: progress and the latest numbers stay at the bottom, messages scroll above them."""
 
 import math
 import time
@@ -31,13 +31,13 @@ def _console(stream: TextIO) -> Console:
 
 
 def can_draw(stream: TextIO) -> bool:
-    """Whether ``stream`` is a terminal that moves its cursor and shows Unicode."""
+    """Return whether ``stream`` is a terminal that moves its cursor and shows Unicode."""
     console = _console(stream)
     return console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")
 
 
 class LiveDisplay(Display):
-    """Redrawn four times a second by rich's thread, so that the clock runs also during a long step."""
+    """A display that rich's thread redraws four times a second, so that the clock also runs during a long step."""
 
     def __init__(self, run_dir: Path, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(run_dir, stream, clock)
@@ -50,43 +50,43 @@ class LiveDisplay(Display):
         self._live._live_render = _ReflowingRender("")  # rich offers no argument for it
 
     def header(self, rows: list[tuple[str, str]]) -> None:
-        """Names and values; long values wrap within their column."""
+        """Show names and values; long values wrap within their column."""
         table = Table.grid(padding=(0, 2))
         for name, value in rows:
             table.add_row(Text(visible(name), style="dim"), Text(visible(value)))
-        self._tell(lines.header(rows), table)
+        self._emit(lines.header(rows), table)
 
     def start(self, step: int, max_steps: int) -> None:
-        """Begin to draw."""
+        """Start drawing."""
         super().start(step, max_steps)
         self._or_silence(lambda: self._live.start(refresh=True))
 
     def row(self, row: Row) -> None:
-        """The numbers at the bottom change; only the log gets a line."""
+        """Update the numbers at the bottom; only the log gets a line."""
         self._write_log(lines.train(row, self.progress))
         self._latest = row
         average = self._smoothed.update(row["loss"])
         self._smoothed_loss = None if math.isnan(average) else average
 
     def validation(self, row: Row) -> None:
-        """A line above, and the number at the bottom."""
+        """Show a line above, and the loss at the bottom."""
         self._val_loss = row["val_loss"]
         super().validation(row)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        """Wrapped at words and indented."""
+        """Show a sample, wrapped at words and indented."""
         sample = lines.sample(prompt, text)
-        self._tell(lines.sample_title(step, self.progress))
+        self._emit(lines.sample_title(step, self.progress))
         wrapped = sample.wrap(self._console, max(self._console.width - 8, 20))
-        self._tell(lines.indented(sample), lines.indented(Text("\n").join(wrapped)))
+        self._emit(lines.indented(sample), lines.indented(Text("\n").join(wrapped)))
 
     def summary(self, summary: Row) -> None:
-        """The live part goes, the summary stays."""
+        """Remove the live part and show the summary."""
         self._or_silence(self._live.stop)
         super().summary(summary)
 
     def close(self) -> None:
-        """Show the cursor again."""
+        """Stop drawing and show the cursor again."""
         self._or_silence(self._live.stop)
         super().close()
 
@@ -97,7 +97,7 @@ class LiveDisplay(Display):
             self._console.print(drawn)
 
     def _or_silence(self, draw: Callable[[], None]) -> None:
-        """Call ``draw``; a terminal that has gone must not end the run."""
+        """Call ``draw``; a closed terminal must not end the run."""
         try:
             draw()
         except OSError:
@@ -130,7 +130,7 @@ class LiveDisplay(Display):
 
 
 class _ProgressLine:
-    """The bar and its figures: on one line, or the bar below where there is little room."""
+    """The progress bar and its figures, on one line or on two where there is little room."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
@@ -162,7 +162,7 @@ class _ProgressLine:
 
 
 class _Cells:
-    """Labelled values in as many even columns as there is room for."""
+    """Labelled values in as many even columns as fit."""
 
     def __init__(self, cells: list[tuple[str, Text]]) -> None:
         self.cells = cells
@@ -184,10 +184,10 @@ class _Cells:
 
 
 class _ReflowingRender(LiveRender):
-    """Finds the top of what it drew also after the terminal has become narrower.
+    """A renderer that finds the top of its last drawing even after the terminal has become narrower.
 
-    rich goes up by the number of lines that it wrote, but a terminal wraps lines that no longer fit into more of
-    them, and each redraw would leave the surplus behind.
+    rich moves up by the number of lines that it wrote, but a narrower terminal wraps them into more lines, and each
+    redraw would leave the surplus behind.
     """
 
     _console: Console | None = None
@@ -200,7 +200,7 @@ class _ReflowingRender(LiveRender):
         yield from segments
 
     def position_cursor(self) -> Control:
-        """To the first column of the first row that the last drawing takes up now."""
+        """Move to the first column of the first row of the last drawing."""
         if self._console is not None:
             width = max(self._console.width, 1)
             self._shape = width, sum(max(1, math.ceil(line / width)) for line in self._line_widths)

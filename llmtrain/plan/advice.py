@@ -1,4 +1,4 @@
-"""Overrides that make a run fit, the cheapest first, each estimated anew."""
+"""Suggestions for a run that does not fit: overrides, the cheapest first, each with an estimate of its own."""
 
 import dataclasses
 import math
@@ -13,20 +13,20 @@ from llmtrain.config.folders import conf_dir
 from llmtrain.plan.blueprint import Blueprint
 from llmtrain.plan.memory import Memory, Phase, Untraceable, at_micro_batch, estimate
 
-WANTED = 3  # suggestions
-MOST_TRIED = 8  # combinations, each two or three traces
+MAX_SUGGESTIONS = 3
+MAX_TRIALS = 8  # combinations, each two or three traces
 
-# What an option makes a step take, as a multiple.
+# Time of a step under an option, relative to the time without it.
 SLOWER = {
-    "activation_checkpointing=selective": 1.06,  # norms, activations and casts again
-    "activation_checkpointing=full": 1.33,  # the forward pass again: 4/3
+    "activation_checkpointing=selective": 1.06,  # norms, activations and casts are repeated
+    "activation_checkpointing=full": 1.33,  # the forward pass is repeated: 4/3
     "optimizer=adamw_8bit": 1.02,
     "optimizer=adafactor": 1.05,
     "lora=lora": 0.75,  # no gradients of the frozen weights
 }
 PER_HALVING = 1.02  # of the micro-batch: smaller matrix products, more launches
-BF16_TIME = 0.5  # of a step's, against fp32 and tf32 on a GPU
-CHANGES_TRAINING = ("optimizer=adafactor", "lora=lora")  # they come last
+BF16_TIME = 0.5  # time of a step, relative to fp32 and tf32 on a GPU
+CHANGES_TRAINING = ("optimizer=adafactor", "lora=lora")  # suggested last
 
 
 @dataclass(frozen=True)
@@ -35,33 +35,31 @@ class Suggestion:
 
     overrides: tuple[str, ...]
     memory: Memory
-    slower: float  # a step takes so many times as long
+    slower: float  # time of a step, relative to the present one
 
     @property
     def changes_training(self) -> bool:
-        """Whether it trains otherwise, and not just in less memory."""
-        return is_other(self.overrides)
+        """Return whether training changes, and not only its memory."""
+        return changes_training(self.overrides)
 
 
 def suggest(
     blueprint: Blueprint, present: Memory, *, gpu: bool, available: int, copied: bool, bf16: bool
 ) -> list[Suggestion]:
-    """The first few combinations of overrides that fit into ``available`` bytes, each with the largest micro-batch.
+    """Find a few combinations of overrides that fit into ``available`` bytes, each with the largest micro-batch.
 
-    ``present``: without any.  ``copied``: whether a save copies weights and state in host memory.  ``bf16``: whether
+    ``present`` is the memory without overrides.  ``copied``: a save copies weights and state in host memory.  ``bf16``:
     the device has it and the run does not use it.
     """
     options = Options.known()
     found: list[Suggestion] = []
     tried = 0
-    least: dict[tuple[str, ...], int] = {
-        (): floor(present)
-    }  # by what changes weights and state: what no micro-batch goes below
+    least: dict[tuple[str, ...], int] = {(): floor(present)}  # bytes, by the overrides of weights and state
     for overrides, slower in sorted(
-        combinations(blueprint, options, bf16), key=lambda pair: (is_other(pair[0]), pair[1])
+        combinations(blueprint, options, bf16), key=lambda pair: (changes_training(pair[0]), pair[1])
     ):
         kind = tuple(key for key in overrides if key.startswith(("optimizer=", "lora=")))
-        if len(found) == WANTED or tried == MOST_TRIED:
+        if len(found) == MAX_SUGGESTIONS or tried == MAX_TRIALS:
             break
         if least.get(kind, 0) > available:
             continue
@@ -73,7 +71,7 @@ def suggest(
             if smallest.needed > available:
                 continue
             size, memory = largest_fitting(changed, smallest, None if overrides else present, available, gpu, copied)
-        except (Untraceable, ValueError):  # this model, or this device, cannot have it
+        except (Untraceable, ValueError):  # not for this model or device
             continue
         if size == blueprint.micro_batch_size and not overrides:  # nothing has changed
             continue
@@ -84,7 +82,7 @@ def suggest(
 
 
 def floor(memory: Memory) -> int:
-    """What no micro-batch and no recomputation goes below: the optimizer's step, and what is not the step's."""
+    """Return the bytes that no micro-batch or recomputation saves: the optimizer's step, libraries and copies."""
     other = sum(memory.parts.get(key, 0) for key in ("libraries", "checkpoint copy"))
     return memory.by_phase[Phase.update] + other
 
@@ -92,14 +90,14 @@ def floor(memory: Memory) -> int:
 def largest_fitting(
     blueprint: Blueprint, smallest: Memory, largest: Memory | None, available: int, gpu: bool, copied: bool
 ) -> tuple[int, Memory]:
-    """The largest of ever halved micro-batches that fits; ``smallest``: memory at 1, ``largest``: undivided."""
+    """Halve the micro-batch until it fits; ``smallest``: memory at 1, ``largest``: memory of the present size."""
     size = blueprint.micro_batch_size
     largest = largest or (smallest if size == 1 else estimate(blueprint, gpu=gpu, copied=copied))
     if largest.needed <= available:
         return size, largest
     per_sequence = (largest.needed - smallest.needed) / (size - 1)
     while (size := (size + 1) // 2) > 1:
-        if smallest.needed + per_sequence * (size - 1) > available:  # spares a trace
+        if smallest.needed + per_sequence * (size - 1) > available:  # saves a trace
             continue
         memory = estimate(at_micro_batch(blueprint, size), gpu=gpu, copied=copied)
         if memory.needed <= available:
@@ -107,20 +105,20 @@ def largest_fitting(
     return 1, smallest
 
 
-def is_other(overrides: Sequence[str]) -> bool:
-    """Whether a run under ``overrides`` learns otherwise."""
+def changes_training(overrides: Sequence[str]) -> bool:
+    """Return whether ``overrides`` change training, and not only its memory."""
     return any(override in CHANGES_TRAINING for override in overrides)
 
 
 def combinations(blueprint: Blueprint, options: "Options", bf16: bool) -> Iterator[tuple[tuple[str, ...], float]]:
-    """Overrides beside the micro-batch, and what they make a step take; first none at all."""
+    """Yield overrides other than the micro-batch, and the relative time of a step; the first has none."""
     settings = blueprint.settings
     present = {f"{group}={option_name(component)}" for group, component in (
         ("optimizer", settings.optimizer), ("lora", settings.lora),
         ("activation_checkpointing", blueprint.checkpointing),
     )}  # fmt: skip
     possible = [key for key in SLOWER if key in options.nodes and key not in present]
-    if option_name(settings.optimizer) not in ("adam", "adamw"):  # another kind of optimizer is another training
+    if option_name(settings.optimizer) not in ("adam", "adamw"):  # replacing another optimizer would change training
         possible = [key for key in possible if not key.startswith("optimizer=")]
     if "activation_checkpointing=full" in present:  # nothing keeps less
         possible = [key for key in possible if not key.startswith("activation_checkpointing=")]
@@ -137,13 +135,13 @@ def combinations(blueprint: Blueprint, options: "Options", bf16: bool) -> Iterat
 
 @dataclass(frozen=True)
 class Options:
-    """The options that there are, as components."""
+    """The options of ``conf/`` that save memory."""
 
     nodes: Mapping[str, Any]  # "group=option" -> node
 
     @classmethod
     def known(cls) -> "Options":
-        """What conf/ has of the options that save memory."""
+        """Compose the options that this installation has."""
         wanted = ["precision=bf16", *SLOWER]
         nodes: dict[str, Any] = {}
         there = [key for key in wanted if (conf_dir() / f"{key.replace('=', '/')}.yaml").is_file()]
@@ -155,7 +153,7 @@ class Options:
         return cls(nodes)
 
     def apply(self, blueprint: Blueprint, overrides: Sequence[str]) -> Blueprint:
-        """The blueprint under ``overrides``."""
+        """Apply ``overrides`` to a blueprint."""
         changes: dict[str, Any] = {}
         micro = blueprint.micro_batch
         precision = blueprint.precision

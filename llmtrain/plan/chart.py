@@ -1,4 +1,4 @@
-"""Where memory and time go: bars in the terminal, and the same as PNG."""
+"""Bar charts of memory and time, in the terminal and as PNG."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ COLOURS = ("#3b6ea8", "#d1603d", "#7a9a5b", "#c9a227", "#7d5ba6", "#4a9a9a", "#9
 
 
 def bar(share: float) -> Text:
-    """A bar of ``share`` of the full width, in eighths of a character."""
+    """Format a bar of ``share`` of the full width, in eighths of a character."""
     eighths = round(max(0.0, min(share, 1.0)) * WIDTH * 8)
     return Text("█" * (eighths // 8) + EIGHTHS[eighths % 8].strip(), style="blue")
 

@@ -6,33 +6,33 @@ from dataclasses import dataclass, replace
 from llmtrain.checkpoint.policy import MAX_SHARE, SHORT_SAVE, Checkpoint
 from llmtrain.train.config import LoopConfig
 
-SAVED_PER_SECOND = 400e6  # bytes of a checkpoint: hashed, written, synced and read back; an SSD does that or better
+SAVED_PER_SECOND = 400e6  # bytes of a checkpoint, hashed, written, synced and read back; an SSD is at least that fast
 EVALUATION_SHARE = 1 / 3  # of the FLOPs of a training token: the forward pass alone
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How long things take, in seconds."""
+    """The time of each kind of work, in seconds."""
 
-    sequence: float  # of training: forward, backward, and its share of the update
+    sequence: float  # of training: forward, backward and its share of the update
     evaluated: float  # a sequence of evaluation
     sampled: float  # a token of a sample
-    start: float = 0.0  # once: what the first step takes longer, above all compilation
+    start: float = 0.0  # once: the extra time of the first step, above all compilation
 
     @classmethod
     def of_flops(
         cls, flops_per_token: int, length: int, rate: float, token_bytes: int, bandwidth: float | None
     ) -> "Speed":
-        """By the rate of a device, FLOP/s; a sampled token has all weights, ``token_bytes``, read once."""
+        """Estimate from the FLOP/s of a device; a sampled token reads all weights, ``token_bytes``, once."""
         sequence = flops_per_token * length / rate
         read = token_bytes / bandwidth if bandwidth else 0.0
-        token = max(read, EVALUATION_SHARE * flops_per_token / rate, 0.002)  # 2 ms: its launches
+        token = max(read, EVALUATION_SHARE * flops_per_token / rate, 0.002)  # 2 ms of kernel launches
         return cls(sequence, EVALUATION_SHARE * sequence, token)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How often things happen in a run."""
+    """The number of steps, evaluations, samples and saves in a run."""
 
     steps: int
     sequences: int  # trained on
@@ -40,27 +40,27 @@ class Counts:
     evaluated: int  # sequences of one evaluation
     samples: int
     saves: int
-    held_saves: int  # of these, those that training waits for
-    ahead: int  # of these, those that only an evaluation or sample gives rise to
-    copied_saves: int  # those that a copy is made for
+    held_saves: int  # of the saves, those that training waits for
+    ahead: int  # of the saves, those made only ahead of an evaluation or sample
+    copied_saves: int  # of the saves, those that copy the weights
 
 
-def count_looks(
+def count_work(
     loop: LoopConfig, checkpoint: Checkpoint, steps: int, sequences: int, batch: int, validation: int
 ) -> Counts:
-    """Count; ``batch``: sequences of a step at first, ``validation``: sequences there are to evaluate on."""
+    """Count; ``batch``: sequences of the first step, ``validation``: sequences of the validation data."""
     evaluated = min(validation, validation if loop.eval_batches is None else loop.eval_batches * batch)
     evaluated += loop.eval_train_batches * batch
-    looks_at = set()
+    saved_ahead = set()
     evaluations = samples = 0
     if loop.eval_every and validation:
         evaluations = 1 + steps // loop.eval_every + bool(steps % loop.eval_every)
-        looks_at |= {*range(loop.eval_every, steps, loop.eval_every)} if steps // loop.eval_every < 10**6 else set()
+        saved_ahead |= {*range(loop.eval_every, steps, loop.eval_every)} if steps // loop.eval_every < 10**6 else set()
     if loop.sample_every:
         samples = steps // loop.sample_every + bool(steps % loop.sample_every)
-        looks_at |= {*range(loop.sample_every, steps, loop.sample_every)}
+        saved_ahead |= {*range(loop.sample_every, steps, loop.sample_every)}
     by_steps = set(range(checkpoint.every_steps, steps, checkpoint.every_steps)) if checkpoint.every_steps else set()
-    ahead = looks_at if checkpoint.before_evaluation else set()
+    ahead = saved_ahead if checkpoint.before_evaluation else set()
     saves = len(by_steps | ahead) + 1  # one at the end
     held = saves if not checkpoint.asynchronous else len(ahead) + 1
     copied = len(by_steps) if checkpoint.asynchronous else 0
@@ -68,7 +68,7 @@ def count_looks(
 
 
 def without_long_saves(counts: Counts, speed: Speed, checkpoint_bytes: int) -> Counts:
-    """Leave out the saves ahead of evaluations that would take too much of the time, as the loop does."""
+    """Leave out saves ahead of evaluations that would take too much time, as the loop does."""
     save = checkpoint_bytes / SAVED_PER_SECOND
     if save < SHORT_SAVE:
         return counts
@@ -79,9 +79,9 @@ def without_long_saves(counts: Counts, speed: Speed, checkpoint_bytes: int) -> C
 
 @dataclass(frozen=True)
 class Costs:
-    """What the run takes in all."""
+    """The costs of a whole run."""
 
-    seconds: Mapping[str, float]  # by what they go into
+    seconds: Mapping[str, float]  # by kind of work
     checkpoint_bytes: int
     disk_bytes: int  # at most, of checkpoints
     watts: float | None
@@ -89,17 +89,17 @@ class Costs:
 
     @property
     def total_seconds(self) -> float:
-        """From the first step to the last save."""
+        """Return the time from the first step to the last save."""
         return sum(self.seconds.values())
 
     @property
     def kilowatt_hours(self) -> float | None:
-        """Of the device; None where its power is not known."""
+        """Return the energy of the device; None where its power is not known."""
         return None if self.watts is None else self.watts * self.total_seconds / 3.6e6
 
     @property
     def price(self) -> float | None:
-        """In the currency of ``price_per_hour``."""
+        """Return the price, in the currency of ``price_per_hour``."""
         return None if self.price_per_hour is None else self.price_per_hour * self.total_seconds / 3600
 
 
@@ -107,7 +107,7 @@ def add_up(
     speed: Speed, counts: Counts, loop: LoopConfig, checkpoint: Checkpoint, checkpoint_bytes: int,
     *, watts: float | None, price_per_hour: float | None,
 ) -> Costs:  # fmt: skip
-    """The costs of a run."""
+    """Add up the costs of a run."""
     seconds = {
         "training": counts.sequences * speed.sequence,
         "evaluation": counts.evaluations * counts.evaluated * speed.evaluated,

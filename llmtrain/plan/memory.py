@@ -16,7 +16,7 @@ import torch
 from llmtrain.checkpoint.model_state import saved_tensors
 from llmtrain.kernels.linear_cross_entropy import as_on
 from llmtrain.plan.blueprint import Blueprint, outline
-from llmtrain.plan.extrapolation import Irregular, extrapolate
+from llmtrain.plan.extrapolation import IrregularBlocks, extrapolate
 from llmtrain.plan.heap import heap_peak
 from llmtrain.plan.trace import Category, Phase, Trace, Untraceable, trace_step
 
@@ -112,7 +112,7 @@ def _trace(blueprint: Blueprint, gpu: bool) -> tuple[Phases, int, float]:
             try:
                 small, large = (trace_step(blueprint, device, number) for number in (period, 2 * period))
                 return *extrapolate(small, large, (period, 2 * period), layers), _heap_over_live(large)
-            except (Irregular, ValueError):  # a rule of the optimizer, say, that names a block
+            except (IrregularBlocks, ValueError):  # a rule of the optimizer, say, that names a block
                 continue
     trace = trace_step(blueprint, device)
     phases = [(span.phase, rows) for span, rows in zip(trace.spans, trace.timeline(), strict=True)]

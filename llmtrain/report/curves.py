@@ -23,9 +23,9 @@ from llmtrain.report.runs import RunSummary, differences, ranked, summarise
 TRAIN, VALIDATION, RATE, ACCURACY = "#3b6ea8", "#d1603d", "#6b6b6b", "#3f8f5f"
 Curve = tuple[list[float], list[float]]  # x, y; nan leaves a gap
 MAX_LABELS = 12  # runs in a legend
-LEGEND_CHARACTERS = 150  # in a line of it, some
+LEGEND_CHARACTERS = 150  # of a line of the legend, about
 STYLE: list[Any] = [
-    "default",  # not what a matplotlibrc says: LaTeX, for one, would take names for commands
+    "default",  # ignores matplotlibrc: LaTeX, for one, would read names as commands
     {
         "font.size": 10,
         "axes.spines.top": False,
@@ -90,13 +90,13 @@ def draw_run(run_dir: Path) -> Path:
 
 
 def _unit(runs: Sequence[RunSummary]) -> str:
-    """What a loss is counted in; no unit where the runs differ in it."""
+    """Return the axis label with the unit of the loss; without a unit where the runs differ in it."""
     kinds = {run.accuracy is not None for run in runs}
     return "loss" if len(kinds) > 1 else "loss (nats per text)" if kinds == {True} else "loss (nats per token)"
 
 
 def _draw_accuracy(axes: Axes, validation: Sequence[Row]) -> None:
-    """The validation's accuracy, on a scale of its own at the right."""
+    """Draw the validation accuracy on a scale of its own at the right."""
     right = axes.twinx()
     right.plot(*_column(validation, "accuracy"), ".-", color=ACCURACY, linewidth=1.4)
     right.set_ylim(0, 1.02)
@@ -106,7 +106,7 @@ def _draw_accuracy(axes: Axes, validation: Sequence[Row]) -> None:
 
 
 def _draw_confusion(axes: Axes, summary: RunSummary) -> None:
-    """How often each class was taken for each, shaded by the share of its row."""
+    """Draw the confusion matrix, shaded by the share of each row."""
     counts = np.array(summary.confusion)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -130,7 +130,7 @@ def _draw_confusion(axes: Axes, summary: RunSummary) -> None:
 def draw_comparison(runs: Sequence[Path], path: Path) -> Path:
     """Write to ``path`` the validation and training curves of several runs, a colour each, the best first.
 
-    A branch has the rows of its parent up to where it left it, which a diamond marks.
+    A branch shares the rows of its parent up to the step where it begins, which a diamond marks.
     """
     summaries = ranked([summarise(run) for run in runs])
     read = [
@@ -172,9 +172,9 @@ def draw_comparison(runs: Sequence[Path], path: Path) -> Path:
 def _draw_panel(
     axes: Axes, curves: Sequence[Curve], inherited: Sequence[int], colours: Sequence[Any], *, smooth: bool
 ) -> list[Line2D]:
-    """One curve a run; the first, which is the best, on top.
+    """Draw one curve per run, the first, which is the best, on top.
 
-    ``inherited`` is how many points each has from its parent; where it leaves it, there is a mark.
+    ``inherited`` is the number of points that each run shares with its parent; a mark shows the last of them.
     """
     shown = [_smooth(values) if smooth else values for _, values in curves]
     lines = []
@@ -187,22 +187,22 @@ def _draw_panel(
 
 
 def _read(run_dir: Path) -> tuple[list[Row], list[Row]]:
-    """The train rows and the validation rows of a run; both empty before the first."""
+    """Read the train rows and the validation rows of a run; both may be empty."""
     path = run_dir / METRICS
     rows = [row for row in read_metrics(path) if "event" not in row] if path.exists() else []
     return [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
 
 
 def _column(rows: Sequence[Row], key: str, x: str = "step") -> Curve:
-    """``key`` over ``x``; what is not finite, and the loss of a step that was refused, leaves a gap."""
+    """Return ``key`` over ``x``, with a gap for non-finite values and for the loss of a refused step."""
     values = [None if key == "loss" and row.get("refused") else row.get(key) for row in rows]
     return [row[x] for row in rows], [v if v is not None and math.isfinite(v) else math.nan for v in values]
 
 
 def _smooth(losses: Sequence[float]) -> list[float]:
-    """The mean of a moving average from the left and one from the right, so that the curve does not lag behind.
+    """Average a moving average from the left and one from the right, so that the curve does not lag.
 
-    It looks about a fiftieth of the run to each side, and at most 50 points.  Gaps stay.
+    It covers about a fiftieth of the run to each side, and at most 50 points.  Gaps stay.
     """
     beta = 1 - 1 / min(max(len(losses) / 50, 2), 50)
     left, right = EMA(beta), EMA(beta)
@@ -215,12 +215,12 @@ def _smooth(losses: Sequence[float]) -> list[float]:
 
 
 def _differ_in_batch(runs: Sequence[Sequence[Row]]) -> bool:
-    """Whether equal steps are not equal work, so that curves over steps could not be compared."""
+    """Return whether the runs differ in tokens per step, so that curves over steps cannot be compared."""
     return len({round(rows[-1]["tokens"] / rows[-1]["step"]) for rows in runs if rows and rows[-1]["step"]}) > 1
 
 
 def _cut_divergence(axes: Axes, curves: Sequence[Sequence[float]]) -> None:
-    """Do not let a run that blew up flatten all others: nothing far above the losses at the start is shown."""
+    """Limit the axis to slightly above the first losses, so that a diverged run does not flatten the others."""
     starts = [next((v for v in values if not math.isnan(v)), math.nan) for values in curves]
     starts = [start for start in starts if not math.isnan(start)]
     known = [v for values in curves for v in values if not math.isnan(v)]
@@ -230,7 +230,7 @@ def _cut_divergence(axes: Axes, curves: Sequence[Sequence[float]]) -> None:
 
 
 def _labels(runs: Sequence[RunSummary]) -> list[str]:
-    """Each run by the settings in which it differs from the others, else by its directory's name."""
+    """Label each run by the settings in which it differs from the others, else by its directory's name."""
     settings = differences(runs)
     labels = [
         ", ".join(f"{key}={setting(values[index])}" for key, values in list(settings.items())[:3])

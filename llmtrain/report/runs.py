@@ -1,4 +1,4 @@
-"""Find run directories and read what they came to."""
+"""Run directories and the summaries of runs, from files alone."""
 
 import fcntl
 import json
@@ -14,13 +14,13 @@ from llmtrain.base.options import option_of_target
 from llmtrain.base.run_files import CONFIG, ENVIRONMENT, LOCK, MANIFEST, METRICS, SUMMARY
 from llmtrain.metrics import Row, read_metrics, validation_score
 
-DEPTH = 3  # levels below a target where runs are looked for: runs/sweeps/<sweep>/<job>
-PLACES = ("name", "output_dir", "run_dir")  # keys that say what a run is called and where it is, not what it does
+DEPTH = 3  # levels below a target that are searched for runs: runs/sweeps/<sweep>/<job>
+PLACES = ("name", "output_dir", "run_dir")  # keys of the name and place of a run, without effect on its training
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run, finished or not; None is not known (yet)."""
+    """The summary of one run, finished or not; None stands for a value that is not known (yet)."""
 
     path: Path
     name: str
@@ -34,22 +34,22 @@ class RunSummary:
     best_val_loss: float | None
     best_val_step: int | None
     config: dict[str, Any]  # dotted key -> value
-    accuracy: float | None = None  # of the best validation, where classes are told apart; so the next three
+    accuracy: float | None = None  # of the best validation of a classifier; the next three too
     macro_f1: float | None = None
     confusion: Sequence[Sequence[int]] = ()  # rows: true classes, columns: predicted ones
     labels: Sequence[str] = ()
-    parent: tuple[str, int] | None = None  # of a branch: the name of the run that it left, and after which step
+    parent: tuple[str, int] | None = None  # of a branch: the name of its parent, and the step after which it begins
 
     @property
     def lineage(self) -> str:
-        """Where a branch comes from, as in "tiny-k3v9 at step 800"; empty for other runs."""
+        """Return the origin of a branch, as in "tiny-k3v9 at step 800"; empty for other runs."""
         return "" if self.parent is None else f"{self.parent[0]} at step {self.parent[1]:,}"
 
 
 def find_runs(targets: Sequence[Path]) -> list[Path]:
-    """The run directories that ``targets`` are or contain, at most :data:`DEPTH` levels down.
+    """Find the run directories that ``targets`` are or contain, at most :data:`DEPTH` levels down.
 
-    Each is there once, in a stable order.  Raises ValueError for a target that has none.
+    Each appears once, in a stable order.  Raises ValueError for a target without a run.
     """
     runs: dict[Path, Path] = {}
     for target in targets:
@@ -57,7 +57,7 @@ def find_runs(targets: Sequence[Path]) -> list[Path]:
             raise ValueError(f"{target}: no such directory")
         found = list(_runs_within(target, DEPTH))
         if not found:
-            hint = " (it is a checkpoint; name the run that has it)" if (target / MANIFEST).exists() else ""
+            hint = " (it is a checkpoint; name its run)" if (target / MANIFEST).exists() else ""
             raise ValueError(
                 f"{target}: neither a run nor a sweep{hint}; a run directory holds {CONFIG}, "
                 "a sweep directory holds run directories"
@@ -76,9 +76,9 @@ def _runs_within(path: Path, depth: int) -> Iterator[Path]:
 
 
 def summarise(run_dir: Path) -> RunSummary:
-    """Read ``config.yaml``, ``summary.json``, ``metrics.jsonl`` and ``environment.json`` of a run, as far as there are.
+    """Read ``config.yaml``, ``summary.json``, ``metrics.jsonl`` and ``environment.json`` of a run, where they exist.
 
-    ``summary.json`` counts while nothing has happened since; a run that goes on, or was killed, is read from its
+    ``summary.json`` counts only if it is newer than the metrics; a run that continues, or was killed, is read from its
     metrics alone.  The losses always come from the metrics.  Raises ValueError naming a file that cannot be read.
     """
     config = _read_config(run_dir / CONFIG)
@@ -87,7 +87,7 @@ def summarise(run_dir: Path) -> RunSummary:
     trained = [row for row in rows if "loss" in row and "event" not in row]
     validated = [row for row in rows if "val_loss" in row]
     running = is_locked(run_dir)
-    # Events count for nothing here: they come late, and stay when the run goes back behind them.
+    # Events do not count: they are written late, and stay when the run rolls back to an earlier step.
     newest = max((row["step"] for row in rows if "event" not in row), default=-1)
     if running or newest > end.get("step", -1):
         end = {}
@@ -125,18 +125,18 @@ def summarise(run_dir: Path) -> RunSummary:
 
 
 def ranked(runs: Sequence[RunSummary]) -> list[RunSummary]:
-    """Best first: by accuracy where classes are told apart, then by validation loss, then by last training loss.
+    """Sort, best first, by the accuracy of a classifier, then validation loss, then last training loss.
 
-    What is unknown or not finite comes last.
+    Unknown and non-finite values come last.
     """
     return sorted(runs, key=lambda run: (-(run.accuracy or 0), _order(run.best_val_loss), _order(run.final_loss)))
 
 
 def differences(runs: Sequence[RunSummary]) -> dict[str, list[Any]]:
-    """The settings in which ``runs`` differ: dotted key -> the value of each run.
+    """Find the settings in which ``runs`` differ: dotted key -> the value of each run.
 
-    Another option of a group shows as the group's name with the option; keys that only some of the options have are
-    left out, as they follow from it.
+    Different options of a group appear as one setting, the group's name; keys that only some of its options have are
+    left out.
     """
     keys = [key for key in runs[0].config if key not in PLACES and all(key in run.config for run in runs)]
     result: dict[str, list[Any]] = {}
@@ -150,10 +150,10 @@ def differences(runs: Sequence[RunSummary]) -> dict[str, list[Any]]:
 
 
 def is_locked(run_dir: Path) -> bool:
-    """Whether a process works in the run: it holds the lock that dies with it."""
+    """Return whether a process works in the run, holding its lock."""
     try:
         with (run_dir / LOCK).open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back as the file closes
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released as the file closes
     except FileNotFoundError:
         return False
     except BlockingIOError:
@@ -166,7 +166,7 @@ def _order(value: float | None) -> float:
 
 
 def _train_seconds(rows: Sequence[Row]) -> float | None:
-    """Time spent in training steps: each row's tokens over its speed, which is the mean since the row before."""
+    """Sum the time of training steps: each row's tokens over its speed, the mean since the row before."""
     seconds, tokens = 0.0, 0
     for row in rows:
         if row.get("tokens_per_second"):

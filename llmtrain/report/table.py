@@ -1,4 +1,4 @@
-"""Runs side by side, the best first."""
+"""Tables of runs, the best first."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,14 +27,14 @@ FIGURES: dict[str, Callable[[RunSummary], str]] = {
     "tok/s": lambda run: _shown(run.tokens_per_second, format.count),
     "time": lambda run: _shown(run.train_seconds, format.duration),
 }
-OF_CLASSES = ("accuracy", "macro-F1")  # shown where classes are told apart
-DISPENSABLE = ("at step", "tokens", "tok/s", "time", "step")  # in this order, where there is little room
+OF_CLASSES = ("accuracy", "macro-F1")  # shown for classifiers
+DISPENSABLE = ("at step", "tokens", "tok/s", "time", "step")  # left out in this order where there is little room
 
 
 class Comparison:
     """A table of runs ranked by the best validation, with a column for each setting in which they differ.
 
-    Printed by rich to fit: where the console is too narrow it leaves columns out, and says which.
+    Where the console is too narrow, columns are left out and named below the table.
     """
 
     def __init__(self, runs: Sequence[RunSummary]) -> None:
@@ -52,7 +52,7 @@ class Comparison:
         yield table
 
     def table(self, left_out: Sequence[str], max_settings: int = MAX_SETTINGS) -> Table:
-        """The table without the columns ``left_out``, and with the first ``max_settings`` settings that differ."""
+        """Build the table without the columns ``left_out``, with the first ``max_settings`` settings that differ."""
         settings = differences(self.runs)
         classes = any(run.accuracy is not None for run in self.runs)
         figures = {
@@ -90,7 +90,7 @@ class Comparison:
 
 
 def confusion_table(run: RunSummary) -> Table:
-    """How often each class was taken for each; a row a true class, a column a predicted one."""
+    """Build the table of the confusion matrix: a row per true class, a column per predicted one."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("true \\ predicted", style="bold")
     for label in run.labels:
@@ -103,7 +103,7 @@ def confusion_table(run: RunSummary) -> Table:
 
 
 def sweep_table(sweep: Path) -> Comparison:
-    """The :class:`Comparison` of all runs in a sweep's directory.  Raises ValueError if it has none."""
+    """Compare all runs in a sweep's directory.  Raises ValueError if it has none."""
     return Comparison([summarise(run) for run in find_runs([sweep])])
 
 

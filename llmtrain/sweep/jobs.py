@@ -1,7 +1,7 @@
-"""A sweep: jobs that are checked together and run one by one, each in a process of its own.
+"""The jobs of a sweep, checked together and run one by one, each in a process of its own.
 
-The directory of a sweep is named by its overrides, that of a job by what it varies and a hash of its whole config.
-So the same command finds its jobs again: a finished one is skipped, a started one resumed.
+The directory of a sweep is named by its overrides, that of a job by the overrides that vary and a hash of its config.
+So the same command finds its jobs again: a finished job is skipped, a started one resumed.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ class Job:
     def check(cls, values: dict[str, Any], overrides: list[str]) -> "Job":
         """Build the job's config.  Raises ValueError naming the job."""
         if values.get("run_dir") is not None:
-            raise ValueError("run_dir: a sweep names its directories itself; hydra.sweep.dir=DIR says where")
+            raise ValueError("run_dir: a sweep names its directories itself; hydra.sweep.dir=DIR chooses their folder")
         try:
             return cls(overrides, Run.from_config(values))
         except ValueError as error:
@@ -47,18 +47,18 @@ class Job:
 
     @property
     def digest(self) -> str:
-        """Identifies what is trained, wherever it is stored."""
+        """Return a hash of the training, whatever its directory."""
         values = {k: v for k, v in stored_config.to_plain(self.run).items() if k not in NOT_RUN_KEYS}
         return short_hash(yaml.safe_dump(values))
 
     def directory(self, sweep: Path, varied: Sequence[str]) -> RunDirectory:
-        """Where the job runs: the overrides that vary, and the digest."""
+        """Return the job's directory, named by the overrides that vary and the digest."""
         label = slug(",".join(stored_config.redact_arguments(varied)).replace("=", "_"))[:80]
         return RunDirectory(sweep / f"{label}-{self.digest}")
 
 
 def run_sweep(jobs: Sequence[Job], sweep_dir: Path | None, overrides: Sequence[str]) -> int:
-    """Run ``jobs`` that are not finished yet; rank all at the end.  A failed job does not stop the others.
+    """Run the ``jobs`` that are not finished; rank all at the end.  A failed job does not stop the others.
 
     Returns 0 if all finished, 1 if any failed, 75 if a signal stopped the sweep.
     """
@@ -77,12 +77,12 @@ def run_sweep(jobs: Sequence[Job], sweep_dir: Path | None, overrides: Sequence[s
             continue
         statuses.append(run_process(job, directory))
         if statuses[-1] in (INTERRUPTED, 128 + signal.SIGINT, 128 + signal.SIGTERM):
-            console.print(Text("stopped; the same command goes on from here"))
+            console.print(Text("stopped; the same command continues from here"))
             return INTERRUPTED
         if statuses[-1]:
-            if not directory.summary.exists():  # it never came to train
+            if not directory.summary.exists():  # it ended before training
                 write_atomically(directory.summary, json.dumps({"exit_reason": "failed", "step": 0}) + "\n")
-            console.print(Text(f"this job failed with exit status {statuses[-1]}; the sweep goes on", style="red"))
+            console.print(Text(f"this job failed with exit status {statuses[-1]}; the sweep continues", style="red"))
     console.rule("sweep", align="left")
     wide.print(sweep_table(sweep))
     console.print(Text(visible(f"curves: llmtrain report {sweep}")))
@@ -90,7 +90,7 @@ def run_sweep(jobs: Sequence[Job], sweep_dir: Path | None, overrides: Sequence[s
 
 
 def run_alone(job: Job, sweep_dir: Path | None) -> float | None:
-    """Run a job for a launcher or sweeper of Hydra's: returns its best validation loss, which those minimise."""
+    """Run a job for a launcher or sweeper of Hydra's; returns its best validation loss, which they minimise."""
     sweep = sweep_dir or Path(job.run.output_dir) / "sweeps" / slug(job.run.name)
     directory = job.directory(sweep, job.overrides)
     if not directory.is_finished() and (status := run_process(job, directory)):
@@ -101,7 +101,7 @@ def run_alone(job: Job, sweep_dir: Path | None) -> float | None:
 def run_process(job: Job, directory: RunDirectory) -> int:
     """Run or resume a job in a process of its own; returns its exit status.
 
-    A signal to this process goes on to the job, which saves and exits 75.
+    A signal to this process is forwarded to the job, which saves and exits 75.
     """
     if not directory.config.exists():
         directory.path.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,9 @@ def run_process(job: Job, directory: RunDirectory) -> int:
         write_atomically(directory.config, stored_config.dump(job.run))
     plugins = [f"plugins=[{','.join(job.run.plugins)}]"] if job.run.plugins else []
     command = [sys.executable, "-m", "llmtrain", "resume", str(directory.path), *plugins]
-    process = subprocess.Popen(command, process_group=0)  # not the terminal's: signals reach it through us, once
+    process = subprocess.Popen(
+        command, process_group=0
+    )  # out of the terminal's group: a signal reaches it once, through us
 
     def forward(number: int, _: Any) -> None:
         process.send_signal(number)
@@ -124,11 +126,11 @@ def run_process(job: Job, directory: RunDirectory) -> int:
 
 
 def varied_overrides(job: Job, jobs: Sequence[Job]) -> list[str]:
-    """The overrides of ``job`` that not all ``jobs`` have."""
+    """Return the overrides of ``job`` that not all ``jobs`` share."""
     common = set.intersection(*(set(other.overrides) for other in jobs))
     return [override for override in job.overrides if override not in common] or job.overrides
 
 
 def short_hash(*texts: str) -> str:
-    """Eight hexadecimal digits that stand for ``texts``."""
+    """Hash ``texts`` to eight hexadecimal digits."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:8]

@@ -139,11 +139,11 @@ def test_an_interrupted_run_is_summarised_with_its_resume_command(tmp_path: Path
     assert stream.getvalue() == (
         "interrupted at step 120 of 5,000\n"
         "  train loss       3.1000\n"
-        "  validation loss  3.4000 (best 3.3000 at step 100, not kept: checkpoint.keep_best=1 does)\n"
+        "  validation loss  3.4000 (best 3.3000 at step 100, not kept: checkpoint.keep_best=1 keeps it)\n"
         "  tokens           246k\n"
         "  time             1h 02m\n"
         "  throughput       66.0 tok/s\n"
-        "  refused steps    2 (not finite, or far out of the ordinary)\n"
+        "  refused steps    2 (not finite, or far from the usual)\n"
         f"  run directory    {run_dir}\n"
         "next\n"
         f"  llmtrain resume {quoted}\n"
@@ -156,11 +156,12 @@ def test_an_interrupted_run_is_summarised_with_its_resume_command(tmp_path: Path
     ("changes", "line"),
     [
         ({"best_val_step": 0, "keep_best": 1}, "validation loss  3.4000 (best 3.3000 at step 0, before training)"),
-        ({"keep_best": 1}, "validation loss  3.4000 (best 3.3000 at step 100, where there was no checkpoint)"),
+        ({"keep_best": 1}, "validation loss  3.4000 (best 3.3000 at step 100, which has no checkpoint)"),
         ({"best_val_step": 120}, "validation loss  3.4000 (best 3.3000 at step 120)"),
         (
             {"accuracy": 0.93, "macro_f1": 0.9, "best_accuracy": 0.95},
-            "accuracy         93.0%, macro-F1 0.900 (best 95.0% at step 100, not kept: checkpoint.keep_best=1 does)",
+            "accuracy         93.0%, macro-F1 0.900 (best 95.0% at step 100, "
+            "not kept: checkpoint.keep_best=1 keeps it)",
         ),
     ],
 )

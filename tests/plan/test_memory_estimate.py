@@ -12,7 +12,7 @@ import torch
 from llmtrain import Run
 from llmtrain.kernels.linear_cross_entropy import as_on, default_chunk
 from llmtrain.plan.blueprint import Blueprint
-from llmtrain.plan.extrapolation import Irregular, aligned
+from llmtrain.plan.extrapolation import IrregularBlocks, aligned
 from llmtrain.plan.heap import Heap
 from llmtrain.plan.memory import Phase, at_micro_batch, estimate
 from llmtrain.plan.trace import Category, trace_step
@@ -72,9 +72,9 @@ def test_deep_models_are_extrapolated_exactly(overrides: tuple[str, ...]) -> Non
 
 def test_differing_stretches_cannot_be_aligned() -> None:
     assert aligned(list("habbe"), list("habbbe")) == (3, 1)
-    with pytest.raises(Irregular):
+    with pytest.raises(IrregularBlocks):
         aligned(list("hae"), list("habe"))  # another kind of block
-    with pytest.raises(Irregular):
+    with pytest.raises(IrregularBlocks):
         aligned(list("hae"), list("hxae"))
 
 

@@ -101,7 +101,7 @@ def test_a_foreign_directory_is_named(tmp_path: Path) -> None:
         find_runs([tmp_path])
     checkpoint = make_run(tmp_path / "run" / "checkpoints" / "step-1")
     (checkpoint / "manifest.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"it is a checkpoint; name the run that has it"):
+    with pytest.raises(ValueError, match=r"it is a checkpoint; name its run"):
         find_runs([checkpoint])
 
 

@@ -90,7 +90,7 @@ def test_the_rows_hold_the_breakdown(tmp_path: Path, log_every: int) -> None:
         assert min(parts["forward"], parts["backward"], parts["optimizer"]) > 0
         assert parts["forward"] + parts["backward"] > parts["data"]
     assert sum(result.summary["time_shares"].values()) == pytest.approx(1.0)
-    assert "where it went    data " in (result.run_dir / "train.log").read_text()
+    assert "time by phase    data " in (result.run_dir / "train.log").read_text()
 
 
 def test_a_run_whose_rows_have_no_breakdown_is_resumed(tmp_path: Path) -> None:
