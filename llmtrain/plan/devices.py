@@ -80,7 +80,8 @@ def present_device(device: torch.device, precision: Precision) -> DeviceSpec:
     free, _ = torch.cuda.mem_get_info(device)
     known = find_gpu(title)
     flops = {precision.name: peak_flops(device, precision.dtype)}
-    return DeviceSpec("cuda", title, free, flops, known and known.bandwidth, known and known.watts)
+    bandwidth, watts = (known.bandwidth, known.watts) if known else (None, None)
+    return DeviceSpec("cuda", title, free, flops, bandwidth, watts)
 
 
 def arithmetic(config: PrecisionConfig, spec: DeviceSpec | None) -> Precision:

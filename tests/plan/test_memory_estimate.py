@@ -13,7 +13,6 @@ from llmtrain import Run
 from llmtrain.kernels.linear_cross_entropy import as_on, default_chunk
 from llmtrain.plan.blueprint import Blueprint
 from llmtrain.plan.extrapolation import IrregularBlocks, aligned
-from llmtrain.plan.heap import Heap
 from llmtrain.plan.memory import Phase, at_micro_batch, estimate
 from llmtrain.plan.trace import Category, trace_step
 
@@ -120,18 +119,6 @@ def test_a_copy_for_checkpoints_is_host_memory() -> None:
     on_gpu = estimate(small, gpu=True, copied=True)
     assert on_gpu.host == held
     assert "checkpoint copy" not in on_gpu.parts
-
-
-def test_a_freed_block_is_used_again_where_the_next_one_fits() -> None:
-    heap = Heap()
-    for key in "abc":
-        heap.allocate(key, 1 << 20)
-    peak = heap.peak
-    heap.release("b")
-    heap.allocate("d", 1 << 19)
-    assert heap.peak == peak
-    heap.allocate("e", 1 << 20)  # the hole has become too small
-    assert heap.peak > peak + (1 << 20) - 1
 
 
 class Malloc(ctypes.Structure):
