@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 IMAGES = Path(__file__).parent
-WIDTH, HEIGHT = 104, 36
+WIDTH, HEIGHT = 104, 40
 COMMAND = "llmtrain train experiment=laptop"
 SWEEP = (
     "-m name=sweep model=tiny tokenizer=byte optimizer.lr=3e-4,2e-3,1e-2 loop.max_steps=400 loop.eval_every=50 "
@@ -48,15 +48,13 @@ def draw_run(folder: Path) -> None:
         f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; cd {shlex.quote(str(folder))}; {COMMAND}; sleep 5"
     )
     tmux("new-session", "-d", "-x", str(WIDTH), "-y", str(HEIGHT), program)
-    picture = ""
-    while tmux("list-sessions"):
-        screen = tmux("capture-pane", "-e", "-p")
+    picture = screen = ""
+    while "finished at" not in screen:
+        time.sleep(0.5)
+        screen = tmux("capture-pane", "-e", "-p")  # fails if the run does, as the terminal ends with it
         step = re.search(r"\s(\d+)/150  [\d.]+%", re.sub(r"\x1b\[[\d;]*m", "", screen))
         if step and 130 <= int(step[1]) < 150:
             picture = screen
-        if "finished at" in screen:
-            break
-        time.sleep(0.5)
     tmux("kill-server")
     console = Console(width=WIDTH, record=True, file=io.StringIO(), force_terminal=True, legacy_windows=False)
     console.print(Text("$ ", "bold") + Text(COMMAND))
