@@ -20,7 +20,7 @@ from llmtrain.tokenizer.gpt2 import GPT2, RANKS
 from llmtrain.tokenizer.huggingface import HuggingFace
 from llmtrain.tokenizer.sentencepiece import SentencePiece
 from llmtrain.tokenizer.tiktoken import Tiktoken
-from tests.tokenizer.conftest import CORPUS, EVERY, random_texts, train_sentencepiece
+from tests.helpers.tokenizers import CORPUS, EVERY, random_texts, train_sentencepiece
 
 
 def from_file(path: Path, pattern: str) -> Tokenizer:

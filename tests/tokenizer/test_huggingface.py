@@ -17,7 +17,7 @@ from llmtrain.tokenizer import CUTS
 from llmtrain.tokenizer import huggingface as module
 from llmtrain.tokenizer.huggingface import HuggingFace, HuggingFaceTokenizer
 from tests.helpers.cli import TINY, llmtrain, only_run
-from tests.tokenizer.conftest import CORPUS, random_texts, save
+from tests.helpers.tokenizers import CORPUS, random_texts, save
 
 
 def load(path: Path, end_of_text: str | None = None) -> HuggingFaceTokenizer:

@@ -12,7 +12,7 @@ import sentencepiece
 
 from llmtrain.tokenizer.sentencepiece import SentencePiece, SentencePieceTokenizer
 from llmtrain.tokenizer.sentencepiece_model import PieceKind
-from tests.tokenizer.conftest import CORPUS, random_texts, train_sentencepiece
+from tests.helpers.tokenizers import CORPUS, random_texts, train_sentencepiece
 
 OTHERS: dict[str, dict[str, Any]] = {
     "unigram": {"model_type": "unigram", "allow_whitespace_only_pieces": False},
