@@ -118,13 +118,15 @@ def test_a_large_model_is_planned_in_little_memory(tmp_path: Path) -> None:
     code = """
 from pathlib import Path
 from llmtrain.cli.main import main
-assert main(["plan", "model=gpt1558m", "probe=false", "device=h100-80gb"]) == 0
+assert main(["plan", "model=gpt1558m", "loop.max_steps=100"]) == 0
 status = Path("/proc/self/status").read_text().splitlines()  # ru_maxrss would begin with that of the parent
 print("RESIDENT", next(line.split()[1] for line in status if line.startswith("VmHWM:")))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "1,557,611,200" in done.stdout
+    assert "819,200" in done.stdout  # 100 steps of 8 sequences of 1024 tokens
+    assert not list(tmp_path.iterdir())
     assert int(done.stdout.splitlines()[-1].removeprefix("RESIDENT ")) < 1_000_000  # kB; the weights alone take 6 GB
 
 

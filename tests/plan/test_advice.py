@@ -11,12 +11,12 @@ from llmtrain.plan.blueprint import Blueprint
 from llmtrain.plan.memory import estimate
 
 OVERRIDES = ("model=tiny", "tokenizer=byte", "model.num_layers=6", "data.sequence_length=64", "precision=fp32",
-             "accumulation.batch_size=64", "accumulation.micro_batch_size=64")  # fmt: skip
+             "accumulation.batch_size=16", "accumulation.micro_batch_size=16")  # fmt: skip
 
 
 def blueprint(*overrides: str) -> Blueprint:
     run = Run.compose(*OVERRIDES, *overrides)
-    return Blueprint(run, 257, run.precision.build(torch.device("cpu")), 64)
+    return Blueprint(run, 257, run.precision.build(torch.device("cpu")), 16)
 
 
 @pytest.mark.slow
@@ -27,7 +27,7 @@ def test_each_suggestion_makes_it_fit_as_a_run_of_its_own() -> None:
     suggestions = suggest(present, memory, gpu=True, available=room, copied=False, bf16=False)
     assert len(suggestions) == 3
     assert [s.slower for s in suggestions] == sorted(s.slower for s in suggestions)
-    assert suggestions[0].overrides == ("accumulation.micro_batch_size=32",)
+    assert suggestions[0].overrides == ("accumulation.micro_batch_size=8",)
     for suggestion in suggestions:
         again = estimate(blueprint(*suggestion.overrides), gpu=True)
         assert again.needed <= room
