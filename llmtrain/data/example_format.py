@@ -25,7 +25,7 @@ class EncodedExample(NamedTuple):
 
     inputs: np.ndarray  # (tokens,)
     targets: np.ndarray | None  # (tokens,) int64, IGNORE where there is none; None: the label, at the last token
-    is_cut: bool  # whether it was longer than the limit
+    is_cut: bool  # it was longer than the limit
 
 
 class ExampleFormat(ABC, Generic[T]):

@@ -34,9 +34,9 @@ def find_or_make(
 ) -> T:
     """Open the entry for ``key``, JSON-ready values, with ``open_entry(folder, verify)``; make it first if need be.
 
-    ``fill`` writes the files of an entry into a folder that nobody sees before it is whole; ``open_entry`` raises
+    ``fill`` writes the files of an entry into a folder that is invisible until it is whole; ``open_entry`` raises
     ValueError for a damaged entry.  With ``verify`` a damaged entry stays as it is.  Raises ValueError if the cache
-    cannot be written or ``verify`` finds damage, and whatever ``fill`` raises; ``name`` tells the user what it makes.
+    cannot be written or ``verify`` finds damage, and whatever ``fill`` raises; ``name``: the entry in messages.
     """
     folder = cache_dir / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     if folder.exists():
@@ -103,7 +103,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _sweep(cache_dir: Path) -> None:
-    """Remove the temporary folders of writers that died: those whose lock nobody holds."""
+    """Remove the temporary folders of writers that died: those whose lock is free."""
     for temporary in cache_dir.glob(f"{TEMPORARY}*/"):
         folder = temporary.with_name(temporary.name.removeprefix(TEMPORARY))
         with folder.with_suffix(".lock").open("a") as file:

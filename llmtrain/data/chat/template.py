@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from enum import Enum, auto
 from typing import NamedTuple
 
-SPECIAL = re.compile(r"<\|[^|<>\s]+\|>|<reserved_\d+>")  # how names of special tokens look in the templates here
+SPECIAL = re.compile(r"<\|[^|<>\s]+\|>|<reserved_\d+>")  # names of special tokens in templates
 
 
 class Message(NamedTuple):
