@@ -344,7 +344,7 @@ def test_the_spam_recipe_finds_its_data_from_any_folder(tmp_path: Path) -> None:
     assert "messages.csv, 1,600 texts" in done.stdout
     assert "llmtrain predict spam" in done.stdout
     refused = llmtrain("generate", "spam", cwd=tmp_path, check=2).stderr
-    assert "spam: this run was trained to tell classes apart" in refused
+    assert "spam: this run was trained to classify texts" in refused
     assert "base: this run was not trained to tell classes apart" in llmtrain(
         "predict", "base", "text=x", cwd=tmp_path, check=2
     ).stderr  # fmt: skip

@@ -329,7 +329,7 @@ def test_mistakes_are_refused_and_leave_nothing(
 def test_a_model_that_transformers_cannot_compute_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     Run.compose(*TINY, "model.logit_softcap=30", "loop.max_steps=1", "run_dir=run").train()
     assert main(["export", "run", "to=out"]) == 2
-    assert "model.logit_softcap=30.0: the GPT-2 of transformers has none" in capfd.readouterr().err
+    assert "model.logit_softcap=30.0: GPT-2 in transformers has none" in capfd.readouterr().err
     assert left_over() == ["run"]
 
 

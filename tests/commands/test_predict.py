@@ -116,7 +116,7 @@ def test_a_run_that_is_no_classifier_is_refused(work: Path, capfd: pytest.Captur
     assert main(["predict", "base", "text=a"]) == 2
     assert "was not trained to tell classes apart" in capfd.readouterr().err
     assert main(["chat", "base"]) == 2
-    assert "template=null: the run was not taught one" in capfd.readouterr().err
+    assert "template=null: the run was trained without a template" in capfd.readouterr().err
 
 
 def test_predict_takes_a_base_that_was_moved(work: Path, capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
