@@ -52,10 +52,10 @@ def events(run: Path, name: str) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_a_run_with_recovery_ends_as_one_on_clean_text(tmp_path: Path) -> None:
-    text = TEXT[: 520 * STEP]
-    long = ("loop.max_steps=460", "loop.eval_every=460", "optimizer.lr=3e-3", "schedule.min_lr=1e-3",
+    text = TEXT[: 320 * STEP]
+    long = ("loop.max_steps=252", "loop.eval_every=252", "optimizer.lr=3e-3", "schedule.min_lr=1e-3",
             "checkpoint.every_steps=100")  # fmt: skip
-    spike, nan = range(405, 445), range(200, 206)
+    spike, nan = range(205, 245), range(100, 106)
     bad = planted(text, spike=spike, nan=nan)
 
     def final(run: Path) -> float:
@@ -63,8 +63,8 @@ def test_a_run_with_recovery_ends_as_one_on_clean_text(tmp_path: Path) -> None:
 
     clean = final(train(tmp_path / "clean", text, *long))
     recovered = train(tmp_path / "on", bad, *long, 'recovery="on"')
-    assert abs(final(recovered) / clean - 1) < 0.04  # 0.7 to 2.5% with three seeds
-    assert final(train(tmp_path / "off", planted(text, spike=spike), *long, "recovery=off")) / clean > 1.05
+    assert abs(final(recovered) / clean - 1) < 0.04  # 0.7 to 1.8% with three seeds
+    assert final(train(tmp_path / "off", planted(text, spike=spike), *long, "recovery=off")) / clean > 1.05  # 7 to 19%
     gave_up = train(tmp_path / "off-nan", bad, *long, "recovery=off", check=1)
     assert json.loads((gave_up / "summary.json").read_text())["exit_reason"] == "failed"
 
