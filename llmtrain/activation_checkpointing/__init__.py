@@ -1,4 +1,4 @@
-"""What is kept between forward and backward, and what is computed a second time instead."""
+"""Choice of the activations that are kept for backward and of those that are recomputed."""
 
 from abc import ABC, abstractmethod
 
@@ -7,13 +7,13 @@ from llmtrain.model import LanguageModel
 
 
 class ActivationCheckpointing(Option, ABC):
-    """Contract of ``activation_checkpointing=...``: called once the model is whole, before anything is compiled."""
+    """Contract of ``activation_checkpointing=...``: applied once to the whole model, before anything is compiled."""
 
     @abstractmethod
     def apply(self, model: LanguageModel) -> None:
-        """Change in place what ``model`` keeps of a forward pass for the backward pass.
+        """Change ``model`` in place: which activations a forward pass keeps for the backward pass.
 
-        Losses and gradients stay those of ``none`` to the bit, dropout included; names of parameters stay; what runs
-        without gradients (evaluation, generation) is as it was.  Raises ValueError for what this model or its device
-        cannot have.
+        Losses and gradients equal those of ``none`` to the bit, dropout included; the names of parameters stay;
+        evaluation and generation, which run without gradients, do not change.  Raises ValueError if this model or its
+        device does not support the option.
         """

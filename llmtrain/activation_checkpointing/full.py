@@ -1,4 +1,4 @@
-"""Of each block its input alone is kept (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost")."""
+"""Recomputation of whole blocks (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost")."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from llmtrain.model import LanguageModel
 
 @dataclass(frozen=True)
 class Full(ActivationCheckpointing):
-    """Backward computes each block once more: a third of forward and backward in addition, the least memory."""
+    """Keep the input of each block; backward computes the block again: a third more time, the least memory."""
 
     offload: bool
 

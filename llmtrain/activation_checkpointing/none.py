@@ -1,4 +1,4 @@
-"""Everything that backward needs is kept."""
+"""No recomputation: everything that backward needs is kept."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from llmtrain.model import LanguageModel
 
 @dataclass(frozen=True)
 class KeepAll(ActivationCheckpointing):
-    """The fastest, and the most memory."""
+    """The fastest option, and the one that takes the most memory."""
 
     def apply(self, model: LanguageModel) -> None:
         pass

@@ -1,4 +1,4 @@
-"""A part is computed a second time: some of the blocks, or the cheap operations of each."""
+"""Recomputation of a part: of some blocks, or of the cheap operations of every block."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -12,15 +12,15 @@ from llmtrain.model import LanguageModel
 
 
 class By(Enum):
-    """What is selected."""
+    """Units of the selection."""
 
-    block = "block"  # every n-th block is recomputed as by ``full``, the others keep everything
-    operation = "operation"  # of each block, the results of matrix products and attention are kept
+    block = "block"  # recompute every n-th block as ``full`` does; the others keep everything
+    operation = "operation"  # keep the results of matrix products and attention in every block
 
 
 @dataclass(frozen=True)
 class Selective(ActivationCheckpointing):
-    """Between ``none`` and ``full``, in memory and in time."""
+    """A compromise between ``none`` and ``full`` in memory and time."""
 
     by: By
     every: int

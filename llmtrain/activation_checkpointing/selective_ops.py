@@ -1,7 +1,11 @@
-"""Selective checkpointing by operation.
+"""Recomputation of the cheap operations of a block.
 
-Norms, activations, dropout, casts and additions take memory and hardly any time: they are recomputed.  The results of
-matrix products and of attention, which take the time, are kept.
+Norms, activations, dropout, casts and additions are recomputed: they take memory and hardly any time.  The results of
+matrix products and attention are kept: they take the time.
+
+Within ``torch.compile`` torch's own selective contexts do this.  In eager mode they would keep every such result, also
+the last one of a block, which backward never reads, and would not offload any; hence the two modes below
+(docs/decisions.md has the figures).
 """
 
 import logging
@@ -16,16 +20,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from llmtrain.activation_checkpointing.offload import Offloaded, Offloader
-from llmtrain.activation_checkpointing.recompute import Contexts, again, recompute
+from llmtrain.activation_checkpointing.offload import OffloadedTensor, Offloader
+from llmtrain.activation_checkpointing.recompute import Contexts, checkpoint, recompute
 
-# By name, since a build of torch lacks some.  ``bmm`` is left out on purpose: it comes from attention without a fused
-# kernel, and its result has a row and a column a token.
+# By name, since some builds of torch lack some of them.  ``bmm`` is not among them: it comes from attention without a
+# fused kernel, and its result has a row and a column for each token.
 KEPT_NAMES = (
-    # matrix products: every device; fp8; oneDNN's on a CPU
+    # matrix products: on every device; fp8; of oneDNN on a CPU
     "aten::mm", "aten::addmm", "aten::linear", "aten::_scaled_mm", "aten::_addmm_activation",
     "mkldnn::_linear_pointwise", "mkl::_mkl_linear",
-    # attention: CUDA, CPU, our own
+    # attention: CUDA, CPU, llmtrain's kernel
     "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_fused_attention_overrideable",
     "aten::_scaled_dot_product_flash_attention_for_cpu", "llmtrain::causal_attention",
@@ -33,36 +37,36 @@ KEPT_NAMES = (
 
 
 def recompute_cheap(block: nn.Module, offloader: Offloader | None = None) -> None:
-    """Have ``block`` keep its input and the results of its expensive operations, with ``offloader`` in host memory."""
-    unneeded: set[int] = set()  # numbers of kept results that backward did not use: not kept the next time
+    """Make ``block`` keep only its input and the results of expensive operations, with ``offloader`` in host memory."""
+    unneeded: set[int] = set()  # numbers of results that backward did not read: not kept the next time
 
     def contexts() -> Contexts:
         results = Results(offloader, unneeded)
         return SaveMode(results), ReplayMode(results)
 
-    # torch's compiler knows only its own contexts: it calls the policy when it divides the graph, and the kept results
-    # reach the hooks of the offloader
-    compiled = partial(again, context_fn=partial(create_selective_checkpoint_contexts, policy))
-    recompute(block, partial(again, context_fn=contexts), compiled)
+    # torch's compiler supports only its own contexts: it calls the policy when it partitions the graph, and the hooks
+    # of the offloader receive the tensors that the graph saves
+    compiled = partial(checkpoint, context_fn=partial(create_selective_checkpoint_contexts, policy))
+    recompute(block, partial(checkpoint, context_fn=contexts), compiled)
     logging.getLogger("torch._higher_order_ops.wrap").addFilter(is_news)
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """Return False for the compiler's message that a selective context is in use."""
+    """Return False for the compiler's warning that a selective context is in use, True for any other message."""
     return "context_fn is passed" not in record.getMessage()
 
 
 def policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Return the choice for ``operation`` in the terms of torch's compiler."""
+    """The decision of :func:`is_kept` as a policy of torch's selective contexts."""
     kept = operation is torch.ops.higher_order.flex_attention or is_kept(operation, args, kwargs)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def is_kept(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether the result of ``operation``, called with these arguments, is kept.
+    """Decide if the result of ``operation``, called with these arguments, is kept.
 
-    An operation that draws random numbers is recomputed: without it, later ones would draw other numbers.  An operation
-    that writes into an argument, as compiled code does, is recomputed too.
+    An operation that draws random numbers is recomputed: if the recomputation skipped it, later operations would draw
+    different numbers.  So is one that writes into an argument, as compiled code does.
     """
     if not isinstance(operation, OpOverload) or operation.name().partition(".")[0] not in KEPT_NAMES:
         return False
@@ -89,37 +93,37 @@ class Results:
         self.kept: list[Any] = []  # None: to be recomputed
 
     def keep(self, result: Any) -> None:
-        """Keep a result, unless backward did not need it the last time."""
+        """Add the next result, unless backward does not need it."""
         needed = len(self.kept) not in self.unneeded
         self.kept.append(tree_map_only(Tensor, self._pack, result) if needed else None)
 
-    def recall(self, number: int, again: Callable[[], Any]) -> Any:
-        """Return and release a result; ``again`` recomputes it if it was not kept."""
+    def take(self, number: int, compute: Callable[[], Any]) -> Any:
+        """Remove and return a result; ``compute`` makes it if it was not kept."""
         result, self.kept[number] = self.kept[number], None
-        return again() if result is None else tree_map_only((Tensor, Offloaded), self._unpack, result)
+        return compute() if result is None else tree_map_only((Tensor, OffloadedTensor), self._unpack, result)
 
-    def _pack(self, tensor: Tensor) -> Tensor | Offloaded:
-        tensor = tensor.detach()  # its graph would hold it in a cycle
+    def _pack(self, tensor: Tensor) -> Tensor | OffloadedTensor:
+        tensor = tensor.detach()  # otherwise there is a reference cycle with the graph
         return tensor if self.offloader is None else self.offloader.pack(tensor)
 
-    def _unpack(self, packed: Tensor | Offloaded) -> Tensor:
+    def _unpack(self, packed: Tensor | OffloadedTensor) -> Tensor:
         return packed if isinstance(packed, Tensor) else packed.restore()
 
 
 class ResultsMode(TorchDispatchMode):
-    """A mode that ignores compiled operations in a block (FlexAttention), which are recomputed and never kept."""
+    """Base of the two modes; code compiled within a block (FlexAttention) bypasses them and is recomputed."""
 
     def __init__(self, results: Results) -> None:
         super().__init__()
         self.results = results
 
     @classmethod
-    def ignore_compile_internals(cls) -> bool:  # otherwise torch would run them uncompiled
+    def ignore_compile_internals(cls) -> bool:  # otherwise torch would run that code uncompiled
         return True
 
 
 class SaveMode(ResultsMode):
-    """The mode of the forward pass: save the results of expensive operations."""
+    """Keeps results during the forward pass."""
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -130,7 +134,7 @@ class SaveMode(ResultsMode):
 
 
 class ReplayMode(ResultsMode):
-    """The mode of the recomputation: return saved results.  torch ends it once backward has what it needs."""
+    """Returns kept results during the recomputation, which torch ends once backward has every tensor it needs."""
 
     def __init__(self, results: Results) -> None:
         super().__init__(results)
@@ -141,7 +145,7 @@ class ReplayMode(ResultsMode):
         if not is_kept(operation, args, kwargs):
             return operation(*args, **kwargs)
         self.number += 1
-        return self.results.recall(self.number - 1, lambda: operation(*args, **kwargs))
+        return self.results.take(self.number - 1, lambda: operation(*args, **kwargs))
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)

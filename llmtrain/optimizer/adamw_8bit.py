@@ -19,8 +19,8 @@ class AdamW8bit(CompactAdamW):
 
     See :mod:`llmtrain.optimizer.blockwise_quantization`.
 
-    As in the paper (section 2.3) embeddings keep theirs in fp32, unless ``fp32_embeddings`` is false: most of their
-    rows have no gradient in most steps, and a few have large ones.
+    As in the paper (section 2.3) embeddings keep fp32 moments, unless ``fp32_embeddings`` is false: most of their rows
+    have no gradient in most steps, and a few rows have large gradients.
     """
 
     fp32_embeddings: bool
@@ -44,7 +44,7 @@ class QuantisedMoments(Moments):
         blocks = -(-parameter.numel() // BLOCK)
         state = {}
         for moment in ("exp_avg", "exp_avg_sq"):
-            state[moment] = torch.zeros_like(parameter, dtype=torch.uint8)  # whatever it is, times a scale of 0
+            state[moment] = torch.zeros_like(parameter, dtype=torch.uint8)  # any code will do: the scale is 0
             state[f"{moment}_scale"] = torch.zeros(blocks, device=parameter.device)
         return state
 

@@ -19,7 +19,7 @@ class AdamWBF16(CompactAdamW):
 
 
 class RoundedMoments(Moments):
-    """Both moments as they are, in bf16."""
+    """Both moments stored in bf16."""
 
     def zeros(self, parameter: Tensor) -> dict[str, Tensor]:
         return {moment: torch.zeros_like(parameter, dtype=torch.bfloat16) for moment in ("exp_avg", "exp_avg_sq")}

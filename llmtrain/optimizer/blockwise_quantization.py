@@ -1,15 +1,15 @@
-"""Numbers in 8 bits, block by block (Dettmers et al. 2022, https://arxiv.org/abs/2110.02861, sections 1.2 and 2).
+"""Block-wise quantisation to 8 bits (Dettmers et al. 2022, https://arxiv.org/abs/2110.02861, sections 1.2 and 2).
 
 A block's numbers are divided by the largest of their magnitudes, which is kept in fp32, and each becomes the code of
 one of 256 values between -1 (or 0) and 1.  These follow the paper's dynamic tree quantisation: each decade down to
 1e-6 has half as many, evenly spaced, as the one above it.  Three things differ from the paper:
 
-- What has no sign, a second moment, becomes the code of one of the squares of these values, down to 1e-13: it counts
-  by its root.  Else all elements whose gradients are less than 1/1750 of the largest of their block would share one.
+- Unsigned numbers (second moments) are encoded on squares of these values, down to 1e-13, as the update uses
+  their root.  Otherwise all elements with gradients below 1/1750 of the block's largest would share one code.
 - Numbers are rounded stochastically (``stochastic_rounding``), not to the nearest, so that an average
-  follows also where it moves by less than half a step of the codes at a time.
-- The signed values go from -1 to 1, where the paper's go from -0.993: else the largest of a block would lose 0.7% a
-  step whenever it is negative.  The smallest negative value, -5.5e-7, makes room.
+  also follows changes smaller than half a step of the codes.
+- The signed values go from -1 to 1, where the paper's go from -0.993: otherwise the largest of a block would lose
+  0.7% a step whenever it is negative.  The smallest negative value, -5.5e-7, is left out instead.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ DECADES = 7
 
 
 class Codebook(NamedTuple):
-    """The values of the codes, and tables to find them fast: a search takes 10 times as long on a CPU."""
+    """Values of the codes, with tables for a fast lookup; a binary search takes 10 times as long on a CPU."""
 
     values: Tensor  # (256,) fp32, ascending
     above: Tensor  # (256,) fp32: the next value; infinity for the last one
@@ -32,7 +32,7 @@ class Codebook(NamedTuple):
 
     @classmethod
     def make(cls, *, signed: bool, device: torch.device) -> "Codebook":
-        """The codebook for numbers of either sign, or for squares."""
+        """Make the codebook for signed numbers, or for squares."""
         values = dynamic_values(signed=True) if signed else dynamic_values(signed=False).square()
         above = torch.cat([values[1:], torch.tensor([torch.inf], dtype=torch.float64)])
         # No two values share the first 16 bits, so a number's code is its prefix's or the next one.
@@ -46,10 +46,10 @@ class Codebook(NamedTuple):
 
 
 def dynamic_values(*, signed: bool) -> Tensor:
-    """The paper's 256 values, but for -1 as said above, ascending (256,) fp64.
+    """Return the paper's 256 values, except for -1 (see above), ascending (256,) fp64.
 
     Decade i from below holds the means of neighbours of 2**i + 1 points (2**(i + 1) + 1 without a sign) between 0.1
-    and 1, times 10**(i - 6); with a sign each is there twice.  0 and 1 are added.
+    and 1, times 10**(i - 6); signed, each occurs with both signs.  0 and 1 are added.
     """
     values = [torch.tensor([0.0, 1.0], dtype=torch.float64)]
     for i in range(DECADES):
@@ -62,11 +62,11 @@ def dynamic_values(*, signed: bool) -> Tensor:
 
 
 def quantise(x: Tensor, book: Codebook, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (blocks, numbers) uint8 and scales (blocks,) of ``x`` (blocks, numbers) fp32.
+    """Return codes (blocks, numbers) uint8 and scales (blocks,) of ``x`` (blocks, numbers) fp32.
 
-    ``uniform`` has random numbers between 0 and 1, of the shape of ``x``.  A number comes back from :func:`dequantise`
-    as one of the two values around it, in the mean as itself.  One exception: without a sign what is not 0 does not
-    become 0, but at least the smallest value, as a second moment of 0 would make an update boundless.
+    ``uniform`` has random numbers between 0 and 1, of the shape of ``x``.  :func:`dequantise` returns one of the two
+    values around each number; its expected value is the number.  One exception: an unsigned number other than 0 becomes
+    at least the smallest value, never 0, since a second moment of 0 would make the update unbounded.
     """
     scales = x.abs().amax(dim=1)
     scaled = (x / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)).flatten()
@@ -81,6 +81,6 @@ def quantise(x: Tensor, book: Codebook, uniform: Tensor) -> tuple[Tensor, Tensor
 
 
 def dequantise(codes: Tensor, scales: Tensor, book: Codebook) -> Tensor:
-    """The numbers (blocks, numbers) fp32 that the codes stand for."""
+    """Decode to numbers (blocks, numbers) fp32."""
     values = book.values.index_select(0, codes.flatten().to(torch.int32))
     return values.view(codes.shape) * scales.unsqueeze(1)

@@ -1,4 +1,4 @@
-"""AdamW whose moments are kept in fewer bits than 32: what its options share."""
+"""AdamW with moments in fewer than 32 bits: the common part of its options."""
 
 import math
 from abc import ABC, abstractmethod
@@ -18,29 +18,29 @@ from llmtrain.optimizer.composite import CompositeOptimizer
 from llmtrain.optimizer.groups import Member, parameter_groups
 from llmtrain.optimizer.stochastic_rounding import noise, seed_of, step_seeds
 
-# Elements worked on at once: what is in fp32 for a moment is some 10 times as many numbers.
+# Elements processed at once; the temporary fp32 tensors hold some 10 times as many numbers.
 CHUNK_ON_CPU, CHUNK = 1 << 18, 1 << 22
 
 
 class Moments(ABC):
-    """How the two moments of a parameter are kept between the steps."""
+    """Storage format of the two moments of a parameter."""
 
     @abstractmethod
     def zeros(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The state of step 0: flat or of the parameter's shape, an entry for each element or for each block."""
+        """Make the state of step 0: flat or of the parameter's shape, an entry for each element or for each block."""
 
     @abstractmethod
     def read(self, kept: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Both moments (blocks, numbers) in fp32, of a stretch of the entries of :meth:`zeros`, in their order."""
+        """Decode both moments (blocks, numbers) to fp32, from a stretch of the entries of :meth:`zeros`, in order."""
 
     @abstractmethod
     def write(self, exp_avg: Tensor, exp_avg_sq: Tensor, noise: tuple[Tensor, Tensor]) -> Sequence[Tensor]:
-        """The inverse of :meth:`read`, rounded by ``noise`` of its shape (see ``stochastic_rounding``)."""
+        """Encode both moments, the inverse of :meth:`read`; ``noise`` rounds them (see ``stochastic_rounding``)."""
 
 
 @dataclass(frozen=True)
 class CompactAdamW(AdamW):
-    """AdamW that keeps the moments of its larger parameters in few bits, and of the others in fp32."""
+    """AdamW with the moments of larger parameters in few bits, and those of the others in fp32."""
 
     min_elements: int
 
@@ -50,10 +50,10 @@ class CompactAdamW(AdamW):
 
     @abstractmethod
     def moments(self, parameters: Sequence[Tensor]) -> Moments:
-        """How those of ``parameters`` are kept."""
+        """Choose the storage format of the moments of ``parameters``."""
 
     def is_compact(self, member: Member, model: nn.Module) -> bool:
-        """Whether the moments of this parameter are kept in few bits."""
+        """Decide if the moments of this parameter are kept in few bits."""
         return member.parameter.numel() >= self.min_elements and member.parameter.is_contiguous()
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -72,14 +72,14 @@ class CompactAdamW(AdamW):
 
 
 class CompactAdamWOptimizer(torch.optim.Optimizer):
-    """torch's AdamW, step for step, but for the rounding of the moments after each.
+    """Equal to torch's AdamW, except that the moments are rounded after each step.
 
-    A stretch of one parameter at a time is brought to fp32 and back.  As with the fused AdamW a step may be refused on
-    the device: while the attribute ``found_inf`` is a tensor of 1.0, :meth:`step` changes nothing.
+    One stretch of a parameter at a time is decoded to fp32 and encoded again.  As with the fused AdamW a step may be
+    skipped on the device: while the attribute ``found_inf`` is a tensor of 1.0, :meth:`step` changes nothing.
 
-    ``update``, for stretches of whole blocks, may be replaced by itself through ``torch.compile``, which makes a few
-    kernels of some 60.  What is left over of a parameter is done without: torch 2.13's compiler for CPUs, for one,
-    comes to indices out of bounds where a row does not fill its vectors.
+    ``update``, for stretches of whole blocks, may be replaced by its compiled form, which fuses some 60 kernels into a
+    few.  The remainder of a parameter is not compiled: torch 2.13's compiler for CPUs, for one, computes indices out of
+    bounds if a row does not fill its vectors.
     """
 
     _step_supports_amp_scaling = True
@@ -106,13 +106,13 @@ class CompactAdamWOptimizer(torch.optim.Optimizer):
     def _step(self, named: list[tuple[str, Tensor]], group: dict[str, Any], found_inf: Tensor | None) -> None:
         beta1, beta2 = group["betas"]
         steps = [self.state[parameter]["step"] for _, parameter in named]
-        refused = None
+        skipped = None
         if found_inf is None:
             torch._foreach_add_(steps, 1)
         else:
-            refused = found_inf != 0
-            torch._foreach_add_(steps, [1 - refused.to(steps[0].dtype)] * len(steps))
-        # Numbers that change from step to step are tensors: else a compiled update would be compiled each time.
+            skipped = found_inf != 0
+            torch._foreach_add_(steps, [1 - skipped.to(steps[0].dtype)] * len(steps))
+        # Numbers that change from step to step are tensors: otherwise the update would be recompiled at each step.
         count = torch.stack(steps)
         rates = group["lr"] / bias_correction(beta1, count)
         roots = bias_correction(beta2, count).sqrt()
@@ -124,7 +124,7 @@ class CompactAdamWOptimizer(torch.optim.Optimizer):
             for begin, weights, gradient, *stretch in stretches(parameter, parameter.grad, *kept):
                 seed = seed_of(seeds[i], name, begin)
                 update = self.update if weights.shape[1] == BLOCK else self._update
-                scalars = (rates[i], roots[i], decay, seed, refused, beta1, beta2, group["eps"])
+                scalars = (rates[i], roots[i], decay, seed, skipped, beta1, beta2, group["eps"])
                 update(weights, gradient, stretch, *scalars)
 
     def _update(
@@ -136,12 +136,12 @@ class CompactAdamWOptimizer(torch.optim.Optimizer):
         root: Tensor,
         decay: Tensor,
         seed: Tensor,
-        refused: Tensor | None,
+        skipped: Tensor | None,
         beta1: float,
         beta2: float,
         eps: float,
     ) -> None:
-        """One stretch: ``parameter`` and ``gradient`` (blocks, numbers), the state's entries for it."""
+        """Update one stretch: ``parameter`` and ``gradient`` (blocks, numbers), and its entries of the state."""
         gradient = gradient.float()
         exp_avg, exp_avg_sq = self.moments.read(kept)
         exp_avg = exp_avg.lerp(gradient, 1 - beta1)
@@ -153,19 +153,19 @@ class CompactAdamWOptimizer(torch.optim.Optimizer):
         for old, value in zip(
             (parameter, *kept), (new, *self.moments.write(exp_avg, exp_avg_sq, (first, second))), strict=True
         ):
-            old.copy_(value if refused is None else torch.where(refused, old, value.to(old.dtype)))
+            old.copy_(value if skipped is None else torch.where(skipped, old, value.to(old.dtype)))
 
 
 def bias_correction(beta: float, count: Tensor) -> Tensor:
-    """``1 - beta ** count``, without the digits that fp32 would lose to the difference."""
+    """Compute ``1 - beta ** count`` without the cancellation of the plain formula in fp32."""
     return -torch.expm1(count * (math.log(beta) if beta else -math.inf))
 
 
 def stretches(parameter: Tensor, *others: Tensor) -> Iterator[tuple[Any, ...]]:
-    """The number of its first element and the views of a stretch of ``parameter`` and ``others``, one by one.
+    """Yield the first element's number and the views of each stretch of ``parameter`` and ``others``.
 
-    Views are (blocks, BLOCK); the last block of a parameter, if it is shorter, is a stretch of its own.  Those of
-    what has a number for each block are (blocks,).
+    Views are (blocks, BLOCK); the last block of a parameter, if it is shorter, is a separate stretch.  Views of tensors
+    with one number for each block are (blocks,).
     """
     size = parameter.numel()
     chunk = CHUNK_ON_CPU if parameter.device.type == "cpu" else CHUNK

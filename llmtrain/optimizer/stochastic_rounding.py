@@ -1,11 +1,11 @@
 """Stochastic rounding: up or down at random, with the probabilities that keep the expected value.
 
 Rounding to the nearest loses every change that is smaller than half a step of the format: with beta2 = 0.999 a second
-moment in bf16, whose steps are 0.4 to 0.8% of the value, would never become smaller.  Rounded stochastically, changes
-arrive in the mean (Gupta et al. 2015, https://arxiv.org/abs/1502.02551).
+moment in bf16, whose steps are 0.4 to 0.8% of the value, would never become smaller.  Rounded stochastically,
+the expected change is exact (Gupta et al. 2015, https://arxiv.org/abs/1502.02551).
 
-The random numbers are a hash of the parameter's name, the optimizer's step and the element's number, all of which a
-resumed run has again; nothing about them is stored, and the step may be known to the device alone.
+The random numbers are a hash of the parameter's name, the optimizer's step and the element's number, so a resumed run
+draws the same ones; no generator state is stored, and the step may stay on the device.
 """
 
 import zlib
@@ -22,34 +22,34 @@ FIRST, SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
 
 
 def step_seeds(steps: Tensor) -> Tensor:
-    """int32 seeds, one for each of the optimizer's ``steps``."""
+    """Compute int32 seeds, one for each of the optimizer's ``steps``."""
     return _mix(steps.to(torch.int32) * GOLDEN)
 
 
 def seed_of(step_seed: Tensor, name: str, begin: int) -> Tensor:
-    """The seed for the elements of the parameter ``name`` from ``begin`` on."""
+    """Compute the seed for the elements of the parameter ``name`` from ``begin`` on."""
     offset = zlib.crc32(name.encode()) + begin * GOLDEN
     return step_seed + ((offset + (1 << 31)) % (1 << 32) - (1 << 31))
 
 
 def noise(seed: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Two random int32 vectors (count,), uniform in [0, 2**BITS), on the device of the int32 number ``seed``."""
+    """Return two random int32 vectors (count,), uniform in [0, 2**BITS), on the device of the int32 number ``seed``."""
     mixed = _mix(torch.arange(count, dtype=torch.int32, device=seed.device) * GOLDEN + seed)
     mask = (1 << BITS) - 1
     return mixed & mask, (mixed >> BITS) & mask
 
 
 def _mix(x: Tensor) -> Tensor:
-    # the masks take away the sign bits that >> shifts in
+    # the masks clear the sign bits that >> shifts in
     x = (x ^ ((x >> 16) & 0xFFFF)) * FIRST
     x = (x ^ ((x >> 15) & 0x1FFFF)) * SECOND
     return x ^ ((x >> 16) & 0xFFFF)
 
 
 def to_bf16(x: Tensor, noise: Tensor) -> Tensor:
-    """fp32 ``x`` as bf16, its magnitude rounded up with the probability that the part cut off has of a step.
+    """Round fp32 ``x`` to bf16; the probability of rounding up is the fraction of a step that is cut off.
 
-    ``noise`` has the shape of ``x``.  What bf16 can hold comes through unchanged.
+    ``noise`` has the shape of ``x``.  Numbers that bf16 can represent do not change.
     """
     bits = (x.view(torch.int32) + noise) & -(1 << BITS)
     return bits.view(torch.float32).to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The arithmetic of forward and backward.  Master weights and optimizer state stay fp32."""
+"""Arithmetic of the forward and backward pass.  Master weights and optimizer state stay fp32."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -15,17 +15,17 @@ class PrecisionConfig(Option, ABC):
 
     @abstractmethod
     def build(self, device: torch.device) -> "Precision":
-        """The arithmetic on ``device``.  Raises ValueError where the device does not have it."""
+        """Build the arithmetic for ``device``.  Raises ValueError if the device does not support it."""
 
     def inference(self, device: torch.device) -> "Precision":
-        """The arithmetic of a trained model's text, which may be wanted on a device that could not train it."""
+        """Build the arithmetic for generation and evaluation, also on devices that cannot train in this precision."""
         return self.build(device)
 
 
 class LossScaler:
     """Dynamic loss scaling for fp16 (Micikevicius et al. 2018, section 3.2), all of it on the device.
 
-    The loss is multiplied by ``scale`` before backward.  A step whose gradients overflow is refused and halves the
+    The loss is multiplied by ``scale`` before backward.  A step whose gradients overflow is skipped and halves the
     scale; ``growth_interval`` good steps in a row double it.
     """
 
@@ -35,17 +35,17 @@ class LossScaler:
         self.growth_interval = growth_interval
 
     def update(self, found_inf: Tensor) -> None:
-        """Account for a step; ``found_inf`` is 1.0 where it was refused, else 0.0."""
-        refused = found_inf > 0
-        good_steps = torch.where(refused, 0, self.good_steps + 1)
+        """Update the scale after a step; ``found_inf`` is 1.0 if the step was skipped, else 0.0."""
+        skipped = found_inf > 0
+        good_steps = torch.where(skipped, 0, self.good_steps + 1)
         grow = good_steps >= self.growth_interval
-        factor = torch.where(refused, 0.5, torch.where(grow, 2.0, 1.0))
+        factor = torch.where(skipped, 0.5, torch.where(grow, 2.0, 1.0))
         self.scale = (self.scale * factor).clamp(max=2.0**24)
         self.good_steps = torch.where(grow, 0, good_steps).to(torch.int32)
 
 
 class Precision:
-    """Arithmetic in use: ``dtype`` of matrix products, and a ``scaler`` where the dtype needs one."""
+    """Arithmetic in use: the ``dtype`` of matrix products, and a ``scaler`` if the dtype needs one."""
 
     def __init__(
         self,
@@ -61,17 +61,17 @@ class Precision:
         self.dtype = dtype
         self.matmul = matmul
         self.scaler = scaler
-        self.notice = ""  # what there is to say about it at the start of a run
+        self.notice = ""  # a message for the start of a run
 
     def apply(self, blocks: torch.nn.Module) -> None:
         """Change in place how the layers in ``blocks`` compute while gradients are recorded; names and weights stay.
 
-        Raises ValueError where none of them can.
+        Raises ValueError if no layer can be changed.
         """
 
     @contextmanager
     def arithmetic(self) -> Iterator[None]:
-        """Set how fp32 matrix products are done, for the duration of the run."""
+        """Set the algorithm of fp32 matrix products for the duration of the run."""
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(self.matmul)
         try:
@@ -80,13 +80,13 @@ class Precision:
             torch.set_float32_matmul_precision(before)
 
     def autocast(self) -> AbstractContextManager:
-        """Matrix products in ``dtype``; layer norms, softmax, the residual stream and the loss in fp32."""
+        """Context: matrix products in ``dtype``; layer norms, softmax, the residual stream and the loss in fp32."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The loss to call ``backward`` on."""
+        """Scale the loss, for ``backward``."""
         return loss if self.scaler is None else loss * self.scaler.scale
 
     def unscale(self, parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -96,7 +96,7 @@ class Precision:
             torch._foreach_mul_(gradients, self.scaler.scale.reciprocal())
 
     def state_dict(self) -> dict[str, float]:
-        """What resuming needs; waits for the device."""
+        """State to resume from; waits for the device."""
         if self.scaler is None:
             return {}
         return {"scale": self.scaler.scale.item(), "good_steps": self.scaler.good_steps.item()}

@@ -1,4 +1,4 @@
-"""The fastest arithmetic that trains like fp32."""
+"""Fastest arithmetic that trains like fp32."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class Auto(PrecisionConfig):
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Whether ``device`` multiplies bf16 in hardware (on a CPU: AVX512-BF16 or AMX, not mere emulation)."""
+    """Return True if ``device`` multiplies bf16 in hardware (on a CPU: AVX512-BF16 or AMX, not emulation)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

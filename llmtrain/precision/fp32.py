@@ -18,10 +18,10 @@ class FP32(PrecisionConfig):
 
 
 def exact_matmul() -> str:
-    """The faster of torch's settings for fp32 matrix products on this CPU of those that really are fp32.
+    """Choose the fastest setting of torch for matrix products on this CPU that keeps fp32 accuracy.
 
-    "medium" hands them to oneDNN, which is twice as fast as MKL on an AMD CPU, and is allowed to round to bf16.
-    Whether it does depends on the CPU (with AMX it does), so it is measured.
+    "medium" uses oneDNN, which is twice as fast as MKL on an AMD CPU, and is allowed to round to bf16.  With AMX it
+    does, on other CPUs it does not, so the error is measured.
     """
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(256, 512, generator=generator), torch.randn(512, 384, generator=generator)

@@ -11,7 +11,7 @@ from llmtrain.precision.fp8_linear import MULTIPLE, Recipe, convert
 
 @dataclass(frozen=True)
 class FP8(PrecisionConfig):
-    """NVIDIA Ada, Hopper and later; weights, gradients as the optimizer sees them, and its state stay fp32."""
+    """For NVIDIA Ada, Hopper and later; weights, their gradients and the optimizer state stay fp32."""
 
     recipe: Recipe
 
@@ -28,7 +28,7 @@ class FP8(PrecisionConfig):
 
 
 class FP8Precision(Precision):
-    """bf16, but for the linear layers that :meth:`apply` exchanges."""
+    """bf16, except in the linear layers that :meth:`apply` replaces."""
 
     def __init__(self, device: torch.device, recipe: Recipe) -> None:
         super().__init__("fp8", device, torch.bfloat16)
@@ -37,7 +37,7 @@ class FP8Precision(Precision):
     def apply(self, blocks: torch.nn.Module) -> None:
         if any(hasattr(module, "packed") for module in blocks.modules()):
             raise ValueError(
-                "precision=fp8: does not go with adapters, whose layers have products of their own; take "
+                "precision=fp8: does not work with adapters, which compute their own matrix products; take "
                 "precision=bf16 with lora.quantization=bf16"
             )
         converted, left = convert(blocks, self.recipe)

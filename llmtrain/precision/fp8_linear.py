@@ -1,12 +1,15 @@
-"""Linear layers whose matrix products multiply 8-bit floats, with scales computed from what is multiplied.
+"""Linear layers with 8-bit floating-point matrix products and dynamic scales.
 
 A tensor is stored as ``q * scale``: ``q`` in e4m3 (4 bits of exponent, 3 of mantissa, up to 448) or e5m2 (5 and 2, up
-to 57,344), ``scale`` in fp32, such that the largest magnitude comes to the largest number of the format (Micikevicius
-et al. 2022, arXiv:2209.05433, with current instead of delayed scaling).  The recipes are those that torchao calls so:
+to 57,344), ``scale`` in fp32, such that the largest magnitude becomes the largest number of the format (Micikevicius
+et al. 2022, arXiv:2209.05433, with current instead of delayed scaling).  Names and arithmetic of the
+recipes are torchao's:
 
 * ``tensorwise``: one scale a tensor; inputs and weights in e4m3, gradients in e5m2.
-* ``rowwise``: one scale a row, each operand quantised along the dimension that is summed over; all of it in e4m3, the
+* ``rowwise``: one scale a row, each operand quantised along the dimension that is summed over; everything in e4m3, the
   scales powers of two, so that a tensor and its transpose are rounded alike.
+
+docs/decisions.md compares this with torchao.
 """
 
 from enum import Enum
@@ -17,19 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-MULTIPLE = 16  # the tensor cores take rows and columns in such steps
-MIN_AMAX = 1e-12  # a tensor of zeros has a scale too
+MULTIPLE = 16  # the tensor cores need sizes that are multiples of this
+MIN_AMAX = 1e-12  # the scale of a tensor of zeros is not 0
 
 
 class Recipe(Enum):
-    """What has a scale of its own."""
+    """Granularity of the scales."""
 
     tensorwise = "tensorwise"
     rowwise = "rowwise"
 
 
 def find_scale(x: Tensor, dtype: torch.dtype, recipe: Recipe) -> Tensor:
-    """The scale of ``x`` ``(rows, columns)``, 0-dimensional or ``(rows, 1)``, fp32; on the device alone."""
+    """Compute the scale of ``x`` ``(rows, columns)``, 0-dimensional or ``(rows, 1)``, fp32; no synchronisation."""
     largest = torch.finfo(dtype).max
     if recipe is Recipe.tensorwise:
         return torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32).clamp(min=MIN_AMAX) / largest
@@ -38,7 +41,7 @@ def find_scale(x: Tensor, dtype: torch.dtype, recipe: Recipe) -> Tensor:
 
 
 def quantise(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x / scale`` in ``dtype``, rows contiguous.  What is not finite becomes NaN."""
+    """Return ``x / scale`` in ``dtype``, rows contiguous.  Non-finite numbers become NaN."""
     largest = torch.finfo(dtype).max
     return (x.float() / scale).clamp(-largest, largest).to(dtype).contiguous()  # the cast alone would overflow to NaN
 
@@ -53,11 +56,11 @@ def multiply(
     fast: bool,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """``a @ b.T + bias`` in ``dtype``, of quantised ``a`` ``(m, k)`` and ``b`` ``(n, k)``.
+    """Compute ``a @ b.T + bias`` in ``dtype`` from quantised ``a`` ``(m, k)`` and ``b`` ``(n, k)``.
 
-    ``fast`` sums with fewer bits on Hopper, which is enough for activations and not for gradients.
+    ``fast`` sums with fewer bits on Hopper, which is enough for activations but not for gradients.
     """
-    # the kernels for scales of rows give bf16 alone, and those that give fp32 take no bias
+    # kernels with row scales return only bf16, and those that return fp32 take no bias
     produced = torch.bfloat16 if scale_a.ndim else dtype
     fused = None if bias is None or produced == torch.float32 else bias.to(produced)
     out = torch._scaled_mm(
@@ -67,14 +70,14 @@ def multiply(
 
 
 class LinearFunction(torch.autograd.Function):
-    """``x @ weight.T + bias`` with all three matrix products of forward and backward in 8 bits."""
+    """``x @ weight.T + bias``, with all three matrix products of forward and backward in 8 bits."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe) -> Tensor:
         scale_x, scale_w = find_scale(x, E4M3, recipe), find_scale(weight, E4M3, recipe)
         x8 = quantise(x, scale_x, E4M3)
         ctx.recipe, ctx.dtype = recipe, x.dtype
-        # by row the transposed factors have other scales; a tensor keeps its own, and x a byte for each number
+        # with row scales the transpose has other scales; with one scale the 8-bit x, a byte a number, is enough
         ctx.save_for_backward(x8 if recipe is Recipe.tensorwise else x, scale_x, weight, scale_w)
         return multiply(x8, scale_x, quantise(weight, scale_w, E4M3), scale_w, x.dtype, fast=True, bias=bias)
 
@@ -109,9 +112,9 @@ def _by_row(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Fp8Linear(nn.Linear):
-    """The parameters of ``linear``, in fp32 as before, multiplied in 8 bits while gradients are recorded.
+    """Layer that shares the fp32 parameters of ``linear`` and multiplies in 8 bits while gradients are recorded.
 
-    Without gradients (evaluation, text) it is an ordinary layer: what a weight is worth is measured as it is kept.
+    Without gradients (evaluation, generation) it is an ordinary layer: the weights are evaluated as they are saved.
     """
 
     def __init__(self, linear: nn.Linear, recipe: Recipe) -> None:
@@ -136,9 +139,9 @@ class Fp8Linear(nn.Linear):
 
 
 def convert(blocks: nn.Module, recipe: Recipe) -> tuple[int, dict[str, str]]:
-    """Exchange the linear layers of ``blocks`` in place, names and parameters kept.
+    """Replace the linear layers of ``blocks`` in place; names and parameters stay.
 
-    Returns how many were exchanged, and of those that were not the name and the reason.
+    Returns the number of replaced layers, and the names and sizes of the others.
     """
     converted, left = 0, {}
     for path, module in list(blocks.named_modules()):

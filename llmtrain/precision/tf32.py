@@ -18,7 +18,7 @@ class TF32(PrecisionConfig):
         return Precision("tf32", device, matmul="high")
 
     def inference(self, device: torch.device) -> Precision:
-        """True fp32 where there is no TF32."""
+        """Build true fp32 on devices without TF32."""
         return self.build(device) if _has_tf32(device) else FP32().build(device)
 
 
