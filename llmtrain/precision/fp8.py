@@ -37,7 +37,7 @@ class FP8Precision(Precision):
     def apply(self, blocks: torch.nn.Module) -> None:
         if any(hasattr(module, "packed") for module in blocks.modules()):
             raise ValueError(
-                "precision=fp8: does not work with adapters, which compute their own matrix products; take "
+                "precision=fp8: does not go with adapters, which compute their own matrix products; take "
                 "precision=bf16 with lora.quantization=bf16"
             )
         converted, left = convert(blocks, self.recipe)
