@@ -24,7 +24,8 @@ DEPTH |= {"__init__": -1, "__main__": -1}  # the two entrances
 
 # Within a line: who knows another folder's contract, the names of its ``__init__``, and no option of it …
 CONTRACTS = {
-    "activation_checkpointing": {"model"}, "data": {"tokenizer"}, "lora": {"model"}, "objective": {"model"},
+    "activation_checkpointing": {"model"}, "data": {"tokenizer"}, "lora": {"model"}, "objective": {"data", "model"},
+    "hf": {"objective"},
 }  # fmt: skip
 # … and who knows all of it: names and keys of particular models, kernels, a run's checkpoints.
 MODULES = {

@@ -16,4 +16,4 @@ class Invocation:
 
     targets: Sequence[Path]  # run or checkpoint directories
     command: Sequence[str]  # the whole command line, for the record
-    step: int | None = None  # resume: of the checkpoint that is named
+    stored: object | None = None  # resume: the run at the target, as its directory has it

@@ -22,7 +22,6 @@ class Checkpoint(Option):
     keep_last: int
     keep_best: int
     keep_every: int
-    step: int | None
 
     def __post_init__(self) -> None:
         non_negative(
@@ -31,7 +30,6 @@ class Checkpoint(Option):
             keep_last=self.keep_last,
             keep_best=self.keep_best,
             keep_every=self.keep_every,
-            step=self.step,
         )
 
     def unread(self, run: RunFacts) -> dict[str, str]:

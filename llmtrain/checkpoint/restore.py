@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,33 +10,31 @@ from llmtrain.base.run_files import MODEL, OPTIMIZER
 from llmtrain.base.tensor_files import CheckpointError, read_tensors
 from llmtrain.checkpoint.directory import step_of
 from llmtrain.checkpoint.format import read_state, verify_checkpoint
-from llmtrain.checkpoint.model_state import load_model
+from llmtrain.checkpoint.model_state import restore_model
 from llmtrain.checkpoint.optimizer_state import load_state_tensors
-from llmtrain.model import LanguageModel
-from llmtrain.train.state import TrainState
+from llmtrain.objective import TrainingUnit
 
 
 def restore(
-    path: Path, model: LanguageModel, optimizer: torch.optim.Optimizer, *, fresh_optimizer: bool = False
-) -> TrainState:
-    """Fill ``model`` and ``optimizer`` from the checkpoint at ``path`` and return the state.
+    path: Path, unit: TrainingUnit, optimizer: torch.optim.Optimizer, *, fresh_optimizer: bool = False
+) -> dict[str, Any]:
+    """Fill ``unit`` and ``optimizer`` from the checkpoint at ``path`` and return the content of its state file.
 
-    With ``fresh_optimizer`` the optimizer keeps the state that it has: it is another one than the checkpoint's.
-    Everything is checked against the manifest first.  Raises :class:`CheckpointError` naming the file.
+    The caller has compared the checkpoint with its manifest.  With ``fresh_optimizer`` the optimizer keeps the state
+    that it has.  Raises :class:`CheckpointError` naming the file.
     """
-    verify_checkpoint(path)
-    load_model(model, path / MODEL)
+    restore_model(unit, path / MODEL)
     try:
         if not fresh_optimizer:
             load_state_tensors(optimizer, read_tensors(path / OPTIMIZER))
-        return TrainState.from_json(read_state(path))
     except (ValueError, TypeError, KeyError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: {error}") from error
+    return read_state(path)
 
 
-def newest_whole(
+def newest_intact(
     checkpoints: Sequence[Path], *, at_most: int | None = None, known: Collection[Path] = ()
 ) -> tuple[Path | None, list[CheckpointError]]:
     """The newest of ``checkpoints`` that agrees with its manifest, and what is wrong with those passed over.

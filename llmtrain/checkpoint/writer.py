@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,20 +24,21 @@ from torch import Tensor
 
 from llmtrain.base.device import available_memory
 from llmtrain.base.format import size
+from llmtrain.base.run_files import CHECKPOINTS
 from llmtrain.base.tensor_files import CheckpointError
-from llmtrain.checkpoint.directory import step_of
+from llmtrain.checkpoint.directory import find_checkpoints, step_of
 from llmtrain.checkpoint.format import confirm_checkpoint, remove_checkpoint, verify_checkpoint, write_checkpoint
 from llmtrain.checkpoint.policy import Checkpoint
+from llmtrain.checkpoint.restore import newest_intact
 from llmtrain.metrics import ValidationScore
-from llmtrain.run.directory import RunDirectory
 
 NICENESS = 10  # of the writing thread: it takes what the training threads leave
 COPY_BYTES = 1 << 24  # copied at once on a CPU
 
 
 @dataclass
-class Saved:
-    """What became of one save."""
+class SaveResult:
+    """The outcome of one save."""
 
     step: int
     path: Path
@@ -114,19 +115,42 @@ def _copy(target: Tensor, source: Tensor) -> None:
 
 
 class Saver:
-    """Writes the checkpoints of one run in ``directory`` by ``policy``.  A context manager: leaving it waits."""
+    """Writes the checkpoints of one run in ``run_dir`` by ``policy``.  A context manager: leaving it waits.
 
-    def __init__(self, policy: Checkpoint, directory: RunDirectory, device: torch.device) -> None:
+    ``config_text`` is the run's ``config.yaml``, which each checkpoint holds.  ``can_restore`` tells whether a
+    checkpoint's optimizer state is of the kind of optimizer that the run has now.
+    """
+
+    def __init__(
+        self,
+        policy: Checkpoint,
+        run_dir: Path,
+        device: torch.device,
+        *,
+        config_text: str,
+        can_restore: Callable[[Path], bool] = lambda checkpoint: True,
+    ) -> None:
         self.policy = policy
-        self.directory = directory
-        self.whole: set[Path] = set()  # written and read back here, or checked against their manifests
+        self.run_dir = run_dir
+        self.intact: set[Path] = set()  # written and read back here, or compared with their manifests
         self.damaged: set[Path] = set()
         self.is_behind = policy.asynchronous  # whether training goes on while a checkpoint is written
+        self._config_text = config_text
+        self._can_restore = can_restore
         self._snapshot = Snapshot(device)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_lower_priority)
         self._future: Future[None] | None = None
-        self._saved: Saved | None = None  # of the save that is under way
+        self._saved: SaveResult | None = None  # of the save that is under way
         self._begun = 0.0
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints of the run, oldest first."""
+        return find_checkpoints(self.run_dir)
+
+    def newest_to_roll_back_to(self, *, at_most: int) -> tuple[Path | None, list[CheckpointError]]:
+        """The newest intact checkpoint up to step ``at_most`` whose optimizer state fits, and what damaged others."""
+        fitting = [path for path in self.checkpoints() if self._can_restore(path)]
+        return newest_intact(fitting, at_most=at_most, known=self.intact)
 
     def check_memory(self, num_bytes: int) -> str | None:
         """What to tell the user where host memory has no room for a copy of ``num_bytes``: training then waits."""
@@ -144,21 +168,22 @@ class Saver:
         model: dict[str, Tensor],
         optimizer: dict[str, Tensor],
         state: dict[str, Any],
-        config: str,
-        standings: Mapping[int, ValidationScore],
+        scores: Mapping[int, ValidationScore],
         *,
         copied: bool = True,
     ) -> None:
         """Start to write the checkpoint of this moment.  The one before must have been collected.
+
+        ``scores``: of the validations by step, the least being the best.
 
         Without ``copied`` it is written from the tensors themselves: for when no update comes before it is through.
         One that does come waits for it.
         """
         assert self._future is None
         self._begun = time.perf_counter()
-        path = self.directory.checkpoints / f"step-{state['step']:08d}"
-        self._saved = saved = Saved(state["step"], path)
-        standings = dict(standings)
+        path = self.run_dir / CHECKPOINTS / f"step-{state['step']:08d}"
+        self._saved = saved = SaveResult(state["step"], path)
+        scores = dict(scores)
         saved.copied = self.is_behind and copied
         if saved.copied:
             self._snapshot.begin(model=model, optimizer=optimizer)
@@ -166,11 +191,11 @@ class Saver:
             def work() -> None:
                 self._snapshot.finish()
                 copies = self._snapshot.copies
-                self._write(saved, copies["model"], copies["optimizer"], state, config, standings)
+                self._write(saved, copies["model"], copies["optimizer"], state, scores)
         else:
 
             def work() -> None:
-                self._write(saved, model, optimizer, state, config, standings)
+                self._write(saved, model, optimizer, state, scores)
 
         self._future = self._pool.submit(work)
         if self.is_behind:
@@ -189,7 +214,7 @@ class Saver:
             self._snapshot.before_change()
             self._saved.held_seconds += time.perf_counter() - start
 
-    def collect(self, *, wait: bool) -> Saved | None:
+    def collect(self, *, wait: bool) -> SaveResult | None:
         """What became of the save under way, once; None where there is none, or it is not through yet."""
         if self._future is None or not (wait or self._future.done()):
             return None
@@ -221,38 +246,37 @@ class Saver:
 
     def _write(
         self,
-        saved: Saved,
+        saved: SaveResult,
         model: dict[str, Tensor],
         optimizer: dict[str, Tensor],
         state: dict[str, Any],
-        config: str,
-        standings: Mapping[int, ValidationScore],
+        scores: Mapping[int, ValidationScore],
     ) -> None:
         try:
-            self.whole.discard(saved.path)
+            self.intact.discard(saved.path)
             self.damaged.discard(saved.path)
-            write_checkpoint(saved.path, model=model, optimizer=optimizer, state=state, config=config)
+            write_checkpoint(saved.path, model=model, optimizer=optimizer, state=state, config=self._config_text)
             confirm_checkpoint(saved.path, model=model, optimizer=optimizer)
-            self.whole.add(saved.path)
-            self._remove_superfluous(saved, standings)
+            self.intact.add(saved.path)
+            self._remove_superfluous(saved, scores)
         except Exception as error:  # reported on the training thread, which decides what it means
             saved.error = error
         saved.seconds = time.perf_counter() - self._begun
 
-    def _remove_superfluous(self, saved: Saved, standings: Mapping[int, ValidationScore]) -> None:
-        """Remove what the policy does not keep; a checkpoint that is not whole neither counts nor goes."""
-        for path in self.directory.find_checkpoints():
-            if path not in self.whole and path not in self.damaged:
+    def _remove_superfluous(self, saved: SaveResult, scores: Mapping[int, ValidationScore]) -> None:
+        """Remove what the policy does not keep; a damaged checkpoint neither counts nor goes."""
+        for path in self.checkpoints():
+            if path not in self.intact and path not in self.damaged:
                 try:
                     verify_checkpoint(path)
-                    self.whole.add(path)
+                    self.intact.add(path)
                 except CheckpointError as error:
                     self.damaged.add(path)
                     saved.damaged.append(str(error))
-        for step in sorted(self.policy.superfluous([step_of(path) for path in self.whole], standings)):
-            path = next(path for path in self.whole if step_of(path) == step)
+        for step in sorted(self.policy.superfluous([step_of(path) for path in self.intact], scores)):
+            path = next(path for path in self.intact if step_of(path) == step)
             remove_checkpoint(path)
-            self.whole.discard(path)
+            self.intact.discard(path)
             saved.removed.append(step)
 
 

@@ -78,6 +78,7 @@ def parse(arguments: Sequence[str]) -> CommandLine:
     step = None
     if verb == "resume":
         targets[0], step, overrides = named_checkpoint(targets[0], overrides)
+    refuse_step(verb, overrides)
     sweep_dir, overrides = take(overrides, "hydra.sweep.dir=")
     words = ["llmtrain", *arguments]
     return CommandLine(
@@ -157,25 +158,39 @@ def take(overrides: list[str], prefix: str) -> tuple[Path | None, list[str]]:
     return (Path(values[-1]) if values else None), others
 
 
+STEP = re.compile(r"\+{0,2}(?:checkpoint\.)?step=(.*)")  # with the group that it had in earlier versions, too
+
+
 def named_checkpoint(target: Path, overrides: list[str]) -> tuple[Path, int | None, list[str]]:
     """Return the run that ``resume`` is given, the step of its checkpoint if one is named, and the other overrides.
 
-    ``RUN_DIR/checkpoints/step-00000800`` means the same as ``RUN_DIR checkpoint.step=800``.  The step is no part of the
-    composed config: it names where to begin, once.
+    ``RUN_DIR/checkpoints/step-00000800`` means the same as ``RUN_DIR step=800``.  The step is an argument and no part
+    of the composed config: it names where to begin, once.
     """
-    matches = [re.fullmatch(r"\+{0,2}checkpoint\.step=(.*)", override) for override in overrides]
+    matches = [STEP.fullmatch(override) for override in overrides]
     given = [match[1].strip("'\"") for match in matches if match]
     others = [override for override, match in zip(overrides, matches, strict=True) if not match]
     if given and not re.fullmatch(r"\d+|null", given[-1]):
-        raise UsageError(f"checkpoint.step={given[-1]}: must be the step of a checkpoint, as in checkpoint.step=800")
+        raise UsageError(f"step={given[-1]}: must be the step of a checkpoint, as in step=800")
     step = int(given[-1]) if given and given[-1] != "null" else None
     path = target.absolute()
     if path.parent.name == CHECKPOINTS and (match := re.fullmatch(r"step-(\d+)", path.name)):
         if step not in (None, int(match[1])):
-            raise UsageError(f"checkpoint.step={step}: the target is the checkpoint of step {int(match[1])}; name one")
+            raise UsageError(f"step={step}: the target is the checkpoint of step {int(match[1])}; name one")
         run_dir = path.parent.parent
         return run_dir if target.is_absolute() else Path(os.path.relpath(run_dir)), int(match[1]), others
     return target, step, others
+
+
+def refuse_step(verb: str, overrides: Sequence[str]) -> None:
+    """Refuse the step of a checkpoint for a verb that starts anew.  Raises :class:`UsageError`."""
+    for match in (STEP.fullmatch(override) for override in overrides):
+        if match and verb in ("train", "plan"):
+            step = match[1] if match[1].isdigit() else "N"
+            raise UsageError(
+                f"step={match[1]}: a new run has no checkpoint; resume one with: llmtrain resume RUN_DIR step={step}; "
+                f"or take its weights alone: weights=checkpoint weights.path=RUN_DIR/checkpoints/step-{step.zfill(8)}"
+            )
 
 
 def usage(verb: str) -> str:

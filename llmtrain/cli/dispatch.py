@@ -17,18 +17,21 @@ from llmtrain.cli.hydra_app import run_hydra
 from llmtrain.cli.start import OF_A_RUN, requested_allocator
 
 if TYPE_CHECKING:
+    from llmtrain.run.resume import StoredRun
     from llmtrain.sweep.jobs import Job
 
 
 def dispatch(line: CommandLine) -> int:
     """Compose the verb's config and run the command, or the sweep; returns the exit status."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
+    stored: StoredRun | None = None
     if line.verb == "resume":
         from llmtrain.config.compose import register_stored
-        from llmtrain.run.resume import load_run
+        from llmtrain.run.resume import StoredRun
 
-        register_stored(load_run(line.targets[0], line.step))
-    task = Task(line)
+        stored = StoredRun(line.targets[0], line.step)
+        register_stored(stored.composable())
+    task = Task(line, stored)
     run_hydra(line.verb, line.flags, line.overrides, task.run)
     if task.errors:
         raise task.errors[0]
@@ -42,8 +45,9 @@ def dispatch(line: CommandLine) -> int:
 class Task:
     """The function that Hydra calls with a composed config: once, or for every job of a sweep."""
 
-    def __init__(self, line: CommandLine) -> None:
+    def __init__(self, line: CommandLine, stored: "StoredRun | None") -> None:
         self.line = line
+        self.stored = stored  # the run that is resumed
         self.status = FINISHED
         self.jobs: list[Job] = []  # of a sweep that starts once all of them are checked
         self.errors: list[Exception] = []
@@ -69,7 +73,7 @@ class Task:
         find_plugins(values)
         if self.line.multirun:
             return self._run_job(values, hydra)
-        self.status = execute(self.line, values)
+        self.status = execute(self.line, values, self.stored)
         return None
 
     def _show_help(self, composed: Any, hydra: Any) -> None:
@@ -90,7 +94,7 @@ class Task:
         return run_alone(job, self.line.sweep_dir)
 
 
-def execute(line: CommandLine, values: dict[str, Any]) -> int:
+def execute(line: CommandLine, values: dict[str, Any], stored: "StoredRun | None") -> int:
     """Build the config's dataclass and run the verb's module with it."""
     from llmtrain.config.build import build
 
@@ -98,7 +102,7 @@ def execute(line: CommandLine, values: dict[str, Any]) -> int:
     module = importlib.import_module(f"llmtrain.commands.{line.verb}")
     built = build(values, object, plugins=values.get("plugins") or ())
     with notes_to_stderr():
-        return module.main(built, Invocation(line.targets, line.words, line.step))
+        return module.main(built, Invocation(line.targets, line.words, stored))
 
 
 def allocator_of(line: CommandLine, values: dict[str, Any]) -> Allocator:

@@ -25,7 +25,7 @@ ON_RESUME = [
     "Continue a run exactly where it stopped: llmtrain resume runs/2026-11-21/gpt124m-k3v9",
     "A key that is given is a recorded change, as in loop.max_steps=4000 schedule=constant.  Changes that would make",
     "it another run are refused: name, model, tokenizer, data (not its path), objective, weights, lora, runtime.seed.",
-    "checkpoint.step=800, or run_dir=DIR, starts a branch in a run directory of its own.",
+    "step=800, or run_dir=DIR, starts a branch in a run directory of its own.",
 ]
 
 

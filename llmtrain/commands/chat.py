@@ -19,7 +19,7 @@ from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.data.chat.template import Message
 from llmtrain.inference.conversation import Conversation
 from llmtrain.inference.generate import Sampling
-from llmtrain.run.load import load_trained
+from llmtrain.run.load import load_model
 from llmtrain.run.text_generation import check_generates, template_of
 
 COMMANDS = {
@@ -66,7 +66,7 @@ def main(settings: Chat, invocation: Invocation) -> int:
     checkpoint = locate_checkpoint(invocation.targets[0])
     console = Console(highlight=False, soft_wrap=True)
     runtime = Runtime.for_inference(settings.device)
-    with load_trained(checkpoint, runtime, base=settings.base, plugins=settings.plugins) as trained:
+    with load_model(checkpoint, runtime, base=settings.base, plugins=settings.plugins) as trained:
         check_generates(trained, invocation.targets[0])
         seed = secrets.randbits(63) if settings.seed is None else settings.seed
         conversation = Conversation(

@@ -17,6 +17,7 @@ from llmtrain.base.format import significant, size
 from llmtrain.base.invocation import FAILED, FINISHED, Invocation
 from llmtrain.base.runtime import Device, Runtime
 from llmtrain.checkpoint.directory import locate_checkpoint
+from llmtrain.config.assemble import build_unit
 from llmtrain.config.run_config import RunConfig
 from llmtrain.data.chat.encoder import ConversationEncoder
 from llmtrain.data.chat.markup_template import MarkupTemplate
@@ -35,7 +36,7 @@ from llmtrain.lora.low_rank import LowRankAdaptation
 from llmtrain.lora.merge import merge
 from llmtrain.lora.quantization import Quantization
 from llmtrain.lora.targets import HEAD
-from llmtrain.run.load import Trained, load_trained
+from llmtrain.run.load import LoadedModel, load_model
 from llmtrain.run.text_generation import template_of
 from llmtrain.verify.logits import (
     ExportMismatch,
@@ -96,7 +97,7 @@ def main(settings: Export, invocation: Invocation) -> int:
     to = Path(settings.to).absolute()
     temporary = to.with_name(f".tmp-{to.name}-{os.getpid()}")
     # On the host, whose arithmetic is that of fp32.
-    loaded = load_trained(checkpoint, Runtime.for_inference(Device.cpu), base=settings.base, plugins=settings.plugins)
+    loaded = load_model(checkpoint, Runtime.for_inference(Device.cpu), base=settings.base, plugins=settings.plugins)
     try:
         with loaded as trained:
             to.parent.mkdir(parents=True, exist_ok=True)
@@ -118,32 +119,34 @@ def main(settings: Export, invocation: Invocation) -> int:
 # --- the whole model ----------------------------------------------------------------------------------------------
 
 
-def whole(settings: Export, trained: Trained, folder: Path) -> None:
+def whole(settings: Export, trained: LoadedModel, folder: Path) -> None:
     """``format=huggingface``."""
-    model, run, labels = trained.model, trained.run, trained.state.labels
+    unit, run, labels = trained.unit, trained.run, trained.state.labels
+    model = unit.model
     dtype = (settings.dtype or type_of_base(run)).value
     contents, pad = tokenizer_files(trained, may_add=True)
     tokens = {"bos_token_id": trained.tokenizer.bos, "eos_token_id": trained.tokenizer.end_of_text, "pad_token_id": pad}
     multi_label = bool(getattr(run.objective, "multi_label", False))
-    values = config_json(model, dtype, tokens, labels, multi_label)  # refused, if it is, before anything is computed
+    values = config_json(unit, dtype, tokens, labels, multi_label)  # refused, if it is, before anything is computed
     is_tied = not hasattr(model, HEAD)
-    merge(model)
+    merge(model, has_output=unit.uses_output_layer)
+    unit.has_base = False
     if is_tied and hasattr(model, HEAD):
-        values = config_json(model, dtype, tokens, labels, multi_label)
+        values = config_json(unit, dtype, tokens, labels, multi_label)
         print("the output layer, which was the embedding, is a matrix of its own: the adapter is for the input alone")
     before = reference_logits(trained)
     if dtype != torch.float32:
         with torch.no_grad():
-            for parameter in model.parameters():
+            for parameter in unit.parameters():
                 parameter.copy_(parameter.to(dtype))
         rounded = reference_logits(trained)
         change = significant(before.difference(rounded.logits))
         print(f"rounded to {str(dtype).removeprefix('torch.')}: logits change by up to {change}")
         before = rounded
     generation = {"eos_token_id": ends_of(trained)}
-    write_checkpoint(model, folder, values, generation, dtype=dtype, shard_bytes=round(settings.shard_gb * 1e9))
+    write_checkpoint(unit, folder, values, generation, dtype=dtype, shard_bytes=round(settings.shard_gb * 1e9))
     write_files(contents, folder)
-    model.to_empty(device="meta")  # its memory goes before the copy's comes
+    unit.to_empty(device="meta")  # its memory goes before the copy's comes
     check_logits("this program", before, reloaded_logits(folder, config_of(model), len(labels), before.prompts))
     if not is_installed("transformers"):
         print("with transformers: not compared, it is not installed")
@@ -161,19 +164,19 @@ def type_of_base(run: RunConfig) -> DType:
     return DType.fp32
 
 
-def taught(trained: Trained) -> ChatTemplate | None:
+def taught(trained: LoadedModel) -> ChatTemplate | None:
     """The template of the run's instructions; None for other data."""
     return template_of(trained, None, None) if hasattr(trained.run.data, "template") else None
 
 
-def ends_of(trained: Trained) -> int | list[int]:
+def ends_of(trained: LoadedModel) -> int | list[int]:
     """The ids that end a text, and those that end a response in the run's template."""
     end, template = trained.tokenizer.end_of_text, taught(trained)
     others = set() if template is None else ConversationEncoder(trained.tokenizer, template).stops(template)[0] - {end}
     return [end, *sorted(others)] if others else end
 
 
-def tokenizer_files(trained: Trained, *, may_add: bool) -> tuple[dict[str, str], int | None]:
+def tokenizer_files(trained: LoadedModel, *, may_add: bool) -> tuple[dict[str, str], int | None]:
     """The files of the tokenizer by name, and the id of what pads a batch of texts for a classifier.
 
     transformers' classifiers read the last token that is no padding.  Where the token that ends a text is read, it
@@ -204,9 +207,10 @@ def write_files(contents: dict[str, str], folder: Path) -> None:
 # --- the adapters -------------------------------------------------------------------------------------------------
 
 
-def adapter(settings: Export, trained: Trained, folder: Path) -> None:
+def adapter(settings: Export, trained: LoadedModel, folder: Path) -> None:
     """``format=peft``."""
-    model, run, labels = trained.model, trained.run, trained.state.labels
+    unit, run, labels = trained.unit, trained.run, trained.state.labels
+    model = unit.model
     if not isinstance(run.lora, LowRankAdaptation):
         raise ValueError(
             "format=peft: this run trained the weights themselves and has no adapters; take format=huggingface"
@@ -217,15 +221,15 @@ def adapter(settings: Export, trained: Trained, folder: Path) -> None:
     base = str(locate_directory(run.weights.path).resolve()) if isinstance(run.weights, HuggingFace) else None
     before = reference_logits(trained)
     transposed = is_transposed(family, model, kind)
-    export_adapter(model, run.lora, names, folder, base=base, fan_in_fan_out=transposed)
+    export_adapter(unit, run.lora, names, folder, base=base, fan_in_fan_out=transposed)
     contents, pad = tokenizer_files(trained, may_add=False)  # of the base nothing is changed
     write_files(contents, folder)
     if labels and pad is None:
         print("its tokenizer has no token that could pad: texts have to be classified one at a time")
     generator = torch.Generator().manual_seed(1)
-    copy = run.make_model(model.vocab_size, labels, torch.device("cpu"), generator, load_weights=False).eval()
+    copy = build_unit(run, model.vocab_size, labels, torch.device("cpu"), generator, load_weights=False).eval()
     import_adapter(copy, run.lora, names, folder)
-    check_logits("this program", before, compute_logits(copy, before.prompts))
+    check_logits("this program", before, compute_logits(copy.model, copy.heads.get("classifier"), before.prompts))
     reason = ""
     if base is None:
         reason = "the base is another run's: export that too, and name it to PeftModel.from_pretrained"

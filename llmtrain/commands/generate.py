@@ -21,7 +21,7 @@ from llmtrain.data.chat.template import ChatTemplate, Message
 from llmtrain.data.sources.documents import read_text
 from llmtrain.data.sources.records import RecordReader, find_records
 from llmtrain.inference.generate import Sampling, generate, stream_text
-from llmtrain.run.load import Trained, load_trained
+from llmtrain.run.load import LoadedModel, load_model
 from llmtrain.run.text_generation import check_generates, template_of
 
 AS_IT_IS, AS_TAUGHT = "none", "run"  # of the templates
@@ -69,7 +69,7 @@ def main(settings: Generate, invocation: Invocation) -> int:
     """Stream texts to standard output; for a file of prompts a JSON row for each text, into ``output`` if given."""
     checkpoint = locate_checkpoint(invocation.targets[0])
     runtime = Runtime.for_inference(settings.device)
-    with load_trained(checkpoint, runtime, base=settings.base, plugins=settings.plugins) as trained:
+    with load_model(checkpoint, runtime, base=settings.base, plugins=settings.plugins) as trained:
         check_generates(trained, invocation.targets[0])
         writer = Writer(trained, settings)
         if settings.file is not None:
@@ -89,7 +89,7 @@ def main(settings: Generate, invocation: Invocation) -> int:
 class Writer:
     """Texts that go on from prompts, one sample after the other from one sequence of random numbers."""
 
-    def __init__(self, trained: Trained, settings: Generate) -> None:
+    def __init__(self, trained: LoadedModel, settings: Generate) -> None:
         self.trained, self.settings = trained, settings
         seed = secrets.randbits(63) if settings.seed is None else settings.seed
         self.generator = torch.Generator(trained.device).manual_seed(seed)

@@ -16,13 +16,14 @@ from llmtrain.base.files import write_atomically
 from llmtrain.base.format import count, duration, rate, significant, size
 from llmtrain.base.invocation import FINISHED, USAGE_ERROR, Invocation
 from llmtrain.checkpoint.model_state import saved_tensors
+from llmtrain.config.assemble import outline
 from llmtrain.config.overrides import overrides_of
 from llmtrain.data import Corpus
 from llmtrain.display import lines
 from llmtrain.lint import Case, lint
-from llmtrain.model import LanguageModel
+from llmtrain.objective import TrainingUnit
 from llmtrain.plan.advice import Suggestion, largest_fitting, suggest
-from llmtrain.plan.blueprint import Blueprint, outline
+from llmtrain.plan.blueprint import Blueprint
 from llmtrain.plan.chart import bar, draw
 from llmtrain.plan.costs import Costs, Counts, Speed, add_up, count_work, without_long_saves
 from llmtrain.plan.devices import DeviceSpec, arithmetic, find_device, present_device
@@ -30,7 +31,7 @@ from llmtrain.plan.memory import Memory, Untraceable, at_micro_batch, estimate
 from llmtrain.plan.trace import Phase
 from llmtrain.precision import Precision
 from llmtrain.run.run import Run
-from llmtrain.run.time_steps import Probed, ProbeFailed, probe
+from llmtrain.run.time_steps import ProbeFailed, ProbeResult, probe
 from llmtrain.tokenizer import Tokenizer
 
 WHEN = {Phase.held: "between two steps", Phase.forward: "in forward", Phase.backward: "in backward",
@@ -72,7 +73,7 @@ class Planned:
 
     tokenizer: Tokenizer
     corpus: Corpus
-    model: LanguageModel  # on the meta device
+    unit: TrainingUnit  # on the meta device
     max_steps: int
 
 
@@ -85,7 +86,7 @@ class Outlook:
     micro_batch_size: int
     memory: Memory | None  # None: a step could not be traced
     note: str  # why there is no memory or no probe; empty otherwise
-    probed: Probed | None
+    probed: ProbeResult | None
     counts: Counts
     costs: Costs
     suggestions: list[Suggestion]
@@ -120,12 +121,12 @@ def main(plan: Plan, invocation: Invocation) -> int:
     run = plan.run
     tokenizer = run.tokenizer.build()
     corpus = run.data.build(tokenizer)
-    model = outline(run, run.vocab_size(tokenizer), corpus.labels)
+    unit = outline(run, run.vocab_size(tokenizer), corpus.labels)
     steps = run.loop.total_steps(run.accumulation, len(corpus.train), run.data.sequence_length)
-    planned = Planned(tokenizer, corpus, model, steps)
+    planned = Planned(tokenizer, corpus, unit, steps)
 
     console = Console(highlight=False)
-    console.print(parameters(model))
+    console.print(parameters(unit))
     console.print()
     console.print(work(run, planned))
     console.print()
@@ -137,7 +138,7 @@ def main(plan: Plan, invocation: Invocation) -> int:
         draw(Path(plan.chart), run.name, parts, outlook.spec.memory_bytes, outlook.costs.seconds)
     if plan.json is not None:
         write_atomically(Path(plan.json), json.dumps(figures(run, planned, outlook), indent=1) + "\n")
-    findings = lint(Case(run, tokenizer, corpus, model, steps, overrides=overrides_of(invocation.command)))
+    findings = lint(Case(run, tokenizer, corpus, unit, steps, overrides=overrides_of(invocation.command)))
     if findings:
         console.print()
     for finding in findings:
@@ -173,7 +174,7 @@ def look_ahead(plan: Plan, run: Run, planned: Planned, device: torch.device) -> 
         memory = estimate(blueprint, gpu=spec.is_gpu, copied=is_copied)
     except Untraceable as error:
         note = f"memory: not known, a step cannot be traced without data ({error})"
-    saved = sum(tensor.nbytes for tensor in saved_tensors(planned.model).values())
+    saved = sum(tensor.nbytes for tensor in saved_tensors(planned.unit).values())
     saved += memory.parts["optimizer"] if memory is not None else 0
     room, fits = spec.memory_bytes, None
     if memory is not None and room is not None:
@@ -199,7 +200,7 @@ def look_ahead(plan: Plan, run: Run, planned: Planned, device: torch.device) -> 
         room = min(room, round(0.95 * memory.needed))  # less than that where the probe ran out of it
         can = spec.is_gpu and "bf16" in spec.flops and precision.name in ("fp32", "tf32")
         suggestions = suggest(blueprint, memory, gpu=spec.is_gpu, available=room, copied=is_copied, bf16=can)
-    speed = speed_of(run, planned.model, spec, precision, probed)
+    speed = speed_of(run, planned.unit, spec, precision, probed)
     counts = without_long_saves(counts, speed, saved)
     watts = plan.watts if plan.watts is not None else spec.watts
     costs = add_up(
@@ -210,7 +211,7 @@ def look_ahead(plan: Plan, run: Run, planned: Planned, device: torch.device) -> 
     )
 
 
-def speed_of(run: Run, model: LanguageModel, spec: DeviceSpec, precision: Precision, probed: Probed | None) -> Speed:
+def speed_of(run: Run, unit: TrainingUnit, spec: DeviceSpec, precision: Precision, probed: ProbeResult | None) -> Speed:
     """From the probe, or from the device's rate."""
     if probed is not None:
         sequence = probed.step_seconds / probed.batch_size
@@ -218,8 +219,8 @@ def speed_of(run: Run, model: LanguageModel, spec: DeviceSpec, precision: Precis
         return Speed(sequence, probed.evaluated_seconds, probed.sampled_seconds, before)
     length = run.data.sequence_length
     at = spec.peak_flops(precision) * spec.utilisation(precision)
-    weights = model.num_parameters() * precision.dtype.itemsize
-    return Speed.of_flops(model.flops_per_token(length), length, at, weights, spec.bandwidth)
+    weights = unit.model.num_parameters() * precision.dtype.itemsize
+    return Speed.of_flops(unit.flops_per_token(length), length, at, weights, spec.bandwidth)
 
 
 # --- telling -----------------------------------------------------------------------------------------------------
@@ -234,9 +235,10 @@ def table(title: str) -> Table:
     return result
 
 
-def parameters(model: LanguageModel) -> Table:
+def parameters(unit: TrainingUnit) -> Table:
     """Parameters by part."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = sum(p.numel() for _, p in unit.trained_weights())
+    model = unit.model
     total = model.num_parameters()
     parts = table("parameters")
     for part, number in model.parameters_by_part().items():
@@ -249,13 +251,14 @@ def parameters(model: LanguageModel) -> Table:
 
 def work(run: Run, planned: Planned) -> Table:
     """Tokens, steps, FLOPs."""
-    model, corpus, steps = planned.model, planned.corpus, planned.max_steps
+    unit, corpus, steps = planned.unit, planned.corpus, planned.max_steps
+    model = unit.model
     sequence, batch = run.data.sequence_length, run.accumulation.batch_size_at(0, 0)
     sequences = run.accumulation.position_after(steps, sequence)
     mean = corpus.train.mean_length
     tokens = round(sequences * mean)
-    flops_per_token = model.flops_per_token(sequence)
-    attention = flops_per_token - model.flops_per_token(0)
+    flops_per_token = unit.flops_per_token(sequence)
+    attention = flops_per_token - unit.flops_per_token(0)
     rows = table("work")
     at_first = " at first" if sequences != batch * steps else ""
     rows.add_row("data", "", Text(corpus.description))
@@ -264,9 +267,9 @@ def work(run: Run, planned: Planned) -> Table:
     rows.add_row("steps", f"{steps:,}", f"{run.schedule.warmup(steps):,} of them warm-up")
     epochs = sequences / len(corpus.train)
     rows.add_row("tokens", f"{tokens:,}", f"{epochs:.2f} epochs, {tokens / model.num_parameters():.2f} a parameter")
-    is_whole = all(parameter.requires_grad for parameter in model.parameters())
+    is_whole = all(parameter.requires_grad for parameter in unit.parameters())
     products = "6 N" if is_whole else "6 N, 4 or 2 N of what is frozen"
-    formula = f"{products}: {count(model.flops_per_token(0))}, attention: {count(attention)}"
+    formula = f"{products}: {count(unit.flops_per_token(0))}, attention: {count(attention)}"
     rows.add_row("FLOPs per token", f"{flops_per_token:,}", f"{formula}; N: parameters in matrix products")
     rows.add_row("FLOPs", f"{flops_per_token * tokens:.3e}", "")
     return rows
@@ -350,15 +353,16 @@ def verdict(console: Console, outlook: Outlook) -> None:
 def figures(run: Run, planned: Planned, outlook: Outlook) -> dict[str, Any]:
     """Every figure, for a machine to read; bytes, seconds, FLOPs."""
     memory, probed, costs = outlook.memory, outlook.probed, outlook.costs
-    model, length = planned.model, run.data.sequence_length
+    unit, length = planned.unit, run.data.sequence_length
+    model = unit.model
     return {
         "name": run.name,
         "device": outlook.spec.title,
         "precision": outlook.precision.name,
         "micro_batch_size": outlook.micro_batch_size,
         "parameters": {**model.parameters_by_part(), "total": model.num_parameters()},
-        "flops_per_token": model.flops_per_token(length),
-        "flops": model.flops_per_token(length) * outlook.counts.sequences * length,
+        "flops_per_token": unit.flops_per_token(length),
+        "flops": unit.flops_per_token(length) * outlook.counts.sequences * length,
         "steps": outlook.counts.steps,
         "tokens": outlook.counts.sequences * length,
         "memory_bytes": None if memory is None else dict(memory.parts),

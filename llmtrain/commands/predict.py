@@ -25,8 +25,8 @@ from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.data import padded
 from llmtrain.data.labelled import LabelledText
 from llmtrain.data.sources.records import Record, RecordReader, find_records
-from llmtrain.objective.classification import Classification
-from llmtrain.run.load import Trained, load_trained
+from llmtrain.objective.classification import Classification, ClassifierUnit
+from llmtrain.run.load import LoadedModel, load_model
 
 WINDOW = 64  # batches that are read ahead, so that texts of like length go together
 FORMATS = (".jsonl", ".csv")
@@ -69,7 +69,7 @@ def main(settings: Predict, invocation: Invocation) -> int:
     """Print the classes of one text; or write a row for each of a file's, into ``output`` or to standard output."""
     checkpoint = locate_checkpoint(invocation.targets[0])
     runtime = Runtime.for_inference(settings.device)
-    with load_trained(checkpoint, runtime, base=settings.base, plugins=settings.plugins) as trained:
+    with load_model(checkpoint, runtime, base=settings.base, plugins=settings.plugins) as trained:
         predictor = Predictor.of(trained, settings.threshold, invocation.targets[0])
         if settings.text is not None:
             show(predictor, settings.text)
@@ -82,14 +82,14 @@ def main(settings: Predict, invocation: Invocation) -> int:
 class Predictor:
     """A model that tells classes apart, and what belongs to it."""
 
-    trained: Trained
+    trained: LoadedModel
     data: LabelledText
-    objective: Classification
+    unit: ClassifierUnit
     labels: tuple[str, ...]
     threshold: float  # of several labels a text: from which probability on one is given
 
     @classmethod
-    def of(cls, trained: Trained, threshold: float, target: Path) -> "Predictor":
+    def of(cls, trained: LoadedModel, threshold: float, target: Path) -> "Predictor":
         """Raises ValueError for a run that was not trained to tell classes apart."""
         run = trained.run
         if not isinstance(run.objective, Classification) or not isinstance(run.data, LabelledText):
@@ -97,7 +97,8 @@ class Predictor:
                 f"{target}: this run was not trained to tell classes apart (objective=classification); "
                 "llmtrain generate and llmtrain chat use what other runs have learnt"
             )
-        return cls(trained, run.data, run.objective, tuple(trained.state.labels), threshold)
+        assert isinstance(trained.unit, ClassifierUnit)
+        return cls(trained, run.data, trained.unit, tuple(trained.state.labels), threshold)
 
     def probabilities(self, texts: Sequence[str]) -> torch.Tensor:
         """Of each class ``(texts, classes)``, fp32, on the host; all texts at once."""
@@ -109,14 +110,12 @@ class Predictor:
             row[: len(of_text)] = of_text
         last = torch.tensor([len(of_text) - 1 for of_text in ids], device=self.trained.device)
         with torch.no_grad(), self.trained.precision.autocast():
-            found = self.objective.probabilities(
-                self.trained.model, torch.from_numpy(inputs).to(self.trained.device), last
-            )
+            found = self.unit.probabilities(torch.from_numpy(inputs).to(self.trained.device), last)
         return found.float().cpu()
 
     def decide(self, probabilities: Sequence[float]) -> list[str]:
         """The likeliest class; of several labels a text those from the threshold on."""
-        if self.objective.multi_label:
+        if self.unit.multi_label:
             return [label for label, p in zip(self.labels, probabilities, strict=True) if p >= self.threshold]
         return [self.labels[int(np.argmax(probabilities))]]
 

@@ -27,6 +27,9 @@ MOVED = {  # classes by the names that older versions wrote
 }
 
 
+REMOVED = {"checkpoint": ("step",)}  # keys that older versions wrote, by group: they never changed what a run does
+
+
 class ConfigError(ValueError):
     """A config that cannot be used; the message names key, value and remedy."""
 
@@ -79,6 +82,9 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: not a config (a mapping of keys is needed)")
     _check_plain(config, path)
+    for group, keys in REMOVED.items():
+        for key in keys if isinstance(config.get(group), dict) else ():
+            config[group].pop(key, None)
     for node in (config, *config.values()):
         if isinstance(node, dict) and str(node.get("_target_")) in MOVED:
             node["_target_"] = MOVED[node["_target_"]]

@@ -7,46 +7,17 @@ a thread (``loader.py``), which reads the shards by position (``reader.py``).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from llmtrain.base.options import Option
+from llmtrain.data.batch import IGNORE as IGNORE
+from llmtrain.data.batch import Batch as Batch
+from llmtrain.data.batch import padded as padded
 from llmtrain.data.cache.token_reader import DataError as DataError
+from llmtrain.data.sequences import Rows as Rows
 from llmtrain.data.sequences import Sequences
 from llmtrain.tokenizer import Tokenizer
-
-IGNORE = -100  # a target that carries no loss; torch's default ``ignore_index``
-PADDING_MULTIPLE = 64  # rows are padded to multiples of it: few shapes, for the kernels and for torch.compile
-SHORT_MULTIPLE = 8  # … and short ones, of which that would make mostly padding, to multiples of this
-
-
-def padded(length: int, longest: int) -> int:
-    """To how many tokens rows of at most ``length`` are padded, ``longest`` being the most there can be."""
-    multiple = SHORT_MULTIPLE if length <= PADDING_MULTIPLE else PADDING_MULTIPLE
-    return min(-(-length // multiple) * multiple, longest)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Sequences of one optimizer step (or a slice of them)."""
-
-    inputs: torch.Tensor  # (batch, sequence) int64
-    targets: torch.Tensor  # (batch, sequence) int64; IGNORE where there is nothing to predict
-    num_targets: int  # targets that are not IGNORE, counted before the batch went to the device
-    num_tokens: int  # inputs that are not padding
-    segments: torch.Tensor | None = None  # (batch, sequence) int32, as in ``Rows``: attention stays within an example
-    lengths: tuple[int, ...] | None = None  # tokens of each row before its padding; None: nothing is padded
-
-    def split(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        """Inputs, targets and segments of ``size`` sequences at a time, padded no further than they need."""
-        for start in range(0, len(self.inputs), size):
-            rows = slice(start, start + size)
-            columns = slice(None if self.lengths is None else padded(max(self.lengths[rows]), self.inputs.shape[1]))
-            segments = None if self.segments is None else self.segments[rows, columns]
-            yield self.inputs[rows, columns], self.targets[rows, columns], segments
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmtrain.data import IGNORE, padded
+from llmtrain.data.batch import IGNORE, padded
 from llmtrain.data.cache.token_reader import TokenSlice
 from llmtrain.data.order.packing import pack
 from llmtrain.data.order.permutation import mix, order

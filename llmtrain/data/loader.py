@@ -5,14 +5,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from llmtrain.data import IGNORE, Batch, DataError
-from llmtrain.data.sequences import Sequences
+from llmtrain.data.batch import Batch
+from llmtrain.data.cache.token_reader import DataError
+from llmtrain.data.sequences import Rows, Sequences
+
+Collate = Callable[[Rows, np.ndarray, int], Batch]  # (sequences, their positions, seed) -> batch
 
 log = logging.getLogger(__name__)
 PREFETCH = 2  # batches ready or in the making
@@ -29,6 +34,7 @@ class Loader:
 
     Args:
         sequences: what to train on; visited epoch after epoch.
+        collate: makes a batch of some sequences, their positions and the seed; pure, so that a batch comes again.
         seed, shuffle: which order, see :meth:`llmtrain.data.sequences.Sequences.order`.
         batch_size: sequences of a step, from the step's number and the tokens trained on before it.
         position: how many sequences have been visited before.
@@ -42,6 +48,7 @@ class Loader:
     def __init__(
         self,
         sequences: Sequences,
+        collate: Collate,
         *,
         seed: int,
         shuffle: bool,
@@ -51,7 +58,7 @@ class Loader:
         step: int,
         tokens: int,
     ) -> None:
-        self._sequences = sequences
+        self._sequences, self._collate = sequences, collate
         self._seed, self._shuffle = seed, shuffle
         self._batch_size = batch_size
         self._device = device
@@ -89,9 +96,8 @@ class Loader:
         if copied is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(copied)
-            for tensor in (batch.inputs, batch.targets, batch.segments):
-                if tensor is not None:
-                    tensor.record_stream(current)  # its memory is the copying stream's, which must not reuse it before
+            for tensor in batch.tensors.values():
+                tensor.record_stream(current)  # its memory is the copying stream's, which must not reuse it before
         return batch
 
     def close(self) -> None:
@@ -154,31 +160,41 @@ class Loader:
         )
         positions = np.arange(self._position, self._position + size)
         rows = self._sequences.gather(self._sequences.order(positions, self._seed, self._shuffle))
-        lengths = None if rows.lengths is None else tuple(rows.lengths.tolist())
-        num_targets = int(np.count_nonzero(rows.targets != IGNORE))
-        num_tokens = rows.inputs.size if lengths is None else sum(lengths)
+        batch = self._collate(rows, positions, self._seed)
         self._position += size
         self._step += 1
-        self._tokens += num_tokens
+        self._tokens += batch.tokens
         if self._stream is None:
-            tensors = [None if array is None else torch.from_numpy(array) for array in rows[:3]]
-            return _batch(tensors, num_targets, num_tokens, lengths), None
+            return batch, None
         with torch.cuda.stream(self._stream):  # also makes its device this thread's
-            tensors = [None if array is None else self._copy(array) for array in rows[:3]]
-            batch = _batch(tensors, num_targets, num_tokens, lengths)
+            batch = batch.map(self._copy)
             copied = torch.cuda.Event()
             copied.record(self._stream)
         return batch, copied
 
-    def _copy(self, array: np.ndarray) -> torch.Tensor:
+    def _copy(self, tensor: Tensor) -> Tensor:
         # torch keeps the pinned memory until the copy is through, and uses it again after
-        return torch.from_numpy(array).pin_memory().to(self._device, non_blocking=True)
+        return tensor.pin_memory().to(self._device, non_blocking=True)
 
 
-def _batch(
-    tensors: list[torch.Tensor | None], num_targets: int, num_tokens: int, lengths: tuple[int, ...] | None
-) -> Batch:
-    inputs, targets, segments = tensors
-    assert inputs is not None
-    assert targets is not None
-    return Batch(inputs, targets, num_targets, num_tokens, segments, lengths)
+@dataclass(frozen=True)
+class TrainingStream:
+    """The training sequences in their order: which are where, and loaders from any position on."""
+
+    sequences: Sequences
+    collate: Collate
+    seed: int
+    shuffle: bool
+    batch_size_at: Callable[[int, int], int]  # (step, tokens trained on before it) -> sequences
+    device: torch.device
+
+    def open(self, *, position: int, step: int, tokens: int) -> Loader:
+        """The batches from ``step`` on."""
+        return Loader(
+            self.sequences, self.collate, seed=self.seed, shuffle=self.shuffle, batch_size=self.batch_size_at,
+            device=self.device, position=position, step=step, tokens=tokens,
+        )  # fmt: skip
+
+    def sequences_at(self, position: int, count: int) -> np.ndarray:
+        """Numbers of the sequences at ``count`` positions from ``position`` on."""
+        return self.sequences.order(np.arange(position, position + count), self.seed, self.shuffle)

@@ -1,7 +1,7 @@
 """What is trained on: sequences by number.  Here those of a stream of tokens in files."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,10 +33,20 @@ class Rows(NamedTuple):
 
     inputs: np.ndarray  # (rows, sequence) int64
     targets: np.ndarray  # (rows, sequence) int64; IGNORE where there is nothing to predict
-    segments: np.ndarray | None = (
-        None  # (rows, sequence) int32: which example a token belongs to, from 1 on; 0: padding
-    )
+    segments: np.ndarray | None = None  # (rows, sequence) int32: the example of each token, from 1 on; 0: padding
     lengths: np.ndarray | None = None  # (rows,) int64: tokens before the padding; None: nothing is padded
+
+    @property
+    def tokens(self) -> int:
+        """Inputs that are not padding."""
+        return self.inputs.size if self.lengths is None else int(self.lengths.sum())
+
+    def lengths_of(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """``lengths`` for each of the tensors ``names`` of a batch that are padded as the rows are."""
+        if self.lengths is None:
+            return {}
+        lengths = tuple(self.lengths.tolist())
+        return dict.fromkeys(names, lengths)
 
 
 class Sequences(ABC):
@@ -57,7 +67,7 @@ class Sequences(ABC):
 
     @property
     def mean_length(self) -> float:
-        """Tokens of a sequence, padding left out."""
+        """TokenSlice of a sequence, padding left out."""
         return self.sequence_length
 
     def order(self, positions: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
@@ -118,7 +128,7 @@ class Stream(Sequences):
 
 
 def slice_stream(shards: Sequence[Shard], begin: int, end: int) -> list[Shard]:
-    """Tokens ``[begin, end)`` of the stream that ``shards`` make, as views of them."""
+    """TokenSlice ``[begin, end)`` of the stream that ``shards`` make, as views of them."""
     views = []
     for shard in shards:
         if begin < len(shard) and end > 0:

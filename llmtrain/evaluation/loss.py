@@ -1,70 +1,68 @@
-"""Loss on a split of the data, without training on it."""
+"""Losses on a split of the data, without training on it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llmtrain.data import IGNORE
+from llmtrain.data.loader import Collate
 from llmtrain.data.sequences import Sequences
+from llmtrain.objective import TrainingUnit, weighted
 from llmtrain.precision import Precision
-
-LossSum = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (inputs, targets, segments) -> sum of the losses
-Score = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (inputs, targets) -> the same, and what was counted
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """What an evaluation came to."""
+class EvalResult:
+    """The result of an evaluation."""
 
-    loss: float  # mean over the targets
-    counted: Tensor | None = None  # the sum of what was counted besides
+    loss: float  # weighted sum of ``losses``
+    losses: dict[str, float] = field(default_factory=dict)  # by name, each a mean over its targets
+    counted: Tensor | None = None  # the sum of what the unit counted besides
 
 
 @torch.no_grad()
 def evaluate(
-    loss_sum: LossSum,
-    plain_loss_sum: LossSum,
-    model: nn.Module,
+    unit: TrainingUnit,
     sequences: Sequences,
+    collate: Collate,
     *,
     batch_size: int,
     max_sequences: int | None,
     precision: Precision,
     device: torch.device,
+    seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
-    score: Score | None = None,
-) -> Evaluated | None:
-    """Mean loss a target over the first ``max_sequences`` of ``sequences`` (None: all), without dropout.
+) -> EvalResult | None:
+    """Evaluate the first ``max_sequences`` of ``sequences`` (None: all), without dropout.
 
-    The same sequences in the same order every time, ``batch_size`` at once.  Draws no random number.  Returns None
-    if ``stop`` asked to leave off.  With ``score`` it is that which is called, and what it counts is added up.
+    The same sequences in the same order every time, ``batch_size`` at once, and the same batches of them: a sequence's
+    position is its number.  Draws no random number of a global generator.  Returns None if ``stop`` became true.
     """
     end = len(sequences) if max_sequences is None else min(len(sequences), max_sequences)
-    indices = sequences.alike(np.arange(end))
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    numbers = sequences.alike(np.arange(end))
+    totals: dict[str, Tensor] = {}
+    targets: dict[str, int] = {}
     counted: Tensor | None = None
-    targets_seen = 0
-    was_training = model.training
-    model.eval()
+    was_training = unit.training
+    unit.eval()
     try:
         with precision.autocast():  # around all batches: the weights are cast once
             for start in range(0, end, batch_size):
                 if stop():
                     return None
-                rows = sequences.gather(indices[start : start + batch_size])
-                targets_seen += int((rows.targets != IGNORE).sum())
-                inputs, targets = (torch.from_numpy(array).to(device) for array in rows[:2])
-                if score is not None:
-                    loss, counts = score(inputs, targets)
-                    total += loss
+                part = numbers[start : start + batch_size]
+                batch = collate(sequences.gather(part), part, seed).to(device)
+                with nullcontext() if len(part) == batch_size else unit.eager():  # not compiled for what is left
+                    sums, counts = unit.score(batch)
+                for name, total in sums.items():
+                    totals[name] = totals.get(name, torch.zeros((), dtype=torch.float64, device=device)) + total
+                    targets[name] = targets.get(name, 0) + batch.counts[name]
+                if counts is not None:
                     counted = counts if counted is None else counted + counts
-                    continue
-                segments = None if rows.segments is None else torch.from_numpy(rows.segments).to(device)
-                of_batch = loss_sum if len(inputs) == batch_size else plain_loss_sum  # not compiled for what is left
-                total += of_batch(inputs, targets, segments)
     finally:
-        model.train(was_training)
-    return Evaluated(total.item() / max(targets_seen, 1), counted)
+        unit.train(was_training)
+    losses = {name: total.item() / max(targets[name], 1) for name, total in totals.items()}
+    return EvalResult(weighted(losses, unit.loss_weights) if losses else 0.0, losses, counted)

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from llmtrain.base.files import share, write_atomically
 from llmtrain.base.tensor_files import CheckpointError, read_tensors
+from llmtrain.hf import CLASSIFIER
 from llmtrain.lora.layers import LoraEmbedding
-from llmtrain.lora.low_rank import CLASSIFIER, LowRankAdaptation
+from llmtrain.lora.low_rank import LowRankAdaptation
 from llmtrain.lora.merge import adapters
 from llmtrain.lora.targets import EMBEDDING, HEAD, is_end
 from llmtrain.model import LanguageModel
+from llmtrain.objective import TrainingUnit
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -41,7 +43,7 @@ class AdapterTensor(NamedTuple):
 
 
 def export_adapter(
-    model: LanguageModel,
+    unit: TrainingUnit,
     lora: LowRankAdaptation,
     names: Mapping[str, str],
     to: Path,
@@ -49,15 +51,15 @@ def export_adapter(
     base: str | None = None,
     fan_in_fan_out: bool = False,
 ) -> None:
-    """Write the adapters of ``model`` and the modules trained beside them, for ``PeftModel.from_pretrained(…, to)``.
+    """Write the adapters of ``unit`` and the modules trained beside them, for ``PeftModel.from_pretrained(…, to)``.
 
     ``base``: the directory or hub name of the base model, for PEFT to find it.  ``fan_in_fan_out``: transformers stores
     the blocks' matrices transposed, as in GPT-2.  Raises ValueError for a trained parameter that PEFT cannot store.
     """
-    with_adapter = adapters(model)
+    with_adapter = adapters(unit.model)
     targets = [names[name] for name in with_adapter]
-    whole = trained_modules(model, names)
-    tied = not hasattr(model, HEAD)
+    whole = trained_modules(unit, names)
+    tied = not hasattr(unit.model, HEAD)
     if tied and EMBEDDING in whole:
         raise ValueError(
             f"lora.also_train: {EMBEDDING} is the output layer too, and PEFT would train the input alone; "
@@ -80,7 +82,7 @@ def export_adapter(
         "inference_mode": True,
     }
     tensors = {}
-    for key, entry in adapter_tensors(model, names, fan_in_fan_out=fan_in_fan_out):
+    for key, entry in adapter_tensors(unit, names, fan_in_fan_out=fan_in_fan_out):
         tensor = entry.parameter.detach().cpu()
         tensors[key] = (tensor.t() if entry.transposed else tensor).contiguous()
     to.mkdir(parents=True, exist_ok=True)
@@ -90,8 +92,8 @@ def export_adapter(
 
 
 @torch.no_grad()
-def import_adapter(model: LanguageModel, lora: LowRankAdaptation, names: Mapping[str, str], path: Path) -> None:
-    """Copy a PEFT adapter into the adapters that ``lora`` added to ``model``.
+def import_adapter(unit: TrainingUnit, lora: LowRankAdaptation, names: Mapping[str, str], path: Path) -> None:
+    """Copy a PEFT adapter into the adapters that ``lora`` added to ``unit``.
 
     Raises ValueError for a setting that differs from this run's, and :class:`CheckpointError` naming the tensors that
     are missing, unexpected or of another shape.
@@ -106,7 +108,7 @@ def import_adapter(model: LanguageModel, lora: LowRankAdaptation, names: Mapping
             )
         raise ValueError(f"{path}: has no {TENSORS}")
     tensors = read_tensors(path / TENSORS)
-    expected = dict(adapter_tensors(model, names, fan_in_fan_out=bool(config.get("fan_in_fan_out"))))
+    expected = dict(adapter_tensors(unit, names, fan_in_fan_out=bool(config.get("fan_in_fan_out"))))
     problems = [f"{key} ({entry.name}) is missing" for key, entry in expected.items() if key not in tensors]
     for key, tensor in tensors.items():
         if key in expected:
@@ -114,7 +116,7 @@ def import_adapter(model: LanguageModel, lora: LowRankAdaptation, names: Mapping
             shape = tuple(reversed(entry.parameter.shape)) if entry.transposed else tuple(entry.parameter.shape)
             if tuple(tensor.shape) != shape:
                 problems.append(f"{key} is {tuple(tensor.shape)}, {entry.name} here is {shape}")
-        elif problem := differs_from_base(key, tensor, model, names):
+        elif problem := differs_from_base(key, tensor, unit.model, names):
             problems.append(problem)
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
@@ -125,36 +127,36 @@ def import_adapter(model: LanguageModel, lora: LowRankAdaptation, names: Mapping
 
 
 def adapter_tensors(
-    model: LanguageModel, names: Mapping[str, str], *, fan_in_fan_out: bool
+    unit: TrainingUnit, names: Mapping[str, str], *, fan_in_fan_out: bool
 ) -> Iterator[tuple[str, AdapterTensor]]:
-    """All tensors of the adapter file of ``model``, by their names there."""
-    for name, adapter in adapters(model).items():
+    """All tensors of the adapter file of ``unit``, by their names there."""
+    for name, adapter in adapters(unit.model).items():
         key = PREFIX + names[name]
         for matrix, parameter in (("A", adapter.lora_A), ("B", adapter.lora_B)):
             there = f"lora_embedding_{matrix}" if isinstance(adapter, LoraEmbedding) else f"lora_{matrix}.weight"
             yield f"{key}.{there}", AdapterTensor(f"{name}.lora_{matrix}", parameter)
         if adapter.lora_magnitude is not None:
             yield f"{key}.lora_magnitude_vector", AdapterTensor(f"{name}.lora_magnitude", adapter.lora_magnitude)
-    for name, module in trained_modules(model, names).items():
+    for name, module in trained_modules(unit, names).items():
         for part, parameter in module.named_parameters():
-            rows = model.vocab_size if name in (EMBEDDING, HEAD) else len(parameter)
+            rows = unit.model.vocab_size if name in (EMBEDDING, HEAD) else len(parameter)
             transposed = fan_in_fan_out and isinstance(module, nn.Linear) and name.startswith("blocks.")
             entry = AdapterTensor(f"{name}.{part}", parameter[:rows], transposed and part == "weight")
             yield f"{PREFIX}{names[name]}.{part}", entry
 
 
-def trained_modules(model: LanguageModel, names: Mapping[str, str]) -> dict[str, nn.Module]:
+def trained_modules(unit: TrainingUnit, names: Mapping[str, str]) -> dict[str, nn.Module]:
     """The modules that are fully trained beside the adapters: PEFT's ``modules_to_save``.
 
     Raises ValueError for a trained parameter outside of them.
     """
     found: dict[str, nn.Module] = {}
-    with_adapter = adapters(model)
-    for full, parameter in model.named_parameters():
+    with_adapter = adapters(unit.model)
+    for full, parameter in unit.named_weights():
         name, _, part = full.rpartition(".")
         if not parameter.requires_grad or (name in with_adapter and part.startswith("lora_")):
             continue
-        module = model.get_submodule(name)
+        module = unit.weight_module(name)
         if name in with_adapter or not all(p.requires_grad for p in module.parameters()):
             raise ValueError(
                 f"lora.also_train: {full} is trained and other parameters of {name} are not; PEFT stores only whole "
@@ -170,7 +172,7 @@ def trained_modules(model: LanguageModel, names: Mapping[str, str]) -> dict[str,
 
 def is_classifier(name: str) -> bool:
     """True for a module that an objective added."""
-    return f"{name}.".startswith(CLASSIFIER)
+    return f"{name}.weight" == CLASSIFIER
 
 
 def shortest_suffixes(targets: Iterable[str], others: Iterable[str]) -> list[str]:

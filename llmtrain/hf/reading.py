@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmtrain.base.format import setting
-from llmtrain.hf import HEAD, ModelFamily, TensorMap, config_of
+from llmtrain.hf import CLASSIFIER, HEAD, ModelFamily, TensorMap, config_of
 from llmtrain.hf.directory import CheckpointDirectory
 from llmtrain.hf.families import family_of_checkpoint, with_classifier
 from llmtrain.hf.rope import CHANGES
@@ -31,24 +31,24 @@ AUTO_REMEDY = "take model=auto, the model of config.json; if it is that already,
 
 
 @torch.no_grad()
-def load_weights(model: LanguageModel, folder: Path) -> None:
-    """Fill ``model`` in place with the weights of a directory, on its device and in its type.
+def load_weights(model: LanguageModel, folder: Path, classifier: nn.Linear | None = None) -> None:
+    """Fill ``model`` in place with the weights of a directory, on its device and in its type; ``classifier`` too.
 
-    A model with a classifier needs a checkpoint with one.  Never more than the tensors of one layer are in memory.
+    Never more than the tensors of one layer are in memory.
     Raises ValueError for a configuration of another model and, in one message, for tensors that are missing, unknown or
     of another shape.
     """
-    is_classifier = hasattr(model, "classifier")
     with CheckpointDirectory(folder) as directory:
-        directory.config.check_architecture(is_classifier=is_classifier)
+        directory.config.check_architecture(is_classifier=classifier is not None)
         family = family_of_checkpoint(directory.config)
         check_config(model, family, directory)
         state = model.state_dict()
         kind = directory.config.text("model_type")
         maps = family.names(config_of(model), kind)
-        if is_classifier:
+        if classifier is not None:
             maps = with_classifier(maps)
             state.pop("head.weight", None)  # a classifier has none
+            state[CLASSIFIER] = classifier.weight
         maps = resolve_names(maps, family, directory)
         check_tensors(maps, state, family, directory)
         check_head(model, family, directory, maps)

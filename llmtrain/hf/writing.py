@@ -17,18 +17,20 @@ from llmtrain.hf.directory import INDEX, SINGLE, tensor_bytes
 from llmtrain.hf.families import family_of_model, with_classifier
 from llmtrain.hf.reading import shapes_of
 from llmtrain.model import LanguageModel
+from llmtrain.objective import TrainingUnit
 
 GENERATION = "generation_config.json"
 
 
 def config_json(
-    model: LanguageModel, dtype: torch.dtype, tokens: Mapping[str, int | None], labels: Sequence[str], multi_label: bool
+    unit: TrainingUnit, dtype: torch.dtype, tokens: Mapping[str, int | None], labels: Sequence[str], multi_label: bool
 ) -> dict[str, Any]:
     """The content of ``config.json``; ``tokens``: ids by key, such as ``eos_token_id``; ``labels``: of a classifier.
 
     A ``pad_token_id`` beyond the vocabulary enlarges it; the embedding of that token is 0 and is never used.
     Raises ValueError, naming our key, for a model that transformers cannot compute.
     """
+    model = unit.model
     config = config_of(model)
     family = family_of_model(config)
     values = family.write_config(config, model.vocab_size)
@@ -36,12 +38,12 @@ def config_json(
     values |= {**tokens, "dtype": name, "torch_dtype": name}  # by its new and its old name
     padding = tokens.get("pad_token_id")
     values["vocab_size"] = max(model.vocab_size, 0 if padding is None else padding + 1)
-    if not hasattr(model, "classifier"):
+    if not unit.heads:
         return values
     causal = values["architectures"][0]
     if values["model_type"] not in ("gpt2", "llama", "mistral", "qwen2", "qwen3"):
         raise ValueError(f"objective=classification: {values['model_type']} has no classifier in transformers")
-    if getattr(model.classifier, "bias", None) is not None:
+    if getattr(unit.heads["classifier"], "bias", None) is not None:
         raise ValueError("objective=classification: the classifier has a bias; the one in transformers has none")
     kind = causal.replace("LMHeadModel", "ForSequenceClassification").replace(
         "ForCausalLM", "ForSequenceClassification"
@@ -57,7 +59,7 @@ def config_json(
 
 @torch.no_grad()
 def write_checkpoint(
-    model: LanguageModel,
+    unit: TrainingUnit,
     folder: Path,
     values: Mapping[str, Any],
     generation: Mapping[str, Any],
@@ -70,8 +72,8 @@ def write_checkpoint(
     ``values``: from :func:`config_json`; ``generation``: more keys of ``generation_config.json``.  Never more than a
     copy of the tensors of one file is in memory.
     """
-    config = config_of(model)
-    state = model.state_dict()
+    config = config_of(unit.model)
+    state = unit.weights_state()
     family = family_of_model(config)
     maps = family.names(config, values["model_type"])
     if CLASSIFIER in state:

@@ -6,9 +6,6 @@ so forward computes it at once and writes it over them, and no logits are comput
 products of the output layer, and backward only scales their results.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,23 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORE = -100  # target of a token without a loss
-CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # logits of a chunk; larger ones are no faster
-ROWS_BYTES = 1 << 23  # fp32 logits that a CPU processes at once: about the size of its second-level cache
-_PLANNED_FOR: ContextVar[str | None] = ContextVar("_PLANNED_FOR", default=None)  # kind of device; None: where it runs
+from llmtrain.base.constants import IGNORE
 
-
-@contextmanager
-def as_on(device_type: str) -> Iterator[None]:
-    """For tracing a step on tensors without data: cut into pieces as on ``device_type``, wherever they are.
-
-    Of pieces that come and go in the same way only the first is done.
-    """
-    token = _PLANNED_FOR.set(device_type)
-    try:
-        yield
-    finally:
-        _PLANNED_FOR.reset(token)
+CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # of a chunk's logits; more only takes memory
+ROWS_BYTES = 1 << 23  # of fp32 logits that a CPU works on at once: what its second-level cache about holds
 
 
 @dataclass(frozen=True)
@@ -43,24 +27,33 @@ class Options:
     z_loss: float = 0.0  # weight of the squared log of the softmax denominator: PaLM, section 5
 
 
+@dataclass(frozen=True)
+class Chunking:
+    """How the loss is cut into pieces."""
+
+    tokens: int | None = None  # whose logits are computed at once; None: what goes with the device
+    planned_for: str | None = None  # for tracing without data: cut as on this type of device, wherever the tensors are
+
+
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options, chunk_tokens: int | None
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options, chunking: Chunking
 ) -> Tensor:
     """Compute the **sum** of the cross-entropies of ``hidden @ weight.T``, fp32 (float64 for float64), 0-dimensional.
 
     ``hidden``: ``(tokens, hidden)``; ``weight``: ``(vocabulary, hidden)``; ``bias``: ``(vocabulary,)`` without
-    gradient, added after the soft-cap, ``-inf`` for classes that are never predicted; ``targets``: ``(tokens,)``,
-    -100 for tokens without a loss.  Logits are computed in autocast's dtype, the rest in fp32.  ``chunk_tokens``:
-    tokens of a chunk; None: the device's default.
+    gradient, added after the soft-cap, ``-inf`` for what is not to be predicted; ``targets``: ``(tokens,)``, -100 for
+    those without a loss.  Logits are computed in autocast's dtype, the rest in fp32.
 
     ``options.z_loss`` changes the gradient only; the value is the cross-entropy without it.
     """
     is_differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    chunk_tokens = chunk_tokens or default_chunk(weight.shape[0], dtype, _PLANNED_FOR.get() or device)
+    chunk_tokens = chunking.tokens or default_chunk(weight.shape[0], dtype, chunking.planned_for or device)
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(hidden, weight, bias, targets, options, chunk_tokens, dtype, is_differentiated)
+        return _LinearCrossEntropy.apply(
+            hidden, weight, bias, targets, options, chunk_tokens, chunking.planned_for, dtype, is_differentiated
+        )
 
 
 def default_chunk(vocabulary: int, dtype: torch.dtype, device: str) -> int:
@@ -83,6 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         options: Options,
         chunk_tokens: int,
+        planned_for: str | None,
         dtype: torch.dtype,
         is_differentiated: bool,
     ) -> Tensor:
@@ -105,7 +99,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             later = bias if in_product is None else None
             logits = _linear(low[chunk], low_weight, in_product, buffer[: len(low[chunk])])
             differentiate = for_hidden or for_weight
-            losses = _losses(logits, later, classes[chunk], options, exact, differentiate=differentiate)
+            losses = _losses(logits, later, classes[chunk], options, exact, planned_for, differentiate=differentiate)
             total += torch.where(is_target[chunk], losses, 0.0).sum()
             if hidden_grad is not None:
                 torch.mm(logits, low_weight, out=hidden_grad[chunk])
@@ -128,7 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_grad = (hidden_grad * grad).to(ctx.hidden_dtype)
         if weight_grad is not None:
             weight_grad = weight_grad.to(grad.dtype).mul_(grad).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, None, None, None, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None, None, None, None
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -150,10 +144,19 @@ def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, exact: torc
 
 
 def _losses(
-    logits: Tensor, bias: Tensor | None, classes: Tensor, options: Options, exact: torch.dtype, *, differentiate: bool
+    logits: Tensor,
+    bias: Tensor | None,
+    classes: Tensor,
+    options: Options,
+    exact: torch.dtype,
+    planned_for: str | None,
+    *,
+    differentiate: bool,
 ) -> Tensor:
-    """Compute the cross-entropy of each row; with ``differentiate``, write the gradient over ``logits``."""
-    planned_for = _PLANNED_FOR.get()
+    """The cross-entropy of each row of ``logits``, whose place the gradient takes if ``differentiate``.
+
+    Traced for a plan, only the first of the blocks of rows is computed: the others come and go in the same way.
+    """
     rows = len(logits)
     if (planned_for or logits.device.type) == "cpu":
         rows = max(ROWS_BYTES // (exact.itemsize * logits.shape[1]), 1)

@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 
 from llmtrain.base.options import RunFacts
+from llmtrain.config.assemble import Parts
 from llmtrain.config.run_config import RunConfig
 from llmtrain.data import Corpus
-from llmtrain.model import LanguageModel
+from llmtrain.objective import TrainingUnit
 from llmtrain.tokenizer import Tokenizer
 
 
@@ -40,12 +41,19 @@ class Case:
     run: RunConfig
     tokenizer: Tokenizer
     corpus: Corpus
-    model: LanguageModel  # may be on the meta device
+    unit: TrainingUnit  # may be on the meta device
     max_steps: int  # optimizer steps of the run
     device: torch.device | None = None  # None: not chosen yet
     optimizer: torch.optim.Optimizer | None = None  # None: not built yet
     overrides: Sequence[str] = ()  # the keys that the user has set, as written: key=value, group=option
     is_resumed: bool = False
+
+    @classmethod
+    def of(cls, run: RunConfig, parts: Parts, overrides: Sequence[str]) -> "Case":
+        """A run whose parts are all there."""
+        return cls(
+            run, parts.tokenizer, parts.corpus, parts.unit, parts.max_steps, parts.device, parts.optimizer, overrides
+        )
 
     @cached_property
     def given(self) -> dict[str, str]:

@@ -92,8 +92,8 @@ def schedule(case: Case) -> Iterator[Finding]:
 
 
 def learning_rate(case: Case) -> Iterator[Finding]:
-    """A peak far from the usual one for such a model and optimizer."""
-    parameters = case.model.num_parameters()
+    """A peak far from what others take for such a model and optimizer."""
+    parameters = case.unit.model.num_parameters()
     is_new = isinstance(case.run.weights, Scratch) and not case.is_resumed
     lowest = 1 / FACTOR if is_new else 1 / (FACTOR * FINE_TUNING)
     for key, rate, usual in peaks(case, parameters):

@@ -18,14 +18,14 @@ LONG_RUN = 1000  # steps from which on a run should write checkpoints before its
 
 def nothing_trainable(case: Case) -> Iterator[Finding]:
     """Parameters that are frozen, or that no learning rate moves."""
-    trainable = {name: p for name, p in case.model.named_parameters() if p.requires_grad}
+    trainable = dict(case.unit.trained_weights())
     if not trainable:
         lora = option_name(case.run.lora)
         yield error("lora", f"lora={lora}: every parameter of the model is frozen, nothing would be learnt; lora=none")
         return
     optimizer = case.run.optimizer
     with naming("optimizer"):
-        members = optimizer.members(case.model) if isinstance(optimizer, GroupedOptimizer) else None
+        members = optimizer.members(case.unit) if isinstance(optimizer, GroupedOptimizer) else None
     if members is not None and not any(member.lr_multiplier for member in members):
         yield error(
             "optimizer.rules",
@@ -49,7 +49,7 @@ def oversized_adapters(case: Case) -> Iterator[Finding]:
     lora = case.run.lora
     if not isinstance(lora, LowRankAdaptation):
         return
-    with_adapter = adapters(case.model)
+    with_adapter = adapters(case.unit.model)
     sizes = {name: (module.lora_A.shape[1], module.lora_B.shape[0]) for name, module in with_adapter.items()}
     wide = [name for name, (inputs, outputs) in sizes.items() if lora.rank * (inputs + outputs) >= inputs * outputs]
     if wide:
@@ -92,8 +92,8 @@ def slow_arithmetic(case: Case) -> Iterator[Finding]:
 
 
 def default_on_cpu(case: Case) -> Iterator[Finding]:
-    """The default model on a CPU, where it takes hours, without the user having chosen it."""
-    device, parameters = case.device, case.model.num_parameters()
+    """The default model, chosen by nobody, where it takes hours: a first try is over sooner with the laptop's."""
+    device, parameters = case.device, case.unit.model.num_parameters()
     chosen = {"model", "experiment"} & case.given.keys() or case.is_resumed or case.run.plugins
     if device is not None and device.type == "cpu" and parameters > LAPTOP and not chosen:
         yield warning(

@@ -16,8 +16,6 @@ from llmtrain.lora.quantization import Quantization
 from llmtrain.lora.targets import EMBEDDING, HEAD, block_linears, exchange, find_targets
 from llmtrain.model import LanguageModel
 
-CLASSIFIER = "classifier."  # the layer that an objective adds, which is always trained
-
 
 @dataclass(frozen=True)
 class LowRankAdaptation(Lora):
@@ -96,5 +94,4 @@ class LowRankAdaptation(Lora):
                 )
             pattern_matches(f"also_train[{i}]", part, names)
         for name, parameter in model.named_parameters():
-            is_trained = name.startswith(CLASSIFIER) or any(re.search(part, name) for part in self.also_train)
-            parameter.requires_grad_(is_trained)
+            parameter.requires_grad_(any(re.search(part, name) for part in self.also_train))

@@ -17,15 +17,15 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 @torch.no_grad()
-def merge(model: LanguageModel) -> None:
-    """Add each adapter to its weight, in float64, and replace the layer by a plain one.
+def merge(model: LanguageModel, *, has_output: bool = True) -> None:
+    """Add each adapter to the weight that it belongs to, in float64, and leave plain layers.
 
-    The weights keep their dtype; packed weights become fp32, since rounding them to fewer bits again would lose the
-    adapter's small changes.  If the embedding is also the output layer and has an adapter, which is for the input
-    only, the output layer gets a matrix of its own.  Raises ValueError if the model cannot have one.
+    The weights keep their dtype; those that were packed are fp32 afterwards: rounded to fewer bits again they would
+    lose what was learnt.  An output layer that is the embedding gets a matrix of its own where the embedding has an
+    adapter, which is for the input alone.  Without ``has_output`` the output layer takes no part.  Raises
+    ValueError where the model cannot have one.
     """
-    has_head = not hasattr(model, "classifier")
-    if isinstance(model.get_submodule(EMBEDDING), LoraEmbedding) and not hasattr(model, HEAD) and has_head:
+    if isinstance(model.get_submodule(EMBEDDING), LoraEmbedding) and not hasattr(model, HEAD) and has_output:
         _untie(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraEmbedding):
@@ -41,7 +41,6 @@ def merge(model: LanguageModel) -> None:
         weight = module.adapted(torch.float64).to(own.dtype) if isinstance(module, Adapter) else own
         plain.weight = nn.Parameter(weight, requires_grad=False)
         exchange(model, name, plain.train(module.training))
-    model.has_base = False
 
 
 def _untie(model: LanguageModel) -> None:

@@ -1,8 +1,10 @@
 """Language models: single-device modules, built without data and initialised in place."""
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 from llmtrain.base.options import Option
 from llmtrain.model.layers.kv_cache import KVCache
 from llmtrain.model.layers.skip_init import SkipInitMode
+
+MAX_VARIANTS = 64  # of a compiled block: shapes, with and without gradients
 
 
 class LanguageModel(nn.Module, ABC):
@@ -26,8 +30,7 @@ class LanguageModel(nn.Module, ABC):
     context_length: int
     num_layers: int
     blocks: nn.ModuleList  # alike, one after the other: what is compiled, and recomputed in backward, one at a time
-    _running: Sequence[Callable[..., Tensor]] | None = None
-    has_base: bool = False  # frozen weights come from elsewhere, and are in no checkpoint: what is trained is
+    compiled_blocks: Sequence[Callable[..., Tensor]] | None = None  # run in place of ``blocks`` where there is no cache
     logit_softcap: float | None  # logits are capped smoothly to within this: cap * tanh(logits / cap)
 
     @abstractmethod
@@ -49,19 +52,27 @@ class LanguageModel(nn.Module, ABC):
     def head_bias(self) -> Tensor | None:
         """The output layer's bias ``(padded_vocab_size,)``: ``-inf`` for the padding; None where nothing is padded."""
 
+    def compile_blocks(self) -> None:
+        """Run the blocks compiled from now on, except with a cache and within :meth:`eager`.
+
+        One compilation serves all: they are alike, so that it takes as long as one of them, whatever the depth.
+        """
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
+        self.compiled_blocks = [torch.compile(block, dynamic=False) for block in self.blocks]
+
     @contextmanager
-    def running(self, blocks: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
-        """Have :meth:`hidden` call ``blocks`` in place of its own, which they do the work of (compiled, say)."""
-        before, self._running = self._running, blocks
+    def eager(self) -> Iterator[None]:
+        """Run the blocks as written within."""
+        compiled, self.compiled_blocks = self.compiled_blocks, None
         try:
             yield
         finally:
-            self._running = before
+            self.compiled_blocks = compiled
 
     @property
     def callable_blocks(self) -> Sequence[Callable[..., Tensor]]:
-        """What :meth:`hidden` calls without a cache: :attr:`blocks`, or what is :meth:`running` for them."""
-        return self.blocks if self._running is None else self._running  # type: ignore[return-value]
+        """The blocks as :meth:`hidden` calls them without a cache: compiled where they have been."""
+        return self.blocks if self.compiled_blocks is None else self.compiled_blocks  # type: ignore[return-value]
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
         """Logits ``(batch, sequence, padded_vocab_size)`` for the token after each of ``ids`` ``(batch, sequence)``.
@@ -104,24 +115,26 @@ class LanguageModel(nn.Module, ABC):
     def attention_flops(self, layer: int, sequence_length: int) -> int:
         """Floating-point operations of the two attention products of ``layer`` for one token, forward."""
 
-    def flops_per_token(self, sequence_length: int) -> int:
+    def flops_per_token(self, sequence_length: int, *, has_output: bool = True) -> int:
         """Floating-point operations of forward and backward for one token, with the weights that are trained now.
+
+        Without ``has_output`` the output layer takes no part: another head reads the hidden states.
 
         ``6 N + 12 layers hidden sequence`` where all are: N parameters in matrix products (2 forward, 4 backward each)
         and the two attention products (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B).  A frozen matrix has no
         gradient of its own, which leaves 4, and none is needed of what lies before all that is trained: 2.
         """
         trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
-        reached = min(map(self.layer_index, trained), default=0)  # the depth that gradients go back to
+        top = self.num_layers + 1
+        reached = min(map(self.layer_index, trained), default=top)  # the depth that gradients go back to
         parameters = dict(self.named_parameters())
         head = "head.weight" if "head.weight" in parameters else "token_embedding.weight"
-        has_head = not hasattr(self, "classifier")  # classes come from no vocabulary
         total = 0
         for name, parameter in parameters.items():
-            is_head = has_head and name == head
-            depth = self.num_layers + 1 if is_head else self.layer_index(name)
+            is_head = has_output and name == head
+            depth = top if is_head else self.layer_index(name)
             is_looked_up = depth == 0 and not name.endswith("lora_B")
-            if is_looked_up or (name == "head.weight" and not has_head):
+            if is_looked_up or (name == "head.weight" and not has_output):
                 continue
             rows = self.vocab_size if is_head else len(parameter)  # padding is not counted
             products = 2 + 2 * (depth >= reached) + 2 * parameter.requires_grad
@@ -146,9 +159,13 @@ class ModelConfig(Option, ABC):
     def build(self, vocab_size: int) -> LanguageModel:
         """Construct the module for ``vocab_size`` tokens on torch's current default device."""
 
-    def create(self, vocab_size: int, device: torch.device, generator: torch.Generator) -> LanguageModel:
-        """Allocate on ``device``, initialise there; nothing is filled twice."""
+    def create(
+        self, vocab_size: int, device: torch.device, generator: torch.Generator, num_layers: int | None = None
+    ) -> LanguageModel:
+        """Allocate on ``device``, initialise there; nothing is filled twice.  ``num_layers``: blocks (None: all)."""
+        config: Any = self if num_layers is None else dataclasses.replace(self, num_layers=num_layers)  # type: ignore
         with torch.device(device), SkipInitMode():
-            model = self.build(vocab_size)
-        model.initialise(generator)
+            model: LanguageModel = config.build(vocab_size)
+        if device.type != "meta":
+            model.initialise(generator)
         return model

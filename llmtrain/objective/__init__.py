@@ -1,52 +1,198 @@
-"""What is minimised."""
+"""Training objectives: how batches are made of sequences, and which losses a model is trained on.
 
+An objective makes two things.  ``collate`` turns sequences into a :class:`Batch`, in the loader's thread.  ``build``
+puts the model and what the objective adds to it (a head, say) into one :class:`TrainingUnit`, whose call gives the sums
+of the losses by name.  The step, the evaluation, the search for the worst sequences, the rehearsal and the plan all
+call that unit and nothing else.
+"""
+
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmtrain.base.options import Option
+from llmtrain.data import IGNORE, Batch, Rows
 from llmtrain.model import LanguageModel
+
+MODEL = "model."  # before the names of the model's own parameters in a unit
+
+
+class TrainingUnit(nn.Module, ABC):
+    """A model with its heads: what is trained, evaluated, probed and planned.
+
+    Its own children beside ``model`` are what the objective adds.  In checkpoints, optimizer rules and messages a
+    parameter has the name that :meth:`named_weights` gives: the model's own without a prefix.
+    """
+
+    model: LanguageModel
+    has_base: bool  # frozen weights come from elsewhere and are in no checkpoint; what is trained is
+    loss_weights: Mapping[str, float] = {}  # by the name of the loss; 1 for those that are not named
+    uses_output_layer: ClassVar[bool] = True  # whether the model's output layer takes part in a forward pass
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+        self.has_base = False
+        self._graphed = False
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The **sum** of each loss over its valid targets, by name; fp32 (float64 for float64), 0-dimensional.
+
+        The same names at every call: those of ``batch.counts``, which the sums are divided by.
+        """
+
+    def score(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The losses as by calling, and a tensor of counts that an evaluation adds up over batches; None: no counts."""
+        return self(batch), None
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        if not self._graphed:
+            return super().__call__(batch)
+        torch.compiler.cudagraph_mark_step_begin()
+        return {name: total.clone() for name, total in super().__call__(batch).items()}  # the graph reuses its memory
+
+    # --- parameters -------------------------------------------------------------------------------------------------
+
+    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter once, by the name that it has in checkpoints."""
+        for name, parameter in self.named_parameters():
+            yield name.removeprefix(MODEL), parameter
+
+    def trained_weights(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that are trained."""
+        return [(name, parameter) for name, parameter in self.named_weights() if parameter.requires_grad]
+
+    def weights_state(self) -> dict[str, Tensor]:
+        """The state dict under the names that checkpoints have; vocabulary padding is left out."""
+        return {name.removeprefix(MODEL): tensor for name, tensor in self.state_dict().items()}
+
+    def load_weights(self, tensors: Mapping[str, Tensor], *, strict: bool) -> None:
+        """The inverse of :meth:`weights_state`; without ``strict`` tensors may be missing."""
+        heads = self.heads
+        state = {name if name.partition(".")[0] in heads else MODEL + name: value for name, value in tensors.items()}
+        self.load_state_dict(state, strict=strict)
+
+    @property
+    def heads(self) -> dict[str, nn.Module]:
+        """The modules that the objective adds, by name."""
+        return {name: module for name, module in self.named_children() if name != MODEL.removesuffix(".")}
+
+    def weight_module(self, name: str) -> nn.Module:
+        """The module of that name, as :meth:`named_weights` names its parameters."""
+        return self.get_submodule(name if name.partition(".")[0] in self.heads else MODEL + name)
+
+    def count_parameters(self) -> tuple[int, int]:
+        """How many parameters are trained, and how many there are: adapters too, vocabulary padding not."""
+        sizes = {name: math.prod(tensor.shape) for name, tensor in self.weights_state().items()}
+        named = dict(self.named_weights())  # shared ones once
+        trained = sum(sizes[name] for name, parameter in named.items() if parameter.requires_grad)
+        return trained, sum(sizes[name] for name in named)
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks of the model."""
+        return self.model.num_layers
+
+    def layer_index(self, name: str) -> int:
+        """Depth of a weight, see :meth:`LanguageModel.layer_index`; heads are on top."""
+        return self.model.layer_index(name)
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Floating-point operations for one token, see :meth:`LanguageModel.flops_per_token`."""
+        return self.model.flops_per_token(sequence_length, has_output=self.uses_output_layer)
+
+    # --- transformations --------------------------------------------------------------------------------------------
+
+    def compile_blocks(self) -> None:
+        """Compile the model's blocks from now on, one compilation for all of them: they are alike."""
+        self.model.compile_blocks()
+
+    def compile_whole(self) -> None:
+        """Compile the whole unit and launch its kernels as CUDA graphs, one for each shape."""
+        self._graphed = True
+        self.compile(dynamic=False, mode="reduce-overhead")
+
+    def undo_compilation(self) -> None:
+        """Run as written from now on."""
+        self.model.compiled_blocks = None
+        self._graphed, self._compiled_call_impl = False, None
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """Run as written within, for batches of shapes that come once."""
+        with ExitStack() as stack:
+            stack.enter_context(self.model.eager())
+            if self._graphed:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            yield
+
+    def plan_for(self, device_type: str) -> None:
+        """Cut work as on devices of that type, whatever the tensors are on: for tracing a step without data."""
+
+
+def mean_losses(unit: TrainingUnit, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """The part of the step's loss that ``batch`` has, and that of each loss by name: sums divided by the step's counts.
+
+    The sum over the parts of a step, however it is split, is the mean over its valid targets.
+    """
+    parts = {name: total / max(batch.counts[name], 1) for name, total in unit(batch).items()}
+    return weighted(parts, unit.loss_weights), parts
+
+
+def weighted(parts: Mapping[str, Any], weights: Mapping[str, float]) -> Any:
+    """The sum of the losses ``parts``, each times its weight; numbers or tensors."""
+    total = None
+    for name, part in parts.items():
+        weight = weights.get(name, 1.0)
+        term = part if weight == 1.0 else weight * part
+        total = term if total is None else total + term
+    return total
 
 
 class Objective(Option, ABC):
     """Contract of ``objective=...``."""
 
-    scores: ClassVar[bool] = False  # whether :meth:`score` counts more than the loss
+    takes: ClassVar[tuple[str, ...]] = ("text", "responses")  # the kinds of data (``DataConfig.gives``) it goes with
+    loss: ClassVar[str] = "next_token"  # the name of the loss that :meth:`collate` counts targets for
     generates: ClassVar[bool] = True  # whether the model is to write text, so that samples of it say something
     verb: ClassVar[str] = "generate"  # what the trained model is asked with
-    takes: ClassVar[tuple[str, ...]] = ("text", "responses")  # the kinds of data (``DataConfig.gives``) it goes with
+
+    def collate(self, rows: Rows, positions: np.ndarray, seed: int) -> Batch:
+        """Make a batch of ``rows``, the sequences at ``positions`` ``(rows,)`` of the training order.
+
+        Pure, and called in the loader's thread.  Positions count over all epochs: what is drawn at random from
+        ``(seed, position)`` differs from epoch to epoch and comes again when a run is resumed.  This default takes
+        the targets as the data have them.
+        """
+        tensors = {"inputs": torch.from_numpy(rows.inputs), "targets": torch.from_numpy(rows.targets)}
+        if rows.segments is not None:
+            tensors["segments"] = torch.from_numpy(rows.segments)
+        counts = {self.loss: int(np.count_nonzero(rows.targets != IGNORE))}
+        return Batch(tensors, counts, rows.tokens, rows.lengths_of(tensors))
 
     @abstractmethod
-    def __call__(self, model: LanguageModel, inputs: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
-        """The **sum** of the losses over the valid targets, fp32, 0-dimensional.
-
-        ``inputs`` and ``targets``: ``(batch, sequence)``; a target of -100 carries no loss.  The loop divides by
-        the number of valid targets of the whole optimizer step.  ``segments`` ``(batch, sequence)``: which example of
-        a packed row a token belongs to, 0 for padding; None: a row is one example, padded on the right.
-        """
-
-    def attach(
+    def build(
         self,
         model: LanguageModel,
         labels: Sequence[str],
         generator: torch.Generator,
         class_weights: Sequence[float] = (),
-    ) -> None:
-        """Add to ``model`` what the objective needs of it, and freeze what it does not train; nothing by default.
+    ) -> TrainingUnit:
+        """Put ``model`` and what the objective adds to it into a unit, and freeze what is not trained.
 
         Called once weights are loaded, and before adapters are added.  ``labels`` are the data's classes,
-        ``class_weights`` what an example of each counts; (): all the same.
+        ``class_weights`` the weight of an example of each; (): all the same.
         """
 
-    def score(self, model: LanguageModel, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """For an evaluation: the loss as by calling, and what else was counted, a tensor to be summed over batches."""
-        raise AssertionError("this objective counts nothing but the loss")
-
     def measures(self, counted: Tensor, labels: Sequence[str]) -> dict[str, Any]:
-        """What a metrics row tells of what :meth:`score` counted."""
+        """Entries of a metrics row that follow from what :meth:`TrainingUnit.score` counted."""
         return {}
 
     def name_target(self, target: int, labels: Sequence[str]) -> str:

@@ -1,18 +1,43 @@
 """Next-token prediction."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from llmtrain.base.checks import non_negative, positive
-from llmtrain.kernels.linear_cross_entropy import Options, linear_cross_entropy
+from llmtrain.data import Batch
+from llmtrain.kernels.linear_cross_entropy import Chunking, Options, linear_cross_entropy
 from llmtrain.model import LanguageModel
-from llmtrain.objective import Objective
+from llmtrain.objective import Objective, TrainingUnit
+
+
+class CausalUnit(TrainingUnit):
+    """A decoder with the cross-entropy of each next token, in fp32, with the logits of a chunk of tokens at a time."""
+
+    def __init__(self, model: LanguageModel, loss: str, z_loss: float, chunk_tokens: int | None) -> None:
+        super().__init__(model)
+        self.loss = loss
+        self.options = Options(model.logit_softcap, z_loss)
+        self.chunking = Chunking(chunk_tokens)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        tensors = batch.tensors
+        hidden = self.model.hidden(tensors["inputs"], segments=tensors.get("segments"))
+        total = linear_cross_entropy(
+            hidden.flatten(0, 1), self.model.head_weight, self.model.head_bias, tensors["targets"].flatten(),
+            self.options, self.chunking,
+        )  # fmt: skip
+        return {self.loss: total}
+
+    def plan_for(self, device_type: str) -> None:
+        self.chunking = replace(self.chunking, planned_for=device_type)
 
 
 @dataclass(frozen=True)
 class Causal(Objective):
-    """Cross-entropy of each next token, in fp32, with the logits of a chunk of tokens at a time."""
+    """Cross-entropy of each next token."""
 
     z_loss: float
     chunk_tokens: int | None
@@ -22,8 +47,11 @@ class Causal(Objective):
         if self.chunk_tokens is not None:
             positive(chunk_tokens=self.chunk_tokens)
 
-    def __call__(self, model: LanguageModel, inputs: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
-        return linear_cross_entropy(
-            model.hidden(inputs, segments=segments).flatten(0, 1), model.head_weight, model.head_bias,
-            targets.flatten(), Options(model.logit_softcap, self.z_loss), self.chunk_tokens,
-        )  # fmt: skip
+    def build(
+        self,
+        model: LanguageModel,
+        labels: Sequence[str],
+        generator: torch.Generator,
+        class_weights: Sequence[float] = (),
+    ) -> CausalUnit:
+        return CausalUnit(model, self.loss, self.z_loss, self.chunk_tokens)

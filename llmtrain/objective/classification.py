@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.base.checks import positive
-from llmtrain.kernels.linear_cross_entropy import IGNORE
+from llmtrain.data import IGNORE, Batch
 from llmtrain.model import LanguageModel
-from llmtrain.objective import Objective
+from llmtrain.objective import Objective, TrainingUnit
 
 MAX_MATRIX = 20  # classes; beyond, metrics rows leave the confusion matrix out
 INITIAL_STD = 0.02  # of the head, as of GPT-2's weights
@@ -43,68 +43,28 @@ class Classifier(nn.Linear):
         self.register_buffer("class_weights", balanced, persistent=False)
 
 
-@dataclass(frozen=True)
-class Classification(Objective):
-    """Cross-entropy of the class; with ``multi_label`` the mean over classes of the binary ones."""
+class ClassifierUnit(TrainingUnit):
+    """A decoder with a linear head that is read at the last token of a text."""
 
-    train: Part
-    last_layers: int
-    multi_label: bool
+    uses_output_layer: ClassVar[bool] = False
 
-    takes: ClassVar[tuple[str, ...]] = ("labels",)
-    scores: ClassVar[bool] = True
-    generates: ClassVar[bool] = False
-    verb: ClassVar[str] = "predict"
+    def __init__(self, model: LanguageModel, classifier: Classifier, loss: str, *, multi_label: bool) -> None:
+        super().__init__(model)
+        self.classifier = classifier
+        self.loss = loss
+        self.multi_label = multi_label
 
-    def __post_init__(self) -> None:
-        positive(last_layers=self.last_layers)
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return {self.loss: self._loss(*self._logits_and_classes(batch))}
 
-    def attach(
-        self,
-        model: LanguageModel,
-        labels: Sequence[str],
-        generator: torch.Generator,
-        class_weights: Sequence[float] = (),
-    ) -> None:
-        """Add ``model.classifier`` and freeze what is not trained; an output layer of its own never is."""
-        if self.train is Part.last_layers and self.last_layers > model.num_layers:
-            raise ValueError(f"last_layers={self.last_layers}: the model has {model.num_layers}; or take train=all")
-        weight = model.head_weight
-        head = Classifier(weight.shape[1], len(labels), weight.device, class_weights)
-        with torch.no_grad():
-            head.weight.normal_(0.0, INITIAL_STD, generator=generator)
-        model.classifier = head
-        first = {
-            Part.head: model.num_layers + 1,
-            Part.last_layers: model.num_layers - self.last_layers + 1,
-            Part.all: 0,
-        }
-        for name, parameter in model.named_parameters():
-            if name.startswith("classifier."):
-                continue
-            is_output = name.startswith("head.")  # a tied one is the embedding, which is trained
-            trained = model.layer_index(name) >= first[self.train] and self.train is not Part.head
-            parameter.requires_grad_(trained and not is_output)
-
-    def __call__(self, model: LanguageModel, inputs: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
-        return self._loss(model, *class_logits(model, inputs, targets))
-
-    def _loss(self, model: LanguageModel, logits: Tensor, classes: Tensor) -> Tensor:
-        weights = head_of(model).class_weights
-        weights = None if weights is None else weights.to(logits.dtype)
-        if not self.multi_label:
-            return F.cross_entropy(logits, classes, weights, reduction="sum", ignore_index=IGNORE)
-        loss = F.binary_cross_entropy_with_logits(logits, bits(classes, logits.shape[1]), weights, reduction="none")
-        return torch.where(classes == IGNORE, 0.0, loss.mean(1)).sum()
-
-    def score(self, model: LanguageModel, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def score(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """The loss, and ``(classes, classes)`` counts: rows are true classes, columns the predicted ones.
 
         With ``multi_label`` ``(classes + 1, 4)``: of each class the true positives, false positives, false negatives
         and true negatives; in the last row how many texts have all of theirs right, and how many there are.
         """
-        logits, classes = class_logits(model, inputs, targets)
-        loss = self._loss(model, logits, classes)
+        logits, classes = self._logits_and_classes(batch)
+        loss = {self.loss: self._loss(logits, classes)}
         valid = classes != IGNORE
         logits, classes = logits[valid], classes[valid]
         number = logits.shape[1]
@@ -116,6 +76,74 @@ class Classification(Objective):
         right = (truth == guess).all(1).sum()
         last = torch.stack([right, right.new_tensor(len(truth)), right.new_tensor(0), right.new_tensor(0)])
         return loss, torch.cat([torch.stack([count.sum(0) for count in counts], 1), last[None]])
+
+    def probabilities(self, inputs: Tensor, last: Tensor) -> Tensor:
+        """Of each class ``(batch, classes)``, fp32, read off at the tokens ``last`` ``(batch,)`` of ``inputs``."""
+        logits = self.logits_at(inputs, last)
+        return logits.sigmoid() if self.multi_label else logits.softmax(1)
+
+    def logits_at(self, inputs: Tensor, last: Tensor) -> Tensor:
+        """Logits ``(batch, classes)``, fp32, at the tokens ``last`` ``(batch,)`` of ``inputs``."""
+        hidden = self.model.hidden(inputs)
+        rows = torch.arange(len(inputs), device=inputs.device)
+        logits = self.classifier(hidden[rows, last])
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _logits_and_classes(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits at each row's target, and the targets ``(batch,)``: IGNORE where a row has none."""
+        inputs, targets = batch.tensors["inputs"], batch.tensors["targets"]
+        last = (targets != IGNORE).int().argmax(1)
+        return self.logits_at(inputs, last), targets.gather(1, last[:, None])[:, 0]
+
+    def _loss(self, logits: Tensor, classes: Tensor) -> Tensor:
+        weights = self.classifier.class_weights
+        weights = None if weights is None else weights.to(logits.dtype)
+        if not self.multi_label:
+            return F.cross_entropy(logits, classes, weights, reduction="sum", ignore_index=IGNORE)
+        loss = F.binary_cross_entropy_with_logits(logits, bits(classes, logits.shape[1]), weights, reduction="none")
+        return torch.where(classes == IGNORE, 0.0, loss.mean(1)).sum()
+
+
+@dataclass(frozen=True)
+class Classification(Objective):
+    """Cross-entropy of the class; with ``multi_label`` the mean over classes of the binary ones."""
+
+    train: Part
+    last_layers: int
+    multi_label: bool
+
+    takes: ClassVar[tuple[str, ...]] = ("labels",)
+    loss: ClassVar[str] = "class"
+    generates: ClassVar[bool] = False
+    verb: ClassVar[str] = "predict"
+
+    def __post_init__(self) -> None:
+        positive(last_layers=self.last_layers)
+
+    def build(
+        self,
+        model: LanguageModel,
+        labels: Sequence[str],
+        generator: torch.Generator,
+        class_weights: Sequence[float] = (),
+    ) -> ClassifierUnit:
+        """Add the head and freeze what is not trained; an output layer of the model's own never is trained."""
+        if self.train is Part.last_layers and self.last_layers > model.num_layers:
+            raise ValueError(f"last_layers={self.last_layers}: the model has {model.num_layers}; or take train=all")
+        weight = model.head_weight
+        head = Classifier(weight.shape[1], len(labels), weight.device, class_weights)
+        with torch.no_grad():
+            head.weight.normal_(0.0, INITIAL_STD, generator=generator)
+        first = {
+            Part.head: model.num_layers + 1,
+            Part.last_layers: model.num_layers - self.last_layers + 1,
+            Part.all: 0,
+        }
+        for name, parameter in model.named_parameters():
+            is_output = name.startswith("head.")  # a tied one is the embedding, which is trained
+            trained = model.layer_index(name) >= first[self.train] and self.train is not Part.head
+            parameter.requires_grad_(trained and not is_output)
+        return ClassifierUnit(model, head, self.loss, multi_label=self.multi_label)
 
     def measures(self, counted: Tensor, labels: Sequence[str]) -> dict[str, Any]:
         """``accuracy`` (with ``multi_label``: texts with all of their labels right), ``macro_f1``, ``confusion``."""
@@ -141,31 +169,6 @@ class Classification(Objective):
         if not self.multi_label:
             return labels[target]
         return "|".join(label for index, label in enumerate(labels) if target >> index & 1)
-
-    def probabilities(self, model: LanguageModel, inputs: Tensor, last: Tensor) -> Tensor:
-        """Of each class ``(batch, classes)``, fp32, read off at the tokens ``last`` ``(batch,)`` of ``inputs``."""
-        logits = _logits_at(model, inputs, last)
-        return logits.sigmoid() if self.multi_label else logits.softmax(1)
-
-
-def head_of(model: LanguageModel) -> Classifier:
-    """The head that ``attach`` added."""
-    head = model.classifier
-    assert isinstance(head, Classifier)
-    return head
-
-
-def class_logits(model: LanguageModel, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits ``(batch, classes)`` fp32 at each row's target, and the targets ``(batch,)``: IGNORE where it has none."""
-    last = (targets != IGNORE).int().argmax(1)
-    return _logits_at(model, inputs, last), targets.gather(1, last[:, None])[:, 0]
-
-
-def _logits_at(model: LanguageModel, inputs: Tensor, last: Tensor) -> Tensor:
-    hidden = model.hidden(inputs)
-    rows = torch.arange(len(inputs), device=inputs.device)
-    logits = head_of(model)(hidden[rows, last])
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def bits(masks: Tensor, number: int) -> Tensor:

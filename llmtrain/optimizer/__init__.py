@@ -1,11 +1,28 @@
 """Optimizers: each option describes one and builds it over a model's parameters."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from llmtrain.base.options import Option
+
+
+class Trainable(Protocol):
+    """The view that an optimizer has of what it trains: a training unit."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter once, by name."""
+        ...
+
+    def layer_index(self, name: str) -> int:
+        """Depth of a parameter: 0 embeddings, i + 1 block i, ``num_layers + 1`` final norm and heads."""
+        ...
 
 
 class OptimizerConfig(Option, ABC):
@@ -22,11 +39,11 @@ class OptimizerConfig(Option, ABC):
     lr: float
 
     @abstractmethod
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Build the optimizer over the trainable parameters of ``model``, on the device they are on."""
+    def build(self, unit: Trainable) -> torch.optim.Optimizer:
+        """Build the optimizer over the trainable parameters of ``unit``, on the device they are on."""
 
 
-def step(optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
+def update(optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
     """Update the parameters, unless ``found_inf`` says that the gradients are not finite.
 
     ``found_inf`` is a 0-dimensional fp32 tensor on the parameters' device: 1.0 refuses the step, which then changes

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.base.checks import non_negative, positive
+from llmtrain.optimizer import Trainable
 from llmtrain.optimizer.groups import GroupedOptimizer, parameter_groups
 
 
@@ -31,8 +32,8 @@ class Adafactor(GroupedOptimizer):
         positive(eps1=self.eps1)
         non_negative(eps2=self.eps2)
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        members = self.members(model)
+    def build(self, unit: Trainable) -> torch.optim.Optimizer:
+        members = self.members(unit)
         optimizer = torch.optim.Adafactor(
             parameter_groups(members, self.lr),
             beta2_decay=self.beta2_decay,

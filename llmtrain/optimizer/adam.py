@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from llmtrain.base.checks import non_negative
+from llmtrain.optimizer import Trainable
 from llmtrain.optimizer.groups import GroupedOptimizer, check_betas, has_fused_kernel, parameter_groups
 
 
@@ -22,8 +22,8 @@ class Adam(GroupedOptimizer):
         check_betas(self.betas)
         non_negative(eps=self.eps)
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        groups = parameter_groups(self.members(model), self.lr)
+    def build(self, unit: Trainable) -> torch.optim.Optimizer:
+        groups = parameter_groups(self.members(unit), self.lr)
         return build_adam(torch.optim.Adam, groups, betas=self.betas, eps=self.eps)
 
 

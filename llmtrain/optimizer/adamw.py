@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
+from llmtrain.optimizer import Trainable
 from llmtrain.optimizer.adam import Adam, build_adam
 from llmtrain.optimizer.groups import parameter_groups
 
@@ -13,6 +13,6 @@ from llmtrain.optimizer.groups import parameter_groups
 class AdamW(Adam):
     """Adam with decoupled weight decay: ``w -= lr * weight_decay * w``, apart from the gradient."""
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        groups = parameter_groups(self.members(model), self.lr)
+    def build(self, unit: Trainable) -> torch.optim.Optimizer:
+        groups = parameter_groups(self.members(unit), self.lr)
         return build_adam(torch.optim.AdamW, groups, betas=self.betas, eps=self.eps)

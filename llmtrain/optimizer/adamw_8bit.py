@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmtrain.optimizer.blockwise_quantization import BLOCK, Codebook, dequantise, quantise
-from llmtrain.optimizer.groups import Layered, Member
+from llmtrain.optimizer.groups import Member
 from llmtrain.optimizer.low_bit_adamw import CompactAdamW, Moments
 from llmtrain.optimizer.stochastic_rounding import BITS
 
@@ -25,9 +24,8 @@ class AdamW8bit(CompactAdamW):
 
     fp32_embeddings: bool
 
-    def is_compact(self, member: Member, model: nn.Module) -> bool:
-        is_embedding = self.fp32_embeddings and cast(Layered, model).layer_index(member.name) == 0
-        return super().is_compact(member, model) and not is_embedding
+    def is_compact(self, member: Member) -> bool:
+        return super().is_compact(member) and not (self.fp32_embeddings and member.layer == 0)
 
     def moments(self, parameters: Sequence[Tensor]) -> Moments:
         return QuantisedMoments(parameters[0].device)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from llmtrain.optimizer import step
+from llmtrain.optimizer import update
 
 
 class CompositeOptimizer(torch.optim.Optimizer):
@@ -36,7 +36,7 @@ class CompositeOptimizer(torch.optim.Optimizer):
         """Step every part; the attribute ``found_inf`` refuses the step of all parts."""
         for part in self.parts:
             if hasattr(self, "found_inf"):
-                step(part, self.found_inf)
+                update(part, self.found_inf)
             else:
                 part.step()
 

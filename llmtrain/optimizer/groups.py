@@ -3,12 +3,12 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any
 
 from torch import nn
 
 from llmtrain.base.checks import fraction, non_negative, pattern, pattern_matches, positive
-from llmtrain.optimizer import OptimizerConfig
+from llmtrain.optimizer import OptimizerConfig, Trainable
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,10 @@ class Member:
 
     name: str
     parameter: nn.Parameter
+    layer: int  # depth: 0 embeddings, i + 1 block i, num_layers + 1 final norm and heads
+    is_in_block: bool
     lr_multiplier: float
     weight_decay: float
-
-
-class Layered(Protocol):
-    """What is asked of a model beyond its parameters."""
-
-    num_layers: int
-
-    def layer_index(self, name: str) -> int:
-        """Depth of a parameter: 0 embeddings, i + 1 block i, ``num_layers + 1`` final norm and head."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +62,20 @@ class GroupedOptimizer(OptimizerConfig):
                 **{f"rules[{i}].lr_multiplier": rule.lr_multiplier, f"rules[{i}].weight_decay": rule.weight_decay}
             )
 
-    def members(self, model: nn.Module) -> list[Member]:
-        """The trainable parameters of ``model``, tied ones once, in the order of ``model.named_parameters()``.
+    def members(self, unit: Trainable) -> list[Member]:
+        """The trainable parameters of ``unit``, tied ones once, in the order of ``unit.named_weights()``.
 
         Raises ValueError if there are none, or if a rule matches none of them.
         """
-        trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        trainable = [(name, parameter) for name, parameter in unit.named_weights() if parameter.requires_grad]
         if not trainable:
             raise ValueError("nothing to train: every parameter of the model is frozen")
         for i, rule in enumerate(self.rules):
             pattern_matches(f"rules[{i}].pattern", rule.pattern, [name for name, _ in trainable])
-        return [self._member(name, parameter, cast(Layered, model)) for name, parameter in trainable]
+        return [self._member(name, parameter, unit) for name, parameter in trainable]
 
-    def _member(self, name: str, parameter: nn.Parameter, model: Layered) -> Member:
+    def _member(self, name: str, parameter: nn.Parameter, unit: Trainable) -> Member:
+        layer, num_layers = unit.layer_index(name), unit.num_layers
         lr_multiplier = 1.0
         weight_decay = self.weight_decay if parameter.dim() >= 2 else 0.0
         for rule in self.rules:
@@ -89,8 +83,8 @@ class GroupedOptimizer(OptimizerConfig):
                 lr_multiplier = lr_multiplier if rule.lr_multiplier is None else rule.lr_multiplier
                 weight_decay = weight_decay if rule.weight_decay is None else rule.weight_decay
         if self.layer_decay != 1:
-            lr_multiplier *= self.layer_decay ** (model.num_layers + 1 - model.layer_index(name))
-        return Member(name, parameter, lr_multiplier, weight_decay)
+            lr_multiplier *= self.layer_decay ** (num_layers + 1 - layer)
+        return Member(name, parameter, layer, 1 <= layer <= num_layers, lr_multiplier, weight_decay)
 
 
 def parameter_groups(members: Iterable[Member], lr: float) -> list[dict[str, Any]]:

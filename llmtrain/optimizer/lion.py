@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from llmtrain.optimizer import Trainable
 from llmtrain.optimizer.groups import GroupedOptimizer, check_betas, parameter_groups
 
 
@@ -22,8 +23,8 @@ class Lion(GroupedOptimizer):
         super().__post_init__()
         check_betas(self.betas)
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        return LionOptimizer(parameter_groups(self.members(model), self.lr), self.betas)
+    def build(self, unit: Trainable) -> torch.optim.Optimizer:
+        return LionOptimizer(parameter_groups(self.members(unit), self.lr), self.betas)
 
 
 class LionOptimizer(torch.optim.Optimizer):

@@ -8,9 +8,10 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmtrain.base.checks import non_negative
+from llmtrain.optimizer import Trainable
 from llmtrain.optimizer.adam import build_adam
 from llmtrain.optimizer.adamw import AdamW
 from llmtrain.optimizer.blockwise_quantization import BLOCK
@@ -52,14 +53,14 @@ class CompactAdamW(AdamW):
     def moments(self, parameters: Sequence[Tensor]) -> Moments:
         """Choose the storage format of the moments of ``parameters``."""
 
-    def is_compact(self, member: Member, model: nn.Module) -> bool:
+    def is_compact(self, member: Member) -> bool:
         """Decide if the moments of this parameter are kept in few bits."""
         return member.parameter.numel() >= self.min_elements and member.parameter.is_contiguous()
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        members = self.members(model)
-        compact = [member for member in members if self.is_compact(member, model)]
-        whole = [member for member in members if not self.is_compact(member, model)]
+    def build(self, unit: Trainable) -> torch.optim.Optimizer:
+        members = self.members(unit)
+        compact = [member for member in members if self.is_compact(member)]
+        whole = [member for member in members if not self.is_compact(member)]
         parts: list[torch.optim.Optimizer] = []
         if compact:
             moments = self.moments([member.parameter for member in compact])

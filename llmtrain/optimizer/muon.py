@@ -5,15 +5,14 @@ Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Liu et al. 2025,
 
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import cast
 
 import torch
-from torch import nn
 
 from llmtrain.base.checks import non_negative, positive
+from llmtrain.optimizer import Trainable
 from llmtrain.optimizer.adam import build_adam
 from llmtrain.optimizer.composite import CompositeOptimizer
-from llmtrain.optimizer.groups import GroupedOptimizer, Layered, Member, check_betas, parameter_groups
+from llmtrain.optimizer.groups import GroupedOptimizer, Member, check_betas, parameter_groups
 
 
 class AdjustLR(Enum):
@@ -49,12 +48,12 @@ class Muon(GroupedOptimizer):
         check_betas(self.betas)
         non_negative(eps=self.eps)
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        members = self.members(model)
+    def build(self, unit: Trainable) -> torch.optim.Optimizer:
+        members = self.members(unit)
         matrices: list[Member] = []
         rest: list[Member] = []
         for member in members:
-            if is_hidden_matrix(member, cast(Layered, model)):
+            if is_hidden_matrix(member):
                 matrices.append(member)
             else:
                 rest.append(replace(member, lr_multiplier=member.lr_multiplier * self.adamw_lr / self.lr))
@@ -80,6 +79,6 @@ class Muon(GroupedOptimizer):
         return optimizer
 
 
-def is_hidden_matrix(member: Member, model: Layered) -> bool:
-    """Return whether the parameter is a matrix within a block, which maps hidden units to hidden units."""
-    return member.parameter.dim() == 2 and 1 <= model.layer_index(member.name) <= model.num_layers
+def is_hidden_matrix(member: Member) -> bool:
+    """Whether the parameter is a matrix that maps hidden units to hidden units: within a block, two-dimensional."""
+    return member.parameter.dim() == 2 and member.is_in_block

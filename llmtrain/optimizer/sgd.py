@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
+from llmtrain.optimizer import Trainable
 from llmtrain.optimizer.groups import GroupedOptimizer, has_fused_kernel, parameter_groups
 
 
@@ -22,8 +22,8 @@ class SGD(GroupedOptimizer):
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov=True: needs a momentum above 0")
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        groups = parameter_groups(self.members(model), self.lr)
+    def build(self, unit: Trainable) -> torch.optim.Optimizer:
+        groups = parameter_groups(self.members(unit), self.lr)
         optimizer = torch.optim.SGD(
             groups, momentum=self.momentum, nesterov=self.nesterov, fused=has_fused_kernel(groups)
         )

@@ -1,72 +1,22 @@
-"""What a step is made of, and making it anew on tensors without data."""
+"""The settings that a step follows from, and building its parts on tensors without data."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from llmtrain.accumulation import Accumulation
 from llmtrain.activation_checkpointing import ActivationCheckpointing
-from llmtrain.clipping import Clipping
-from llmtrain.data import DataConfig
-from llmtrain.lora import Lora
-from llmtrain.model import LanguageModel, ModelConfig
-from llmtrain.model.layers.skip_init import SkipInitMode
-from llmtrain.objective import Objective
-from llmtrain.optimizer import OptimizerConfig
-from llmtrain.precision import Precision, PrecisionConfig
-
-
-class Settings(Protocol):
-    """What a blueprint reads of a :class:`llmtrain.run.run.Run`, which is above it."""
-
-    @property
-    def model(self) -> ModelConfig: ...
-    @property
-    def data(self) -> DataConfig: ...
-    @property
-    def objective(self) -> Objective: ...
-    @property
-    def lora(self) -> Lora: ...
-    @property
-    def optimizer(self) -> OptimizerConfig: ...
-    @property
-    def precision(self) -> PrecisionConfig: ...
-    @property
-    def clipping(self) -> Clipping: ...
-    @property
-    def accumulation(self) -> Accumulation: ...
-
-
-def outline(settings: Settings, vocab_size: int, labels: Sequence[str]) -> LanguageModel:
-    """The model with its head and adapters on the meta device: sizes alone, nothing is allocated."""
-    with torch.device("meta"), SkipInitMode():
-        model = settings.model.build(vocab_size)
-        generator = torch.Generator("cpu")
-        settings.objective.attach(model, labels, generator)
-        settings.lora.apply(model, generator)
-    model.has_base = settings.lora.adapts
-    return model
-
-
-@dataclass
-class Built:
-    """The parts of a step."""
-
-    model: LanguageModel
-    loss_sum: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    optimizer: torch.optim.Optimizer
+from llmtrain.config.assemble import build_unit
+from llmtrain.config.run_config import RunConfig
+from llmtrain.precision import Precision
+from llmtrain.train.step import Step, Timer
 
 
 @dataclass(frozen=True)
 class Blueprint:
     """The settings that one optimizer step follows from; ``precision`` is the arithmetic of the device planned for."""
 
-    settings: Settings
+    settings: RunConfig
     vocab_size: int
     precision: Precision
     batch_size: int  # sequences of the largest optimizer step
@@ -84,9 +34,9 @@ class Blueprint:
         return min(self.micro_batch or self.settings.accumulation.micro_batch_size, self.batch_size)
 
     @property
-    def checkpointing(self) -> ActivationCheckpointing | None:
+    def checkpointing(self) -> ActivationCheckpointing:
         """What is kept for the backward pass."""
-        return getattr(self.settings, "activation_checkpointing", None)
+        return self.settings.activation_checkpointing
 
     @property
     def period(self) -> int:
@@ -99,20 +49,17 @@ class Blueprint:
         """Blocks of the model; None where its config does not say."""
         return getattr(self.settings.model, "num_layers", None)
 
-    def build(self, device: torch.device, num_layers: int | None = None) -> Built:
-        """Model, objective and optimizer on ``device``, with ``num_layers`` blocks (None: all); within a fake mode."""
-        config: Any = self.settings.model
-        if num_layers is not None:
-            config = dataclasses.replace(config, num_layers=num_layers)
-        generator = torch.Generator(device)
-        with SkipInitMode():
-            with torch.device(device):
-                model: LanguageModel = config.build(self.vocab_size)
-            model.initialise(generator)  # makes what is neither parameter nor argument
-            self.settings.objective.attach(model, self.labels, generator)
-            self.settings.lora.apply(model, generator)
-        optimizer = self.settings.optimizer.build(model)
-        if self.checkpointing is not None:
-            self.checkpointing.apply(model)
-        model.train()
-        return Built(model, partial(self.settings.objective, model), optimizer)
+    def build(
+        self, device: torch.device, num_layers: int | None = None, *, planned_for: str, timer: Timer | None = None
+    ) -> Step:
+        """The step on ``device``, with ``num_layers`` blocks (None: all); within a fake mode.
+
+        Work is cut as on devices of the type ``planned_for``, whatever ``device`` is.
+        """
+        unit = build_unit(
+            self.settings, self.vocab_size, self.labels, device, torch.Generator(device), load_weights=False,
+            precision=self.precision, num_layers=num_layers,
+        )  # fmt: skip
+        unit.plan_for(planned_for)
+        unit.train()
+        return Step(unit, self.settings.optimizer.build(unit), self.precision, self.micro_batch_size, timer=timer)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from llmtrain.checkpoint.model_state import saved_tensors
-from llmtrain.kernels.linear_cross_entropy import as_on
-from llmtrain.plan.blueprint import Blueprint, outline
+from llmtrain.config.assemble import outline
+from llmtrain.plan.blueprint import Blueprint
 from llmtrain.plan.extrapolation import IrregularBlocks, extrapolate
 from llmtrain.plan.trace import Category, Phase, Untraceable, trace_step
 
@@ -64,8 +64,7 @@ def estimate(blueprint: Blueprint, *, gpu: bool, copied: bool = False) -> Memory
     ``copied``: a save copies weights and optimizer state to host memory while training continues.  Raises
     :class:`Untraceable` where a step needs real data, and ValueError as building the parts does.
     """
-    with as_on("cuda" if gpu else "cpu"):
-        phases, host = _trace(blueprint, gpu)
+    phases, host = _trace(blueprint, gpu)
     by_phase: dict[Phase, int] = {}
     best, at, where = -1, np.zeros(len(Category), dtype=np.int64), Phase.held
     for phase, rows in phases:
@@ -79,8 +78,8 @@ def estimate(blueprint: Blueprint, *, gpu: bool, copied: bool = False) -> Memory
     if copied:
         weights = parts["weights"]
         if blueprint.settings.lora.adapts:  # only the trained ones
-            model = outline(blueprint.settings, blueprint.vocab_size, blueprint.labels)
-            weights = sum(tensor.nbytes for tensor in saved_tensors(model).values())
+            unit = outline(blueprint.settings, blueprint.vocab_size, blueprint.labels)
+            weights = sum(tensor.nbytes for tensor in saved_tensors(unit).values())
         copy = weights + parts["optimizer"]
     if gpu:
         parts["libraries"] = GPU_WORKSPACE
@@ -104,15 +103,18 @@ Phases = list[tuple[Phase, np.ndarray]]  # live bytes, (operations, categories)
 def _trace(blueprint: Blueprint, gpu: bool) -> tuple[Phases, int]:
     """Return the live bytes of each phase, and the peak on the host of a GPU."""
     device, layers = torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu"), blueprint.num_layers
+    kind = "cuda" if gpu else "cpu"
     if layers is not None:
         for period in (blueprint.period, 2 * blueprint.period):
             if 3 * period >= layers:  # as much work as the whole model
                 break
             try:
-                small, large = (trace_step(blueprint, device, number) for number in (period, 2 * period))
+                small, large = (
+                    trace_step(blueprint, device, number, planned_for=kind) for number in (period, 2 * period)
+                )
                 return extrapolate(small, large, (period, 2 * period), layers)
             except (IrregularBlocks, ValueError):  # such as a rule of the optimizer that names a block
                 continue
-    trace = trace_step(blueprint, device)
+    trace = trace_step(blueprint, device, planned_for=kind)
     phases = [(span.phase, rows) for span, rows in zip(trace.spans, trace.timeline(), strict=True)]
     return phases, trace.host_bytes

@@ -19,8 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from llmtrain.optimizer import step as optimizer_step
-from llmtrain.plan.blueprint import Blueprint, Built
+from llmtrain.optimizer import update
+from llmtrain.plan.blueprint import Blueprint
+from llmtrain.train.rehearsal import made_up_batch
+from llmtrain.train.step import Step
 
 # Of an update: one that goes through the parameters piece by piece takes tens of thousands, all alike, and begins with
 # the embedding, the largest.
@@ -94,8 +96,8 @@ class Trace:
         return result
 
 
-class Enough(Exception):
-    """So many operations tell what there is to know."""
+class TraceLimitReached(Exception):
+    """The operations recorded so far are enough: the rest of the phase repeats them."""
 
 
 class Recorder(TorchDispatchMode):
@@ -118,7 +120,7 @@ class Recorder(TorchDispatchMode):
             return args[0].fake_device
         span = self.spans[-1]
         if self.limit is not None and len(span.names) > self.limit:
-            raise Enough
+            raise TraceLimitReached
         result = function(*args, **(kwargs or {}))
         span.begin(str(function))
         for tensor in tree_iter(result):
@@ -184,73 +186,88 @@ def fake_tensors(recorder: Recorder | None = None) -> Iterator[None]:
         yield
 
 
-def trace_step(blueprint: Blueprint, device: torch.device, num_layers: int | None = None) -> Trace:
+def trace_step(
+    blueprint: Blueprint, device: torch.device, num_layers: int | None = None, *, planned_for: str | None = None
+) -> Trace:
     """Record an optimizer step of ``num_layers`` blocks (None: all).  An evaluation holds less than training does.
 
     Of the micro-batches two are done, where there are as many: from the second one on the gradients are there.
-    Raises :class:`Untraceable`, and what building the parts raises.
+    ``planned_for``: the type of device whose memory it is for, if not that of ``device``.  Raises
+    :class:`Untraceable`, and what building the parts raises.
     """
     recorder = Recorder(device)
     with fake_tensors(recorder):
-        built = blueprint.build(device, num_layers)
+        phases = PhaseRecorder(recorder)
+        step = blueprint.build(device, num_layers, planned_for=planned_for or device.type, timer=phases)
         recorder.spans = [Span(Phase.held, ["held"], [_merged(recorder.spans)])]
         recorder.host_peak = recorder.host_live
-        weights = recorder.numbers([*built.model.parameters(), *built.model.buffers()])
+        weights = recorder.numbers([*step.unit.parameters(), *step.unit.buffers()])
         try:
-            state = recorder.numbers(_tensors(built.optimizer.state.values())) - weights
-            gradients, saved = _step(recorder, blueprint, built, device)
+            state = recorder.numbers(_tensors(step.optimizer.state.values())) - weights
+            _record_step(recorder, phases, blueprint, step, device)
         except ValueError:
             raise
         except Exception as error:
             raise Untraceable(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
-        vocabulary = {blueprint.vocab_size, built.model.padded_vocab_size}
+        vocabulary = {blueprint.vocab_size, step.unit.model.padded_vocab_size}
     categories = {}
     for number, (shape, _) in recorder.shapes.items():
         if number in weights:
             categories[number] = Category.weights
         elif number in state:
             categories[number] = Category.optimizer
-        elif number in gradients:
+        elif number in phases.gradients:
             categories[number] = Category.gradients
         elif len(shape) > 1 and shape[-1] in vocabulary:
             categories[number] = Category.logits
         else:
-            categories[number] = Category.activations if number in saved else Category.temporary
+            categories[number] = Category.activations if number in phases.saved else Category.temporary
     return Trace(recorder.spans, categories, recorder.host_peak)
 
 
-def _step(recorder: Recorder, blueprint: Blueprint, built: Built, device: torch.device) -> tuple[set[int], set[int]]:
-    """A step as the loop does it; the storages of gradients, and of what was kept for a backward pass."""
-    precision, clipping = blueprint.precision, blueprint.settings.clipping
-    size, length = blueprint.micro_batch_size, blueprint.sequence_length
-    parameters = [(name, p) for name, p in built.model.named_parameters() if p.requires_grad]
-    batch = torch.zeros((2, blueprint.batch_size, length), dtype=torch.int64, device=device)
-    segments = torch.ones((size, length), dtype=torch.int32, device=device) if blueprint.settings.data.packs else None
-    gradients: set[int] = set()
-    saved: set[int] = set()
-    for start in range(0, min(blueprint.batch_size, 2 * size), size):
-        inputs, targets = batch[0, start : start + size], batch[1, start : start + size]
-        recorder.phase(Phase.forward)
-        with precision.autocast():
-            part = built.loss_sum(inputs, targets, segments) / blueprint.batch_size
-        saved |= recorder.live()
-        recorder.phase(Phase.backward)
-        precision.scale(part).backward()
-        gradients |= recorder.numbers(p.grad for _, p in parameters if p.grad is not None)
-        del part
+class PhaseRecorder:
+    """The timer of a traced step: begins the recorder's phases, and notes the storages of gradients and of what was
+    kept for a backward pass."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.weights: list[Tensor] = []
+        self.gradients: set[int] = set()
+        self.saved: set[int] = set()
+
+    def mark(self, phase: str) -> None:
+        """``phase`` has ended."""
+        if phase == "forward":
+            self.saved |= self.recorder.live()
+            self.recorder.phase(Phase.backward)
+        elif phase == "backward":
+            gradients = (weight.grad for weight in self.weights)
+            self.gradients |= self.recorder.numbers(gradient for gradient in gradients if gradient is not None)
+            self.recorder.phase(Phase.forward)
+
+
+def _record_step(
+    recorder: Recorder, phases: PhaseRecorder, blueprint: Blueprint, step: Step, device: torch.device
+) -> None:
+    settings, clipping = blueprint.settings, blueprint.settings.clipping
+    phases.weights = [weight for _, weight in step.weights]
+    batch = made_up_batch(
+        settings.objective, blueprint.batch_size, blueprint.sequence_length, is_packed=settings.data.packs
+    ).map(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype, device=device))
+    recorder.phase(Phase.forward)
+    step.accumulate(batch.rows(0, 2 * step.micro_batch_size), step.micro_batch_size)
     recorder.phase(Phase.update)
-    precision.unscale([p for _, p in parameters])
-    clipping(parameters, clipping.start_step)
+    step.precision.unscale([weight for _, weight in step.weights])
+    clipping(step.weights, clipping.start_step)
     found_inf = torch.zeros((), device=device)
     recorder.limit = len(recorder.spans[-1].names) + UPDATE_OPERATIONS
-    with suppress(Enough):
-        if getattr(built.optimizer, "_step_supports_amp_scaling", False):
-            optimizer_step(built.optimizer, found_inf)
+    with suppress(TraceLimitReached):
+        if getattr(step.optimizer, "_step_supports_amp_scaling", False):
+            update(step.optimizer, found_inf)
         else:
-            built.optimizer.step()
+            step.optimizer.step()
     recorder.limit = None
-    built.optimizer.zero_grad(set_to_none=True)
-    return gradients, saved
+    step.optimizer.zero_grad(set_to_none=True)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

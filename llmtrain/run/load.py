@@ -10,33 +10,40 @@ import torch
 from llmtrain.base.run_files import CONFIG, MODEL
 from llmtrain.base.runtime import Runtime
 from llmtrain.checkpoint.format import read_state, verify_checkpoint
-from llmtrain.checkpoint.model_state import load_model
+from llmtrain.checkpoint.model_state import restore_model
 from llmtrain.config import stored_config
+from llmtrain.config.assemble import build_unit, check_base
 from llmtrain.config.older_versions import complete
 from llmtrain.config.run_config import RunConfig
 from llmtrain.model import LanguageModel
+from llmtrain.objective import TrainingUnit
 from llmtrain.precision import Precision
 from llmtrain.tokenizer import Tokenizer
 from llmtrain.train.state import TrainState
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedModel:
     """The model of a checkpoint, with what it takes to use it."""
 
     run: RunConfig
     tokenizer: Tokenizer
-    model: LanguageModel  # in evaluation mode, adapters and the weights that they were trained on put together
+    unit: TrainingUnit  # in evaluation mode, adapters and the weights that they were trained on put together
     state: TrainState
     device: torch.device
     precision: Precision  # for inference
 
+    @property
+    def model(self) -> LanguageModel:
+        """The model without what the objective adds to it."""
+        return self.unit.model
+
 
 @contextlib.contextmanager
-def load_trained(
+def load_model(
     checkpoint: Path, runtime: Runtime, *, base: str | None = None, plugins: Sequence[str] = ()
-) -> Iterator[Trained]:
-    """The model of ``checkpoint``, for the length of a context.
+) -> Iterator[LoadedModel]:
+    """Load the model of ``checkpoint``, for the length of a context.
 
     ``base``: where the weights are now that its adapters stand on; None: where they were.  Raises ValueError
     naming what does not fit, and :class:`CheckpointError` for a damaged checkpoint.
@@ -52,9 +59,10 @@ def load_trained(
     with runtime.session() as device:
         precision = run.precision.inference(device)
         tokenizer = run.tokenizer.build()
-        run.check_base(state)
+        check_base(run, state)
         generator = torch.Generator(device).manual_seed(0)
-        model = run.make_model(run.vocab_size(tokenizer), state.labels, device, generator, load_weights=False)
-        load_model(model, checkpoint / MODEL)
+        unit = build_unit(run, run.vocab_size(tokenizer), state.labels, device, generator, load_weights=False)
+        restore_model(unit, checkpoint / MODEL)
+        unit.eval()
         with precision.arithmetic():
-            yield Trained(run, tokenizer, model.eval(), state, device, precision)
+            yield LoadedModel(run, tokenizer, unit, state, device, precision)

@@ -1,56 +1,81 @@
-"""Going on: from which checkpoint, with what changed, and what of the saved state still counts.
+"""Resuming a run, or branching from it: planned first, then applied.
 
-Nothing of the run that is gone on from is written in here: where going on is refused, its files stay as they were.
+Planning writes nothing, so a refused resume leaves the run untouched.
 """
 
-import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from llmtrain.base.files import write_atomically
 from llmtrain.base.run_files import CONFIG
 from llmtrain.base.tensor_files import CheckpointError
 from llmtrain.checkpoint.directory import step_of
 from llmtrain.checkpoint.format import copy_checkpoint, verify_checkpoint
-from llmtrain.checkpoint.restore import newest_whole, restore
+from llmtrain.checkpoint.restore import newest_intact
 from llmtrain.config import stored_config
+from llmtrain.config.assemble import Parts, check_data
 from llmtrain.config.older_versions import complete
 from llmtrain.config.run_config import RunConfig
-from llmtrain.config.stored_config import NOT_RUN_KEYS, load, untrusted
-from llmtrain.lint import Finding
+from llmtrain.lint import Case, Finding, lint, lint_changes
 from llmtrain.metrics import Row, drop_rows, read_metrics
-from llmtrain.model import LanguageModel
+from llmtrain.run.changes import Change, changes, check_changes, check_length, rates, since_older_version
 from llmtrain.run.directory import RunDirectory
-from llmtrain.train.state import TrainState
+from llmtrain.train.state import TrainState, restore_state
 
-Change = tuple[str, Any, Any]  # dotted key, stored value, new value
-
-ABSENT = "not stored"  # the stored value of a key that the stored config does not have
-
-# Values whose change would make it another run: the tensors would not fit, or the data come in another order.
-FIXED = ("name", "model.", "tokenizer.", "objective.", "data.", "lora.", "weights.", "runtime.seed")
-MOVABLE = ("data.path", "data.validation_path", "data.cache_dir")  # the data's fingerprint is compared instead
-
-# Options of an optimizer that have no part in what state it keeps.
+# Options of an optimizer that do not change which state it keeps.
 STATELESS = ("optimizer.lr", "optimizer.weight_decay", "optimizer.layer_decay")
 
 
-# --- where from --------------------------------------------------------------------------------------------------
+# --- the stored run ----------------------------------------------------------------------------------------------
+
+
+class StoredRun:
+    """A run as its directory has it: the config that a resume from ``step`` (None: the newest checkpoint) starts from.
+
+    Read and completed once.  Raises ValueError for a directory that is no run, and for a config that is damaged.
+    """
+
+    def __init__(self, run_dir: Path, step: int | None = None) -> None:
+        self.directory = RunDirectory.open(run_dir)
+        self.step = step
+        self.config_path = self.directory.config_at(step)
+        if self.config_path != self.directory.config:
+            verify_checkpoint(self.config_path.parent, only=self.config_path.name)
+        self.raw = stored_config.load(self.config_path)
+
+    @cached_property
+    def completed(self) -> dict[str, Any]:
+        """The config, with today's defaults for what it lacks since an older version wrote it.
+
+        It may name classes of a plugin; whoever resumes the run names the plugin again.
+        """
+        return complete(stored_config.untrusted(self.raw))
+
+    def composable(self) -> dict[str, Any]:
+        """The config to compose a resume from; the place of the run is left out: it may have been moved."""
+        return self.completed | {"run_dir": None}
+
+    def completed_at(self, checkpoint: Path) -> Mapping[str, Any]:
+        """The completed config of ``checkpoint``, which a resume that never saved may have left behind the run's."""
+        if (checkpoint / CONFIG).read_bytes() == self.config_path.read_bytes():
+            return self.completed
+        return complete(stored_config.load(checkpoint / CONFIG))
+
+
+# --- the origin --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run goes on from."""
+    """The checkpoint that a run is resumed from."""
 
     directory: RunDirectory
-    config: Path  # the stored config
     checkpoint: Path | None  # None: nothing has been saved yet
-    passed_over: tuple[tuple[Path, str], ...] = ()  # newer checkpoints that are not whole, and what is wrong with each
+    passed_over: tuple[tuple[Path, str], ...] = ()  # newer checkpoints that are damaged, and the damage of each
 
     @property
     def step(self) -> int:
@@ -59,7 +84,7 @@ class Origin:
 
 
 def find_origin(directory: RunDirectory, step: int | None = None) -> Origin:
-    """The checkpoint of ``step``; without one the newest that is whole.
+    """The checkpoint of ``step``; without one the newest that is intact.  It is compared with its manifest here.
 
     Raises :class:`CheckpointError` if the one that is named is damaged, or all are, and ValueError if there is none of
     that step.
@@ -71,15 +96,15 @@ def find_origin(directory: RunDirectory, step: int | None = None) -> Origin:
             steps = ", ".join(str(step_of(path)) for path in checkpoints)
             kept = " (checkpoint.keep_last and keep_every decide which are kept)"
             there_is = f"it has those of the steps {steps}{kept}" if steps else "it has none yet"
-            raise ValueError(f"checkpoint.step={step}: {directory.path} has no checkpoint of this step; {there_is}")
+            raise ValueError(f"step={step}: {directory.path} has no checkpoint of this step; {there_is}")
         verify_checkpoint(named)
-        return Origin(directory, directory.config_at(step), named)
+        return Origin(directory, named)
     if not checkpoints and (lost := last_saved(directory)) is not None:
         raise CheckpointError(
             f"{directory.checkpoints}: there is no checkpoint, though one was saved at step {lost}: they were removed, "
             "or not copied along; bring them back, or start a new run"
         )
-    path, errors = newest_whole(checkpoints)
+    path, errors = newest_intact(checkpoints)
     if checkpoints and path is None:
         damage = "; ".join(map(str, errors))
         raise CheckpointError(
@@ -88,7 +113,7 @@ def find_origin(directory: RunDirectory, step: int | None = None) -> Origin:
         )
     newer = sorted((other for other in checkpoints if path is not None and other > path), reverse=True)
     passed_over = tuple((other, str(error)) for other, error in zip(newer, errors, strict=True))
-    return Origin(directory, directory.config, path, passed_over)
+    return Origin(directory, path, passed_over)
 
 
 def last_saved(directory: RunDirectory) -> int | None:
@@ -97,164 +122,16 @@ def last_saved(directory: RunDirectory) -> int | None:
     return max((row["step"] for row in rows if row.get("event") == "save"), default=None)
 
 
-# --- what differs ------------------------------------------------------------------------------------------------
-
-
-def changes(before: Mapping[str, Any], run: RunConfig) -> list[Change]:
-    """The values of ``run`` that are not those of the stored config ``before``; secrets and places are left out.
-
-    Keys of an option that is no more used are not listed: they follow from the other option.
-    """
-    old, new = _flatten(stored_config.redact(before)), _flatten(stored_config.redact(stored_config.to_plain(run)))
-    return [
-        (key, old.get(key, ABSENT), value)
-        for key, value in new.items()
-        if old.get(key, ABSENT) != value and key not in NOT_RUN_KEYS
-    ]
-
-
-def since_older_version(changes: Sequence[Change], before: Mapping[str, Any]) -> list[Change]:
-    """``changes``, a group that the stored config ``before`` did not have shortened to its option."""
-    return [row for row in changes if row[0].split(".")[0] in before or row[0].endswith("._target_")]
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def check_changes(changes: Sequence[Change], *, branching: bool, has_base: bool = False) -> None:
-    """Refuse what cannot continue.  A branch may have a name of its own, and what adapters stand on (``has_base``) may
-    have been moved.  Raises ValueError naming the key."""
-    movable = (*MOVABLE, *["name"] * branching, *["weights.path"] * has_base)
-    for key, before, after in changes:
-        if key.startswith(FIXED) and key not in movable:
-            remedy = f"start a new run with it, llmtrain train … {key}={_shown(after)}"
-            if not has_base and not key.startswith(("model.", "tokenizer.", "lora.")):
-                remedy += ", from its weights with: weights=checkpoint weights.path=RUN_DIR"
-            raise ValueError(
-                f"{key}={_shown(after)}: this run was started with {_shown(before)}, and cannot go on with another; "
-                f"{remedy}"
-            )
-
-
-def _shown(value: Any) -> str:
-    """A config value as one would type it."""
-    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
-
-
-def check_length(
-    before: RunConfig, run: RunConfig, max_steps: int, state: TrainState, num_sequences: int, kept: Sequence[int] = ()
-) -> None:
-    """Raise ValueError if the run, with its ``max_steps``, cannot go on to its end from ``state``.
-
-    ``before`` is the run as it was stored, ``num_sequences`` the size of the training data, ``kept`` the steps of the
-    checkpoints there are.
-    """
-    if state.step > max_steps:
-        earlier = max((step for step in kept if step <= max_steps), default=None)
-        branch = "" if earlier is None else f", or branch off from an earlier checkpoint: checkpoint.step={earlier}"
-        raise ValueError(
-            f"loop.max_steps={max_steps}: the run is at step {state.step} already; take more, as in "
-            f"loop.max_steps={state.step + max_steps}{branch}"
-        )
-    if max_steps == run.loop.max_steps or run.loop.epochs is None or run.accumulation == before.accumulation:
-        return
-    length = run.data.sequence_length
-    position = run.accumulation.position_after(state.step, length)
-    if position != before.accumulation.position_after(state.step, length):
-        batch = run.accumulation.batch_size_at(state.step, state.tokens)
-        left = math.ceil(max(run.loop.epochs * num_sequences - state.position, 0) / batch)
-        raise ValueError(
-            f"loop.epochs={run.loop.epochs:g}: counts in steps of the batch size that the run has from step 0 on, and "
-            f"the batch size changes; give the end in steps: loop.epochs=null loop.max_steps={state.step + left}"
-        )
-
-
-def rates(
-    before: RunConfig, steps_before: int, run: RunConfig, max_steps: int, step: int
-) -> tuple[float, float] | None:
-    """The learning rate of the step after ``step`` by the stored config and now; None where it is the same.
-
-    Beyond the stored end it is that of the last step.  What a recovery multiplies both with is left out.
-    """
-    if step >= max_steps:
-        return None
-    old = before.schedule(min(step, steps_before - 1), peak=before.optimizer.lr, total=steps_before)
-    new = run.schedule(step, peak=run.optimizer.lr, total=max_steps)
-    return None if math.isclose(old, new, rel_tol=1e-6, abs_tol=1e-15) else (old, new)
-
-
-# --- the state ---------------------------------------------------------------------------------------------------
-
-
-def come_back(
-    checkpoint: Path, run: RunConfig, model: LanguageModel, optimizer: torch.optim.Optimizer
-) -> tuple[TrainState, tuple[str, str] | None]:
-    """Fill ``model`` and ``optimizer`` of ``run`` from a checkpoint, which may have been written under other settings.
-
-    What of the state means nothing under the present ones is left as new.  That goes by the checkpoint's own config:
-    the run's may have been changed since, by a resume that was killed before it saved.
-
-    Returns the state, and, if the optimizer is of another kind and starts afresh, the names of both.  Raises
-    :class:`CheckpointError` naming the file, and ValueError naming the optimizer's options that do not fit its state.
-    """
-    before = complete(stored_config.load(checkpoint / CONFIG))
-    changed = {key: (old, new) for key, old, new in changes(before, run)}
-    reset = changed.get("optimizer._target_")
-    options = {key: pair for key, pair in changed.items() if key.startswith("optimizer.") and key not in STATELESS}
-    try:
-        state = restore(checkpoint, model, optimizer, fresh_optimizer=reset is not None)
-    except CheckpointError as error:
-        if reset is not None or not options:
-            raise
-        now, kept = (", ".join(f"{key}={pair[i]}" for key, pair in options.items()) for i in (1, 0))
-        raise ValueError(
-            f"{now}: needs other optimizer state than was saved ({error}); keep {kept}; or take an optimizer of "
-            "another kind, whose state starts afresh; or start a new run from the weights: weights=checkpoint "
-            f"weights.path={checkpoint}"
-        ) from error
-    if "recovery._target_" in changed:
-        state.recovery = {}
-    of_batch = {key for key in changed if key.startswith("accumulation.")}
-    if of_batch - {"accumulation.batch_size"} or (of_batch and run.accumulation.is_probed):
-        state.micro_batch_size = None
-    if "precision.initial_scale" in changed:
-        state.scaler = {}
-    return state, None if reset is None else (_class_name(reset[0]), _class_name(reset[1]))
-
-
-def has_optimizer_of(checkpoint: Path, run: RunConfig) -> bool:
-    """Whether the optimizer state of a checkpoint is of the kind of optimizer that ``run`` has.
-
-    True where the checkpoint's config cannot be read: that it is damaged is for others to tell.
-    """
-    try:
-        stored = stored_config.load(checkpoint / CONFIG)
-    except stored_config.ConfigError:
-        return True
-    return stored.get("optimizer", {}).get("_target_") == stored_config.to_plain(run.optimizer)["_target_"]
-
-
-def _class_name(target: Any) -> str:
-    return str(target).rpartition(".")[2]
-
-
-# --- what is told ------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class Seen:
-    """What a run has been seen to do up to its checkpoint, which is written ahead of evaluation and samples."""
+class EarlierResults:
+    """Results of a run up to its checkpoint, which is written ahead of evaluation and samples."""
 
     validations: Sequence[Row]
     sampled_step: int | None  # the last one with a sample
     loss: float | None  # of the last step that was logged
 
     @classmethod
-    def of(cls, directory: RunDirectory, step: int) -> "Seen":
+    def read(cls, directory: RunDirectory, step: int) -> "EarlierResults":
         """Read the metrics and samples up to ``step``.  Raises ValueError naming the file and line that is damaged."""
         paths = (directory.metrics, directory.samples)
         rows, samples = (read_metrics(path) if path.exists() else [] for path in paths)
@@ -267,17 +144,89 @@ class Seen:
         )
 
 
+# --- the plan ----------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class Resumption:
-    """What there is to tell, and to record, of one time that a run goes on."""
+class Carryover:
+    """What of a checkpoint's state still counts under the settings of now."""
+
+    reset: tuple[str, str] | None = None  # the names of the old and of the new optimizer, where it is another
+    optimizer_changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # that decide which state it keeps
+    dropped: frozenset[str] = frozenset()  # entries of the state that mean nothing under the new settings
+
+    @classmethod
+    def between(cls, before: Mapping[str, Any], run: RunConfig) -> "Carryover":
+        """``before``: the completed config that the checkpoint was written under."""
+        changed = {key: (old, new) for key, old, new in changes(before, run)}
+        reset = changed.get("optimizer._target_")
+        options = {key: pair for key, pair in changed.items() if key.startswith("optimizer.") and key not in STATELESS}
+        dropped = set()
+        if "recovery._target_" in changed:
+            dropped.add("recovery")
+        of_batch = {key for key in changed if key.startswith("accumulation.")}
+        if of_batch - {"accumulation.batch_size"} or (of_batch and run.accumulation.is_probed):
+            dropped.add("micro_batch_size")
+        if "precision.initial_scale" in changed:
+            dropped.add("scaler")
+        names = None if reset is None else (_class_name(reset[0]), _class_name(reset[1]))
+        return cls(names, options, frozenset(dropped))
+
+    def restore(self, checkpoint: Path, parts: Parts) -> TrainState:
+        """Bring ``parts`` and every random number generator to where they were at ``checkpoint``, known to be intact.
+
+        Returns the state without what is dropped.  Raises :class:`CheckpointError` naming the file, and ValueError
+        naming the optimizer's options that do not fit its state.
+        """
+        try:
+            state = restore_state(checkpoint, parts.unit, parts.optimizer, fresh_optimizer=self.reset is not None)
+        except CheckpointError as error:
+            if self.reset is not None or not self.optimizer_changes:
+                raise
+            pairs = self.optimizer_changes.items()
+            now, kept = (", ".join(f"{key}={pair[i]}" for key, pair in pairs) for i in (1, 0))
+            raise ValueError(
+                f"{now}: needs other optimizer state than was saved ({error}); keep {kept}; or take an optimizer of "
+                "another kind, whose state starts afresh; or start a new run from the weights: weights=checkpoint "
+                f"weights.path={checkpoint}"
+            ) from error
+        fresh = TrainState()
+        for entry in self.dropped:
+            setattr(state, entry, getattr(fresh, entry))
+        parts.precision.load_state_dict(state.scaler)
+        state.restore_rng(parts.device)
+        return state
+
+
+@dataclass(frozen=True)
+class ResumePlan:
+    """All that is decided about a resume before anything is written."""
 
     origin: Origin
     parent: RunDirectory | None  # of a branch: the run that it leaves
+    before: RunConfig  # as stored
     changes: Sequence[Change]
-    learning_rate: tuple[float, float] | None  # of the next step, as stored and now, where it differs
-    optimizer_reset: tuple[str, str] | None  # the names of the old and of the new optimizer, where it is another
-    seen: Seen
-    findings: Sequence[Finding]  # of the linter, about the changes
+    carryover: "Carryover"
+    results: EarlierResults
+    learning_rate: tuple[float, float] | None = None  # of the next step, as stored and now, where it differs
+    findings: Sequence[Finding] = ()  # of the linter, about the changes
+
+    def checked(self, run: RunConfig, parts: Parts, state: TrainState, overrides: Sequence[str]) -> "ResumePlan":
+        """The plan with what follows from the assembled parts.  Raises ValueError for what cannot continue."""
+        before, origin = self.before, self.origin
+        check_data(run, state, parts)
+        sequences = len(parts.corpus.train)
+        steps = before.loop.total_steps(before.accumulation, sequences, before.data.sequence_length)
+        kept = [step_of(path) for path in origin.directory.find_checkpoints()]
+        check_length(before, run, parts.max_steps, state, sequences, kept)
+        findings: list[Finding] = []
+        if not origin.directory.environment.exists():  # a job of a sweep starts by being resumed
+            findings = lint(Case.of(run, parts, origin.directory.read_overrides()))
+        elif self.changes:
+            after = Case.of(run, parts, overrides)
+            findings = lint_changes(replace(after, run=before, max_steps=steps), after)
+        learning_rate = rates(before, steps, run, parts.max_steps, state.step)
+        return replace(self, findings=findings, learning_rate=learning_rate)
 
     @property
     def source(self) -> str | None:
@@ -295,8 +244,8 @@ class Resumption:
         if self.origin.checkpoint is not None or self.changes:
             row = {"event": "resume", "step": step, "from": self.source, "changes": [list(row) for row in self.changes]}
             yield row | ({} if self.learning_rate is None else {"rates": list(self.learning_rate)})
-        if self.optimizer_reset is not None:
-            old, new = self.optimizer_reset
+        if self.carryover.reset is not None:
+            old, new = self.carryover.reset
             message = f"the saved state is {old}'s; {new} starts with a state of its own, all new"
             yield {"event": "optimizer_reset", "step": step, "message": message}
 
@@ -307,7 +256,7 @@ class Resumption:
             "step": self.origin.step,
             "from": self.source,
             "changes": [list(row) for row in self.changes],
-            **({} if self.optimizer_reset is None else {"optimizer_reset": list(self.optimizer_reset)}),
+            **({} if self.carryover.reset is None else {"optimizer_reset": list(self.carryover.reset)}),
             **{key: now[key] for key in ("command", "versions", "git_commit", "device")},
         }
         is_start = environment is None and self.origin.checkpoint is None  # of a sweep's job
@@ -317,12 +266,44 @@ class Resumption:
         return facts | {"resumes": [*facts.get("resumes", []), *([] if is_start else [entry])]}
 
 
-def make_child(child: RunDirectory, resumption: Resumption, environment: dict[str, Any], config_text: str) -> None:
+def plan_resume(run: RunConfig, stored: StoredRun, *, branching: bool) -> ResumePlan:
+    """Plan to resume ``stored`` with the settings of ``run``, in its directory or (``branching``) in another.
+
+    The carryover goes by the checkpoint's own config: the run's may have been changed since, by a resume that was
+    killed before it saved.  Raises ValueError for changes that cannot continue, and
+    :class:`CheckpointError` where no checkpoint is intact.
+    """
+    directory = stored.directory
+    check_changes(changes(stored.completed, run), branching=branching, has_base=run.lora.adapts)
+    origin = find_origin(directory, stored.step)
+    if branching and origin.checkpoint is None:
+        raise ValueError(f"{directory.path}: has no checkpoint yet to branch off from")
+    carryover = Carryover()
+    if origin.checkpoint is not None:
+        carryover = Carryover.between(stored.completed_at(origin.checkpoint), run)
+    return ResumePlan(
+        origin,
+        directory if branching else None,
+        type(run).from_config(stored_config.untrusted(stored.completed, run.plugins)),
+        since_older_version(changes(stored.raw, run), stored.raw),
+        carryover,
+        EarlierResults.read(directory, origin.step),
+    )
+
+
+def _class_name(target: Any) -> str:
+    return str(target).rpartition(".")[2]
+
+
+# --- a branch ----------------------------------------------------------------------------------------------------
+
+
+def make_child(child: RunDirectory, plan: ResumePlan, environment: dict[str, Any], config_text: str) -> None:
     """Fill the new directory ``child`` with what a branch takes from its parent: the checkpoint, and the rows up to it.
 
     The config comes last: with it the directory is a run, and whole.  If it cannot be made, nothing remains.
     """
-    origin, parent = resumption.origin, resumption.parent
+    origin, parent = plan.origin, plan.parent
     assert origin.checkpoint is not None
     assert parent is not None
     try:
@@ -331,24 +312,8 @@ def make_child(child: RunDirectory, resumption: Resumption, environment: dict[st
             if source.exists():
                 shutil.copyfile(source, target)
                 drop_rows(target, lambda row: row["step"] > origin.step)
-        child.write_environment(resumption.history(None, environment))
+        child.write_environment(plan.history(None, environment))
         write_atomically(child.config, config_text)
     except BaseException:
         shutil.rmtree(child.path, ignore_errors=True)
         raise
-
-
-def load_run(run_dir: Path, step: int | None = None) -> dict[str, Any]:
-    """The stored config that going on from ``step`` (None: the newest checkpoint) of a run starts from.
-
-    It may name classes of a plugin; whoever resumes the run has to name the plugin again.  Where the run was made is
-    left out: it may have been moved.
-    """
-    from llmtrain.checkpoint.format import verify_checkpoint
-    from llmtrain.run.directory import RunDirectory  # imports torch
-
-    directory = RunDirectory.open(run_dir)
-    path = directory.config_at(step)
-    if path != directory.config:
-        verify_checkpoint(path.parent, only=path.name)
-    return complete(untrusted(load(path))) | {"run_dir": None}

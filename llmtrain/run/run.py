@@ -1,4 +1,4 @@
-"""A run: train it from step 0, go on with it, branch off from it.
+"""A run: train it from step 0, resume it, branch from it.
 
 run = Run.compose("model=tiny", "tokenizer=byte", "loop.max_steps=10")
 result = run.train()
@@ -11,29 +11,16 @@ from pathlib import Path
 import torch
 
 from llmtrain.base.files import sweep_leftovers, write_atomically
-from llmtrain.checkpoint.directory import step_of
 from llmtrain.config import stored_config
-from llmtrain.config.older_versions import complete
+from llmtrain.config.assemble import Parts, assemble, check_space, first_state
 from llmtrain.config.overrides import overrides_of
-from llmtrain.config.run_config import Parts, RunConfig
-from llmtrain.lint import Case, Finding, lint, lint_changes, refuse
+from llmtrain.config.run_config import RunConfig
+from llmtrain.lint import Case, lint, refuse
 from llmtrain.metrics.jsonl import drop_rows
 from llmtrain.run.directory import RunDirectory
 from llmtrain.run.environment import describe_environment
-from llmtrain.run.resume import (
-    Origin,
-    Resumption,
-    Seen,
-    changes,
-    check_changes,
-    check_length,
-    come_back,
-    find_origin,
-    make_child,
-    rates,
-    since_older_version,
-)
-from llmtrain.run.session import Result, execute
+from llmtrain.run.resume import ResumePlan, StoredRun, make_child, plan_resume
+from llmtrain.run.session import RunResult, execute
 from llmtrain.train.state import TrainState
 
 
@@ -41,7 +28,7 @@ from llmtrain.train.state import TrainState
 class Run(RunConfig):
     """A composed, checked run that can be trained."""
 
-    def train(self, *, command: Sequence[str] = ()) -> Result:
+    def train(self, *, command: Sequence[str] = ()) -> RunResult:
         """Train from step 0 in a new run directory.
 
         Everything is checked, the data prepared and the model built before the directory is made.  Raises
@@ -49,121 +36,78 @@ class Run(RunConfig):
         """
         with self.runtime.session() as device:
             self.runtime.seed_everything()
-            parts = self.assemble(device)
+            parts = assemble(self, device)
             self.metrics.check()
-            self.check_space(parts)
-            findings = lint(self.lint_case(parts, overrides_of(command) or self.overrides))
+            check_space(self, parts)
+            findings = lint(Case.of(self, parts, overrides_of(command) or self.overrides))
             refuse(findings)
             directory = self.create_directory()
             with directory.lock():
                 self.describe(directory, device, command)
-                return execute(self, parts, directory, self.first_state(parts), findings=findings)
+                return execute(self, parts, directory, first_state(self, parts), findings)
 
-    def resume(self, directory: RunDirectory, *, step: int | None = None, command: Sequence[str] = ()) -> Result:
-        """Continue the run in ``directory`` from its newest whole checkpoint, or start it if it has none yet.
+    def resume(
+        self, directory: RunDirectory | StoredRun, *, step: int | None = None, command: Sequence[str] = ()
+    ) -> RunResult:
+        """Continue the run in ``directory`` from its newest intact checkpoint, or start it if it has none yet.
 
-        What differs from the stored config is told and recorded.  With ``step`` the newest checkpoint must be that of
-        this step, and whole.  Until all is checked nothing is written: raises ValueError for what cannot go on.
+        Changes of the stored config are reported and recorded.  With ``step`` the newest checkpoint must be that of
+        this step, and intact.  Nothing is written until all is checked: raises ValueError for what cannot continue.
         """
-        if directory.is_older(step):
-            raise ValueError(f"checkpoint.step={step}: not the newest of {directory.path}; branch off from it instead")
-        with self.runtime.session() as device, directory.lock():
-            for folder in (directory.path, directory.checkpoints):
+        stored = directory if isinstance(directory, StoredRun) else StoredRun(directory.path, step)
+        run_directory, step = stored.directory, stored.step
+        if run_directory.is_older(step):
+            raise ValueError(f"step={step}: not the newest checkpoint of {run_directory.path}; branch from it instead")
+        with self.runtime.session() as device, run_directory.lock():
+            for folder in (run_directory.path, run_directory.checkpoints):
                 sweep_leftovers(folder)
-            parts, state, resumption = self.come_back(find_origin(directory, step), device, command)
+            plan, parts, state = self.restore(plan_resume(self, stored, branching=False), device, command)
             now = describe_environment(device, stored_config.redact_arguments(command))
-            history = resumption.history(directory.read_environment(), now)
-            drop_rows(directory.samples, lambda row: row["step"] > state.step)
-            directory.write_environment(history)
-            if resumption.changes:
-                made = stored_config.load(directory.config)
-                run = replace(self, run_dir=made.get("run_dir"), output_dir=made.get("output_dir", self.output_dir))
-                write_atomically(directory.config, stored_config.dump(run))
-            return execute(self, parts, directory, state, resumption=resumption)
+            history = plan.history(run_directory.read_environment(), now)
+            drop_rows(run_directory.samples, lambda row: row["step"] > state.step)
+            run_directory.write_environment(history)
+            if plan.changes:
+                output_dir = stored.raw.get("output_dir", self.output_dir)
+                run = replace(self, run_dir=stored.raw.get("run_dir"), output_dir=output_dir)
+                write_atomically(run_directory.config, stored_config.dump(run))
+            return execute(self, parts, run_directory, state, plan.findings, plan)
 
-    def branch(self, parent: RunDirectory, *, step: int | None = None, command: Sequence[str] = ()) -> Result:
+    def branch(
+        self, parent: RunDirectory | StoredRun, *, step: int | None = None, command: Sequence[str] = ()
+    ) -> RunResult:
         """Go on from the checkpoint of ``step`` (None: the newest) of ``parent`` in a new run directory.
 
-        Of the parent, which may be at work, everything is read and nothing written.  The child has the parent's
+        Of the parent, which may be running, everything is read and nothing written.  The child has the parent's
         checkpoint and, up to it, metrics and samples.  Raises as :meth:`train` and :meth:`resume` do.
         """
+        stored = parent if isinstance(parent, StoredRun) else StoredRun(parent.path, step)
         with self.runtime.session() as device:
-            origin = find_origin(parent, step)
-            if origin.checkpoint is None:
-                raise ValueError(f"{parent.path}: has no checkpoint yet to branch off from")
-            parts, state, resumption = self.come_back(origin, device, command, parent=parent)
-            self.check_space(parts)
+            plan, parts, state = self.restore(plan_resume(self, stored, branching=True), device, command)
+            check_space(self, parts)
             child = self.create_directory()
             with child.lock():
                 now = describe_environment(device, stored_config.redact_arguments(command))
-                make_child(child, resumption, now, stored_config.dump(self))
-                return execute(self, parts, child, state, resumption=resumption)
+                make_child(child, plan, now, stored_config.dump(self))
+                return execute(self, parts, child, state, plan.findings, plan)
 
-    def come_back(
-        self, origin: Origin, device: torch.device, command: Sequence[str], *, parent: RunDirectory | None = None
-    ) -> tuple[Parts, TrainState, Resumption]:
-        """Everything as it was at ``origin``, and what differs from then; ``parent``: the run that a branch leaves.
+    def restore(
+        self, plan: ResumePlan, device: torch.device, command: Sequence[str]
+    ) -> tuple[ResumePlan, Parts, TrainState]:
+        """Assemble the parts, bring them and every random number generator to the origin of ``plan``, and check all.
 
-        Writes nothing.  Raises ValueError for changes that cannot go on.
+        Writes nothing.  Raises ValueError for changes that cannot continue.
         """
-        stored = stored_config.untrusted(stored_config.load(origin.config), self.plugins)
-        completed = complete(stored)
-        check_changes(changes(completed, self), branching=parent is not None, has_base=self.lora.adapts)
-        before = type(self).from_config(completed)
         self.metrics.check()
         self.runtime.seed_everything()
-        parts = self.assemble(device, from_start=origin.checkpoint is None)
-        seen = Seen.of(origin.directory, origin.step)
-        reset = None
-        if origin.checkpoint is None:
-            state = self.first_state(parts)
-        else:
-            state, reset = self.restore(origin.checkpoint, parts)
-        self.check_data(state, parts)
-        steps = before.loop.total_steps(before.accumulation, len(parts.corpus.train), before.data.sequence_length)
-        check_length(before, self, parts.max_steps, state, len(parts.corpus.train),
-                     [step_of(path) for path in origin.directory.find_checkpoints()])  # fmt: skip
-        all_changes = since_older_version(changes(stored, self), stored)
-        findings: list[Finding] = []
-        if not origin.directory.environment.exists():  # a job of a sweep starts by being resumed
-            findings = lint(self.lint_case(parts, origin.directory.read_overrides()))
-        elif all_changes:
-            case = self.lint_case(parts, overrides_of(command))
-            findings = lint_changes(replace(case, run=before, max_steps=steps), case)
-        refuse(findings)
-        learning_rate = rates(before, steps, self, parts.max_steps, state.step)
-        return parts, state, Resumption(origin, parent, all_changes, learning_rate, reset, seen, findings)
-
-    def restore(self, checkpoint: Path, parts: Parts) -> tuple[TrainState, tuple[str, str] | None]:
-        """Bring ``parts`` and every random number generator to where they were at ``checkpoint``.
-
-        Returns the state, and, if the checkpoint's optimizer is of another kind than this run's, which then starts
-        afresh, the names of both.
-        """
-        state, reset = come_back(checkpoint, self, parts.model, parts.optimizer)
-        parts.precision.load_state_dict(state.scaler)
-        state.restore_rng(parts.device)
-        return state, reset
-
-    def check_data(self, state: TrainState, parts: Parts) -> None:
-        """Raise ValueError if the data are not those that ``state`` counts in."""
-        if state.data != parts.corpus.fingerprint:
-            raise ValueError(
-                f"data: not what this run was started on ({parts.corpus.description}); it was edited, moved or "
-                "prepared otherwise, and step and position mean nothing in it; restore it, name the place that it "
-                "was moved to, data.path=…, or start a new run from these weights: weights=checkpoint "
-                "weights.path=RUN_DIR"
-            )
-        self.check_base(state)
-
-    def lint_case(self, parts: Parts, overrides: Sequence[str]) -> Case:
-        """The run as the linter takes it; ``overrides``: the keys that the user has set, as ``key=value``."""
-        return Case(
-            self, parts.tokenizer, parts.corpus, parts.model, parts.max_steps, parts.device, parts.optimizer, overrides
-        )
+        checkpoint = plan.origin.checkpoint
+        parts = assemble(self, device, from_start=checkpoint is None)
+        state = first_state(self, parts) if checkpoint is None else plan.carryover.restore(checkpoint, parts)
+        plan = plan.checked(self, parts, state, overrides_of(command))
+        refuse(plan.findings)
+        return plan, parts, state
 
     def create_directory(self) -> RunDirectory:
-        """The new run's directory."""
+        """Make the new run's directory."""
         if self.run_dir is not None:
             return RunDirectory.create_at(Path(self.run_dir))
         return RunDirectory.create(Path(self.output_dir), self.name)

@@ -1,46 +1,56 @@
-"""Training: from the parts of a run, a state and a directory to the end of the loop."""
+"""A training session: from the parts of a run, a state and a directory to the end of the loop."""
 
 import contextlib
+import io
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llmtrain.base.device import available_memory, peak_flops, peak_memory
 from llmtrain.base.files import AppendedFile, write_atomically
+from llmtrain.base.run_files import CONFIG
 from llmtrain.checkpoint.optimizer_state import state_tensors
 from llmtrain.checkpoint.writer import Saver
-from llmtrain.config.run_config import Parts, RunConfig
-from llmtrain.data import Corpus
-from llmtrain.data.loader import Loader
-from llmtrain.display import Display, open_display
+from llmtrain.config import stored_config
+from llmtrain.config.assemble import Parts
+from llmtrain.config.run_config import RunConfig
+from llmtrain.data.loader import TrainingStream
+from llmtrain.display import Display, PlainDisplay, open_display
 from llmtrain.lint import Finding
 from llmtrain.metrics import Metrics
+from llmtrain.metrics.local import Local
 from llmtrain.model import LanguageModel
 from llmtrain.model.layers.attention import slow_attention_reason
 from llmtrain.plan.blueprint import Blueprint
 from llmtrain.plan.memory import estimate
-from llmtrain.run.autotune import Rehearsal, compile_loss, fit_micro_batch
+from llmtrain.run.autotune import fit_micro_batch
 from llmtrain.run.directory import RunDirectory
-from llmtrain.run.resume import Resumption, has_optimizer_of
+from llmtrain.run.resume import ResumePlan
 from llmtrain.run.summary import header, summarise
-from llmtrain.train.evaluation import Looks
+from llmtrain.train.compilation import CompileSettings, compile_unit
+from llmtrain.train.evaluation import Evaluator
+from llmtrain.train.log import RunLog
 from llmtrain.train.loop import Loop
 from llmtrain.train.profiler import Profiler, StepProfiler
+from llmtrain.train.rehearsal import Rehearsal
 from llmtrain.train.signals import stop_on_signals
 from llmtrain.train.state import TrainState
+from llmtrain.train.step import Step
+from llmtrain.train.step_timer import StepTimer
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a run came to."""
+class RunResult:
+    """The result of a run."""
 
     run_dir: Path
-    summary: dict[str, Any]  # as summary.json
+    summary: Row  # as summary.json
     model: LanguageModel
 
     @property
@@ -54,90 +64,185 @@ def execute(
     parts: Parts,
     directory: RunDirectory,
     state: TrainState,
-    *,
-    resumption: Resumption | None = None,
-    findings: Sequence[Finding] = (),
-) -> Result:
+    findings: Sequence[Finding],
+    resumed: ResumePlan | None = None,
+) -> RunResult:
     """Train ``parts`` from ``state`` in ``directory``, and leave its plot and summary."""
     start = state.step
-    resume_step = None if resumption is None else start
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         stack.enter_context(parts.precision.arithmetic())
-        metrics = stack.enter_context(run.metrics.build(directory.path, resume_step=resume_step))
+        metrics = stack.enter_context(run.metrics.build(directory.path, resume_step=None if resumed is None else start))
         display = stack.enter_context(open_display(directory.path))
-        saver = stack.enter_context(Saver(run.checkpoint, directory, parts.device))
         peak = peak_flops(parts.device, parts.precision.dtype)
-        display.header(list(header(run.name, run, parts, directory.path, state, peak)))
-        for note in parts.corpus.notes:
-            display.warn(note)
-            metrics.row({"event": "warning", "step": start, "key": "data", "message": note})
-        for finding in findings if resumption is None else resumption.findings:
-            display.warn(finding.message)
-            metrics.row({"event": "warning", "step": start, "key": finding.key, "message": finding.message})
-        display.start(start, parts.max_steps)
-        for row in () if resumption is None else resumption.events():
-            metrics.row(row)
-            display.event(row)
-        parts, found = tune(run, parts, state, peak)
-        for row in found:
-            metrics.row(row)
-            display.event(row)
-        if warning := saver.check_memory(run.checkpoint_bytes(parts)):
-            display.warn(warning)
-        loop = make_loop(
-            run, parts, directory, state, metrics=metrics, display=display, saver=saver, peak_flops=peak,
-            stop=lambda: stop.signal_name, profiler=make_profiler(run, parts, directory, state),
+        log = make_log(
+            run, parts, directory, metrics, display, peak_flops=peak, log_every=run.metrics.log_every,
+            profiler=make_profiler(run, parts, directory, state),
         )  # fmt: skip
+        display.header(list(header(run, parts, directory.path, state, peak)))
+        for key, message in [("data", note) for note in parts.corpus.notes] + [(f.key, f.message) for f in findings]:
+            display.warn(message)
+            metrics.row({"event": "warning", "step": start, "key": key, "message": message})
+        display.start(start, parts.max_steps)
+        step = make_step(run, parts, state, log)
+        for row in [*(() if resumed is None else resumed.events()), *tune(run, parts, step, state, peak)]:
+            metrics.row(row)
+            display.event(row)
+        saver = stack.enter_context(make_saver(run, directory, parts))
+        if warning := saver.check_memory(parts.checkpoint_bytes()):
+            display.warn(warning)
+        loop = make_loop(run, parts, directory, state, step, log, saver, stop=lambda: stop.signal_name)
         stack.enter_context(contextlib.closing(loop))
-        if resumption is not None:
-            remember(loop, resumption)
+        if resumed is not None:
+            restore_results(loop, resumed)
         reason = "failed"
         try:
             reason = loop.run()
             if reason == "interrupted":
-                loop.event("stop", loop.state.step, reason=loop.stop_reason())
+                log.event("stop", loop.state.step, reason=loop.stop_reason())
         except Exception as error:
             if "llmtrain resume" not in str(error):
-                error.add_note(f"what was saved is whole; go on with: llmtrain resume {directory.path}")
+                error.add_note(f"what was saved is intact; go on with: llmtrain resume {directory.path}")
             raise
         finally:
-            conclude(run, loop, directory, display, reason)
-    return Result(directory.path, summarise(run.name, run.objective.verb, loop, reason), parts.model)
+            conclude(run, loop, directory, reason)
+    return RunResult(directory.path, summarise(run, loop, reason), parts.unit.model)
 
 
-def tune(run: RunConfig, parts: Parts, state: TrainState, peak_flops: float) -> tuple[Parts, list[dict[str, Any]]]:
-    """Find out what a run finds out at its start, into ``state``; what it had found before stays so.
+@contextlib.contextmanager
+def quiet_loop(
+    run: RunConfig, parts: Parts, directory: RunDirectory, state: TrainState
+) -> Iterator[tuple[Loop, list[Row]]]:
+    """A loop that writes into ``directory`` alone, logs every step and shows nothing, with the events of tuning it.
 
-    Returns the parts to train with, and the events that tell of it.
+    For steps that are timed or replayed.
     """
-    rehearsal = Rehearsal(
-        parts.model, parts.plain_loss_sum, parts.precision, parts.device, run.data.sequence_length,
-        run.data.packs,
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(parts.precision.arithmetic())
+        metrics = stack.enter_context(Local(log_every=1).build(directory.path, resume_step=None))
+        display = PlainDisplay(directory.path, io.StringIO())
+        log = make_log(run, parts, directory, metrics, display, peak_flops=1.0, log_every=1, profiler=Profiler())
+        step = make_step(run, parts, state, log)
+        events = tune(run, parts, step, state, peak_flops(parts.device, parts.precision.dtype))
+        saver = stack.enter_context(make_saver(run, directory, parts))
+        loop = make_loop(run, parts, directory, state, step, log, saver, stop=lambda: None)
+        stack.enter_context(contextlib.closing(loop))
+        parts.unit.train()
+        yield loop, events
+
+
+# --- the loop and its parts -----------------------------------------------------------------------------------------
+
+
+def make_log(
+    run: RunConfig,
+    parts: Parts,
+    directory: RunDirectory,
+    metrics: Metrics,
+    display: Display,
+    *,
+    peak_flops: float,
+    log_every: int,
+    profiler: Profiler,
+) -> RunLog:
+    """The record of the run."""
+    clock = time.perf_counter
+    return RunLog(
+        directory.path, metrics, display, parts.device, StepTimer(parts.device, clock, profiler),
+        tokens_per_epoch=parts.corpus.train.tokens,
+        flops_per_token=parts.unit.flops_per_token(run.data.sequence_length), peak_flops=peak_flops,
+        log_every=log_every, clock=clock,
     )  # fmt: skip
+
+
+def make_profiler(run: RunConfig, parts: Parts, directory: RunDirectory, state: TrainState) -> Profiler:
+    """The profiler that ``runtime.profile`` asks for."""
+    if not run.runtime.profile:
+        return Profiler()
+    state_bytes = sum(tensor.nbytes for tensor in state_tensors(parts.optimizer).values())
+    return StepProfiler(directory.path, parts.device, state.step, list(parts.unit.parameters()), state_bytes)
+
+
+def make_step(run: RunConfig, parts: Parts, state: TrainState, log: RunLog) -> Step:
+    """The step, with the micro-batch that was found to fit before, if any was."""
+    size = state.micro_batch_of(run.accumulation.micro_batch_size)
+    return Step(parts.unit, parts.optimizer, parts.precision, size, timer=log.timer)
+
+
+def make_saver(run: RunConfig, directory: RunDirectory, parts: Parts) -> Saver:
+    """The writer of the run's checkpoints; ``config.yaml`` has been written."""
+    return Saver(
+        run.checkpoint, directory.path, parts.device, config_text=directory.config.read_text(encoding="utf-8"),
+        can_restore=partial(has_optimizer_of, run=run),
+    )  # fmt: skip
+
+
+def has_optimizer_of(checkpoint: Path, run: RunConfig) -> bool:
+    """Whether the optimizer state of a checkpoint is of the kind of optimizer that ``run`` has.
+
+    True where the checkpoint's config cannot be read: that it is damaged is for others to report.
+    """
+    try:
+        stored = stored_config.load(checkpoint / CONFIG)
+    except stored_config.ConfigError:
+        return True
+    return stored.get("optimizer", {}).get("_target_") == stored_config.to_plain(run.optimizer)["_target_"]
+
+
+def make_loop(
+    run: RunConfig,
+    parts: Parts,
+    directory: RunDirectory,
+    state: TrainState,
+    step: Step,
+    log: RunLog,
+    saver: Saver,
+    *,
+    stop: Callable[[], str | None],
+) -> Loop:
+    """The loop over ``parts`` from ``state`` on."""
+    recovery = run.recovery.build(parts.device, judges_spikes=not parts.corpus.labels)
+    recovery.load_state_dict(state.recovery)
+    evaluator = Evaluator(
+        config=run.loop, unit=parts.unit, objective=run.objective, corpus=parts.corpus, tokenizer=parts.tokenizer,
+        precision=parts.precision, batch_size=run.accumulation.batch_size_at(0, 0), seed=run.runtime.seed, log=log,
+        samples_file=AppendedFile(directory.samples), worst=run.recovery.examples,
+    )  # fmt: skip
+    stream = TrainingStream(
+        parts.corpus.train, run.objective.collate, run.runtime.seed, run.data.shuffle, run.accumulation.batch_size_at,
+        parts.device,
+    )  # fmt: skip
+    learning_rate = partial(run.schedule, peak=run.optimizer.lr, total=parts.max_steps)
+    return Loop(
+        run.loop, state, parts.max_steps, step, stream, learning_rate, run.clipping, recovery, evaluator, saver, log,
+        stop,
+    )  # fmt: skip
+
+
+# --- tuning ---------------------------------------------------------------------------------------------------------
+
+
+def tune(run: RunConfig, parts: Parts, step: Step, state: TrainState, peak_flops: float) -> list[Row]:
+    """Choose micro-batch size and compilation, and record both in ``state``; returns the events that report them.
+
+    Choices restored from a checkpoint are kept.
+    """
+    rehearsal = Rehearsal(step, run.objective, parts.device, run.data.sequence_length, run.data.packs)
     events = []
     if run.accumulation.is_probed and state.micro_batch_size is None:
-        batch = run.accumulation.micro_batch_size
-        events.append(fit_micro_batch(rehearsal, batch, state, partial(fits, run, parts)))
+        fits_on_host = partial(fits, run, parts)
+        events.append(fit_micro_batch(rehearsal, run.accumulation.micro_batch_size, state, fits_on_host))
+        step.micro_batch_size = state.micro_batch_of(run.accumulation.micro_batch_size)
     batch = run.accumulation.batch_size_at(state.step, state.tokens)
-    flops = (
-        (parts.max_steps - state.step)
-        * batch
-        * run.data.sequence_length
-        * parts.model.flops_per_token(run.data.sequence_length)
-    )
-    size = min(state.micro_batch_size or run.accumulation.micro_batch_size, batch)
-    loss_sum, event = compile_loss(
-        rehearsal, run.runtime.compile, state, flops / peak_flops, size,
-        evaluates=run.loop.eval_every > 0 and parts.corpus.validation is not None,
-        cuda_graphs=run.runtime.cuda_graphs,
-    )  # fmt: skip
-    if loss_sum is not None:
-        parts = replace(parts, loss_sum=loss_sum)
+    length = run.data.sequence_length
+    flops = (parts.max_steps - state.step) * batch * length * parts.unit.flops_per_token(length)
+    evaluates = run.loop.eval_every > 0 and parts.corpus.validation is not None
+    settings = CompileSettings(run.runtime.compile, run.runtime.cuda_graphs, evaluates, flops / peak_flops)
+    compiled = compile_unit(rehearsal, settings, state, min(step.micro_batch_size, batch))
     if reason := slow_attention_reason(parts.device, parts.precision.dtype):
         message = f"torch's kernel: {reason}; training is slower with it on this CPU"
         events.append({"event": "attention", "step": state.step, "message": message})
-    return parts, [*events, *([] if event is None else [event])]
+    return [*events, *([] if compiled is None else [compiled])]
 
 
 def fits(run: RunConfig, parts: Parts, micro_batch_size: int) -> bool:
@@ -149,57 +254,21 @@ def fits(run: RunConfig, parts: Parts, micro_batch_size: int) -> bool:
     return available is None or taken < available
 
 
-def make_loop(
-    run: RunConfig,
-    parts: Parts,
-    directory: RunDirectory,
-    state: TrainState,
-    *,
-    metrics: Metrics,
-    display: Display,
-    saver: Saver,
-    peak_flops: float,
-    stop: Callable[[], str | None],
-    log_every: int | None = None,
-    profiler: Profiler | None = None,
-) -> Loop:
-    """The loop over ``parts`` from ``state`` on."""
-    labels = parts.corpus.labels
-    recovery = run.recovery.build(parts.device, judges_spikes=not labels)
-    recovery.load_state_dict(state.recovery)
-    looks = Looks(
-        config=run.loop, corpus=parts.corpus, tokenizer=parts.tokenizer, model=parts.model,
-        loss_sum=parts.loss_sum, plain_loss_sum=parts.plain_loss_sum, precision=parts.precision,
-        device=parts.device, seed=run.runtime.seed, batch_size=run.accumulation.batch_size_at(0, 0),
-        metrics=metrics, display=display, samples=AppendedFile(directory.samples),
-        score=partial(run.objective.score, parts.model) if run.objective.scores else None,
-        measures=partial(run.objective.measures, labels=labels), generates=run.objective.generates,
-    )  # fmt: skip
-    return Loop(
-        config=run.loop, state=state, max_steps=parts.max_steps, device=parts.device, model=parts.model,
-        loss_sum=parts.loss_sum, optimizer=parts.optimizer, schedule=run.schedule, peak_lr=run.optimizer.lr,
-        precision=parts.precision, clipping=run.clipping, accumulation=run.accumulation, recovery=recovery,
-        examples=run.recovery.examples, open_loader=partial(open_loader, run, parts),
-        sequences_at=partial(sequences_at, run, parts.corpus), looks=looks, checkpoint=run.checkpoint,
-        saver=saver, directory=directory, config_text=directory.config.read_text(encoding="utf-8"),
-        metrics=metrics, log_every=log_every or run.metrics.log_every, display=display, stop=stop,
-        flops_per_token=parts.model.flops_per_token(run.data.sequence_length), peak_flops=peak_flops,
-        can_restore=partial(has_optimizer_of, run=run), profiler=profiler or Profiler(),
-        name_target=partial(run.objective.name_target, labels=labels) if labels else None,
-    )  # fmt: skip
+# --- the ends -------------------------------------------------------------------------------------------------------
 
 
-def make_profiler(run: RunConfig, parts: Parts, directory: RunDirectory, state: TrainState) -> Profiler:
-    """What ``runtime.profile`` asks for."""
-    if not run.runtime.profile:
-        return Profiler()
-    state_bytes = sum(tensor.nbytes for tensor in state_tensors(parts.optimizer).values())
-    return StepProfiler(directory.path, parts.device, state.step, list(parts.model.parameters()), state_bytes)
+def restore_results(loop: Loop, resumed: ResumePlan) -> None:
+    """Give a resumed loop the results of before, and the checkpoints that are known to be damaged."""
+    for row in resumed.results.validations:
+        loop.evaluator.record(row, loop.state)
+    loop.evaluator.sampled_step, loop.last_loss = resumed.results.sampled_step, resumed.results.loss
+    if resumed.parent is None:
+        loop.saver.damaged.update(path for path, _ in resumed.origin.passed_over)
 
 
-def conclude(run: RunConfig, loop: Loop, directory: RunDirectory, display: Display, reason: str) -> None:
+def conclude(run: RunConfig, loop: Loop, directory: RunDirectory, reason: str) -> None:
     """Leave the run's summary and plot, however it ended."""
-    summary = summarise(run.name, run.objective.verb, loop, reason)
+    summary = summarise(run, loop, reason)
     try:
         write_atomically(directory.summary, json.dumps(summary, indent=1) + "\n")
         if reason != "failed":
@@ -207,33 +276,5 @@ def conclude(run: RunConfig, loop: Loop, directory: RunDirectory, display: Displ
 
             draw_run(directory.path)
     except OSError as error:  # a full disk; why the run ended must not be lost over it
-        display.warn(f"the run's summary and plot could not be written: {error}")
-    display.summary(summary)
-
-
-def sequences_at(run: RunConfig, corpus: Corpus, position: int, count: int) -> np.ndarray:
-    """Numbers of the training sequences at ``count`` positions from ``position`` on."""
-    return corpus.train.order(np.arange(position, position + count), run.runtime.seed, run.data.shuffle)
-
-
-def open_loader(run: RunConfig, parts: Parts, state: TrainState) -> Loader:
-    """The training batches from ``state`` on."""
-    return Loader(
-        parts.corpus.train,
-        seed=run.runtime.seed,
-        shuffle=run.data.shuffle,
-        batch_size=run.accumulation.batch_size_at,
-        device=parts.device,
-        position=state.position,
-        step=state.step,
-        tokens=state.tokens,
-    )
-
-
-def remember(loop: Loop, resumption: Resumption) -> None:
-    """Tell a resumed loop what was evaluated and sampled before, and which checkpoints are known not to be whole."""
-    for row in resumption.seen.validations:
-        loop.looks.note(row, loop.state)
-    loop.looks.sampled_step, loop.last_loss = resumption.seen.sampled_step, resumption.seen.loss
-    if resumption.parent is None:
-        loop.saver.damaged.update(path for path, _ in resumption.origin.passed_over)
+        loop.log.display.warn(f"the run's summary and plot could not be written: {error}")
+    loop.log.display.summary(summary)

@@ -1,56 +1,36 @@
-"""What a run says at its start, and what it came to."""
+"""The header of a run, and its summary."""
 
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import Any
 
 from llmtrain.base.device import device_name
 from llmtrain.base.format import count, rate
 from llmtrain.base.options import option_name
+from llmtrain.config.assemble import Parts
 from llmtrain.config.run_config import RunConfig
-from llmtrain.data import Corpus
-from llmtrain.lora import Lora, count_parameters
+from llmtrain.lora import Lora
 from llmtrain.lora.low_rank import LowRankAdaptation
-from llmtrain.model import LanguageModel
-from llmtrain.precision import Precision
 from llmtrain.train.loop import Loop
 from llmtrain.train.state import TrainState
 
 
-class Built(Protocol):
-    """What the header reads of the parts that were built of a run."""
-
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def corpus(self) -> Corpus: ...
-    @property
-    def model(self) -> LanguageModel: ...
-    @property
-    def precision(self) -> Precision: ...
-    @property
-    def max_steps(self) -> int: ...
-
-
-def header(
-    name: str, run: RunConfig, parts: Built, path: Path, state: TrainState, peak_flops: float
-) -> Iterator[tuple[str, str]]:
-    """What is trained, on what, how long it will take; ``peak_flops`` in FLOP/s."""
-    model, corpus = parts.model, parts.corpus
+def header(run: RunConfig, parts: Parts, path: Path, state: TrainState, peak_flops: float) -> Iterator[tuple[str, str]]:
+    """The rows at the start of a run: model, data, length, device; ``peak_flops`` in FLOP/s."""
+    unit, corpus = parts.unit, parts.corpus
+    model = unit.model
     sequence = run.data.sequence_length
     batch = run.accumulation.batch_size_at(state.step, state.tokens)
     micro = min(run.accumulation.micro_batch_size, batch)
     steps_left = parts.max_steps - state.step
     tokens = round(steps_left * batch * corpus.train.mean_length)
-    flops = tokens * model.flops_per_token(sequence)
+    flops = tokens * unit.flops_per_token(sequence)
     yield "run", str(path)
-    yield "model", f"{name}, {count(model.num_parameters())} parameters, context {model.context_length}"
+    yield "model", f"{run.name}, {count(model.num_parameters())} parameters, context {model.context_length}"
     if source := getattr(run.weights, "path", None):
         yield "weights", f"{option_name(run.weights)}, {source}"
-    trained, whole = count_parameters(model)
+    trained, whole = unit.count_parameters()
     if trained < whole:
         yield "trained", f"{trained:,} of {whole:,} parameters ({trained / whole:.2%}){_adapters(run.lora)}"
     yield "data", corpus.description
@@ -81,32 +61,33 @@ def _adapters(lora: Lora) -> str:
     return f"; {option_name(lora)}, rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}"
 
 
-def summarise(name: str, verb: str, loop: Loop, reason: str) -> dict[str, Any]:
-    """``summary.json``; ``verb``: what the trained model is asked with."""
-    state = loop.state
-    best = loop.looks.standings.get(state.best_val_step or 0)
+def summarise(run: RunConfig, loop: Loop, reason: str) -> dict[str, Any]:
+    """The content of ``summary.json``."""
+    state, evaluator = loop.state, loop.evaluator
+    profile = loop.log.timer.profiler.path
+    best = evaluator.validation_scores.get(state.best_val_step or 0)
     return {
         "exit_reason": reason,
-        "name": name,
-        "verb": verb,
+        "name": run.name,
+        "verb": run.objective.verb,
         "step": state.step,
         "max_steps": loop.max_steps,
         "tokens": state.tokens,
         "train_seconds": round(state.train_seconds, 3),
         "tokens_per_second": round(state.tokens / state.train_seconds, 1) if state.train_seconds else None,
         "final_loss": finite(loop.last_loss),
-        "final_train_loss": finite(loop.looks.last_train_loss),
-        "final_val_loss": finite(loop.looks.last_val_loss),
+        "final_train_loss": finite(evaluator.last_train_loss),
+        "final_val_loss": finite(evaluator.last_val_loss),
         "best_val_loss": finite(state.best_val_loss),
         "best_val_step": state.best_val_step,
-        **loop.looks.last_measures,
-        **({"best_accuracy": -best[0]} if best is not None and "accuracy" in loop.looks.last_measures else {}),
-        "keep_best": loop.checkpoint.keep_best,
+        **evaluator.last_measures,
+        **({"best_accuracy": -best[0]} if best is not None and "accuracy" in evaluator.last_measures else {}),
+        "keep_best": loop.saver.policy.keep_best,
         "refused_steps": state.refused_steps,
         "skipped_sequences": state.skipped_sequences,
-        "parameters": loop.model.num_parameters(),
-        "time_shares": loop.stopwatch.shares(),
-        "profile": None if loop.profiler.path is None else str(loop.profiler.path),
+        "parameters": loop.step.unit.model.num_parameters(),
+        "time_shares": loop.log.timer.shares(),
+        "profile": None if profile is None else str(profile),
     }
 
 

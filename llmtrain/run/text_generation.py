@@ -4,10 +4,10 @@ from pathlib import Path
 
 from llmtrain.data.chat.template import ChatTemplate
 from llmtrain.data.chat.templates import find_template
-from llmtrain.run.load import Trained
+from llmtrain.run.load import LoadedModel
 
 
-def check_generates(trained: Trained, target: Path) -> None:
+def check_generates(trained: LoadedModel, target: Path) -> None:
     """Raise ValueError for a model that was not trained to write text: its text would be noise."""
     if not trained.run.objective.generates:
         raise ValueError(
@@ -15,7 +15,7 @@ def check_generates(trained: Trained, target: Path) -> None:
         )
 
 
-def template_of(trained: Trained, name: str | None, system: str | None) -> ChatTemplate:
+def template_of(trained: LoadedModel, name: str | None, system: str | None) -> ChatTemplate:
     """The template ``name``, or the one that the run was trained with (None).
 
     ``system``: the system message of a conversation that has none.  Raises ValueError for an unknown name, or where

@@ -1,7 +1,6 @@
 """A few real steps of a run, timed: through the run's own loop, in a directory that is gone afterwards."""
 
 import contextlib
-import io
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -9,19 +8,16 @@ from pathlib import Path
 
 import torch
 
-from llmtrain.base.device import peak_flops, peak_memory
+from llmtrain.base.device import peak_memory
 from llmtrain.base.run_files import METRICS
-from llmtrain.checkpoint.writer import Saver
 from llmtrain.config import stored_config
-from llmtrain.config.run_config import Parts
-from llmtrain.display import PlainDisplay
+from llmtrain.config.assemble import Parts, assemble, first_state
 from llmtrain.evaluation.loss import evaluate
 from llmtrain.inference.generate import generate
 from llmtrain.metrics import read_metrics
-from llmtrain.metrics.local import Local
 from llmtrain.run.directory import RunDirectory
 from llmtrain.run.run import Run
-from llmtrain.run.session import make_loop, tune
+from llmtrain.run.session import quiet_loop
 from llmtrain.train.out_of_memory import is_out_of_memory
 
 WARM_UP = 2  # steps left out: they touch memory for the first time
@@ -32,8 +28,8 @@ SAMPLED = 4  # tokens
 
 
 @dataclass(frozen=True)
-class Probed:
-    """What a few steps took."""
+class ProbeResult:
+    """The time and memory of a few steps."""
 
     steps: int  # timed
     step_seconds: float  # median
@@ -51,7 +47,7 @@ class ProbeFailed(RuntimeError):
     """The steps could not be done; the message says why."""
 
 
-def probe(run: Run, device: torch.device) -> Probed:
+def probe(run: Run, device: torch.device) -> ProbeResult:
     """Train some steps of ``run`` from its start and time them.  Raises :class:`ProbeFailed` and ValueError."""
     with tempfile.TemporaryDirectory(prefix="llmtrain-probe-") as folder, contextlib.ExitStack() as stack:
         directory = RunDirectory(Path(folder))
@@ -60,28 +56,18 @@ def probe(run: Run, device: torch.device) -> Probed:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         try:
-            return _steps(run, run.assemble(device), directory, stack)
+            return _time(run, assemble(run, device), directory, stack)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise ProbeFailed(f"out of memory: {str(error).splitlines()[0]}") from error
 
 
-def _steps(run: Run, parts: Parts, directory: RunDirectory, stack: contextlib.ExitStack) -> Probed:
-    stack.enter_context(parts.precision.arithmetic())
-    metrics = stack.enter_context(Local(log_every=1).build(directory.path, resume_step=None))
-    steps_at_most = max(parts.max_steps, WARM_UP + MOST)
-    state = run.first_state(parts)
-    parts, found = tune(run, parts, state, peak_flops(parts.device, parts.precision.dtype))
-    compile_seconds = next((event["seconds"] for event in found if event["event"] == "compiled"), None)
-    loop = make_loop(
-        run, replace(parts, max_steps=steps_at_most), directory, state, metrics=metrics,
-        display=PlainDisplay(directory.path, io.StringIO()),
-        saver=stack.enter_context(Saver(run.checkpoint, directory, parts.device)), peak_flops=1.0,
-        stop=lambda: None, log_every=1,
-    )  # fmt: skip
-    stack.enter_context(contextlib.closing(loop))
-    parts.model.train()
+def _time(run: Run, parts: Parts, directory: RunDirectory, stack: contextlib.ExitStack) -> ProbeResult:
+    state = first_state(run, parts)
+    parts = replace(parts, max_steps=max(parts.max_steps, WARM_UP + MOST))
+    loop, events = stack.enter_context(quiet_loop(run, parts, directory, state))
+    compile_seconds = next((event["seconds"] for event in events if event["event"] == "compiled"), None)
     seconds: list[float] = []
     peaks: list[int] = []
     while len(seconds) < WARM_UP + MOST and not _is_enough(seconds[WARM_UP:], peaks):
@@ -92,7 +78,7 @@ def _steps(run: Run, parts: Parts, directory: RunDirectory, stack: contextlib.Ex
         seconds.append(time.perf_counter() - start)
         peaks.append(peak_memory(parts.device))
     batch = run.accumulation.batch_size_at(0, 0)
-    micro = loop.micro_batch_size(batch)
+    micro = min(loop.step.micro_batch_size, batch)
     if micro < min(run.accumulation.micro_batch_size, batch) and not run.accumulation.is_probed:
         raise ProbeFailed(f"out of memory: only micro-batches of {micro} fit")
     timed = sorted(seconds[WARM_UP:])
@@ -100,7 +86,7 @@ def _steps(run: Run, parts: Parts, directory: RunDirectory, stack: contextlib.Ex
     rows = [row for row in read_metrics(directory.path / METRICS) if "loss" in row and "event" not in row][WARM_UP:]
     phases = {key.removesuffix("_seconds"): sorted(row[key] for row in rows)[len(rows) // 2]
               for key in (rows[0] if rows else {}) if key.endswith("_seconds") and key != "step_seconds"}  # fmt: skip
-    return Probed(
+    return ProbeResult(
         steps=len(timed),
         step_seconds=median,
         batch_size=batch,
@@ -131,8 +117,8 @@ def _evaluated(run: Run, parts: Parts) -> float:
     for _ in range(2):
         start = time.perf_counter()
         evaluate(
-            parts.loss_sum, parts.plain_loss_sum, parts.model, parts.corpus.validation, batch_size=size,
-            max_sequences=size, precision=parts.precision, device=parts.device,
+            parts.unit, parts.corpus.validation, run.objective.collate, batch_size=size, max_sequences=size,
+            precision=parts.precision, device=parts.device,
         )  # fmt: skip
         best = min(best, time.perf_counter() - start)
     return best / size
@@ -145,7 +131,7 @@ def _sampled(run: Run, parts: Parts) -> float:
     start = time.perf_counter()
     with parts.precision.autocast():
         ids = list(generate(
-            parts.model, parts.tokenizer.encode(run.loop.sample_prompt).tolist(),
+            parts.unit.model, parts.tokenizer.encode(run.loop.sample_prompt).tolist(),
             max_tokens=min(SAMPLED, run.loop.sample_tokens), sampling=run.loop.sampling(),
             generator=torch.Generator(parts.device).manual_seed(run.runtime.seed), dtype=parts.precision.dtype,
             end_of_text=parts.tokenizer.end_of_text,

@@ -17,7 +17,8 @@ class StepRecord:
     total_tokens: int  # of the run up to and with this step
     batch_size: int
     learning_rate: float
-    values: dict[str, float] = field(default_factory=dict)  # filled when the device has computed the step
+    losses: tuple[str, ...] = ()  # names of the parts of the loss, where there is more than one
+    values: dict[str, float] = field(default_factory=dict)  # filled when the device is through
 
 
 class Readback:

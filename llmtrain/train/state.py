@@ -3,10 +3,15 @@
 import base64
 import random
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from llmtrain.base.tensor_files import CheckpointError
+from llmtrain.checkpoint.restore import restore
+from llmtrain.objective import TrainingUnit
 
 FORMAT = 2
 
@@ -60,6 +65,10 @@ class TrainState:
         """A value for ``json.dump``."""
         return {"format": FORMAT, **asdict(self)}
 
+    def micro_batch_of(self, configured: int) -> int:
+        """Sequences of a forward pass at most: those found to fit, else those ``configured``."""
+        return self.micro_batch_size or configured
+
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "TrainState":
         """The inverse of :meth:`to_json`.  Raises ValueError for a format this version does not know."""
@@ -67,6 +76,21 @@ class TrainState:
         if (found := value.pop("format", None)) != FORMAT:
             raise ValueError(f"format {found!r} of the training state is not known here (this version: {FORMAT})")
         return cls(**value)
+
+
+def restore_state(
+    path: Path, unit: TrainingUnit, optimizer: torch.optim.Optimizer, *, fresh_optimizer: bool = False
+) -> TrainState:
+    """Fill ``unit`` and ``optimizer`` from the checkpoint at ``path``, known to be intact, and return its state.
+
+    With ``fresh_optimizer`` the optimizer keeps the state that it has: it is another one than the checkpoint's.
+    Raises :class:`CheckpointError` naming the file.
+    """
+    state = restore(path, unit, optimizer, fresh_optimizer=fresh_optimizer)
+    try:
+        return TrainState.from_json(state)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _encode(state: torch.Tensor) -> str:

@@ -7,25 +7,25 @@ from typing import Any
 
 import torch
 
-PHASES = ("data", "forward", "backward", "optimizer")  # the rest of a step is "other"
+from llmtrain.train.profiler import Profiler
+
+PHASES = ("data", "forward", "backward", "optimizer")  # what is left of a step is "other"
 
 Lap = list[tuple[str, Any]]  # the marks of a step: the phase that ends there, and a time or a CUDA event
 
 
-class Stopwatch:
+class StepTimer:
     """Seconds in each of :data:`PHASES`.
 
-    On a CPU a mark is a reading of ``clock``.  On a GPU it is an event between the kernels, which times the work, not
-    its launching; the events of a step are read once they have passed (:meth:`read`), so the host never waits, and are
-    then reused.  ``on_mark``, if given, is called with the phase at each mark.
+    On a CPU a mark is a look at ``clock``.  On a GPU it is an event between the kernels, so that what is timed is the
+    device's work, not its launching; the events of a step are read once they have passed (:meth:`read`), which the
+    host never waits for, and then used again.  ``profiler`` hears of each mark.
     """
 
-    def __init__(
-        self, device: torch.device, clock: Callable[[], float], on_mark: Callable[[str], None] | None = None
-    ) -> None:
+    def __init__(self, device: torch.device, clock: Callable[[], float], profiler: Profiler) -> None:
         self._is_cuda = device.type == "cuda"
         self._clock = clock
-        self._on_mark = on_mark
+        self.profiler = profiler
         self._pool: list[torch.cuda.Event] = []
         self._lap: Lap = []
         self._laps: deque[Lap] = deque()
@@ -46,8 +46,8 @@ class Stopwatch:
             self._lap.append((phase, event))
         else:
             self._lap.append((phase, self._clock()))
-        if self._on_mark is not None:
-            self._on_mark(phase)
+        if self.profiler.on_phase_end is not None:
+            self.profiler.on_phase_end(phase)
 
     def finish(self) -> None:
         """End the step."""

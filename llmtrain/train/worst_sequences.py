@@ -1,4 +1,4 @@
-"""Which sequences of a refused batch were the worst, and where."""
+"""The sequences of a skipped step with the largest losses, and the place in each where the loss is largest."""
 
 import math
 from collections.abc import Callable
@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from llmtrain.data import IGNORE
-from llmtrain.data.sequences import Rows, Sequences
+from llmtrain.data.loader import TrainingStream
+from llmtrain.data.sequences import Rows
+from llmtrain.objective import TrainingUnit, mean_losses
 from llmtrain.tokenizer import Tokenizer
 
 MAX_CHARACTERS = 300  # of an excerpt
@@ -22,57 +23,59 @@ MeanLoss = Callable[[np.ndarray], float]  # of targets (sequence,)
 
 @torch.no_grad()
 def find_worst_sequences(
-    loss_sum: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-    model: nn.Module,
+    unit: TrainingUnit,
     tokenizer: Tokenizer,
-    sequences: Sequences,
-    indices: np.ndarray,
-    count: int,
-    device: torch.device,
+    stream: TrainingStream,
+    position: int,
+    numbers: np.ndarray,
+    shown: int,
     name_target: Callable[[int], str] | None = None,
 ) -> list[dict[str, Any]]:
-    """The ``count`` sequences with the largest mean loss among ``indices``, worst first, as JSON-ready values.
+    """The ``shown`` sequences with the largest mean loss among ``numbers``, worst first.
 
-    Each is ``{"sequence": its number, "loss": mean loss a target token, "text": an excerpt}``; a loss that is not
-    finite is worse than any other.  The excerpt, at most 300 characters, is of the targets where the loss is largest;
-    if it is not finite, where that begins, since attention carries NaN on to all that follows.  Where the targets are
-    classes, which ``name_target`` names, it is the beginning of the text, and ``"label"`` is added.
+    They are the sequences at the positions from ``position`` on.
+
+    Each is ``{"sequence": its number, "loss": mean loss a target token, "text": an excerpt}``, ready for JSON; a loss
+    that is not finite is worse than any other.  The excerpt, at most 300 characters, is of the targets where the loss
+    is largest; if it is not finite, where that begins, since attention carries NaN on to all that follows.  Where the
+    targets are classes, which ``name_target`` names, it is the beginning of the text, and ``"label"`` is added.
 
     The losses are those of the weights as they are now, without dropout, in the arithmetic that the caller has set
-    (its autocast); no random number is drawn.  Sequences go through the model one at a time, as ``loss_sum`` gives
-    but a sum: pass it uncompiled, or the first call compiles it for that shape.
+    (its autocast); no random number is drawn.  Sequences go through the unit one at a time, not compiled.
     """
 
-    def mean_loss(rows: Rows, targets: np.ndarray) -> float:
-        inputs, wanted = (torch.from_numpy(array).to(device) for array in (rows.inputs, targets[None]))
-        segments = None if rows.segments is None else torch.from_numpy(rows.segments).to(device)
-        return loss_sum(inputs, wanted, segments).item() / np.count_nonzero(targets != IGNORE)
+    def mean_loss(rows: Rows, at: int, targets: np.ndarray) -> float:
+        only = rows._replace(targets=targets[None])
+        batch = stream.collate(only, np.array([at]), stream.seed).to(stream.device)
+        return float(mean_losses(unit, batch)[0])
 
-    was_training = model.training
-    model.eval()
+    was_training = unit.training
+    unit.eval()
     try:
-        found = []
-        for index in np.unique(indices):  # a batch over the end of an epoch may hold a sequence twice
-            rows = sequences.gather(np.array([index]))
-            if (rows.targets != IGNORE).any():
-                found.append((mean_loss(rows, rows.targets[0]), int(index)))
-        found.sort(key=lambda pair: (-_badness(pair[0]), pair[1]))
-        examples = []
-        for loss, number in found[:count]:
-            rows = sequences.gather(np.array([number]))
-            example: dict[str, Any] = {"sequence": number, "loss": loss}
-            if name_target is not None:
-                end = int(np.flatnonzero(rows.targets[0] != IGNORE)[-1])
-                text = tokenizer.decode(rows.inputs[0, : end + 1].tolist())
-                cut = text[: MAX_CHARACTERS - 1] + "…" if len(text) > MAX_CHARACTERS else text
-                example |= {"label": name_target(int(rows.targets[0, end])), "text": cut}
-            else:
-                worst = _worst_tokens(partial(mean_loss, rows), rows.inputs[0], rows.targets[0])
-                example["text"] = f"…{tokenizer.decode(worst.tolist())[: MAX_CHARACTERS - 2]}…"
-            examples.append(example)
-        return examples
+        with unit.eager():
+            found = []
+            for number, first in zip(*np.unique(numbers, return_index=True), strict=True):  # an epoch's end: twice
+                rows = stream.sequences.gather(np.array([number]))
+                if (rows.targets != IGNORE).any():
+                    at = position + int(first)
+                    found.append((mean_loss(rows, at, rows.targets[0]), int(number), at))
+            found.sort(key=lambda each: (-_badness(each[0]), each[1]))
+            worst = []
+            for loss, number, at in found[:shown]:
+                rows = stream.sequences.gather(np.array([number]))
+                entry: dict[str, Any] = {"sequence": number, "loss": loss}
+                if name_target is not None:
+                    end = int(np.flatnonzero(rows.targets[0] != IGNORE)[-1])
+                    text = tokenizer.decode(rows.inputs[0, : end + 1].tolist())
+                    cut = text[: MAX_CHARACTERS - 1] + "…" if len(text) > MAX_CHARACTERS else text
+                    entry |= {"label": name_target(int(rows.targets[0, end])), "text": cut}
+                else:
+                    tokens = _worst_tokens(partial(mean_loss, rows, at), rows.inputs[0], rows.targets[0])
+                    entry["text"] = f"…{tokenizer.decode(tokens.tolist())[: MAX_CHARACTERS - 2]}…"
+                worst.append(entry)
+            return worst
     finally:
-        model.train(was_training)
+        unit.train(was_training)
 
 
 def _worst_tokens(mean_loss: MeanLoss, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:

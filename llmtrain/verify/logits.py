@@ -18,12 +18,13 @@ from llmtrain.hf.config_json import ConfigJson
 from llmtrain.hf.families import family_of_checkpoint
 from llmtrain.hf.reading import load_weights
 from llmtrain.model import LanguageModel, ModelConfig
-from llmtrain.run.load import Trained
+from llmtrain.run.load import LoadedModel
 
 # Text in a few languages and code; ids drawn from the whole vocabulary are added.
 PROMPTS = ("The quick brown fox jumps over", "def area(r):\n    return 3.14159 * r", "Füße, 你好, привет 🙂 1234")
 RANDOM_IDS = 64
-TOLERANCE = 1e-4  # of logits, relative to the largest: another order of summation gives a tenth of it in a deep model
+CLASSIFIER = "classifier"  # the head of a unit that tells classes apart
+TOLERANCE = 1e-4  # of logits, of their largest: sums in another order differ by a tenth of it in a deep model
 
 
 class ExportMismatch(Exception):
@@ -63,8 +64,8 @@ def is_installed(package: str) -> bool:
 # --- in this program ------------------------------------------------------------------------------------------------
 
 
-def encode_prompts(trained: Trained) -> list[Tensor]:
-    """Encode the prompts; for a classifier as its run encodes texts."""
+def encode_prompts(trained: LoadedModel) -> list[Tensor]:
+    """Prompts as ids: for a classifier as its run encodes texts."""
     model, data = trained.model, trained.run.data
     if isinstance(data, LabelledText):
         encode = data.encoder(trained.tokenizer)
@@ -74,17 +75,16 @@ def encode_prompts(trained: Trained) -> list[Tensor]:
     return [ids[: model.context_length] for ids in texts if len(ids)]
 
 
-def reference_logits(trained: Trained) -> ReferenceLogits:
-    """Compute the logits of a run's model, in fp32."""
+def reference_logits(trained: LoadedModel) -> ReferenceLogits:
+    """The logits of a run's model, fp32."""
     prompts = encode_prompts(trained)
-    return ReferenceLogits(prompts, compute_logits(trained.model, prompts))
+    return ReferenceLogits(prompts, compute_logits(trained.unit.model, trained.unit.heads.get(CLASSIFIER), prompts))
 
 
 @torch.no_grad()
-def compute_logits(model: LanguageModel, prompts: Sequence[Tensor]) -> list[Tensor]:
-    """Compute the logits for each of ``prompts``: of the next tokens, or of the classes."""
-    if hasattr(model, "classifier"):
-        classifier: Any = model.classifier
+def compute_logits(model: LanguageModel, classifier: nn.Module | None, prompts: Sequence[Tensor]) -> list[Tensor]:
+    """The logits for each of ``prompts``: of the next tokens, or of the classes where there is a ``classifier``."""
+    if classifier is not None:
         return [classifier(model.hidden(ids[None])[0, -1]).float() for ids in prompts]
     return [model(ids[None])[0, :, : model.vocab_size].float() for ids in prompts]
 
@@ -92,22 +92,20 @@ def compute_logits(model: LanguageModel, prompts: Sequence[Tensor]) -> list[Tens
 def reloaded_logits(folder: Path, config: ModelConfig, classes: int, prompts: Sequence[Tensor]) -> list[Tensor]:
     """Load the directory into a new model and compute its logits; ``config`` is that of the written model."""
     json = ConfigJson.read(folder)
-    read: Any = family_of_checkpoint(json).read_config(json)
-    # with dynamic scaling, config.json holds the original context length
-    read = replace(read, context_length=config.context_length)
-    model = read.create(read.vocab_size, torch.device("cpu"), torch.Generator().manual_seed(1)).eval()
-    if classes:
-        model.classifier = nn.Linear(model.head_weight.shape[1], classes, bias=False)
+    found: Any = family_of_checkpoint(json).read_config(json)
+    found = replace(found, context_length=config.context_length)  # of dynamic scaling, config.json has the original
+    model = found.create(found.vocab_size, torch.device("cpu"), torch.Generator().manual_seed(1)).eval()
+    classifier = nn.Linear(model.head_weight.shape[1], classes, bias=False) if classes else None
     with quiet_loading():
-        load_weights(model, folder)
-    return compute_logits(model, prompts)
+        load_weights(model, folder, classifier)
+    return compute_logits(model, classifier, prompts)
 
 
 # --- in other programs ----------------------------------------------------------------------------------------------
 
 
-def transformers_logits(folder: Path, trained: Trained, prompts: Sequence[Tensor]) -> list[Tensor]:
-    """Load model and tokenizer with transformers and compute the logits; a classifier gets one padded batch.
+def transformers_logits(folder: Path, trained: LoadedModel, prompts: Sequence[Tensor]) -> list[Tensor]:
+    """The logits of what transformers loads, its tokenizer too: of a classifier all texts as one padded batch.
 
     Raises :class:`ExportMismatch` if the tokenizer splits a text differently.
     """
@@ -116,8 +114,8 @@ def transformers_logits(folder: Path, trained: Trained, prompts: Sequence[Tensor
 
         transformers.utils.logging.disable_progress_bar()
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
-        is_classifier = hasattr(trained.model, "classifier")
-        for text, ids in zip(PROMPTS, prompts, strict=False):  # the prompts of random ids come last
+        is_classifier = CLASSIFIER in trained.unit.heads
+        for text, ids in zip(PROMPTS, prompts, strict=False):  # behind them, ids that are no text
             theirs = tokenizer(text, add_special_tokens=is_classifier, truncation=True)["input_ids"]
             if theirs != ids.tolist():
                 raise ExportMismatch(f"transformers' tokenizer makes {theirs} of {text!r}, ours {ids.tolist()}")

@@ -1,7 +1,6 @@
 """Replay of training steps outside the run, and their comparison with the run's records."""
 
 import contextlib
-import io
 import json
 import math
 import shutil
@@ -13,20 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtrain.base.device import peak_flops
-from llmtrain.base.run_files import METRICS, MODEL, OPTIMIZER
+from llmtrain.base.run_files import CONFIG, METRICS, MODEL, OPTIMIZER
 from llmtrain.base.tensor_files import read_tensors
 from llmtrain.checkpoint.format import read_state
 from llmtrain.checkpoint.model_state import saved_tensors
 from llmtrain.checkpoint.optimizer_state import state_tensors
-from llmtrain.checkpoint.writer import Saver
-from llmtrain.display import PlainDisplay
+from llmtrain.config import stored_config
+from llmtrain.config.assemble import assemble, check_data, first_state
+from llmtrain.config.older_versions import complete
 from llmtrain.metrics import read_metrics
-from llmtrain.metrics.local import Local
 from llmtrain.run.directory import RunDirectory
 from llmtrain.run.environment import describe_environment
+from llmtrain.run.resume import Carryover
 from llmtrain.run.run import Run
-from llmtrain.run.session import make_loop, tune
+from llmtrain.run.session import quiet_loop
 from llmtrain.train.state import TrainState
 
 COMPARED_KEYS = ("loss", "grad_norm", "learning_rate", "tokens")  # of a metrics row
@@ -61,30 +60,22 @@ def replay(
     with contextlib.ExitStack() as stack:
         device = stack.enter_context(run.runtime.session())
         run.runtime.seed_everything()
-        parts = run.assemble(device, from_start=checkpoint is None, verify_data=True)
-        stack.enter_context(parts.precision.arithmetic())
+        parts = assemble(run, device, from_start=checkpoint is None, verify_data=True)
         if checkpoint is None:
-            state = run.first_state(parts)
+            state = first_state(run, parts)
         else:
-            state, _ = run.restore(checkpoint, parts)
-        run.check_data(state, parts)
+            carryover = Carryover.between(complete(stored_config.load(checkpoint / CONFIG)), run)
+            state = carryover.restore(checkpoint, parts)
+        check_data(run, state, parts)
         restore_tuning(state, directory)
-        parts, _ = tune(run, parts, state, peak_flops(device, parts.precision.dtype))
         inexact = inexactness_reason(run, directory, device)
-        metrics = stack.enter_context(Local(log_every=1).build(scratch, resume_step=None))
-        loop = make_loop(
-            run, parts, scratch_run, state, metrics=metrics, display=PlainDisplay(scratch, io.StringIO()),
-            saver=stack.enter_context(Saver(run.checkpoint, scratch_run, device)), peak_flops=1.0, stop=lambda: None,
-            log_every=1,
-        )  # fmt: skip
-        stack.enter_context(contextlib.closing(loop))
-        parts.model.train()
+        loop, _ = stack.enter_context(quiet_loop(run, parts, scratch_run, state))
         while loop.state.step < end:
             loop.advance()
             progress()
         loop.capture_state()
         rows = [row for row in read_metrics(scratch / METRICS) if "loss" in row and "event" not in row]
-        model = {name: tensor.cpu() for name, tensor in saved_tensors(parts.model).items()}
+        model = {name: tensor.cpu() for name, tensor in saved_tensors(parts.unit).items()}
         optimizer = {name: tensor.cpu() for name, tensor in state_tensors(parts.optimizer).items()}
         return ReplayResult(inexact, rows, model, optimizer, json.loads(json.dumps(loop.state.to_json())))
 

@@ -10,21 +10,21 @@ from llmtrain.base.run_files import MODEL
 from llmtrain.base.tensor_files import CheckpointError, read_tensors
 from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.checkpoint.format import read_state, verify_checkpoint
-from llmtrain.hf import SCORE
+from llmtrain.hf import CLASSIFIER, SCORE
 from llmtrain.hf.families import module_names
 from llmtrain.hf.peft import CONFIG, check_kind, import_adapter
-from llmtrain.lora.low_rank import CLASSIFIER, LowRankAdaptation
-from llmtrain.model import LanguageModel
+from llmtrain.lora.low_rank import LowRankAdaptation
+from llmtrain.objective import TrainingUnit
 
 
-def start_from(model: LanguageModel, lora: LowRankAdaptation, path: Path) -> None:
-    """Copy the adapters in ``path``, a PEFT directory, a run or a checkpoint, into those of ``model``.
+def start_from(unit: TrainingUnit, lora: LowRankAdaptation, path: Path) -> None:
+    """Copy adapters, those of a PEFT directory or of one of our runs or checkpoints, into those of ``unit``.
 
     Raises ValueError, naming keys or tensors, for adapters that differ from those that ``lora`` added to the model.
     """
     if (path / CONFIG).is_file():
-        names = module_names(model) | {CLASSIFIER.removesuffix("."): SCORE.removesuffix(".weight")}
-        import_adapter(model, lora, names, path)
+        names = module_names(unit.model) | {CLASSIFIER.removesuffix(".weight"): SCORE.removesuffix(".weight")}
+        import_adapter(unit, lora, names, path)
         return
     checkpoint = locate_checkpoint(path)
     verify_checkpoint(checkpoint)
@@ -35,9 +35,9 @@ def start_from(model: LanguageModel, lora: LowRankAdaptation, path: Path) -> Non
     stored = yaml.safe_load((checkpoint / STORED).read_text(encoding="utf-8"))["lora"]
     kind = option_of_target(str(stored["_target_"]))
     check_kind(lora, kind, stored["rank"], stored["alpha"], path)
-    tensors = read_tensors(checkpoint / MODEL, next(model.parameters()).device)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name in trained}
+    tensors = read_tensors(checkpoint / MODEL, next(unit.parameters()).device)
+    trained = {name for name, _ in unit.trained_weights()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in unit.weights_state().items() if name in trained}
     others = [name for name in (*shapes, *tensors) if name not in tensors or name not in shapes]
     others += [name for name in tensors if name in shapes and tuple(tensors[name].shape) != shapes[name]]
     if others:
@@ -46,4 +46,4 @@ def start_from(model: LanguageModel, lora: LowRankAdaptation, path: Path) -> Non
             f"{checkpoint / MODEL}: does not fit lora.targets and lora.also_train: {', '.join(others[:3])}{more} "
             "missing, unexpected or of another shape"
         )
-    model.load_state_dict(tensors, strict=False)
+    unit.load_weights(tensors, strict=False)

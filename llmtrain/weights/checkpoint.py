@@ -7,7 +7,7 @@ from pathlib import Path
 from llmtrain.base.run_files import MANIFEST, MODEL
 from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.checkpoint.format import read_state, verify_checkpoint
-from llmtrain.checkpoint.model_state import load_model
+from llmtrain.checkpoint.model_state import read_fitting
 from llmtrain.model import LanguageModel
 from llmtrain.weights import Weights
 
@@ -26,7 +26,7 @@ class Checkpoint(Weights):
                 f"weights.path={self.path}: holds adapters, not a whole model; export it merged (llmtrain export "
                 f"{self.path} to=DIR) and take that: weights=huggingface weights.path=DIR"
             )
-        load_model(model, checkpoint / MODEL)
+        model.load_state_dict(read_fitting(checkpoint / MODEL, model.state_dict()))
 
     def fingerprint(self) -> str:
         manifest = json.loads((locate_checkpoint(Path(self.path)) / MANIFEST).read_text(encoding="utf-8"))

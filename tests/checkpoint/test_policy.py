@@ -8,13 +8,13 @@ import torch
 from llmtrain.checkpoint.directory import step_of
 from llmtrain.checkpoint.format import write_checkpoint
 from llmtrain.checkpoint.policy import Checkpoint
-from llmtrain.checkpoint.restore import newest_whole
+from llmtrain.checkpoint.restore import newest_intact
 
 
 def policy(**changes: float) -> Checkpoint:
     values = {
         "every_steps": 0, "every_minutes": 0, "before_evaluation": True, "asynchronous": True, "keep_last": 0,
-        "keep_best": 0, "keep_every": 0, "step": None,
+        "keep_best": 0, "keep_every": 0,
     }  # fmt: skip
     return Checkpoint(**(values | changes))
 
@@ -77,10 +77,10 @@ def test_the_newest_intact_checkpoint_is_found(tmp_path: Path) -> None:
         write_checkpoint(paths[-1], model=tensors, optimizer={}, state={"step": step}, config="")
     (paths[3] / "state.json").write_text("{}")
     (paths[2] / "model.safetensors").unlink()
-    found, errors = newest_whole(paths)
+    found, errors = newest_intact(paths)
     assert found == paths[1]
     assert [step_of(paths[3]), step_of(paths[2])] == [4, 3]
     assert ["state.json" in str(errors[0]), "model.safetensors: missing" in str(errors[1])] == [True, True]
-    assert newest_whole(paths, at_most=1) == (paths[0], [])
-    assert newest_whole(paths, at_most=0) == (None, [])
-    assert newest_whole(paths, known=paths) == (paths[3], [])
+    assert newest_intact(paths, at_most=1) == (paths[0], [])
+    assert newest_intact(paths, at_most=0) == (None, [])
+    assert newest_intact(paths, known=paths) == (paths[3], [])

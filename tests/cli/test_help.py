@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from llmtrain.cli.help import ON_RESUME, commented, written
-from llmtrain.run.resume import FIXED
+from llmtrain.run.changes import FIXED
 
 CONF = Path(__file__).parents[2] / "conf"
 

@@ -19,7 +19,7 @@ from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.cli.main import main
 from llmtrain.commands import export
 from llmtrain.commands.export import DType, Export, Format
-from llmtrain.run.load import load_trained
+from llmtrain.run.load import load_model
 from tests.helpers.cli import TINY
 
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -68,7 +68,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def difference(run: Path, folder: Path, *, dtype: torch.dtype = torch.float32) -> float:
     """Of the logits of a run's model and of what transformers makes of an exported directory, and of greedy texts."""
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with load_trained(locate_checkpoint(run), Runtime.for_inference(Device.cpu)) as trained, torch.no_grad():
+    with load_model(locate_checkpoint(run), Runtime.for_inference(Device.cpu)) as trained, torch.no_grad():
         ids = torch.from_numpy(trained.tokenizer.encode("So it goes, and goes").astype(np.int64))[None]
         model = trained.model
         export.merge(model)
@@ -146,7 +146,7 @@ def test_exported_adapters_give_the_same_logits_in_peft(
     named = json.loads(Path("out/adapter_config.json").read_text())["base_model_name_or_path"]
     base = transformers.AutoModelForCausalLM.from_pretrained(named, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, "out").eval()
-    with load_trained(locate_checkpoint(runs / name), Runtime.for_inference(Device.cpu)) as trained:
+    with load_model(locate_checkpoint(runs / name), Runtime.for_inference(Device.cpu)) as trained:
         ids = torch.arange(40)[None]
         with torch.no_grad():
             ours = trained.model(ids)[..., : trained.model.vocab_size]
@@ -197,7 +197,7 @@ def classes_of(run: Path, texts: list[str]) -> torch.Tensor:
     """Probabilities as ``llmtrain predict`` has them."""
     from llmtrain.commands.predict import Predictor
 
-    with load_trained(locate_checkpoint(run), Runtime.for_inference(Device.cpu)) as trained:
+    with load_model(locate_checkpoint(run), Runtime.for_inference(Device.cpu)) as trained:
         return Predictor.of(trained, 0.5, run).probabilities(texts)
 
 
@@ -260,7 +260,7 @@ def test_a_classifier_without_counterpart_in_transformers_is_refused(
     from llmtrain.model import LanguageModel
 
     run = train_classifier(bases / "llama")
-    with load_trained(locate_checkpoint(run), Runtime.for_inference(Device.cpu)) as trained:
+    with load_model(locate_checkpoint(run), Runtime.for_inference(Device.cpu)) as trained:
         model: Any = trained.model
         assert isinstance(model, LanguageModel)
         model.config = replace(model.config, normalised_head=True, fused_qkv=True, num_kv_heads=4)
@@ -288,7 +288,7 @@ def test_an_export_holds_the_chat_template(template: str, bases: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained("out")
     asked = [{"role": "user", "content": "Say 7."}]
     theirs = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
-    with load_trained(locate_checkpoint(Path("run")), Runtime.for_inference(Device.cpu)) as trained:
+    with load_model(locate_checkpoint(Path("run")), Runtime.for_inference(Device.cpu)) as trained:
         encoder = ConversationEncoder(trained.tokenizer)
         parts = template_of(trained, None, None).render([Message("user", "Say 7.")], add_generation_prompt=True)
         assert encoder.prompt(parts) == theirs

@@ -27,7 +27,7 @@ def assert_kept(folder: Path) -> None:
 
 @pytest.mark.parametrize("secrets", [PLAIN, FROM_ENVIRONMENT], ids=["plain", "environment"])
 def test_no_file_has_a_secret(launcher: Launcher, tmp_path: Path, secrets: tuple[str, ...]) -> None:
-    """Trained, failed, resumed with them given again, reported."""
+    """LoadedModel, failed, resumed with them given again, reported."""
     train = ("train", *STANDARD, *KEYED, *secrets, "checkpoint.every_steps=2", "loop.max_steps=4", "run_dir=run")
     launcher.run(*train, environment=ENVIRONMENT)
     assert "password: <redacted>" in (tmp_path / "run" / "config.yaml").read_text()

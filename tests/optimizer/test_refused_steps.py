@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmtrain.checkpoint.optimizer_state import state_tensors
-from llmtrain.optimizer import step
+from llmtrain.optimizer import update
 
 REFUSE, ALLOW = torch.tensor(1.0), torch.tensor(0.0)
 
@@ -30,10 +30,10 @@ def test_a_skipped_step_changes_no_bit(option, new_model, bad, steps_before):
     optimizer = option().build(model)
     for i in range(steps_before):
         model.set_gradients(i)
-        step(optimizer, ALLOW)
+        update(optimizer, ALLOW)
     before = snapshot(model, optimizer)
     model.set_gradients(steps_before, fill=bad)
-    step(optimizer, REFUSE)
+    update(optimizer, REFUSE)
     assert_same_bits(snapshot(model, optimizer), before)
 
 
@@ -44,9 +44,9 @@ def test_training_after_a_skipped_step_is_as_without_it(option, new_model, refus
     for i in range(5):
         if i == refused:
             disturbed.set_gradients(99, fill=math.nan)
-            step(optimizer, REFUSE)
+            update(optimizer, REFUSE)
         disturbed.set_gradients(i)
-        step(optimizer, ALLOW)
+        update(optimizer, ALLOW)
         plain.set_gradients(i)
         reference.step()
     assert_same_bits(snapshot(disturbed, optimizer), snapshot(plain, reference))
@@ -58,7 +58,7 @@ def test_lion_is_exact_in_lower_and_higher_precision(options, new_model):
         optimizer, reference = options["lion"]().build(allowed), options["lion"]().build(plain)
         for i in range(3):
             allowed.set_gradients(i)
-            step(optimizer, ALLOW)
+            update(optimizer, ALLOW)
             plain.set_gradients(i)
             reference.step()
         for ours, theirs in zip(allowed.parameters(), plain.parameters(), strict=True):
@@ -70,10 +70,10 @@ def test_an_optimizer_without_found_inf_skips_the_step_too(new_model):
     optimizer = torch.optim.RMSprop(model.parameters())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.set_gradients(0, fill=math.nan)
-    step(optimizer, REFUSE)
+    update(optimizer, REFUSE)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     model.set_gradients(0)
-    step(optimizer, ALLOW)
+    update(optimizer, ALLOW)
     assert not torch.equal(model.norm.weight, before["norm.weight"])
 
 
@@ -88,7 +88,7 @@ def test_the_host_does_not_wait_for_the_device(options, new_model):
         found_inf = REFUSE.cuda()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            step(optimizer, found_inf)
+            update(optimizer, found_inf)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

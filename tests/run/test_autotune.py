@@ -4,15 +4,20 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from llmtrain import Run
-from llmtrain.config.run_config import Parts
+from llmtrain.config.assemble import Parts, assemble
+from llmtrain.data import Rows
 from llmtrain.metrics import read_metrics
-from llmtrain.run.autotune import Rehearsal, compiling_pays, largest_that_fits
+from llmtrain.run.autotune import largest_that_fits
 from llmtrain.run.session import fits, tune
+from llmtrain.train.compilation import compiling_pays
+from llmtrain.train.rehearsal import Rehearsal
 from llmtrain.train.state import TrainState
+from llmtrain.train.step import Step
 from tests.helpers.cli import llmtrain
 
 TINY = ("model=tiny", "tokenizer=byte", "loop.sample_every=0", "metrics.log_every=1")
@@ -61,19 +66,24 @@ def test_no_micro_batch_is_found_where_none_fits() -> None:
 
 def assembled(*overrides: str) -> tuple[Run, Parts]:
     run = Run.compose(*TINY, *overrides)
-    return run, run.assemble(torch.device("cpu"))
+    return run, assemble(run, torch.device("cpu"))
+
+
+def step_of(parts: Parts) -> Step:
+    return Step(parts.unit, parts.optimizer, parts.precision, 4)
 
 
 def test_a_rehearsal_leaves_nothing_behind() -> None:
     run, parts = assembled("model.dropout=0.1")
-    parts.model.eval()
+    parts.unit.eval()
     before = torch.get_rng_state()
-    weights = {name: tensor.clone() for name, tensor in parts.model.state_dict().items()}
-    Rehearsal(parts.model, parts.loss_sum, parts.precision, parts.device, run.data.sequence_length)(3, evaluates=True)
+    weights = {name: tensor.clone() for name, tensor in parts.unit.state_dict().items()}
+    step = step_of(parts)
+    Rehearsal(step, run.objective, parts.device, run.data.sequence_length)(3, evaluates=True)
     assert torch.equal(torch.get_rng_state(), before)
-    assert all(parameter.grad is None for parameter in parts.model.parameters())
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in parts.model.state_dict().items())
-    assert not parts.model.training
+    assert all(parameter.grad is None for parameter in parts.unit.parameters())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in parts.unit.state_dict().items())
+    assert not parts.unit.training
 
 
 def test_auto_takes_all_at_once_where_there_is_room(tmp_path: Path) -> None:
@@ -110,9 +120,9 @@ def test_less_memory_means_smaller_micro_batches() -> None:
 def test_auto_does_not_compile_a_short_run() -> None:
     run, parts = assembled("loop.max_steps=5")
     state = TrainState()
-    tuned, events = tune(run, parts, state, peak_flops=1e12)
+    events = tune(run, parts, step_of(parts), state, peak_flops=1e12)
     assert state.compiled is False
-    assert tuned.loss_sum is parts.plain_loss_sum
+    assert parts.unit.model.compiled_blocks is None
     assert events == []
 
 
@@ -130,11 +140,14 @@ def test_resume_keeps_the_decision_to_compile() -> None:
     shapes = ("data.sequence_length=32", "accumulation.batch_size=4", "accumulation.micro_batch_size=4")
     run, parts = assembled("loop.max_steps=5", "precision=fp32", *shapes)
     state = TrainState(compiled=True)  # of a run that goes on from where a GPU left it, say
-    tuned, events = tune(run, parts, state, peak_flops=1e15)
+    events = tune(run, parts, step_of(parts), state, peak_flops=1e15)
     assert [event["event"] for event in events] == ["compiled"]
     assert state.compiled is True
-    ids = torch.randint(0, 256, (4, 32))
-    torch.testing.assert_close(tuned.loss_sum(ids, ids), parts.plain_loss_sum(ids, ids), rtol=1e-5, atol=0.0)
+    ids = torch.randint(0, 256, (4, 32)).numpy()
+    batch = run.objective.collate(Rows(ids, ids), np.arange(4), 0)
+    compiled = parts.unit(batch)["next_token"]
+    with parts.unit.eager():
+        torch.testing.assert_close(compiled, parts.unit(batch)["next_token"], rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,15 @@ from llmtrain.base.run_files import CONFIG, MODEL, OPTIMIZER
 from llmtrain.base.tensor_files import CheckpointError, read_tensors
 from llmtrain.checkpoint.format import copy_checkpoint, read_state, verify_checkpoint, write_checkpoint
 from llmtrain.config import stored_config
+from llmtrain.config.assemble import assemble
+from llmtrain.config.older_versions import complete
+from llmtrain.data import Batch
+from llmtrain.objective.causal import CausalUnit
+from llmtrain.run.changes import changes
 from llmtrain.run.directory import RunDirectory
 from llmtrain.run.environment import describe_environment
-from llmtrain.run.resume import changes, come_back, find_origin, has_optimizer_of, make_child
-from llmtrain.run.session import execute
+from llmtrain.run.resume import Carryover, StoredRun, make_child, plan_resume
+from llmtrain.run.session import execute, has_optimizer_of
 from llmtrain.train.loop import TrainingFailed
 from tests.helpers.cli import TINY, assert_same_end, rows
 
@@ -91,23 +96,29 @@ def test_changed_settings_reset_their_part_of_the_state_alone(run_dir: Path) -> 
         "precision": (dataclasses.replace(run, precision=fp32), {}),
     }
     for name, (other, expected) in others.items():
-        parts = other.assemble(CPU)
-        state, reset = come_back(path, other, parts.model, parts.optimizer)
+        carryover = Carryover.between(complete(stored_config.load(path / CONFIG)), other)
+        state = carryover.restore(path, assemble(other, CPU))
         found = {key: getattr(state, key) for key in kept}
         assert found == kept | expected, name
-        assert reset is None
+        assert carryover.reset is None
 
 
 def test_an_optimizer_of_another_kind_keeps_its_own_state(run_dir: Path) -> None:
     run = dataclasses.replace(stored(run_dir), optimizer=Run.compose(*TINY, "optimizer=lion").optimizer)
-    parts = run.assemble(CPU)
-    state, reset = come_back(checkpoint(run_dir, 3), run, parts.model, parts.optimizer)
-    assert (state.step, reset) == (3, ("AdamW", "Lion"))
+    parts = assemble(run, CPU)
+    carryover = Carryover.between(complete(stored_config.load(run_dir / CONFIG)), run)
+    state = carryover.restore(checkpoint(run_dir, 3), parts)
+    assert (state.step, carryover.reset) == (3, ("AdamW", "Lion"))
     assert all(not value.any() for entry in parts.optimizer.state.values() for value in entry.values())
     weights = read_tensors(checkpoint(run_dir, 3) / MODEL)
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in parts.model.state_dict().items())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in parts.unit.weights_state().items())
     assert not has_optimizer_of(checkpoint(run_dir, 3), run)
     assert has_optimizer_of(checkpoint(run_dir, 3), stored(run_dir))
+
+
+class Poisoned(CausalUnit):
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {name: total * math.nan for name, total in super().forward(batch).items()}
 
 
 def test_a_rollback_stops_at_another_optimizers_state(run_dir: Path) -> None:
@@ -117,11 +128,11 @@ def test_a_rollback_stops_at_another_optimizers_state(run_dir: Path) -> None:
     run = dataclasses.replace(stored(run_dir), optimizer=other.optimizer, recovery=other.recovery, loop=other.loop)
     directory = RunDirectory.open(run_dir)
     with run.runtime.session() as device, directory.lock():
-        parts, state, resumption = run.come_back(find_origin(directory), device, ())
+        plan, parts, state = run.restore(plan_resume(run, StoredRun(run_dir), branching=False), device, ())
         directory.config.write_text(stored_config.dump(run))
-        poisoned = dataclasses.replace(parts, loss_sum=lambda *batch: parts.loss_sum(*batch) * math.nan)
+        parts.unit.__class__ = Poisoned
         with pytest.raises(TrainingFailed, match="found no checkpoint old enough once"):
-            execute(run, poisoned, directory, state, resumption=resumption)
+            execute(run, parts, directory, state, [], plan)
 
 
 def test_changes_are_of_keys_that_are_read() -> None:
@@ -139,8 +150,8 @@ def test_changes_are_of_keys_that_are_read() -> None:
 def branch(run: Run, parent: RunDirectory, step: int, child: RunDirectory) -> None:
     """Make the child and train no step: what a kill right after its creation leaves."""
     with run.runtime.session() as device:
-        _, _, resumption = run.come_back(find_origin(parent, step), device, (), parent=parent)
-        make_child(child, resumption, describe_environment(device, []), stored_config.dump(run))
+        plan, _, _ = run.restore(plan_resume(run, StoredRun(parent.path, step), branching=True), device, ())
+        make_child(child, plan, describe_environment(device, []), stored_config.dump(run))
 
 
 def test_a_branch_killed_at_its_start_is_resumable(run_dir: Path, tmp_path: Path) -> None:
@@ -167,10 +178,10 @@ def test_a_branch_that_cannot_be_made_leaves_nothing(run_dir: Path, tmp_path: Pa
     parent.metrics.unlink()
     run = stored(run_dir)
     with run.runtime.session() as device:
-        _, _, resumption = run.come_back(find_origin(parent, 2), device, (), parent=parent)
+        plan, _, _ = run.restore(plan_resume(run, StoredRun(parent.path, 2), branching=True), device, ())
         (checkpoint(run_dir, 2) / MODEL).unlink()  # the parent is at work, and removes what it needs no more
         with pytest.raises(FileNotFoundError):
-            make_child(child, resumption, {}, stored_config.dump(run))
+            make_child(child, plan, {}, stored_config.dump(run))
     assert not child.path.exists()
 
 

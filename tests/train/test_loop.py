@@ -1,60 +1,57 @@
 """The step: accumulation that is equivalent, refusals that leave no trace."""
 
-import dataclasses
-import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from llmtrain import Run
-from llmtrain.config.run_config import Parts
-from llmtrain.data import IGNORE, Batch
+from llmtrain.config.assemble import Parts, assemble
+from llmtrain.data import IGNORE, Batch, Rows
+from llmtrain.objective.causal import CausalUnit
 from llmtrain.run.directory import RunDirectory
 from llmtrain.run.session import execute
-from llmtrain.train.loop import Loop
 from llmtrain.train.state import TrainState
-from llmtrain.train.step_timer import Stopwatch
+from llmtrain.train.step import Step
 from tests.helpers.cli import TINY, rows
 
 
-def parts_of(run: Run) -> Parts:
-    return run.assemble(torch.device("cpu"))
+def assembled(run: Run) -> Parts:
+    return assemble(run, torch.device("cpu"))
 
 
-def loop_of(parts: Parts) -> Loop:
-    """A loop of which only ``accumulate`` is used."""
-    loop = object.__new__(Loop)
-    loop.device, loop.precision, loop.loss_sum = parts.device, parts.precision, parts.loss_sum
-    loop.stopwatch = Stopwatch(parts.device, time.perf_counter)
-    return loop
+def gradient_of(parts: Parts) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in parts.unit.parameters() if p.grad is not None])
 
 
 def test_every_split_of_a_batch_gives_the_same_gradient() -> None:
     """In float64, with random masks: relative difference below 1e-12, and the same loss."""
     run = Run.compose(*TINY, "precision=fp32")
-    parts = parts_of(run)
-    parts.model.double()
+    parts = assembled(run)
+    parts.unit.double()
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 257, (12, 33), generator=generator)
     targets = tokens[:, 1:].clone()
     targets[torch.rand(targets.shape, generator=generator) < 0.6] = IGNORE
     targets[4:7] = IGNORE  # whole micro-batches without a target
-    batch = Batch(tokens[:, :-1], targets, int((targets != IGNORE).sum()), targets.numel())
+    rows_of = Rows(tokens[:, :-1].numpy(), targets.numpy())
+    batch = run.objective.collate(rows_of, np.arange(12), 0)
     gradients, losses = [], []
     for micro_batch_size in (12, 1, 2, 3, 5, 7, 100):
-        parts.model.zero_grad()
-        losses.append(loop_of(parts).accumulate(batch, micro_batch_size).item())
-        gradients.append(torch.cat([p.grad.flatten() for p in parts.model.parameters() if p.grad is not None]))
-    logits = parts.model(batch.inputs)[..., :257]
-    parts.model.zero_grad()
+        parts.unit.zero_grad()
+        step = Step(parts.unit, parts.optimizer, parts.precision, micro_batch_size)
+        losses.append(step.gradients(batch).total.item())
+        gradients.append(gradient_of(parts))
+    logits = parts.unit.model(tokens[:, :-1])[..., :257]
+    parts.unit.zero_grad()
     reference = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())  # the mean, by torch
     reference.backward()
-    exact = torch.cat([p.grad.flatten() for p in parts.model.parameters() if p.grad is not None])
+    exact = gradient_of(parts)
     for gradient, loss in zip(gradients, losses, strict=True):
         assert (gradient - exact).norm() / exact.norm() < 1e-12
-        assert loss == pytest.approx(reference.item(), rel=1e-6)  # the logged loss is summed in fp32
+        assert loss == pytest.approx(reference.item(), rel=1e-6)
     assert max(losses) - min(losses) < 1e-5
 
 
@@ -69,22 +66,28 @@ def test_micro_batches_change_no_curve(tmp_path: Path) -> None:
         assert curve == pytest.approx(losses[0], rel=1e-4)
 
 
+class Poisoned(CausalUnit):
+    """The first two losses are no numbers."""
+
+    calls: int
+
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        self.calls += self.training
+        factor = float("nan") if self.calls <= 2 else 1.0
+        return {name: total * factor for name, total in super().forward(batch).items()}
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon", "lion", "adafactor", "adamw_8bit", "adamw_bf16"])
 def test_a_step_that_is_not_finite_reaches_no_weight(tmp_path: Path, optimizer: str) -> None:
     every = ("checkpoint.every_steps=1", "checkpoint.keep_last=0", "loop.max_steps=4")
     run = Run.compose(*TINY, *every, f"optimizer={optimizer}", "schedule=constant", f"run_dir={tmp_path / 'run'}")
-    parts = parts_of(run)
-    before = {name: tensor.clone() for name, tensor in parts.model.state_dict().items()}
-    calls = 0
-
-    def poisoned(*batch: torch.Tensor | None) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        return parts.loss_sum(*batch) * (float("nan") if calls <= 2 else 1.0)
-
+    parts = assembled(run)
+    before = {name: tensor.clone() for name, tensor in parts.unit.weights_state().items()}
+    parts.unit.__class__ = Poisoned
+    parts.unit.calls = 0
     directory = run.create_directory()
     run.describe(directory, parts.device, [])
-    result = execute(run, dataclasses.replace(parts, loss_sum=poisoned), directory, TrainState())
+    result = execute(run, parts, directory, TrainState(), [])
     states = [load_file(path / "model.safetensors") for path in directory.find_checkpoints()]
     for state in states[:2]:
         assert all(torch.equal(state[name], before[name]) for name in before)

@@ -8,7 +8,8 @@ import torch
 from llmtrain import Run
 from llmtrain.config import stored_config
 from llmtrain.run.directory import RunDirectory
-from llmtrain.train.step_timer import Stopwatch
+from llmtrain.train.profiler import Profiler
+from llmtrain.train.step_timer import StepTimer
 from tests.helpers.cli import TINY, rows
 
 
@@ -22,7 +23,7 @@ class Clock:
         return self.now
 
 
-def step(stopwatch: Stopwatch, clock: Clock, *parts: tuple[str, float]) -> None:
+def step(stopwatch: StepTimer, clock: Clock, *parts: tuple[str, float]) -> None:
     stopwatch.start()
     for phase, seconds in parts:
         clock.now += seconds
@@ -36,7 +37,7 @@ MICRO_BATCHES = (("data", 0.5), ("forward", 1.0), ("backward", 2.0), ("forward",
 
 def test_micro_batches_add_up_and_the_rest_is_other() -> None:
     clock = Clock()
-    stopwatch = Stopwatch(torch.device("cpu"), clock)
+    stopwatch = StepTimer(torch.device("cpu"), clock, Profiler())
     step(stopwatch, clock, *MICRO_BATCHES)
     clock.now += 4.0  # between two steps
     step(stopwatch, clock, ("data", 1.0), ("forward", 1.0), ("backward", 1.0), ("optimizer", 1.0))
@@ -52,7 +53,7 @@ def test_micro_batches_add_up_and_the_rest_is_other() -> None:
 def test_parts_never_add_up_to_more_than_the_whole() -> None:
     """The device may have been busy in the time of the row before."""
     clock = Clock()
-    stopwatch = Stopwatch(torch.device("cpu"), clock)
+    stopwatch = StepTimer(torch.device("cpu"), clock, Profiler())
     step(stopwatch, clock, ("data", 1.0), ("forward", 3.0), ("backward", 4.0))
     stopwatch.read()
     assert stopwatch.take(4.0) == {"data": 0.5, "forward": 1.5, "backward": 2.0, "optimizer": 0.0, "other": 0.0}
@@ -61,7 +62,7 @@ def test_parts_never_add_up_to_more_than_the_whole() -> None:
 
 def test_a_repeated_step_counts_once_and_forget_clears_it() -> None:
     clock = Clock()
-    stopwatch = Stopwatch(torch.device("cpu"), clock)
+    stopwatch = StepTimer(torch.device("cpu"), clock, Profiler())
     assert stopwatch.shares() is None
     stopwatch.start()
     clock.now += 7.0
@@ -120,7 +121,7 @@ def test_a_run_whose_rows_have_no_breakdown_is_resumed(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_a_gpu_is_timed_without_waiting_for_it() -> None:
     device = torch.device("cuda")
-    stopwatch = Stopwatch(device, lambda: 0.0)
+    stopwatch = StepTimer(device, lambda: 0.0, Profiler())
     matrix = torch.randn(4096, 4096, device=device)
     for number in range(4):
         torch.cuda.synchronize()

@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmtrain.data import IGNORE
+from llmtrain.data import IGNORE, Batch
+from llmtrain.data.loader import TrainingStream
 from llmtrain.data.sequences import Rows, Sequences, Stream
 from llmtrain.metrics.jsonl import to_line
 from llmtrain.model.gpt import GPTConfig, Initialisation
@@ -19,9 +20,11 @@ from llmtrain.objective.causal import Causal
 from llmtrain.tokenizer.byte import Byte
 from llmtrain.tokenizer.gpt2 import GPT2
 from llmtrain.train.worst_sequences import find_worst_sequences
+from tests.helpers.units import as_unit
 
 CPU = torch.device("cpu")
 BYTE = Byte().build()
+CAUSAL = Causal(z_loss=0.0, chunk_tokens=None)
 LENGTH = 256
 
 
@@ -41,8 +44,25 @@ class Bytes(nn.Module):
         return self.table[ids] + self.poison[ids].cumsum(dim=1)[..., None]
 
 
-def loss_sum(model: nn.Module, inputs: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
-    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
+class BytesUnit(nn.Module):
+    """The view of a training unit that the search has."""
+
+    loss_weights: ClassVar[dict[str, float]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Bytes()
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        logits, targets = self.model(batch.tensors["inputs"]), batch.tensors["targets"]
+        return {"next_token": F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")}
+
+    def eager(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def stream_of(sequences: Sequences) -> TrainingStream:
+    return TrainingStream(sequences, CAUSAL.collate, 0, False, lambda step, tokens: 1, CPU)
 
 
 def sequences_of(*texts: str) -> Sequences:
@@ -54,9 +74,8 @@ def sequences_of(*texts: str) -> Sequences:
 
 
 def find(sequences: Sequences, count: int, indices: list[int] | None = None) -> list[dict]:
-    model = Bytes()
     numbers = np.arange(len(sequences)) if indices is None else np.array(indices)
-    return find_worst_sequences(partial(loss_sum, model), model, BYTE, sequences, numbers, count, CPU)
+    return find_worst_sequences(BytesUnit(), BYTE, stream_of(sequences), 0, numbers, count)
 
 
 def planted(at: int, what: str) -> str:
@@ -107,10 +126,7 @@ def test_worst_sequences_can_be_logged() -> None:
 def test_excerpts_are_short_at_any_length(length: int) -> None:
     data = np.full(2 * length + 1, ord("a"), np.uint16)
     data[length + 1 + length // 2] = ord("z")  # a target of the second sequence
-    model = Bytes()
-    found = find_worst_sequences(
-        partial(loss_sum, model), model, BYTE, Stream([data], length), np.array([0, 1]), 1, CPU
-    )
+    found = find_worst_sequences(BytesUnit(), BYTE, stream_of(Stream([data], length)), 0, np.array([0, 1]), 1)
     assert found[0]["sequence"] == 1
     assert "z" in found[0]["text"]
     assert len(found[0]["text"]) <= 67  # 64 targets, the input before them, two marks
@@ -123,9 +139,7 @@ def test_excerpts_of_long_words_are_cut() -> None:
     model = GPTConfig(1, 32, 2, 64, None, 0.0, True, True, None, Initialisation.gpt2).create(
         gpt2.vocab_size, CPU, torch.Generator().manual_seed(0)
     )
-    (found,) = find_worst_sequences(
-        partial(Causal(0.0, None), model), model, gpt2, Stream([ids], 64), np.array([0]), 1, CPU
-    )
+    (found,) = find_worst_sequences(as_unit(model), gpt2, stream_of(Stream([ids], 64)), 0, np.array([0]), 1)
     assert len(found["text"]) == 300
     assert found["text"].startswith("… internationally internationally")
 
@@ -160,7 +174,7 @@ def test_a_real_model_is_evaluated_without_dropout_and_left_as_it_was() -> None:
     sequences = sequences_of(*TEXTS)
     model = real_model(0.5).train()
     random = torch.get_rng_state()
-    found = find_worst_sequences(partial(Causal(0.0, None), model), model, BYTE, sequences, np.arange(5), 5, CPU)
+    found = find_worst_sequences(as_unit(model), BYTE, stream_of(sequences), 0, np.arange(5), 5)
     assert torch.equal(torch.get_rng_state(), random)
     assert model.training
     assert all(p.grad is None for p in model.parameters())
@@ -173,14 +187,11 @@ def test_a_real_model_is_evaluated_without_dropout_and_left_as_it_was() -> None:
 
 
 def test_the_mode_is_restored_after_an_error() -> None:
-    model = real_model(0.5).train()
+    class Failing(BytesUnit):
+        def forward(self, batch: Batch) -> dict[str, Tensor]:
+            raise RuntimeError("out of memory")
 
-    def failing(*_: Tensor | None) -> Tensor:
-        raise RuntimeError("out of memory")
-
-    call: Callable[[], object] = partial(
-        find_worst_sequences, failing, model, BYTE, sequences_of(*TEXTS), np.arange(5), 1, CPU
-    )
+    unit = Failing().train()
     with pytest.raises(RuntimeError, match="out of memory"):
-        call()
-    assert model.training
+        find_worst_sequences(unit, BYTE, stream_of(sequences_of(*TEXTS)), 0, np.arange(5), 1)
+    assert unit.training

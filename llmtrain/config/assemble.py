@@ -1,0 +1,173 @@
+"""From settings to parts, in one visible order."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llmtrain.base.format import size
+from llmtrain.checkpoint.model_state import saved_tensors
+from llmtrain.checkpoint.optimizer_state import state_tensors
+from llmtrain.config.build import naming
+from llmtrain.config.run_config import RunConfig
+from llmtrain.data import Corpus
+from llmtrain.lora.low_rank import LowRankAdaptation
+from llmtrain.objective import TrainingUnit
+from llmtrain.precision import Precision
+from llmtrain.tokenizer import Tokenizer
+from llmtrain.train.compilation import why_not_compile
+from llmtrain.train.state import TrainState
+from llmtrain.weights.adapters import start_from
+
+MOVED_BASE = (
+    "the weights that adapters were trained on have to be there; if they were moved, say where to: base=DIR (generate, "
+    "chat, predict, export, verify), weights.path=DIR (resume)"
+)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a run, made before any directory is."""
+
+    device: torch.device
+    tokenizer: Tokenizer
+    corpus: Corpus
+    unit: TrainingUnit
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    max_steps: int
+
+    def checkpoint_bytes(self) -> int:
+        """The size of a checkpoint, on disk and in host memory while it is written."""
+        tensors = [*saved_tensors(self.unit).values(), *state_tensors(self.optimizer).values()]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+def assemble(run: RunConfig, device: torch.device, *, from_start: bool = True, verify_data: bool = False) -> Parts:
+    """Build everything that training needs, on ``device``; writes nothing but the data cache.
+
+    Without ``from_start`` a checkpoint is to follow, and of ``weights`` only what no checkpoint holds is loaded.
+    With ``verify_data`` every byte of the data is read and checked again, whatever is remembered of it.
+    """
+    precision = run.precision.build(device)
+    tokenizer = run.tokenizer.build()
+    vocab_size = run.vocab_size(tokenizer)
+    corpus = run.data.verify(tokenizer) if verify_data else run.data.build(tokenizer)
+    generator = torch.Generator(device).manual_seed(run.runtime.seed)
+    unit = build_unit(
+        run, vocab_size, corpus.labels, device, generator, load_weights=from_start, class_weights=corpus.class_weights,
+        precision=precision,
+    )  # fmt: skip
+    with naming("optimizer"):
+        optimizer = run.optimizer.build(unit)
+    with naming("clipping"):
+        run.clipping.check_parameters([name for name, _ in unit.trained_weights()])
+    if run.runtime.compile is True and (reason := why_not_compile(device)):
+        raise ValueError(f"runtime.compile=true: {reason}; take auto or false")
+    if run.runtime.cuda_graphs and device.type != "cuda":
+        raise ValueError("runtime.cuda_graphs=true: there is no GPU here; take false")
+    max_steps = run.loop.total_steps(run.accumulation, len(corpus.train), run.data.sequence_length)
+    return Parts(device, tokenizer, corpus, unit, optimizer, precision, max_steps)
+
+
+def build_unit(
+    run: RunConfig,
+    vocab_size: int,
+    labels: Sequence[str],
+    device: torch.device,
+    generator: torch.Generator,
+    *,
+    load_weights: bool,
+    class_weights: Sequence[float] = (),
+    precision: Precision | None = None,
+    num_layers: int | None = None,
+) -> TrainingUnit:
+    """The training unit, transformed from top to bottom; the optimizer comes after it, compilation at the start.
+
+    Without ``load_weights`` a checkpoint is to follow: only frozen weights that no checkpoint holds are loaded; on the
+    meta device and on tensors without data (a plan), none.  Without a ``precision`` the unit is not trained: layers
+    compute as they are, and keep no more than they need.  ``num_layers``: blocks of the model (None: all).
+    """
+    has_data = device.type != "meta" and not torch._guards.detect_fake_mode()
+    # 1. the model, allocated once on the device and initialised there
+    model = run.model.create(vocab_size, device, generator, num_layers)
+    # 2. weights from elsewhere
+    if has_data and (load_weights or run.lora.adapts):
+        with contextlib.nullcontext() if load_weights else adding_remedy(MOVED_BASE):
+            run.weights.load(model)
+    # 3. heads, and what is frozen
+    with naming("objective"):
+        unit = run.objective.build(model, labels, generator, class_weights)
+    # 4. adapters, which find the weights that they start from
+    with naming("lora"):
+        run.lora.apply(model, generator)
+        if has_data and load_weights and isinstance(run.lora, LowRankAdaptation) and run.lora.path is not None:
+            start_from(unit, run.lora, Path(run.lora.path))
+    unit.has_base = run.lora.adapts
+    if precision is not None:
+        # 5. how layers multiply
+        precision.apply(model.blocks)
+        # 6. what is kept for the backward pass
+        with naming("activation_checkpointing"):
+            run.activation_checkpointing.apply(model)
+    return unit
+
+
+def outline(run: RunConfig, vocab_size: int, labels: Sequence[str]) -> TrainingUnit:
+    """The unit on the meta device: sizes alone, nothing is allocated."""
+    return build_unit(run, vocab_size, labels, torch.device("meta"), torch.Generator("cpu"), load_weights=False)
+
+
+def first_state(run: RunConfig, parts: Parts) -> TrainState:
+    """The state of a run at step 0."""
+    base = run.weights.fingerprint() if run.lora.adapts else ""
+    return TrainState(data=parts.corpus.fingerprint, labels=list(parts.corpus.labels), base=base)
+
+
+def check_base(run: RunConfig, state: TrainState) -> None:
+    """Raise ValueError if the weights that adapters stand on are not those that they were trained on."""
+    if not run.lora.adapts:
+        return
+    with adding_remedy(MOVED_BASE):
+        if state.base != run.weights.fingerprint():
+            path = getattr(run.weights, "path", "")
+            raise ValueError(f"weights.path={path}: not the weights that the adapters were trained on")
+
+
+def check_data(run: RunConfig, state: TrainState, parts: Parts) -> None:
+    """Raise ValueError if the data, or the frozen weights, are not those that ``state`` belongs to."""
+    if state.data != parts.corpus.fingerprint:
+        raise ValueError(
+            f"data: not what this run was started on ({parts.corpus.description}); it was edited, moved or "
+            "prepared otherwise, and step and position mean nothing in it; restore it, name the place that it "
+            "was moved to, data.path=…, or start a new run from these weights: weights=checkpoint "
+            "weights.path=RUN_DIR"
+        )
+    check_base(run, state)
+
+
+def check_space(run: RunConfig, parts: Parts) -> None:
+    """Refuse a run whose checkpoints cannot fit on the disk."""
+    place = Path(run.run_dir or run.output_dir).absolute()
+    while not place.exists():
+        place = place.parent
+    needed = parts.checkpoint_bytes() * (run.checkpoint.kept() + 1)  # one more, while it is written
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ValueError(
+            f"{place}: {size(free)} free, the checkpoints of this run need {size(needed)}; "
+            "make room, or name another place: output_dir=DIR"
+        )
+
+
+@contextlib.contextmanager
+def adding_remedy(remedy: str) -> Iterator[None]:
+    """Add ``remedy`` to the message of a user's mistake."""
+    try:
+        yield
+    except ValueError as error:
+        error.add_note(remedy)
+        raise

@@ -1,0 +1,64 @@
+"""The record that everything runs on: the tensors of some sequences, and what their losses are divided by."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from llmtrain.base.constants import IGNORE as IGNORE
+
+PADDING_MULTIPLE = 64  # rows are padded to multiples of it: few shapes, for the kernels and for torch.compile
+SHORT_MULTIPLE = 8  # short rows, which that would make mostly padding, to multiples of this
+
+
+def padded(length: int, longest: int) -> int:
+    """The padded length of rows of at most ``length`` tokens; ``longest`` is the most there can be."""
+    multiple = SHORT_MULTIPLE if length <= PADDING_MULTIPLE else PADDING_MULTIPLE
+    return min(-(-length // multiple) * multiple, longest)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of an optimizer step, or a part of them.
+
+    ``counts`` and ``tokens`` are those of the whole step, of all micro-batches and all ranks, and every part keeps
+    them: a loss is (the sum over a part) / (the count of the step), so that any split of a step adds up to the same.
+    """
+
+    tensors: Mapping[str, Tensor]  # by name; the first dimension is the sequence's number
+    counts: Mapping[str, int]  # valid targets of each loss, counted before the batch goes to the device
+    tokens: int  # inputs that are not padding
+    lengths: Mapping[str, tuple[int, ...]]  # of tensors padded along their second dimension: tokens of each row
+
+    @property
+    def sequences(self) -> int:
+        """Sequences in this part."""
+        return len(next(iter(self.tensors.values())))
+
+    def rows(self, begin: int, end: int) -> "Batch":
+        """The part that holds the sequences from ``begin`` up to ``end``, padded no further than it needs."""
+        tensors, lengths = {}, {name: values[begin:end] for name, values in self.lengths.items()}
+        for name, tensor in self.tensors.items():
+            part = tensor[begin:end]
+            if name in lengths:
+                part = part[:, : padded(max(lengths[name], default=1), tensor.shape[1])]
+            tensors[name] = part
+        return replace(self, tensors=tensors, lengths=lengths)
+
+    def split(self, size: int) -> Iterator["Batch"]:
+        """Parts of ``size`` sequences each, in order; the last may be smaller."""
+        for begin in range(0, self.sequences, size):
+            yield self.rows(begin, begin + size)
+
+    def shard(self, rank: int, of: int) -> "Batch":
+        """The part of ``rank`` among ``of`` ranks: consecutive sequences, as evenly as their number allows."""
+        return self.rows(self.sequences * rank // of, self.sequences * (rank + 1) // of)
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same batch with ``move`` applied to each tensor."""
+        return replace(self, tensors={name: move(tensor) for name, tensor in self.tensors.items()})
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on ``device``."""
+        return self.map(lambda tensor: tensor.to(device))

@@ -1,0 +1,105 @@
+"""Changes of settings when a run is resumed: found, refused where nothing can continue, and reported."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llmtrain.config import stored_config
+from llmtrain.config.run_config import RunConfig
+from llmtrain.config.stored_config import NOT_RUN_KEYS
+from llmtrain.train.state import TrainState
+
+Change = tuple[str, Any, Any]  # dotted key, stored value, new value
+
+ABSENT = "not stored"  # the stored value of a key that the stored config does not have
+
+# Values whose change would make it another run: the tensors would not fit, or the data come in another order.
+FIXED = ("name", "model.", "tokenizer.", "objective.", "data.", "lora.", "weights.", "runtime.seed")
+MOVABLE = ("data.path", "data.validation_path", "data.cache_dir")  # the data's fingerprint is compared instead
+
+
+def changes(before: Mapping[str, Any], run: RunConfig) -> list[Change]:
+    """The values of ``run`` that are not those of the stored config ``before``; secrets and places are left out.
+
+    Keys of an option that is no more used are not listed: they follow from the other option.
+    """
+    old, new = _flatten(stored_config.redact(before)), _flatten(stored_config.redact(stored_config.to_plain(run)))
+    return [
+        (key, old.get(key, ABSENT), value)
+        for key, value in new.items()
+        if old.get(key, ABSENT) != value and key not in NOT_RUN_KEYS
+    ]
+
+
+def since_older_version(changes: Sequence[Change], before: Mapping[str, Any]) -> list[Change]:
+    """``changes``, a group that the stored config ``before`` did not have shortened to its option."""
+    return [row for row in changes if row[0].split(".")[0] in before or row[0].endswith("._target_")]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def check_changes(changes: Sequence[Change], *, branching: bool, has_base: bool = False) -> None:
+    """Refuse what cannot continue.  A branch may have a name of its own, and what adapters stand on (``has_base``) may
+    have been moved.  Raises ValueError naming the key."""
+    movable = (*MOVABLE, *["name"] * branching, *["weights.path"] * has_base)
+    for key, before, after in changes:
+        if key.startswith(FIXED) and key not in movable:
+            remedy = f"start a new run with it, llmtrain train … {key}={_shown(after)}"
+            if not has_base and not key.startswith(("model.", "tokenizer.", "lora.")):
+                remedy += ", from its weights with: weights=checkpoint weights.path=RUN_DIR"
+            raise ValueError(
+                f"{key}={_shown(after)}: this run was started with {_shown(before)}, and cannot go on with another; "
+                f"{remedy}"
+            )
+
+
+def _shown(value: Any) -> str:
+    """A config value as one would type it."""
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+
+
+def check_length(
+    before: RunConfig, run: RunConfig, max_steps: int, state: TrainState, num_sequences: int, kept: Sequence[int] = ()
+) -> None:
+    """Raise ValueError if the run, with its ``max_steps``, cannot go on to its end from ``state``.
+
+    ``before`` is the run as it was stored, ``num_sequences`` the size of the training data, ``kept`` the steps of the
+    checkpoints there are.
+    """
+    if state.step > max_steps:
+        earlier = max((step for step in kept if step <= max_steps), default=None)
+        branch = "" if earlier is None else f", or branch from an earlier checkpoint: step={earlier}"
+        raise ValueError(
+            f"loop.max_steps={max_steps}: the run is at step {state.step} already; take more, as in "
+            f"loop.max_steps={state.step + max_steps}{branch}"
+        )
+    if max_steps == run.loop.max_steps or run.loop.epochs is None or run.accumulation == before.accumulation:
+        return
+    length = run.data.sequence_length
+    position = run.accumulation.position_after(state.step, length)
+    if position != before.accumulation.position_after(state.step, length):
+        batch = run.accumulation.batch_size_at(state.step, state.tokens)
+        left = math.ceil(max(run.loop.epochs * num_sequences - state.position, 0) / batch)
+        raise ValueError(
+            f"loop.epochs={run.loop.epochs:g}: counts in steps of the batch size that the run has from step 0 on, and "
+            f"the batch size changes; give the end in steps: loop.epochs=null loop.max_steps={state.step + left}"
+        )
+
+
+def rates(
+    before: RunConfig, steps_before: int, run: RunConfig, max_steps: int, step: int
+) -> tuple[float, float] | None:
+    """The learning rate of the step after ``step`` by the stored config and now; None where it is the same.
+
+    Beyond the stored end it is that of the last step.  What a recovery multiplies both with is left out.
+    """
+    if step >= max_steps:
+        return None
+    old = before.schedule(min(step, steps_before - 1), peak=before.optimizer.lr, total=steps_before)
+    new = run.schedule(step, peak=run.optimizer.lr, total=max_steps)
+    return None if math.isclose(old, new, rel_tol=1e-6, abs_tol=1e-15) else (old, new)

@@ -1,0 +1,110 @@
+"""The record of a run: rows and events, to the metrics and to the display."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtrain.base.device import peak_memory
+from llmtrain.display import Display
+from llmtrain.metrics import Metrics
+from llmtrain.train.readback import StepRecord
+from llmtrain.train.step_timer import StepTimer
+
+
+@dataclass
+class RunLog:
+    """Metrics and display of one run, with what its rows are computed from.
+
+    ``clock`` gives seconds; the time between :meth:`restart` and :meth:`account` counts as training.
+    """
+
+    run_dir: Path
+    metrics: Metrics
+    display: Display
+    device: torch.device
+    timer: StepTimer
+    tokens_per_epoch: int
+    flops_per_token: int
+    peak_flops: float
+    log_every: int
+    clock: Callable[[], float] = time.perf_counter
+
+    steps: int = field(default=0, init=False)  # since the last row, as the next two
+    tokens: int = field(default=0, init=False)
+    seconds: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Training goes on here; the time before is not its own."""
+        self._mark = self.clock()
+
+    def account(self) -> float:
+        """Count the time since the mark as training; returns its seconds."""
+        now = self.clock()
+        passed = now - self._mark
+        self.seconds += passed
+        self._mark = now
+        return passed
+
+    def count(self, record: StepRecord) -> None:
+        """Count a step whose numbers have come back."""
+        self.timer.read()
+        self.steps += 1
+        self.tokens += record.tokens
+
+    def reset(self) -> None:
+        """Forget the steps since the last row: the run went back."""
+        self.steps, self.tokens, self.seconds = 0, 0, 0.0
+        self.timer.forget()
+
+    def epoch(self, tokens: int) -> float:
+        """Passes over the training data after ``tokens`` target tokens."""
+        return round(tokens / max(self.tokens_per_epoch, 1), 4)
+
+    def step_row(self, record: StepRecord) -> None:
+        """Write the metrics row of a step; speeds are means since the last row."""
+        steps, tokens, seconds = max(self.steps, 1), self.tokens, self.seconds
+        self.steps, self.tokens, self.seconds = 0, 0, 0.0
+        rate = tokens / max(seconds, 1e-9)
+        values = record.values
+        row = {
+            "step": record.step,
+            "tokens": record.total_tokens,
+            "epoch": self.epoch(record.total_tokens),
+            "loss": values["loss"],
+            **{f"{name}_loss": values[f"{name}_loss"] for name in record.losses},
+            "learning_rate": record.learning_rate,
+            "grad_norm": values["grad_norm"],
+            "grad_max": values["grad_max"],
+            "clipped": bool(values["clipped"]),
+            "refused": bool(values["refused"]),
+            "batch_size": record.batch_size,
+            "tokens_per_second": round(rate, 1),
+            "mfu": round(rate * self.flops_per_token / self.peak_flops, 4),
+            "step_seconds": round(seconds / steps, 6),
+            **{f"{phase}_seconds": round(value / steps, 6) for phase, value in self.timer.take(seconds).items()},
+            "memory_bytes": peak_memory(self.device),
+        }
+        if "loss_scale" in values:
+            row["loss_scale"] = values["loss_scale"]
+        self.metrics.row(row)
+        self.display.row(row)
+
+    def event(self, name: str, step: int, **details: Any) -> None:
+        """Record something out of the ordinary, in the metrics and before the user."""
+        row = {"event": name, "step": step, **details}
+        self.metrics.row(row)
+        self.display.event(row)
+
+    def write_profile(self, step: int) -> None:
+        """Have the profile of some steps written and report where it is; the time that takes is not training's."""
+        profile = self.timer.profiler.write()
+        path = None if profile.path is None else str(profile.path.relative_to(self.run_dir))
+        self.event("profile", step, path=path, message=profile.message)
+        self.restart()

@@ -1,0 +1,108 @@
+"""One optimizer step: gradients of a batch, micro-batch by micro-batch, and the update."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llmtrain.data import Batch
+from llmtrain.objective import TrainingUnit, mean_losses
+from llmtrain.optimizer import update
+from llmtrain.precision import Precision
+from llmtrain.train.out_of_memory import halve_on_out_of_memory
+
+
+class Timer(Protocol):
+    """What hears of the phases of a step."""
+
+    def mark(self, phase: str) -> None:
+        """The work since the last mark belongs to ``phase``."""
+
+
+class NoTimer:
+    """A timer that nobody reads."""
+
+    def mark(self, phase: str) -> None:
+        pass
+
+
+@dataclass
+class StepLoss:
+    """The loss of a step, on the device."""
+
+    total: Tensor  # weighted sum of the parts, 0-dimensional
+    parts: dict[str, Tensor]  # each loss by name, a mean over its valid targets
+
+
+class Step:
+    """The gradients and the update of one optimizer step; the same for training, its rehearsal and its plan.
+
+    The host only launches work here: it never waits for the device, except for an optimizer that cannot decide there
+    whether to skip a step (see :func:`llmtrain.optimizer.update`).
+    """
+
+    def __init__(
+        self,
+        unit: TrainingUnit,
+        optimizer: torch.optim.Optimizer,
+        precision: Precision,
+        micro_batch_size: int,
+        *,
+        timer: Timer | None = None,
+        on_halved: Callable[[int, str], None] = lambda size, message: None,
+    ) -> None:
+        self.unit = unit
+        self.optimizer = optimizer
+        self.precision = precision
+        self.micro_batch_size = micro_batch_size  # sequences of a forward pass at most; halved when memory runs out
+        self.timer: Timer = timer or NoTimer()
+        self.on_halved = on_halved  # hears of the new size, and of the error's message
+        self.weights = unit.trained_weights()
+
+    def gradients(self, batch: Batch) -> StepLoss:
+        """Forward and backward of every micro-batch, gradients unscaled; in smaller ones when memory runs out.
+
+        Each micro-batch adds (its sums of losses) / (valid targets of the whole step), so any split of the batch gives
+        the gradient of the whole.
+        """
+        loss = halve_on_out_of_memory(
+            lambda size: self.accumulate(batch, size), min(self.micro_batch_size, batch.sequences), self._halve
+        )
+        self.precision.unscale([parameter for _, parameter in self.weights])
+        return loss
+
+    def accumulate(self, batch: Batch, micro_batch_size: int) -> StepLoss:
+        """Forward and backward of ``batch`` in parts of ``micro_batch_size`` sequences."""
+        total: Tensor | None = None
+        parts: dict[str, Tensor] = {}
+        for micro_batch in batch.split(micro_batch_size):
+            with self.precision.autocast():
+                loss, losses = mean_losses(self.unit, micro_batch)
+            self.timer.mark("forward")
+            self.precision.scale(loss).backward()
+            self.timer.mark("backward")
+            loss = loss.detach()
+            total = loss if total is None else total + loss
+            for name, part in losses.items():
+                parts[name] = part.detach() if name not in parts else parts[name] + part.detach()
+        assert total is not None
+        return StepLoss(total, parts)
+
+    def _halve(self, size: int, message: str) -> None:
+        """The step starts again, on the same data, in smaller micro-batches, and so do all that follow."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.timer.mark("other")
+        self.micro_batch_size = size
+        self.on_halved(size, message)
+
+    def update(self, learning_rate: float, skipped: Tensor) -> None:
+        """Update the weights unless ``skipped`` (0-dimensional, 1.0: skip) says otherwise, and drop the gradients.
+
+        ``learning_rate`` is multiplied by the ``lr_multiplier`` of each parameter group.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group["lr_multiplier"]
+        update(self.optimizer, skipped)
+        self.optimizer.zero_grad(set_to_none=True)
