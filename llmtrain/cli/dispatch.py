@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 def dispatch(line: CommandLine) -> int:
     """Compose the verb's config and run the command, or the sweep; returns the exit status."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
-    stored: StoredRun | None = None
+    stored = None
     if line.verb == "resume":
         from llmtrain.config.compose import register_stored
-        from llmtrain.run.resume import StoredRun
+        from llmtrain.run import resume
 
-        stored = StoredRun(line.targets[0], line.step)
+        stored = resume.StoredRun(line.targets[0], line.step)
         register_stored(stored.composable())
     task = Task(line, stored)
     run_hydra(line.verb, line.flags, line.overrides, task.run)
