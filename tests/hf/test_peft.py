@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmtrain.hf.peft import CONFIG, TENSORS, export_adapter, import_adapter, shortest_suffixes
 from llmtrain.lora.low_rank import LowRankAdaptation
+from llmtrain.objective.classification import Classification, Part
 from llmtrain.weights.adapters import start_from
 from tests.helpers.adapted import FAMILIES, IDS, Pair, edit, logits, make, make_pair, seeded, stir
+from tests.helpers.units import as_unit
 
 peft = pytest.importorskip("peft")
 
@@ -50,7 +52,7 @@ def adapted(pair: Pair, kind: str, targets: list[str], **keys: Any) -> LowRankAd
 
 
 def export(pair: Pair, lora: LowRankAdaptation, to: Path) -> Any:
-    export_adapter(pair.ours, lora, pair.names, to, base=str(pair.directory), fan_in_fan_out=pair.transposed)
+    export_adapter(as_unit(pair.ours), lora, pair.names, to, base=str(pair.directory), fan_in_fan_out=pair.transposed)
     return peft.PeftModel.from_pretrained(pair.theirs, to, is_trainable=True).eval()
 
 
@@ -79,7 +81,7 @@ def test_an_adapter_of_peft_gives_the_same_logits_and_gradients(
     model.save_pretrained(tmp_path / "adapter")
     lora = make(kind, targets=ours)
     lora.apply(pair.ours, seeded())
-    start_from(pair.ours, lora, tmp_path / "adapter")
+    start_from(as_unit(pair.ours), lora, tmp_path / "adapter")
     expected, found = model(IDS).logits, logits(pair.ours)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -130,7 +132,7 @@ def test_wholly_trained_modules_are_exported(family: str, also: list[str], tmp_p
     theirs.save_pretrained(tmp_path / "again")
     other = make_pair(family, tmp_path / "other")
     lora.apply(other.ours, seeded())
-    import_adapter(other.ours, lora, pair.names, tmp_path / "again")
+    import_adapter(as_unit(other.ours), lora, pair.names, tmp_path / "again")
     assert torch.equal(logits(other.ours), logits(pair.ours))
 
 
@@ -148,7 +150,7 @@ def test_adapters_that_peft_cannot_hold_are_refused(
     pair = make_pair(family, tmp_path)
     lora = adapted(pair, "lora", ["all-linear"], **keys)
     with pytest.raises(ValueError, match=message):
-        export_adapter(pair.ours, lora, pair.names, tmp_path / "adapter")
+        export_adapter(as_unit(pair.ours), lora, pair.names, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
 
@@ -159,16 +161,14 @@ def test_the_adapter_of_a_classifier_gives_the_same_logits_in_peft(tmp_path: Pat
     classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
         pair.directory, num_labels=3, pad_token_id=0, dtype=torch.float32
     ).eval()
-    pair.ours.classifier = nn.Linear(48, 3, bias=False)
+    unit = Classification(Part.all, 1, False).build(pair.ours, ["a", "b", "c"], seeded())
     lora = adapted(pair, "lora", ["all-linear"])
     names = pair.names | {"classifier": "score"}
-    export_adapter(pair.ours, lora, names, tmp_path / "adapter", fan_in_fan_out=True)
+    export_adapter(unit, lora, names, tmp_path / "adapter", fan_in_fan_out=True)
     assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["task_type"] == "SEQ_CLS"
     theirs = peft.PeftModel.from_pretrained(classifier, tmp_path / "adapter").eval()
     ids = IDS.clamp(min=1)
-    torch.testing.assert_close(
-        pair.ours.classifier(pair.ours.hidden(ids)[:, -1]), theirs(ids).logits, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(unit.classifier(pair.ours.hidden(ids)[:, -1]), theirs(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -187,17 +187,17 @@ def test_the_adapter_of_a_classifier_gives_the_same_logits_in_peft(tmp_path: Pat
 def test_adapter_settings_that_do_not_match_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     pair = make_pair("gpt2", tmp_path)
     lora = adapted(pair, "lora", ["all-linear"])
-    export_adapter(pair.ours, lora, pair.names, tmp_path / "adapter", fan_in_fan_out=True)
+    export_adapter(as_unit(pair.ours), lora, pair.names, tmp_path / "adapter", fan_in_fan_out=True)
     edit(tmp_path / "adapter" / CONFIG, **changes)
     with pytest.raises(ValueError, match=message):
-        import_adapter(pair.ours, lora, pair.names, tmp_path / "adapter")
+        import_adapter(as_unit(pair.ours), lora, pair.names, tmp_path / "adapter")
 
 
 def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
     pair = make_pair("gpt2", tmp_path)
     lora = adapted(pair, "lora", ["all-linear"])
     folder = tmp_path / "adapter"
-    export_adapter(pair.ours, lora, pair.names, folder, fan_in_fan_out=True)
+    export_adapter(as_unit(pair.ours), lora, pair.names, folder, fan_in_fan_out=True)
     whole = load_file(folder / TENSORS)
     before = {name: p.detach().clone() for name, p in pair.ours.named_parameters()}
     first = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
@@ -205,7 +205,7 @@ def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
     def message(tensors: dict[str, Tensor]) -> str:
         save_file(tensors, folder / TENSORS)
         with pytest.raises(ValueError, match="does not fit") as error:
-            import_adapter(pair.ours, lora, pair.names, folder)
+            import_adapter(as_unit(pair.ours), lora, pair.names, folder)
         return str(error.value)
 
     assert f"{first} (blocks.0.attention.qkv.lora_A) is missing" in message(
@@ -225,10 +225,10 @@ def test_a_pickle_is_refused(tmp_path: Path) -> None:
     pair = make_pair("gpt2", tmp_path)
     lora = adapted(pair, "lora", ["all-linear"])
     folder = tmp_path / "adapter"
-    export_adapter(pair.ours, lora, pair.names, folder)
+    export_adapter(as_unit(pair.ours), lora, pair.names, folder)
     (folder / TENSORS).rename(folder / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"adapter_model.bin: a pickle, which could run code; .*save_pretrained"):
-        import_adapter(pair.ours, lora, pair.names, folder)
+        import_adapter(as_unit(pair.ours), lora, pair.names, folder)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmtrain.kernels.linear_cross_entropy import IGNORE, Options, default_chunk, linear_cross_entropy
+from llmtrain.kernels.linear_cross_entropy import IGNORE, Chunking, Options, default_chunk, linear_cross_entropy
 
 TOKENS, HIDDEN, VOCABULARY, PADDED = 50, 16, 120, 128
 
@@ -48,7 +48,7 @@ def test_loss_and_gradients_equal_the_plain_form_in_float64(
 ) -> None:
     hidden, weight, bias, targets = inputs()
     some_bias = bias if has_bias else None
-    loss = linear_cross_entropy(hidden, weight, some_bias, targets, options, chunk_tokens)
+    loss = linear_cross_entropy(hidden, weight, some_bias, targets, options, Chunking(chunk_tokens))
     ours = torch.autograd.grad(0.37 * loss, (hidden, weight))
     cross_entropy, z_loss = plain(hidden, weight, some_bias, targets, options)
     reference = torch.autograd.grad(0.37 * (cross_entropy + z_loss), (hidden, weight))
@@ -59,20 +59,20 @@ def test_loss_and_gradients_equal_the_plain_form_in_float64(
 
 def test_a_token_without_a_target_adds_nothing() -> None:
     hidden, weight, bias, targets = inputs()
-    linear_cross_entropy(hidden, weight, bias, targets, Options(z_loss=0.1), 16).backward()
+    linear_cross_entropy(hidden, weight, bias, targets, Options(z_loss=0.1), Chunking(16)).backward()
     whole = weight.grad
     assert torch.equal(hidden.grad[7:12], torch.zeros(5, HIDDEN, dtype=torch.float64))
     valid = targets != IGNORE
     weight.grad = None
-    linear_cross_entropy(hidden[valid], weight, bias, targets[valid], Options(z_loss=0.1), 16).backward()
+    linear_cross_entropy(hidden[valid], weight, bias, targets[valid], Options(z_loss=0.1), Chunking(16)).backward()
     torch.testing.assert_close(weight.grad, whole, rtol=1e-12, atol=1e-14)
     none = torch.full_like(targets, IGNORE)
-    assert linear_cross_entropy(hidden, weight, bias, none, Options(), 16).item() == 0.0
+    assert linear_cross_entropy(hidden, weight, bias, none, Options(), Chunking(16)).item() == 0.0
 
 
 def test_a_target_of_no_probability_has_a_finite_loss() -> None:
     weight = torch.tensor([[200.0], [0.0]])
-    loss = linear_cross_entropy(torch.ones(1, 1), weight, None, torch.tensor([1]), Options(), None)
+    loss = linear_cross_entropy(torch.ones(1, 1), weight, None, torch.tensor([1]), Options(), Chunking())
     assert loss.item() == 200.0  # its probability, e^-200, is 0 in fp32
 
 
@@ -88,7 +88,7 @@ def test_bf16_is_as_exact_as_the_plain_form() -> None:
         return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
 
     with torch.autocast("cpu", torch.bfloat16):
-        ours = linear_cross_entropy(hidden, weight, bias, targets, Options(), 16)
+        ours = linear_cross_entropy(hidden, weight, bias, targets, Options(), Chunking(16))
         logits = F.linear(hidden, weight, bias).float()
         theirs = F.cross_entropy(logits, targets, reduction="sum")
     assert abs(ours.item() / expected.item() - 1) < 5e-3
@@ -99,9 +99,12 @@ def test_bf16_is_as_exact_as_the_plain_form() -> None:
 def test_gradients_that_nobody_needs_are_not_computed() -> None:
     hidden, weight, bias, targets = inputs()
     with torch.no_grad():
-        loss = linear_cross_entropy(hidden, weight, bias, targets, Options(), 16)
+        loss = linear_cross_entropy(hidden, weight, bias, targets, Options(), Chunking(16))
     assert not loss.requires_grad
-    loss = linear_cross_entropy(hidden, weight.detach(), bias, targets, Options(), 16)  # a frozen output layer
+    # a frozen output layer
+    loss = linear_cross_entropy(
+        hidden, weight.detach(), bias, targets, Options(), Chunking(16)
+    )  # a frozen output layer
     (gradient,) = torch.autograd.grad(loss, hidden)
     expected, _ = plain(hidden, weight, bias, targets, Options())
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, hidden)[0], rtol=0.0, atol=1e-12)
@@ -131,7 +134,7 @@ before = peak()
 if is_plain:
     loss = torch.nn.functional.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
 else:
-    loss = linear_cross_entropy(hidden, weight, None, targets, Options(), 512)
+    loss = linear_cross_entropy(hidden, weight, None, targets, Options(), Chunking(512))
 loss.backward()
 print((peak() - before) * 1024)
 """

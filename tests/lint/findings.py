@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from llmtrain import Run
-from llmtrain.config.run_config import Parts
+from llmtrain.config.assemble import Parts, assemble, outline
 from llmtrain.data.sequences import Sequences
 from llmtrain.lint import Case, Finding, lint
 
@@ -14,13 +14,13 @@ QUIET = ("model=tiny", "tokenizer=byte", "loop.max_steps=200")  # less than an e
 
 
 def parts_of(run: Run) -> Parts:
-    return run.assemble(torch.device("cpu"), from_start=False)  # what there is to load is not there
+    return assemble(run, torch.device("cpu"), from_start=False)  # what there is to load is not there
 
 
 def find(*overrides: str, change: Callable[[Parts], Parts] = lambda parts: parts) -> dict[str, Finding]:
     """The findings of a small run by key; ``change`` has a hand in its parts."""
     run = Run.compose(*QUIET, *overrides)
-    return {finding.key: finding for finding in lint(run.lint_case(change(parts_of(run)), run.overrides))}
+    return {finding.key: finding for finding in lint(Case.of(run, change(parts_of(run)), run.overrides))}
 
 
 def with_corpus(**changes: Sequences | None) -> Callable[[Parts], Parts]:
@@ -33,9 +33,8 @@ def find_in(*overrides: str) -> dict[str, Finding]:
     run = Run.compose(*overrides)
     tokenizer = run.tokenizer.build()
     corpus = run.data.build(tokenizer)
-    with torch.device("meta"):
-        model = run.model.build(run.vocab_size(tokenizer))
+    unit = outline(run, run.vocab_size(tokenizer), corpus.labels)
     steps = run.loop.total_steps(run.accumulation, len(corpus.train), run.data.sequence_length)
-    optimizer = run.optimizer.build(model)
-    case = Case(run, tokenizer, corpus, model, steps, torch.device("cpu"), optimizer, run.overrides)
+    optimizer = run.optimizer.build(unit)
+    case = Case(run, tokenizer, corpus, unit, steps, torch.device("cpu"), optimizer, run.overrides)
     return {finding.key: finding for finding in lint(case)}

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from llmtrain import Run
-from llmtrain.config.run_config import Parts
+from llmtrain.config.assemble import Parts
 from llmtrain.data import IGNORE
 from llmtrain.data.order.permutation import order
 from llmtrain.data.sequences import Rows, Sequences, Stream
-from llmtrain.lint import lint
+from llmtrain.lint import Case, lint
 from llmtrain.lint.overlap import STRETCH, number_in_all, window_hashes
 from tests.lint.findings import QUIET, find, parts_of, with_corpus
 
@@ -118,7 +118,7 @@ def test_a_large_corpus_is_sampled() -> None:
     run = Run.compose(*QUIET, "model.context_length=512")
     parts = corpus(train[20_000_000:22_000_000])(parts_of(run))
     start = time.monotonic()
-    (found,) = lint(run.lint_case(parts, ()))
+    (found,) = lint(Case.of(run, parts, ()))
     assert time.monotonic() - start < 5  # 0.4 s on a machine that does nothing else
     assert found.level == "warning"
     share = float(re.findall(r"about ([\d.]+)% of the validation data", found.message)[0])

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from llmtrain import Run
-from llmtrain.config.run_config import Parts
-from llmtrain.lint import lint
+from llmtrain.config.assemble import Parts
+from llmtrain.lint import Case, lint
 from llmtrain.lint.rates import adamw_rate
 from llmtrain.precision.auto import has_native_bf16
 from tests.lint.findings import QUIET, find, find_in, parts_of
@@ -53,7 +53,7 @@ def test_the_default_model_on_a_cpu_is_reported() -> None:
 
 def test_a_model_without_trainable_parameters_is_reported() -> None:
     def freeze(parts: Parts) -> Parts:
-        parts.model.requires_grad_(False)
+        parts.unit.requires_grad_(False)
         return parts
 
     found = find(change=freeze)["lora"]
@@ -186,7 +186,7 @@ def test_the_batch_size_of_a_users_recipe_is_compared(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\naccumulation:\n  batch_size: 2\n")
     run = Run.compose(*QUIET, "experiment=mine", "accumulation.batch_size=8", config_dir=tmp_path)
-    (found,) = lint(run.lint_case(parts_of(run), run.overrides))
+    (found,) = lint(Case.of(run, parts_of(run), run.overrides))
     assert "a step takes 512 tokens, in the recipe mine 2,048" in found.message  # 2 of the default model's 1,024
 
 
@@ -203,6 +203,6 @@ def test_the_batch_size_of_a_recipe_of_examples_is_compared(
     base = Run.compose("model=tiny", "tokenizer=byte", "loop.max_steps=1", f"run_dir={tmp_path / 'base'}").train()
     run = Run.compose("experiment=spam", "tokenizer=byte", "weights=checkpoint", f"weights.path={base.run_dir}",
                       "data.sequence_length=64", *overrides)  # fmt: skip
-    (*found,) = (f.message for f in lint(run.lint_case(parts_of(run), run.overrides)) if "in the recipe" in f.message)
+    (*found,) = (f.message for f in lint(Case.of(run, parts_of(run), run.overrides)) if "in the recipe" in f.message)
     assert len(found) == (said is not None)
     assert said is None or said in found[0]

@@ -81,7 +81,7 @@ CASES = [
 @cache
 def case_of(*overrides: str) -> Case:
     run = Run.compose(*QUIET, *overrides)
-    return run.lint_case(parts_of(run), run.overrides)
+    return Case.of(run, parts_of(run), run.overrides)
 
 
 @pytest.mark.parametrize(("inert", "override", "text", "read"), CASES, ids=[case[1].split("=[")[0] for case in CASES])
@@ -214,5 +214,5 @@ def test_overrides_are_found_on_a_command_line() -> None:
 def test_lint_knows_the_overrides_given_to_compose(tmp_path: Path) -> None:
     run = Run.compose(*QUIET, "loop.eval_every=0", "loop.eval_batches=3", config_dir=tmp_path)
     assert run.overrides[-1] == f"hydra.searchpath=[file://{tmp_path}]"
-    assert [finding.key for finding in lint(run.lint_case(parts_of(run), run.overrides))] == ["loop.eval_batches"]
-    assert lint(run.lint_case(parts_of(run), ())) == []
+    assert [finding.key for finding in lint(Case.of(run, parts_of(run), run.overrides))] == ["loop.eval_batches"]
+    assert lint(Case.of(run, parts_of(run), ())) == []

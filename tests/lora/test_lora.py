@@ -12,18 +12,18 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from llmtrain.activation_checkpointing import ActivationCheckpointing
 from llmtrain.activation_checkpointing.full import Full
 from llmtrain.activation_checkpointing.selective import By, Selective
-from llmtrain.lora import count_parameters
 from llmtrain.lora.layers import LoraLinear
 from llmtrain.lora.merge import adapters, merge
 from llmtrain.lora.quantization import Quantization
 from llmtrain.model import LanguageModel
-from llmtrain.objective.causal import Causal
 from llmtrain.objective.classification import Classification, Part
 from llmtrain.plan.trace import fake_tensors
 from llmtrain.precision.fp8 import FP8Precision
 from llmtrain.precision.fp8_linear import Recipe
 from tests.helpers.adapted import FAMILIES, IDS, KINDS, logits, make, make_pair, seeded, stir
+from tests.helpers.batches import batch_of
 from tests.helpers.options import make_option, option_names
+from tests.helpers.units import as_unit
 
 EVERYTHING = ["all-linear", "head", "embeddings"]
 CPU = torch.device("cpu")
@@ -35,7 +35,8 @@ def model(tmp_path: Path) -> Callable[[str], LanguageModel]:
 
 
 def loss_of(model: LanguageModel) -> Tensor:
-    return Causal(0.0, None)(model, IDS[:, :-1], IDS[:, 1:])
+    (total,) = as_unit(model)(batch_of(IDS[:, :-1], IDS[:, 1:])).values()
+    return total
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -73,21 +74,19 @@ def test_adapters_start_with_kaiming_values_of_their_seed(model: Callable) -> No
 def test_adapters_and_heads_alone_are_trained(model: Callable) -> None:
     """Names stay; frozen parameters get no gradient; what an objective added is always trained."""
     ours = model("gpt2")
-    ours.classifier = nn.Linear(48, 2)
-    names = [name for name, _ in ours.named_parameters()]
+    unit = Classification(Part.all, 1, False).build(ours, ["a", "b"], seeded())
+    names = [name for name, _ in unit.named_weights()]
     make(targets=["qkv"], also_train=["final_norm"]).apply(ours, seeded())
-    trained = {name for name, parameter in ours.named_parameters() if parameter.requires_grad}
+    trained = {name for name, parameter in unit.named_weights() if parameter.requires_grad}
     of_layers = {f"blocks.{layer}.attention.qkv.lora_{matrix}" for layer in range(2) for matrix in "AB"}
-    assert trained == of_layers | {
-        "classifier.weight", "classifier.bias", "final_norm.weight", "final_norm.bias",
-    }  # fmt: skip
-    assert [name for name, _ in ours.named_parameters() if name not in of_layers] == names
+    assert trained == of_layers | {"classifier.weight", "final_norm.weight", "final_norm.bias"}
+    assert [name for name, _ in unit.named_weights() if name not in of_layers] == names
     loss_of(ours).backward()
-    with_gradient = {name for name, parameter in ours.named_parameters() if parameter.grad is not None}
-    assert with_gradient == trained - {"classifier.weight", "classifier.bias"}
-    sizes = {name: parameter.numel() for name, parameter in ours.named_parameters()}
+    with_gradient = {name for name, parameter in unit.named_weights() if parameter.grad is not None}
+    assert with_gradient == trained - {"classifier.weight"}
+    sizes = {name: parameter.numel() for name, parameter in unit.named_weights()}
     every = sum(sizes.values()) - (128 - 101) * 48  # of the vocabulary's padding
-    assert count_parameters(ours) == (sum(sizes[name] for name in trained), every)
+    assert unit.count_parameters() == (sum(sizes[name] for name in trained), every)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -129,14 +128,15 @@ def test_merging_the_adapter_of_a_tied_embedding_unties(model: Callable) -> None
 def test_the_adapter_of_a_classifiers_tied_embedding_merges(model: Callable) -> None:
     """Its output layer is not used."""
     ours = model("gpt2")
-    Classification(Part.all, 1, False).attach(ours, ["a", "b"], seeded())
+    unit = Classification(Part.all, 1, False).build(ours, ["a", "b"], seeded())
     make(targets=["all-linear", "embeddings"]).apply(ours, seeded())
     stir(ours)
     with torch.no_grad():
         ids = torch.arange(12).view(2, 6)
-        before = ours.classifier(ours.hidden(ids))
-        merge(ours)
-        torch.testing.assert_close(ours.classifier(ours.hidden(ids)), before, atol=1e-5, rtol=0)
+        before = unit.classifier(ours.hidden(ids))
+        merge(ours, has_output=unit.uses_output_layer)
+        torch.testing.assert_close(unit.classifier(ours.hidden(ids)), before, atol=1e-5, rtol=0)
+    assert ours.config.tie_embeddings
 
 
 def test_a_base_in_bf16_gives_the_bits_of_autocast(model: Callable) -> None:
@@ -187,9 +187,8 @@ def test_blocks_compile_to_two_graphs(kind: str, quantization: Quantization, mod
     expected = torch.autograd.grad(loss_of(ours), [p for p in ours.parameters() if p.requires_grad])
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("aot_eager")
-    blocks = [torch.compile(block, backend=graphs, fullgraph=True) for block in ours.blocks]
-    with ours.running(blocks):
-        found = torch.autograd.grad(loss_of(ours), [p for p in ours.parameters() if p.requires_grad])
+    ours.compiled_blocks = [torch.compile(block, backend=graphs, fullgraph=True) for block in ours.blocks]
+    found = torch.autograd.grad(loss_of(ours), [p for p in ours.parameters() if p.requires_grad])
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
     assert graphs.frame_count == 2
@@ -200,7 +199,7 @@ def test_every_optimizer_trains_adapters_alone(name: str, model: Callable) -> No
     ours = model("llama")
     make("dora", also_train=["final_norm"]).apply(ours, seeded())
     frozen = {name: p.clone() for name, p in ours.named_parameters() if not p.requires_grad}
-    optimizer = make_option("optimizer", name, {}).build(ours)
+    optimizer = make_option("optimizer", name, {}).build(as_unit(ours))
     groups = optimizer.param_groups
     trained = {name for name, p in ours.named_parameters() if p.requires_grad}
     assert {name for group in groups for name in group["names"]} == trained
@@ -242,7 +241,7 @@ def test_adapters_are_built_on_the_meta_device(tmp_path: Path) -> None:
         for_both = make("dora", quantization=Quantization.nf4, targets=EVERYTHING)
         for_both.apply(ours, torch.Generator("cpu"))
     for_both.apply(real, seeded())
-    assert count_parameters(ours) == count_parameters(real)
+    assert as_unit(ours).count_parameters() == as_unit(real).count_parameters()
     assert ours.num_parameters() == real.num_parameters()
 
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from llmtrain import Run
-from llmtrain.lint import lint
+from llmtrain.config.assemble import assemble
+from llmtrain.lint import Case, lint
 from tests.helpers.cli import TINY, assert_same_end, cut_back, llmtrain, only_run, rows
 
 STEPS = ("checkpoint.every_steps=3", "loop.max_steps=6", "checkpoint.keep_last=0", "optimizer.lr=1e-2")
@@ -85,9 +86,9 @@ def test_a_run_starts_from_the_adapters_of_another(base: Path, tmp_path: Path) -
     first = Run.compose(*adapting(base, tmp_path, *keys, f"run_dir={tmp_path / 'first'}")).train()
     again = f"lora.path={first.run_dir}"
     run = Run.compose(*adapting(base, tmp_path, *keys, again, f"run_dir={tmp_path / 'second'}", "loop.max_steps=1"))
-    parts = run.assemble(torch.device("cpu"))
+    parts = assemble(run, torch.device("cpu"))
     trained = {name: p for name, p in first.model.named_parameters() if p.requires_grad}
-    there = dict(parts.model.named_parameters())
+    there = dict(parts.unit.named_weights())
     assert trained
     assert all(torch.equal(there[name], parameter) for name, parameter in trained.items())
 
@@ -99,10 +100,10 @@ def test_a_run_starts_from_the_adapters_of_another(base: Path, tmp_path: Path) -
         ((f"lora.path={base}",), "holds a whole model, no adapters"),
     ):
         with pytest.raises(ValueError, match=message):
-            Run.compose(*adapting(base, tmp_path, *keys, again, *changes)).assemble(torch.device("cpu"))
+            assemble(Run.compose(*adapting(base, tmp_path, *keys, again, *changes)), torch.device("cpu"))
     shutil.rmtree(first.run_dir)
     with pytest.raises(ValueError, match="no such directory"):
-        run.assemble(torch.device("cpu"))
+        assemble(run, torch.device("cpu"))
 
 
 def test_adapters_as_large_as_their_matrices_are_reported(base: Path, tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_adapters_as_large_as_their_matrices_are_reported(base: Path, tmp_path: 
 
     def found(rank: int) -> dict[str, str]:
         run = Run.compose(*keys, f"lora.rank={rank}")
-        findings = lint(run.lint_case(run.assemble(torch.device("cpu")), run.overrides))
+        findings = lint(Case.of(run, assemble(run, torch.device("cpu")), run.overrides))
         return {finding.key: finding.message for finding in findings}
 
     message = found(20)["lora.rank"]  # qkv: 20 * (96 + 32) < 96 * 32; projection: 20 * (32 + 32) >= 32 * 32

@@ -9,13 +9,13 @@ import torch
 import yaml
 
 from llmtrain.config.build import build
-from llmtrain.lora import count_parameters
 from llmtrain.lora.targets import find_targets
 from llmtrain.model import LanguageModel, ModelConfig
 from llmtrain.model.gpt import GPTConfig, Initialisation
 from llmtrain.model.layers.rotary import Scaling
 from llmtrain.model.llama import LlamaConfig, Position
 from tests.helpers.adapted import make, seeded
+from tests.helpers.units import as_unit
 
 GPT = GPTConfig(
     num_layers=2, hidden_size=16, num_heads=2, context_length=8, vocab_size=None, dropout=0.0, qkv_bias=True,
@@ -143,6 +143,6 @@ def test_the_number_of_trained_parameters_is_the_published_one(config: str, rank
     with torch.device("meta"):
         built = build(values, ModelConfig).build(50257 if config == "gpt124m" else 32000)
         make(rank=rank).apply(built, seeded())
-    trained, every = count_parameters(built)
+    trained, every = as_unit(built).count_parameters()
     assert trained == expected
     assert every == expected + (124_439_808 if config == "gpt124m" else 6_738_415_616)

@@ -8,22 +8,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmtrain.kernels.linear_cross_entropy import IGNORE
-from llmtrain.model.gpt import GPT, GPTConfig, Initialisation
-from llmtrain.objective import Objective
-from llmtrain.objective.classification import Classification, Part
+from llmtrain.model.gpt import GPTConfig, Initialisation
+from llmtrain.objective.classification import Classification, ClassifierUnit, Part
+from tests.helpers.batches import batch_of
 
 LABELS = ("ham", "spam", "other")
 
 
-def model_with(objective: Objective, *, labels: tuple[str, ...] = LABELS, tied: bool = True, **more: object) -> GPT:
+def unit_with(
+    objective: Classification, *, labels: tuple[str, ...] = LABELS, tied: bool = True, weights: tuple[float, ...] = ()
+) -> ClassifierUnit:
     config = GPTConfig(3, 32, 2, 24, None, 0.0, True, tied, None, Initialisation.gpt2)
     generator = torch.Generator().manual_seed(1)
     model = config.create(50, torch.device("cpu"), generator)
-    objective.attach(model, labels, generator, **more)
-    return model.double()
+    return objective.build(model, labels, generator, weights).double()
 
 
-def batch(lengths: list[int], classes: list[int], width: int) -> tuple[Tensor, Tensor]:
+def loss_of(unit: ClassifierUnit, inputs: Tensor, targets: Tensor) -> Tensor:
+    return unit(batch_of(inputs, targets))["class"]
+
+
+def texts(lengths: list[int], classes: list[int], width: int) -> tuple[Tensor, Tensor]:
     """Texts of random tokens, padded on the right; a class at the last token of each."""
     generator = torch.Generator().manual_seed(2)
     inputs = torch.zeros(len(lengths), width, dtype=torch.long)
@@ -36,41 +41,41 @@ def batch(lengths: list[int], classes: list[int], width: int) -> tuple[Tensor, T
 
 def test_the_loss_is_torchs_at_the_last_token() -> None:
     objective = Classification(Part.all, 1, False)
-    model = model_with(objective)
+    unit = unit_with(objective)
     lengths, classes = [5, 9, 1, 24], [0, 2, 1, 1]
-    inputs, targets = batch(lengths, classes, 24)
-    alone = [model.classifier(model.hidden(inputs[row : row + 1, :n])[0, -1]) for row, n in enumerate(lengths)]
+    inputs, targets = texts(lengths, classes, 24)
+    alone = [unit.classifier(unit.model.hidden(inputs[row : row + 1, :n])[0, -1]) for row, n in enumerate(lengths)]
     reference = F.cross_entropy(torch.stack(alone), torch.tensor(classes), reduction="sum")
-    loss = objective(model, inputs, targets)
+    loss = loss_of(unit, inputs, targets)
     assert loss.item() == pytest.approx(reference.item(), rel=1e-6)
-    parts = [objective(model, inputs[[row]][:, :n], targets[[row]][:, :n]) for row, n in enumerate(lengths)]
+    parts = [loss_of(unit, inputs[[row]][:, :n], targets[[row]][:, :n]) for row, n in enumerate(lengths)]
     assert sum(part.item() for part in parts) == pytest.approx(loss.item(), rel=1e-6)  # padding plays no part
     targets[1] = IGNORE
-    without = objective(model, inputs, targets)
+    without = loss_of(unit, inputs, targets)
     assert without.item() == pytest.approx(loss.item() - parts[1].item(), rel=1e-5)
 
 
 def test_class_weights_are_torchs() -> None:
     objective = Classification(Part.all, 1, False)
     weights = (0.5, 2.0, 1.5)
-    model = model_with(objective, class_weights=weights)
-    inputs, targets = batch([5, 9, 7], [0, 1, 2], 12)
-    logits = torch.stack([model.classifier(model.hidden(inputs)[row, n - 1]) for row, n in enumerate([5, 9, 7])])
+    unit = unit_with(objective, weights=weights)
+    inputs, targets = texts([5, 9, 7], [0, 1, 2], 12)
+    logits = torch.stack([unit.classifier(unit.model.hidden(inputs)[row, n - 1]) for row, n in enumerate([5, 9, 7])])
     reference = F.cross_entropy(logits, torch.tensor([0, 1, 2]), torch.tensor(weights).double(), reduction="sum")
-    assert objective(model, inputs, targets).item() == pytest.approx(reference.item(), rel=1e-6)
-    assert "classifier.class_weights" not in model.state_dict()  # they follow from the data
+    assert loss_of(unit, inputs, targets).item() == pytest.approx(reference.item(), rel=1e-6)
+    assert "classifier.class_weights" not in unit.weights_state()  # they follow from the data
 
 
 def test_the_loss_of_several_labels_is_torchs() -> None:
     objective = Classification(Part.all, 1, True)
-    model = model_with(objective)
-    inputs, targets = batch([5, 9], [0b101, 0b010], 12)
-    logits = torch.stack([model.classifier(model.hidden(inputs)[row, n - 1]) for row, n in enumerate([5, 9])])
+    unit = unit_with(objective)
+    inputs, targets = texts([5, 9], [0b101, 0b010], 12)
+    logits = torch.stack([unit.classifier(unit.model.hidden(inputs)[row, n - 1]) for row, n in enumerate([5, 9])])
     truth = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]).double()
     reference = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / 3
-    assert objective(model, inputs, targets).item() == pytest.approx(reference.item(), rel=1e-6)
-    loss, counts = objective.score(model, inputs, targets)
-    assert loss.item() == pytest.approx(reference.item(), rel=1e-6)
+    assert loss_of(unit, inputs, targets).item() == pytest.approx(reference.item(), rel=1e-6)
+    loss, counts = unit.score(batch_of(inputs, targets))
+    assert loss["class"].item() == pytest.approx(reference.item(), rel=1e-6)
     guess = logits > 0
     assert counts[:3, 0].tolist() == (guess & truth.bool()).sum(0).tolist()
     assert counts[3, :2].tolist() == [int((guess == truth.bool()).all(1).sum()), 2]
@@ -81,14 +86,14 @@ def test_the_loss_of_several_labels_is_torchs() -> None:
 
 def test_accuracy_and_f1_follow_from_the_confusion() -> None:
     objective = Classification(Part.all, 1, False)
-    model = model_with(objective)
+    unit = unit_with(objective)
     lengths, classes = [5, 9, 7, 3, 8], [0, 1, 1, 2, 0]
-    inputs, targets = batch(lengths, classes, 12)
+    inputs, targets = texts(lengths, classes, 12)
     targets[4] = IGNORE
-    loss, counts = objective.score(model, inputs, targets)
-    assert loss.item() == pytest.approx(objective(model, inputs, targets).item(), rel=1e-6)
-    hidden = model.hidden(inputs)
-    guesses = [int(model.classifier(hidden[row, n - 1]).argmax()) for row, n in enumerate(lengths)]
+    loss, counts = unit.score(batch_of(inputs, targets))
+    assert loss["class"].item() == pytest.approx(loss_of(unit, inputs, targets).item(), rel=1e-6)
+    hidden = unit.model.hidden(inputs)
+    guesses = [int(unit.classifier(hidden[row, n - 1]).argmax()) for row, n in enumerate(lengths)]
     expected = torch.zeros(3, 3, dtype=torch.long)
     for truth, guess in list(zip(classes, guesses, strict=True))[:4]:
         expected[truth, guess] += 1
@@ -106,12 +111,12 @@ def test_accuracy_and_f1_follow_from_the_confusion() -> None:
 
 def test_probabilities_are_the_softmax_at_the_last_token() -> None:
     objective = Classification(Part.all, 1, False)
-    model = model_with(objective)
-    inputs, _ = batch([5, 9], [0, 0], 12)
-    found = objective.probabilities(model, inputs, torch.tensor([4, 8]))
+    unit = unit_with(objective)
+    inputs, _ = texts([5, 9], [0, 0], 12)
+    found = unit.probabilities(inputs, torch.tensor([4, 8]))
     assert found.shape == (2, 3)
     assert found.sum(1).tolist() == pytest.approx([1, 1])
-    alone = model.classifier(model.hidden(inputs[:1, :5])[0, -1]).softmax(0)
+    alone = unit.classifier(unit.model.hidden(inputs[:1, :5])[0, -1]).softmax(0)
     torch.testing.assert_close(found[0].double(), alone, rtol=1e-5, atol=1e-7)
 
 
@@ -128,23 +133,23 @@ def test_probabilities_are_the_softmax_at_the_last_token() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_train_chooses_the_layers_that_learn(part: Part, last_layers: int, trained: set[str], tied: bool) -> None:
     objective = Classification(part, last_layers, False)
-    model = model_with(objective, tied=tied)
-    moving = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    unit = unit_with(objective, tied=tied)
+    moving = {name for name, parameter in unit.named_weights() if parameter.requires_grad}
     assert {".".join(name.split(".")[: 1 + name.startswith("blocks")]) for name in moving} == trained
-    objective(model, *batch([5, 9], [0, 1], 12)).backward()
-    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    loss_of(unit, *texts([5, 9], [0, 1], 12)).backward()
+    with_gradient = {name for name, parameter in unit.named_weights() if parameter.grad is not None}
     assert with_gradient == moving  # nothing is trained that the loss does not depend on
 
 
 def test_the_head_starts_near_even_odds() -> None:
     objective = Classification(Part.all, 1, False)
-    model = model_with(objective)
-    inputs, targets = batch([5, 9, 7, 3], [0, 1, 1, 2], 12)
-    assert objective(model, inputs, targets).item() / 4 == pytest.approx(math.log(3), abs=0.15)
+    unit = unit_with(objective)
+    inputs, targets = texts([5, 9, 7, 3], [0, 1, 1, 2], 12)
+    assert loss_of(unit, inputs, targets).item() / 4 == pytest.approx(math.log(3), abs=0.15)
 
 
 def test_more_layers_than_the_model_has_are_refused() -> None:
     with pytest.raises(ValueError, match=r"last_layers=9: the model has 3; or take train=all"):
-        model_with(Classification(Part.last_layers, 9, False))
+        unit_with(Classification(Part.last_layers, 9, False))
     with pytest.raises(ValueError, match="last_layers=0"):
         Classification(Part.last_layers, 0, False)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmtrain.config.assemble import build_unit
 from llmtrain.data import IGNORE, Batch, Corpus
 from llmtrain.data.sequences import Rows
-from llmtrain.model import LanguageModel
+from llmtrain.objective import TrainingUnit
 from llmtrain.run.run import Run
 
 SAMPLE = Path(__file__).parents[2] / "data" / "instructions.json"
@@ -26,39 +27,36 @@ def compose(folder: Path, name: str, *overrides: str) -> Run:
 
 
 @pytest.fixture(params=MODELS)
-def made(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Run, LanguageModel, Corpus, Corpus]:
-    """A run, its model in float64, and the data unpacked and packed."""
+def made(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Run, TrainingUnit, Corpus, Corpus]:
+    """A run, its unit in float64, and the data unpacked and packed."""
     run, packed = (compose(tmp_path, request.param, f"data.pack={pack}") for pack in ("false", "true"))
     tokenizer = run.tokenizer.build()
-    model = run.model.create(tokenizer.vocab_size, torch.device("cpu"), torch.Generator().manual_seed(1)).double()
-    return run, model, run.data.build(tokenizer), packed.data.build(tokenizer)
+    generator = torch.Generator().manual_seed(1)
+    unit = build_unit(run, tokenizer.vocab_size, (), torch.device("cpu"), generator, load_weights=True).double()
+    return run, unit, run.data.build(tokenizer), packed.data.build(tokenizer)
 
 
-def batches(rows: Rows, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """As the loop has micro-batches of a batch."""
-    tensors = [None if array is None else torch.from_numpy(array) for array in rows[:3]]
-    lengths = None if rows.lengths is None else tuple(rows.lengths.tolist())
-    targets = int((rows.targets != IGNORE).sum())
-    assert tensors[0] is not None
-    assert tensors[1] is not None
-    return Batch(tensors[0], tensors[1], targets, targets, tensors[2], lengths).split(size)
+def batches(run: Run, rows: Rows, size: int) -> Iterator[Batch]:
+    """The micro-batches of a step of ``rows``."""
+    return run.objective.collate(rows, np.arange(len(rows.inputs)), 0).split(size)
 
 
-def loss_and_gradient(run: Run, model: LanguageModel, rows: Rows, size: int) -> tuple[float, Tensor]:
+def loss_and_gradient(run: Run, unit: TrainingUnit, rows: Rows, size: int) -> tuple[float, Tensor]:
     """Mean over the targets, and its gradient: that of all parameters in one."""
     number = int((rows.targets != IGNORE).sum())
-    model.zero_grad(set_to_none=True)
+    unit.zero_grad(set_to_none=True)
     total = 0.0
-    for inputs, targets, segments in batches(rows, size):
-        loss = run.objective(model, inputs, targets, segments) / number
+    for batch in batches(run, rows, size):
+        assert batch.counts == {run.objective.loss: number}
+        loss = unit(batch)[run.objective.loss] / number
         loss.backward()
         total += loss.item()
-    return total, torch.cat([p.grad.ravel() for p in model.parameters() if p.grad is not None])
+    return total, torch.cat([p.grad.ravel() for p in unit.parameters() if p.grad is not None])
 
 
-def test_the_loss_covers_responses_alone(made: tuple[Run, LanguageModel, Corpus, Corpus]) -> None:
+def test_the_loss_covers_responses_alone(made: tuple[Run, TrainingUnit, Corpus, Corpus]) -> None:
     """Each example by itself, softmax written out, the response found in its text."""
-    run, model, corpus, _ = made
+    run, unit, corpus, _ = made
     tokenizer = run.tokenizer.build()
     lengths = corpus.train.gather(np.arange(len(corpus.train))).lengths
     assert lengths is not None
@@ -72,40 +70,40 @@ def test_the_loss_covers_responses_alone(made: tuple[Run, LanguageModel, Corpus,
         ids = [*inputs[:length].tolist(), ord(">")]
         assert bytes(ids).endswith(b"<|im_end|>")
         with torch.no_grad():
-            logits = model(torch.tensor([ids[:-1]]))[0].numpy()
+            logits = unit.model(torch.tensor([ids[:-1]]))[0].numpy()
         for place in range(begin, len(ids)):
             row = logits[place - 1]
             row = row[np.isfinite(row)]
             total += np.log(np.exp(row - row.max()).sum()) + row.max() - logits[place - 1, ids[place]]
             number += 1
     with torch.no_grad():
-        loss = run.objective(model, *next(batches(rows, 6))).item()
+        loss = unit(next(batches(run, rows, 6)))[run.objective.loss].item()
     assert number == (rows.targets != IGNORE).sum()
     assert number < rows.lengths.sum() / 2  # most is not trained on
     assert loss == pytest.approx(total, rel=1e-12)
 
 
-def test_packing_changes_no_gradient(made: tuple[Run, LanguageModel, Corpus, Corpus]) -> None:
-    run, model, plain, packed = made
+def test_packing_changes_no_gradient(made: tuple[Run, TrainingUnit, Corpus, Corpus]) -> None:
+    run, unit, plain, packed = made
     assert len(packed.train) < len(plain.train)
-    one = loss_and_gradient(run, model, plain.train.gather(np.arange(len(plain.train))), 8)
+    one = loss_and_gradient(run, unit, plain.train.gather(np.arange(len(plain.train))), 8)
     rows = packed.train.gather(np.arange(len(packed.train)))
     assert rows.segments is not None
     assert rows.segments.max() > 1
-    other = loss_and_gradient(run, model, rows, 8)
+    other = loss_and_gradient(run, unit, rows, 8)
     assert one[0] == pytest.approx(other[0], rel=1e-12)
     torch.testing.assert_close(one[1], other[1], rtol=1e-6, atol=1e-12)
-    alone = loss_and_gradient(run, model, rows._replace(segments=np.minimum(rows.segments, 1)), 8)
+    alone = loss_and_gradient(run, unit, rows._replace(segments=np.minimum(rows.segments, 1)), 8)
     assert (alone[1] - other[1]).norm() > 1e-3 * other[1].norm()  # attention across examples would
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_micro_batches_change_no_gradient(made: tuple[Run, LanguageModel, Corpus, Corpus], packed: bool) -> None:
-    run, model, *corpora = made
+def test_micro_batches_change_no_gradient(made: tuple[Run, TrainingUnit, Corpus, Corpus], packed: bool) -> None:
+    run, unit, *corpora = made
     rows = corpora[packed].train.gather(np.arange(8))
-    whole = loss_and_gradient(run, model, rows, 8)
+    whole = loss_and_gradient(run, unit, rows, 8)
     for size in (1, 3):
-        loss, gradient = loss_and_gradient(run, model, rows, size)
+        loss, gradient = loss_and_gradient(run, unit, rows, size)
         assert loss == pytest.approx(whole[0], rel=1e-12)
         torch.testing.assert_close(gradient, whole[1], rtol=1e-9, atol=1e-14)
 

@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from llmtrain import Run
-from llmtrain.kernels.linear_cross_entropy import as_on, default_chunk
+from llmtrain.config.assemble import assemble
+from llmtrain.kernels.linear_cross_entropy import default_chunk
+from llmtrain.objective import mean_losses
 from llmtrain.plan.blueprint import Blueprint
 from llmtrain.plan.extrapolation import IrregularBlocks, aligned
 from llmtrain.plan.memory import Phase, at_micro_batch, estimate
 from llmtrain.plan.trace import Category, trace_step
+from llmtrain.train.rehearsal import made_up_batch
 
 CPU = torch.device("cpu")
 SMALL = ("model=tiny", "tokenizer=byte", "data.sequence_length=64", "precision=fp32")
@@ -106,8 +109,7 @@ def test_the_loss_is_cut_as_on_the_device_planned_for() -> None:
 
 
 def phases(blueprint: Blueprint, gpu: bool) -> list[tuple[Phase, np.ndarray]]:
-    with as_on("cuda" if gpu else "cpu"):
-        trace = trace_step(blueprint, torch.device("cpu"))
+    trace = trace_step(blueprint, CPU, planned_for="cuda" if gpu else "cpu")
     return [(span.phase, rows) for span, rows in zip(trace.spans, trace.timeline(), strict=True)]
 
 
@@ -152,10 +154,10 @@ def test_the_estimate_is_what_malloc_gives_a_real_step(overrides: tuple[str, ...
     """Against what malloc has given out during a real forward and backward pass, some 50 MB."""
     run = Run.compose("model=laptop", "tokenizer=byte", "data.sequence_length=256", "accumulation.batch_size=6",
                       "accumulation.micro_batch_size=6", *overrides)  # fmt: skip
-    parts = run.assemble(CPU)
+    parts = assemble(run, CPU)
     size = run.accumulation.micro_batch_size
-    ids = torch.zeros((size, 256), dtype=torch.int64)
-    parts.model.train()
+    batch = made_up_batch(run.objective, size, 256, is_packed=False)
+    parts.unit.train()
 
     def measured() -> int:
         """The most that a step takes beyond what there is before."""
@@ -169,7 +171,7 @@ def test_the_estimate_is_what_malloc_gives_a_real_step(overrides: tuple[str, ...
         watcher = threading.Thread(target=watch)
         watcher.start()
         with parts.precision.autocast():
-            loss = parts.loss_sum(ids, ids)
+            loss, _ = mean_losses(parts.unit, batch)
         loss.backward()
         ended.set()
         watcher.join()
