@@ -130,6 +130,7 @@ def count_flops(overrides: list[str], _: int) -> dict[str, Any]:
     from llmtrain import Run
     from llmtrain.plan.blueprint import Blueprint
     from llmtrain.plan.trace import fake_tensors
+    from llmtrain.train.rehearsal import made_up_batch
 
     composed = Run.compose(*overrides, "activation_checkpointing=none", "precision=fp32")
     cpu = torch.device("cpu")
@@ -137,11 +138,11 @@ def count_flops(overrides: list[str], _: int) -> dict[str, Any]:
     blueprint = Blueprint(composed, vocabulary, composed.precision.build(cpu), 1)
     length = composed.data.sequence_length
     with fake_tensors():
-        built = blueprint.build(cpu)
-        ids = torch.zeros((1, length), dtype=torch.int64)
+        step = blueprint.build(cpu, planned_for="cpu")
+        batch = made_up_batch(composed.objective, 1, length, is_packed=composed.data.packs).map(torch.zeros_like)
         # the counter knows the two products of attention, and not the CPU's fused kernel
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            built.loss_sum(ids, ids).backward()
+            step.accumulate(batch, 1)
     return {"flops_per_token": counter.get_total_flops() / length}
 
 

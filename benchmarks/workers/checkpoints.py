@@ -24,28 +24,30 @@ def measure(task: Task) -> dict[str, Any]:
 
     prepare_program()
     from llmtrain import Run
+    from llmtrain.base.run_files import METRICS
+    from llmtrain.config.assemble import assemble
     from llmtrain.metrics import read_metrics
 
     run = Run.compose(*overrides(task), "loop.max_steps=1000000", "checkpoint.keep_last=2")
     rows: dict[str, dict[str, float]] = {}
     with run.runtime.session() as device:
         run.runtime.seed_everything()
-        parts = run.assemble(device)
+        parts = assemble(run, device)
         with open_loop(run, parts, Path(task.folder) / "run") as loop:
             for mode in MODES:  # the first of each touches fresh memory and disk
                 block(loop, mode, task.warm_up, task.device)
             for mode in MODES:
                 rows[mode] = {"step_seconds": block(loop, mode, task.steps, task.device) / task.steps}
                 if mode != "none":
-                    saves = [row for row in read_metrics(loop.directory.metrics) if row.get("event") == "save"]
+                    saves = [row for row in read_metrics(loop.log.run_dir / METRICS) if row.get("event") == "save"]
                     rows[mode] |= {"held_seconds": saves[-1]["held_seconds"], "save_seconds": saves[-1]["seconds"]}
-                    rows[mode]["bytes"] = run.checkpoint_bytes(parts)
+                    rows[mode]["bytes"] = parts.checkpoint_bytes()
     return {"rows": rows}
 
 
 def block(loop: "Loop", mode: str, steps: int, device: str) -> float:
     """Seconds that ``steps`` steps take, a save of the kind begun with the first; its end is not waited for."""
-    loop.settle(wait=True)
+    loop.collect_save(wait=True)
     loop.saver.is_behind = mode == "asynchronous"
     synchronize(device)
     start = time.perf_counter()
@@ -55,7 +57,7 @@ def block(loop: "Loop", mode: str, steps: int, device: str) -> float:
         loop.advance()
     synchronize(device)
     seconds = time.perf_counter() - start
-    loop.settle(wait=True)
+    loop.collect_save(wait=True)
     return seconds
 
 

@@ -14,7 +14,7 @@ WARM_UP = 20  # batches
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """TokenSlice a second of the contestant that the task names."""
+    """Tokens a second of the contestant that the task names."""
     batches = MAKERS[task.contestant](task)
     for _ in itertools.islice(batches, WARM_UP):
         pass
@@ -36,8 +36,8 @@ def ours(task: Task) -> Iterator[Any]:
     run = Run.compose(*overrides(task))
     corpus = run.data.build(run.tokenizer.build())
     loader = Loader(
-        corpus.train, seed=run.runtime.seed, shuffle=run.data.shuffle, batch_size=run.accumulation.batch_size_at,
-        device=run.runtime.torch_device(), position=0, step=0, tokens=0,
+        corpus.train, run.objective.collate, seed=run.runtime.seed, shuffle=run.data.shuffle,
+        batch_size=run.accumulation.batch_size_at, device=run.runtime.torch_device(), position=0, step=0, tokens=0,
     )  # fmt: skip
     with loader:
         while True:

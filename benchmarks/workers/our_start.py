@@ -29,14 +29,15 @@ def measure(task: Task) -> dict[str, Any]:
     import torch  # noqa: F401
 
     ended("import torch")
-    import llmtrain.run.run
+    from llmtrain.config.assemble import assemble
+    from llmtrain.run.run import Run
 
     ended("import the rest")
-    run = llmtrain.run.run.Run.compose(*overrides(task))
+    run = Run.compose(*overrides(task))
     ended("compose and check the config")
     with run.runtime.session() as device:
         run.runtime.seed_everything()
-        parts = run.assemble(device)
+        parts = assemble(run, device)
         ended("data, model, optimizer")
         with open_loop(run, parts, Path(task.folder) / "run") as loop:
             loop.advance()

@@ -15,6 +15,7 @@ from llmtrain.checkpoint.format import read_state, write_checkpoint
 from llmtrain.cli.arguments import quoted
 from llmtrain.cli.main import main
 from llmtrain.config import stored_config
+from llmtrain.config.assemble import assemble
 from tests.helpers.cli import TINY
 
 
@@ -90,7 +91,7 @@ def test_report_shows_the_state_of_a_run(run_dir: Path, capfd: pytest.CaptureFix
 
 def test_a_run_starts_from_the_weights_of_another(run_dir: Path, tmp_path: Path) -> None:
     run = Run.compose(*TINY, "weights=checkpoint", f"weights.path={run_dir}", "runtime.seed=9")
-    model = run.assemble(torch.device("cpu")).model
+    model = assemble(run, torch.device("cpu")).unit.model
     run.weights.load(model)
     source = read_tensors(locate_checkpoint(run_dir) / MODEL)
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in source.items())

@@ -71,7 +71,7 @@ def difference(run: Path, folder: Path, *, dtype: torch.dtype = torch.float32) -
     with load_model(locate_checkpoint(run), Runtime.for_inference(Device.cpu)) as trained, torch.no_grad():
         ids = torch.from_numpy(trained.tokenizer.encode("So it goes, and goes").astype(np.int64))[None]
         model = trained.model
-        export.merge(model)
+        export.merge(model, has_output=trained.unit.uses_output_layer)
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype))
         ours = model(ids)[..., : model.vocab_size]

@@ -12,8 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llmtrain import Run
 from llmtrain.cli.main import main
+from llmtrain.config.assemble import assemble
 from llmtrain.plan.blueprint import Blueprint
 from llmtrain.plan.trace import fake_tensors
+from llmtrain.train.rehearsal import made_up_batch
 from tests.helpers.cli import TINY
 
 NO_PROBE = (*TINY, "probe=false")
@@ -63,9 +65,9 @@ def test_the_json_is_consistent(tmp_path: Path) -> None:
     assert figures["price"] == pytest.approx(seconds)
     assert figures["kilowatt_hours"] == pytest.approx(100 * seconds / 3.6e6)
     run = Run.compose(*TINY)
-    parts = run.assemble(torch.device("cpu"))
-    assert figures["checkpoint_bytes"] == pytest.approx(run.checkpoint_bytes(parts), abs=200)  # optimizer padding below
-    assert figures["flops_per_token"] == parts.model.flops_per_token(32)
+    parts = assemble(run, torch.device("cpu"))
+    assert figures["checkpoint_bytes"] == pytest.approx(parts.checkpoint_bytes(), abs=200)  # optimizer padding below
+    assert figures["flops_per_token"] == parts.unit.flops_per_token(32)
 
 
 def test_a_named_device_is_planned_without_being_there(capfd: pytest.CaptureFixture[str]) -> None:
@@ -135,8 +137,8 @@ def test_flops_are_those_of_torchs_counter() -> None:
     cpu = torch.device("cpu")
     blueprint = Blueprint(run, 50257, run.precision.build(cpu), 1)
     with fake_tensors():
-        built = blueprint.build(cpu)
-        ids = torch.zeros((1, 1024), dtype=torch.int64)
+        step = blueprint.build(cpu, planned_for="cpu")
+        batch = made_up_batch(run.objective, 1, 1024, is_packed=False).map(torch.zeros_like)  # without data too
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            built.loss_sum(ids, ids).backward()
-    assert built.model.flops_per_token(1024) * 1024 == pytest.approx(counter.get_total_flops(), rel=0.02)
+            step.accumulate(batch, 1)
+    assert step.unit.flops_per_token(1024) * 1024 == pytest.approx(counter.get_total_flops(), rel=0.02)

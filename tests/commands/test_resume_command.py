@@ -121,7 +121,9 @@ def test_resume_without_an_intact_checkpoint_is_refused(run: Path, capfd: pytest
 # --- named checkpoints -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["run", "checkpoint.step=7"], ["run/checkpoints/step-00000007"]])
+@pytest.mark.parametrize(
+    "arguments", [["run", "step=7"], ["run", "checkpoint.step=7"], ["run/checkpoints/step-00000007"]]
+)
 def test_naming_the_newest_checkpoint_resumes_in_place(whole: Path, run: Path, arguments: list[str]) -> None:
     assert main(["resume", *arguments]) == 0
     assert sorted(path.name for path in run.parent.iterdir()) == ["run"]
@@ -131,7 +133,7 @@ def test_naming_the_newest_checkpoint_resumes_in_place(whole: Path, run: Path, a
 def test_a_named_checkpoint_that_is_damaged_is_refused(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for step in (5, 7):
         damage(run, step)
-        assert f"step-{step:08d}/model.safetensors" in refused(capfd, "run", f"checkpoint.step={step}")
+        assert f"step-{step:08d}/model.safetensors" in refused(capfd, "run", f"step={step}")
     damage(run, 3, CONFIG)
     assert "step-00000003/config.yaml" in refused(capfd, "run/checkpoints/step-00000003")
     assert sorted(path.name for path in run.parent.iterdir()) == ["run"]
@@ -139,10 +141,10 @@ def test_a_named_checkpoint_that_is_damaged_is_refused(run: Path, capfd: pytest.
 
 def test_a_named_checkpoint_that_does_not_exist_is_refused(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(checkpoint(run, 4))
-    for arguments in (["run", "checkpoint.step=4"], ["run/checkpoints/step-00000004"], ["run", "checkpoint.step=8"]):
+    for arguments in (["run", "step=4"], ["run/checkpoints/step-00000004"], ["run", "step=8"]):
         assert "those of the steps 1, 2, 3, 5, 6, 7" in refused(capfd, *arguments)
-    assert "must be the step" in refused(capfd, "run", "checkpoint.step=last")
-    assert "name one" in refused(capfd, "run/checkpoints/step-00000005", "checkpoint.step=6")
+    assert "must be the step" in refused(capfd, "run", "step=last")
+    assert "name one" in refused(capfd, "run/checkpoints/step-00000005", "step=6")
 
 
 def test_a_checkpoint_without_its_run_is_refused(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -151,10 +153,15 @@ def test_a_checkpoint_without_its_run_is_refused(run: Path, capfd: pytest.Captur
 
 
 def test_a_new_run_cannot_name_a_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["train", "checkpoint.step=4"], ["train", "-m", "checkpoint.step=4,5"]):
+    for arguments, named in (
+        (["train", "step=4"], "4"),
+        (["train", "checkpoint.step=4"], "4"),
+        (["train", "-m", "step=4,5"], "N"),
+        (["train", "-m", "checkpoint.step=4,5"], "N"),
+    ):
         assert main([*arguments, *TINY, f"output_dir={tmp_path / 'runs'}"]) == 2
         message = capfd.readouterr().err
-        assert "llmtrain resume RUN_DIR checkpoint.step=4" in message
+        assert f"llmtrain resume RUN_DIR step={named}" in message
         assert "weights=checkpoint" in message
     assert list(tmp_path.iterdir()) == []
 
@@ -166,7 +173,7 @@ def test_a_branch_leaves_its_parent_unchanged(whole: Path, run: Path, capfd: pyt
     before = snapshot(run)
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a process works in the parent
-        assert main(["resume", "run", "checkpoint.step=4", "optimizer.lr=1e-3", "name=slower", "output_dir=runs"]) == 0
+        assert main(["resume", "run", "step=4", "optimizer.lr=1e-3", "name=slower", "output_dir=runs"]) == 0
     assert snapshot(run) == before
     (child,) = Path("runs").glob("*/slower-*")
     assert f"run        {child}" in capfd.readouterr().out
@@ -179,7 +186,8 @@ def test_a_branch_leaves_its_parent_unchanged(whole: Path, run: Path, capfd: pyt
     saved = [row["step"] for row in events(child, "save")]
     assert sorted(saved) == list(range(1, STEPS + 1))
     stored = stored_config.load(child / CONFIG)
-    assert (stored["optimizer"]["lr"], stored["checkpoint"]["step"], stored["name"]) == (1e-3, None, "slower")
+    assert (stored["optimizer"]["lr"], stored["name"]) == (1e-3, "slower")
+    assert "step" not in {*stored, *stored["checkpoint"]}  # it says where to begin, once
     facts = environment(child)
     assert facts["parent"] == {"run": str(run.resolve()), "step": 4}
     (entry,) = facts["resumes"]
@@ -209,15 +217,15 @@ def test_run_dir_alone_branches_from_the_newest_checkpoint(
 def test_a_branch_starts_from_the_config_of_its_checkpoint(whole: Path, run: Path) -> None:
     """What its run was changed to later belongs to another continuation."""
     assert main(["resume", "run", "optimizer.lr=1e-4", "loop.max_steps=12"]) == 0
-    assert main(["resume", "run", "checkpoint.step=6", "run_dir=as-before"]) == 0
+    assert main(["resume", "run", "step=6", "run_dir=as-before"]) == 0
     assert_same_end(whole, Path("as-before"))
-    assert main(["resume", "run", "checkpoint.step=8", "run_dir=as-changed"]) == 0
+    assert main(["resume", "run", "step=8", "run_dir=as-changed"]) == 0
     assert_same_end(run, Path("as-changed"))
 
 
 def test_a_branch_can_be_branched(whole: Path, run: Path) -> None:
-    assert main(["resume", "run", "checkpoint.step=2", "run_dir=one"]) == 0
-    assert main(["resume", "one", "checkpoint.step=5", "run_dir=two"]) == 0
+    assert main(["resume", "run", "step=2", "run_dir=one"]) == 0
+    assert main(["resume", "one", "step=5", "run_dir=two"]) == 0
     assert environment(Path("two"))["parent"] == {"run": str(Path("one").resolve()), "step": 5}
     assert_same_end(whole, Path("two"))
 
@@ -225,7 +233,7 @@ def test_a_branch_can_be_branched(whole: Path, run: Path) -> None:
 def test_a_refused_branch_makes_no_directory(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for override in ("model.num_layers=1", "data.shuffle=false", "loop.max_steps=3"):
         key = override.split("=")[0]
-        assert key in refused(capfd, "run", "checkpoint.step=4", "run_dir=child", override)
+        assert key in refused(capfd, "run", "step=4", "run_dir=child", override)
         assert not Path("child").exists()
 
 
@@ -373,16 +381,20 @@ STOPPING = """
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from llmtrain.objective.causal import Causal
+from llmtrain.objective.causal import Causal, CausalUnit
 
 @dataclass(frozen=True)
 class Stopping(Causal):
-    def __call__(self, model, inputs, targets, segments=None):
+    def build(self, model, *others):
+        return StoppingUnit(model, self.loss, self.z_loss, self.chunk_tokens)
+
+class StoppingUnit(CausalUnit):
+    def forward(self, batch):
         sent = Path("sent")
-        if not model.training and Path("cut/checkpoints/step-00000004").exists() and not sent.exists():
+        if not self.training and Path("cut/checkpoints/step-00000004").exists() and not sent.exists():
             sent.touch()
             signal.raise_signal(signal.SIGTERM)
-        return super().__call__(model, inputs, targets, segments)
+        return super().forward(batch)
 """
 
 

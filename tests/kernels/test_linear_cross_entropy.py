@@ -102,9 +102,7 @@ def test_gradients_that_nobody_needs_are_not_computed() -> None:
         loss = linear_cross_entropy(hidden, weight, bias, targets, Options(), Chunking(16))
     assert not loss.requires_grad
     # a frozen output layer
-    loss = linear_cross_entropy(
-        hidden, weight.detach(), bias, targets, Options(), Chunking(16)
-    )  # a frozen output layer
+    loss = linear_cross_entropy(hidden, weight.detach(), bias, targets, Options(), Chunking(16))
     (gradient,) = torch.autograd.grad(loss, hidden)
     expected, _ = plain(hidden, weight, bias, targets, Options())
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, hidden)[0], rtol=0.0, atol=1e-12)
