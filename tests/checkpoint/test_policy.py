@@ -63,7 +63,7 @@ def test_damaged_checkpoints_do_not_count_as_kept() -> None:
     assert policy(keep_last=2).superfluous([10, 20], {}) == set()
 
 
-@pytest.mark.parametrize("key", ["every_steps", "every_minutes", "keep_last", "keep_best", "keep_every", "step"])
+@pytest.mark.parametrize("key", ["every_steps", "every_minutes", "keep_last", "keep_best", "keep_every"])
 def test_negative_values_are_refused(key: str) -> None:
     with pytest.raises(ValueError, match=f"{key}=-1: must not be negative"):
         policy(**{key: -1})

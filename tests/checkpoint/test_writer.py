@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from llmtrain.checkpoint.directory import find_checkpoints, step_of
 from llmtrain.checkpoint.format import verify_checkpoint
 from llmtrain.checkpoint.writer import Saver
-from llmtrain.run.directory import RunDirectory
 from tests.checkpoint.test_policy import policy
 
 CPU = torch.device("cpu")
+CONFIG_TEXT = "name: x\n"
 
 
 def steps(folder: Path) -> list[int]:
@@ -21,7 +21,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def save(saver: Saver, step: int, tensors: dict[str, torch.Tensor], losses: dict[int, float] | None = None) -> None:
-    saver.begin(tensors, {"w/m": tensors["w"]}, {"step": step}, "name: x\n", losses or {})
+    saver.begin(tensors, {"w/m": tensors["w"]}, {"step": step}, losses or {})
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
@@ -29,7 +29,7 @@ def save(saver: Saver, step: int, tensors: dict[str, torch.Tensor], losses: dict
 def test_a_save_holds_the_moment_it_was_begun(tmp_path: Path, asynchronous: bool, device: str) -> None:
     """The tensors change as soon as they may; large enough for the copy to take a while."""
     weight = torch.zeros(3_000_000, device=device)
-    with Saver(policy(asynchronous=asynchronous), RunDirectory(tmp_path), torch.device(device)) as saver:
+    with Saver(policy(asynchronous=asynchronous), tmp_path, torch.device(device), config_text=CONFIG_TEXT) as saver:
         for step in range(1, 6):
             weight.fill_(float(step))
             save(saver, step, {"w": weight})
@@ -52,10 +52,10 @@ def test_a_save_holds_the_moment_it_was_begun(tmp_path: Path, asynchronous: bool
 
 def test_an_update_waits_for_the_whole_save_without_a_copy(tmp_path: Path) -> None:
     weight = torch.zeros(3_000_000)
-    with Saver(policy(), RunDirectory(tmp_path), CPU) as saver:
+    with Saver(policy(), tmp_path, CPU, config_text=CONFIG_TEXT) as saver:
         for step in range(1, 4):
             weight.fill_(float(step))
-            saver.begin({"w": weight}, {"w/m": weight}, {"step": step}, "name: x\n", {}, copied=False)
+            saver.begin({"w": weight}, {"w/m": weight}, {"step": step}, {}, copied=False)
             saver.before_update()
             assert steps(tmp_path)[-1] == step
             weight.fill_(-1.0)
@@ -77,7 +77,7 @@ def test_dtypes_shapes_and_values_survive_a_save(tmp_path: Path) -> None:
         "count": torch.tensor(7, dtype=torch.int64),
         "nan": torch.tensor([float("nan"), 1.0]),
     }
-    with Saver(policy(), RunDirectory(tmp_path), CPU) as saver:
+    with Saver(policy(), tmp_path, CPU, config_text=CONFIG_TEXT) as saver:
         save(saver, 1, tensors)
         saved = saver.collect(wait=True)
     assert saved is not None
@@ -90,7 +90,7 @@ def test_dtypes_shapes_and_values_survive_a_save(tmp_path: Path) -> None:
 
 def test_older_checkpoints_are_removed_once_a_newer_one_is_written(tmp_path: Path) -> None:
     weight = {"w": torch.zeros(10)}
-    with Saver(policy(keep_last=2, keep_best=1), RunDirectory(tmp_path), CPU) as saver:
+    with Saver(policy(keep_last=2, keep_best=1), tmp_path, CPU, config_text=CONFIG_TEXT) as saver:
         for step in range(1, 7):
             save(saver, step, weight, {1: 9.0, 2: 1.0, 3: 5.0, 4: 4.0})
             saved = saver.collect(wait=True)
@@ -101,12 +101,12 @@ def test_older_checkpoints_are_removed_once_a_newer_one_is_written(tmp_path: Pat
 
 def test_a_damaged_checkpoint_is_neither_counted_nor_removed(tmp_path: Path) -> None:
     weight = {"w": torch.zeros(10)}
-    with Saver(policy(), RunDirectory(tmp_path), CPU) as saver:
+    with Saver(policy(), tmp_path, CPU, config_text=CONFIG_TEXT) as saver:
         for step in (1, 2, 3):
             save(saver, step, weight)
             saver.collect(wait=True)
     (tmp_path / "checkpoints" / "step-00000003" / "config.yaml").write_text("name: y\n")
-    with Saver(policy(keep_last=2), RunDirectory(tmp_path), CPU) as saver:  # as a resumed run would
+    with Saver(policy(keep_last=2), tmp_path, CPU, config_text=CONFIG_TEXT) as saver:  # as a resumed run would
         save(saver, 4, weight)
         saved = saver.collect(wait=True)
         assert saved is not None
@@ -121,7 +121,7 @@ def test_a_damaged_checkpoint_is_neither_counted_nor_removed(tmp_path: Path) -> 
 
 def test_an_error_is_reported_and_the_next_save_works(tmp_path: Path) -> None:
     weight = {"w": torch.zeros(10)}
-    with Saver(policy(keep_last=1), RunDirectory(tmp_path), CPU) as saver:
+    with Saver(policy(keep_last=1), tmp_path, CPU, config_text=CONFIG_TEXT) as saver:
         save(saver, 1, weight)
         saver.collect(wait=True)
         blocked = tmp_path / "checkpoints" / f".tmp-step-00000002-{os.getpid()}"
@@ -141,13 +141,13 @@ def test_an_error_is_reported_and_the_next_save_works(tmp_path: Path) -> None:
 
 
 def test_closing_the_saver_waits_for_the_save(tmp_path: Path) -> None:
-    with Saver(policy(), RunDirectory(tmp_path), CPU) as saver:
+    with Saver(policy(), tmp_path, CPU, config_text=CONFIG_TEXT) as saver:
         save(saver, 1, {"w": torch.zeros(5_000_000)})
     verify_checkpoint(tmp_path / "checkpoints" / "step-00000001")
 
 
 def test_training_waits_for_the_save_without_memory_for_a_copy(tmp_path: Path) -> None:
-    with Saver(policy(), RunDirectory(tmp_path), CPU) as saver:
+    with Saver(policy(), tmp_path, CPU, config_text=CONFIG_TEXT) as saver:
         assert saver.check_memory(1000) is None
         warning = saver.check_memory(1 << 60)
         assert warning is not None

@@ -1,7 +1,6 @@
 """Time is measured by a clock that does not jump; nothing depends on what the wall clock says."""
 
 import contextlib
-import dataclasses
 import datetime
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from llmtrain import Run
-from llmtrain.checkpoint.writer import Saver
+from llmtrain.config.assemble import assemble
 from llmtrain.display import open_display
-from llmtrain.run.session import make_loop
-from llmtrain.train.loop import Loop
+from llmtrain.run.session import make_log, make_loop, make_saver, make_step
+from llmtrain.train.profiler import Profiler
 from llmtrain.train.state import TrainState
 from tests.faults.clock import YEAR_SECONDS, WallClock
 from tests.faults.victims import STANDARD, assert_log_whole, assert_same_rows, events, prepare, steps, wait_for_step
@@ -52,26 +51,19 @@ def run_by_clock(folder: Path, clock: Callable[[int], float], *overrides: str) -
     with contextlib.ExitStack() as stack:
         device = stack.enter_context(run.runtime.session())
         run.runtime.seed_everything()
-        parts = run.assemble(device)
+        parts = assemble(run, device)
         directory = run.create_directory()
         run.describe(directory, device, [])
         state = TrainState(data=parts.corpus.fingerprint)
         metrics = stack.enter_context(run.metrics.build(directory.path, resume_step=None))
         display = stack.enter_context(open_display(directory.path))
-        saver = stack.enter_context(Saver(run.checkpoint, directory, device))
-        loop = make_loop(
-            run,
-            parts,
-            directory,
-            state,
-            metrics=metrics,
-            display=display,
-            saver=saver,
-            peak_flops=1e12,
-            stop=lambda: None,
-        )
-        loop.close()
-        timed: Loop = dataclasses.replace(loop, clock=lambda: clock(state.step))
+        log = make_log(run, parts, directory, metrics, display, peak_flops=1e12, log_every=run.metrics.log_every,
+                       profiler=Profiler())  # fmt: skip
+        log.clock = lambda: clock(state.step)
+        log.restart()
+        saver = stack.enter_context(make_saver(run, directory, parts))
+        step = make_step(run, parts, state, log)
+        timed = make_loop(run, parts, directory, state, step, log, saver, stop=lambda: None)
         stack.enter_context(contextlib.closing(timed))
         reason = timed.run()
     assert [row["step"] for row in events(directory.path, "save")] == steps(directory.path)

@@ -1,6 +1,6 @@
 """A small transformer-shaped model, every optimizer option, and fixtures of both."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -48,6 +48,9 @@ class Transformer(nn.Module):
         self.head = nn.Linear(8, 16, bias=False)
         if tie:
             self.head.weight = self.embedding.weight
+
+    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self.named_parameters()
 
     def layer_index(self, name: str) -> int:
         if name.startswith("embedding"):

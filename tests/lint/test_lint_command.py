@@ -81,7 +81,7 @@ def test_data_without_a_single_target_end_the_command(folder: Path) -> None:
     [
         (["--config-dir", "mine", "lora=frozen", "plugins=[masked_answers]"], "every parameter of the model is frozen"),
         (["optimizer.rules=[{pattern:.,lr_multiplier:0}]"], "optimizer.rules: they multiply the learning rate"),
-        (["schedule.warmup_steps=100000"], "schedule.warmup_steps=100000: the run ends after 3 steps, deep in"),
+        (["schedule.warmup_steps=100000"], "schedule.warmup_steps=100000: the run ends after 3 steps, within"),
         (["data=shards", "data.path=a.bin", "data.validation_path=b.bin", "loop.eval_every=1"],
          "data.validation_path=b.bin: the validation data are in the training data from beginning to end"),
         (["data=text", "data.path=twice", "data.validation_fraction=0.5", "loop.eval_every=1"],

@@ -56,7 +56,7 @@ CASES = [
      "before the last stage", (*RAMP, "loop.max_steps=201")),
     ((*RAMP, "accumulation.unit=tokens"), "accumulation.stages=[{start:0,batch_size:2},{start:25600,batch_size:4}]",
      "before the last stage", (*RAMP, "accumulation.unit=tokens", "loop.max_steps=201")),
-    (("recovery.skip_after=0",), "recovery.skip_batches=5", "no data are left out", ()),
+    (("recovery.skip_after=0",), "recovery.skip_batches=5", "no data are skipped", ()),
     (("recovery.rollback_after=0",), "recovery.rollback_steps=5", "the run never rolls back", ()),
     (("recovery.lower_rate_at=0",), "recovery.lower_rate_steps=5", "the learning rate is never lowered", ()),
     (("recovery.loss_deviations=0",), "recovery.loss_floor=0.1", "the loss is not judged", ()),

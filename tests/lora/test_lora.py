@@ -34,8 +34,11 @@ def model(tmp_path: Path) -> Callable[[str], LanguageModel]:
     return lambda family: make_pair(family, tmp_path).ours
 
 
+BATCH = batch_of(IDS[:, :-1], IDS[:, 1:])  # outside of any fake mode
+
+
 def loss_of(model: LanguageModel) -> Tensor:
-    (total,) = as_unit(model)(batch_of(IDS[:, :-1], IDS[:, 1:])).values()
+    (total,) = as_unit(model)(BATCH).values()
     return total
 
 

@@ -38,6 +38,9 @@ class Model(nn.Module):
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=generator).to(dtype)))
 
+    def named_weights(self):
+        yield from self.named_parameters()
+
     def layer_index(self, name):
         return 0 if name == "embedding" else 1
 
@@ -123,8 +126,7 @@ def second_moments(option, gradients, beta2):
     parameter = nn.Parameter(torch.zeros(16, 16))
     model = nn.Module()
     model.register_parameter("weight", parameter)
-    model.layer_index = lambda name: 1
-    optimizer = option(min_elements=1, betas=[0.9, beta2]).build(model)
+    optimizer = option(min_elements=1, betas=[0.9, beta2]).build(as_unit(model))
     for gradient in gradients:
         parameter.grad = gradient.view(16, 16)
         optimizer.step()
@@ -160,8 +162,7 @@ def test_a_second_moment_too_small_for_its_block_gives_a_bounded_update():
     parameter = nn.Parameter(torch.zeros(16, 16))
     model = nn.Module()
     model.register_parameter("weight", parameter)
-    model.layer_index = lambda name: 1
-    optimizer = OPTIONS["8bit"](min_elements=1, lr=1.0, weight_decay=0.0, eps=1e-30).build(model)
+    optimizer = OPTIONS["8bit"](min_elements=1, lr=1.0, weight_decay=0.0, eps=1e-30).build(as_unit(model))
     for step in range(40):
         before = parameter.detach().clone()
         gradient = torch.full((256,), 1e-8 if step < 20 else 0.0)
