@@ -324,7 +324,7 @@ def test_help_follows_the_overrides(tmp_path: Path) -> None:
     assert re.search(r"^  optimizer\.ns_steps=5 +Newton-Schulz", shown, re.MULTILINE)
     assert re.search(r"^  optimizer\.lr=5e-05 +peak learning rate", shown, re.MULTILINE)  # the recipe's
     assert "lora.also_train=[]" in shown
-    assert "what an objective adds" in " ".join(shown.split())  # a comment's second line
+    assert "the layer that an objective adds" in " ".join(shown.split())  # a comment's second line
 
 
 def test_help_of_resume_shows_the_values_of_the_run(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from llmtrain.checkpoint.optimizer_state import state_tensors
 from llmtrain.optimizer.adamw_8bit import AdamW8bit
 from llmtrain.optimizer.adamw_bf16 import AdamWBF16
 from llmtrain.optimizer.blockwise_quantization import Codebook, dequantise
+from tests.helpers.units import as_unit
 
 BASE = {"lr": 0.01, "weight_decay": 0.1, "layer_decay": 1.0, "rules": [], "betas": [0.9, 0.95], "eps": 1e-8}
 OPTIONS = {
