@@ -1,4 +1,4 @@
-"""Where checkpoints are: found in a run directory, by step."""
+"""The checkpoints of a run directory, by step."""
 
 import re
 from pathlib import Path
@@ -34,7 +34,7 @@ def locate_checkpoint(target: Path) -> Path:
 
 
 def newest_run_in(folder: Path) -> str:
-    """What to say of a folder that is no run: which of the runs in it is the newest."""
+    """The end of a message about a folder that is no run: the newest run in it."""
     runs = [path.parent for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/{CONFIG}")]
     if not runs:
         return ""
@@ -42,5 +42,5 @@ def newest_run_in(folder: Path) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint's name says."""
+    """The step in a checkpoint's name."""
     return int(checkpoint.name.rpartition("-")[2])

@@ -1,7 +1,7 @@
-"""Files that are whole or absent, and the checkpoint directory built from them.
+"""The checkpoint directory: complete or absent, with a manifest of its files.
 
 A checkpoint is written into ``.tmp-…``, each file fsynced, the manifest last, then the directory is renamed and its
-parent fsynced: a kill at any moment leaves either no checkpoint or a whole one (and a ``.tmp-…`` that the next
+parent fsynced: a kill at any moment leaves either no checkpoint or a complete one (and a ``.tmp-…`` that the next
 writer sweeps away).  Tensors are safetensors, everything else JSON or YAML; nothing is pickled.
 """
 
@@ -53,30 +53,30 @@ def write_checkpoint(
         fsync(temporary / MANIFEST)
         fsync(temporary)
         replace_directory(temporary, path)
-    except SafetensorError as error:  # what safetensors makes of a failed write
+    except SafetensorError as error:  # safetensors' error for a failed write
         raise OSError(f"writing {path} failed: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _manifest_entry(path: Path) -> dict[str, Any]:
-    """What the manifest says of a file, once that is on the disk."""
+    """Sync a file to the disk; return its entry in the manifest."""
     fsync(path)
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _render_manifest(manifest: dict[str, Any]) -> str:
-    """The manifest's text, its own sha256 in it: a change of any byte of it shows."""
+    """The manifest's text, with its own sha256: a change of any byte is found."""
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(body, indent=1).encode()).hexdigest()
     return json.dumps({**body, "sha256": digest}, indent=1) + "\n"
 
 
 def copy_checkpoint(source: Path, path: Path) -> None:
-    """Make ``path`` the checkpoint that ``source`` is, whole or not at all: hard links where the disk has them.
+    """Copy the checkpoint ``source`` to ``path``, completely or not at all; as hard links where the disk allows.
 
     A checkpoint's files are replaced, never changed in place, so two runs can share them.  Raises OSError, and
-    :class:`CheckpointError` if a copy is not what the manifest says.
+    :class:`CheckpointError` if a copy does not agree with the manifest.
     """
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def copy_checkpoint(source: Path, path: Path) -> None:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint: a kill on the way leaves it whole, or leftovers to be swept."""
+    """Remove a checkpoint: a kill meanwhile leaves it intact, or leftovers to be swept."""
     doomed = path.with_name(f".tmp-removed-{path.name}-{os.getpid()}")
     path.rename(doomed)
     fsync(path.parent)
@@ -111,7 +111,7 @@ def confirm_checkpoint(path: Path, *, model: dict[str, Tensor], optimizer: dict[
     for name, tensors in ((MODEL, model), (OPTIMIZER, optimizer)):
         with safe_open(path / name, framework="pt") as file:
             if set(file.keys()) != tensors.keys():
-                raise CheckpointError(f"{path / name}: holds other tensors than were written")
+                raise CheckpointError(f"{path / name}: does not hold the tensors that were written")
             for key, tensor in tensors.items():
                 if not _same_bytes(file.get_tensor(key), tensor):
                     raise CheckpointError(f"{path / name}: {key} reads back differently from what was written")

@@ -1,4 +1,4 @@
-"""The model in a checkpoint: the tensors that are saved, and how they are read back."""
+"""The model in a checkpoint: the tensors that are saved, and their restoration."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +27,7 @@ def restore_model(unit: TrainingUnit, path: Path) -> None:
 def read_fitting(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of the file ``path``, on the device of those ``expected``.
 
-    Raises :class:`CheckpointError` unless they have the names and shapes of those.
+    Raises :class:`CheckpointError` unless names and shapes are the same.
     """
     device = next(iter(expected.values())).device if expected else "cpu"
     tensors = read_tensors(path, device)

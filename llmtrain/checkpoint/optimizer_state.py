@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Python numbers in a state are kept as 0-dimensional tensors; the end of the key says what they were.
+# Python numbers in a state are kept as 0-dimensional tensors; the end of the key names their type.
 NUMBERS: dict[type, torch.dtype] = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state as ``{"<parameter name>/<state key>": tensor}``.
 
-    Tensors are the optimizer's own, not copies, on the devices they live on.  A Python number becomes a tensor under
+    Tensors are the optimizer's own, not copies, on their devices.  A Python number becomes a tensor under
     ``"<parameter name>/<state key>:<its type>"``.
     """
     tensors = {}
@@ -32,7 +32,7 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Set the state of ``optimizer`` from what :func:`state_tensors` gave; in place, so that it is not held twice.
+    """Set the state of ``optimizer`` from the tensors of :func:`state_tensors`; in place, so that it is not held twice.
 
     An optimizer that makes its state at the first step takes the tensors as torch's ``load_state_dict`` does.
     Raises ValueError that names the entries if some are missing, not known, or of another shape or type.
@@ -78,7 +78,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]
 
 
 def _split(entry: str) -> tuple[str, str, bool]:
-    """Parameter name, state key, and whether the value was a Python number."""
+    """Parameter name, state key, and True if the value was a Python number."""
     name, _, key = entry.partition("/")
     key, _, number = key.partition(":")
     return name, key, bool(number)

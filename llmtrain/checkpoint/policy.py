@@ -1,4 +1,4 @@
-"""When checkpoints are written, which are kept, and how a run comes back from one."""
+"""The policy of writing and keeping checkpoints."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ from typing import Any
 from llmtrain.base.checks import non_negative
 from llmtrain.base.options import Option, RunFacts
 
-SHORT_SAVE = 1.0  # seconds: such a save is made ahead of every evaluation
-MAX_SHARE = 0.1  # of the training since the save before, that a longer one ahead of an evaluation may take
+SHORT_SAVE = 1.0  # seconds: a save this short is made before every evaluation
+MAX_SHARE = 0.1  # of the training since the last save: the most that a longer save before an evaluation may take
 
 
 @dataclass(frozen=True)
@@ -46,25 +46,25 @@ class Checkpoint(Option):
         return unread
 
     def is_due(self, step: int, seconds: float) -> bool:
-        """Whether to save after ``step`` steps, ``seconds`` after the last save."""
+        """Return whether to save after ``step`` steps, ``seconds`` after the last save."""
         by_steps = self.every_steps > 0 and step % self.every_steps == 0
         return by_steps or 0 < 60 * self.every_minutes <= seconds
 
     def is_due_ahead(self, trained: float, cost: float) -> bool:
-        """Whether to save ahead of an evaluation, ``trained`` seconds of training after a save that took ``cost``.
+        """Return whether to save before an evaluation, ``trained`` seconds of training after a save that took ``cost``.
 
-        What an evaluation could lose is that training.  ``cost`` is 0 where none has been made yet.
+        A failed evaluation would lose that training.  ``cost`` is 0 before the first save.
         """
         return self.before_evaluation and (cost < SHORT_SAVE or cost <= MAX_SHARE * trained)
 
     def kept(self) -> int:
-        """How many checkpoints are on the disk in the long run, apart from those of ``keep_every``; at least 1."""
+        """The number of checkpoints on the disk in the long run, apart from those of ``keep_every``; at least 1."""
         return max(self.keep_last, 1) + self.keep_best
 
     def superfluous(self, steps: Sequence[int], standings: Mapping[int, Any]) -> set[int]:
-        """Which of the whole checkpoints at ``steps`` need not be kept.
+        """Choose those of the intact checkpoints at ``steps`` that need not be kept.
 
-        ``standings``: of what was evaluated by step, the least being the best.  ``keep_last=0`` keeps all.
+        ``standings``: the scores of evaluated steps, the least being the best.  ``keep_last=0`` keeps all.
         """
         if not self.keep_last:
             return set()

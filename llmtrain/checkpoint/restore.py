@@ -20,8 +20,8 @@ def restore(
 ) -> dict[str, Any]:
     """Fill ``unit`` and ``optimizer`` from the checkpoint at ``path`` and return the content of its state file.
 
-    The caller has compared the checkpoint with its manifest.  With ``fresh_optimizer`` the optimizer keeps the state
-    that it has.  Raises :class:`CheckpointError` naming the file.
+    The caller has compared the checkpoint with its manifest.  With ``fresh_optimizer`` the optimizer keeps its own
+    state.  Raises :class:`CheckpointError` naming the file.
     """
     restore_model(unit, path / MODEL)
     try:
@@ -37,9 +37,9 @@ def restore(
 def newest_intact(
     checkpoints: Sequence[Path], *, at_most: int | None = None, known: Collection[Path] = ()
 ) -> tuple[Path | None, list[CheckpointError]]:
-    """The newest of ``checkpoints`` that agrees with its manifest, and what is wrong with those passed over.
+    """The newest of ``checkpoints`` that agrees with its manifest, and the errors of the newer ones.
 
-    ``at_most`` leaves out later steps; those in ``known`` are whole already.  None where there is no whole one.
+    ``at_most`` leaves out later steps; those in ``known`` are known to be intact.  None if no checkpoint is intact.
     """
     damaged: list[CheckpointError] = []
     for path in sorted(checkpoints, reverse=True):

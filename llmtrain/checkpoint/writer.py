@@ -1,10 +1,10 @@
-"""Checkpoints written behind training's back.
+"""Checkpoints written while training continues.
 
-Weights and optimizer state change in one place, the optimizer's step.  So a save only notes that they are to be
-copied: the copy to the host goes on beside the next forward and backward pass, and the next update waits for it, on
-a GPU without the host noticing.  Hashing, writing, syncing, renaming, reading back and the removal of older
-checkpoints follow in a thread of low priority.  At most one save is under way; what becomes of it is reported to the
-training thread, which alone writes metrics and decides.
+Weights and optimizer state change in one place, the optimizer's step.  So a save only starts a copy to the host, which
+runs beside the next forward and backward pass; the next update waits for it, on a GPU without holding up the host.
+Hashing, writing, syncing, renaming, reading back and the removal of older checkpoints follow in a thread of low
+priority.  At most one save is under way; its result is reported to the training thread, which alone writes metrics and
+decides.
 """
 
 import os
@@ -32,7 +32,7 @@ from llmtrain.checkpoint.policy import Checkpoint
 from llmtrain.checkpoint.restore import newest_intact
 from llmtrain.metrics import ValidationScore
 
-NICENESS = 10  # of the writing thread: it takes what the training threads leave
+NICENESS = 10  # of the writing thread: it takes the time that the training threads leave
 COPY_BYTES = 1 << 24  # copied at once on a CPU
 
 
@@ -42,16 +42,16 @@ class SaveResult:
 
     step: int
     path: Path
-    seconds: float = 0.0  # from the call to the end of all that belongs to it
+    seconds: float = 0.0  # from the call to the end of the last task
     held_seconds: float = 0.0  # of these, spent by the training thread
-    error: Exception | None = None  # it was not written, or does not read back
-    copied: bool = False  # from a copy, which alone the next update waits for
+    error: Exception | None = None  # not written, or read back differently
+    copied: bool = False  # True: written from a copy; the next update waits for the copy alone
     removed: list[int] = field(default_factory=list)  # steps whose checkpoints were removed after it
-    damaged: list[str] = field(default_factory=list)  # messages about older checkpoints that are not whole
+    damaged: list[str] = field(default_factory=list)  # messages about damaged older checkpoints
 
 
 class Snapshot:
-    """Host copies of the tensors of a moment.  The buffers are kept from one save to the next."""
+    """Host copies of tensors at one moment.  The buffers are reused by the next save."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -85,7 +85,7 @@ class Snapshot:
         return torch.empty(source.shape, dtype=source.dtype, pin_memory=self._stream is not None)
 
     def finish(self) -> None:
-        """In the writing thread: copy, or wait until the device has."""
+        """In the writing thread: copy, or wait until the device has copied."""
         try:
             if self._event is not None:
                 self._event.synchronize()
@@ -97,7 +97,7 @@ class Snapshot:
             self._copied.set()
 
     def before_change(self) -> None:
-        """In the training thread, ahead of the update: wait for the copy; on a GPU only its stream does."""
+        """In the training thread, before the update: wait for the copy; on a GPU only the stream waits."""
         if self._event is not None:
             torch.cuda.current_stream(self.device).wait_event(self._event)
         elif not self._copied.is_set():
@@ -105,7 +105,7 @@ class Snapshot:
 
 
 def _copy(target: Tensor, source: Tensor) -> None:
-    """On one thread and without Python's lock; torch's copy would start threads that compete with training's."""
+    """Copy on one thread and without Python's lock; torch would start threads that compete with training's."""
     if not source.is_contiguous():
         target.copy_(source)
         return
@@ -115,9 +115,10 @@ def _copy(target: Tensor, source: Tensor) -> None:
 
 
 class Saver:
-    """Writes the checkpoints of one run in ``run_dir`` by ``policy``.  A context manager: leaving it waits.
+    """Writes the checkpoints of one run in ``run_dir`` by ``policy``.  A context manager, whose exit waits for the save
+    under way.
 
-    ``config_text`` is the run's ``config.yaml``, which each checkpoint holds.  ``can_restore`` tells whether a
+    ``config_text`` is the run's ``config.yaml``, which each checkpoint holds.  ``can_restore`` returns whether a
     checkpoint's optimizer state is of the kind of optimizer that the run has now.
     """
 
@@ -134,7 +135,7 @@ class Saver:
         self.run_dir = run_dir
         self.intact: set[Path] = set()  # written and read back here, or compared with their manifests
         self.damaged: set[Path] = set()
-        self.is_behind = policy.asynchronous  # whether training goes on while a checkpoint is written
+        self.is_behind = policy.asynchronous  # True: training continues while a checkpoint is written
         self._config_text = config_text
         self._can_restore = can_restore
         self._snapshot = Snapshot(device)
@@ -148,19 +149,19 @@ class Saver:
         return find_checkpoints(self.run_dir)
 
     def newest_to_roll_back_to(self, *, at_most: int) -> tuple[Path | None, list[CheckpointError]]:
-        """The newest intact checkpoint up to step ``at_most`` whose optimizer state fits, and what damaged others."""
+        """The newest intact checkpoint up to step ``at_most`` whose optimizer state fits, and the errors of others."""
         fitting = [path for path in self.checkpoints() if self._can_restore(path)]
         return newest_intact(fitting, at_most=at_most, known=self.intact)
 
     def check_memory(self, num_bytes: int) -> str | None:
-        """What to tell the user where host memory has no room for a copy of ``num_bytes``: training then waits."""
+        """Switch to waiting if host memory has no room for a copy of ``num_bytes``; return the message about it."""
         available = available_memory()
         if not self.is_behind or available is None or available > 1.25 * num_bytes:
             return None
         self.is_behind = False
         return (
             f"checkpoint.asynchronous=true: a copy for it takes {size(num_bytes)} of host memory and {size(available)} "
-            "are free; training waits while a checkpoint is written (checkpoint.asynchronous=false says the same)"
+            "are free; training waits while a checkpoint is written, as with checkpoint.asynchronous=false"
         )
 
     def begin(
@@ -172,12 +173,10 @@ class Saver:
         *,
         copied: bool = True,
     ) -> None:
-        """Start to write the checkpoint of this moment.  The one before must have been collected.
+        """Start to write a checkpoint.  The result of the save before must have been collected.
 
-        ``scores``: of the validations by step, the least being the best.
-
-        Without ``copied`` it is written from the tensors themselves: for when no update comes before it is through.
-        One that does come waits for it.
+        ``scores``: of the validations by step, the least being the best.  Without ``copied`` the checkpoint is written
+        from the tensors themselves, and an update waits until it is written.
         """
         assert self._future is None
         self._begun = time.perf_counter()
@@ -204,7 +203,7 @@ class Saver:
             self._wait()
 
     def before_update(self) -> None:
-        """To be called before weights or optimizer state change."""
+        """Wait as far as needed; call it before weights or optimizer state change."""
         if self._saved is None:
             return
         if not self._saved.copied:
@@ -215,7 +214,7 @@ class Saver:
             self._saved.held_seconds += time.perf_counter() - start
 
     def collect(self, *, wait: bool) -> SaveResult | None:
-        """What became of the save under way, once; None where there is none, or it is not through yet."""
+        """Return the result of the save under way, once; None if there is none, or it has not ended."""
         if self._future is None or not (wait or self._future.done()):
             return None
         self._wait()
@@ -231,7 +230,7 @@ class Saver:
         self._saved.held_seconds += time.perf_counter() - start
 
     def close(self) -> None:
-        """Let the save under way come to its end."""
+        """Wait for the end of the save under way."""
         self._pool.shutdown(wait=True)
 
     def __enter__(self) -> Self:
@@ -264,7 +263,7 @@ class Saver:
         saved.seconds = time.perf_counter() - self._begun
 
     def _remove_superfluous(self, saved: SaveResult, scores: Mapping[int, ValidationScore]) -> None:
-        """Remove what the policy does not keep; a damaged checkpoint neither counts nor goes."""
+        """Remove checkpoints that the policy does not keep; damaged ones are neither counted nor removed."""
         for path in self.checkpoints():
             if path not in self.intact and path not in self.damaged:
                 try:
@@ -281,5 +280,5 @@ class Saver:
 
 
 def _lower_priority() -> None:
-    if sys.platform == "linux":  # where a thread has a priority of its own
+    if sys.platform == "linux":  # the only system where threads have their own priority
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

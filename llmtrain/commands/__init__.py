@@ -1,1 +1,1 @@
-"""The verbs: one module each, with ``main(config, invocation) -> exit status``."""
+"""The verbs of the command line: one module each, with ``main(config, invocation) -> exit status``."""

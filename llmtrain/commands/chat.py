@@ -1,4 +1,4 @@
-"""``llmtrain chat RUN``: talk to a model in the terminal, in the template that it was taught."""
+"""``llmtrain chat RUN``: talk to a model in the terminal, in the template that it was trained with."""
 
 import contextlib
 import secrets
@@ -23,16 +23,16 @@ from llmtrain.run.load import load_model
 from llmtrain.run.text_generation import check_generates, template_of
 
 COMMANDS = {
-    "/reset": "forget what was said",
+    "/reset": "forget the conversation",
     "/save FILE": "append the conversation to a JSONL file, as data=instruction reads it",
-    "/system TEXT": "start again with this for the system to say",
+    "/system TEXT": "start again with this system message",
     "/undo": "take back the last message and its reply",
-    "/retry": "another reply to the last message",
-    "/history": "show what was said",
-    "/help": "this list",
+    "/retry": "write another reply to the last message",
+    "/history": "show the conversation",
+    "/help": "show this list",
     "/exit": "leave (also Ctrl-D); Ctrl-C cuts a reply short",
 }
-LEAVING = ("exit", "quit", "bye")  # what people type who want to leave; from a file it is a message like any other
+LEAVING = ("exit", "quit", "bye")  # typed by people who want to leave; in a file they are messages like any other
 HISTORY_LINES = 1000
 
 
@@ -57,12 +57,12 @@ class Chat:
         self.sampling()
 
     def sampling(self) -> Sampling:
-        """How tokens are chosen."""
+        """The choice of the next token."""
         return Sampling(self.temperature, self.top_k, self.top_p)
 
 
 def main(settings: Chat, invocation: Invocation) -> int:
-    """Read messages, stream replies, until there is no more to read."""
+    """Read messages and stream replies until the input ends."""
     checkpoint = locate_checkpoint(invocation.targets[0])
     console = Console(highlight=False, soft_wrap=True)
     runtime = Runtime.for_inference(settings.device)
@@ -81,7 +81,7 @@ def main(settings: Chat, invocation: Invocation) -> int:
         if sys.stdin.isatty():
             what = f"{visible(trained.run.name)}, step {trained.state.step:,}"
             reads = f"context {trained.model.context_length:,} tokens"
-            console.print(Text(f"{what}, {reads}; /help for what else there is", style="dim"))
+            console.print(Text(f"{what}, {reads}; /help lists the commands", style="dim"))
         with line_editing() as read:
             while (line := read()) is not None:
                 if not line.strip():
@@ -98,7 +98,7 @@ def main(settings: Chat, invocation: Invocation) -> int:
 
 
 def answer(text: str, conversation: Conversation, console: Console) -> None:
-    """Stream the reply to ``text``; Ctrl-C leaves it as far as it has come."""
+    """Stream the reply to ``text``; Ctrl-C cuts it short."""
     is_terminal = sys.stdout.isatty()
     room = conversation.room
     reply = conversation.reply(text)
@@ -117,7 +117,7 @@ def answer(text: str, conversation: Conversation, console: Console) -> None:
 
 
 def obey(line: str, conversation: Conversation, console: Console) -> bool:
-    """Do what a line that begins with a slash asks for; whether to go on."""
+    """Carry out a line that begins with a slash; return whether the conversation continues."""
     command, _, argument = line.partition(" ")
     argument = argument.strip()
     match command:
@@ -165,7 +165,7 @@ def obey(line: str, conversation: Conversation, console: Console) -> bool:
 
 
 def take_back(conversation: Conversation) -> str:
-    """Drop the last message of the user's and all that follows; returns its text."""
+    """Drop the user's last message and all that follows it; return its text."""
     last = max(at for at, message in enumerate(conversation.messages) if message.role == "user")
     text = conversation.messages[last].text
     conversation.messages = conversation.messages[:last]
@@ -180,7 +180,7 @@ def line_editing() -> Iterator:
         return
     try:
         import readline
-    except ImportError:  # a Python without it: lines can still be typed
+    except ImportError:  # a Python without readline: lines can still be typed
         yield lambda: _input()
         return
     history = cache_folder() / "chat_history"
@@ -202,5 +202,5 @@ def _input() -> str | None:
         except EOFError:
             print()
             return None
-        except KeyboardInterrupt:  # drops the line that is being typed
+        except KeyboardInterrupt:  # drop the line that is being typed
             print()

@@ -1,6 +1,7 @@
-"""``llmtrain export TARGET to=DIR``: a run's model as transformers or PEFT load it, loaded back before it is there.
+"""``llmtrain export TARGET to=DIR``: a run's model in the form that transformers or PEFT load.
 
-Everything is written into a directory beside ``to``, compared with the model that it was written from, and renamed.
+Everything is written into a directory beside ``to``, loaded back, compared with the model that it was written from, and
+renamed.
 """
 
 import os
@@ -52,21 +53,21 @@ from llmtrain.weights.huggingface import HuggingFace
 
 
 class Format(Enum):
-    """For whom."""
+    """The format of the files: by the library that loads them."""
 
     huggingface = "huggingface"
     peft = "peft"
 
 
 class DType(Enum):
-    """Of the weights in the files."""
+    """The type of the weights in the files."""
 
     fp32 = torch.float32
     bf16 = torch.bfloat16
     fp16 = torch.float16
 
 
-STORED = {"float32": DType.fp32, "bfloat16": DType.bf16, "float16": DType.fp16}  # as config.json says it
+STORED = {"float32": DType.fp32, "bfloat16": DType.bf16, "float16": DType.fp16}  # as config.json spells it
 
 
 @dataclass(frozen=True)
@@ -84,26 +85,26 @@ class Export:
         positive(shard_gb=self.shard_gb)
         path = Path(self.to)
         if path.is_symlink() or (path.exists() and not path.is_dir()):
-            raise ValueError(f"to={self.to}: there is something else of that name; name a new directory")
+            raise ValueError(f"to={self.to}: something that is not a directory has this name; name a new directory")
         if path.is_dir() and any(path.iterdir()):
-            raise ValueError(f"to={self.to}: not empty; nothing is written over, name a new directory")
+            raise ValueError(f"to={self.to}: not empty, and nothing is overwritten; name a new directory")
         if self.format is Format.peft and self.dtype is not None:
             raise ValueError(f"dtype={self.dtype.name}: adapters are written as they were trained; leave it out")
 
 
 def main(settings: Export, invocation: Invocation) -> int:
-    """Write, load back, compare, rename; 1 if what was written is not the model."""
+    """Write, load back, compare, rename; return 1 if the files do not hold the model."""
     checkpoint = locate_checkpoint(invocation.targets[0])
     to = Path(settings.to).absolute()
     temporary = to.with_name(f".tmp-{to.name}-{os.getpid()}")
-    # On the host, whose arithmetic is that of fp32.
+    # On the CPU, which computes in fp32.
     loaded = load_model(checkpoint, Runtime.for_inference(Device.cpu), base=settings.base, plugins=settings.plugins)
     try:
         with loaded as trained:
             to.parent.mkdir(parents=True, exist_ok=True)
             temporary.mkdir()
-            one = whole if settings.format is Format.huggingface else adapter
-            one(settings, trained, temporary)
+            write = write_model if settings.format is Format.huggingface else write_adapters
+            write(settings, trained, temporary)
         if to.is_dir():
             to.rmdir()  # an empty one
         temporary.rename(to)
@@ -119,21 +120,21 @@ def main(settings: Export, invocation: Invocation) -> int:
 # --- the whole model ----------------------------------------------------------------------------------------------
 
 
-def whole(settings: Export, trained: LoadedModel, folder: Path) -> None:
-    """``format=huggingface``."""
+def write_model(settings: Export, trained: LoadedModel, folder: Path) -> None:
+    """Write the model, adapters merged: ``format=huggingface``."""
     unit, run, labels = trained.unit, trained.run, trained.state.labels
     model = unit.model
     dtype = (settings.dtype or type_of_base(run)).value
     contents, pad = tokenizer_files(trained, may_add=True)
     tokens = {"bos_token_id": trained.tokenizer.bos, "eos_token_id": trained.tokenizer.end_of_text, "pad_token_id": pad}
     multi_label = bool(getattr(run.objective, "multi_label", False))
-    values = config_json(unit, dtype, tokens, labels, multi_label)  # refused, if it is, before anything is computed
+    values = config_json(unit, dtype, tokens, labels, multi_label)  # may refuse the model: before anything is computed
     is_tied = not hasattr(model, HEAD)
     merge(model, has_output=unit.uses_output_layer)
     unit.has_base = False
     if is_tied and hasattr(model, HEAD):
         values = config_json(unit, dtype, tokens, labels, multi_label)
-        print("the output layer, which was the embedding, is a matrix of its own: the adapter is for the input alone")
+        print("the output layer, which was the embedding, is now a separate matrix: the adapter is for the input alone")
     before = reference_logits(trained)
     if dtype != torch.float32:
         with torch.no_grad():
@@ -146,43 +147,43 @@ def whole(settings: Export, trained: LoadedModel, folder: Path) -> None:
     generation = {"eos_token_id": ends_of(trained)}
     write_checkpoint(unit, folder, values, generation, dtype=dtype, shard_bytes=round(settings.shard_gb * 1e9))
     write_files(contents, folder)
-    unit.to_empty(device="meta")  # its memory goes before the copy's comes
+    unit.to_empty(device="meta")  # frees its memory before the copy is loaded
     check_logits("this program", before, reloaded_logits(folder, config_of(model), len(labels), before.prompts))
     if not is_installed("transformers"):
-        print("with transformers: not compared, it is not installed")
+        print("with transformers: not compared; it is not installed")
     elif values["model_type"] == "baichuan":
-        print("with transformers: not compared, it has no Baichuan of its own")
+        print("with transformers: not compared; it has no Baichuan model")
     else:
         check_logits("transformers", before, transformers_logits(folder, trained, before.prompts))
 
 
 def type_of_base(run: RunConfig) -> DType:
-    """The type that merged weights are stored in unless the user names one."""
+    """The default type of merged weights in the files."""
     if run.lora.adapts and isinstance(run.weights, HuggingFace):
         values = ConfigJson.read(locate_directory(run.weights.path)).values
         return STORED.get(str(values.get("dtype") or values.get("torch_dtype")), DType.fp32)
     return DType.fp32
 
 
-def taught(trained: LoadedModel) -> ChatTemplate | None:
+def template_of_data(trained: LoadedModel) -> ChatTemplate | None:
     """The template of the run's instructions; None for other data."""
     return template_of(trained, None, None) if hasattr(trained.run.data, "template") else None
 
 
 def ends_of(trained: LoadedModel) -> int | list[int]:
     """The ids that end a text, and those that end a response in the run's template."""
-    end, template = trained.tokenizer.end_of_text, taught(trained)
+    end, template = trained.tokenizer.end_of_text, template_of_data(trained)
     others = set() if template is None else ConversationEncoder(trained.tokenizer, template).stops(template)[0] - {end}
     return [end, *sorted(others)] if others else end
 
 
 def tokenizer_files(trained: LoadedModel, *, may_add: bool) -> tuple[dict[str, str], int | None]:
-    """The files of the tokenizer by name, and the id of what pads a batch of texts for a classifier.
+    """The files of the tokenizer by name, and the id of the token that pads texts for a classifier.
 
-    transformers' classifiers read the last token that is no padding.  Where the token that ends a text is read, it
-    cannot pad too: without a token for that, one more is added behind the vocabulary if that ``may_add``.
+    A classifier of transformers reads the last token that is not padding.  If that is the end-of-text token, it cannot
+    serve as padding too: a padding token is then added behind the vocabulary, where ``may_add`` permits it.
     """
-    tokenizer, data, template = trained.tokenizer, trained.run.data, taught(trained)
+    tokenizer, data, template = trained.tokenizer, trained.run.data, template_of_data(trained)
     source = to_jinja(template, has_bos=tokenizer.bos is not None) if isinstance(template, MarkupTemplate) else None
     contents = export_files(tokenizer, trained.model.context_length, source)
     if not isinstance(data, LabelledText):
@@ -199,7 +200,7 @@ def tokenizer_files(trained: LoadedModel, *, may_add: bool) -> tuple[dict[str, s
 
 
 def write_files(contents: dict[str, str], folder: Path) -> None:
-    """Text files by name."""
+    """Write text files, given by name."""
     for name, text in contents.items():
         (folder / name).write_text(text, encoding="utf-8")
 
@@ -207,8 +208,8 @@ def write_files(contents: dict[str, str], folder: Path) -> None:
 # --- the adapters -------------------------------------------------------------------------------------------------
 
 
-def adapter(settings: Export, trained: LoadedModel, folder: Path) -> None:
-    """``format=peft``."""
+def write_adapters(settings: Export, trained: LoadedModel, folder: Path) -> None:
+    """Write the adapters alone: ``format=peft``."""
     unit, run, labels = trained.unit, trained.run, trained.state.labels
     model = unit.model
     if not isinstance(run.lora, LowRankAdaptation):
@@ -222,10 +223,10 @@ def adapter(settings: Export, trained: LoadedModel, folder: Path) -> None:
     before = reference_logits(trained)
     transposed = is_transposed(family, model, kind)
     export_adapter(unit, run.lora, names, folder, base=base, fan_in_fan_out=transposed)
-    contents, pad = tokenizer_files(trained, may_add=False)  # of the base nothing is changed
+    contents, pad = tokenizer_files(trained, may_add=False)  # the base stays as it is
     write_files(contents, folder)
     if labels and pad is None:
-        print("its tokenizer has no token that could pad: texts have to be classified one at a time")
+        print("its tokenizer has no padding token: texts have to be classified one at a time")
     generator = torch.Generator().manual_seed(1)
     copy = build_unit(run, model.vocab_size, labels, torch.device("cpu"), generator, load_weights=False).eval()
     import_adapter(copy, run.lora, names, folder)
@@ -234,12 +235,12 @@ def adapter(settings: Export, trained: LoadedModel, folder: Path) -> None:
     if base is None:
         reason = "the base is another run's: export that too, and name it to PeftModel.from_pretrained"
     elif kind == "baichuan":
-        reason = "transformers has no Baichuan of its own"
+        reason = "transformers has no Baichuan model"
     elif not (is_installed("peft") and is_installed("transformers")):
         reason = "it is not installed"
     elif run.lora.quantization is not Quantization.none:
         reason = "its base would not be quantised"
     if reason or base is None:
-        print(f"with PEFT: not compared, {reason}")
+        print(f"with PEFT: not compared; {reason}")
     else:
         check_logits("PEFT", before, peft_logits(base, folder, len(labels), before.prompts))

@@ -1,4 +1,4 @@
-"""``llmtrain generate TARGET``: text from a run's or a checkpoint's model, as it is sampled."""
+"""``llmtrain generate TARGET``: text from the model of a run or checkpoint, streamed while it is sampled."""
 
 import json
 import secrets
@@ -24,7 +24,7 @@ from llmtrain.inference.generate import Sampling, generate, stream_text
 from llmtrain.run.load import LoadedModel, load_model
 from llmtrain.run.text_generation import check_generates, template_of
 
-AS_IT_IS, AS_TAUGHT = "none", "run"  # of the templates
+AS_IT_IS, AS_TAUGHT = "none", "run"  # values of ``template``
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Generate:
                 raise ValueError(f"output={self.output}: there is no directory {path.absolute().parent}")
 
     def sampling(self) -> Sampling:
-        """How tokens are chosen."""
+        """The choice of the next token."""
         return Sampling(self.temperature, self.top_k, self.top_p)
 
 
@@ -87,7 +87,7 @@ def main(settings: Generate, invocation: Invocation) -> int:
 
 
 class Writer:
-    """Texts that go on from prompts, one sample after the other from one sequence of random numbers."""
+    """A writer of texts that continue prompts; all samples draw from one sequence of random numbers."""
 
     def __init__(self, trained: LoadedModel, settings: Generate) -> None:
         self.trained, self.settings = trained, settings
@@ -102,7 +102,7 @@ class Writer:
             self.stop_ids, self.stop_texts = self.encoder.stops(self.template)
 
     def texts(self, prompt: str) -> Iterator[str]:
-        """What goes on from ``prompt``, as it comes."""
+        """The pieces of a text that continues ``prompt``, while it is sampled."""
         tokenizer, precision = self.trained.tokenizer, self.trained.precision
         if self.template is None:
             ids = tokenizer.encode(prompt).tolist()
@@ -124,7 +124,7 @@ class Writer:
 
 
 def write_rows(writer: Writer, settings: Generate) -> None:
-    """``{"prompt", "text"}`` for each prompt of the file, and the other columns that its row has."""
+    """Write ``{"prompt", "text"}`` for each prompt of the file, and the other columns that its row has."""
     assert settings.file is not None
     with rows_to(settings.output) as write_row:
         for prompt, columns in read_prompts(settings.file, settings.prompt_column):
@@ -148,7 +148,7 @@ def read_prompts(file: str, column: str) -> Iterator[tuple[str, dict[str, Any]]]
 
 @contextmanager
 def rows_to(output: str | None) -> Iterator[Any]:
-    """A function that writes a row; a file is there under its name once it is whole."""
+    """A function that writes a row; a file gets its name once it is complete."""
     if output is None:
         yield lambda row: write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
         return

@@ -28,7 +28,7 @@ from llmtrain.data.sources.records import Record, RecordReader, find_records
 from llmtrain.objective.classification import Classification, ClassifierUnit
 from llmtrain.run.load import LoadedModel, load_model
 
-WINDOW = 64  # batches that are read ahead, so that texts of like length go together
+WINDOW = 64  # batches that are read ahead, so that texts of similar length share a batch
 FORMATS = (".jsonl", ".csv")
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ class Predict:
     def __post_init__(self) -> None:
         positive(batch_size=self.batch_size)
         if not 0 < self.threshold < 1:
-            raise ValueError(f"threshold={self.threshold:g}: a probability, above 0 and below 1")
+            raise ValueError(f"threshold={self.threshold:g}: must be a probability, above 0 and below 1")
         if self.text is None and self.file is None:
             raise ValueError('text=null and file=null: give one of them, as in text="…" or file=messages.csv')
         if self.text is not None and self.file is not None:
@@ -80,28 +80,28 @@ def main(settings: Predict, invocation: Invocation) -> int:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model that tells classes apart, and what belongs to it."""
+    """A classifier, its tokenizer and its labels."""
 
     trained: LoadedModel
     data: LabelledText
     unit: ClassifierUnit
     labels: tuple[str, ...]
-    threshold: float  # of several labels a text: from which probability on one is given
+    threshold: float  # with several labels a text: the least probability of a predicted label
 
     @classmethod
     def of(cls, trained: LoadedModel, threshold: float, target: Path) -> "Predictor":
-        """Raises ValueError for a run that was not trained to tell classes apart."""
+        """The predictor of a loaded model.  Raises ValueError for a run that was not trained to classify."""
         run = trained.run
         if not isinstance(run.objective, Classification) or not isinstance(run.data, LabelledText):
             raise ValueError(
-                f"{target}: this run was not trained to tell classes apart (objective=classification); "
-                "llmtrain generate and llmtrain chat use what other runs have learnt"
+                f"{target}: this run was not trained to classify texts (objective=classification); "
+                "llmtrain generate and llmtrain chat take runs that write text"
             )
         assert isinstance(trained.unit, ClassifierUnit)
         return cls(trained, run.data, trained.unit, tuple(trained.state.labels), threshold)
 
     def probabilities(self, texts: Sequence[str]) -> torch.Tensor:
-        """Of each class ``(texts, classes)``, fp32, on the host; all texts at once."""
+        """The probability of each class ``(texts, classes)``, fp32, on the host; all texts at once."""
         encode = self.data.encoder(self.trained.tokenizer)
         ids = [encode(text).inputs for text in texts]
         width = padded(max(map(len, ids)), self.data.sequence_length)
@@ -114,7 +114,7 @@ class Predictor:
         return found.float().cpu()
 
     def decide(self, probabilities: Sequence[float]) -> list[str]:
-        """The likeliest class; of several labels a text those from the threshold on."""
+        """The likeliest class; with several labels a text, those from the threshold on."""
         if self.unit.multi_label:
             return [label for label, p in zip(self.labels, probabilities, strict=True) if p >= self.threshold]
         return [self.labels[int(np.argmax(probabilities))]]
@@ -123,7 +123,7 @@ class Predictor:
 def show(predictor: Predictor, text: str) -> None:
     """Print the classes of ``text``, the likeliest first."""
     if not text.strip():
-        raise ValueError(f"text={text!r}: there is nothing in it to tell the class of; give a text")
+        raise ValueError(f"text={text!r}: an empty text has no class; give a text")
     found = predictor.probabilities([text])[0].tolist()
     decided = predictor.decide(found)
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
@@ -133,7 +133,7 @@ def show(predictor: Predictor, text: str) -> None:
 
 
 def predict_file(predictor: Predictor, settings: Predict) -> None:
-    """A row for each of the file's, in its order; where it has labels, how many were found is told at the end."""
+    """Write a row for each row of the file, in its order; report the accuracy where the file has labels."""
     assert settings.file is not None
     column = settings.text_column or predictor.data.text_column
     key = "text_column"
@@ -164,14 +164,14 @@ def predict_file(predictor: Predictor, settings: Predict) -> None:
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """``items`` in lists of ``size``, the last may be shorter."""
+    """``items`` in lists of ``size``, of which the last may be shorter."""
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
 
 
 def true_labels(predictor: Predictor, record: Record) -> list[str] | None:
-    """The labels of a record as in training; None where it has none that are known."""
+    """The labels of a record as in training; None where it has no known label."""
     if predictor.data.label_column not in record.values:
         return None
     labels = list(predictor.data.read(record).labels)
@@ -180,7 +180,7 @@ def true_labels(predictor: Predictor, record: Record) -> list[str] | None:
 
 @contextmanager
 def writer(output: str | None, labels: Sequence[str]) -> Iterator[Any]:
-    """A function that writes a row; a file is there under its name once it is whole."""
+    """A function that writes a row; a file gets its name once it is complete."""
     if output is None:
         yield _jsonl(sys.stdout)
         return

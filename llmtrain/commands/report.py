@@ -13,7 +13,7 @@ from llmtrain.report.curves import draw_comparison, draw_run
 from llmtrain.report.runs import find_runs, summarise
 from llmtrain.report.table import Comparison, confusion_table
 
-MAX_MATRICES = 4  # runs; of more the confusion matrices are not printed
+MAX_MATRICES = 4  # runs; with more no confusion matrix is printed
 UNWRAPPED = 1000  # columns; a table in a pipe or file is as wide as it needs
 
 
@@ -25,7 +25,7 @@ class Report:
     plot: bool
 
     def comparison_path(self, targets: list[Path], runs: list[Path]) -> Path:
-        """Where the picture of several runs goes: ``output``, else into the sweep, else next to the first run."""
+        """The path of the picture of several runs: ``output``, else in the sweep, else next to the first run."""
         if self.output is not None:
             path = Path(self.output)
             if path.suffix.lower() != ".png":
@@ -51,7 +51,7 @@ def main(report: Report, invocation: Invocation) -> int:
     begun = [summary.path for summary in summaries if summary.state != "pending"]
     if report.plot and begun:
         written = [draw_run(run) for run in begun]
-        if len(begun) > 1:  # the runs' own pictures are where one expects them: loss.png in each
+        if len(begun) > 1:  # of several runs only the comparison is named; each has its loss.png
             written = [draw_comparison(begun, path)]
         console.print(Text("\ncurves: " + ", ".join(visible(str(picture)) for picture in written)), soft_wrap=True)
     return 0

@@ -12,14 +12,14 @@ from llmtrain.run.run import Run
 def main(run: Run, invocation: Invocation) -> int:
     """Continue the run at the target.
 
-    From a checkpoint that is not its newest, or with ``run_dir=…``, it continues in a run directory of its own.
+    From a checkpoint that is not its newest, or with ``run_dir=…``, it continues in a new run directory.
     """
     stored = invocation.stored
     assert isinstance(stored, StoredRun)
     directory = stored.directory
     branching = run.run_dir is not None or directory.is_older(stored.step)
     changed = changes(stored.completed, run)
-    check_changes(changed, branching=branching, has_base=run.lora.adapts)  # ahead of all that takes time
+    check_changes(changed, branching=branching, has_base=run.lora.adapts)  # before anything that takes time
     if branching:
         result = run.branch(stored, command=invocation.command)
         return FINISHED if result.exit_reason == "finished" else INTERRUPTED

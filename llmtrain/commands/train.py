@@ -5,6 +5,6 @@ from llmtrain.run.run import Run
 
 
 def main(run: Run, invocation: Invocation) -> int:
-    """Train ``run``; the exit status says how it ended."""
+    """Train ``run``; return the exit status."""
     result = run.train(command=invocation.command)
     return FINISHED if result.exit_reason == "finished" else INTERRUPTED

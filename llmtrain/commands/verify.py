@@ -1,9 +1,9 @@
-"""``llmtrain verify RUN_DIR``: the checkpoints byte by byte, then the resume proven by replaying steps.
+"""``llmtrain verify RUN_DIR``: a check of every byte of the checkpoints, and a replay of steps.
 
-The replay starts from the last checkpoint but one (or from step 0, where there is only one) as a resumed run would,
-trains up to the last one in a temporary directory, and compares every loss and gradient norm with the run's metrics
-and every tensor, counter and random number generator with what the last checkpoint holds: bit for bit where the
-arithmetic is reproducible, within ``tolerance`` where it is not.
+The replay proves that the run can be resumed.  It starts from the last checkpoint but one (or from step 0, where there
+is only one) as a resumed run would, trains up to the last one in a temporary directory, and compares every loss and
+gradient norm with the run's metrics and every tensor, counter and random number generator with those of the last
+checkpoint: bit for bit where the arithmetic is reproducible, within ``tolerance`` where it is not.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class Verify:
 
 
 def main(settings: Verify, invocation: Invocation) -> int:
-    """Check, replay, tell; 0 if all of it is as it was, else 1."""
+    """Check, replay and report; return 0 if everything agrees, else 1."""
     target = invocation.targets[0]
     console = Console(highlight=False)
     if (target / MANIFEST).is_file():
@@ -69,7 +69,7 @@ def main(settings: Verify, invocation: Invocation) -> int:
 
 
 def check_files(console: Console, checkpoints: Sequence[Path]) -> bool:
-    """Compare every file with its manifest; whether all are whole."""
+    """Compare every file with its manifest; return whether all are intact."""
     table = Table(box=None, pad_edge=False)
     table.add_column("checkpoint")
     table.add_column("size", justify="right")
@@ -79,7 +79,7 @@ def check_files(console: Console, checkpoints: Sequence[Path]) -> bool:
         total = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
         try:
             verify_checkpoint(path)
-            state = Text("whole", style="green")
+            state = Text("intact", style="green")
         except CheckpointError as error:
             errors.append(str(error))
             state = Text("damaged", style="bold red")
@@ -91,18 +91,18 @@ def check_files(console: Console, checkpoints: Sequence[Path]) -> bool:
 
 
 def fail(console: Console, message: str) -> int:
-    """Say what is wrong."""
+    """Print the error; return the exit status."""
     console.print(Text(f"failed: {visible(message)}", style="bold red"), soft_wrap=True)
     return FAILED
 
 
 def replay_and_compare(console: Console, settings: Verify, directory: RunDirectory, checkpoints: Sequence[Path]) -> int:
-    """Replay up to the last checkpoint, compare and tell."""
+    """Replay up to the last checkpoint, compare and report."""
     first, last = (checkpoints[-2] if len(checkpoints) > 1 else None), checkpoints[-1]
     start, end = (step_of(first) if first else 0), step_of(last)
     settled = last
     if changed := [step for step in changed_at(directory) if start < step < end]:
-        end, settled = changed[0], first or last  # what came after was trained with other settings
+        end, settled = changed[0], first or last  # later steps were trained with other settings
     if settings.replay_steps is not None:
         end = min(end, start + settings.replay_steps)
     logged = [step for step in logged_at(directory) if start < step <= step_of(last)]
@@ -124,13 +124,13 @@ def replay_and_compare(console: Console, settings: Verify, directory: RunDirecto
         stored["weights"] = {**stored["weights"], "path": settings.base}
     run = Run.from_config(complete(stored))
     run = dataclasses.replace(run, runtime=dataclasses.replace(run.runtime, device=settings.device))
-    run.runtime.torch_device()  # an error in the settings is none of the run's
+    run.runtime.torch_device()  # an error in these settings is not an error of the run
     console.print(f"\nreplaying {end - start:,} steps from {f'step {start:,}' if first else 'the start'}")
     with tempfile.TemporaryDirectory(prefix="llmtrain-verify-") as scratch, Progress(console=console) as progress:
         task = progress.add_task("", total=end - start, visible=console.is_terminal)
         try:
             replayed = replay(run, directory, Path(scratch), first, end, lambda: progress.advance(task))
-        except ValueError as error:  # the data are damaged, or others
+        except ValueError as error:  # the data are damaged, or other data
             return fail(console, "; ".join([str(error), *getattr(error, "__notes__", [])]))
         found = compare(replayed, directory, last if end == step_of(last) else None)
     return report(console, found, replayed.inexact, settings.tolerance)
@@ -163,7 +163,7 @@ def report(console: Console, found: ReplayComparison, inexact: str | None, toler
         return FAILED
     how = "bit for bit" if found.equal else f"within {tolerance:g} ({inexact})"
     console.print(
-        Text(f"verified, {how}: from its checkpoints the run goes on as it went", style="bold green"), soft_wrap=True
+        Text(f"verified, {how}: from its checkpoints the run continues as before", style="bold green"), soft_wrap=True
     )
     if found.remark:
         console.print(Text(visible(found.remark)), soft_wrap=True)

@@ -1,1 +1,1 @@
-"""From a composed config to checked dataclasses, and back to `config.yaml`."""
+"""Configs: composed, built as checked dataclasses, and stored as `config.yaml`."""

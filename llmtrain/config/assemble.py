@@ -1,4 +1,4 @@
-"""From settings to parts, in one visible order."""
+"""Building the parts of a run from its settings, in one order."""
 
 import contextlib
 import shutil
@@ -23,14 +23,14 @@ from llmtrain.train.state import TrainState
 from llmtrain.weights.adapters import start_from
 
 MOVED_BASE = (
-    "the weights that adapters were trained on have to be there; if they were moved, say where to: base=DIR (generate, "
-    "chat, predict, export, verify), weights.path=DIR (resume)"
+    "the weights that adapters were trained on are needed too; if they were moved, name their place: base=DIR "
+    "(generate, chat, predict, export, verify), weights.path=DIR (resume)"
 )
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a run, made before any directory is."""
+    """The parts of a run, built before its directory is made."""
 
     device: torch.device
     tokenizer: Tokenizer
@@ -49,8 +49,8 @@ class Parts:
 def assemble(run: RunConfig, device: torch.device, *, from_start: bool = True, verify_data: bool = False) -> Parts:
     """Build everything that training needs, on ``device``; writes nothing but the data cache.
 
-    Without ``from_start`` a checkpoint is to follow, and of ``weights`` only what no checkpoint holds is loaded.
-    With ``verify_data`` every byte of the data is read and checked again, whatever is remembered of it.
+    Without ``from_start`` a checkpoint is restored later, and only weights that no checkpoint holds are loaded.
+    With ``verify_data`` every byte of the data is read and checked again, even where an earlier check is on record.
     """
     precision = run.precision.build(device)
     tokenizer = run.tokenizer.build()
@@ -85,10 +85,10 @@ def build_unit(
     precision: Precision | None = None,
     num_layers: int | None = None,
 ) -> TrainingUnit:
-    """The training unit, transformed from top to bottom; the optimizer comes after it, compilation at the start.
+    """Build the training unit, with its transformations in the order below; it is compiled when the run starts.
 
-    Without ``load_weights`` a checkpoint is to follow: only frozen weights that no checkpoint holds are loaded; on the
-    meta device and on tensors without data (a plan), none.  Without a ``precision`` the unit is not trained: layers
+    Without ``load_weights`` a checkpoint is restored later: only frozen weights that no checkpoint holds are loaded; on
+    the meta device and on tensors without data (a plan), none.  Without a ``precision`` the unit is not trained: layers
     compute as they are, and keep no more than they need.  ``num_layers``: blocks of the model (None: all).
     """
     has_data = device.type != "meta" and not torch._guards.detect_fake_mode()
@@ -98,26 +98,26 @@ def build_unit(
     if has_data and (load_weights or run.lora.adapts):
         with contextlib.nullcontext() if load_weights else adding_remedy(MOVED_BASE):
             run.weights.load(model)
-    # 3. heads, and what is frozen
+    # 3. heads, and frozen weights
     with naming("objective"):
         unit = run.objective.build(model, labels, generator, class_weights)
-    # 4. adapters, which find the weights that they start from
+    # 4. adapters, whose initial values depend on the weights
     with naming("lora"):
         run.lora.apply(model, generator)
         if has_data and load_weights and isinstance(run.lora, LowRankAdaptation) and run.lora.path is not None:
             start_from(unit, run.lora, Path(run.lora.path))
     unit.has_base = run.lora.adapts
     if precision is not None:
-        # 5. how layers multiply
+        # 5. the matrix products of layers
         precision.apply(model.blocks)
-        # 6. what is kept for the backward pass
+        # 6. the activations that are kept for the backward pass
         with naming("activation_checkpointing"):
             run.activation_checkpointing.apply(model)
     return unit
 
 
 def outline(run: RunConfig, vocab_size: int, labels: Sequence[str]) -> TrainingUnit:
-    """The unit on the meta device: sizes alone, nothing is allocated."""
+    """The unit on the meta device: sizes without memory."""
     return build_unit(run, vocab_size, labels, torch.device("meta"), torch.Generator("cpu"), load_weights=False)
 
 
@@ -128,7 +128,7 @@ def first_state(run: RunConfig, parts: Parts) -> TrainState:
 
 
 def check_base(run: RunConfig, state: TrainState) -> None:
-    """Raise ValueError if the weights that adapters stand on are not those that they were trained on."""
+    """Raise ValueError if the adapters were trained on other weights."""
     if not run.lora.adapts:
         return
     with adding_remedy(MOVED_BASE):
@@ -138,11 +138,11 @@ def check_base(run: RunConfig, state: TrainState) -> None:
 
 
 def check_data(run: RunConfig, state: TrainState, parts: Parts) -> None:
-    """Raise ValueError if the data, or the frozen weights, are not those that ``state`` belongs to."""
+    """Raise ValueError if the data, or the frozen weights, are not those of ``state``."""
     if state.data != parts.corpus.fingerprint:
         raise ValueError(
             f"data: not what this run was started on ({parts.corpus.description}); it was edited, moved or "
-            "prepared otherwise, and step and position mean nothing in it; restore it, name the place that it "
+            "prepared otherwise, so that step and position have no meaning in it; restore it, name the place that it "
             "was moved to, data.path=…, or start a new run from these weights: weights=checkpoint "
             "weights.path=RUN_DIR"
         )
@@ -150,7 +150,7 @@ def check_data(run: RunConfig, state: TrainState, parts: Parts) -> None:
 
 
 def check_space(run: RunConfig, parts: Parts) -> None:
-    """Refuse a run whose checkpoints cannot fit on the disk."""
+    """Raise ValueError for a run whose checkpoints do not fit on the disk."""
     place = Path(run.run_dir or run.output_dir).absolute()
     while not place.exists():
         place = place.parent

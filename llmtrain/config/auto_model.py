@@ -18,14 +18,14 @@ SAME_AS_CONTEXT = "${model.context_length}"
 
 
 def find_model(config: DictConfig) -> None:
-    """Put the model that ``model=auto`` finds in its place, before other keys refer to it."""
+    """Replace ``model=auto`` by the model that it finds, before other keys refer to it."""
     if "model" not in config or OmegaConf.select(config, "model._target_") != AUTO:
         return
     try:
         values = OmegaConf.to_container(config["model"], resolve=True, throw_on_missing=True)
     except (InterpolationResolutionError, MissingMandatoryValue) as error:
         raise ConfigError(
-            "weights.path: model=auto needs a checkpoint to look at; give a run of this program, weights=checkpoint "
+            "weights.path: model=auto needs a checkpoint to read; give a run of this program, weights=checkpoint "
             "weights.path=RUN_DIR, or published weights, weights=huggingface weights.path=DIR"
         ) from error
     with naming("model"):
@@ -48,7 +48,7 @@ def _model_of_run(path: Path) -> Any:
     stored = load(path / CONFIG)
     plugins = [name for name in stored.get("plugins") or [] if name]
     if not isinstance(stored.get("model"), Mapping):
-        raise ConfigError(f"{path / 'config.yaml'}: says nothing of a model")
+        raise ConfigError(f"{path / 'config.yaml'}: has no model")
     try:
         return build(stored["model"], object, path="model")
     except ConfigError as error:

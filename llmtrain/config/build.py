@@ -24,14 +24,14 @@ from llmtrain.config.folders import conf_dir
 from llmtrain.config.stored_config import ConfigError, escape
 
 T = TypeVar("T")
-ALIASES = {"gpu": "cuda"}  # what people call a value that has another name here
+ALIASES = {"gpu": "cuda"}  # a common name of a value -> its name here
 
 
 def build(node: Mapping[str, Any], base: type[T], *, path: str = "", plugins: Sequence[str] = ()) -> T:
     """Build the dataclass that ``node["_target_"]`` names, a ``base``, with everything below it.
 
     ``node`` is plain and resolved.  ``path`` is the dotted key of the node, for messages.  Targets outside of this
-    package and of ``plugins`` are refused, and so is anything but a dataclass defined there.
+    package and of ``plugins`` are refused, and so is anything that is not a dataclass defined there.
     """
     cls: Any = _find_class(node.get("_target_"), base, path, plugins)
     hints = get_type_hints(cls)
@@ -75,7 +75,7 @@ def naming(group: str) -> Iterator[None]:
         yield
     except ValueError as error:
         key = re.match(rf"(?!{group}\b)(\w+)(\[\d+\])?(\.\w+)?=", str(error))
-        if key and not (key[3] and (conf_dir() / key[1]).is_dir()):  # another group's has its name already
+        if key and not (key[3] and (conf_dir() / key[1]).is_dir()):  # another group's key has its name already
             raise ConfigError(f"{group}.{error}") from error
         raise
 
@@ -103,7 +103,7 @@ def _find_class(target: Any, base: type[T], path: str, plugins: Sequence[str]) -
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name and not module_name.startswith(error.name):  # it exists, and needs something that does not
+        if error.name and not module_name.startswith(error.name):  # the module exists and imports one that does not
             raise
         raise ConfigError(f"{path or 'config'}._target_={target}: there is no module {module_name}") from error
     cls = getattr(module, class_name, None)
@@ -135,7 +135,7 @@ def _check_types(hints: Mapping[str, Any], values: Mapping[str, Any], dotted: st
 
 
 def _wanted(key: str, hint: Any, value: Any) -> str | None:
-    """What a value of the type ``hint`` has to be, in words; None where there are none better than the library's."""
+    """Words for the values that the type ``hint`` allows; None where the library's message is as good."""
     alternatives = [kind for kind in get_args(hint) if kind is not NoneType] if isinstance(hint, UnionType) else [hint]
     (kind, *others) = alternatives
     if others:
@@ -153,7 +153,7 @@ def _wanted(key: str, hint: Any, value: Any) -> str | None:
 
 
 def suggest(key: str, known: Sequence[str], dotted: str = "") -> str:
-    """What to append to "no such key": the nearest name, or all of them."""
+    """The end of a message about an unknown key: the nearest known name, or all of them."""
     if nearest := difflib.get_close_matches(key, known, n=1, cutoff=0.5):
         return f"; did you mean {dotted}{nearest[0]}?"
     return f"; there are: {', '.join(known)}" if known else ""

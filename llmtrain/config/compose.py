@@ -65,7 +65,7 @@ def resolve(config: DictConfig, choices: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_secrets(value: Any, key: str = "") -> None:
-    """Refuse a secret of the environment in a key that would be stored, and one that was not stored."""
+    """Refuse a secret of the environment in a key that would be stored, and a secret that was not stored."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             _check_secrets(item, f"{key}.{name}" if key else str(name))
@@ -97,7 +97,7 @@ def register_stored(config: Mapping[str, Any]) -> None:
 
 
 def shown(config: DictConfig) -> dict[str, Any]:
-    """The values of a composed config; of those that refer to what is not given yet, the reference."""
+    """The values of a composed config; for one that refers to a missing value, the reference."""
     values: Any = OmegaConf.to_container(config, resolve=False)
     for key in values:
         if isinstance(values[key], dict):

@@ -11,10 +11,10 @@ from llmtrain.config.stored_config import escape
 
 
 def complete(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """``stored`` with what it lacks since an older version wrote it, as today's defaults have it.
+    """Add to ``stored`` the keys that an older version did not have, with today's defaults.
 
-    A group comes from ``conf/train.yaml``, a key of an option from the YAML of that option.  Where several YAMLs name
-    its class and do not agree (the sizes of a model), the key stays missing: :func:`build` names it.
+    A group comes from ``conf/train.yaml``, a key of an option from the YAML of that option.  If several YAMLs name
+    its class and do not agree (the sizes of a model), the key stays missing: :func:`build` reports it.
     """
     values = dict(stored)
     for group, node in stored.items():
@@ -34,7 +34,7 @@ def _defaults_for(group: str, node: Mapping[str, Any], stored: Mapping[str, Any]
     """The keys that ``node`` lacks, from the YAMLs of its group that name its class."""
     found: dict[str, list[Any]] = {}
     for path in sorted((conf_dir() / group).glob("*.yaml")):
-        if str(node["_target_"]) not in path.read_text(encoding="utf-8"):  # spares reading YAML, which is slow
+        if str(node["_target_"]) not in path.read_text(encoding="utf-8"):  # avoids parsing YAML, which is slow
             continue
         option: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         if option.get("_target_") == node["_target_"]:

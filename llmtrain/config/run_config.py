@@ -27,7 +27,7 @@ from llmtrain.train.config import LoopConfig
 from llmtrain.weights import Weights
 from llmtrain.weights.scratch import Scratch
 
-TARGETS = {  # of the kinds of data, in words
+TARGETS = {  # of each kind of data, in words
     "text": "every next token of a text",
     "responses": "the tokens of responses",
     "labels": "classes",
@@ -59,7 +59,7 @@ class RunConfig:
     metrics: MetricsConfig
     runtime: Runtime
     loop: LoopConfig
-    overrides: tuple[str, ...] = field(default=(), init=False, compare=False, repr=False)  # what ``compose`` was given
+    overrides: tuple[str, ...] = field(default=(), init=False, compare=False, repr=False)  # those of ``compose``
 
     def __post_init__(self) -> None:
         if self.data.sequence_length > self.model.context_length:
@@ -90,7 +90,7 @@ class RunConfig:
 
     @classmethod
     def compose(cls, *overrides: str, config_dir: str | Path | None = None) -> Self:
-        """Compose a run from Hydra overrides, as ``llmtrain train`` does.  Raises ValueError for a bad one."""
+        """Compose a run from Hydra overrides, as ``llmtrain train`` does.  Raises ValueError for one that is wrong."""
         run = cls.from_config(compose("train", overrides, config_dir))
         given = overrides if config_dir is None else (*overrides, search_path(config_dir))
         object.__setattr__(run, "overrides", given)  # frozen, but this is no part of the config

@@ -1,6 +1,6 @@
 """``config.yaml`` of a run: every value, typed, without secrets; written, read back as data, compared.
 
-Nothing in here composes: that is :mod:`llmtrain.config.compose`, which also completes what an older version stored.
+Composing is the task of :mod:`llmtrain.config.compose`.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import yaml
 
 SECRET = re.compile(r"(^|[_.])(api_?)?(key|secret|token|passw(or)?d|credentials?)$", re.IGNORECASE)
 REDACTED = "<redacted>"
-NOT_RUN_KEYS = ("run_dir", "output_dir", "plugins")  # where and with what code, not what
+NOT_RUN_KEYS = ("run_dir", "output_dir", "plugins")  # places and code, not settings of the run
 MOVED = {  # classes by the names that older versions wrote
     "llmtrain.lora.NoLora": "llmtrain.lora.none.NoLora",
     "llmtrain.checkpoint.Checkpoint": "llmtrain.checkpoint.policy.Checkpoint",
@@ -74,7 +74,7 @@ def dump(run: Any) -> str:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A stored config.  It is data: nothing in it is interpolated or run.  Raises :class:`ConfigError`."""
+    """A stored config.  It is data: nothing in it is interpolated or executed.  Raises :class:`ConfigError`."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -92,7 +92,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _check_plain(config: Mapping[Any, Any], path: Path) -> None:
-    """Refuse keys that mean something to Hydra: with ``hydra.callbacks`` a stored config could run what it likes."""
+    """Refuse keys with a meaning to Hydra: with ``hydra.callbacks`` a stored config could execute any code."""
     nodes = {"": config} | {f"{key}.": node for key, node in config.items() if isinstance(node, Mapping)}
     for prefix, node in nodes.items():
         for key in node:
@@ -123,6 +123,6 @@ def escape(value: Any) -> Any:
         return {key: escape(item) for key, item in value.items()}
     if isinstance(value, list):
         return [escape(item) for item in value]
-    if isinstance(value, str):  # backslashes before it would escape ours
+    if isinstance(value, str):  # backslashes before it would escape the added one
         return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", value)
     return value

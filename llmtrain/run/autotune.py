@@ -1,6 +1,6 @@
-"""What a run finds out at its start: how much fits into memory at once, and whether compiling pays.
+"""The size of a micro-batch, found at the start of a run.
 
-What was found is kept in the run's state: a resumed run computes as it did before.
+It is kept in the run's state: a resumed run computes as before.
 """
 
 import time
@@ -15,16 +15,16 @@ from llmtrain.train.out_of_memory import is_out_of_memory
 from llmtrain.train.rehearsal import Rehearsal
 from llmtrain.train.state import TrainState
 
-SPARE = 0.03  # of a GPU's memory, kept free while sizes are tried: fragmentation and the odd tensor
+SPARE = 0.03  # share of a GPU's memory that is kept free while sizes are tried: for fragmentation and small tensors
 
 
 # --- the micro-batch ------------------------------------------------------------------------------------------------
 
 
 def largest_that_fits(batch_size: int, fits: Callable[[int], bool]) -> int | None:
-    """Sequences of a micro-batch, so that a step of ``batch_size`` takes the fewest micro-batches; None: not even 1.
+    """The size of a micro-batch with which a step of ``batch_size`` takes the fewest; None: not even 1 fits.
 
-    The largest is tried first, then half of it and so on, then what lies between.  ``fits(n)`` has to be true for all
+    The largest is tried first, then half of it and so on, then the sizes between.  ``fits(n)`` has to be true for all
     sizes below one that fits.
     """
     too_few, enough = 0, 1  # micro-batches a step
@@ -44,10 +44,10 @@ def largest_that_fits(batch_size: int, fits: Callable[[int], bool]) -> int | Non
 def fit_micro_batch(
     rehearsal: Rehearsal, batch_size: int, state: TrainState, fits_on_host: Callable[[int], bool]
 ) -> dict[str, Any]:
-    """Set ``state.micro_batch_size`` to the largest that fits; the event that tells of it.
+    """Set ``state.micro_batch_size`` to the largest that fits; return the event that reports it.
 
-    A GPU is asked by trying.  A CPU's memory is the machine's, and a process that takes too much of it is killed:
-    there ``fits_on_host`` reckons.  Raises ValueError if not even one sequence fits.
+    On a GPU sizes are tried.  On a CPU a process that takes too much memory is killed, so there ``fits_on_host``
+    estimates.  Raises ValueError if not even one sequence fits.
     """
     start = time.perf_counter()
     is_gpu = rehearsal.device.type == "cuda"
@@ -55,10 +55,10 @@ def fit_micro_batch(
     if found is None:
         raise ValueError(
             "accumulation=auto: not even one sequence at a time fits into memory; `llmtrain plan` with the same "
-            "settings shows what takes it and what would make it fit"
+            "settings shows where it goes and what would make it fit"
         )
     state.micro_batch_size = found
-    how = "tried" if is_gpu else "reckoned"
+    how = "tried" if is_gpu else "estimated"
     parts = -(-batch_size // found)
     message = f"{found} of {batch_size} sequences at once, {parts} micro-batch{'es' if parts > 1 else ''} a step"
     seconds = round(time.perf_counter() - start, 3)
@@ -67,7 +67,7 @@ def fit_micro_batch(
 
 
 def fits_on_gpu(rehearsal: Rehearsal, batch_size: int) -> bool:
-    """Whether a GPU has memory for a micro-batch of ``batch_size`` sequences, by doing it."""
+    """Try a micro-batch of ``batch_size`` sequences; return whether the GPU has memory for it."""
     device = rehearsal.device
     try:
         spare = torch.empty(

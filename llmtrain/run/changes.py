@@ -13,15 +13,15 @@ Change = tuple[str, Any, Any]  # dotted key, stored value, new value
 
 ABSENT = "not stored"  # the stored value of a key that the stored config does not have
 
-# Values whose change would make it another run: the tensors would not fit, or the data come in another order.
+# Values that a resume cannot change: the tensors would not fit, or the data order would differ.
 FIXED = ("name", "model.", "tokenizer.", "objective.", "data.", "lora.", "weights.", "runtime.seed")
 MOVABLE = ("data.path", "data.validation_path", "data.cache_dir")  # the data's fingerprint is compared instead
 
 
 def changes(before: Mapping[str, Any], run: RunConfig) -> list[Change]:
-    """The values of ``run`` that are not those of the stored config ``before``; secrets and places are left out.
+    """The values of ``run`` that are not those of the stored config ``before``; secrets and paths are left out.
 
-    Keys of an option that is no more used are not listed: they follow from the other option.
+    Keys of an option that is no longer used are not listed: they follow from the new option.
     """
     old, new = _flatten(stored_config.redact(before)), _flatten(stored_config.redact(stored_config.to_plain(run)))
     return [
@@ -44,8 +44,10 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_changes(changes: Sequence[Change], *, branching: bool, has_base: bool = False) -> None:
-    """Refuse what cannot continue.  A branch may have a name of its own, and what adapters stand on (``has_base``) may
-    have been moved.  Raises ValueError naming the key."""
+    """Raise ValueError, naming the key, for a change that a resume cannot make.
+
+    A branch may have another name, and the base of adapters (``has_base``) may have been moved.
+    """
     movable = (*MOVABLE, *["name"] * branching, *["weights.path"] * has_base)
     for key, before, after in changes:
         if key.startswith(FIXED) and key not in movable:
@@ -53,29 +55,29 @@ def check_changes(changes: Sequence[Change], *, branching: bool, has_base: bool 
             if not has_base and not key.startswith(("model.", "tokenizer.", "lora.")):
                 remedy += ", from its weights with: weights=checkpoint weights.path=RUN_DIR"
             raise ValueError(
-                f"{key}={_shown(after)}: this run was started with {_shown(before)}, and cannot go on with another; "
+                f"{key}={_shown(after)}: this run was started with {_shown(before)}, and cannot continue with another; "
                 f"{remedy}"
             )
 
 
 def _shown(value: Any) -> str:
-    """A config value as one would type it."""
+    """A config value as it is typed."""
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
 def check_length(
     before: RunConfig, run: RunConfig, max_steps: int, state: TrainState, num_sequences: int, kept: Sequence[int] = ()
 ) -> None:
-    """Raise ValueError if the run, with its ``max_steps``, cannot go on to its end from ``state``.
+    """Raise ValueError if the run, with its ``max_steps``, cannot continue from ``state`` to its end.
 
-    ``before`` is the run as it was stored, ``num_sequences`` the size of the training data, ``kept`` the steps of the
-    checkpoints there are.
+    ``before`` is the run as it was stored, ``num_sequences`` the size of the training data, ``kept`` the steps that
+    have a checkpoint.
     """
     if state.step > max_steps:
         earlier = max((step for step in kept if step <= max_steps), default=None)
         branch = "" if earlier is None else f", or branch from an earlier checkpoint: step={earlier}"
         raise ValueError(
-            f"loop.max_steps={max_steps}: the run is at step {state.step} already; take more, as in "
+            f"loop.max_steps={max_steps}: the run is already at step {state.step}; take more, as in "
             f"loop.max_steps={state.step + max_steps}{branch}"
         )
     if max_steps == run.loop.max_steps or run.loop.epochs is None or run.accumulation == before.accumulation:
@@ -96,7 +98,7 @@ def rates(
 ) -> tuple[float, float] | None:
     """The learning rate of the step after ``step`` by the stored config and now; None where it is the same.
 
-    Beyond the stored end it is that of the last step.  What a recovery multiplies both with is left out.
+    Beyond the stored end the stored rate is that of the last step.  The factor of a recovery is left out of both.
     """
     if step >= max_steps:
         return None

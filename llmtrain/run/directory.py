@@ -25,7 +25,7 @@ from llmtrain.base.run_files import (
 )
 from llmtrain.checkpoint.directory import find_checkpoints, newest_run_in, step_of
 
-ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"  # no characters that are mistaken for one another
+ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"  # without characters that are easily confused
 
 
 class RunDirectory:
@@ -35,7 +35,7 @@ class RunDirectory:
         self.path = path
         self.config = path / CONFIG
         self.environment = path / ENVIRONMENT
-        self.overrides = path / OVERRIDES  # of a sweep's job: what its command line said
+        self.overrides = path / OVERRIDES  # of a sweep's job: the overrides of its command line
         self.metrics = path / METRICS
         self.samples = path / SAMPLES
         self.summary = path / SUMMARY
@@ -61,7 +61,7 @@ class RunDirectory:
             path.mkdir(parents=True)
         except FileExistsError:
             raise ValueError(
-                f"run_dir={path}: exists already; name another, or go on with: llmtrain resume {path}"
+                f"run_dir={path}: exists already; name another, or continue the run: llmtrain resume {path}"
             ) from None
         return cls(path)
 
@@ -81,18 +81,18 @@ class RunDirectory:
         return run
 
     def find_checkpoints(self) -> list[Path]:
-        """The checkpoints there are, oldest first."""
+        """The checkpoints of the run, oldest first."""
         return find_checkpoints(self.path)
 
     def is_older(self, step: int | None) -> bool:
-        """Whether there are newer checkpoints than that of ``step``."""
+        """True if there are newer checkpoints than that of ``step``."""
         return step is not None and any(step_of(path) > step for path in self.find_checkpoints())
 
     def config_at(self, step: int | None) -> Path:
-        """The config that going on from the checkpoint of ``step`` (None: the newest) starts from.
+        """The path of the config to continue with from the checkpoint of ``step`` (None: the newest).
 
-        The run's own; from an older checkpoint the one that was trained with then, as what has been changed since
-        belongs to another continuation.
+        For the newest it is the run's; for an older one the checkpoint's, since later changes belong to the steps after
+        it.
         """
         older = [path for path in self.find_checkpoints() if step_of(path) == step] if self.is_older(step) else []
         return older[0] / CONFIG if older else self.config
@@ -104,9 +104,9 @@ class RunDirectory:
         try:
             environment = json.loads(self.environment.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{self.environment}: not JSON ({error}); restore it, or remove it to go on") from error
+            raise ValueError(f"{self.environment}: not JSON ({error}); restore it, or remove it to continue") from error
         if not isinstance(environment, dict) or not isinstance(environment.get("resumes", []), list):
-            raise ValueError(f"{self.environment}: not a run's environment; restore it, or remove it to go on")
+            raise ValueError(f"{self.environment}: not a run's environment; restore it, or remove it to continue")
         return environment
 
     def write_environment(self, environment: dict[str, Any]) -> None:
@@ -114,23 +114,23 @@ class RunDirectory:
         write_atomically(self.environment, json.dumps(environment, indent=1) + "\n")
 
     def read_overrides(self) -> list[str]:
-        """What the command line of a sweep's job said; empty for another run.  Hydra's own settings are left out."""
+        """The overrides of a sweep's job, without those of Hydra's own settings; empty for any other run."""
         if not self.overrides.exists():
             return []
         overrides = json.loads(self.overrides.read_text(encoding="utf-8"))
         return [override for override in overrides if not override.startswith("hydra")]
 
     def is_finished(self) -> bool:
-        """Whether the run came to its end, as its summary has it."""
+        """True if the run reached its end, by its summary."""
         try:
             return json.loads(self.summary.read_text(encoding="utf-8"))["exit_reason"] == "finished"
         except (OSError, ValueError, KeyError, TypeError):
-            return False  # no summary, or one that a kill left behind: the run has to go on
+            return False  # no summary, or one cut short by a kill: the run has to continue
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run.  Raises ValueError if another process does; the lock dies with its process."""
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # a link in a run from elsewhere leads anywhere
+        """Lock the run.  Raises ValueError if another process does; the lock dies with its process."""
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # a copied run may hold a link to any file
         with os.fdopen(os.open(self.path / LOCK, flags, 0o666), "a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

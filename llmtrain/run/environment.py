@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def describe_environment(device: torch.device, command: list[str]) -> dict[str, Any]:
-    """What ``environment.json`` records, so that a run can be understood and repeated elsewhere."""
+    """The content of ``environment.json``, with which a run can be understood and repeated elsewhere."""
     import importlib.metadata as metadata
 
     packages = ("llmtrain", "torch", "numpy", "safetensors", "tiktoken", "hydra-core", "omegaconf")

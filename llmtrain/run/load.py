@@ -1,4 +1,4 @@
-"""The model of a checkpoint, put together to be used."""
+"""Loading the model of a checkpoint for inference."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -24,18 +24,18 @@ from llmtrain.train.state import TrainState
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The model of a checkpoint, with what it takes to use it."""
+    """The model of a checkpoint, with its run, tokenizer and device."""
 
     run: RunConfig
     tokenizer: Tokenizer
-    unit: TrainingUnit  # in evaluation mode, adapters and the weights that they were trained on put together
+    unit: TrainingUnit  # in evaluation mode, with adapters on the weights that they were trained on
     state: TrainState
     device: torch.device
     precision: Precision  # for inference
 
     @property
     def model(self) -> LanguageModel:
-        """The model without what the objective adds to it."""
+        """The model without the heads that the objective adds."""
         return self.unit.model
 
 
@@ -43,10 +43,10 @@ class LoadedModel:
 def load_model(
     checkpoint: Path, runtime: Runtime, *, base: str | None = None, plugins: Sequence[str] = ()
 ) -> Iterator[LoadedModel]:
-    """Load the model of ``checkpoint``, for the length of a context.
+    """Load the model of ``checkpoint``, for the duration of a context.
 
-    ``base``: where the weights are now that its adapters stand on; None: where they were.  Raises ValueError
-    naming what does not fit, and :class:`CheckpointError` for a damaged checkpoint.
+    ``base``: the present place of the weights that its adapters were trained on; None: not moved.  Raises ValueError
+    naming the settings that do not fit, and :class:`CheckpointError` for a damaged checkpoint.
     """
     verify_checkpoint(checkpoint)
     values = complete(stored_config.untrusted(stored_config.load(checkpoint / CONFIG), plugins))

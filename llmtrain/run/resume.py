@@ -26,7 +26,7 @@ from llmtrain.run.changes import Change, changes, check_changes, check_length, r
 from llmtrain.run.directory import RunDirectory
 from llmtrain.train.state import TrainState, restore_state
 
-# Options of an optimizer that do not change which state it keeps.
+# Options of an optimizer that do not change the form of its state.
 STATELESS = ("optimizer.lr", "optimizer.weight_decay", "optimizer.layer_decay")
 
 
@@ -34,9 +34,10 @@ STATELESS = ("optimizer.lr", "optimizer.weight_decay", "optimizer.layer_decay")
 
 
 class StoredRun:
-    """A run as its directory has it: the config that a resume from ``step`` (None: the newest checkpoint) starts from.
+    """A stored run: its directory, and the config for a resume from ``step`` (None: the newest checkpoint).
 
-    Read and completed once.  Raises ValueError for a directory that is no run, and for a config that is damaged.
+    The config is read and completed once.  Raises ValueError for a directory that is no run, and for a
+    damaged config.
     """
 
     def __init__(self, run_dir: Path, step: int | None = None) -> None:
@@ -49,18 +50,18 @@ class StoredRun:
 
     @cached_property
     def completed(self) -> dict[str, Any]:
-        """The config, with today's defaults for what it lacks since an older version wrote it.
+        """The config, with today's defaults for keys that an older version did not write.
 
-        It may name classes of a plugin; whoever resumes the run names the plugin again.
+        It may name classes of a plugin; the user names the plugin again at a resume.
         """
         return complete(stored_config.untrusted(self.raw))
 
     def composable(self) -> dict[str, Any]:
-        """The config to compose a resume from; the place of the run is left out: it may have been moved."""
+        """The config to compose a resume from, without the run's directory, which may have been moved."""
         return self.completed | {"run_dir": None}
 
     def completed_at(self, checkpoint: Path) -> Mapping[str, Any]:
-        """The completed config of ``checkpoint``, which a resume that never saved may have left behind the run's."""
+        """The completed config of ``checkpoint``: older than the run's if a resume was killed before it saved."""
         if (checkpoint / CONFIG).read_bytes() == self.config_path.read_bytes():
             return self.completed
         return complete(stored_config.load(checkpoint / CONFIG))
@@ -75,7 +76,7 @@ class Origin:
 
     directory: RunDirectory
     checkpoint: Path | None  # None: nothing has been saved yet
-    passed_over: tuple[tuple[Path, str], ...] = ()  # newer checkpoints that are damaged, and the damage of each
+    passed_over: tuple[tuple[Path, str], ...] = ()  # damaged newer checkpoints, each with its error
 
     @property
     def step(self) -> int:
@@ -84,10 +85,9 @@ class Origin:
 
 
 def find_origin(directory: RunDirectory, step: int | None = None) -> Origin:
-    """The checkpoint of ``step``; without one the newest that is intact.  It is compared with its manifest here.
+    """The checkpoint of ``step``; without one the newest that is intact.  Compares it with its manifest.
 
-    Raises :class:`CheckpointError` if the one that is named is damaged, or all are, and ValueError if there is none of
-    that step.
+    Raises :class:`CheckpointError` if the named one is damaged, or all are, and ValueError if the step has none.
     """
     checkpoints = directory.find_checkpoints()
     if step is not None:
@@ -102,14 +102,14 @@ def find_origin(directory: RunDirectory, step: int | None = None) -> Origin:
     if not checkpoints and (lost := last_saved(directory)) is not None:
         raise CheckpointError(
             f"{directory.checkpoints}: there is no checkpoint, though one was saved at step {lost}: they were removed, "
-            "or not copied along; bring them back, or start a new run"
+            "or not copied along; restore them, or start a new run"
         )
     path, errors = newest_intact(checkpoints)
     if checkpoints and path is None:
         damage = "; ".join(map(str, errors))
         raise CheckpointError(
-            f"{directory.path}: no checkpoint to go on from, all are damaged: {damage}. Nothing was changed; restore "
-            "one of them, or start a new run"
+            f"{directory.path}: no checkpoint to continue from, all are damaged: {damage}. Nothing was changed; "
+            "restore one of them, or start a new run"
         )
     newer = sorted((other for other in checkpoints if path is not None and other > path), reverse=True)
     passed_over = tuple((other, str(error)) for other, error in zip(newer, errors, strict=True))
@@ -117,14 +117,14 @@ def find_origin(directory: RunDirectory, step: int | None = None) -> Origin:
 
 
 def last_saved(directory: RunDirectory) -> int | None:
-    """The last step whose checkpoint the metrics record; None if they know of none."""
+    """The last step whose checkpoint the metrics record; None if they record none."""
     rows = read_metrics(directory.metrics) if directory.metrics.exists() else []
     return max((row["step"] for row in rows if row.get("event") == "save"), default=None)
 
 
 @dataclass(frozen=True)
 class EarlierResults:
-    """Results of a run up to its checkpoint, which is written ahead of evaluation and samples."""
+    """Results of a run up to its checkpoint, which is written before evaluation and samples."""
 
     validations: Sequence[Row]
     sampled_step: int | None  # the last one with a sample
@@ -149,15 +149,15 @@ class EarlierResults:
 
 @dataclass(frozen=True)
 class Carryover:
-    """What of a checkpoint's state still counts under the settings of now."""
+    """The part of a checkpoint's state that the present settings still use."""
 
-    reset: tuple[str, str] | None = None  # the names of the old and of the new optimizer, where it is another
-    optimizer_changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # that decide which state it keeps
-    dropped: frozenset[str] = frozenset()  # entries of the state that mean nothing under the new settings
+    reset: tuple[str, str] | None = None  # the old and the new optimizer by name, where they differ
+    optimizer_changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # that decide the form of the state
+    dropped: frozenset[str] = frozenset()  # entries of the state without a meaning under the new settings
 
     @classmethod
     def between(cls, before: Mapping[str, Any], run: RunConfig) -> "Carryover":
-        """``before``: the completed config that the checkpoint was written under."""
+        """Compare ``before``, the completed config of the checkpoint, with ``run``."""
         changed = {key: (old, new) for key, old, new in changes(before, run)}
         reset = changed.get("optimizer._target_")
         options = {key: pair for key, pair in changed.items() if key.startswith("optimizer.") and key not in STATELESS}
@@ -175,7 +175,7 @@ class Carryover:
     def restore(self, checkpoint: Path, parts: Parts) -> TrainState:
         """Bring ``parts`` and every random number generator to where they were at ``checkpoint``, known to be intact.
 
-        Returns the state without what is dropped.  Raises :class:`CheckpointError` naming the file, and ValueError
+        Returns the state without the dropped entries.  Raises :class:`CheckpointError` naming the file, and ValueError
         naming the optimizer's options that do not fit its state.
         """
         try:
@@ -200,10 +200,10 @@ class Carryover:
 
 @dataclass(frozen=True)
 class ResumePlan:
-    """All that is decided about a resume before anything is written."""
+    """The plan of a resume, complete before anything is written."""
 
     origin: Origin
-    parent: RunDirectory | None  # of a branch: the run that it leaves
+    parent: RunDirectory | None  # the run that a branch starts from; None: no branch
     before: RunConfig  # as stored
     changes: Sequence[Change]
     carryover: "Carryover"
@@ -212,7 +212,7 @@ class ResumePlan:
     findings: Sequence[Finding] = ()  # of the linter, about the changes
 
     def checked(self, run: RunConfig, parts: Parts, state: TrainState, overrides: Sequence[str]) -> "ResumePlan":
-        """The plan with what follows from the assembled parts.  Raises ValueError for what cannot continue."""
+        """Complete the plan from the assembled parts.  Raises ValueError for what cannot continue."""
         before, origin = self.before, self.origin
         check_data(run, state, parts)
         sequences = len(parts.corpus.train)
@@ -220,7 +220,7 @@ class ResumePlan:
         kept = [step_of(path) for path in origin.directory.find_checkpoints()]
         check_length(before, run, parts.max_steps, state, sequences, kept)
         findings: list[Finding] = []
-        if not origin.directory.environment.exists():  # a job of a sweep starts by being resumed
+        if not origin.directory.environment.exists():  # the first start of a sweep's job is a resume too
             findings = lint(Case.of(run, parts, origin.directory.read_overrides()))
         elif self.changes:
             after = Case.of(run, parts, overrides)
@@ -230,7 +230,7 @@ class ResumePlan:
 
     @property
     def source(self) -> str | None:
-        """The checkpoint: within the run's directory, or where the parent has it; None: from the start."""
+        """The checkpoint's path, relative for the run's own and absolute for a parent's; None: from the start."""
         checkpoint = self.origin.checkpoint
         if checkpoint is None or self.parent is not None:
             return None if checkpoint is None else str(checkpoint.resolve())
@@ -246,7 +246,7 @@ class ResumePlan:
             yield row | ({} if self.learning_rate is None else {"rates": list(self.learning_rate)})
         if self.carryover.reset is not None:
             old, new = self.carryover.reset
-            message = f"the saved state is {old}'s; {new} starts with a state of its own, all new"
+            message = f"the saved state is {old}'s; {new} starts with a new state"
             yield {"event": "optimizer_reset", "step": step, "message": message}
 
     def history(self, environment: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]:
@@ -299,9 +299,9 @@ def _class_name(target: Any) -> str:
 
 
 def make_child(child: RunDirectory, plan: ResumePlan, environment: dict[str, Any], config_text: str) -> None:
-    """Fill the new directory ``child`` with what a branch takes from its parent: the checkpoint, and the rows up to it.
+    """Fill the new directory ``child`` of a branch with its parent's checkpoint and the rows up to it.
 
-    The config comes last: with it the directory is a run, and whole.  If it cannot be made, nothing remains.
+    The config is written last: it makes the directory a complete run.  After an error nothing remains.
     """
     origin, parent = plan.origin, plan.parent
     assert origin.checkpoint is not None

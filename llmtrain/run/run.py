@@ -32,7 +32,7 @@ class Run(RunConfig):
         """Train from step 0 in a new run directory.
 
         Everything is checked, the data prepared and the model built before the directory is made.  Raises
-        ValueError for what the user can mend, :class:`llmtrain.train.loop.TrainingFailed` and OSError for a failed run.
+        ValueError for mistakes of the user's, :class:`llmtrain.train.loop.TrainingFailed` and OSError for a failed run.
         """
         with self.runtime.session() as device:
             self.runtime.seed_everything()
@@ -52,7 +52,8 @@ class Run(RunConfig):
         """Continue the run in ``directory`` from its newest intact checkpoint, or start it if it has none yet.
 
         Changes of the stored config are reported and recorded.  With ``step`` the newest checkpoint must be that of
-        this step, and intact.  Nothing is written until all is checked: raises ValueError for what cannot continue.
+        this step, and intact.  Nothing is written until all is checked.  Raises ValueError for changes that a resume
+        cannot make.
         """
         stored = directory if isinstance(directory, StoredRun) else StoredRun(directory.path, step)
         run_directory, step = stored.directory, stored.step
@@ -75,10 +76,10 @@ class Run(RunConfig):
     def branch(
         self, parent: RunDirectory | StoredRun, *, step: int | None = None, command: Sequence[str] = ()
     ) -> RunResult:
-        """Go on from the checkpoint of ``step`` (None: the newest) of ``parent`` in a new run directory.
+        """Continue from the checkpoint of ``step`` (None: the newest) of ``parent`` in a new run directory.
 
-        Of the parent, which may be running, everything is read and nothing written.  The child has the parent's
-        checkpoint and, up to it, metrics and samples.  Raises as :meth:`train` and :meth:`resume` do.
+        The parent, which may be running, is only read.  The child has the parent's checkpoint and its metrics and
+        samples up to it.  Raises as :meth:`train` and :meth:`resume` do.
         """
         stored = parent if isinstance(parent, StoredRun) else StoredRun(parent.path, step)
         with self.runtime.session() as device:

@@ -1,4 +1,4 @@
-"""A training session: from the parts of a run, a state and a directory to the end of the loop."""
+"""A training session: the parts of a run, a state and a directory, trained to the end of the loop."""
 
 import contextlib
 import io
@@ -102,7 +102,7 @@ def execute(
                 log.event("stop", loop.state.step, reason=loop.stop_reason())
         except Exception as error:
             if "llmtrain resume" not in str(error):
-                error.add_note(f"what was saved is intact; go on with: llmtrain resume {directory.path}")
+                error.add_note(f"the saved checkpoints are intact; continue with: llmtrain resume {directory.path}")
             raise
         finally:
             conclude(run, loop, directory, reason)
@@ -113,7 +113,7 @@ def execute(
 def quiet_loop(
     run: RunConfig, parts: Parts, directory: RunDirectory, state: TrainState
 ) -> Iterator[tuple[Loop, list[Row]]]:
-    """A loop that writes into ``directory`` alone, logs every step and shows nothing, with the events of tuning it.
+    """A loop that writes into ``directory`` alone, logs every step and shows nothing; and the events of its tuning.
 
     For steps that are timed or replayed.
     """
@@ -145,7 +145,7 @@ def make_log(
     log_every: int,
     profiler: Profiler,
 ) -> RunLog:
-    """The record of the run."""
+    """The log of the run."""
     clock = time.perf_counter
     return RunLog(
         directory.path, metrics, display, parts.device, StepTimer(parts.device, clock, profiler),
@@ -164,7 +164,7 @@ def make_profiler(run: RunConfig, parts: Parts, directory: RunDirectory, state: 
 
 
 def make_step(run: RunConfig, parts: Parts, state: TrainState, log: RunLog) -> Step:
-    """The step, with the micro-batch that was found to fit before, if any was."""
+    """The step, with the size of micro-batch that the state holds, if any."""
     size = state.micro_batch_of(run.accumulation.micro_batch_size)
     return Step(parts.unit, parts.optimizer, parts.precision, size, timer=log.timer)
 
@@ -178,9 +178,9 @@ def make_saver(run: RunConfig, directory: RunDirectory, parts: Parts) -> Saver:
 
 
 def has_optimizer_of(checkpoint: Path, run: RunConfig) -> bool:
-    """Whether the optimizer state of a checkpoint is of the kind of optimizer that ``run`` has.
+    """True if the optimizer state of a checkpoint is of the kind of optimizer that ``run`` has.
 
-    True where the checkpoint's config cannot be read: that it is damaged is for others to report.
+    True also where the checkpoint's config cannot be read: the check of the checkpoint reports the damage.
     """
     try:
         stored = stored_config.load(checkpoint / CONFIG)
@@ -246,7 +246,7 @@ def tune(run: RunConfig, parts: Parts, step: Step, state: TrainState, peak_flops
 
 
 def fits(run: RunConfig, parts: Parts, micro_batch_size: int) -> bool:
-    """Whether host memory has room to train with such micro-batches, by what a traced step takes."""
+    """True if host memory has room for such micro-batches, by the estimate of a traced step."""
     batch, vocab_size = run.accumulation.micro_batch_size, run.vocab_size(parts.tokenizer)
     blueprint = Blueprint(run, vocab_size, parts.precision, batch, micro_batch_size, parts.corpus.labels)
     available = available_memory()
@@ -258,7 +258,7 @@ def fits(run: RunConfig, parts: Parts, micro_batch_size: int) -> bool:
 
 
 def restore_results(loop: Loop, resumed: ResumePlan) -> None:
-    """Give a resumed loop the results of before, and the checkpoints that are known to be damaged."""
+    """Give a resumed loop its earlier results, and the checkpoints that are known to be damaged."""
     for row in resumed.results.validations:
         loop.evaluator.record(row, loop.state)
     loop.evaluator.sampled_step, loop.last_loss = resumed.results.sampled_step, resumed.results.loss
@@ -267,7 +267,7 @@ def restore_results(loop: Loop, resumed: ResumePlan) -> None:
 
 
 def conclude(run: RunConfig, loop: Loop, directory: RunDirectory, reason: str) -> None:
-    """Leave the run's summary and plot, however it ended."""
+    """Write the run's summary and plot, however the run ended."""
     summary = summarise(run, loop, reason)
     try:
         write_atomically(directory.summary, json.dumps(summary, indent=1) + "\n")
@@ -275,6 +275,6 @@ def conclude(run: RunConfig, loop: Loop, directory: RunDirectory, reason: str) -
             from llmtrain.report.curves import draw_run  # matplotlib takes a while to import
 
             draw_run(directory.path)
-    except OSError as error:  # a full disk; why the run ended must not be lost over it
+    except OSError as error:  # a full disk; it must not hide the reason why the run ended
         loop.log.display.warn(f"the run's summary and plot could not be written: {error}")
     loop.log.display.summary(summary)

@@ -1,4 +1,4 @@
-"""The header of a run, and its summary."""
+"""The header and the summary of a run."""
 
 import math
 from collections.abc import Iterator
@@ -92,5 +92,5 @@ def summarise(run: RunConfig, loop: Loop, reason: str) -> dict[str, Any]:
 
 
 def finite(value: float | None) -> float | None:
-    """``value``, or None where there is no number to speak of: JSON has no NaN."""
+    """``value``, or None where it is not finite: JSON has no NaN."""
     return value if value is not None and math.isfinite(value) else None

@@ -8,7 +8,7 @@ from llmtrain.run.load import LoadedModel
 
 
 def check_generates(trained: LoadedModel, target: Path) -> None:
-    """Raise ValueError for a model that was not trained to write text: its text would be noise."""
+    """Raise ValueError for a model that was not trained to write text."""
     if not trained.run.objective.generates:
         raise ValueError(
             f"{target}: this run was trained to classify texts, not to write them; use llmtrain predict instead"

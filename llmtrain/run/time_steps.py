@@ -1,4 +1,4 @@
-"""A few real steps of a run, timed: through the run's own loop, in a directory that is gone afterwards."""
+"""Timing of a few real steps of a run: by the run's own loop, in a temporary directory."""
 
 import contextlib
 import tempfile
@@ -20,10 +20,10 @@ from llmtrain.run.run import Run
 from llmtrain.run.session import quiet_loop
 from llmtrain.train.out_of_memory import is_out_of_memory
 
-WARM_UP = 2  # steps left out: they touch memory for the first time
+WARM_UP = 2  # steps not counted: they touch memory for the first time
 LEAST, MOST = 3, 20  # timed steps
 ENOUGH_SECONDS = 3.0  # of timed steps
-LONG_SECONDS = 30.0  # of timed steps: no more are made
+LONG_SECONDS = 30.0  # of timed steps: the most
 SAMPLED = 4  # tokens
 
 
@@ -34,17 +34,17 @@ class ProbeResult:
     steps: int  # timed
     step_seconds: float  # median
     batch_size: int  # sequences of such a step
-    micro_batch_size: int  # as configured, or what accumulation=auto has come to
-    first_seconds: float  # the first step beyond a usual one: the first touch of memory
+    micro_batch_size: int  # as configured, or as accumulation=auto has found
+    first_seconds: float  # the first step's time beyond the median: the first touch of memory
     compile_seconds: float | None  # None: nothing is compiled
-    phase_seconds: dict[str, float]  # of a step: forward, backward, …; empty where the loop does not tell
-    evaluated_seconds: float  # a sequence of evaluation
-    sampled_seconds: float  # a token of a sample
+    phase_seconds: dict[str, float]  # of a step: forward, backward, …; empty where the loop does not log them
+    evaluated_seconds: float  # for a sequence of evaluation
+    sampled_seconds: float  # for a token of a sample
     peak_bytes: int  # as ``memory_bytes`` in the metrics
 
 
 class ProbeFailed(RuntimeError):
-    """The steps could not be done; the message says why."""
+    """An error of a probe whose steps could not be done; the message says why."""
 
 
 def probe(run: Run, device: torch.device) -> ProbeResult:
@@ -101,7 +101,7 @@ def _time(run: Run, parts: Parts, directory: RunDirectory, stack: contextlib.Exi
 
 
 def _is_enough(timed: list[float], peaks: list[int]) -> bool:
-    """Whether time is known well enough, and memory has stopped to grow or will not within reason."""
+    """True if the time is known well enough and memory no longer grows, or after LONG_SECONDS."""
     if sum(timed) > LONG_SECONDS:
         return True
     settled = len(peaks) > LEAST and peaks[-1] == peaks[-1 - LEAST]

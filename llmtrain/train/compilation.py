@@ -1,4 +1,4 @@
-"""Compiling the training unit: whether it pays, what it lacks, and doing it."""
+"""Compilation of the training unit: the decision, the requirements, and the work."""
 
 import shutil
 import sys
@@ -22,21 +22,21 @@ USUAL_UTILISATION = 0.4  # of the device's matrix products, in a step that is no
 
 @dataclass(frozen=True)
 class CompileSettings:
-    """The settings that compiling follows from."""
+    """The settings that decide about compilation."""
 
     setting: bool | str  # as ``runtime.compile``
     cuda_graphs: bool
-    evaluates: bool  # whether the unit runs without gradients too
+    evaluates: bool  # the unit runs without gradients too
     ideal_seconds: float  # of the run's matrix products at the device's full rate: for ``auto``
 
 
 def compile_unit(
     rehearsal: Rehearsal, settings: CompileSettings, state: TrainState, micro_batch_size: int
 ) -> dict[str, Any] | None:
-    """Compile the unit of ``rehearsal`` as ``settings`` say; the event that reports it, None where nothing is said.
+    """Compile the unit of ``rehearsal`` as ``settings`` say; return the event that reports it, None for none.
 
-    The decision is kept in ``state``: a resumed run computes as it did.  Compiling is done here and now, and where
-    ``auto`` fails at it the run goes on without.
+    The decision is kept in ``state``: a resumed run computes as before.  The unit is compiled at once, and where that
+    fails under ``auto`` the run continues without it.
     """
     unit, is_automatic = rehearsal.step.unit, settings.setting == "auto"
     if is_automatic and state.compiled is None:
@@ -57,7 +57,7 @@ def compile_unit(
         rehearsal(micro_batch_size, evaluates=settings.evaluates)
     except Exception as error:  # the compilers below have errors of many classes, with no common one
         if is_out_of_memory(error):
-            pass  # the first step will find out as well, and halve the micro-batch
+            pass  # the first step will run out of memory as well, and halve the micro-batch
         elif is_automatic:
             unit.undo_compilation()
             message = f"torch.compile failed ({summary_line(error)}); training is slower without"
@@ -78,12 +78,12 @@ def summary_line(error: Exception) -> str:
 
 
 def compiling_pays(device: torch.device, ideal_seconds: float) -> bool:
-    """Whether to compile a run whose matrix products would take ``ideal_seconds`` at the device's full rate."""
+    """Return whether to compile a run whose matrix products would take ``ideal_seconds`` at the device's full rate."""
     return device.type == "cuda" and ideal_seconds / USUAL_UTILISATION > PAYS_FROM_SECONDS
 
 
 def why_not_compile(device: torch.device) -> str | None:
-    """What ``torch.compile`` lacks here; None if nothing."""
+    """Return the requirement of ``torch.compile`` that this machine lacks; None if it has all."""
     if device.type == "cpu" and not any(shutil.which(compiler) for compiler in ("g++", "clang++")):
         return "torch.compile needs a C++ compiler on a CPU (g++)"
     if sys.version_info >= (3, 15):

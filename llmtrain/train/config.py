@@ -1,4 +1,4 @@
-"""How long to train, and what to look at on the way."""
+"""The length of training, and its periodic evaluation and samples."""
 
 import math
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class LoopConfig(Option):
             raise ValueError(f"sample_{error}") from None
 
     def sampling(self) -> Sampling:
-        """How samples are drawn."""
+        """The choice of the next token of a sample."""
         return Sampling(self.sample_temperature, self.sample_top_k, 1.0)
 
     def unread(self, run: RunFacts) -> dict[str, str]:

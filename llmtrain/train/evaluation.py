@@ -24,8 +24,8 @@ from llmtrain.train.out_of_memory import halve_on_out_of_memory, is_out_of_memor
 from llmtrain.train.state import TrainState
 from llmtrain.train.worst_sequences import find_worst_sequences
 
-MEASURES = ("accuracy", "macro_f1", "confusion", "labels")  # of a validation row, where classes are told apart
-Stop = Callable[[], str | None]  # the reason to leave off, once there is one
+MEASURES = ("accuracy", "macro_f1", "confusion", "labels")  # of a validation row of a classifier
+Stop = Callable[[], str | None]  # returns the reason to stop, once there is one
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Evaluator:
     corpus: Corpus
     tokenizer: Tokenizer
     precision: Precision
-    batch_size: int  # sequences that one of ``eval_batches`` stands for
+    batch_size: int  # sequences in one of ``eval_batches``
     seed: int
     log: RunLog
     samples_file: AppendedFile
@@ -58,21 +58,21 @@ class Evaluator:
         self.samples_file.close()
 
     def evaluates(self, step: int, *, at_end: bool) -> bool:
-        """Whether to evaluate after ``step`` steps."""
+        """Return whether to evaluate after ``step`` steps."""
         every = self.config.eval_every
         if self.corpus.validation is None or every == 0 or step == self.evaluated_step:
             return False
         return at_end or step % every == 0
 
     def samples(self, step: int, *, at_end: bool) -> bool:
-        """Whether to sample after ``step`` steps."""
+        """Return whether to sample after ``step`` steps."""
         every = self.config.sample_every
         if not self.objective.generates or every == 0 or step in (0, self.sampled_step):
             return False
         return at_end or step % every == 0
 
     def run(self, state: TrainState, *, at_end: bool, micro_batch_size: int, stop: Stop) -> None:
-        """Evaluate and sample, whichever is due; leave off when ``stop`` gives a reason."""
+        """Evaluate and sample if due; stop when ``stop`` gives a reason."""
         with self.precision.autocast():  # around all of it: the weights are cast once
             if self.evaluates(state.step, at_end=at_end):
                 self.evaluate(state, min(micro_batch_size, self.batch_size), stop)
@@ -80,7 +80,7 @@ class Evaluator:
                 self.sample(state.step)
 
     def evaluate(self, state: TrainState, micro_batch_size: int, stop: Stop) -> None:
-        """Write the validation loss, and that of some training data if asked for, into metrics and state."""
+        """Evaluate the validation data, and training data if configured; write the losses into metrics and state."""
         assert self.corpus.validation is not None
         parts = {"val_loss": (self.corpus.validation, self.config.eval_batches)}
         if self.config.eval_train_batches:
@@ -103,7 +103,7 @@ class Evaluator:
     def _evaluate_on(
         self, sequences: Sequences, batches: int | None, micro_batch_size: int, stop: Stop
     ) -> EvalResult | None:
-        """The result on so many batches (None: all there are); None if asked to leave off."""
+        """The result on ``batches`` batches (None: all); None if ``stop`` gave a reason."""
         max_sequences = None if batches is None else batches * self.batch_size
 
         def with_size(size: int) -> EvalResult | None:
@@ -115,7 +115,7 @@ class Evaluator:
         return halve_on_out_of_memory(with_size, micro_batch_size)
 
     def sample(self, step: int) -> None:
-        """A sample of text, into ``samples.jsonl``; its random numbers follow from seed and step alone."""
+        """Write a sample of text into ``samples.jsonl``; its random numbers follow from seed and step alone."""
         config = self.config
         try:
             ids = generate(
@@ -133,7 +133,7 @@ class Evaluator:
             if not is_out_of_memory(error):
                 raise
             self.log.event("no_sample", step, message=str(error).splitlines()[0])
-            self.sampled_step = step  # it would not fit another time either
+            self.sampled_step = step  # it would not fit at another try either
             return
         self.sampled_step = step
         row = {"step": step, "prompt": config.sample_prompt, "text": text}
@@ -154,7 +154,7 @@ class Evaluator:
     # --- results ----------------------------------------------------------------------------------------------------
 
     def record(self, row: dict[str, Any], state: TrainState) -> None:
-        """Take a validation row into the results, of this session or of one before."""
+        """Add a validation row, of this session or an earlier one, to the results."""
         self.evaluated_step = row["step"]
         self.last_val_loss, self.last_train_loss = row["val_loss"], row.get("train_loss")
         self.last_measures = {key: row[key] for key in MEASURES if key in row}
@@ -164,13 +164,13 @@ class Evaluator:
             is_best = True
         elif best in self.validation_scores:
             is_best = validation_score(row) < self.validation_scores[best]
-        else:  # its own row is not read yet, or lost
+        else:  # the best row is not read yet, or lost
             is_best = row["step"] > best and row["val_loss"] < state.best_val_loss
         if is_best:
             state.best_val_loss, state.best_val_step = row["val_loss"], row["step"]
 
     def forget_after(self, state: TrainState) -> None:
-        """Drop the results after the step of ``state``, which the run went back to: they will come again."""
+        """Drop the results after the step of ``state``, to which the run was rolled back."""
         step = state.step
         self.samples_file.rewrite(lambda: drop_rows(self.samples_file.path, lambda row: row["step"] > step))
         self.validation_scores = {at: score for at, score in self.validation_scores.items() if at <= step}

@@ -1,4 +1,4 @@
-"""The record of a run: rows and events, to the metrics and to the display."""
+"""The log of a run: rows and events, for the metrics and the display."""
 
 import time
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from llmtrain.train.step_timer import StepTimer
 
 @dataclass
 class RunLog:
-    """Metrics and display of one run, with what its rows are computed from.
+    """The log of one run: its metrics, its display, and the counts that rows are computed from.
 
     ``clock`` gives seconds; the time between :meth:`restart` and :meth:`account` counts as training.
     """
@@ -41,7 +41,7 @@ class RunLog:
         self.restart()
 
     def restart(self) -> None:
-        """Training goes on here; the time before is not its own."""
+        """Mark the time: training continues from here, and the time before does not count as training."""
         self._mark = self.clock()
 
     def account(self) -> float:
@@ -53,13 +53,13 @@ class RunLog:
         return passed
 
     def count(self, record: StepRecord) -> None:
-        """Count a step whose numbers have come back."""
+        """Count a step whose numbers have arrived."""
         self.timer.read()
         self.steps += 1
         self.tokens += record.tokens
 
     def reset(self) -> None:
-        """Forget the steps since the last row: the run went back."""
+        """Drop the counts since the last row, after a roll-back."""
         self.steps, self.tokens, self.seconds = 0, 0, 0.0
         self.timer.forget()
 
@@ -97,13 +97,13 @@ class RunLog:
         self.display.row(row)
 
     def event(self, name: str, step: int, **details: Any) -> None:
-        """Record something out of the ordinary, in the metrics and before the user."""
+        """Record an unusual event in the metrics, and show it to the user."""
         row = {"event": name, "step": step, **details}
         self.metrics.row(row)
         self.display.event(row)
 
     def write_profile(self, step: int) -> None:
-        """Have the profile of some steps written and report where it is; the time that takes is not training's."""
+        """Have the profile of some steps written, and report its path; the time does not count as training."""
         profile = self.timer.profiler.write()
         path = None if profile.path is None else str(profile.path.relative_to(self.run_dir))
         self.event("profile", step, path=path, message=profile.message)

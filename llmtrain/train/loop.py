@@ -1,4 +1,4 @@
-"""The training loop: the step, and what is done once in a while."""
+"""The training loop: the step, and the work between steps."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,20 +20,20 @@ from llmtrain.train.readback import Readback, StepRecord
 from llmtrain.train.state import TrainState, restore_state
 from llmtrain.train.step import Step
 
-MAX_SKIPPED_AT_END = 3  # steps in a row; a run that ends with as many has not come to anything
+MAX_SKIPPED_AT_END = 3  # steps in a row; a run that ends with as many has failed
 KEPT_AT_ROLL_BACK = ("position", "skipped_sequences", "refused_steps", "train_seconds", "micro_batch_size")
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot go on; the message explains.  What was saved before is intact."""
+    """Training cannot continue; the message explains.  Saved checkpoints are intact."""
 
 
 class Loop:
-    """One run in one process.  Every argument is ready to use; nothing in here knows a concrete option.
+    """One run in one process.  Every argument is ready to use; the loop knows no concrete option.
 
     Args:
-        learning_rate: of a step, by its 0-based number, before the recovery changes it.
-        stop: the reason to stop, once there is one.
+        learning_rate: gives that of a step, by its 0-based number, before the recovery changes it.
+        stop: gives the reason to stop, once there is one.
     """
 
     def __init__(
@@ -69,16 +69,16 @@ class Loop:
         self.loader = self._open_loader()
         self.last_loss: float | None = None
         self.skipped_in_a_row = 0
-        self.saved_step: int | None = state.step or None  # a resumed run starts from what is already saved
-        self.tried_step: int | None = None  # the step of the last save, whatever became of it
-        self.save_error: Exception | None = None  # of the last save, if it failed
+        self.saved_step: int | None = state.step or None  # a resumed run starts from a saved step
+        self.tried_step: int | None = None  # the step of the last save, failed or not
+        self.save_error: Exception | None = None  # the error of the last save, if it failed
         self.save_cost = 0.0  # seconds that the last save took
         self.trained_at_save = state.train_seconds
         self.started = self.saved_at = log.clock()
         log.restart()
 
     def close(self) -> None:
-        """End the loader, the profiler and the samples."""
+        """Close the loader, the profiler and the file of samples."""
         self.loader.close()
         self.evaluator.close()
         self.log.timer.profiler.close()
@@ -104,7 +104,7 @@ class Loop:
         if self.saved_step != self.state.step:
             raise TrainingFailed(
                 f"step {self.state.step}: the checkpoint could not be written: {self.save_error}; "
-                f"{self._older_checkpoints()}; make room, then go on with: llmtrain resume {self.log.run_dir}"
+                f"{self._older_checkpoints()}; make room, then continue with: llmtrain resume {self.log.run_dir}"
             ) from self.save_error
         if self.state.step < self.max_steps or self._is_evaluation_due():
             return "interrupted"
@@ -118,7 +118,7 @@ class Loop:
         return "finished"
 
     def stop_reason(self) -> str | None:
-        """The reason to save and leave now: a signal, or the end of ``loop.max_minutes``."""
+        """The reason to save and stop now: a signal, or the end of ``loop.max_minutes``."""
         if reason := self.stop():
             return reason
         limit = self.config.max_minutes
@@ -132,7 +132,7 @@ class Loop:
     # --- the step ---------------------------------------------------------------------------------------------------
 
     def advance(self) -> None:
-        """One optimizer step, and what follows from the numbers of earlier ones."""
+        """Do one optimizer step, and account for the steps whose numbers have arrived."""
         self.train_step()
         self.collect_save(wait=False)
         self.account_for(self.readback.ready())
@@ -141,7 +141,7 @@ class Loop:
             self._write_profile()
 
     def train_step(self) -> None:
-        """One optimizer step.  The host only launches work here; it never waits for the device."""
+        """Do one optimizer step.  The host only launches work here; it never waits for the device."""
         state, timer = self.state, self.log.timer
         learning_rate = self.learning_rate(state.step) * self.recovery.rate_factor(state.step)
         timer.start()
@@ -186,7 +186,7 @@ class Loop:
     # --- the numbers of earlier steps -------------------------------------------------------------------------------
 
     def account_for(self, records: list[StepRecord]) -> None:
-        """Log the steps whose numbers have come back, and give them to the recovery."""
+        """Log the steps whose numbers have arrived, and give them to the recovery."""
         for record in records:
             self.log.count(record)
             verdict = Verdict.of(record.step, record.position, record.batch_size, record.values)
@@ -204,7 +204,7 @@ class Loop:
         self.state.train_seconds += self.log.account()
 
     def _drain(self) -> None:
-        """Wait for the numbers of all steps, and count the time so far as training."""
+        """Wait for the numbers of all steps, account for them, and count the time so far as training."""
         self.account_for(self.readback.drain())
         self._account_time()
 
@@ -213,7 +213,7 @@ class Loop:
         self.log.write_profile(self.state.step)
 
     def _report_skipped(self, record: StepRecord, verdict: Verdict) -> None:
-        """Report a step that never reached the weights, the reason, and the text that it was trained on."""
+        """Report a skipped step with the reason and its worst sequences."""
         worst = []
         if not verdict.scaler_overflow:
             worst = self.evaluator.worst_sequences(self.stream, record.position, record.batch_size)
@@ -231,7 +231,7 @@ class Loop:
             action = queue.popleft()
             if isinstance(action, Skip):
                 self._skip(action.batches)
-                message = f"{action.batches} batches of data are left out; on from position {self.state.position:,}"
+                message = f"{action.batches} batches of data are left out; next is position {self.state.position:,}"
                 where = {"batches": action.batches, "position": self.state.position}
                 self.log.event("skip", self.state.step, message=message, **where)
             elif isinstance(action, Rollback):
@@ -241,7 +241,7 @@ class Loop:
                 self.log.event("lower_rate", self.state.step, message=message, factor=action.factor, steps=action.steps)
             elif isinstance(action, Failure):
                 raise TrainingFailed(
-                    f"{action.reason} Resumed as it is, the run would come to the same end; go on from its last "
+                    f"{action.reason} Resumed as it is, the run would fail again; continue from its last "
                     f"checkpoint with a change: llmtrain resume {self.log.run_dir} KEY=VALUE"
                 )
 
@@ -255,9 +255,9 @@ class Loop:
         self.loader = self._open_loader()
 
     def _roll_back(self, action: Rollback) -> Sequence[Action]:
-        """Go back to a checkpoint before the trouble, but on with the data behind it.
+        """Restore a checkpoint from before the trouble, and continue with the data after it.
 
-        Returns what the recovery wants next, where there is no such checkpoint.
+        Returns the next actions of the recovery, also where there is no such checkpoint.
         """
         self._drain()
         self.collect_save(wait=True)
@@ -277,9 +277,9 @@ class Loop:
         self._skip(action.batches)
         more = self.recovery.rolled_back(state.step, state.recovery)
         where = {"to_step": state.step, "batches": action.batches, "position": state.position}
-        message = f"to the checkpoint of step {state.step:,}, and on with later data, from position {state.position:,}"
+        message = f"to the checkpoint of step {state.step:,}, and with later data, from position {state.position:,}"
         self.log.event("roll_back", now.step, message=message, **where)
-        # The checkpoint of this step gets the new position before anything else can go wrong.
+        # The checkpoint of this step gets the new position before anything else can fail.
         for later in sorted((p for p in self.saver.checkpoints() if step_of(p) > state.step), reverse=True):
             remove_checkpoint(later)
             self.saver.intact.discard(later)
@@ -289,7 +289,7 @@ class Loop:
         return more
 
     def _forget_after(self, step: int) -> None:
-        """Drop what was logged, sampled and evaluated after ``step``: it will be again, and differently."""
+        """Drop rows, samples and evaluations after ``step``: the steps are done again with other data."""
         self.log.metrics.rewind(step)
         self.evaluator.forget_after(self.state)
         self.log.reset()
@@ -302,9 +302,9 @@ class Loop:
         return self._is_over() or self.saver.policy.is_due(self.state.step, elapsed)
 
     def save(self, *, copied: bool = True) -> None:
-        """Begin to write a checkpoint of this moment, unless there is one; an earlier one is finished first.
+        """Start to write a checkpoint of this step, unless there is one; wait for an earlier save first.
 
-        ``copied``: training goes on beside it.
+        ``copied``: training continues meanwhile.
         """
         self._drain()
         self.collect_save(wait=True)
@@ -319,14 +319,14 @@ class Loop:
         self.log.restart()
 
     def capture_state(self) -> None:
-        """Bring ``state`` up to this moment, with what others keep of it."""
+        """Update ``state`` with the state of the scaler, the recovery and the random number generators."""
         self.account_for(self.readback.drain())
         self.state.capture_rng(self.log.device)
         self.state.scaler = self.step.precision.state_dict()
         self.state.recovery = self.recovery.state_dict()
 
     def collect_save(self, *, wait: bool) -> None:
-        """Record what became of the save under way, if it has ended or is to be waited for."""
+        """Record the result of the save under way, if it has ended; with ``wait``, wait for its end."""
         saved = self.saver.collect(wait=wait)
         if saved is None:
             return
@@ -341,25 +341,25 @@ class Loop:
             self._report_failed_save(saved, saved.error)
 
     def _report_failed_save(self, saved: SaveResult, error: Exception) -> None:
-        """A full disk must not end a run: the older checkpoints are intact, and there is a next time."""
+        """Report a failed save.  A full disk does not end a run: older checkpoints are intact, and it tries again."""
         if not isinstance(error, OSError | CheckpointError):
             raise TrainingFailed(
                 f"step {saved.step}: saving failed: {type(error).__name__}: {error}. Older checkpoints are untouched"
             ) from error
         if self.saved_step == saved.step:
             self.saved_step = None
-        message = f"{error}; {self._older_checkpoints()}, the run goes on and tries again at its next save"
+        message = f"{error}; {self._older_checkpoints()}, the run continues and tries again at its next save"
         self.log.event("save_failed", saved.step, message=message)
 
     def _older_checkpoints(self) -> str:
-        """What there is to resume from, in words."""
+        """A clause about the newest checkpoint, for messages."""
         newest = max(map(step_of, self.saver.checkpoints()), default=None)
         return "there is no checkpoint yet" if newest is None else f"the checkpoint of step {newest} is intact"
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def evaluate(self) -> None:
-        """Evaluate and sample where it is time to; after a save where that is worth it, so that neither loses much."""
+        """Evaluate and sample if due.  A checkpoint is written first where much training could be lost."""
         if not self._is_evaluation_due() or self.stop_reason():
             return
         self._drain()
@@ -374,6 +374,6 @@ class Loop:
         self.log.restart()
 
     def _is_evaluation_due(self) -> bool:
-        """Whether to evaluate or sample after this step, and it has not been done yet."""
+        """Return whether an evaluation or a sample is due after this step and has not been done."""
         step, at_end = self.state.step, self.state.step == self.max_steps
         return self.evaluator.evaluates(step, at_end=at_end) or self.evaluator.samples(step, at_end=at_end)

@@ -18,11 +18,11 @@ class StepRecord:
     batch_size: int
     learning_rate: float
     losses: tuple[str, ...] = ()  # names of the parts of the loss, where there is more than one
-    values: dict[str, float] = field(default_factory=dict)  # filled when the device is through
+    values: dict[str, float] = field(default_factory=dict)  # filled when the device has finished the step
 
 
 class Readback:
-    """A queue of records whose numbers are copied to the host while the device goes on.
+    """A queue of records whose numbers are copied to the host while the device continues.
 
     On a GPU each record's scalars are copied to pinned memory, followed by an event; :meth:`ready` returns the records
     whose event has passed.  At most ``depth`` steps are pending: the host stays close to the device, and the device

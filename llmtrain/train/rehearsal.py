@@ -1,4 +1,4 @@
-"""A step on made-up sequences that leaves nothing behind."""
+"""A trial step on made-up sequences, without lasting effects."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from llmtrain.train.step import Step
 
 
 def made_up_batch(objective: Objective, sequences: int, sequence_length: int, *, is_packed: bool) -> Batch:
-    """A batch of token 0, every position a target; of packed rows each is one example."""
+    """A batch of token 0, every position a target; with ``is_packed`` each row is one example."""
     tokens = np.zeros((sequences, sequence_length), np.int64)
     segments = np.ones(tokens.shape, np.int32) if is_packed else None
     return objective.collate(Rows(tokens, tokens, segments), np.arange(sequences), 0)
@@ -30,7 +30,7 @@ class Rehearsal:
     is_packed: bool = False  # several examples in a row
 
     def __call__(self, micro_batch_size: int, *, evaluates: bool = False) -> None:
-        """Go through a micro-batch of ``micro_batch_size`` sequences; with ``evaluates`` also without gradients."""
+        """Run a micro-batch of ``micro_batch_size`` sequences; with ``evaluates`` also without gradients."""
         step = self.step
         batch = made_up_batch(self.objective, micro_batch_size, self.sequence_length, is_packed=self.is_packed)
         batch = batch.to(self.device)

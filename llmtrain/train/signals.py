@@ -47,7 +47,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     """Catch SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 during a run in the main thread.
 
     Other threads cannot catch signals.  A previous handler (of a cluster launcher, which requeues the job) is called
-    after the run has saved and left.
+    after the run has saved and stopped.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

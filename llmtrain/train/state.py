@@ -18,27 +18,27 @@ FORMAT = 2
 
 @dataclass
 class TrainState:
-    """Where a run is.  Saved as ``state.json`` in each checkpoint."""
+    """The state of a run besides its tensors.  Saved as ``state.json`` in each checkpoint."""
 
-    step: int = 0  # optimizer steps done, refused ones included
-    position: int = 0  # sequences consumed, over all epochs: the one integer behind the data order
-    tokens: int = 0  # consumed, padding left out
-    refused_steps: int = 0  # steps whose update was refused: not finite, or far out of the ordinary
+    step: int = 0  # optimizer steps done, skipped ones included
+    position: int = 0  # sequences consumed, over all epochs: the position in the data order
+    tokens: int = 0  # consumed, without padding
+    refused_steps: int = 0  # skipped steps: the update was not finite, or far out of the ordinary
     skipped_sequences: int = 0  # left out by the recovery; ``position`` counts them as consumed
-    micro_batch_size: int | None = None  # found to fit, at the start or since memory ran out; None: the config's
-    compiled: bool | None = None  # whether the blocks are; None: not decided yet
+    micro_batch_size: int | None = None  # found to fit, at the start or after memory ran out; None: the config's
+    compiled: bool | None = None  # True if the blocks are compiled; None: not decided yet
     best_val_loss: float | None = None
     best_val_step: int | None = None
     train_seconds: float = 0.0  # spent in steps, over all sessions
-    data: str = ""  # fingerprint of the data that ``position`` counts in
-    labels: list[str] = field(default_factory=list)  # names of the classes that the model tells apart
+    data: str = ""  # fingerprint of the data that ``position`` refers to
+    labels: list[str] = field(default_factory=list)  # names of the model's classes
     base: str = ""  # fingerprint of the frozen weights that adapters were trained on, and that no checkpoint holds
     scaler: dict[str, float] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
     rng: dict[str, Any] = field(default_factory=dict)
 
     def capture_rng(self, device: torch.device) -> None:
-        """Take the state of every random number generator that training draws from."""
+        """Store the state of every random number generator that training draws from."""
         version, internal, gauss = random.getstate()
         name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
         self.rng = {
@@ -66,7 +66,7 @@ class TrainState:
         return {"format": FORMAT, **asdict(self)}
 
     def micro_batch_of(self, configured: int) -> int:
-        """Sequences of a forward pass at most: those found to fit, else those ``configured``."""
+        """Sequences of a forward pass at most: the size found to fit, else ``configured``."""
         return self.micro_batch_size or configured
 
     @classmethod
@@ -83,7 +83,7 @@ def restore_state(
 ) -> TrainState:
     """Fill ``unit`` and ``optimizer`` from the checkpoint at ``path``, known to be intact, and return its state.
 
-    With ``fresh_optimizer`` the optimizer keeps the state that it has: it is another one than the checkpoint's.
+    With ``fresh_optimizer`` the optimizer keeps its own state, for an optimizer that is not the checkpoint's.
     Raises :class:`CheckpointError` naming the file.
     """
     state = restore(path, unit, optimizer, fresh_optimizer=fresh_optimizer)

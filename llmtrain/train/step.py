@@ -15,14 +15,14 @@ from llmtrain.train.out_of_memory import halve_on_out_of_memory
 
 
 class Timer(Protocol):
-    """What hears of the phases of a step."""
+    """An observer of the phases of a step."""
 
     def mark(self, phase: str) -> None:
-        """The work since the last mark belongs to ``phase``."""
+        """Assign the work since the last mark to ``phase``."""
 
 
 class NoTimer:
-    """A timer that nobody reads."""
+    """A timer that records nothing."""
 
     def mark(self, phase: str) -> None:
         pass
@@ -58,11 +58,11 @@ class Step:
         self.precision = precision
         self.micro_batch_size = micro_batch_size  # sequences of a forward pass at most; halved when memory runs out
         self.timer: Timer = timer or NoTimer()
-        self.on_halved = on_halved  # hears of the new size, and of the error's message
+        self.on_halved = on_halved  # called with the new size and the error's message
         self.weights = unit.trained_weights()
 
     def gradients(self, batch: Batch) -> StepLoss:
-        """Forward and backward of every micro-batch, gradients unscaled; in smaller ones when memory runs out.
+        """Run forward and backward of every micro-batch, in smaller ones when memory runs out; unscale the gradients.
 
         Each micro-batch adds (its sums of losses) / (valid targets of the whole step), so any split of the batch gives
         the gradient of the whole.
@@ -74,7 +74,7 @@ class Step:
         return loss
 
     def accumulate(self, batch: Batch, micro_batch_size: int) -> StepLoss:
-        """Forward and backward of ``batch`` in parts of ``micro_batch_size`` sequences."""
+        """Run forward and backward of ``batch`` in parts of ``micro_batch_size`` sequences."""
         total: Tensor | None = None
         parts: dict[str, Tensor] = {}
         for micro_batch in batch.split(micro_batch_size):
@@ -91,7 +91,7 @@ class Step:
         return StepLoss(total, parts)
 
     def _halve(self, size: int, message: str) -> None:
-        """The step starts again, on the same data, in smaller micro-batches, and so do all that follow."""
+        """Drop the gradients and halve the micro-batch, for this step, which starts again, and all that follow."""
         self.optimizer.zero_grad(set_to_none=True)
         self.timer.mark("other")
         self.micro_batch_size = size

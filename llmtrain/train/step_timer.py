@@ -9,7 +9,7 @@ import torch
 
 from llmtrain.train.profiler import Profiler
 
-PHASES = ("data", "forward", "backward", "optimizer")  # what is left of a step is "other"
+PHASES = ("data", "forward", "backward", "optimizer")  # the rest of a step is "other"
 
 Lap = list[tuple[str, Any]]  # the marks of a step: the phase that ends there, and a time or a CUDA event
 
@@ -17,9 +17,9 @@ Lap = list[tuple[str, Any]]  # the marks of a step: the phase that ends there, a
 class StepTimer:
     """Seconds in each of :data:`PHASES`.
 
-    On a CPU a mark is a look at ``clock``.  On a GPU it is an event between the kernels, so that what is timed is the
-    device's work, not its launching; the events of a step are read once they have passed (:meth:`read`), which the
-    host never waits for, and then used again.  ``profiler`` hears of each mark.
+    On a CPU a mark reads ``clock``.  On a GPU it is an event between the kernels, so that the device's work is timed
+    and not its launching; the events of a step are read once they have passed (:meth:`read`), without waiting, and
+    then reused.  Each mark is passed on to ``profiler``.
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float], profiler: Profiler) -> None:

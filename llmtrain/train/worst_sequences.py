@@ -36,9 +36,9 @@ def find_worst_sequences(
     They are the sequences at the positions from ``position`` on.
 
     Each is ``{"sequence": its number, "loss": mean loss a target token, "text": an excerpt}``, ready for JSON; a loss
-    that is not finite is worse than any other.  The excerpt, at most 300 characters, is of the targets where the loss
-    is largest; if it is not finite, where that begins, since attention carries NaN on to all that follows.  Where the
-    targets are classes, which ``name_target`` names, it is the beginning of the text, and ``"label"`` is added.
+    that is not finite is worse than any other.  The excerpt, at most 300 characters, shows the targets with the
+    largest loss, or the first with a loss that is not finite, since attention carries NaN on to all later tokens.  If
+    the targets are classes, which ``name_target`` names, it is the beginning of the text, and ``"label"`` is added.
 
     The losses are those of the weights as they are now, without dropout, in the arithmetic that the caller has set
     (its autocast); no random number is drawn.  Sequences go through the unit one at a time, not compiled.
@@ -79,9 +79,9 @@ def find_worst_sequences(
 
 
 def _worst_tokens(mean_loss: MeanLoss, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """The targets of the stretch, of some 32 to 64 of them, whose loss is worst, and the input just before.
+    """The stretch of some 32 to 64 targets with the worst loss, after the input of the first of them.
 
-    It is a part of the sequence's worst part, and so on; the input is what the first of the losses follows from.
+    The sequence is divided, then its worst part, and so on.
     """
     places = np.flatnonzero(targets != IGNORE)
     while len(places) > SHORT_STRETCH:
@@ -91,10 +91,10 @@ def _worst_tokens(mean_loss: MeanLoss, inputs: np.ndarray, targets: np.ndarray) 
             only = np.full_like(targets, IGNORE)
             only[part] = targets[part]
             losses.append(_badness(mean_loss(only)))
-        places = parts[losses.index(max(losses))]  # the first of equals: where losses cease to be finite
+        places = parts[losses.index(max(losses))]  # the first of equals: the one where losses cease to be finite
     return np.append(inputs[places[0]], targets[places])
 
 
 def _badness(loss: float) -> float:
-    """The loss for comparisons: what is not finite is the worst."""
+    """The loss for comparisons: one that is not finite is the worst."""
     return loss if math.isfinite(loss) else math.inf

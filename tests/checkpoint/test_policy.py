@@ -1,4 +1,4 @@
-"""When to save, what to keep, and which checkpoint to go on from."""
+"""The policy of saving and keeping checkpoints, and the choice of the one to continue from."""
 
 from pathlib import Path
 

@@ -57,7 +57,7 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
             "as in: llmtrain predict RUN_DIR text=",
         ),
         (["predict", "run", "text=a", "file=b"], "text='a' and file=b: give one of them, not both"),
-        (["train", "experiment=spam"], "weights.path: model=auto needs a checkpoint to look at; give a run"),
+        (["train", "experiment=spam"], "weights.path: model=auto needs a checkpoint to read; give a run"),
         (["train", "loop.max_steps=1.5"], "loop.max_steps=1.5: must be a whole number; or null"),
         (["train", "runtime.deterministic=maybe"], "runtime.deterministic='maybe': must be true or false"),
         (["train", "runtime.device=gpu"], "runtime.device='gpu': must be one of auto, cpu, cuda; did you mean cuda?"),
@@ -345,7 +345,7 @@ def test_the_spam_recipe_finds_its_data_from_any_folder(tmp_path: Path) -> None:
     assert "llmtrain predict spam" in done.stdout
     refused = llmtrain("generate", "spam", cwd=tmp_path, check=2).stderr
     assert "spam: this run was trained to classify texts" in refused
-    assert "base: this run was not trained to tell classes apart" in llmtrain(
+    assert "base: this run was not trained to classify texts" in llmtrain(
         "predict", "base", "text=x", cwd=tmp_path, check=2
     ).stderr  # fmt: skip
 

@@ -160,7 +160,7 @@ def test_the_adapter_of_a_tied_embedding_is_exported(bases: Path, capfd: pytest.
     lora = ("lora=lora", "lora.targets=[all-linear,embeddings]", "optimizer.lr=1e-2")
     assert main(["train", *AUTO, *base, *lora, "run_dir=run"]) == 0
     assert main(["export", "run", "to=out"]) == 0
-    assert "is a matrix of its own: the adapter is for the input alone" in capfd.readouterr().out
+    assert "is now a separate matrix: the adapter is for the input alone" in capfd.readouterr().out
     assert json.loads(Path("out/config.json").read_text())["tie_word_embeddings"] is False
     assert difference(Path("run"), Path("out")) < 1e-5
 
@@ -301,9 +301,9 @@ def test_an_export_holds_the_chat_template(template: str, bases: Path) -> None:
     ("arguments", "message"),
     [
         ([], "to: a value is required"),
-        (["to=full"], "to=full: not empty; nothing is written over"),
-        (["to=file"], "to=file: there is something else of that name"),
-        (["to=link"], "to=link: there is something else of that name"),
+        (["to=full"], "to=full: not empty, and nothing is overwritten; name a new directory"),
+        (["to=file"], "to=file: something that is not a directory has this name"),
+        (["to=link"], "to=link: something that is not a directory has this name"),
         (["to=out", "format=gguf"], "format"),
         (["to=out", "format=peft"], "format=peft: this run trained the weights themselves"),
         (["to=out", "format=peft", "dtype=bf16"], "dtype=bf16: adapters are written as they were trained"),

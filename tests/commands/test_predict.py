@@ -114,7 +114,7 @@ def test_mistakes_are_named_and_leave_nothing(
 def test_a_run_that_is_no_classifier_is_refused(work: Path, capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.chdir(work)
     assert main(["predict", "base", "text=a"]) == 2
-    assert "was not trained to tell classes apart" in capfd.readouterr().err
+    assert "was not trained to classify texts" in capfd.readouterr().err
     assert main(["chat", "base"]) == 2
     assert "template=null: the run was trained without a template" in capfd.readouterr().err
 

@@ -113,7 +113,7 @@ def test_resume_without_an_intact_checkpoint_is_refused(run: Path, capfd: pytest
     for step in range(1, 8):
         damage(run, step, STATE)
     message = refused(capfd, "run", "loop.max_steps=20")
-    assert "no checkpoint to go on from, all are damaged" in message
+    assert "no checkpoint to continue from, all are damaged" in message
     for step in range(1, 8):
         assert f"step-{step:08d}/state.json" in message
 
@@ -318,7 +318,7 @@ def test_state_that_an_option_does_not_read_is_named(run: Path, capfd: pytest.Ca
     ("override", "expected"),
     [
         ("model.hidden_size=64", "model.hidden_size=64: this run was started with 32"),
-        ("data.sequence_length=16", "cannot go on with another"),
+        ("data.sequence_length=16", "cannot continue with another"),
         ("name=other", "name=other"),
         ("weights=checkpoint weights.path=run", "weights._target_"),
         ("loop.max_steps=6", "loop.max_steps=6: the run is at step 7 already"),

@@ -89,7 +89,7 @@ def test_replay_steps_limits_the_replay(good: Path, tmp_path: Path) -> None:
     assert "tensors not" in partly
     assert "replaying" not in llmtrain("verify", "run", "replay_steps=0", cwd=tmp_path).stdout
     one = llmtrain("verify", "run/checkpoints/step-00000009", cwd=tmp_path).stdout
-    assert "whole" in one
+    assert "intact" in one
     assert "replaying" not in one
 
 

@@ -38,7 +38,7 @@ TINY = ("model=tiny", "tokenizer=byte")
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_builds(group: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    GPT2Config(n_layer=1, n_embd=8, n_head=1).save_pretrained("hf")  # for model=auto to look at
+    GPT2Config(n_layer=1, n_embd=8, n_head=1).save_pretrained("hf")  # for model=auto to read
     text = (CONF / group / f"{option}.yaml").read_text()
     needed = [override for override in NEEDED.get(group, []) if f"{override.split('.')[1].split('=')[0]}: ???" in text]
     run = Run.compose(f"{group}={option}", *needed, *COMPANY.get(f"{group}={option}", []))

@@ -105,7 +105,7 @@ class Bench:
     deadline: float = float("inf")  # of time.monotonic: no new fault after it
 
     def begin(self, run: Path, *arguments: str, prelude: str = "") -> Victim:
-        """Start the run, or go on with it; from the beginning where a kill came before it had a config."""
+        """Start the run, or resume it; from the beginning where a kill came before it had a config."""
         if (run / "config.yaml").exists():
             resume = ("resume", run.name, *([PLUGINS] if PLUGINS in arguments else []))
             return self.launcher.start(*resume, cwd=run.parent, prelude=prelude)

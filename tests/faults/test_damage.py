@@ -111,6 +111,6 @@ def test_a_run_without_an_intact_checkpoint_is_left_unchanged(
         flip("state.json").do(checkpoint)
     before = contents(run)
     output = launcher.run("resume", "run", "loop.max_steps=80", status=2)
-    assert "no checkpoint to go on from" in output
+    assert "no checkpoint to continue from" in output
     assert output.count("state.json: its sha256") == 3
     assert contents(run) == before

@@ -1,4 +1,4 @@
-"""A full disk: the older checkpoints stay whole, the run goes on and saves again once there is room."""
+"""A full disk: the older checkpoints stay intact, the run continues and saves again once there is room."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ from tests.faults.victims import (
 from tests.helpers.cli import assert_same_end
 from tests.helpers.launcher import Launcher, Victim
 
-FAILED = "the run goes on and tries again"  # of the event's message
+FAILED = "the run continues and tries again"  # of the event's message
 SAVING = (*STANDARD, "checkpoint.every_steps=4", "checkpoint.before_evaluation=false")
 
 

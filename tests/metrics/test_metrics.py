@@ -72,7 +72,7 @@ def test_a_corrupt_line_is_named(tmp_path: Path, line: str, message: str) -> Non
 
 
 def test_a_resumed_run_has_every_row_once(tmp_path: Path) -> None:
-    """Saved at step 4, evaluated at 4 and 6, killed while writing row 7: the run goes on from 4."""
+    """Saved at step 4, evaluated at 4 and 6, killed while writing row 7: the run continues from 4."""
     first = [
         train(3),
         train(4),

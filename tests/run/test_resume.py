@@ -148,7 +148,7 @@ def test_resume_refuses_changes_that_cannot_continue(
     assert main(["resume", str(tmp_path / "run"), override]) == 2
     message = capsys.readouterr().err
     assert override.split("=")[0] in message
-    assert "cannot go on" in message
+    assert "cannot continue" in message
 
 
 def test_a_moved_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
