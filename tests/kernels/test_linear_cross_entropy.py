@@ -117,7 +117,7 @@ def test_chunks_are_of_some_hundred_megabytes() -> None:
 
 PEAK = """
 import sys, torch
-from llmtrain.kernels.linear_cross_entropy import Options, linear_cross_entropy
+from llmtrain.kernels.linear_cross_entropy import Chunking, Options, linear_cross_entropy
 torch.set_num_threads(1)
 
 def peak():  # kilobytes; of this process alone, which getrusage is not
