@@ -346,13 +346,13 @@ def test_an_export_that_differs_is_removed(
     """A disk that flips a bit of a weight, two layers under one another's names, a model that is broken itself."""
     write = export.write_checkpoint
 
-    def harmed(model: Any, folder: Path, *arguments: Any, **options: Any) -> None:
+    def harmed(unit: Any, folder: Path, *arguments: Any, **options: Any) -> None:
         from safetensors.torch import save_file
 
         if harm == "nan":
             with torch.no_grad():
-                model.final_norm.weight.fill_(torch.nan)
-        write(model, folder, *arguments, **options)
+                unit.model.final_norm.weight.fill_(torch.nan)
+        write(unit, folder, *arguments, **options)
         tensors = load_file(folder / "model.safetensors")
         one, other = "transformer.h.0.attn.c_proj.weight", "transformer.h.1.attn.c_proj.weight"
         if harm == "weights":
