@@ -14,6 +14,7 @@ from llmtrain.hf.config_json import ConfigJson
 from llmtrain.hf.reading import load_weights
 from llmtrain.hf.writing import config_json, write_checkpoint
 from llmtrain.model.llama import Position
+from tests.helpers.units import as_unit
 from tests.hf.checkpoints import read
 
 HIDDEN, LAYERS, MLP, VOCABULARY, EPS = 48, 2, 80, 131, 1e-6
@@ -138,8 +139,9 @@ def test_logits_of_a_baichuan_checkpoint_equal_its_formulas(
     assert (torch.cat(parts)[:, :VOCABULARY] - expected).abs().max() < 1e-5
 
     (tmp_path / "ours").mkdir()
-    values = config_json(model, torch.float32, {}, (), False)
-    write_checkpoint(model, tmp_path / "ours", values, {}, dtype=torch.float32, shard_bytes=10**9)
+    unit = as_unit(model)
+    values = config_json(unit, torch.float32, {}, (), False)
+    write_checkpoint(unit, tmp_path / "ours", values, {}, dtype=torch.float32, shard_bytes=10**9)
     written = load_file(tmp_path / "ours" / "model.safetensors")
     assert written.keys() == weights.keys()
     assert all(np.array_equal(written[name].double().numpy(), weights[name]) for name in weights)

@@ -14,6 +14,7 @@ from llmtrain.inference.generate import Sampling, generate
 from llmtrain.model import LanguageModel
 from llmtrain.model.gpt import GPTConfig, Initialisation
 from llmtrain.model.llama import LlamaConfig
+from tests.helpers.units import as_unit
 from tests.hf.checkpoints import CASES, SIZES, largest_difference, make, read, some_ids
 
 FP32 = torch.float32
@@ -22,7 +23,8 @@ TOLERANCE = 1e-5
 
 def export(model: LanguageModel, folder: Path, shard_bytes: int = 10**9) -> Path:
     folder.mkdir()
-    write_checkpoint(model, folder, config_json(model, FP32, {}, (), False), {}, dtype=FP32, shard_bytes=shard_bytes)
+    unit = as_unit(model)
+    write_checkpoint(unit, folder, config_json(unit, FP32, {}, (), False), {}, dtype=FP32, shard_bytes=shard_bytes)
     return folder
 
 
