@@ -2,23 +2,30 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from llmtrain.model import LanguageModel
 from llmtrain.model.gpt import GPTConfig, Initialisation
-from llmtrain.objective.causal import Causal
 from llmtrain.precision import LossScaler, Precision
 from llmtrain.precision.auto import Auto, has_native_bf16
 from llmtrain.precision.bf16 import BF16
 from llmtrain.precision.fp16 import FP16
 from llmtrain.precision.fp32 import FP32
 from llmtrain.precision.tf32 import TF32
+from tests.helpers.batches import batch_of
+from tests.helpers.units import as_unit
 
 CPU = torch.device("cpu")
 
 
-def tiny() -> nn.Module:
+def tiny() -> LanguageModel:
     config = GPTConfig(2, 32, 2, 16, None, 0.0, True, True, None, Initialisation.gpt2)
     return config.create(64, CPU, torch.Generator().manual_seed(0))
+
+
+def loss_of(model: LanguageModel, ids: Tensor) -> Tensor:
+    (total,) = as_unit(model)(batch_of(ids, ids)).values()
+    return total
 
 
 @pytest.mark.parametrize("config", [BF16(), FP16(1024.0, 10)])
@@ -30,7 +37,7 @@ def test_norms_and_losses_stay_fp32(config: BF16 | FP16) -> None:
             module.register_forward_hook(lambda m, args, out, name=name: seen.update({name: out.dtype}))
     ids = torch.randint(0, 64, (2, 16))
     with precision.autocast():
-        loss = Causal(0.0, None)(model, ids, ids)
+        loss = loss_of(model, ids)
     assert loss.dtype == torch.float32
     assert all(dtype == torch.float32 for name, dtype in seen.items() if "norm" in name)
     assert all(dtype == precision.dtype for name, dtype in seen.items() if "norm" not in name)
@@ -41,9 +48,9 @@ def test_norms_and_losses_stay_fp32(config: BF16 | FP16) -> None:
 @pytest.mark.parametrize(("config", "tolerance"), [(BF16(), 0.02), (FP16(1.0, 10), 0.004)])
 def test_half_precision_is_near_fp32(config: BF16 | FP16, tolerance: float) -> None:
     model, ids = tiny(), torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
-    exact = Causal(0.0, None)(model, ids, ids)
+    exact = loss_of(model, ids)
     with config.build(CPU).autocast():
-        assert Causal(0.0, None)(model, ids, ids).item() == pytest.approx(exact.item(), rel=tolerance)
+        assert loss_of(model, ids).item() == pytest.approx(exact.item(), rel=tolerance)
 
 
 def test_the_arithmetic_of_before_is_restored() -> None:
