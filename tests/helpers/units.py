@@ -6,7 +6,6 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from llmtrain.lora.low_rank import LowRankAdaptation
 from llmtrain.model import LanguageModel
 from llmtrain.objective import TrainingUnit
 from llmtrain.objective.causal import Causal
@@ -39,11 +38,3 @@ def as_unit(model: nn.Module) -> TrainingUnit | Trainable:
     if not isinstance(model, LanguageModel):
         return PlainUnit(model)
     return Causal(z_loss=0.0, chunk_tokens=None).build(model, (), torch.Generator())
-
-
-def adapted_unit(model: LanguageModel, lora: LowRankAdaptation, generator: torch.Generator) -> TrainingUnit:
-    """A unit around ``model`` with the adapters of ``lora``, in the order of a run: heads first, then adapters."""
-    unit = as_unit(model)
-    lora.apply(model, generator)
-    unit.has_base = True
-    return unit
