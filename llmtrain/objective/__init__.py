@@ -162,7 +162,17 @@ class Objective(Option, ABC):
     takes: ClassVar[tuple[str, ...]] = ("text", "responses")  # the kinds of data (``DataConfig.gives``) it goes with
     loss: ClassVar[str] = "next_token"  # the name of the loss that :meth:`collate` counts targets for
     generates: ClassVar[bool] = True  # whether the model is to write text, so that samples of it say something
-    verb: ClassVar[str] = "generate"  # what the trained model is asked with
+    verb: ClassVar[str] = "generate"  # the command that uses the trained model
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Refuse the methods of earlier versions, which nothing would call."""
+        super().__init_subclass__(**keywords)
+        for name in ("__call__", "attach", "score"):
+            if name in cls.__dict__:
+                raise ValueError(
+                    f"{cls.__module__}.{cls.__qualname__}.{name}: is of an earlier version and would never be called; "
+                    "an objective builds a training unit: def build(self, model, labels, generator, class_weights=())"
+                )
 
     def collate(self, rows: Rows, positions: np.ndarray, seed: int) -> Batch:
         """Make a batch of ``rows``, the sequences at ``positions`` ``(rows,)`` of the training order.

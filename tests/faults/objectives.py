@@ -2,56 +2,85 @@
 
 import itertools
 import time
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from llmtrain.data import Batch
 from llmtrain.metrics.local import Local
 from llmtrain.model import LanguageModel
-from llmtrain.objective.causal import Causal
+from llmtrain.objective.causal import Causal, CausalUnit
 
 _calls_that_need_more = itertools.count()
 
 
+class FaultyUnit(CausalUnit):
+    """The unit of a :class:`Faulty` objective, which acts at each of its calls."""
+
+    objective: "Faulty"
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        self.objective.before(batch, training=self.training)
+        return super().forward(batch)
+
+
+class Faulty(Causal):
+    """Next-token prediction with a fault."""
+
+    def build(
+        self,
+        model: LanguageModel,
+        labels: Sequence[str],
+        generator: torch.Generator,
+        class_weights: Sequence[float] = (),
+    ) -> FaultyUnit:
+        unit = FaultyUnit(model, self.loss, self.z_loss, self.chunk_tokens)
+        unit.objective = self
+        return unit
+
+    @abstractmethod
+    def before(self, batch: Batch, *, training: bool) -> None:
+        """Act before the losses are computed."""
+
+
 @dataclass(frozen=True)
-class Hungry(Causal):
+class Hungry(Faulty):
     """The device has room for so many sequences; only after ``passing`` calls with more does it notice."""
 
     room: int
     passing: int
 
-    def __call__(self, model: LanguageModel, inputs: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
-        loss = super().__call__(model, inputs, targets, segments)
-        if len(inputs) > self.room and next(_calls_that_need_more) >= self.passing:
-            raise torch.OutOfMemoryError(f"room for {self.room} sequences, not for {len(inputs)}\nand a long report")
-        return loss
+    def before(self, batch: Batch, *, training: bool) -> None:
+        number = batch.sequences
+        if number > self.room and next(_calls_that_need_more) >= self.passing:
+            raise torch.OutOfMemoryError(f"room for {self.room} sequences, not for {number}\nand a long report")
 
 
 @dataclass(frozen=True)
-class Slow(Causal):
+class Slow(Faulty):
     """Every batch of an evaluation takes a while, and leaves a file ``evaluating``."""
 
     seconds: float
 
-    def __call__(self, model: LanguageModel, inputs: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
-        if not model.training:
+    def before(self, batch: Batch, *, training: bool) -> None:
+        if not training:
             Path("evaluating").touch()
             time.sleep(self.seconds)
-        return super().__call__(model, inputs, targets, segments)
 
 
 @dataclass(frozen=True)
-class Broken(Causal):
+class Broken(Faulty):
     """Evaluations fail while there is a file ``broken``."""
 
     message: str
 
-    def __call__(self, model: LanguageModel, inputs: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
-        if not model.training and Path("broken").exists():
+    def before(self, batch: Batch, *, training: bool) -> None:
+        if not training and Path("broken").exists():
             raise RuntimeError(self.message)
-        return super().__call__(model, inputs, targets, segments)
 
 
 @dataclass(frozen=True)

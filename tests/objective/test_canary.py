@@ -9,6 +9,7 @@ import torch
 
 from llmtrain import Run
 from llmtrain.config.assemble import assemble
+from llmtrain.objective.causal import Causal
 from llmtrain.train.step import Step
 from tests.helpers.cli import assert_same_end, cut_back, llmtrain, rows
 
@@ -74,3 +75,10 @@ def test_masks_differ_by_epoch_and_come_again(folder: Path) -> None:
     ]
     assert torch.equal(inputs[0], inputs[1])
     assert not torch.equal(inputs[0], inputs[2])
+
+
+def test_an_objective_of_an_earlier_version_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Old\.__call__: is of an earlier version and would never be called"):
+
+        class Old(Causal):
+            def __call__(self, model: object, inputs: object, targets: object, segments: object = None) -> None: ...
