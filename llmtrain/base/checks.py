@@ -58,7 +58,7 @@ def where(path: str) -> str:
 
 
 def _nearest(value: str, names: Sequence[str], count: int = 3) -> list[str]:
-    """List the names most like ``value``, whole or in one dotted part; one name stands for that of all layers."""
+    """List the names most like ``value``, in full or in one dotted part; one name stands for that of all layers."""
 
     def likeness(name: str) -> float:
         return max(difflib.SequenceMatcher(None, value, part).ratio() for part in (name, *name.split(".")))

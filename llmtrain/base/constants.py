@@ -1,3 +1,3 @@
-"""Values that more than one part of the program has to agree on."""
+"""Values that several parts of the program share."""
 
 IGNORE = -100  # a target that carries no loss; torch's default ``ignore_index``

@@ -1,4 +1,4 @@
-"""Atomic files, which are whole or absent (written aside, synced, renamed), and logs that survive a full disk."""
+"""Atomic files, which are complete or absent (written aside, synced, renamed), and logs that survive a full disk."""
 
 import contextlib
 import errno

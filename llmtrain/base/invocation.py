@@ -15,5 +15,5 @@ class Invocation:
     """The command line besides the config."""
 
     targets: Sequence[Path]  # run or checkpoint directories
-    command: Sequence[str]  # the whole command line, for the record
-    stored: object | None = None  # resume: the run at the target, as its directory has it
+    command: Sequence[str]  # the complete command line, for the records
+    stored: object | None = None  # resume: the stored run at the target

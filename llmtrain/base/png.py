@@ -1,4 +1,4 @@
-"""PNG files, written whole.  Matplotlib is slow to import, so only functions that draw import it."""
+"""PNG files, complete or absent.  Matplotlib is slow to import, so only functions that draw import it."""
 
 from __future__ import annotations
 

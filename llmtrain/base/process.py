@@ -44,7 +44,7 @@ def restart_with_tunables() -> None:
 
 
 def restart_without_tunables() -> None:
-    """Restart the program without what :func:`restart_with_tunables` has set, as in the parent process of a job.
+    """Restart the program without the settings of :func:`restart_with_tunables`, as in the parent process of a job.
 
     A setting of the user's stays.
     """

@@ -1,9 +1,9 @@
 """Token sequences for training and validation.
 
-The chain: documents (text, or Python's own) -> tokenised once, in parallel, into shards in a cache (``cache.py``) ->
-every file compared with its sha256 (``integrity.py``) -> cut into sequences of ``sequence_length``
-(``sequences.py``) -> visited in an order that is computed, not stored (``order.py``) -> batches made ahead of need by
-a thread (``loader.py``), which reads the shards by position (``reader.py``).
+The stages: documents (text, or Python's own, ``sources/``) -> tokenised once, in parallel, into shards in a cache
+(``cache/``) -> every file compared with its sha256 (``cache/integrity.py``) -> cut into sequences of
+``sequence_length`` (``sequences.py``) -> visited in an order that is computed, not stored (``order/``) -> batches made
+in advance by a thread (``loader.py``), which reads the shards by position (``cache/token_reader.py``).
 """
 
 from abc import ABC, abstractmethod
@@ -22,28 +22,28 @@ from llmtrain.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Corpus:
-    """What ``data=...`` builds."""
+    """The data of a run, built by ``data=...``."""
 
     train: Sequences
-    validation: Sequences | None  # None where the option was told to keep nothing aside
-    description: str  # one line for the run's header: documents, tokens, where from
+    validation: Sequences | None  # None where no data are set aside
+    description: str  # one line for the run's header: documents, tokens, source
     fingerprint: str  # changes whenever the sequences do; a run resumes on the data that it was started with
-    labels: tuple[str, ...] = ()  # names of the classes, where there are classes to be told apart
-    class_weights: tuple[float, ...] = ()  # what an example of each class counts; (): all the same
+    labels: tuple[str, ...] = ()  # names of the classes, in data for classification
+    class_weights: tuple[float, ...] = ()  # the weight of an example of each class; (): all the same
     label_counts: tuple[int, ...] = ()  # training examples of each class
-    notes: tuple[str, ...] = ()  # what was left out or cut, for the user to know
+    notes: tuple[str, ...] = ()  # messages about text that was left out or cut
 
 
 class DataConfig(Option, ABC):
     """Contract of ``data=...``."""
 
-    gives: ClassVar[str] = "text"  # what the targets are: text (every next token) | responses (those of some) | labels
+    gives: ClassVar[str] = "text"  # the targets: text (every next token) | responses (their tokens alone) | labels
     sequence_length: int
     shuffle: bool
 
     @property
     def packs(self) -> bool:
-        """Whether a row holds several examples, each with attention to itself alone."""
+        """True if a row holds several examples, each with attention to itself alone."""
         return False
 
     @abstractmethod
@@ -54,9 +54,9 @@ class DataConfig(Option, ABC):
         """
 
     def verify(self, tokenizer: Tokenizer) -> Corpus:
-        """As ``build``, but every byte is read again, whatever is remembered of it, and nothing damaged is mended.
+        """Build the data as :meth:`build` does, but read and check every byte again, and repair nothing.
 
-        The fingerprint is that of the data as they are now.  Raises ValueError naming the file that is damaged, or
+        The fingerprint is that of the data as they are now.  Raises ValueError naming a damaged file, or one
         whose bytes have changed while its size and modification time have not.
         """
         return self.build(tokenizer)

@@ -1,4 +1,4 @@
-"""The record that everything runs on: the tensors of some sequences, and what their losses are divided by."""
+"""The batch: the tensors of some sequences, and the counts by which their losses are divided."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -9,11 +9,11 @@ from torch import Tensor
 from llmtrain.base.constants import IGNORE as IGNORE
 
 PADDING_MULTIPLE = 64  # rows are padded to multiples of it: few shapes, for the kernels and for torch.compile
-SHORT_MULTIPLE = 8  # short rows, which that would make mostly padding, to multiples of this
+SHORT_MULTIPLE = 8  # short rows are padded to multiples of this, or they would be mostly padding
 
 
 def padded(length: int, longest: int) -> int:
-    """The padded length of rows of at most ``length`` tokens; ``longest`` is the most there can be."""
+    """The padded length of rows of at most ``length`` tokens; ``longest`` is the limit."""
     multiple = SHORT_MULTIPLE if length <= PADDING_MULTIPLE else PADDING_MULTIPLE
     return min(-(-length // multiple) * multiple, longest)
 

@@ -1,4 +1,4 @@
-"""Examples of different lengths, each with targets of its own, as sequences."""
+"""Examples of different lengths, each with its own targets, as sequences."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from llmtrain.data.order.packing import pack
 from llmtrain.data.order.permutation import mix, order
 from llmtrain.data.sequences import Rows, Sequences
 
-BUCKET = 1024  # positions of an epoch whose examples are sorted by length among themselves
-GROUP = 32  # examples of like length that are visited one after the other
+BUCKET = 1024  # positions of an epoch whose examples are sorted by length
+GROUP = 32  # examples of similar length that are visited one after the other
 
 
 @dataclass(frozen=True)
 class ExampleStore:
     """Examples in files.
 
-    ``shards`` hold one stream of ids: of each example its inputs and, with ``has_targets``, behind them as many
-    targets.  Without, an example has one target, in ``labels``, at its last input.
+    ``shards`` hold one stream of ids: for each example its inputs and, with ``has_targets``, as many targets after
+    them.  Without ``has_targets`` an example has one target, in ``labels``, at its last input.
     """
 
     shards: Sequence[TokenSlice]
@@ -35,7 +35,7 @@ class ExampleStore:
 class Examples(Sequences):
     """Examples, each a sequence, or several in a row of ``sequence_length`` tokens with ``is_packed``.
 
-    Memory goes with the number of examples, not with that of their tokens.
+    Memory grows with the number of examples, not with that of their tokens.
     """
 
     def __init__(self, stored: ExampleStore, sequence_length: int, *, is_packed: bool = False) -> None:
@@ -77,25 +77,25 @@ class Examples(Sequences):
                     segments[row, at:end] = segment
                 at = end
         for shard in touched:
-            self.stored.shards[shard].check()  # after reading: what is written from now on is not in the rows
+            self.stored.shards[shard].check()  # after reading: later changes of the file are not in the rows
         return Rows(inputs, targets, segments, lengths)
 
     def order(self, positions: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
-        """As promised, and in such a way that those visited one after the other are of like length.
+        """The order of :meth:`Sequences.order`, with examples of similar length one after the other.
 
-        The epoch's permutation is cut into stretches of ``BUCKET`` positions.  The examples of a stretch are sorted by
-        length into groups of ``GROUP``, which are visited in a random order of their own; the rest that makes no whole
-        group, the longest, comes last.
+        The epoch's permutation is cut into buckets of ``BUCKET`` positions.  The examples of a bucket are sorted by
+        length into groups of ``GROUP``, which are visited in random order; an incomplete group, of the longest
+        examples, comes last.
         """
         n = len(self)
-        if not shuffle or self.is_packed:  # rows that are packed are of like length as they are
+        if not shuffle or self.is_packed:  # packed rows are of similar length anyway
             return order(positions, n, seed, shuffle)
         epochs, offsets = np.divmod(positions.astype(np.int64), n)
         buckets, places = np.divmod(offsets, BUCKET)
         per_epoch = -(-n // BUCKET)
         wanted, which = np.unique(epochs * per_epoch + buckets, return_inverse=True)
         visited = np.empty(len(positions), np.int64)
-        for begin in range(0, len(wanted), 64):  # some at a time, to bound the memory that it takes
+        for begin in range(0, len(wanted), 64):  # some at a time, to limit memory
             sorted_buckets = self._sort_buckets(wanted[begin : begin + 64], per_epoch, seed)
             here = (which >= begin) & (which < begin + 64)
             visited[here] = sorted_buckets[which[here] - begin, places[here]]
@@ -107,22 +107,22 @@ class Examples(Sequences):
     def _sort_buckets(self, buckets: np.ndarray, per_epoch: int, seed: int) -> np.ndarray:
         """The examples of ``buckets``, counted over all epochs, in the order of their visits: ``(buckets, BUCKET)``.
 
-        The last of an epoch may be shorter than that; its row has anything behind.
+        The last bucket of an epoch may be shorter; the end of its row is undefined.
         """
         n = len(self)
         epochs, numbers = np.divmod(buckets, per_epoch)
         offsets = numbers[:, None] * BUCKET + np.arange(BUCKET)
-        is_there = offsets < n
+        is_valid = offsets < n
         indices = order((epochs[:, None] * n + np.minimum(offsets, n - 1)).ravel(), n, seed, shuffle=True)
         indices = indices.reshape(offsets.shape)
-        lengths = np.where(is_there, self.lengths[indices], np.iinfo(np.int64).max)  # what is not there comes last
+        lengths = np.where(is_valid, self.lengths[indices], np.iinfo(np.int64).max)  # beyond the epoch: last
         by_length = np.take_along_axis(indices, np.argsort(lengths, axis=1, kind="stable"), axis=1)
         groups = np.arange(BUCKET // GROUP)
-        salt = mix(np.array([seed % 2**64], np.uint64)) + np.uint64(1)  # another than the permutation's own
+        salt = mix(np.array([seed % 2**64], np.uint64)) + np.uint64(1)  # another salt than the permutation's
         keys = mix(mix(buckets.astype(np.uint64) + salt)[:, None] + groups.astype(np.uint64))
-        is_whole = (groups + 1) * GROUP <= is_there.sum(axis=1)[:, None]
-        visits = np.lexsort((keys, ~is_whole), axis=1)
-        visits = np.where(np.take_along_axis(is_whole, visits, 1), visits, groups)  # what is not whole stays last
+        is_complete = (groups + 1) * GROUP <= is_valid.sum(axis=1)[:, None]
+        visits = np.lexsort((keys, ~is_complete), axis=1)
+        visits = np.where(np.take_along_axis(is_complete, visits, 1), visits, groups)  # incomplete groups stay last
         return by_length.reshape(len(buckets), -1, GROUP)[np.arange(len(buckets))[:, None], visits].reshape(
             offsets.shape
         )
@@ -152,7 +152,7 @@ class Examples(Sequences):
             targets[-1] = stored.labels[example]
 
     def padding(self, batch_size: int = 8) -> float:
-        """Share of padding in batches in the order of training, by the beginning of an epoch."""
+        """The share of padding in training batches, estimated from the beginning of an epoch."""
         number = min(len(self), BUCKET)
         lengths = self.lengths[self.order(np.arange(number), 0, shuffle=True)]
         batches = [lengths[begin : begin + batch_size] for begin in range(0, number, batch_size)]
@@ -160,5 +160,5 @@ class Examples(Sequences):
 
 
 def no_target(dtype: np.dtype) -> int:
-    """What stands for IGNORE among stored targets."""
+    """The id that stands for IGNORE in stored targets."""
     return int(np.iinfo(dtype).max)

@@ -1,4 +1,4 @@
-"""Training batches, made ahead of need by a thread."""
+"""Training batches, made in advance by a thread."""
 
 import logging
 import threading
@@ -21,9 +21,9 @@ Collate = Callable[[Rows, np.ndarray, int], Batch]  # (sequences, their position
 
 log = logging.getLogger(__name__)
 PREFETCH = 2  # batches ready or in the making
-WATCH_SECONDS = 5.0  # between two looks whether the thread still lives
-PATIENCE_SECONDS = 60.0  # until a caller that waits for a batch is told of it
-CLOSE_SECONDS = 10.0  # that closing waits for a thread that is held up
+WATCH_SECONDS = 5.0  # between two checks that the thread still runs
+PATIENCE_SECONDS = 60.0  # until the log warns that a caller waits for a batch
+CLOSE_SECONDS = 10.0  # that closing waits for a blocked thread
 
 
 class Loader:
@@ -33,16 +33,16 @@ class Loader:
     when it stopped gives the batches that the run would have had.
 
     Args:
-        sequences: what to train on; visited epoch after epoch.
-        collate: makes a batch of some sequences, their positions and the seed; pure, so that a batch comes again.
-        seed, shuffle: which order, see :meth:`llmtrain.data.sequences.Sequences.order`.
+        sequences: the training data; visited epoch after epoch.
+        collate: makes a batch of some sequences, their positions and the seed; pure, so that batches can be repeated.
+        seed, shuffle: the order, see :meth:`llmtrain.data.sequences.Sequences.order`.
         batch_size: sequences of a step, from the step's number and the tokens trained on before it.
-        position: how many sequences have been visited before.
+        position: the number of sequences visited before.
         step: the number of the first batch's step.
-        tokens: how many tokens have been trained on before.
+        tokens: the number of tokens trained on before.
 
-    On a GPU a batch goes through pinned memory on a stream of its own.  The stream that asks for the batch waits for
-    the copy; the host waits for nothing but the making of the batch.
+    On a GPU a batch is copied from pinned memory on a separate stream.  The stream that takes the batch waits for the
+    copy; the host waits only until the batch is made.
     """
 
     def __init__(
@@ -68,15 +68,15 @@ class Loader:
         self._error: BaseException | None = None
         self._closed = False
         self._changed = threading.Condition()  # guards the three above
-        self._making = ""  # what the thread is at, for people
+        self._making = ""  # the work of the thread, for messages
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
         self._thread.start()
 
     def next(self) -> Batch:
         """The batch of the next step.
 
-        Raises :class:`llmtrain.data.DataError`, which says where, if the thread could not make it; the batches made
-        before come first.
+        Raises :class:`llmtrain.data.DataError`, which names the place, if the thread could not make it; the batches
+        made before are returned first.
         """
         with self._changed:
             told = time.monotonic() + PATIENCE_SECONDS
@@ -86,7 +86,7 @@ class Loader:
                 if self._closed:
                     raise RuntimeError("the loader is closed")
                 if not self._thread.is_alive():
-                    raise DataError(f"loader thread, {self._making}: it is gone, and has left no error")
+                    raise DataError(f"loader thread, {self._making}: the thread ended without an error")
                 self._changed.wait(WATCH_SECONDS)
                 if time.monotonic() > told:
                     log.warning("still waiting for the loader thread, %s; is its disk in order?", self._making)
@@ -101,10 +101,10 @@ class Loader:
         return batch
 
     def close(self) -> None:
-        """End the thread; it finishes at most the batch that it is making.
+        """End the thread, after the batch that it is making at most.
 
-        A thread that the system holds up (a network disk that does not answer) is left behind after CLOSE_SECONDS; it
-        keeps nobody from going on or leaving, and ends when it is let go.
+        A thread that is blocked in the system (by a network disk that does not answer) is left behind after
+        CLOSE_SECONDS; it neither delays the caller nor the end of the process, and ends when it is unblocked.
         """
         with self._changed:
             self._closed = True
@@ -112,7 +112,7 @@ class Loader:
             self._changed.notify_all()
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
-            log.warning("left behind: the loader thread, %s, which does not come back", self._making)
+            log.warning("left behind: the loader thread, %s, which is blocked", self._making)
 
     def __enter__(self) -> Self:
         return self
@@ -138,7 +138,7 @@ class Loader:
                 self._changed.notify_all()
 
     def _explain(self, error: BaseException) -> BaseException:
-        """The error with what the thread was at.  Of memory of the device others know what to say."""
+        """Add the work of the thread to the error, but not to a lack of device memory, which the caller handles."""
         if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
             return error
         what = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}".rstrip(": ")
@@ -147,7 +147,7 @@ class Loader:
         return failed
 
     def _wait_for_room(self) -> bool:
-        """Wait until a batch is wanted; False if none ever will be."""
+        """Wait until there is room for a batch; return False if the loader is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or len(self._ready) < PREFETCH)
             return not self._closed
@@ -166,20 +166,20 @@ class Loader:
         self._tokens += batch.tokens
         if self._stream is None:
             return batch, None
-        with torch.cuda.stream(self._stream):  # also makes its device this thread's
+        with torch.cuda.stream(self._stream):  # also sets the device of this thread
             batch = batch.map(self._copy)
             copied = torch.cuda.Event()
             copied.record(self._stream)
         return batch, copied
 
     def _copy(self, tensor: Tensor) -> Tensor:
-        # torch keeps the pinned memory until the copy is through, and uses it again after
+        # torch keeps the pinned memory until the end of the copy, and then reuses it
         return tensor.pin_memory().to(self._device, non_blocking=True)
 
 
 @dataclass(frozen=True)
 class TrainingStream:
-    """The training sequences in their order: which are where, and loaders from any position on."""
+    """The training sequences in their order, and loaders from any position on."""
 
     sequences: Sequences
     collate: Collate

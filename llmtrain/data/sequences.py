@@ -1,4 +1,4 @@
-"""What is trained on: sequences by number.  Here those of a stream of tokens in files."""
+"""Sequences by number: the contract, and the sequences of a stream of tokens."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,8 +12,8 @@ from llmtrain.data.order.permutation import order
 Shard = np.ndarray | TokenSlice
 
 
-class Held:
-    """Token ids in memory, with what :class:`TokenSlice` does for those in files."""
+class InMemoryShard:
+    """Token ids in memory, read in the way of a :class:`TokenSlice`."""
 
     def __init__(self, ids: np.ndarray) -> None:
         self._ids = ids
@@ -25,14 +25,14 @@ class Held:
         out[:] = self._ids[begin : begin + len(out)]
 
     def check(self) -> None:
-        """Nothing happens to them."""
+        """Do nothing: memory needs no check."""
 
 
 class Rows(NamedTuple):
     """Some sequences, padded on the right to the same length; an input of padding is 0, its target IGNORE."""
 
     inputs: np.ndarray  # (rows, sequence) int64
-    targets: np.ndarray  # (rows, sequence) int64; IGNORE where there is nothing to predict
+    targets: np.ndarray  # (rows, sequence) int64; IGNORE: no target
     segments: np.ndarray | None = None  # (rows, sequence) int32: the example of each token, from 1 on; 0: padding
     lengths: np.ndarray | None = None  # (rows,) int64: tokens before the padding; None: nothing is padded
 
@@ -62,38 +62,38 @@ class Sequences(ABC):
     def gather(self, indices: np.ndarray) -> Rows:
         """The sequences ``indices``.
 
-        Raises :class:`llmtrain.data.DataError`, naming the file, if one was cut or written to, or its disk fails.
+        Raises :class:`llmtrain.data.DataError`, naming the file, if it was truncated or written to, or its disk fails.
         """
 
     @property
     def mean_length(self) -> float:
-        """TokenSlice of a sequence, padding left out."""
+        """Tokens of a sequence on average, without padding."""
         return self.sequence_length
 
     def order(self, positions: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
-        """Which sequence is visited at each of ``positions``, counted over all epochs; int64.
+        """The number of the sequence at each of ``positions``, counted over all epochs; int64.
 
         A pure function of its arguments, and each epoch visits every sequence once.
         """
         return order(positions, len(self), seed, shuffle)
 
     def alike(self, indices: np.ndarray) -> np.ndarray:
-        """``indices`` in an order that puts sequences of like length together, for an evaluation of all of them."""
+        """``indices`` ordered by the length of the sequences, for an evaluation of all of them."""
         return indices
 
 
 class Stream(Sequences):
     """Sequences of ``sequence_length`` tokens over ``shards``, one logical stream of token ids.
 
-    Sequence ``i`` has the inputs ``[i * L, i * L + L)`` and, one further, the targets: every token but the first is
-    a target once, and only the last ``unused_tokens`` are not used.  Sequences run across the edges of shards.
+    Sequence ``i`` has the inputs ``[i * L, i * L + L)``, and the targets are one token further: every token but the
+    first is a target once, and only the last ``unused_tokens`` are not used.  Sequences run across the edges of shards.
     """
 
     def __init__(self, shards: Sequence[Shard], sequence_length: int) -> None:
         assert sequence_length > 0
         self.sequence_length = sequence_length
         self.tokens = sum(map(len, shards))
-        self._shards = [shard if isinstance(shard, TokenSlice) else Held(shard) for shard in shards]
+        self._shards = [shard if isinstance(shard, TokenSlice) else InMemoryShard(shard) for shard in shards]
         self._begins = np.cumsum([0, *map(len, shards)])[:-1]  # of the shards in the stream
         self._dtype = np.result_type(*(shard.dtype for shard in shards)) if shards else np.dtype(np.int64)
         self._length = max(self.tokens - 1, 0) // sequence_length
@@ -115,11 +115,11 @@ class Stream(Sequences):
             else:
                 touched.update(self._read_across(shard, begin, row))
         for shard in touched:
-            self._shards[shard].check()  # after reading: what is written from now on is not in the rows
+            self._shards[shard].check()  # after reading: later changes of the file are not in the rows
         return Rows(rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64))
 
     def _read_across(self, shard: int, begin: int, row: np.ndarray) -> Iterator[int]:
-        """Fill ``row`` from ``begin`` of ``shard`` on and from the shards behind it; yields which."""
+        """Fill ``row`` from ``begin`` of ``shard`` on and from the shards after it; yield their numbers."""
         while len(row):
             here = row[: len(self._shards[shard]) - begin]
             self._shards[shard].read(begin, here)
@@ -128,7 +128,7 @@ class Stream(Sequences):
 
 
 def slice_stream(shards: Sequence[Shard], begin: int, end: int) -> list[Shard]:
-    """TokenSlice ``[begin, end)`` of the stream that ``shards`` make, as views of them."""
+    """Tokens ``[begin, end)`` of the stream that ``shards`` make, as views of them."""
     views = []
     for shard in shards:
         if begin < len(shard) and end > 0:

@@ -1,1 +1,1 @@
-"""Evaluation of a model on data it is not trained on."""
+"""Evaluation of a model without training it."""

@@ -1,4 +1,4 @@
-"""Losses on a split of the data, without training on it."""
+"""The losses of a model on a split of the data."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,7 +20,7 @@ class EvalResult:
 
     loss: float  # weighted sum of ``losses``
     losses: dict[str, float] = field(default_factory=dict)  # by name, each a mean over its targets
-    counted: Tensor | None = None  # the sum of what the unit counted besides
+    counted: Tensor | None = None  # the sum of the counts of ``TrainingUnit.score``
 
 
 @torch.no_grad()
@@ -38,8 +38,8 @@ def evaluate(
 ) -> EvalResult | None:
     """Evaluate the first ``max_sequences`` of ``sequences`` (None: all), without dropout.
 
-    The same sequences in the same order every time, ``batch_size`` at once, and the same batches of them: a sequence's
-    position is its number.  Draws no random number of a global generator.  Returns None if ``stop`` became true.
+    The sequences, their order and their batches of ``batch_size`` are the same every time; the position of a sequence
+    is its number.  No random number is drawn from a global generator.  Returns None if ``stop()`` became true.
     """
     end = len(sequences) if max_sequences is None else min(len(sequences), max_sequences)
     numbers = sequences.alike(np.arange(end))
@@ -55,7 +55,9 @@ def evaluate(
                     return None
                 part = numbers[start : start + batch_size]
                 batch = collate(sequences.gather(part), part, seed).to(device)
-                with nullcontext() if len(part) == batch_size else unit.eager():  # not compiled for what is left
+                with (
+                    nullcontext() if len(part) == batch_size else unit.eager()
+                ):  # the last batch may be smaller: not compiled for that
                     sums, counts = unit.score(batch)
                 for name, total in sums.items():
                     totals[name] = totals.get(name, torch.zeros((), dtype=torch.float64, device=device)) + total

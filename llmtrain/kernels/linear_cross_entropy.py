@@ -29,9 +29,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Chunking:
-    """How the loss is cut into pieces."""
+    """The size of the pieces that the loss is computed in."""
 
-    tokens: int | None = None  # whose logits are computed at once; None: what goes with the device
+    tokens: int | None = None  # whose logits are computed at once; None: chosen by the device
     planned_for: str | None = None  # for tracing without data: cut as on this type of device, wherever the tensors are
 
 

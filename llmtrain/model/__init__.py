@@ -14,14 +14,14 @@ from llmtrain.base.options import Option
 from llmtrain.model.layers.kv_cache import KVCache
 from llmtrain.model.layers.skip_init import SkipInitMode
 
-MAX_VARIANTS = 64  # of a compiled block: shapes, with and without gradients
+MAX_VARIANTS = 64  # of a compiled block: one for each shape, with and without gradients
 
 
 class LanguageModel(nn.Module, ABC):
-    """What the program knows of a model.
+    """A language model: the contract with the rest of the program.
 
-    The vocabulary is padded inside to a multiple of 64 for the sake of the matrix kernels.  Outside nothing of it
-    is seen: the state dict holds ``vocab_size`` rows, :meth:`num_parameters` does not count the rest, and padded
+    The vocabulary is padded inside to a multiple of 64 for the matrix kernels.  The padding is not visible outside: the
+    state dict holds ``vocab_size`` rows, :meth:`num_parameters` does not count the rest, and padded
     logits are ``-inf``, so that they have no probability and no gradient.
     """
 
@@ -29,7 +29,7 @@ class LanguageModel(nn.Module, ABC):
     padded_vocab_size: int
     context_length: int
     num_layers: int
-    blocks: nn.ModuleList  # alike, one after the other: what is compiled, and recomputed in backward, one at a time
+    blocks: nn.ModuleList  # alike, one after the other; compiled, and recomputed in backward, one at a time
     compiled_blocks: Sequence[Callable[..., Tensor]] | None = None  # run in place of ``blocks`` where there is no cache
     logit_softcap: float | None  # logits are capped smoothly to within this: cap * tanh(logits / cap)
 
@@ -39,7 +39,7 @@ class LanguageModel(nn.Module, ABC):
 
         With a ``cache``, ``ids`` continue the sequences that the cache holds.  ``segments``, the shape of ``ids``, are
         the numbers of examples that share a row, each one's tokens in one piece: attention stays within an example, and
-        positions begin anew with each.  Padding, on the right, needs none: no token before it sees it.
+        positions begin anew with each.  Padding, on the right, needs none: no earlier token attends to it.
         """
 
     @property
@@ -55,14 +55,14 @@ class LanguageModel(nn.Module, ABC):
     def compile_blocks(self) -> None:
         """Run the blocks compiled from now on, except with a cache and within :meth:`eager`.
 
-        One compilation serves all: they are alike, so that it takes as long as one of them, whatever the depth.
+        One compilation serves all: they are alike, so that the time does not depend on the depth.
         """
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
         self.compiled_blocks = [torch.compile(block, dynamic=False) for block in self.blocks]
 
     @contextmanager
     def eager(self) -> Iterator[None]:
-        """Run the blocks as written within."""
+        """Run the blocks uncompiled within the context."""
         compiled, self.compiled_blocks = self.compiled_blocks, None
         try:
             yield
@@ -118,11 +118,11 @@ class LanguageModel(nn.Module, ABC):
     def flops_per_token(self, sequence_length: int, *, has_output: bool = True) -> int:
         """Floating-point operations of forward and backward for one token, with the weights that are trained now.
 
-        Without ``has_output`` the output layer takes no part: another head reads the hidden states.
+        Without ``has_output`` the output layer is not used: another head reads the hidden states.
 
         ``6 N + 12 layers hidden sequence`` where all are: N parameters in matrix products (2 forward, 4 backward each)
         and the two attention products (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B).  A frozen matrix has no
-        gradient of its own, which leaves 4, and none is needed of what lies before all that is trained: 2.
+        gradient of its own, which leaves 4, and layers before the first trained one have no backward pass: 2.
         """
         trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
         top = self.num_layers + 1

@@ -1,9 +1,9 @@
-"""Training objectives: how batches are made of sequences, and which losses a model is trained on.
+"""Training objectives: the batches made of sequences, and the losses that a model is trained on.
 
 An objective makes two things.  ``collate`` turns sequences into a :class:`Batch`, in the loader's thread.  ``build``
-puts the model and what the objective adds to it (a head, say) into one :class:`TrainingUnit`, whose call gives the sums
-of the losses by name.  The step, the evaluation, the search for the worst sequences, the rehearsal and the plan all
-call that unit and nothing else.
+puts the model and the modules that the objective adds (such as a head) into one :class:`TrainingUnit`, whose call gives
+the sums of the losses by name.  The step, the evaluation, the search for the worst sequences, the rehearsal and the
+plan all call that unit and nothing else.
 """
 
 import math
@@ -20,20 +20,20 @@ from llmtrain.base.options import Option
 from llmtrain.data import IGNORE, Batch, Rows
 from llmtrain.model import LanguageModel
 
-MODEL = "model."  # before the names of the model's own parameters in a unit
+MODEL = "model."  # prefix of the model's own parameters in a unit
 
 
 class TrainingUnit(nn.Module, ABC):
-    """A model with its heads: what is trained, evaluated, probed and planned.
+    """A model with its heads: the module that is trained, evaluated, probed and planned.
 
-    Its own children beside ``model`` are what the objective adds.  In checkpoints, optimizer rules and messages a
-    parameter has the name that :meth:`named_weights` gives: the model's own without a prefix.
+    The children beside ``model`` are the modules that the objective adds.  In checkpoints, optimizer rules and messages
+    a parameter has the name that :meth:`named_weights` gives: the model's own without a prefix.
     """
 
     model: LanguageModel
-    has_base: bool  # frozen weights come from elsewhere and are in no checkpoint; what is trained is
+    has_base: bool  # True: frozen weights come from elsewhere; checkpoints hold the trained ones alone
     loss_weights: Mapping[str, float] = {}  # by the name of the loss; 1 for those that are not named
-    uses_output_layer: ClassVar[bool] = True  # whether the model's output layer takes part in a forward pass
+    uses_output_layer: ClassVar[bool] = True  # False: a forward pass does not use the model's output layer
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
@@ -45,11 +45,11 @@ class TrainingUnit(nn.Module, ABC):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The **sum** of each loss over its valid targets, by name; fp32 (float64 for float64), 0-dimensional.
 
-        The same names at every call: those of ``batch.counts``, which the sums are divided by.
+        The names are the same at every call: those of ``batch.counts``, by which the sums are divided.
         """
 
     def score(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None]:
-        """The losses as by calling, and a tensor of counts that an evaluation adds up over batches; None: no counts."""
+        """The losses, as by a call, and a tensor of counts that an evaluation adds up over batches; None: no counts."""
         return self(batch), None
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
@@ -89,7 +89,7 @@ class TrainingUnit(nn.Module, ABC):
         return self.get_submodule(name if name.partition(".")[0] in self.heads else MODEL + name)
 
     def count_parameters(self) -> tuple[int, int]:
-        """How many parameters are trained, and how many there are: adapters too, vocabulary padding not."""
+        """The numbers of trained and of all parameters, with adapters and without vocabulary padding."""
         sizes = {name: math.prod(tensor.shape) for name, tensor in self.weights_state().items()}
         named = dict(self.named_weights())  # shared ones once
         trained = sum(sizes[name] for name, parameter in named.items() if parameter.requires_grad)
@@ -120,13 +120,13 @@ class TrainingUnit(nn.Module, ABC):
         self.compile(dynamic=False, mode="reduce-overhead")
 
     def undo_compilation(self) -> None:
-        """Run as written from now on."""
+        """Run uncompiled from now on."""
         self.model.compiled_blocks = None
         self._graphed, self._compiled_call_impl = False, None
 
     @contextmanager
     def eager(self) -> Iterator[None]:
-        """Run as written within, for batches of shapes that come once."""
+        """Run uncompiled within the context, for batches with shapes that come once."""
         with ExitStack() as stack:
             stack.enter_context(self.model.eager())
             if self._graphed:
@@ -134,20 +134,20 @@ class TrainingUnit(nn.Module, ABC):
             yield
 
     def plan_for(self, device_type: str) -> None:
-        """Cut work as on devices of that type, whatever the tensors are on: for tracing a step without data."""
+        """Split work as on a device of that type, wherever the tensors are: for tracing a step without data."""
 
 
 def mean_losses(unit: TrainingUnit, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """The part of the step's loss that ``batch`` has, and that of each loss by name: sums divided by the step's counts.
+    """The share of ``batch`` in the step's loss, and in each loss by name: sums divided by the step's counts.
 
-    The sum over the parts of a step, however it is split, is the mean over its valid targets.
+    The shares of a step, however it is split, add up to the mean over its valid targets.
     """
     parts = {name: total / max(batch.counts[name], 1) for name, total in unit(batch).items()}
     return weighted(parts, unit.loss_weights), parts
 
 
 def weighted(parts: Mapping[str, Any], weights: Mapping[str, float]) -> Any:
-    """The sum of the losses ``parts``, each times its weight; numbers or tensors."""
+    """The weighted sum of the losses ``parts``, which are numbers or tensors."""
     total = None
     for name, part in parts.items():
         weight = weights.get(name, 1.0)
@@ -159,9 +159,9 @@ def weighted(parts: Mapping[str, Any], weights: Mapping[str, float]) -> Any:
 class Objective(Option, ABC):
     """Contract of ``objective=...``."""
 
-    takes: ClassVar[tuple[str, ...]] = ("text", "responses")  # the kinds of data (``DataConfig.gives``) it goes with
+    takes: ClassVar[tuple[str, ...]] = ("text", "responses")  # the kinds of data (``DataConfig.gives``) that fit
     loss: ClassVar[str] = "next_token"  # the name of the loss that :meth:`collate` counts targets for
-    generates: ClassVar[bool] = True  # whether the model is to write text, so that samples of it say something
+    generates: ClassVar[bool] = True  # True: the model is trained to write text, and is sampled
     verb: ClassVar[str] = "generate"  # the command that uses the trained model
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -177,9 +177,8 @@ class Objective(Option, ABC):
     def collate(self, rows: Rows, positions: np.ndarray, seed: int) -> Batch:
         """Make a batch of ``rows``, the sequences at ``positions`` ``(rows,)`` of the training order.
 
-        Pure, and called in the loader's thread.  Positions count over all epochs: what is drawn at random from
-        ``(seed, position)`` differs from epoch to epoch and comes again when a run is resumed.  This default takes
-        the targets as the data have them.
+        Pure, and called in the loader's thread.  Positions count over all epochs: draws from ``(seed, position)``
+        differ from epoch to epoch and are repeated when a run is resumed.  This default takes the targets of the data.
         """
         tensors = {"inputs": torch.from_numpy(rows.inputs), "targets": torch.from_numpy(rows.targets)}
         if rows.segments is not None:
@@ -195,16 +194,16 @@ class Objective(Option, ABC):
         generator: torch.Generator,
         class_weights: Sequence[float] = (),
     ) -> TrainingUnit:
-        """Put ``model`` and what the objective adds to it into a unit, and freeze what is not trained.
+        """Put ``model`` and the modules that the objective adds into a unit, and freeze weights that are not trained.
 
-        Called once weights are loaded, and before adapters are added.  ``labels`` are the data's classes,
+        Called after the weights are loaded, and before adapters are added.  ``labels`` are the data's classes,
         ``class_weights`` the weight of an example of each; (): all the same.
         """
 
     def measures(self, counted: Tensor, labels: Sequence[str]) -> dict[str, Any]:
-        """Entries of a metrics row that follow from what :meth:`TrainingUnit.score` counted."""
+        """Entries of a metrics row that follow from the counts of :meth:`TrainingUnit.score`."""
         return {}
 
     def name_target(self, target: int, labels: Sequence[str]) -> str:
-        """The class, or classes, that a target stands for; where targets are classes."""
+        """The class, or classes, of a target of a classifier."""
         return labels[target]

@@ -17,12 +17,12 @@ from llmtrain.data import IGNORE, Batch
 from llmtrain.model import LanguageModel
 from llmtrain.objective import Objective, TrainingUnit
 
-MAX_MATRIX = 20  # classes; beyond, metrics rows leave the confusion matrix out
+MAX_MATRIX = 20  # classes; with more, metrics rows leave out the confusion matrix
 INITIAL_STD = 0.02  # of the head, as of GPT-2's weights
 
 
 class Part(Enum):
-    """What is trained."""
+    """The part of the model that is trained."""
 
     head = "head"  # the head alone
     last_layers = "last_layers"  # the head, the final norm and the last so many blocks
@@ -30,9 +30,9 @@ class Part(Enum):
 
 
 class Classifier(nn.Linear):
-    """The head: logits ``(batch, classes)`` of hidden states ``(batch, hidden)``; what classes count is no weight.
+    """The head: logits ``(batch, classes)`` of hidden states ``(batch, hidden)``; class weights are not saved.
 
-    Without a bias, as those of transformers' ``…ForSequenceClassification``: so it can be exported.
+    It has no bias, like the heads of transformers' ``…ForSequenceClassification``, so that it can be exported.
     """
 
     class_weights: Tensor | None
@@ -60,8 +60,8 @@ class ClassifierUnit(TrainingUnit):
     def score(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """The loss, and ``(classes, classes)`` counts: rows are true classes, columns the predicted ones.
 
-        With ``multi_label`` ``(classes + 1, 4)``: of each class the true positives, false positives, false negatives
-        and true negatives; in the last row how many texts have all of theirs right, and how many there are.
+        With ``multi_label`` ``(classes + 1, 4)``: for each class the true positives, false positives, false negatives
+        and true negatives; in the last row the texts with all labels right, and all texts.
         """
         logits, classes = self._logits_and_classes(batch)
         loss = {self.loss: self._loss(logits, classes)}
@@ -78,7 +78,7 @@ class ClassifierUnit(TrainingUnit):
         return loss, torch.cat([torch.stack([count.sum(0) for count in counts], 1), last[None]])
 
     def probabilities(self, inputs: Tensor, last: Tensor) -> Tensor:
-        """Of each class ``(batch, classes)``, fp32, read off at the tokens ``last`` ``(batch,)`` of ``inputs``."""
+        """Probabilities of classes ``(batch, classes)``, fp32, at the tokens ``last`` ``(batch,)`` of ``inputs``."""
         logits = self.logits_at(inputs, last)
         return logits.sigmoid() if self.multi_label else logits.softmax(1)
 
@@ -127,9 +127,11 @@ class Classification(Objective):
         generator: torch.Generator,
         class_weights: Sequence[float] = (),
     ) -> ClassifierUnit:
-        """Add the head and freeze what is not trained; an output layer of the model's own never is trained."""
+        """Add the head and freeze the weights that are not trained, among them the model's own output layer."""
         if self.train is Part.last_layers and self.last_layers > model.num_layers:
-            raise ValueError(f"last_layers={self.last_layers}: the model has {model.num_layers}; or take train=all")
+            raise ValueError(
+                f"last_layers={self.last_layers}: the model has {model.num_layers}; take fewer, or train=all"
+            )
         weight = model.head_weight
         head = Classifier(weight.shape[1], len(labels), weight.device, class_weights)
         with torch.no_grad():
@@ -156,7 +158,7 @@ class Classification(Objective):
             false_alarm, missed = counts.sum(0) - hit, counts.sum(1) - hit
             accuracy = hit.sum() / counts.sum().clamp(min=1)
         f1 = 2 * hit / (2 * hit + false_alarm + missed).clamp(min=1)
-        seen = hit + missed + false_alarm > 0  # a class that is neither there nor predicted has no F1
+        seen = hit + missed + false_alarm > 0  # a class that neither occurs nor is predicted has no F1
         measures: dict[str, Any] = {
             "accuracy": round(accuracy.item(), 6),
             "macro_f1": round(f1[seen].mean().item() if seen.any() else 0.0, 6),

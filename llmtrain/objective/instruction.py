@@ -8,9 +8,9 @@ from llmtrain.objective.causal import Causal
 
 @dataclass(frozen=True)
 class Instruction(Causal):
-    """As :class:`Causal`: which tokens are to be predicted, the data say.
+    """The objective :class:`Causal` on data that mark the tokens of responses as targets.
 
-    An option of its own, so that data without a distinction between responses and the rest are refused.
+    A separate option, so that data that do not mark responses are refused.
     """
 
     takes: ClassVar[tuple[str, ...]] = ("responses",)

@@ -105,7 +105,7 @@ def parameter_groups(members: Iterable[Member], lr: float) -> list[dict[str, Any
 
 
 def has_fused_kernel(groups: Sequence[dict[str, Any]]) -> bool:
-    """Whether torch has one kernel for the whole update on the device of these parameters."""
+    """Return whether torch has one kernel for the whole update on the device of these parameters."""
     return all(
         parameter.device.type in ("cpu", "cuda", "mps", "xpu") for group in groups for parameter in group["params"]
     )

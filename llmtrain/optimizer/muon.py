@@ -80,5 +80,5 @@ class Muon(GroupedOptimizer):
 
 
 def is_hidden_matrix(member: Member) -> bool:
-    """Whether the parameter is a matrix that maps hidden units to hidden units: within a block, two-dimensional."""
+    """Return whether the parameter is a matrix within a block: one that maps hidden units to hidden units."""
     return member.parameter.dim() == 2 and member.is_in_block

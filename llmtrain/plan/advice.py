@@ -1,4 +1,4 @@
-"""Suggestions for a run that does not fit: overrides, the cheapest first, each with an estimate of its own."""
+"""Suggestions for a run that does not fit: overrides, the cheapest first, each with an estimate."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from llmtrain.config.build import build
 from llmtrain.config.compose import compose
 from llmtrain.config.folders import conf_dir
 from llmtrain.plan.blueprint import Blueprint
-from llmtrain.plan.memory import Memory, Phase, Untraceable, at_micro_batch, estimate
+from llmtrain.plan.memory import Memory, Phase, TraceError, at_micro_batch, estimate
 
 MAX_SUGGESTIONS = 3
 MAX_TRIALS = 8  # combinations, each two or three traces
@@ -71,7 +71,7 @@ def suggest(
             if smallest.needed > available:
                 continue
             size, memory = largest_fitting(changed, smallest, None if overrides else present, available, gpu, copied)
-        except (Untraceable, ValueError):  # not for this model or device
+        except (TraceError, ValueError):  # not for this model or device
             continue
         if size == blueprint.micro_batch_size and not overrides:  # nothing has changed
             continue

@@ -1,4 +1,4 @@
-"""The settings that a step follows from, and building its parts on tensors without data."""
+"""The settings that determine a step, and building its parts on tensors without data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from llmtrain.train.step import Step, Timer
 
 @dataclass(frozen=True)
 class Blueprint:
-    """The settings that one optimizer step follows from; ``precision`` is the arithmetic of the device planned for."""
+    """The settings that determine one optimizer step; ``precision`` is the arithmetic of the device planned for."""
 
     settings: RunConfig
     vocab_size: int
     precision: Precision
     batch_size: int  # sequences of the largest optimizer step
-    micro_batch: int | None = None  # sequences of a forward pass; None: as the settings say
+    micro_batch: int | None = None  # sequences of a forward pass; None: as in the settings
     labels: Sequence[str] = ()  # classes of the data
 
     @property
@@ -35,26 +35,26 @@ class Blueprint:
 
     @property
     def checkpointing(self) -> ActivationCheckpointing:
-        """What is kept for the backward pass."""
+        """The option that decides which activations are kept for the backward pass."""
         return self.settings.activation_checkpointing
 
     @property
     def period(self) -> int:
-        """After so many blocks the same comes again."""
+        """The number of blocks after which their activation checkpointing repeats."""
         is_by_block = getattr(getattr(self.checkpointing, "by", None), "name", None) == "block"
         return getattr(self.checkpointing, "every", 1) if is_by_block else 1
 
     @property
     def num_layers(self) -> int | None:
-        """Blocks of the model; None where its config does not say."""
+        """Blocks of the model; None where its config has no such key."""
         return getattr(self.settings.model, "num_layers", None)
 
     def build(
         self, device: torch.device, num_layers: int | None = None, *, planned_for: str, timer: Timer | None = None
     ) -> Step:
-        """The step on ``device``, with ``num_layers`` blocks (None: all); within a fake mode.
+        """Build the step on ``device``, with ``num_layers`` blocks (None: all); within a fake mode.
 
-        Work is cut as on devices of the type ``planned_for``, whatever ``device`` is.
+        Work is split as on devices of the type ``planned_for``, whatever ``device`` is.
         """
         unit = build_unit(
             self.settings, self.vocab_size, self.labels, device, torch.Generator(device), load_weights=False,

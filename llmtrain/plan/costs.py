@@ -15,8 +15,8 @@ class Speed:
     """The time of each kind of work, in seconds."""
 
     sequence: float  # of training: forward, backward and its share of the update
-    evaluated: float  # a sequence of evaluation
-    sampled: float  # a token of a sample
+    evaluated: float  # for a sequence of evaluation
+    sampled: float  # for a token of a sample
     start: float = 0.0  # once: the extra time of the first step, above all compilation
 
     @classmethod
@@ -48,7 +48,7 @@ class Counts:
 def count_work(
     loop: LoopConfig, checkpoint: Checkpoint, steps: int, sequences: int, batch: int, validation: int
 ) -> Counts:
-    """Count; ``batch``: sequences of the first step, ``validation``: sequences of the validation data."""
+    """Count the work of a run; ``batch``: sequences of the first step, ``validation``: those of the validation data."""
     evaluated = min(validation, validation if loop.eval_batches is None else loop.eval_batches * batch)
     evaluated += loop.eval_train_batches * batch
     saved_ahead = set()

@@ -30,7 +30,7 @@ class DeviceSpec:
 
     name: str
     title: str
-    memory_bytes: int | None  # that a process can have; None: not known
+    memory_bytes: int | None  # available to a process; None: not known
     flops: Mapping[str, float]  # FLOP/s of dense matrix products, by the name of a precision
     bandwidth: float | None  # of the memory, bytes per second
     watts: float | None  # of the whole board at full load

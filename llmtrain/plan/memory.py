@@ -1,6 +1,6 @@
 """The memory of a run by category, from a traced step.
 
-    memory = estimate(Blueprint.of(run, vocab_size, precision, batch_size), gpu=False)
+    memory = estimate(Blueprint(run, vocab_size, precision, batch_size), gpu=False)
     memory.peak  # bytes, as ``memory_bytes`` in the metrics
 
 For a model of many equal blocks, two small models are traced and the memory is extrapolated.
@@ -17,11 +17,11 @@ from llmtrain.checkpoint.model_state import saved_tensors
 from llmtrain.config.assemble import outline
 from llmtrain.plan.blueprint import Blueprint
 from llmtrain.plan.extrapolation import IrregularBlocks, extrapolate
-from llmtrain.plan.trace import Category, Phase, Untraceable, trace_step
+from llmtrain.plan.trace import Category, Phase, TraceError, trace_step
 
-__all__ = ["Category", "Memory", "Phase", "Untraceable", "at_micro_batch", "estimate"]
+__all__ = ["Category", "Memory", "Phase", "TraceError", "at_micro_batch", "estimate"]
 
-# Resident beside the heap of tensors: Python, torch and its imports, buffers of oneDNN and OpenMP.  Measured with torch
+# Memory beside the heap of tensors: Python, torch and its imports, buffers of oneDNN and OpenMP.  Measured with torch
 # 2.13 on Linux: `model=tiny tokenizer=byte` has 337 MB once it is assembled, 365 MB with GPT-2's tokenizer.
 CPU_LIBRARIES = 365_000_000
 # Holes of the heap, as a share of the live bytes, and the workspace of kernels: packed weights, reordered copies.  From
@@ -62,7 +62,7 @@ def estimate(blueprint: Blueprint, *, gpu: bool, copied: bool = False) -> Memory
     """Estimate the memory of a run on a GPU or on a CPU.
 
     ``copied``: a save copies weights and optimizer state to host memory while training continues.  Raises
-    :class:`Untraceable` where a step needs real data, and ValueError as building the parts does.
+    ``TraceError`` where a step needs real data, and ValueError as building the parts does.
     """
     phases, host = _trace(blueprint, gpu)
     by_phase: dict[Phase, int] = {}

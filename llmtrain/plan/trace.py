@@ -1,8 +1,8 @@
-"""One training step on tensors without data, every storage counted while it lives.
+"""A trace of one training step on tensors without data: every storage is counted while it lives.
 
-The step is the run's own code on :class:`FakeTensorMode` tensors, which have shapes, types and a device and no memory.
-So whatever a model, an objective or a precision does, chunked losses, recomputation and copies to the host included, is
-followed and not assumed.  What a kernel takes for itself while it runs is not seen.
+The step is the run's own code on :class:`FakeTensorMode` tensors, which have shapes, types and a device but no
+memory.  So everything that a model, an objective or a precision does is traced and not assumed: chunked losses,
+recomputation and copies to the host.  The workspace of a kernel while it runs is not traced.
 """
 
 import weakref
@@ -24,26 +24,26 @@ from llmtrain.plan.blueprint import Blueprint
 from llmtrain.train.rehearsal import made_up_batch
 from llmtrain.train.step import Step
 
-# Of an update: one that goes through the parameters piece by piece takes tens of thousands, all alike, and begins with
-# the embedding, the largest.
+# The operations of an update that are traced.  An update of the parameters one by one takes tens of thousands, all
+# alike, and begins with the largest parameter, the embedding.
 UPDATE_OPERATIONS = 1000
 
 
 class Category(IntEnum):
-    """What memory is for."""
+    """The purpose of memory."""
 
     weights = 0
     gradients = 1
     optimizer = 2
     activations = 3  # kept from the forward for the backward pass, weights cast by autocast included
-    logits = 4  # whatever has a row of the whole vocabulary for each token: logits, their softmax, their gradient
-    temporary = 5  # everything else: what an operation reads, writes and drops
+    logits = 4  # tensors with a row of the vocabulary for each token: logits, their softmax, their gradient
+    temporary = 5  # everything else: inputs and results of operations
 
 
 class Phase(IntEnum):
     """A part of the step."""
 
-    held = 0  # what is there between two steps
+    held = 0  # the state between two steps
     forward = 1
     backward = 2
     update = 3  # clipping and the optimizer's step
@@ -51,7 +51,7 @@ class Phase(IntEnum):
 
 @dataclass
 class Event:
-    """A storage that comes (bytes above 0) or goes (below)."""
+    """The allocation of a storage (bytes above 0) or its release (below)."""
 
     storage: int
     num_bytes: int
@@ -59,21 +59,21 @@ class Event:
 
 @dataclass
 class Span:
-    """The operations of one phase: their names, and the storages that came and went with each."""
+    """The operations of one phase: their names, and the allocations and releases of each."""
 
     phase: Phase
     names: list[str] = field(default_factory=list)
     events: list[list[Event]] = field(default_factory=list)
 
     def begin(self, name: str) -> None:
-        """A new operation."""
+        """Begin an operation."""
         self.names.append(name)
         self.events.append([])
 
 
 @dataclass
 class Trace:
-    """A whole optimizer step."""
+    """The trace of an optimizer step."""
 
     spans: list[Span]
     categories: dict[int, Category]  # of each storage on the device
@@ -91,23 +91,23 @@ class Trace:
                     live[self.categories[event.storage]] += event.num_bytes
                     if live.sum() > peak.sum():
                         peak = live.copy()
-                row[:] = peak  # what an operation frees is there while it runs
+                row[:] = peak  # memory that an operation frees exists while it runs
             result.append(rows)
         return result
 
 
 class TraceLimitReached(Exception):
-    """The operations recorded so far are enough: the rest of the phase repeats them."""
+    """A signal that enough operations are recorded: the rest of the phase repeats them."""
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every storage on ``device`` that an operation makes, and when it is let go."""
+    """A recorder of every storage on ``device``: its allocation by an operation, and its release."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
         self.spans = [Span(Phase.held, ["held"], [[]])]
-        self.shapes: dict[int, tuple[tuple[int, ...], Phase]] = {}  # of the first tensor on a storage, and when made
+        self.shapes: dict[int, tuple[tuple[int, ...], Phase]] = {}  # of the first tensor on a storage, and its phase
         self.host_live = self.host_peak = 0
         self.limit: int | None = None  # operations of a phase
         self._ids: dict[int, int] = {}  # python id of a live storage -> our number
@@ -125,15 +125,15 @@ class Recorder(TorchDispatchMode):
         span.begin(str(function))
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
-                self.note(tensor)
+                self.add(tensor)
         return result
 
     def phase(self, phase: Phase) -> None:
-        """A new part of the step begins."""
+        """Begin a part of the step."""
         self.spans.append(Span(phase, [f"begin {phase.name}"], [[]]))
 
-    def note(self, tensor: Tensor) -> int | None:
-        """The number of the tensor's storage; None for one that is not on the device."""
+    def add(self, tensor: Tensor) -> int | None:
+        """Record the tensor's storage unless it is known; return its number, None for one without memory."""
         if tensor.device.type == "meta":
             return None
         storage = tensor.untyped_storage()
@@ -150,10 +150,10 @@ class Recorder(TorchDispatchMode):
         else:
             self.host_live += size
             self.host_peak = max(self.host_peak, self.host_live)
-        weakref.finalize(storage, self._gone, key, number, size, on_device)
+        weakref.finalize(storage, self._release, key, number, size, on_device)
         return number
 
-    def _gone(self, key: int, number: int, size: int, on_device: bool) -> None:
+    def _release(self, key: int, number: int, size: int, on_device: bool) -> None:
         self._ids.pop(key, None)
         if on_device:
             self.spans[-1].events[-1].append(Event(number, -size))
@@ -161,27 +161,27 @@ class Recorder(TorchDispatchMode):
             self.host_live -= size
 
     def live(self) -> set[int]:
-        """The storages that are there now."""
+        """The storages that exist now."""
         return set(self._ids.values())
 
     def numbers(self, tensors: Iterable[Tensor]) -> set[int]:
         """The storages of ``tensors`` on the device."""
-        found = {self.note(tensor) for tensor in tensors}
+        found = {self.add(tensor) for tensor in tensors}
         return {number for number in found if number is not None}
 
 
-class Untraceable(RuntimeError):
-    """The step does something that needs data; the message says what."""
+class TraceError(RuntimeError):
+    """An operation of the step needs data; the message names it."""
 
 
 @contextmanager
 def fake_tensors(recorder: Recorder | None = None) -> Iterator[None]:
-    """Tensors made within have no data."""
+    """Make tensors without data within the context."""
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if recorder is not None:
             stack.enter_context(recorder)
-        # in this thread: the recorder would not see what autograd's threads for a GPU do
+        # in this thread: the recorder does not see autograd's threads for a GPU
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         yield
 
@@ -189,11 +189,11 @@ def fake_tensors(recorder: Recorder | None = None) -> Iterator[None]:
 def trace_step(
     blueprint: Blueprint, device: torch.device, num_layers: int | None = None, *, planned_for: str | None = None
 ) -> Trace:
-    """Record an optimizer step of ``num_layers`` blocks (None: all).  An evaluation holds less than training does.
+    """Record an optimizer step of ``num_layers`` blocks (None: all).  An evaluation takes less memory than training.
 
-    Of the micro-batches two are done, where there are as many: from the second one on the gradients are there.
-    ``planned_for``: the type of device whose memory it is for, if not that of ``device``.  Raises
-    :class:`Untraceable`, and what building the parts raises.
+    At most two micro-batches are traced: from the second one on the gradients exist.  ``planned_for``: the type of
+    the device planned for, if not that of ``device``.  Raises :class:`TraceError`, and ValueError as building the parts
+    does.
     """
     recorder = Recorder(device)
     with fake_tensors(recorder):
@@ -208,7 +208,7 @@ def trace_step(
         except ValueError:
             raise
         except Exception as error:
-            raise Untraceable(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+            raise TraceError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
         vocabulary = {blueprint.vocab_size, step.unit.model.padded_vocab_size}
     categories = {}
     for number, (shape, _) in recorder.shapes.items():
@@ -226,8 +226,8 @@ def trace_step(
 
 
 class PhaseRecorder:
-    """The timer of a traced step: begins the recorder's phases, and notes the storages of gradients and of what was
-    kept for a backward pass."""
+    """The timer of a traced step: it begins the recorder's phases, and records which storages hold gradients and which
+    are kept for a backward pass."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
@@ -236,7 +236,7 @@ class PhaseRecorder:
         self.saved: set[int] = set()
 
     def mark(self, phase: str) -> None:
-        """``phase`` has ended."""
+        """Record the end of ``phase``."""
         if phase == "forward":
             self.saved |= self.recorder.live()
             self.recorder.phase(Phase.backward)
@@ -275,7 +275,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _merged(spans: Sequence[Span]) -> list[Event]:
-    """What is left of all the events of ``spans``: the storages that have not gone."""
+    """The allocations in ``spans`` that were not released."""
     live: dict[int, Event] = {}
     for event in (event for span in spans for events in span.events for event in events):
         if event.num_bytes < 0:

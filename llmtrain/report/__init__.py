@@ -1,1 +1,1 @@
-"""What runs and sweeps came to: a ranked table and curves, from the files in their directories."""
+"""Reports of runs and sweeps: a ranked table and curves, from the files in their directories."""

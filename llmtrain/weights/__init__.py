@@ -11,8 +11,8 @@ class Weights(Option, ABC):
 
     @abstractmethod
     def load(self, model: LanguageModel) -> None:
-        """Fill ``model`` in place.  Raises ValueError naming file and tensor; never skips one in silence."""
+        """Fill ``model`` in place.  Raises ValueError naming file and tensor; no tensor is skipped in silence."""
 
     def fingerprint(self) -> str:
-        """A hash that changes with the weights; "" where none are loaded.  For frozen weights, which are not saved."""
+        """A hash of the weights, for frozen weights, which are not saved; "" where none are loaded."""
         return ""

@@ -149,7 +149,7 @@ def test_the_head_starts_near_even_odds() -> None:
 
 
 def test_more_layers_than_the_model_has_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"last_layers=9: the model has 3; or take train=all"):
+    with pytest.raises(ValueError, match=r"last_layers=9: the model has 3; take fewer, or train=all"):
         unit_with(Classification(Part.last_layers, 9, False))
     with pytest.raises(ValueError, match="last_layers=0"):
         Classification(Part.last_layers, 0, False)
