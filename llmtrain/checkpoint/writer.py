@@ -13,10 +13,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,7 +114,7 @@ def _copy(target: Tensor, source: Tensor) -> None:
         np.copyto(left[start : start + COPY_BYTES], right[start : start + COPY_BYTES])
 
 
-class Saver:
+class Saver(AbstractContextManager["Saver"]):
     """Writes the checkpoints of one run in ``run_dir`` by ``policy``.  A context manager, whose exit waits for the save
     under way.
 
@@ -233,12 +233,7 @@ class Saver:
         """Wait for the end of the save under way."""
         self._pool.shutdown(wait=True)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     # --- in the thread ----------------------------------------------------------------------------------------------

@@ -5,9 +5,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ PATIENCE_SECONDS = 60.0  # until the log warns that a caller waits for a batch
 CLOSE_SECONDS = 10.0  # that closing waits for a blocked thread
 
 
-class Loader:
+class Loader(AbstractContextManager["Loader"]):
     """The batches of the optimizer steps from ``step`` on, each on ``device``.
 
     A batch follows from ``(seed, position, step, tokens)`` alone: a loader opened with the values that a run had
@@ -114,12 +113,7 @@ class Loader:
         if self._thread.is_alive():
             log.warning("left behind: the loader thread, %s, which is blocked", self._making)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     # --- in the thread ----------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import Self, TextIO
+from typing import TextIO
 
 from rich.console import RenderableType
 from rich.text import Text
@@ -23,7 +23,7 @@ from llmtrain.display.progress import Progress
 from llmtrain.metrics import Row
 
 
-class Display(ABC):
+class Display(AbstractContextManager["Display"], ABC):
     """A run's display.  A context manager: leaving it, also by an exception, gives the terminal back.
 
     :meth:`close` may be called from a signal handler, and more than once.
@@ -76,12 +76,7 @@ class Display(ABC):
         """Give the terminal back and close the log."""
         self._log.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _emit(self, text: Text, drawn: RenderableType | None = None) -> None:

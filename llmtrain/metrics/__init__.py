@@ -14,9 +14,8 @@ Three kinds of rows, distinguished by their keys:
 
 import math
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from llmtrain.base.options import Option, RunFacts
 from llmtrain.metrics.jsonl import Row, drop_rows, read_metrics
@@ -36,7 +35,7 @@ def validation_score(validation: Row) -> ValidationScore:
     return -validation.get("accuracy", 0.0), math.inf if loss is None or not math.isfinite(loss) else loss
 
 
-class Metrics(ABC):
+class Metrics(AbstractContextManager["Metrics"], ABC):
     """An open sink of rows, and a context manager that closes it."""
 
     @abstractmethod
@@ -54,12 +53,7 @@ class Metrics(ABC):
     def close(self) -> None:
         """Close the sink; a second call does nothing."""
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
