@@ -128,7 +128,6 @@ class OffloadedTensor:
         self.place = (tensor.storage_offset(), tensor.shape, tensor.stride())
 
     def restore(self) -> Tensor:
-        """Return the tensor, on the device."""
         data = self.storage.use()
         with torch.no_grad():
             return torch.empty(0, dtype=self.dtype, device=data.device).set_(data.untyped_storage(), *self.place)
@@ -188,7 +187,6 @@ class Offloader:
         self.planned = 0  # number of storages in the forward pass that the plan was made from
 
     def computing(self) -> Any:
-        """Return the computing stream."""
         return self.api.current_stream(self.device)
 
     def begin(self, parameters: Iterable[nn.Parameter]) -> None:

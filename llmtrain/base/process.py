@@ -25,7 +25,6 @@ class Allocator(Enum):
 
 
 def is_glibc() -> bool:
-    """Return whether malloc is glibc's."""
     return platform.libc_ver()[0] == "glibc"
 
 

@@ -85,7 +85,6 @@ def parts(
 
 
 def option_help(folders: Sequence[Path], group: str, option: str, node: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """Yield the description of an option, and its keys."""
     yield Text(f"\n{group}={option}", style="bold cyan")
     for line in leading_comment(folders, f"{group}/{option}"):
         yield Text(visible(f"  {line}"), style="dim")
@@ -110,7 +109,6 @@ def groups_table(chosen: Mapping[str, Any]) -> Table:
 
 
 def keys_table(title: str, prefix: str, values: Mapping[str, Any], comments: Mapping[str, str]) -> Table:
-    """Build the table of keys, values and descriptions."""
     table = titled(title)
     for key, value in values.items():
         setting = Text.assemble(f"  {prefix}{key}", ("=", "dim"), (written(value), "bold"))

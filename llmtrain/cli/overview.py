@@ -32,5 +32,4 @@ Shell completion: eval "$(llmtrain -sc install=bash)"   (or zsh, fish)
 
 
 def overview() -> str:
-    """Return the text."""
     return OVERVIEW.format(version=__version__, verbs="\n".join(f"  {verb:<10}{text}" for verb, text in VERBS.items()))

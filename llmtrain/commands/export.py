@@ -195,7 +195,7 @@ def tokenizer_files(trained: LoadedModel, *, may_add: bool) -> tuple[dict[str, s
         pad = names[tokenizer.end_of_text], tokenizer.end_of_text
     if pad is None and may_add:
         pad = PAD, tokenizer.vocab_size
-    contents = add_classifier_tokens(contents, tokenizer, begins=True, ends=data.append_end_of_text, pad=pad)
+    contents = add_classifier_tokens(contents, tokenizer, ends=data.append_end_of_text, pad=pad)
     return contents, None if pad is None else pad[1]
 
 

@@ -33,7 +33,6 @@ class Batch:
 
     @property
     def sequences(self) -> int:
-        """Sequences in this part."""
         return len(next(iter(self.tensors.values())))
 
     def rows(self, begin: int, end: int) -> "Batch":
@@ -60,5 +59,4 @@ class Batch:
         return replace(self, tensors={name: move(tensor) for name, tensor in self.tensors.items()})
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on ``device``."""
         return self.map(lambda tensor: tensor.to(device))

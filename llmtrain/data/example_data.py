@@ -4,44 +4,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtrain.base.format import percent
-from llmtrain.data import Corpus, DataConfig
+from llmtrain.data import Corpus
 from llmtrain.data.cache.entries import find_or_make
 from llmtrain.data.cache.example_cache import FORMAT, ExampleCacheEntry
 from llmtrain.data.cache.example_plan import ExampleFiles
 from llmtrain.data.cache.example_writer import write_examples
+from llmtrain.data.cached_data import CachedData, training_files
 from llmtrain.data.example_format import ExampleFormat, T
 from llmtrain.data.examples import Examples
-from llmtrain.data.sources.files import remember, sha256, stamp
+from llmtrain.data.sources.files import stamp
 from llmtrain.data.sources.records import find_records
-from llmtrain.data.text_data import check_options
 from llmtrain.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class ExampleData(DataConfig, ExampleFormat[T]):
+class ExampleData(CachedData, ExampleFormat[T]):
     """Examples in files of records."""
 
     path: str
     validation_path: str | None
-    validation_fraction: float
-    sequence_length: int
-    shuffle: bool
-    cache_dir: str
 
-    def __post_init__(self) -> None:
-        check_options(self.sequence_length, self.validation_fraction)
-
-    def build(self, tokenizer: Tokenizer) -> Corpus:
-        return self._open(tokenizer, verify=False)
-
-    def verify(self, tokenizer: Tokenizer) -> Corpus:
-        return self._open(tokenizer, verify=True)
-
-    def _open(self, tokenizer: Tokenizer, *, verify: bool) -> Corpus:
+    def open(self, tokenizer: Tokenizer, *, verify: bool) -> Corpus:
         train, validation = self._find_files()
-        cache_dir = Path(self.cache_dir).expanduser()
         before = [stamp(file) for file in train + validation]
-        hashes = remember(cache_dir / "sha256.json", train + validation, sha256, verify=verify)
+        hashes = self.hashes(train + validation, verify=verify)
         suffixes = [file.suffixes[-2:] for file in train + validation]
         key = [
             FORMAT, self.cache_name, hashes, suffixes, len(train), self.validation_fraction, self.sequence_length,
@@ -55,7 +41,7 @@ class ExampleData(DataConfig, ExampleFormat[T]):
         def open_entry(folder: Path, verify: bool) -> ExampleCacheEntry:
             return ExampleCacheEntry.open(folder, tokenizer, verify=verify)
 
-        entry = find_or_make(cache_dir, key, open_entry, fill, f"{self.noun}s of {self.path}", verify=verify)
+        entry = find_or_make(self.cache, key, open_entry, fill, f"{self.noun}s of {self.path}", verify=verify)
         return self._corpus(entry, self.remarks(tokenizer))
 
     def _find_files(self) -> tuple[list[Path], list[Path]]:
@@ -63,11 +49,7 @@ class ExampleData(DataConfig, ExampleFormat[T]):
         if self.validation_path is None:
             return train, []
         validation = find_records(self.validation_path, "data.validation_path")
-        held_out = {file.resolve() for file in validation}
-        train = [file for file in train if file.resolve() not in held_out]
-        if not train:
-            raise ValueError(f"data.path={self.path}: all of its files are for validation; name some for training")
-        return train, validation
+        return training_files(self.path, train, validation), validation
 
     def _corpus(self, entry: ExampleCacheEntry, remarks: list[str]) -> Corpus:
         train = Examples(entry.train, self.sequence_length, is_packed=self.packs)

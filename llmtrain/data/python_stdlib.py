@@ -9,7 +9,6 @@ from pathlib import Path
 
 from llmtrain.data.cache.token_cache import DocumentSource
 from llmtrain.data.sources.documents import DocumentPiece
-from llmtrain.data.sources.files import remember, sha256
 from llmtrain.data.text_data import TextData
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # other packages, and tests
@@ -24,7 +23,7 @@ class PythonStdlib(TextData):
         files = sorted(_find_sources(folder))
         if not files:
             raise ValueError(f"data=python_stdlib: there are no sources in {folder}; take data=python_docs")
-        hashes = remember(Path(self.cache_dir).expanduser() / "sha256.json", files, sha256, verify=verify)
+        hashes = self.hashes(files, verify=verify)
 
         def pieces() -> Iterator[DocumentPiece]:
             return (DocumentPiece(text, True, str(path)) for path in files if (text := _read(path)))

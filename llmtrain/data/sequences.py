@@ -86,7 +86,8 @@ class Stream(Sequences):
     """Sequences of ``sequence_length`` tokens over ``shards``, one logical stream of token ids.
 
     Sequence ``i`` has the inputs ``[i * L, i * L + L)``, and the targets are one token further: every token but the
-    first is a target once, and only the last ``unused_tokens`` are not used.  Sequences run across the edges of shards.
+    first is a target once, and only those at the end that make no sequence are not used.  Sequences run across the
+    edges of shards.
     """
 
     def __init__(self, shards: Sequence[Shard], sequence_length: int) -> None:
@@ -97,7 +98,6 @@ class Stream(Sequences):
         self._begins = np.cumsum([0, *map(len, shards)])[:-1]  # of the shards in the stream
         self._dtype = np.result_type(*(shard.dtype for shard in shards)) if shards else np.dtype(np.int64)
         self._length = max(self.tokens - 1, 0) // sequence_length
-        self.unused_tokens = self.tokens - self._length * sequence_length - (self._length > 0)
 
     def __len__(self) -> int:
         return self._length

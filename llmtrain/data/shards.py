@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtrain.base.options import RunFacts
-from llmtrain.data import Corpus, DataConfig
+from llmtrain.data import Corpus
 from llmtrain.data.cache.integrity import DamagedFile, open_checked
 from llmtrain.data.cache.shard_index import INDEX
 from llmtrain.data.cache.token_file import TokenFile, TokenFileFormat, read_indices, recognise
 from llmtrain.data.cache.token_reader import TokenSlice
+from llmtrain.data.cached_data import CachedData, training_files
 from llmtrain.data.sources.files import find_files
-from llmtrain.data.text_data import check_options, make_corpus
+from llmtrain.data.text_data import make_corpus
 from llmtrain.tokenizer import Tokenizer
 
 # train.bin and val.bin (nanoGPT), fineweb_val_000000.bin (llm.c), validation-00000.bin (ours)
@@ -21,7 +22,7 @@ VALIDATION = re.compile(r"(?<![a-z])val(id(ation)?)?(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Shards(DataConfig):
+class Shards(CachedData):
     """The token files in ``path``: one stream in the order of their names.
 
     Validation uses ``validation_path``; without it, the files of a folder or glob with ``val`` or ``validation`` as a
@@ -31,26 +32,12 @@ class Shards(DataConfig):
     path: str
     validation_path: str | None
     format: TokenFileFormat
-    sequence_length: int
-    validation_fraction: float
-    shuffle: bool
-    cache_dir: str
 
-    def __post_init__(self) -> None:
-        check_options(self.sequence_length, self.validation_fraction)
-
-    def build(self, tokenizer: Tokenizer) -> Corpus:
-        return self._open(tokenizer, verify=False)
-
-    def verify(self, tokenizer: Tokenizer) -> Corpus:
-        return self._open(tokenizer, verify=True)
-
-    def _open(self, tokenizer: Tokenizer, *, verify: bool) -> Corpus:
+    def open(self, tokenizer: Tokenizer, *, verify: bool) -> Corpus:
         train, validation = self._find_parts()
         files = self._recognise([*train, *validation], tokenizer)
-        cache_dir = Path(self.cache_dir).expanduser()
         try:
-            tokens = open_checked(files, tokenizer.vocab_size, cache_dir, verify=verify)
+            tokens = open_checked(files, tokenizer.vocab_size, self.cache, verify=verify)
         except DamagedFile as error:
             raise ValueError(f"{error}; restore it from a copy or prepare the shards again") from error
         return make_corpus(
@@ -79,21 +66,13 @@ class Shards(DataConfig):
         }
 
     def _find_parts(self) -> tuple[list[Path], list[Path]]:
-        files = _find(self.path)
+        files, validation = _find(self.path), []
         if self.validation_path is not None:
             validation = _find(self.validation_path)
-            set_aside = {file.resolve() for file in validation}
-            train = [file for file in files if file.resolve() not in set_aside]
-        elif files == [Path(self.path).expanduser()]:
-            train, validation = files, []
-        else:
-            train = [file for file in files if not VALIDATION.search(file.stem)]
+        elif files != [Path(self.path).expanduser()]:
             validation = [file for file in files if VALIDATION.search(file.stem)]
-            if not self.validation_fraction:
-                validation = []
-        if not train:
-            raise ValueError(f"data.path={self.path}: all of its files are for validation; name some for training")
-        return train, validation
+        train = training_files(self.path, files, validation)
+        return train, validation if self.validation_fraction or self.validation_path is not None else []
 
     def _recognise(self, paths: list[Path], tokenizer: Tokenizer) -> list[TokenFile]:
         indices = read_indices({path.parent for path in paths}, self.format)

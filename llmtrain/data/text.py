@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llmtrain.data.cache.token_cache import DocumentSource
 from llmtrain.data.sources.documents import DocumentPiece, read_text, split_documents
-from llmtrain.data.sources.files import find_files, remember, sha256, stamp
+from llmtrain.data.sources.files import find_files, stamp
 from llmtrain.data.text_data import TextData
 
 SUFFIXES = (".txt", ".md", ".text")
@@ -24,7 +24,7 @@ class Text(TextData):
     def source(self, *, verify: bool = False) -> DocumentSource:
         files = find_files(self.path, _is_text, f"text ({', '.join(SUFFIXES)}, also {' and '.join(COMPRESSIONS)})")
         before = [stamp(file) for file in files]
-        hashes = remember(Path(self.cache_dir).expanduser() / "sha256.json", files, sha256, verify=verify)
+        hashes = self.hashes(files, verify=verify)
         suffixes = [file.suffix if file.suffix in COMPRESSIONS else "" for file in files]
 
         def pieces() -> Iterator[DocumentPiece]:

@@ -3,25 +3,17 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from llmtrain.data import Corpus, DataConfig
+from llmtrain.data import Corpus
 from llmtrain.data.cache.token_cache import DocumentSource, prepare
+from llmtrain.data.cached_data import CachedData
 from llmtrain.data.sequences import Shard, Stream, slice_stream
 from llmtrain.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class TextData(DataConfig):
+class TextData(CachedData):
     """Documents of text, tokenised once into a cache."""
-
-    sequence_length: int
-    validation_fraction: float
-    shuffle: bool
-    cache_dir: str
-
-    def __post_init__(self) -> None:
-        check_options(self.sequence_length, self.validation_fraction)
 
     @abstractmethod
     def source(self, *, verify: bool = False) -> DocumentSource:
@@ -30,16 +22,9 @@ class TextData(DataConfig):
         Raises ValueError if there are none, or if a verified file has changed.
         """
 
-    def build(self, tokenizer: Tokenizer) -> Corpus:
-        return self._open(tokenizer, verify=False)
-
-    def verify(self, tokenizer: Tokenizer) -> Corpus:
-        return self._open(tokenizer, verify=True)
-
-    def _open(self, tokenizer: Tokenizer, *, verify: bool) -> Corpus:
+    def open(self, tokenizer: Tokenizer, *, verify: bool) -> Corpus:
         source = self.source(verify=verify)
-        cache_dir = Path(self.cache_dir).expanduser()
-        entry = prepare(source, tokenizer, self.validation_fraction, cache_dir, verify=verify)
+        entry = prepare(source, tokenizer, self.validation_fraction, self.cache, verify=verify)
         documents = entry.index.train.documents + entry.index.validation.documents
         return make_corpus(
             entry.train,
@@ -49,14 +34,6 @@ class TextData(DataConfig):
             name=f"{source.name}, {documents:,} document{'s' * (documents != 1)}",
             fingerprint=entry.folder.name,
         )
-
-
-def check_options(sequence_length: int, validation_fraction: float) -> None:
-    """Raise ValueError for values out of range."""
-    if sequence_length < 1:
-        raise ValueError(f"sequence_length={sequence_length}: must be positive")
-    if not 0 <= validation_fraction < 1:
-        raise ValueError(f"validation_fraction={validation_fraction}: must be at least 0 (no validation) and below 1")
 
 
 def make_corpus(

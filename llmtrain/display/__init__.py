@@ -61,11 +61,9 @@ class Display(AbstractContextManager["Display"], ABC):
         self._emit(lines.indented(lines.sample(prompt, text)))
 
     def event(self, row: Row) -> None:
-        """Show an event row of the metrics."""
         self._emit(lines.event(row, self.progress))
 
     def warn(self, text: str) -> None:
-        """Show a warning."""
         self._emit(lines.warning(text))
 
     def summary(self, summary: Row) -> None:

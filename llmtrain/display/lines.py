@@ -75,7 +75,6 @@ def sample(prompt: str, text: str) -> Text:
 
 
 def indented(text: Text, by: int = 4) -> Text:
-    """Indent each line of ``text``."""
     margin = Text(" " * by)
     return Text("\n").join(margin + line for line in text.split("\n", allow_blank=True))
 
@@ -114,7 +113,6 @@ def _changes(row: Row) -> Iterator[Text]:
 
 
 def warning(text: str) -> Text:
-    """Format a warning."""
     return Text.assemble(("warning: ", "bold yellow"), (visible(text), "yellow"))
 
 

@@ -57,7 +57,6 @@ class LiveDisplay(Display):
         self._emit(lines.header(rows), table)
 
     def start(self, step: int, max_steps: int) -> None:
-        """Start drawing."""
         super().start(step, max_steps)
         self._or_silence(lambda: self._live.start(refresh=True))
 

@@ -110,9 +110,6 @@ class BaichuanFamily(LlamaFamily):
                 f"model.position={config.position.name}: a Baichuan of hidden_size={config.hidden_size} has the other"
             )
 
-    def names(self, config: ModelConfig, model_type: str = "baichuan") -> list[Any]:
-        return super().names(config, model_type)
-
     def attention(
         self, config: LlamaConfig, ours: str, theirs: tuple[str, ...], rows: tuple[int, ...], has_bias: bool
     ) -> list[Any]:

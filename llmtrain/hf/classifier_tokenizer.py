@@ -20,16 +20,16 @@ def find_padding(tokenizer: Tokenizer, files: Mapping[str, str]) -> tuple[str, i
 
 
 def add_classifier_tokens(
-    files: Mapping[str, str], tokenizer: Tokenizer, *, begins: bool, ends: bool, pad: tuple[str, int] | None
+    files: Mapping[str, str], tokenizer: Tokenizer, *, ends: bool, pad: tuple[str, int] | None
 ) -> dict[str, str]:
     """Change ``files`` of :mod:`llmtrain.hf.tokenizer_export` so that the tokenizer adds tokens when it is called.
 
-    ``begins``, ``ends``: add the token that begins a text before it, the one that ends a text after it.  ``pad``: name
-    and id of the token that pads a batch on the right, added if the tokenizer lacks it.
+    The token that begins a text, if there is one, comes before it, with ``ends`` the one that ends a text after it.
+    ``pad``: name and id of the token that pads a batch on the right, added if the tokenizer lacks it.
     """
     spec, config = json.loads(files[FILE]), json.loads(files[CONFIG])
     names = {id: name for name, id in tokenizer.special_tokens.items()}
-    before = [tokenizer.bos] if begins and tokenizer.bos is not None else []
+    before = [] if tokenizer.bos is None else [tokenizer.bos]
     behind = [tokenizer.end_of_text] if ends else []
 
     def around(text: str, type_id: int) -> list[dict[str, Any]]:

@@ -126,7 +126,6 @@ class ConfigJson:
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
         value = self.get(key)
         if value is None:
             return default

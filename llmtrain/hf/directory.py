@@ -197,5 +197,4 @@ def download(name: str, revision: str | None, path: str) -> Path:
 
 
 def tensor_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Bytes of a tensor in a file."""
     return torch.Size(shape).numel() * dtype.itemsize

@@ -171,7 +171,6 @@ def trained_modules(unit: TrainingUnit, names: Mapping[str, str]) -> dict[str, n
 
 
 def is_classifier(name: str) -> bool:
-    """True for a module that an objective added."""
     return f"{name}.weight" == CLASSIFIER
 
 

@@ -169,7 +169,6 @@ def check_head(
 
 
 def copy_tensors(each: TensorMap, state: Mapping[str, Tensor], directory: CheckpointDirectory) -> None:
-    """Copy the tensors of one map into the model."""
     sources = [directory.read(name) for name in each.theirs]
     if not each.ours:
         if sources[0].any():

@@ -90,7 +90,6 @@ def find_kernel() -> tuple[Kernel | None, str]:
 
 
 def is_available() -> bool:
-    """Return whether the kernel can be used on this machine."""
     return find_kernel()[0] is not None
 
 
@@ -100,7 +99,6 @@ def supports(tensor: Tensor) -> bool:
 
 
 def supports_head_size(head_size: int) -> bool:
-    """Return whether the kernel can compute attention with heads of this size."""
     return head_size % HEAD_SIZE_MULTIPLE == 0 and is_available()
 
 

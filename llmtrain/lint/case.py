@@ -87,7 +87,6 @@ class Case:
 
     @property
     def batch_key(self) -> str:
-        """The key of the batch size."""
         return f"accumulation.{self.run.accumulation.batch_size_key}"
 
     @property

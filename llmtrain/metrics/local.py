@@ -20,7 +20,6 @@ class Local(MetricsConfig):
             raise ValueError(f"log_every={self.log_every}: must be 1 or more steps")
 
     def build(self, run_dir: Path, *, resume_step: int | None) -> "LocalMetrics":
-        """Open ``run_dir/metrics.jsonl``."""
         path = run_dir / METRICS
         if resume_step is not None:
             drop_rows(path, lambda row: _is_written_again(row, resume_step))
@@ -37,7 +36,6 @@ class LocalMetrics(Metrics):
         self._file = AppendedFile(path)
 
     def row(self, row: Row) -> None:
-        """Write ``row`` as one line and pass it to the operating system."""
         self._file.append(to_line(row))
 
     def rewind(self, step: int) -> None:
@@ -45,7 +43,6 @@ class LocalMetrics(Metrics):
         self._file.rewrite(lambda: drop_rows(self._path, lambda row: _is_written_again(row, step)))
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 

@@ -24,7 +24,6 @@ class TensorBoard(MetricsConfig):
         Local(self.log_every)  # checks the shared field
 
     def check(self) -> None:
-        """Raise ValueError if the package is not installed."""
         if importlib.util.find_spec("tensorboard") is None:
             raise ValueError(
                 "metrics=tensorboard: the tensorboard package is not installed; "
@@ -65,12 +64,10 @@ class TensorBoardMetrics(Metrics):
         self._writer.flush()
 
     def rewind(self, step: int) -> None:
-        """Drop the rows after ``step`` and their points in TensorBoard."""
         self._local.rewind(step)
         self._writer.close()
         self._writer = self._open(step)
 
     def close(self) -> None:
-        """Close both."""
         self._writer.close()
         self._local.close()

@@ -120,7 +120,6 @@ class LlamaConfig(ModelConfig):
 
     @property
     def size_of_head(self) -> int:
-        """Channels of a head."""
         return self.hidden_size // self.num_heads if self.head_size is None else self.head_size
 
     @property
@@ -142,7 +141,6 @@ class LlamaConfig(ModelConfig):
 
 
 def nearest_divisor(number: int, wanted: int) -> int:
-    """The divisor of ``number`` that is nearest to ``wanted``."""
     return min((n for n in range(1, number + 1) if number % n == 0), key=lambda n: abs(n - wanted))
 
 

@@ -41,6 +41,5 @@ class CompositeOptimizer(torch.optim.Optimizer):
                 part.step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of all parts, as in torch."""
         super().load_state_dict(state_dict)
         self._share()

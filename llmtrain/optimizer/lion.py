@@ -45,7 +45,6 @@ class LionOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closures
-        """Update every parameter that has a gradient."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
             parameters: list[Tensor] = [parameter for parameter in group["params"] if parameter.grad is not None]

@@ -96,7 +96,6 @@ class CompactAdamWOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closures
-        """Update every parameter that has a gradient."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
             pairs = zip(group["names"], group["params"], strict=True)

@@ -86,7 +86,6 @@ class Precision:
         return torch.autocast(self.device.type, self.dtype)
 
     def scale(self, loss: Tensor) -> Tensor:
-        """Scale the loss, for ``backward``."""
         return loss if self.scaler is None else loss * self.scaler.scale
 
     def unscale(self, parameters: Sequence[torch.nn.Parameter]) -> None:

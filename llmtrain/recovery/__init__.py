@@ -53,7 +53,6 @@ class Rollback:
 
     before_step: int
     batches: int
-    first_refused_step: int
 
 
 @dataclass(frozen=True)

@@ -219,9 +219,8 @@ class Ladder(DelayedRecovery):
         self.tried.setbacks += 1
         self.tried.last_setback = max(self.tried.last_setback, verdict.step)
         self.requested = verdict, step
-        first = self.episode.first_step
-        before = max(first - self.config.rollback_steps, 0)
-        return [Rollback(before, self.config.rollback_skip_batches, first)]
+        before = max(self.episode.first_step - self.config.rollback_steps, 0)
+        return [Rollback(before, self.config.rollback_skip_batches)]
 
     def rolled_back(self, to_step: int | None, stored: Mapping[str, Any] | None) -> list[Action]:
         assert self.requested is not None, "no Rollback was requested"

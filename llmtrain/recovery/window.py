@@ -48,7 +48,6 @@ class Window:
 
     @staticmethod
     def _median(values: Tensor, middle: Tensor) -> Tensor:
-        """The median of each row."""
         return values.sort(dim=1).values.index_select(1, middle).mean(dim=1)
 
     def add(self, observed: Tensor, accepted: Tensor) -> None:

@@ -44,16 +44,6 @@ class Tokenizer(ABC):
         """
         return self.encode(text)
 
-    def encode_with_special(self, text: str) -> np.ndarray:
-        """As ``encode``, but names of ``special_tokens`` become their ids.  For templates, never for data."""
-        if not self.special_tokens:
-            return self.encode(text)
-        names = sorted(self.special_tokens, key=len, reverse=True)  # the longest wins
-        parts = re.split(f"({'|'.join(map(re.escape, names))})", text)
-        ids = [np.array([self.special_tokens[part]], np.uint32) if i % 2 else self.encode(part)
-               for i, part in enumerate(parts)]  # fmt: skip
-        return np.concatenate(ids)
-
     @abstractmethod
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The bytes of ``ids``, with special tokens as their names; a cut multi-byte character stays cut.

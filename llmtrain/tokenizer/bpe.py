@@ -61,9 +61,6 @@ class BPE(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
-    def encode_with_special(self, text: str) -> np.ndarray:
-        return self.encoding.encode_to_numpy(text, allowed_special="all")
-
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         try:
             return self.encoding.decode_bytes(ids)

@@ -83,9 +83,6 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_continuation(self, text: str) -> np.ndarray:
         return self._encode(self._continuing, text)
 
-    def encode_with_special(self, text: str) -> np.ndarray:
-        return _ids(self._marked, text)
-
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return b"".join(self._bytes.get(id, UNUSED) for id in ids)
 

@@ -57,7 +57,6 @@ def check_logits(name: str, before: ReferenceLogits, after: Sequence[Tensor]) ->
 
 
 def is_installed(package: str) -> bool:
-    """Return whether a package is installed."""
     return importlib.util.find_spec(package) is not None
 
 

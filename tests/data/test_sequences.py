@@ -17,7 +17,6 @@ def test_gathered_sequences_are_slices_of_the_stream(length: int, dtype: str) ->
         n = max(len(stream) - 1, 0) // length
         assert len(sequences) == n
         assert sequences.tokens == len(stream)
-        assert sequences.unused_tokens == (len(stream) - (n * length + 1) if n else len(stream))
         if n:
             indices = rng.integers(0, n, 20)
             inputs, targets, *_ = sequences.gather(indices)
@@ -34,14 +33,12 @@ def test_every_token_but_the_first_is_a_target_once() -> None:
     inputs, targets, *_ = sequences.gather(np.arange(len(sequences)))
     assert inputs.ravel().tolist() == list(range(100))
     assert targets.ravel().tolist() == list(range(1, 101))
-    assert sequences.unused_tokens == 0
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 10])
 def test_too_few_tokens_make_no_sequence(tokens: int) -> None:
     sequences = Stream([np.zeros(tokens, "<u2")], 10)
     assert len(sequences) == 0
-    assert sequences.unused_tokens == tokens
 
 
 def test_no_indices_give_no_rows() -> None:

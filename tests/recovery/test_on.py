@@ -184,9 +184,9 @@ def test_the_steps_of_recovery_do_not_depend_on_the_delay_of_readback(late: int)
     driver = Driver(ladder(), late=late, checkpoints=[100, 200]).run(steps)
     assert driver.acted == [
         (252 + LAG, Skip(10)),
-        (258 + LAG, Rollback(before_step=151, batches=200, first_refused_step=251)),  # to 100, and on to 200
+        (258 + LAG, Rollback(before_step=151, batches=200)),  # to 100, and on to 200
         (202 + LAG, Skip(10)),
-        (208 + LAG, Rollback(before_step=101, batches=200, first_refused_step=201)),
+        (208 + LAG, Rollback(before_step=101, batches=200)),
         (100, RateReduction(0.5, 500)),
     ]
     assert driver.factors[-4:] == [1.0, 0.5, 0.5, 0.5]
@@ -218,7 +218,7 @@ def test_a_rollback_to_a_checkpoint_without_a_window_starts_a_new_one() -> None:
 
 def test_before_step_is_never_negative() -> None:
     driver = Driver(ladder(), checkpoints=[]).run([*quiet(40), *[SPIKE] * 10])
-    assert driver.acted[1] == (50, Rollback(before_step=0, batches=200, first_refused_step=41))
+    assert driver.acted[1] == (50, Rollback(before_step=0, batches=200))
 
 
 def test_after_max_rollbacks_it_gives_up_and_says_why() -> None:

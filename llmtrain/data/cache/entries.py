@@ -8,14 +8,13 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llmtrain.data.cache.shard_index import sync
+from llmtrain.base.files import fsync
 from llmtrain.data.cache.token_reader import DataError
 
 T = TypeVar("T")
@@ -69,22 +68,14 @@ def _make(folder: Path, fill: Callable[[Path], None], name: str) -> None:
     temporary.mkdir()
     try:
         fill(temporary)
-        _sync_folder(temporary)
+        fsync(temporary)
         shutil.rmtree(folder, ignore_errors=True)  # the damaged one
         temporary.rename(folder)
-        _sync_folder(folder.parent)
+        fsync(folder.parent)
     except DataError as error:
         raise DataError(f"tokenising {name}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        sync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _temporary(folder: Path) -> Path:

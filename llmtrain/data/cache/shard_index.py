@@ -97,25 +97,19 @@ class ShardIndex:
 
     @property
     def shards(self) -> list[Shard]:
-        """The shards of both splits."""
         return self.train.shards + self.validation.shards
 
     def write(self, folder: Path) -> None:
         """Write ``index.json`` into ``folder``, the last of its files."""
         with (folder / INDEX).open("w", encoding="utf-8") as file:
             json.dump(dataclasses.asdict(self), file, indent=1)
-            sync(file.fileno())
+            os.fsync(file.fileno())
 
 
 def _parse_dtype(name: str) -> str:
     if name not in ("<u2", "<u4"):
         raise ValueError(f"ids of type {name!r}")
     return name
-
-
-def sync(descriptor: int) -> None:
-    """Write a file's data through to the disk."""
-    os.fsync(descriptor)
 
 
 class ShardWriter:
@@ -159,7 +153,7 @@ class ShardWriter:
     def _finish_shard(self) -> None:
         assert self._file is not None
         self._file.flush()
-        sync(self._file.fileno())
+        os.fsync(self._file.fileno())
         self._file.close()
         self.shards.append(Shard(self._path.name, self._tokens, self._digest.hexdigest()))
         self._file, self._digest, self._tokens = None, hashlib.sha256(), 0

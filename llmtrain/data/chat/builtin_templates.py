@@ -20,7 +20,7 @@ TEMPLATES: Mapping[str, MarkupTemplate] = {
         "context. Write a response that appropriately completes the request.",
         begins_text=True,
     ),
-    # OpenAI's Chat MarkupTemplate Language; Qwen, SmolLM2 and others
+    # OpenAI's Chat Markup Language; Qwen, SmolLM2 and others
     "chatml": MarkupTemplate(
         system="<|im_start|>system\n{system}<|im_end|>\n",
         user="<|im_start|>user\n{prompt}<|im_end|>\n",
