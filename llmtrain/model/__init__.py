@@ -1,6 +1,8 @@
 """Language models: single-device modules, built without data and initialised in place."""
 
 import dataclasses
+import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +33,7 @@ class LanguageModel(nn.Module, ABC):
     num_layers: int
     blocks: nn.ModuleList  # alike, one after the other; compiled, and recomputed in backward, one at a time
     compiled_blocks: Sequence[Callable[..., Tensor]] | None = None  # run in place of ``blocks`` where there is no cache
+    logit_bias: Tensor | None  # a buffer, see :attr:`head_bias`
     logit_softcap: float | None  # logits are capped smoothly to within this: cap * tanh(logits / cap)
 
     @abstractmethod
@@ -48,9 +51,9 @@ class LanguageModel(nn.Module, ABC):
         """The output layer's matrix ``(padded_vocab_size, hidden)``."""
 
     @property
-    @abstractmethod
     def head_bias(self) -> Tensor | None:
         """The output layer's bias ``(padded_vocab_size,)``: ``-inf`` for the padding; None where nothing is padded."""
+        return self.logit_bias
 
     def compile_blocks(self) -> None:
         """Run the blocks compiled from now on, except with a cache and within :meth:`eager`.
@@ -99,9 +102,11 @@ class LanguageModel(nn.Module, ABC):
     def new_cache(self, batch_size: int, dtype: torch.dtype) -> KVCache:
         """An empty key-value cache for ``context_length`` tokens."""
 
-    @abstractmethod
     def layer_index(self, name: str) -> int:
         """Depth of the parameter ``name``: 0 embeddings, i + 1 block i, ``num_layers + 1`` final norm and head."""
+        if match := re.match(r"blocks\.(\d+)\.", name):
+            return int(match[1]) + 1
+        return 0 if "embedding" in name else self.num_layers + 1
 
     def num_parameters(self) -> int:
         """Parameters, shared ones once, vocabulary padding not counted."""
@@ -155,6 +160,19 @@ class ModelConfig(Option, ABC):
     context_length: int
     vocab_size: int | None  # None: the tokenizer's
 
+    def check(self, *sizes: str) -> None:
+        """Raise ValueError unless the keys ``sizes``, and those that all models of ours have, are in range."""
+        values = vars(self)
+        for key in sizes:
+            if values[key] is not None and values[key] < 1:
+                raise ValueError(f"{key}={values[key]}: must be at least 1")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"vocab_size={self.vocab_size}: must be at least 1, or null for the tokenizer's")
+        if not 0.0 <= values["dropout"] < 1.0:
+            raise ValueError(f"dropout={values['dropout']}: must be at least 0 and below 1")
+        if values["logit_softcap"] is not None and not 0 < values["logit_softcap"] < math.inf:
+            raise ValueError(f"logit_softcap={values['logit_softcap']}: must be above 0, or null for none")
+
     @abstractmethod
     def build(self, vocab_size: int) -> LanguageModel:
         """Construct the module for ``vocab_size`` tokens on torch's current default device."""
@@ -169,3 +187,7 @@ class ModelConfig(Option, ABC):
         if device.type != "meta":
             model.initialise(generator)
         return model
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    return min((n for n in range(1, number + 1) if number % n == 0), key=lambda n: abs(n - wanted))

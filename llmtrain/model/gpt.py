@@ -4,7 +4,6 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
 
 import math
-import re
 from dataclasses import dataclass
 from enum import Enum
 
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.kernels.dropout import Dropout
-from llmtrain.model import LanguageModel, ModelConfig
+from llmtrain.model import LanguageModel, ModelConfig, nearest_divisor
 from llmtrain.model.layers.attention import AttentionMask, Kernel, attend, attention_mask, kernel_for, segment_starts
 from llmtrain.model.layers.kv_cache import KVCache, LayerCache
 from llmtrain.model.layers.padded_vocabulary import hide_padding, logit_bias, padded_size
@@ -42,22 +41,12 @@ class GPTConfig(ModelConfig):
     initialisation: Initialisation
 
     def __post_init__(self) -> None:
-        for key in ("num_layers", "hidden_size", "num_heads", "context_length"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
-        if self.vocab_size is not None and self.vocab_size < 1:
-            raise ValueError(f"vocab_size={self.vocab_size}: must be at least 1, or null for the tokenizer's")
+        self.check("num_layers", "hidden_size", "num_heads", "context_length")
         if self.hidden_size % self.num_heads:
-            divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
-            nearest = min(divisors, key=lambda n: abs(n - self.num_heads))
             raise ValueError(
                 f"hidden_size={self.hidden_size}: must be divisible by num_heads={self.num_heads}; "
-                f"model.num_heads={nearest} would do"
+                f"model.num_heads={nearest_divisor(self.hidden_size, self.num_heads)} would do"
             )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
-        if self.logit_softcap is not None and not 0 < self.logit_softcap < math.inf:
-            raise ValueError(f"logit_softcap={self.logit_softcap}: must be above 0, or null for none")
 
     def build(self, vocab_size: int) -> "GPT":
         return GPT(self, vocab_size)
@@ -156,10 +145,6 @@ class GPT(LanguageModel):
         return self.final_norm(x)
 
     @property
-    def head_bias(self) -> Tensor | None:
-        return self.logit_bias
-
-    @property
     def head_weight(self) -> Tensor:
         return self.token_embedding.weight if self.config.tie_embeddings else self.head.weight
 
@@ -197,11 +182,6 @@ class GPT(LanguageModel):
         device = self.token_embedding.weight.device
         head_size = c.hidden_size // c.num_heads
         return KVCache(c.num_layers, batch_size, c.num_heads, c.context_length, head_size, device=device, dtype=dtype)
-
-    def layer_index(self, name: str) -> int:
-        if match := re.match(r"blocks\.(\d+)\.", name):
-            return int(match[1]) + 1
-        return 0 if "embedding" in name else self.num_layers + 1
 
     def parameters_by_part(self) -> dict[str, int]:
         hidden = self.config.hidden_size

@@ -5,7 +5,6 @@ Yang et al. 2024 and 2025, "Qwen2.5" and "Qwen3"; Yang et al. 2023, "Baichuan 2"
 """
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.kernels.dropout import Dropout
-from llmtrain.model import LanguageModel, ModelConfig
+from llmtrain.model import LanguageModel, ModelConfig, nearest_divisor
 from llmtrain.model.layers.attention import (
     AttentionMask,
     Kernel,
@@ -71,12 +70,10 @@ class LlamaConfig(ModelConfig):
     initial_std: float
 
     def __post_init__(self) -> None:
-        for key in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_size", "intermediate_size",
-                    "context_length", "sliding_window"):  # fmt: skip
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
-        if self.vocab_size is not None and self.vocab_size < 1:
-            raise ValueError(f"vocab_size={self.vocab_size}: must be at least 1, or null for the tokenizer's")
+        self.check(
+            "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_size", "intermediate_size",
+            "context_length", "sliding_window",
+        )  # fmt: skip
         if self.head_size is None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size}: must be divisible by num_heads={self.num_heads}; "
@@ -100,10 +97,6 @@ class LlamaConfig(ModelConfig):
         for key in ("norm_eps", "initial_std"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"{key}={getattr(self, key)}: must be above 0")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
-        if self.logit_softcap is not None and not 0 < self.logit_softcap < math.inf:
-            raise ValueError(f"logit_softcap={self.logit_softcap}: must be above 0, or null for none")
 
     def _check_positions(self) -> None:
         if self.position is Position.rope:
@@ -138,10 +131,6 @@ class LlamaConfig(ModelConfig):
 
     def build(self, vocab_size: int) -> "Llama":
         return Llama(self, vocab_size)
-
-
-def nearest_divisor(number: int, wanted: int) -> int:
-    return min((n for n in range(1, number + 1) if number % n == 0), key=lambda n: abs(n - wanted))
 
 
 class RMSNorm(nn.Module):
@@ -305,10 +294,6 @@ class Llama(LanguageModel):
         }
 
     @property
-    def head_bias(self) -> Tensor | None:
-        return self.logit_bias
-
-    @property
     def head_weight(self) -> Tensor:
         return F.normalize(self._matrix, dim=-1) if self.config.normalised_head else self._matrix
 
@@ -351,11 +336,6 @@ class Llama(LanguageModel):
         return KVCache(
             c.num_layers, batch_size, c.num_kv_heads, c.context_length, c.size_of_head, device=device, dtype=dtype
         )
-
-    def layer_index(self, name: str) -> int:
-        if match := re.match(r"blocks\.(\d+)\.", name):
-            return int(match[1]) + 1
-        return 0 if "embedding" in name else self.num_layers + 1
 
     def parameters_by_part(self) -> dict[str, int]:
         parts = {
