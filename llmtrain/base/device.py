@@ -96,14 +96,18 @@ def _measured_flops(device: torch.device, dtype: torch.dtype, num_threads: int, 
     return measure_matmul_flops(device, dtype)
 
 
-def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+def measure_matmul_flops(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int] | None = None, *,
+    most: int = 16, enough_seconds: float = 0.2,
+) -> float:  # fmt: skip
     """Measure the FLOP/s of the fastest of a few matrix products, within tens of milliseconds.
 
-    A slow device takes the time of two products.
+    A slow device takes the time of two products.  ``shape``: rows, inputs and outputs of one; None: large ones.
+    ``most``: products that are timed, as long as they take less than ``enough_seconds`` in all.
     """
     import torch
 
-    m, k, n = (8192, 8192, 8192) if device.type == "cuda" else (2048, 1024, 4096)
+    m, k, n = shape or ((8192, 8192, 8192) if device.type == "cuda" else (2048, 1024, 4096))
     generator = torch.Generator(device).manual_seed(0)  # products of zeros would be faster
     a = torch.randn(m, k, device=device, generator=generator).to(dtype)
     b = torch.randn(k, n, device=device, generator=generator).to(dtype)
@@ -112,7 +116,7 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     )  # allocated once: mapping fresh memory takes longer than the product
     torch.mm(a[: m // 16], b, out=product[: m // 16])  # one-time work, such as choosing a kernel
     seconds: list[float] = []
-    while len(seconds) < 2 or (len(seconds) < 16 and sum(seconds) < 0.2):
+    while len(seconds) < 2 or (len(seconds) < most and sum(seconds) < enough_seconds):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()

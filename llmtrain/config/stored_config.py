@@ -105,16 +105,12 @@ def untrusted(values: dict[str, Any], plugins: Sequence[str] = ()) -> dict[str, 
     return values | {"plugins": list(plugins)}
 
 
-def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """The values that differ, as (dotted key, before, after); None where there is none."""
-    rows: list[tuple[str, Any, Any]] = []
-    for key in [*before, *(key for key in after if key not in before)]:
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            rows += differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            rows.append((f"{prefix}{key}", old, new))
-    return rows
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def escape(value: Any) -> Any:

@@ -34,7 +34,6 @@ class TensorMap:
 class ModelFamily(ABC):
     """The names and config keys of one or more ``model_type``s, in both directions."""
 
-    model_types: ClassVar[tuple[str, ...]]
     prefix: ClassVar[str]  # of all names except the head's; checkpoints of a bare model, without a head, lack it
     embedding: ClassVar[str]  # name of the token embedding, which a tied head shares
     dropped: ClassVar[str]  # regular expression of tensors that are no parameters: they follow from the configuration

@@ -23,8 +23,6 @@ THETA = 10000.0
 class BaichuanFamily(LlamaFamily):
     """``model_type`` baichuan."""
 
-    model_types = ("baichuan",)
-
     def read_config(self, config: ConfigJson) -> LlamaConfig:
         config.expect("hidden_act", "silu", "swish", default="silu", why="must be silu: the MLP is a SwiGLU here")
         hidden, heads = config.count("hidden_size"), config.count("num_attention_heads")

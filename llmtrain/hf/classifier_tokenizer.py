@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from llmtrain.hf.tokenizer_export import FILE
+from llmtrain.hf.tokenizer_export import FILE, added_token
 from llmtrain.tokenizer import Tokenizer
 from llmtrain.tokenizer.directory import CONFIG
 
@@ -46,8 +46,7 @@ def add_classifier_tokens(
     if pad is not None:
         name, id = pad
         if all(token["content"] != name for token in spec["added_tokens"]):
-            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-            spec["added_tokens"].append({"id": id, "content": name, **flags, "special": True})
+            spec["added_tokens"].append(added_token(name, id))
         config |= {"pad_token": name, "padding_side": "right"}
     dumped = {FILE: spec, CONFIG: config}
     return {**files, **{name: json.dumps(each, ensure_ascii=False, indent=2) + "\n" for name, each in dumped.items()}}

@@ -13,7 +13,6 @@ NORM_EPS = 1e-5  # of our LayerNorm
 class GPT2Family(ModelFamily):
     """``model_type`` gpt2."""
 
-    model_types = ("gpt2",)
     prefix = "transformer."
     embedding = "transformer.wte.weight"
     dropped = r"(transformer\.)?h\.\d+\.(attn|crossattention)\.(bias|masked_bias)"  # the causal mask, of old versions

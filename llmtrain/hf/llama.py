@@ -21,7 +21,6 @@ WINDOW, FULL_LAYERS = 4096, 28  # without sliding_window, max_window_layers
 class LlamaFamily(ModelFamily):
     """``model_type`` llama, mistral, qwen2 and qwen3."""
 
-    model_types = tuple(ARCHITECTURES)
     prefix = "model."
     embedding = "model.embed_tokens.weight"
     dropped = r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"  # of old versions

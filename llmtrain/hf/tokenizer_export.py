@@ -89,7 +89,7 @@ def export_files(tokenizer: Tokenizer, model_max_length: int, chat_template: str
 
 def _dump(spec: dict[str, Any], tokenizer: Tokenizer) -> str:
     added = sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
-    spec["added_tokens"] = [_added(name, id) for name, id in added]
+    spec["added_tokens"] = [added_token(name, id) for name, id in added]
     return json.dumps(spec, ensure_ascii=False, indent=2) + "\n"
 
 
@@ -107,7 +107,8 @@ def _spec(pre_tokenizer: Any, model: Any, decoder: Any, normalizer: Any = None) 
     }
 
 
-def _added(name: str, id: int) -> dict[str, Any]:
+def added_token(name: str, id: int) -> dict[str, Any]:
+    """The entry of a special token."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": id, "content": name, **flags, "special": True}
 

@@ -93,7 +93,7 @@ class Adapter(nn.Module):
 
     def delta(self, dtype: torch.dtype) -> Tensor:
         """The product that the adapter adds to the weight, without vocabulary padding."""
-        raise NotImplementedError
+        return self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
 
     def adapt(
         self, rank: int, scaling: float, dropout: float, *, has_magnitude: bool, generator: torch.Generator
@@ -151,9 +151,6 @@ class LoraLinear(FrozenLinear, Adapter):
     def adapter_sizes(self) -> tuple[int, int]:
         return self.in_features, self.out_features
 
-    def delta(self, dtype: torch.dtype) -> Tensor:
-        return self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
-
     def forward(self, x: Tensor) -> Tensor:
         x = to_autocast_dtype(x)
         y = self.product(x, self.bias)
@@ -195,9 +192,6 @@ class LoraHead(Adapter):
 
     def adapter_sizes(self) -> tuple[int, int]:
         return self.in_features, self.rows
-
-    def delta(self, dtype: torch.dtype) -> Tensor:
-        return self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
 
     @property
     def weight(self) -> Tensor:

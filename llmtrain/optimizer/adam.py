@@ -1,7 +1,7 @@
 """Adam (Kingma & Ba 2015, https://arxiv.org/abs/1412.6980)."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -14,6 +14,8 @@ from llmtrain.optimizer.groups import GroupedOptimizer, check_betas, has_fused_k
 class Adam(GroupedOptimizer):
     """Adam; ``weight_decay`` is an L2 penalty, added to the gradient before both moments."""
 
+    kind: ClassVar[type[torch.optim.Adam]] = torch.optim.Adam
+
     betas: list[float]
     eps: float
 
@@ -24,7 +26,7 @@ class Adam(GroupedOptimizer):
 
     def build(self, unit: Trainable) -> torch.optim.Optimizer:
         groups = parameter_groups(self.members(unit), self.lr)
-        return build_adam(torch.optim.Adam, groups, betas=self.betas, eps=self.eps)
+        return build_adam(self.kind, groups, betas=self.betas, eps=self.eps)
 
 
 def build_adam(

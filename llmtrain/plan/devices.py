@@ -1,13 +1,12 @@
 """Devices that a run is planned for: a GPU of the table, or the device of this machine."""
 
 import difflib
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from llmtrain.base.device import available_memory, device_name, peak_flops
+from llmtrain.base.device import available_memory, device_name, measure_matmul_flops, peak_flops
 from llmtrain.base.gpus import GPUS, Gpu, find_gpu
 from llmtrain.base.options import option_name
 from llmtrain.kernels.cpu_attention import is_available
@@ -104,14 +103,5 @@ def arithmetic(config: PrecisionConfig, spec: DeviceSpec | None) -> Precision:
 
 def quick_flops(precision: Precision) -> float:
     """Measure the FLOP/s of the fastest of some matrix products of 1 GFLOP on the CPU, in the run's arithmetic."""
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(512, 1024, generator=generator).to(precision.dtype)
-    b = torch.randn(1024, 1024, generator=generator).to(precision.dtype)
-    product = torch.empty(512, 1024, dtype=precision.dtype)
-    seconds: list[float] = []
     with precision.arithmetic():
-        while len(seconds) < 3 or (len(seconds) < 50 and sum(seconds) < 0.06):
-            start = time.perf_counter()
-            torch.mm(a, b, out=product)
-            seconds.append(time.perf_counter() - start)
-    return 2 * 512 * 1024 * 1024 / min(seconds)
+        return measure_matmul_flops(torch.device("cpu"), precision.dtype, (512, 1024, 1024), most=50, enough_seconds=0.06)

@@ -12,6 +12,7 @@ import yaml
 
 from llmtrain.base.options import option_of_target
 from llmtrain.base.run_files import CONFIG, ENVIRONMENT, LOCK, MANIFEST, METRICS, SUMMARY
+from llmtrain.config.stored_config import flatten
 from llmtrain.metrics import Row, read_metrics, validation_score
 
 DEPTH = 3  # levels below a target that are searched for runs: runs/sweeps/<sweep>/<job>
@@ -83,7 +84,7 @@ def summarise(run_dir: Path) -> RunSummary:
     """
     config = _read_config(run_dir / CONFIG)
     rows = read_metrics(run_dir / METRICS) if (run_dir / METRICS).exists() else []
-    end = _read_summary(run_dir / SUMMARY)
+    end = _read_object(run_dir / SUMMARY, "a run's summary")
     trained = [row for row in rows if "loss" in row and "event" not in row]
     validated = [row for row in rows if "val_loss" in row]
     running = is_locked(run_dir)
@@ -182,19 +183,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: not a run's config (a mapping of keys)")
-    return dict(_flatten(values, ""))
-
-
-def _flatten(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _read_summary(path: Path) -> dict[str, Any]:
-    return _read_object(path, "a run's summary")
+    return flatten(values)
 
 
 def _read_parent(path: Path) -> tuple[str, int] | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from llmtrain.config import stored_config
 from llmtrain.config.run_config import RunConfig
-from llmtrain.config.stored_config import NOT_RUN_KEYS
+from llmtrain.config.stored_config import NOT_RUN_KEYS, flatten
 from llmtrain.train.state import TrainState
 
 Change = tuple[str, Any, Any]  # dotted key, stored value, new value
@@ -23,7 +23,7 @@ def changes(before: Mapping[str, Any], run: RunConfig) -> list[Change]:
 
     Keys of an option that is no longer used are not listed: they follow from the new option.
     """
-    old, new = _flatten(stored_config.redact(before)), _flatten(stored_config.redact(stored_config.to_plain(run)))
+    old, new = (flatten(stored_config.redact(each)) for each in (before, stored_config.to_plain(run)))
     return [
         (key, old.get(key, ABSENT), value)
         for key, value in new.items()
@@ -34,13 +34,6 @@ def changes(before: Mapping[str, Any], run: RunConfig) -> list[Change]:
 def since_older_version(changes: Sequence[Change], before: Mapping[str, Any]) -> list[Change]:
     """``changes``, a group that the stored config ``before`` did not have shortened to its option."""
     return [row for row in changes if row[0].split(".")[0] in before or row[0].endswith("._target_")]
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def check_changes(changes: Sequence[Change], *, branching: bool, has_base: bool = False) -> None:

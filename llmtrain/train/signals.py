@@ -21,9 +21,6 @@ class StopRequest:
         self._received: list[int] = []
         self.previous: dict[int, Any] = {}  # the handlers installed before
 
-    def __bool__(self) -> bool:
-        return self.signal_name is not None
-
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal: record it, or end the process at the second one."""
         announced = number in STOPPING and all(earlier in WARNINGS for earlier in self._received)

@@ -162,6 +162,5 @@ def test_a_secret_of_the_environment_is_not_stored_elsewhere(monkeypatch: pytest
         Run.compose("name='${oc.env:MY_API_KEY}'")
 
 
-def test_differences_of_two_configs_are_listed_by_key() -> None:
-    rows = stored_config.differences({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}, "e": 4})
-    assert rows == [("a.c", 2, 5), ("d", 3, None), ("e", None, 4)]
+def test_a_flat_config_has_dotted_keys() -> None:
+    assert stored_config.flatten({"a": {"b": 1, "c": {"d": 2}}, "e": []}) == {"a.b": 1, "a.c.d": 2, "e": []}

@@ -13,7 +13,7 @@ from llmtrain.train.signals import stop_on_signals
 def test_the_first_signal_is_recorded_and_the_handlers_are_restored(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with stop_on_signals() as stop:
-        assert not stop
+        assert stop.signal_name is None
         signal.raise_signal(number)
         assert stop.signal_name == number.name
     assert signal.getsignal(number) == before
