@@ -103,5 +103,6 @@ def arithmetic(config: PrecisionConfig, spec: DeviceSpec | None) -> Precision:
 
 def quick_flops(precision: Precision) -> float:
     """Measure the FLOP/s of the fastest of some matrix products of 1 GFLOP on the CPU, in the run's arithmetic."""
+    shape = (512, 1024, 1024)
     with precision.arithmetic():
-        return measure_matmul_flops(torch.device("cpu"), precision.dtype, (512, 1024, 1024), most=50, enough_seconds=0.06)
+        return measure_matmul_flops(torch.device("cpu"), precision.dtype, shape, most=50, enough_seconds=0.06)
