@@ -51,7 +51,7 @@ def load_weights(model: LanguageModel, folder: Path, classifier: nn.Linear | Non
             state[CLASSIFIER] = classifier.weight
         maps = resolve_names(maps, family, directory)
         check_tensors(maps, state, family, directory)
-        check_head(model, family, directory, maps)
+        check_head(family, directory, maps)
         for each in maps:
             copy_tensors(each, state, directory)
     for note in describe_differences(model, maps, directory):
@@ -150,9 +150,7 @@ def check_tensors(
         )
 
 
-def check_head(
-    model: LanguageModel, family: ModelFamily, directory: CheckpointDirectory, maps: Iterable[TensorMap]
-) -> None:
+def check_head(family: ModelFamily, directory: CheckpointDirectory, maps: Iterable[TensorMap]) -> None:
     """Raise ValueError if the model ties its head to its embedding and the checkpoint has another head."""
     if HEAD not in directory.shapes or any(each.theirs == (HEAD,) for each in maps):
         return

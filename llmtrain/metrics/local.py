@@ -19,7 +19,7 @@ class Local(MetricsConfig):
         if self.log_every < 1:
             raise ValueError(f"log_every={self.log_every}: must be 1 or more steps")
 
-    def build(self, run_dir: Path, *, resume_step: int | None) -> "LocalMetrics":
+    def build(self, run_dir: Path, *, resume_step: int | None) -> Metrics:
         path = run_dir / METRICS
         if resume_step is not None:
             drop_rows(path, lambda row: _is_written_again(row, resume_step))

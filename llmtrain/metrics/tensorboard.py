@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmtrain.metrics import Metrics, MetricsConfig, Row
+from llmtrain.metrics import Metrics, Row
 from llmtrain.metrics.local import Local
 
 if TYPE_CHECKING:
@@ -15,13 +15,8 @@ FOLDER = "tensorboard"
 
 
 @dataclass(frozen=True)
-class TensorBoard(MetricsConfig):
+class TensorBoard(Local):
     """Settings of ``metrics=tensorboard``; ``tensorboard --logdir RUN`` shows the curves."""
-
-    log_every: int
-
-    def __post_init__(self) -> None:
-        Local(self.log_every)  # checks the shared field
 
     def check(self) -> None:
         if importlib.util.find_spec("tensorboard") is None:
@@ -33,7 +28,7 @@ class TensorBoard(MetricsConfig):
     def build(self, run_dir: Path, *, resume_step: int | None) -> "TensorBoardMetrics":
         """Open both sinks; on resume TensorBoard drops the points after ``resume_step``."""
         self.check()
-        return TensorBoardMetrics(Local(self.log_every).build(run_dir, resume_step=resume_step), run_dir, resume_step)
+        return TensorBoardMetrics(super().build(run_dir, resume_step=resume_step), run_dir, resume_step)
 
 
 class TensorBoardMetrics(Metrics):

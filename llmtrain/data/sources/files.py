@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from llmtrain.base.checks import where
+from llmtrain.base.files import write_atomically
 
 log = logging.getLogger(__name__)
 Fact = TypeVar("Fact", str, int, list)  # a JSON value
@@ -109,10 +110,7 @@ def read_memo(memo: Path) -> dict[str, list]:
 
 
 def write_memo(memo: Path, files: dict[str, list]) -> None:
-    """Replace the memo atomically."""
-    temporary = memo.with_name(f".tmp-{memo.name}")
-    temporary.write_text(json.dumps({"sha256": _digest(files), "files": files}), encoding="utf-8")
-    temporary.replace(memo)
+    write_atomically(memo, json.dumps({"sha256": _digest(files), "files": files}))
 
 
 def _digest(files: dict[str, list]) -> str:
