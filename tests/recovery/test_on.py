@@ -165,7 +165,7 @@ def test_more_data_are_skipped_while_steps_stay_bad() -> None:
     """Steps launched before the data was left do not count towards the next time."""
     driver = Driver(ladder(SHIPPED), checkpoints=[50]).run([*quiet(160), *[SPIKE] * 24])
     assert driver.acted == [
-        (164, Skip(10)), (168, Skip(20)), (172, Skip(40)), (176, Skip(80)), (182, Rollback(61, 200, 161)),
+        (164, Skip(10)), (168, Skip(20)), (172, Skip(40)), (176, Skip(80)), (182, Rollback(61, 200)),
     ]  # fmt: skip
     enough = Driver(ladder(SHIPPED)).run([*quiet(160), *[SPIKE] * 6, *quiet(60), *[SPIKE] * 2, *quiet(2)])
     assert enough.acted == [(164, Skip(10)), (168, Skip(20)), (230, Skip(10))]
@@ -241,7 +241,7 @@ def test_after_max_rollbacks_it_gives_up_and_says_why() -> None:
 
 def test_without_a_checkpoint_the_rate_is_lowered_and_the_new_level_accepted() -> None:
     driver = Driver(ladder()).run([*quiet(60), *[SPIKE] * 90])
-    assert driver.acted == [(64, Skip(10)), (70, Rollback(0, 200, 61)), (70, RateReduction(0.5, 500))]
+    assert driver.acted == [(64, Skip(10)), (70, Rollback(0, 200)), (70, RateReduction(0.5, 500))]
     assert driver.refused == list(range(61, 71))
     assert driver.factors[69:71] == [1.0, 0.5]
     assert driver.recovery.rate_factor(569) == 0.5
