@@ -12,6 +12,7 @@ from llmtrain.data.examples import BUCKET, GROUP, Examples, ExampleStore, no_tar
 from llmtrain.data.loader import Loader
 from llmtrain.data.order.packing import WINDOW, pack
 from llmtrain.data.order.permutation import order
+from llmtrain.objective.causal import Causal
 
 
 def shards(folder: Path, stream: np.ndarray, cuts: tuple[int, ...] = ()) -> list[TokenSlice]:
@@ -226,24 +227,21 @@ def test_a_loader_of_examples_resumes_at_its_position(tmp_path: Path, packed: bo
 
     def load(position: int, step: int, tokens: int) -> Loader:
         return Loader(
-            examples, seed=3, shuffle=True, batch_size=lambda step, tokens: 7, device=torch.device("cpu"),
+            examples, Causal(z_loss=0.0, chunk_tokens=None).collate, seed=3,
+            shuffle=True, batch_size=lambda step, tokens: 7, device=torch.device("cpu"),
             position=position, step=step, tokens=tokens,
         )  # fmt: skip
 
     with load(0, 0, 0) as loader:
         batches = [loader.next() for _ in range(30)]
-    tokens = sum(batch.num_tokens for batch in batches[:17])
+    tokens = sum(batch.tokens for batch in batches[:17])
     with load(17 * 7, 17, tokens) as loader:
         for batch in batches[17:]:
             other = loader.next()
-            assert torch.equal(batch.inputs, other.inputs)
-            assert torch.equal(batch.targets, other.targets)
-            assert (batch.num_targets, batch.num_tokens, batch.lengths) == (
-                other.num_targets,
-                other.num_tokens,
-                other.lengths,
-            )
-            assert (batch.segments is None) == (not packed)
-            assert batch.num_tokens == sum(batch.lengths or ())
+            assert batch.tensors.keys() == other.tensors.keys()
+            assert all(torch.equal(tensor, other.tensors[name]) for name, tensor in batch.tensors.items())
+            assert (batch.counts, batch.tokens, batch.lengths) == (other.counts, other.tokens, other.lengths)
+            assert ("segments" in batch.tensors) == packed
+            assert batch.tokens == sum(batch.lengths["inputs"])
             parts = list(batch.split(2))
-            assert sum(int((targets != IGNORE).sum()) for _, targets, _ in parts) == batch.num_targets
+            assert sum(int((part.tensors["targets"] != IGNORE).sum()) for part in parts) == batch.counts["next_token"]

@@ -20,10 +20,20 @@ from llmtrain.data.cache.token_file import TokenFile
 from llmtrain.data.loader import Loader
 from llmtrain.data.order.permutation import order
 from llmtrain.data.sequences import Sequences, Stream
+from llmtrain.objective.causal import Causal
 from tests.data.harm import flip
 
 CPU = torch.device("cpu")
+CAUSAL = Causal(z_loss=0.0, chunk_tokens=None)
 SEQUENCES = Stream([np.arange(0, 61, dtype="<u2"), np.arange(61, 101, dtype="<u2")], 4)  # 25 of them
+
+
+def inputs(batch: Batch) -> torch.Tensor:
+    return batch.tensors["inputs"]
+
+
+def targets(batch: Batch) -> torch.Tensor:
+    return batch.tensors["targets"]
 
 
 def fixed(size: int) -> Callable[[int, int], int]:
@@ -39,7 +49,7 @@ def open_loader(
     batch_size: Callable[[int, int], int] = lambda step, tokens: 3, sequences: Any = SEQUENCES, **values: Any
 ) -> Loader:
     defaults = {"seed": 1, "shuffle": True, "device": CPU, "position": 0, "step": 0, "tokens": 0}
-    return Loader(sequences, batch_size=batch_size, **(defaults | values))
+    return Loader(sequences, CAUSAL.collate, batch_size=batch_size, **(defaults | values))
 
 
 def take(loader: Loader, n: int) -> list[Batch]:
@@ -49,22 +59,23 @@ def take(loader: Loader, n: int) -> list[Batch]:
 
 def same(a: list[Batch], b: list[Batch]) -> bool:
     return len(a) == len(b) and all(
-        torch.equal(x.inputs, y.inputs) and torch.equal(x.targets, y.targets) and x.num_targets == y.num_targets
+        torch.equal(inputs(x), inputs(y)) and torch.equal(targets(x), targets(y)) and x.counts == y.counts
         for x, y in zip(a, b, strict=True)
     )
 
 
 def test_batches_follow_the_order() -> None:
     batches = take(open_loader(), 30)  # more than three epochs, whose edges fall inside batches
-    inputs, targets, *_ = SEQUENCES.gather(order(np.arange(90), 25, 1, True))
-    assert torch.cat([b.inputs for b in batches]).tolist() == inputs.tolist()
-    assert torch.cat([b.targets for b in batches]).tolist() == targets.tolist()
-    assert {(b.inputs.shape, b.inputs.dtype, b.num_targets) for b in batches} == {((3, 4), torch.int64, 12)}
+    expected = SEQUENCES.gather(order(np.arange(90), 25, 1, True))
+    assert torch.cat([inputs(b) for b in batches]).tolist() == expected.inputs.tolist()
+    assert torch.cat([targets(b) for b in batches]).tolist() == expected.targets.tolist()
+    kinds = {(inputs(b).shape, inputs(b).dtype, b.counts["next_token"]) for b in batches}
+    assert kinds == {((3, 4), torch.int64, 12)}
 
 
 def test_without_shuffling_batches_follow_the_text() -> None:
     batches = take(open_loader(shuffle=False), 8)
-    assert torch.cat([b.inputs for b in batches]).flatten().tolist() == list(range(96))
+    assert torch.cat([inputs(b) for b in batches]).flatten().tolist() == list(range(96))
 
 
 @pytest.mark.parametrize("batch_size", [fixed(1), fixed(3), fixed(60), ramp])
@@ -72,11 +83,11 @@ def test_resume_gives_the_same_batches(batch_size: Callable[[int, int], int]) ->
     whole = take(open_loader(batch_size), 20)
     position = tokens = 0
     for k, batch in enumerate(whole):  # resumes in the midst of an epoch, at its edge and past it
-        assert len(batch.inputs) == batch_size(k, tokens)
+        assert batch.sequences == batch_size(k, tokens)
         resumed = take(open_loader(batch_size, position=position, step=k, tokens=tokens), len(whole) - k)
         assert same(resumed, whole[k:])
-        position += len(batch.inputs)
-        tokens += batch.num_targets
+        position += batch.sequences
+        tokens += batch.tokens
 
 
 def test_the_batch_size_follows_step_and_tokens() -> None:
@@ -315,8 +326,8 @@ def test_a_shard_touched_without_a_change_does_not_end_the_run(
 def test_batches_on_a_gpu_are_those_of_the_cpu() -> None:
     cpu = take(open_loader(ramp), 40)
     gpu = take(open_loader(ramp, device=torch.device("cuda")), 40)
-    assert all(batch.inputs.is_cuda and batch.targets.is_cuda for batch in gpu)
-    assert same(cpu, [Batch(b.inputs.cpu(), b.targets.cpu(), b.num_targets) for b in gpu])
+    assert all(inputs(batch).is_cuda and targets(batch).is_cuda for batch in gpu)
+    assert same(cpu, [batch.to("cpu") for batch in gpu])
 
 
 @pytest.mark.gpu
@@ -331,24 +342,34 @@ def test_gpu_memory_is_not_reused_while_a_batch_is_in_use() -> None:
             batch = loader.next()
             for _ in range(5):
                 work = torch.tanh(work @ work)
-            sums.append(batch.inputs.sum() + batch.targets.sum())
+            sums.append(inputs(batch).sum() + targets(batch).sum())
             del batch
-    expected = [int(b.inputs.sum() + b.targets.sum()) for b in take(open_loader(fixed(64), sequences=large), 30)]
+    expected = [int(inputs(b).sum() + targets(b).sum()) for b in take(open_loader(fixed(64), sequences=large), 30)]
     assert [int(each) for each in sums] == expected
 
 
 def test_a_batch_is_split_with_no_more_padding_than_its_parts_need() -> None:
     lengths = (3, 9, 70, 130)
-    inputs = torch.zeros(4, 192, dtype=torch.long)
+    ids = torch.zeros(4, 192, dtype=torch.long)
     for row, length in enumerate(lengths):
-        inputs[row, :length] = torch.arange(1, length + 1)
-    segments = (inputs > 0).int()
-    batch = Batch(inputs, inputs.clone(), 212, 212, segments, lengths)
+        ids[row, :length] = torch.arange(1, length + 1)
+    tensors = {"inputs": ids, "targets": ids.clone(), "segments": (ids > 0).int(), "classes": torch.arange(4)}
+    batch = Batch(tensors, {"next_token": 212}, 212, dict.fromkeys(("inputs", "targets", "segments"), lengths))
     parts = list(batch.split(2))
-    assert [part[0].shape for part in parts] == [(2, 16), (2, 192)]
-    assert [part[2].shape for part in parts] == [(2, 16), (2, 192)]
-    assert [part[0].shape for part in batch.split(1)] == [(1, 8), (1, 16), (1, 128), (1, 192)]
-    assert all(int((part[0] > 0).sum()) == length for part, length in zip(batch.split(1), lengths, strict=True))
-    whole = Batch(inputs, inputs.clone(), 768, 768)
-    assert [part[0].shape for part in whole.split(3)] == [(3, 192), (1, 192)]
-    assert all(part[2] is None for part in whole.split(3))
+    for name in ("inputs", "targets", "segments"):
+        assert [part.tensors[name].shape for part in parts] == [(2, 16), (2, 192)]
+    assert [part.tensors["classes"].tolist() for part in parts] == [[0, 1], [2, 3]]  # is padded nowhere
+    assert all((part.counts, part.tokens) == (batch.counts, batch.tokens) for part in parts)  # of the whole step
+    assert [inputs(part).shape for part in batch.split(1)] == [(1, 8), (1, 16), (1, 128), (1, 192)]
+    assert all(int((inputs(part) > 0).sum()) == length for part, length in zip(batch.split(1), lengths, strict=True))
+    whole = Batch({"inputs": ids}, {"next_token": 768}, 768, {})
+    assert [inputs(part).shape for part in whole.split(3)] == [(3, 192), (1, 192)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
+def test_the_shards_of_a_batch_are_its_sequences_in_order(ranks: int) -> None:
+    (batch,) = take(open_loader(fixed(7)), 1)
+    parts = [batch.shard(rank, ranks) for rank in range(ranks)]
+    assert torch.equal(torch.cat([inputs(part) for part in parts]), inputs(batch))
+    assert max(part.sequences for part in parts) - min(part.sequences for part in parts) <= 1
+    assert all(part.counts == batch.counts for part in parts)

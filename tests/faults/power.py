@@ -43,7 +43,7 @@ class _Power:
         self.lock = threading.RLock()
         self.fsync, self.rename, self.mkdir = os.fsync, os.rename, os.mkdir
         os.mkdir = self._mkdir
-        os.fsync = self.fsync
+        os.fsync = self._fsync
         os.rename = os.replace = self._rename
 
     def _is_ours(self, path: Path) -> bool:
@@ -54,7 +54,7 @@ class _Power:
         if self.calls == self.at:
             self._cut()
 
-    def fsync(self, descriptor: int) -> None:
+    def _fsync(self, descriptor: int) -> None:
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
         with self.lock:
             if self._is_ours(path):
