@@ -266,7 +266,7 @@ def test_a_classifier_without_counterpart_in_transformers_is_refused(
         model.config = replace(model.config, normalised_head=True, fused_qkv=True, num_kv_heads=4)
         Path("out").mkdir()
         with pytest.raises(ValueError, match="objective=classification: baichuan has no classifier in transformers"):
-            export.whole(Export("elsewhere", Format.huggingface, None, 5.0, None, []), trained, Path("out"))
+            export.write_model(Export("elsewhere", Format.huggingface, None, 5.0, None, []), trained, Path("out"))
 
 
 # --- what it was taught -------------------------------------------------------------------------------------------
