@@ -306,7 +306,7 @@ def test_help_and_version_need_no_verb(capsys: pytest.CaptureFixture[str]) -> No
 def test_help_of_a_verb_lists_its_keys(tmp_path: Path) -> None:
     predict = llmtrain("predict", "--help", cwd=tmp_path).stdout
     assert predict.startswith("llmtrain predict RUN_DIR [key=value]\n")
-    assert re.search(r"^  threshold=0\.5 +of runs with several labels a text: the probability", predict, re.MULTILINE)
+    assert re.search(r"^  threshold=0\.5 +of runs with several labels a text: the least", predict, re.MULTILINE)
     assert "groups" not in predict
     for verb in VERBS.keys() - {"resume", "predict"}:
         assert llmtrain(verb, "-h", cwd=tmp_path).stdout.startswith(f"llmtrain {verb}")

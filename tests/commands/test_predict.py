@@ -92,7 +92,7 @@ def test_predict_classifies_a_file(work: Path, output: str) -> None:
     [
         ((), "text=null and file=null: give one of them"),
         (("text=a", "file=messages.csv"), "give one of them"),
-        (("text= ",), "there is nothing in it"),
+        (("text= ",), "an empty text has no class"),
         (("file=messages.csv", "output=found.txt"), "the name has to end in .jsonl or .csv"),
         (
             ("file=messages.csv", "text_column=txt"),

@@ -285,7 +285,7 @@ def test_another_optimizer_starts_with_a_new_state(
 ) -> None:
     overrides = ("optimizer=lion", "optimizer.lr=1e-4")
     assert main(["resume", "run", *overrides]) == 0
-    assert "the saved state is AdamW's; Lion starts with a state of its own" in capfd.readouterr().out
+    assert "the saved state is AdamW's; Lion starts with a new state" in capfd.readouterr().out
     (event,) = events(run, "optimizer_reset")
     assert event["step"] == 7
     assert environment(run)["resumes"][0]["optimizer_reset"] == ["AdamW", "Lion"]
@@ -321,7 +321,7 @@ def test_state_that_an_option_does_not_read_is_named(run: Path, capfd: pytest.Ca
         ("data.sequence_length=16", "cannot continue with another"),
         ("name=other", "name=other"),
         ("weights=checkpoint weights.path=run", "weights._target_"),
-        ("loop.max_steps=6", "loop.max_steps=6: the run is at step 7 already"),
+        ("loop.max_steps=6", "loop.max_steps=6: the run is already at step 7"),
         ("data.path=other.txt", "data: not what this run was started on"),
         ("optimizer.lr=0", "optimizer.lr"),
         ("loop.max_steps=null loop.epochs=3 accumulation.batch_size=2", "loop.epochs=null loop.max_steps=23"),

@@ -218,5 +218,5 @@ def test_a_checkpoint_is_copied_where_it_cannot_be_linked(run_dir: Path, tmp_pat
 def test_a_run_that_gave_up_says_that_resuming_unchanged_ends_the_same(tmp_path: Path) -> None:
     wild = ("optimizer.lr=1e30", "schedule=constant", "precision=fp32", "clipping=none", "recovery=off")
     run = Run.compose(*TINY, *wild, "loop.max_steps=9", f"run_dir={tmp_path / 'run'}")
-    with pytest.raises(TrainingFailed, match=r"come to the same end; .* with a change: llmtrain resume .* KEY=VALUE"):
+    with pytest.raises(TrainingFailed, match=r"run would fail again; .* a change: llmtrain resume .* KEY=VALUE"):
         run.train()
