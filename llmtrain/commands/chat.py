@@ -1,26 +1,20 @@
 """``llmtrain chat RUN``: talk to a model in the terminal, in the template that it was trained with."""
 
 import contextlib
-import secrets
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.text import Text
 
 from llmtrain.base.format import visible
 from llmtrain.base.invocation import FINISHED, Invocation
 from llmtrain.base.process import cache_folder
-from llmtrain.base.runtime import Device, Runtime
-from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.data.chat.template import Message
 from llmtrain.inference.conversation import Conversation
-from llmtrain.inference.generate import Sampling
-from llmtrain.run.load import load_model
-from llmtrain.run.text_generation import check_generates, template_of
+from llmtrain.run.text_generation import GenerationSettings, check_generates, template_of
 
 COMMANDS = {
     "/reset": "forget the conversation",
@@ -37,38 +31,18 @@ HISTORY_LINES = 1000
 
 
 @dataclass(frozen=True)
-class Chat:
+class Chat(GenerationSettings):
     """The settings of ``conf/chat.yaml``."""
 
     template: str | None
     system: str | None
-    max_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int | None
-    base: str | None
-    device: Device
-    plugins: list[str]
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens={self.max_tokens}: must be at least 1")
-        self.sampling()
-
-    def sampling(self) -> Sampling:
-        """The choice of the next token."""
-        return Sampling(self.temperature, self.top_k, self.top_p)
 
 
 def main(settings: Chat, invocation: Invocation) -> int:
     """Read messages and stream replies until the input ends."""
-    checkpoint = locate_checkpoint(invocation.targets[0])
     console = Console(highlight=False, soft_wrap=True)
-    runtime = Runtime.for_inference(settings.device)
-    with load_model(checkpoint, runtime, base=settings.base, plugins=settings.plugins) as trained:
+    with settings.load(invocation.targets[0]) as trained:
         check_generates(trained, invocation.targets[0])
-        seed = secrets.randbits(63) if settings.seed is None else settings.seed
         conversation = Conversation(
             trained.model,
             trained.tokenizer,
@@ -76,7 +50,7 @@ def main(settings: Chat, invocation: Invocation) -> int:
             template_of(trained, settings.template, settings.system),
             settings.sampling(),
             settings.max_tokens,
-            torch.Generator(trained.device).manual_seed(seed),
+            settings.generator(trained.device),
         )
         if sys.stdin.isatty():
             what = f"{visible(trained.run.name)}, step {trained.state.step:,}"

@@ -1,7 +1,6 @@
 """``llmtrain generate TARGET``: text from the model of a run or checkpoint, streamed while it is sampled."""
 
 import json
-import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,26 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llmtrain.base.files import written_whole
 from llmtrain.base.format import visible
 from llmtrain.base.invocation import Invocation
-from llmtrain.base.runtime import Device, Runtime
-from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.data.chat.encoder import ConversationEncoder
 from llmtrain.data.chat.template import ChatTemplate, Message
 from llmtrain.data.sources.documents import read_text
 from llmtrain.data.sources.records import RecordReader, find_records
-from llmtrain.inference.generate import Sampling, generate, stream_text
-from llmtrain.run.load import LoadedModel, load_model
-from llmtrain.run.text_generation import check_generates, template_of
+from llmtrain.inference.generate import generate, stream_text
+from llmtrain.run.load import LoadedModel
+from llmtrain.run.text_generation import GenerationSettings, check_generates, template_of
 
 AS_IT_IS, AS_TAUGHT = "none", "run"  # values of ``template``
 
 
 @dataclass(frozen=True)
-class Generate:
+class Generate(GenerationSettings):
     """The settings of ``conf/generate.yaml``."""
 
     prompt: str
@@ -36,21 +31,12 @@ class Generate:
     prompt_column: str
     output: str | None
     template: str
-    max_tokens: int
     num_samples: int
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int | None
-    base: str | None
-    device: Device
-    plugins: list[str]
 
     def __post_init__(self) -> None:
-        for key in ("max_tokens", "num_samples"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
-        self.sampling()
+        super().__post_init__()
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples={self.num_samples}: must be at least 1")
         if self.output is not None:
             path = Path(self.output)
             if self.file is None:
@@ -60,16 +46,10 @@ class Generate:
             if not path.absolute().parent.is_dir():
                 raise ValueError(f"output={self.output}: there is no directory {path.absolute().parent}")
 
-    def sampling(self) -> Sampling:
-        """The choice of the next token."""
-        return Sampling(self.temperature, self.top_k, self.top_p)
-
 
 def main(settings: Generate, invocation: Invocation) -> int:
     """Stream texts to standard output; for a file of prompts a JSON row for each text, into ``output`` if given."""
-    checkpoint = locate_checkpoint(invocation.targets[0])
-    runtime = Runtime.for_inference(settings.device)
-    with load_model(checkpoint, runtime, base=settings.base, plugins=settings.plugins) as trained:
+    with settings.load(invocation.targets[0]) as trained:
         check_generates(trained, invocation.targets[0])
         writer = Writer(trained, settings)
         if settings.file is not None:
@@ -91,8 +71,7 @@ class Writer:
 
     def __init__(self, trained: LoadedModel, settings: Generate) -> None:
         self.trained, self.settings = trained, settings
-        seed = secrets.randbits(63) if settings.seed is None else settings.seed
-        self.generator = torch.Generator(trained.device).manual_seed(seed)
+        self.generator = settings.generator(trained.device)
         self.template: ChatTemplate | None = None
         self.stop_ids: frozenset[int] = frozenset()
         self.stop_texts: tuple[str, ...] = ()

@@ -20,13 +20,11 @@ from llmtrain.base.checks import positive
 from llmtrain.base.files import written_whole
 from llmtrain.base.format import percent, visible
 from llmtrain.base.invocation import FINISHED, Invocation
-from llmtrain.base.runtime import Device, Runtime
-from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.data import padded
 from llmtrain.data.labelled import LabelledText
 from llmtrain.data.sources.records import Record, RecordReader, find_records
 from llmtrain.objective.classification import Classification, ClassifierUnit
-from llmtrain.run.load import LoadedModel, load_model
+from llmtrain.run.load import InferenceSettings, LoadedModel
 
 WINDOW = 64  # batches that are read ahead, so that texts of similar length share a batch
 FORMATS = (".jsonl", ".csv")
@@ -34,7 +32,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Predict:
+class Predict(InferenceSettings):
     """The settings of ``conf/predict.yaml``."""
 
     text: str | None
@@ -43,9 +41,6 @@ class Predict:
     output: str | None
     threshold: float
     batch_size: int
-    base: str | None
-    device: Device
-    plugins: list[str]
 
     def __post_init__(self) -> None:
         positive(batch_size=self.batch_size)
@@ -67,9 +62,7 @@ class Predict:
 
 def main(settings: Predict, invocation: Invocation) -> int:
     """Print the classes of one text; or write a row for each of a file's, into ``output`` or to standard output."""
-    checkpoint = locate_checkpoint(invocation.targets[0])
-    runtime = Runtime.for_inference(settings.device)
-    with load_model(checkpoint, runtime, base=settings.base, plugins=settings.plugins) as trained:
+    with settings.load(invocation.targets[0]) as trained:
         predictor = Predictor.of(trained, settings.threshold, invocation.targets[0])
         if settings.text is not None:
             show(predictor, settings.text)

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from llmtrain.base.run_files import CONFIG, MODEL
-from llmtrain.base.runtime import Runtime
+from llmtrain.base.runtime import Device, Runtime
+from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.checkpoint.format import read_state, verify_checkpoint
 from llmtrain.checkpoint.model_state import restore_model
 from llmtrain.config import stored_config
@@ -66,3 +67,17 @@ def load_model(
         unit.eval()
         with precision.arithmetic():
             yield LoadedModel(run, tokenizer, unit, state, device, precision)
+
+
+@dataclass(frozen=True)
+class InferenceSettings:
+    """The settings that commands with a trained model share."""
+
+    base: str | None
+    device: Device
+    plugins: list[str]
+
+    def load(self, target: Path) -> contextlib.AbstractContextManager[LoadedModel]:
+        """Load the model of a run or checkpoint on the device, for the duration of a context."""
+        runtime = Runtime.for_inference(self.device)
+        return load_model(locate_checkpoint(target), runtime, base=self.base, plugins=self.plugins)

@@ -1,10 +1,39 @@
 """Checks and defaults for generating text with the model of a run."""
 
+import secrets
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from llmtrain.data.chat.template import ChatTemplate
 from llmtrain.data.chat.templates import find_template
-from llmtrain.run.load import LoadedModel
+from llmtrain.inference.generate import Sampling
+from llmtrain.run.load import InferenceSettings, LoadedModel
+
+
+@dataclass(frozen=True)
+class GenerationSettings(InferenceSettings):
+    """The settings that commands that generate text share."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int | None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens}: must be at least 1")
+        self.sampling()
+
+    def sampling(self) -> Sampling:
+        """The choice of the next token."""
+        return Sampling(self.temperature, self.top_k, self.top_p)
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """A generator of random numbers, seeded at random where there is no ``seed``."""
+        return torch.Generator(device).manual_seed(secrets.randbits(63) if self.seed is None else self.seed)
 
 
 def check_generates(trained: LoadedModel, target: Path) -> None:
