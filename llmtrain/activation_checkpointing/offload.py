@@ -62,7 +62,6 @@ def attach(model: LanguageModel, offloader: "Offloader") -> None:
 
 
 def unpack(packed: "Tensor | OffloadedTensor") -> Tensor:
-    """Return the packed tensor, on the device."""
     return packed if isinstance(packed, Tensor) else packed.restore()
 
 

@@ -6,7 +6,8 @@ Comparisons are written so that NaN fails them.  ``None``, a value that the user
 import difflib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -57,11 +58,20 @@ def where(path: str) -> str:
     return "" if Path(path).expanduser().is_absolute() else f" in {Path.cwd()}"
 
 
-def _nearest(value: str, names: Sequence[str], count: int = 3) -> list[str]:
+@contextmanager
+def needing_package(message: str) -> Iterator[None]:
+    """Raise ValueError with ``message`` where an import within finds no module."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(message) from error
+
+
+def _nearest(value: str, names: Sequence[str]) -> list[str]:
     """List the names most like ``value``, in full or in one dotted part; one name stands for that of all layers."""
 
     def likeness(name: str) -> float:
         return max(difflib.SequenceMatcher(None, value, part).ratio() for part in (name, *name.split(".")))
 
     distinct = {re.sub(r"\d+", "*", name): name for name in reversed(names)}
-    return sorted(distinct.values(), key=likeness, reverse=True)[:count]
+    return sorted(distinct.values(), key=likeness, reverse=True)[:3]

@@ -74,8 +74,8 @@ def sample(prompt: str, text: str) -> Text:
     return Text.assemble((visible(prompt), "bold"), visible(shown))
 
 
-def indented(text: Text, by: int = 4) -> Text:
-    margin = Text(" " * by)
+def indented(text: Text) -> Text:
+    margin = Text(" " * 4)
     return Text("\n").join(margin + line for line in text.split("\n", allow_blank=True))
 
 

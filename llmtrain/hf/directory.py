@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmtrain.base.checks import where
+from llmtrain.base.checks import needing_package, where
 from llmtrain.hf.config_json import ConfigJson
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -180,12 +180,9 @@ def locate_directory(path: str) -> Path:
 @cache
 def download(name: str, revision: str | None, path: str) -> Path:
     """Download a model of the hub and return its directory.  Only data files: never a pickle or a program."""
-    try:
+    remedy = "to get a model from the hub: pip install 'llmtrain[huggingface]'"
+    with needing_package(f"weights.path={path}: no such directory; {remedy}"):
         import huggingface_hub
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"weights.path={path}: no such directory; to get a model from the hub: pip install 'llmtrain[huggingface]'"
-        ) from error
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED))
     except Exception as error:  # of the network, the hub or the disk, without a common base class

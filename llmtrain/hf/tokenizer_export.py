@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from llmtrain.base.checks import needing_package
 from llmtrain.tokenizer import Tokenizer
 from llmtrain.tokenizer.bpe import BPE, PATTERNS, for_oniguruma
 from llmtrain.tokenizer.byte import ByteTokenizer
@@ -262,13 +263,9 @@ def _merges(model: SentencePieceModel, unknown: int) -> dict[str, Any]:
 
 def _check_equal(tokenizer: Tokenizer, text: str, what: str, more: Sequence[str] = ()) -> None:
     """Raise ValueError if the exported tokenizer splits random texts differently; ``more``: fragments to include."""
-    try:
+    missing = "the export is checked with the tokenizers package, which is missing"
+    with needing_package(f"{what}: {missing}; pip install 'llmtrain[huggingface]'"):
         import tokenizers
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{what}: the export is checked with the tokenizers package, which is missing; "
-            "pip install 'llmtrain[huggingface]'"
-        ) from error
     try:
         written = tokenizers.Tokenizer.from_str(text)
     except Exception as error:

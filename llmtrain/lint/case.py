@@ -50,7 +50,6 @@ class Case:
 
     @classmethod
     def of(cls, run: RunConfig, parts: Parts, overrides: Sequence[str]) -> "Case":
-        """A run whose parts are all there."""
         return cls(
             run, parts.tokenizer, parts.corpus, parts.unit, parts.max_steps, parts.device, parts.optimizer, overrides
         )

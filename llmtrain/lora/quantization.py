@@ -62,7 +62,6 @@ class PackedWeight:
         raise NotImplementedError
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The matrix in ``dtype``."""
         if not self.has_data:
             return torch.empty(self.shape, dtype=dtype, device=self.device)
         return self.unpack().to(dtype)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmtrain.base.checks import needing_package
 from llmtrain.tokenizer import UNUSED, Tokenizer, TokenizerConfig
 from llmtrain.tokenizer.directory import TokenizerDirectory, locate_file, parse_object, read_file
 from llmtrain.tokenizer.safe_cuts import adds_space_first, cuts_of
@@ -43,12 +44,9 @@ class HuggingFace(TokenizerConfig):
             "transformers writes one: AutoTokenizer.from_pretrained(…).save_pretrained(…); a tokenizer.model is for "
             "tokenizer=sentencepiece",
         )
-        try:
+        missing = "the tokenizers package is not installed; pip install 'llmtrain[huggingface]'"
+        with needing_package(f"tokenizer=huggingface: {missing}"):
             import tokenizers  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                "tokenizer=huggingface: the tokenizers package is not installed; pip install 'llmtrain[huggingface]'"
-            ) from error
         return HuggingFaceTokenizer(file, read_file(file), TokenizerDirectory.read(file.parent), self.end_of_text)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llmtrain.base.checks import needing_package
 from llmtrain.tokenizer import UNUSED, Tokenizer, TokenizerConfig
 from llmtrain.tokenizer.directory import TokenizerDirectory, locate_file
 from llmtrain.tokenizer.safe_cuts import cuts_of_pieces
@@ -41,13 +42,9 @@ class SentencePiece(TokenizerConfig):
 
     def build(self) -> "SentencePieceTokenizer":
         file = locate_file(self.path, FILE, "a tokenizer.json is for tokenizer=huggingface")
-        try:
+        missing = "the sentencepiece package is not installed; pip install 'llmtrain[sentencepiece]'"
+        with needing_package(f"tokenizer=sentencepiece: {missing}"):
             import sentencepiece  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                "tokenizer=sentencepiece: the sentencepiece package is not installed; "
-                "pip install 'llmtrain[sentencepiece]'"
-            ) from error
         try:
             data = file.read_bytes()
         except OSError as error:

@@ -11,6 +11,7 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
+from llmtrain.base.checks import needing_package
 from llmtrain.data.chat.special_tokens import special_tokens
 from llmtrain.data.chat.template import ChatTemplate, Message, PartKind, RenderedPart
 from llmtrain.tokenizer import Tokenizer
@@ -32,11 +33,9 @@ class JinjaTemplate(ChatTemplate):
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, system: str | None = None, *, now: datetime = DATE) -> None:
-        try:
+        with needing_package('template=tokenizer: needs jinja2; pip install "llmtrain[huggingface]"'):
             import jinja2
             from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ModuleNotFoundError as error:
-            raise ValueError('template=tokenizer: needs jinja2; pip install "llmtrain[huggingface]"') from error
         if _version(jinja2.__version__) < (3, 1, 6):
             raise ValueError(
                 f"template=tokenizer: the sandbox of jinja2 {jinja2.__version__} is not secure; pip install -U jinja2"

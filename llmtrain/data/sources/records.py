@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmtrain.base.checks import did_you_mean
+from llmtrain.base.checks import did_you_mean, needing_package
 from llmtrain.data.sources.documents import read_text
 from llmtrain.data.sources.files import find_files
 
@@ -134,11 +134,9 @@ class RecordReader:
             raise ValueError(f"{path}:{1 + text.count(chr(10), 0, at)}: not JSON: {_reason(error)}") from error
 
     def _parquet(self, path: Path) -> Iterator[Record]:
-        try:
+        with needing_package(f'{path}: needs pyarrow; pip install "llmtrain[parquet]"'):
             import pyarrow
             from pyarrow import parquet
-        except ModuleNotFoundError as error:
-            raise ValueError(f'{path}: needs pyarrow; pip install "llmtrain[parquet]"') from error
         number = 0
         try:
             with parquet.ParquetFile(path) as file:

@@ -32,7 +32,6 @@ class KVCache:
         self.capacity = length
 
     def layer(self, index: int) -> "LayerCache":
-        """The cache of the layer ``index``."""
         return LayerCache(self, index)
 
     def advance(self, tokens: int) -> None:
