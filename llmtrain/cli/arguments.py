@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ VALUE_FLAGS = {
 
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")  # values of --info
 
+TEXT_OF = {"generate": "prompt", "predict": "text"}  # verbs that take a text, and its key
+
 TEXT_KEYS = ("prompt", "text", "system", "template", "loop.sample_prompt", "data.system", "data.template")
 
 
@@ -67,6 +70,8 @@ def parse(arguments: Sequence[str]) -> CommandLine:
     if verb not in VERBS:
         raise UsageError(f"{verb}: no such verb{names_hint(verb, list(VERBS))}")
     flags, targets, overrides = split(verb, rest)
+    if any(flag.startswith("--package=") for flag in flags) and not any(flag.startswith("--cfg=") for flag in flags):
+        raise UsageError(f"--package: only with --cfg job, as in: llmtrain {verb} --cfg job --package optimizer")
     multirun = "-m" in flags or "--multirun" in flags
     if verb == "resume" and multirun:
         raise UsageError("resume continues one run; a sweep continues when its own command is given again")
@@ -74,9 +79,9 @@ def parse(arguments: Sequence[str]) -> CommandLine:
     helps = "--help" in flags or "-h" in flags
     if helps:
         flags = [flag for flag in flags if not flag.startswith(("--help", "-h", "-m", "--multirun", "--cfg", "--info"))]
-    check_targets(verb, targets, only_shows=only_shows)
+    check_targets(verb, targets, only_shows=only_shows, helps=helps)
     step = None
-    if verb == "resume":
+    if verb == "resume" and targets:
         targets[0], step, overrides = named_checkpoint(targets[0], overrides)
     refuse_step(verb, overrides)
     sweep_dir, overrides = take(overrides, "hydra.sweep.dir=")
@@ -86,16 +91,32 @@ def parse(arguments: Sequence[str]) -> CommandLine:
     )
 
 
-def check_targets(verb: str, targets: Sequence[Path], *, only_shows: bool) -> None:
-    """Raise :class:`UsageError` unless the verb takes that many directories; to show its config it needs none."""
+def check_targets(verb: str, targets: Sequence[Path], *, only_shows: bool, helps: bool) -> None:
+    """Raise :class:`UsageError` unless the verb takes that many directories.
+
+    To show its config a verb needs none, except ``resume``, whose config is the run's.
+    """
     least, most = TARGETS[verb]
-    if least <= len(targets) <= most or (only_shows and verb != "resume" and len(targets) <= most):
+    if least <= len(targets) <= most or (only_shows and (helps or verb != "resume") and len(targets) <= most):
         return
     if only_shows and not targets:
-        raise UsageError("resume shows the stored config of a run; name it: llmtrain resume RUN_DIR --help")
+        raise UsageError("resume shows the stored config of a run; name it: llmtrain resume RUN_DIR --cfg job")
+    if len(targets) > most:
+        raise UsageError(too_many(verb, targets))
     wanted = {0: "no directory", 1: "one directory: a run's"}.get(most, "directories of runs or sweeps")
     example = command(verb, "RUN_DIR") if most else f"llmtrain {verb}"
     raise UsageError(f"{verb} takes {wanted}, as in: {example}")
+
+
+def too_many(verb: str, targets: Sequence[Path]) -> str:
+    """Name the words beyond the one directory of the verb, and the key that a text belongs to."""
+    words = [str(target) for target in targets if not target.is_dir()]
+    text = " ".join(words if 0 < len(words) < len(targets) else map(str, targets[1:]))
+    if verb not in TEXT_OF:
+        return f"{text}: neither key=value nor a directory that this verb takes; as in: {command(verb, 'RUN_DIR')}"
+    key = TEXT_OF[verb]
+    written = shlex.quote(text) if re.search(r'["$`!\\]', text) else f'"{text}"'
+    return f"{text}: not key=value; for a {key}: {key}={written}, as in: llmtrain {verb} RUN_DIR {key}={written}"
 
 
 def split(verb: str, arguments: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:

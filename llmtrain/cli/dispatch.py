@@ -25,6 +25,11 @@ def dispatch(line: CommandLine) -> int:
     """Compose the verb's config and run the command, or the sweep; returns the exit status."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
     stored = None
+    if line.verb == "resume" and not line.targets:
+        from llmtrain.cli.help import show_resume
+
+        show_resume(usage(line.verb))
+        return FINISHED
     if line.verb == "resume":
         from llmtrain.config.compose import register_stored
         from llmtrain.run import resume

@@ -5,7 +5,7 @@ The comments are the only description of a key, so that help and config cannot d
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,25 @@ def show(verb: str, usage: str, composed: Mapping[str, Any], choices: Mapping[st
 
     If ``named`` has groups, whose options the user chose, only these are printed.
     """
+    print_parts(parts(verb, usage, composed, choices, named))
+
+
+def show_resume(usage: str) -> None:
+    """Print the help of ``resume`` where no run is named, whose stored config would have the keys."""
+    print_parts([
+        Text(usage, style="bold"),
+        *(Text(f"  {line}", style="dim") for line in ON_RESUME),
+        Text("\nthe settings of a run: llmtrain resume RUN_DIR --help"),
+    ])  # fmt: skip
+
+
+def print_parts(shown: Iterable[RenderableType]) -> None:
+    """Print the parts of a help in the width of the terminal."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = width()
     with console.capture() as capture:
-        for part in parts(verb, usage, composed, choices, named):
+        for part in shown:
             console.print(part, soft_wrap=isinstance(part, Text))  # text that is copied stays in one line
     print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 

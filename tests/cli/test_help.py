@@ -6,6 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from llmtrain.cli.help import ON_RESUME, commented, written
+from llmtrain.cli.main import main
 from llmtrain.run.changes import FIXED
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -32,6 +33,13 @@ def test_comments_of_keys_are_read_from_yaml(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_help_writes_values_as_on_a_command_line(value: object, text: str) -> None:
     assert written(value) == text
+
+
+def test_help_of_resume_needs_no_run(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["resume", "--help"]) == 0
+    output = capfd.readouterr().out
+    assert output.startswith("llmtrain resume RUN_DIR")
+    assert all(line in output for line in ON_RESUME)
 
 
 def test_help_of_resume_lists_the_keys_it_refuses() -> None:
