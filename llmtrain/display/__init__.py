@@ -70,6 +70,10 @@ class Display(AbstractContextManager["Display"], ABC):
         """Show the end of the run, from the keys of ``summary.json``."""
         self._emit(lines.summary(summary, self.run_dir))
 
+    def notify(self, text: str) -> bool:
+        """Show ``text`` without delay if the display can do so from a signal handler; return whether it can."""
+        return False
+
     def close(self) -> None:
         """Give the terminal back and close the log."""
         self._log.close()

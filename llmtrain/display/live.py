@@ -46,6 +46,7 @@ class LiveDisplay(Display):
         self._smoothed = EMA()
         self._smoothed_loss: float | None = None
         self._val_loss: float | None = None
+        self._notice = ""
         self._live = Live(console=self._console, get_renderable=self._panel, transient=True)
         self._live._live_render = _ReflowingRender("")  # rich offers no argument for it
 
@@ -84,6 +85,13 @@ class LiveDisplay(Display):
         self._or_silence(self._live.stop)
         super().summary(summary)
 
+    def notify(self, text: str) -> bool:
+        """Show ``text`` with the next drawing; a line written to the terminal would be drawn over."""
+        if not self._live.is_started:
+            return False
+        self._notice = text
+        return True
+
     def close(self) -> None:
         """Stop drawing and show the cursor again."""
         self._or_silence(self._live.stop)
@@ -107,6 +115,7 @@ class LiveDisplay(Display):
             Rule(Text(visible(self.run_dir.name), style="bold"), align="left", style="dim"),
             _ProgressLine(self.progress),
             _Cells(self._cells()),
+            *([Text(visible(self._notice), "bold yellow")] if self._notice else []),
         )
 
     def _cells(self) -> list[tuple[str, Text]]:

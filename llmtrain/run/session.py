@@ -79,6 +79,7 @@ def execute(
             run, parts, directory, metrics, display, peak_flops=peak, log_every=run.metrics.log_every,
             profiler=make_profiler(run, parts, directory, state),
         )  # fmt: skip
+        stop.show = display.notify
         display.header(list(header(run, parts, directory.path, state, peak)))
         for key, message in [("data", note) for note in parts.corpus.notes] + [(f.key, f.message) for f in findings]:
             display.warn(message)

@@ -5,12 +5,22 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # sent by a scheduler ahead of its SIGTERM: SLURM's --signal=USR1@300
+
+
+AGAIN = "exits at once and loses the steps since the last checkpoint"
+
+
+def write_to_stderr(text: str) -> None:
+    """Write a line without a buffer or a lock, as a signal handler may."""
+    with contextlib.suppress(OSError):  # closed
+        after_echo = "\n" if os.isatty(2) else ""  # of ^C
+        os.write(2, f"{after_echo}{text}\n".encode())
 
 
 class StopRequest:
@@ -20,16 +30,28 @@ class StopRequest:
         self.signal_name: str | None = None
         self._received: list[int] = []
         self.previous: dict[int, Any] = {}  # the handlers installed before
+        self.show: Callable[[str], bool] = lambda text: False  # of a display; returns whether it can show the text
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal: record it, or end the process at the second one."""
+        """Handle a signal: record it and say so, or end the process at the second one."""
         announced = number in STOPPING and all(earlier in WARNINGS for earlier in self._received)
         if self._received and not announced:
             if sys.stdout.isatty():
                 os.write(sys.stdout.fileno(), b"\x1b[?25h\n")  # a live display hides the cursor
             os._exit(128 + number)
         self._received.append(number)
-        self.signal_name = self.signal_name or signal.Signals(number).name
+        name = signal.Signals(number).name
+        if self.signal_name is not None:
+            self.notify(f"{name}: the run stops already, after {self.signal_name}; a further signal {AGAIN}")
+            return
+        self.signal_name = name
+        second = "SIGTERM or SIGINT may follow, any other signal" if number in WARNINGS else "a second signal"
+        self.notify(f"{name}: the run stops and saves after this step or evaluation batch; {second} {AGAIN}")
+
+    def notify(self, text: str) -> None:
+        """Show ``text`` at once: the step may take long."""
+        if not self.show(text):
+            write_to_stderr(text)
 
     def pass_on(self) -> None:
         """Call the previous handlers with the received signals, after the run has saved."""

@@ -31,6 +31,38 @@ def test_an_earlier_handler_is_called_after_the_save() -> None:
     assert order == ["saved", "SIGUSR2"]
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (
+            ("SIGINT",),
+            ["SIGINT: the run stops and saves after this step or evaluation batch; a second signal exits at"],
+        ),
+        (
+            ("SIGUSR1", "SIGTERM"),
+            [
+                "SIGUSR1: the run stops and saves after this step or evaluation batch; SIGTERM or SIGINT may follow",
+                "SIGTERM: the run stops already, after SIGUSR1; a further signal exits at once",
+            ],
+        ),
+    ],
+)
+def test_a_signal_is_answered_at_once(
+    names: tuple[str, ...], said: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with stop_on_signals():
+        for name in names:
+            before = capfd.readouterr().err
+            assert not before or before.startswith(said[0])
+            signal.raise_signal(getattr(signal, name))
+        assert capfd.readouterr().err.startswith(said[-1])
+
+
+def test_a_closed_stderr_does_not_matter() -> None:
+    done = subprocess.run(["bash", "-c", '"$0" -c "$1" SIGTERM 2>&-', sys.executable, TWO], capture_output=True)
+    assert done.stdout == b"still here SIGTERM\n"
+
+
 TWO = """
 import signal, sys
 from llmtrain.train.signals import stop_on_signals
