@@ -39,7 +39,8 @@ def device_name(device: torch.device) -> str:
             line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
         ]
         name = models[0] if models else name
-    return f"CPU, {name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {name}, {threads} thread{'s' * (threads != 1)}"
 
 
 def peak_memory(device: torch.device) -> int:

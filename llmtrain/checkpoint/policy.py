@@ -61,6 +61,10 @@ class Checkpoint(Option):
         """The number of checkpoints on the disk in the long run, apart from those of ``keep_every``; at least 1."""
         return max(self.keep_last, 1) + self.keep_best
 
+    def keeps_best(self, step: int) -> bool:
+        """Return whether the checkpoint at ``step`` stays for as long as it is the best."""
+        return not self.keep_last or self.keep_best > 0 or (self.keep_every > 0 and step % self.keep_every == 0)
+
     def superfluous(self, steps: Sequence[int], standings: Mapping[int, Any]) -> set[int]:
         """Choose those of the intact checkpoints at ``steps`` that need not be kept.
 

@@ -13,6 +13,7 @@ from rich.text import Text
 from llmtrain.base.checks import non_negative, positive
 from llmtrain.base.files import write_atomically
 from llmtrain.base.format import count, duration, rate, significant, size
+from llmtrain.base.gpus import GPUS
 from llmtrain.base.invocation import FINISHED, USAGE_ERROR, Invocation
 from llmtrain.config.overrides import overrides_of
 from llmtrain.display import lines
@@ -23,6 +24,8 @@ from llmtrain.plan.devices import find_device
 from llmtrain.plan.trace import Phase
 from llmtrain.run.forecast import Forecast, ForecastOptions, PlannedRun, make_forecast
 from llmtrain.run.run import Run
+
+LIST = "list"  # in place of a device: show the table
 
 WHEN = {Phase.held: "between two steps", Phase.forward: "in forward", Phase.backward: "in backward",
         Phase.update: "in the optimizer's step"}  # fmt: skip
@@ -43,11 +46,13 @@ class Plan(Run):
         super().__post_init__()
         non_negative(price_per_hour=self.price_per_hour)
         positive(watts=self.watts)
-        if self.device is not None:
+        if self.device not in (None, LIST):
             find_device(self.device)
         for key, path in (("chart", self.chart), ("json", self.json)):
             if path is not None and not Path(path).absolute().parent.is_dir():
                 raise ValueError(f"{key}={path}: there is no folder {Path(path).absolute().parent}")
+            if path is not None and self.device == LIST:
+                raise ValueError(f"{key}={path}: device=list plans no run; leave one of them out")
         if self.chart is not None and not self.chart.endswith(".png"):
             raise ValueError(f"chart={self.chart}: must be a .png file")
 
@@ -59,6 +64,9 @@ class Plan(Run):
 
 def main(plan: Plan, invocation: Invocation) -> int:
     """Print the forecast of the run and the linter's findings; return 2 if training would be refused."""
+    if plan.device == LIST:
+        Console(highlight=False).print(known_devices())
+        return FINISHED
     run = plan.run
     planned = PlannedRun.of(run)
     options = ForecastOptions(plan.probe, plan.device, plan.price_per_hour, plan.watts)
@@ -69,7 +77,7 @@ def main(plan: Plan, invocation: Invocation) -> int:
     console.print()
     with run.runtime.session() as device:
         forecast = make_forecast(planned, device, options)
-    show(console, planned, forecast)
+    show(console, planned, forecast, named=plan.device is not None)
     if plan.chart is not None:
         parts = forecast.memory.parts if forecast.memory else {}
         draw(Path(plan.chart), run.name, parts, forecast.spec.memory_bytes, forecast.costs.seconds)
@@ -95,6 +103,17 @@ def table(title: str) -> Table:
     result.add_column(justify="right", overflow="fold")
     result.add_column(style="dim")
     return result
+
+
+def known_devices() -> Table:
+    """The table of devices that ``device=`` takes."""
+    rows = Table(box=None, pad_edge=False)
+    for heading in ("device", "memory", "bf16 peak", "name"):
+        rows.add_column(heading, justify="right" if heading in ("memory", "bf16 peak") else "left")
+    for gpu in GPUS.values():
+        peak = rate(gpu.flops["bf16"], "FLOP/s") if "bf16" in gpu.flops else "none"
+        rows.add_row(gpu.name, size(gpu.memory_bytes), peak, gpu.title)
+    return rows
 
 
 def parameters(unit: TrainingUnit) -> Table:
@@ -137,8 +156,8 @@ def work(planned: PlannedRun) -> Table:
     return rows
 
 
-def show(console: Console, planned: PlannedRun, forecast: Forecast) -> None:
-    """Print memory, time, costs and the verdict."""
+def show(console: Console, planned: PlannedRun, forecast: Forecast, *, named: bool) -> None:
+    """Print memory, time, costs and the verdict; ``named``: for a device of the table, not this machine's."""
     spec, precision, probed = forecast.spec, forecast.precision, forecast.probed
     if forecast.memory is not None:
         console.print(bars(f"memory, {precision.name}, {spec.title}", forecast.memory.parts, size))
@@ -166,7 +185,7 @@ def show(console: Console, planned: PlannedRun, forecast: Forecast) -> None:
     console.print(totals(forecast))
     if forecast.note:
         console.print(Text(forecast.note), soft_wrap=True)
-    verdict(console, forecast)
+    verdict(console, forecast, named=named)
 
 
 def bars(title: str, values: Mapping[str, float], shown: Any) -> Table:
@@ -194,16 +213,17 @@ def totals(forecast: Forecast) -> Table:
     return rows
 
 
-def verdict(console: Console, forecast: Forecast) -> None:
+def verdict(console: Console, forecast: Forecast, *, named: bool) -> None:
     """Print whether the run fits, and overrides under which it would."""
     room = forecast.spec.memory_bytes
     if forecast.fits is None or room is None or forecast.needed is None:
         console.print(Text("fits: not known"))
         return
     if forecast.fits:
-        console.print(Text(f"fits: {size(forecast.needed)} of {size(room)}", style="bold green"))
+        console.print(Text(f"fits: needs {size(forecast.needed)} of {size(room)}", style="bold green"))
         return
-    console.print(Text(f"does not fit: {size(forecast.needed)} of {size(room)}", style="bold red"))
+    has = f"the device has {size(room)}" if named else f"{size(room)} are free"
+    console.print(Text(f"does not fit: needs {size(forecast.needed)}, {has}", style="bold red"))
     if not forecast.suggestions:
         console.print(Text("nothing that was tried makes it fit; a smaller model or a larger device would"))
     for suggestion in forecast.suggestions:

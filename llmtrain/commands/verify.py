@@ -162,9 +162,8 @@ def report(console: Console, found: ReplayComparison, inexact: str | None, toler
     if bad:
         return FAILED
     how = "bit for bit" if found.equal else f"within {tolerance:g} ({inexact})"
-    console.print(
-        Text(f"verified, {how}: from its checkpoints the run continues as before", style="bold green"), soft_wrap=True
-    )
+    line = f"verified, {how}: a run resumed from its checkpoints repeats the original"
+    console.print(Text(line, style="bold green"), soft_wrap=True)
     if found.remark:
         console.print(Text(visible(found.remark)), soft_wrap=True)
     return FINISHED

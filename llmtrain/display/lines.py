@@ -186,7 +186,7 @@ def _best(summary: Row, value: str, run_dir: Path) -> str:
     elif best == summary["step"]:
         note = ""
     elif (run_dir / CHECKPOINTS / f"step-{best:08d}").is_dir():
-        note = ", kept"
+        note = ", kept" if summary.get("keeps_best", True) else ", still there; checkpoint.keep_best=1 keeps it"
     elif summary.get("keep_best"):
         note = ", which has no checkpoint"
     else:

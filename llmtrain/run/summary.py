@@ -83,6 +83,7 @@ def summarise(run: RunConfig, loop: Loop, reason: str) -> dict[str, Any]:
         **evaluator.last_measures,
         **({"best_accuracy": -best[0]} if best is not None and "accuracy" in evaluator.last_measures else {}),
         "keep_best": loop.saver.policy.keep_best,
+        "keeps_best": loop.saver.policy.keeps_best(state.best_val_step or 0),
         "refused_steps": state.refused_steps,
         "skipped_sequences": state.skipped_sequences,
         "parameters": loop.step.unit.model.num_parameters(),

@@ -175,6 +175,11 @@ def restore_tuning(state: TrainState, directory: RunDirectory) -> None:
         state.compiled, state.micro_batch_size = recorded.compiled, recorded.micro_batch_size
 
 
+def _current_name(device: str) -> str:
+    """Return a recorded name of a device as it is written today; earlier versions wrote "1 threads"."""
+    return device.removesuffix("s") if device.endswith(", 1 threads") else device
+
+
 def inexactness_reason(run: Run, directory: RunDirectory, device: torch.device) -> str | None:
     """Return the reason why a replay on ``device`` may give other bits than the run; None if it must not."""
     if device.type == "cuda" and not run.runtime.deterministic:
@@ -182,7 +187,7 @@ def inexactness_reason(run: Run, directory: RunDirectory, device: torch.device) 
     environment = json.loads(directory.environment.read_text(encoding="utf-8"))
     latest = [environment, *environment.get("resumes", [])][-1]
     now = describe_environment(device, [])
-    if latest["device"] != now["device"]:
+    if _current_name(latest["device"]) != now["device"]:
         return f"the run used {latest['device']}, this is {now['device']}"
     if latest["versions"]["torch"] != now["versions"]["torch"]:
         return f"the run used torch {latest['versions']['torch']}, this is {now['versions']['torch']}"

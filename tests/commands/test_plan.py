@@ -1,6 +1,7 @@
 """``llmtrain plan`` through the command line."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,14 @@ def test_a_named_device_is_planned_without_being_there(capfd: pytest.CaptureFixt
     assert "fits:" in output
 
 
+def test_the_known_devices_are_listed(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "device=list"]) == 0
+    output = capfd.readouterr().out
+    assert re.search(r"h100-80gb +84\.9 GB +989 TFLOP/s +NVIDIA H100 SXM 80 GB", output)
+    assert re.search(r"v100-16gb +17\.0 GB +none", output)
+    assert main(["plan", "device=list", "json=plan.json"]) == 2
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -104,7 +113,7 @@ def test_a_plan_that_does_not_fit_suggests_one_that_does(capfd: pytest.CaptureFi
                  "accumulation.batch_size=8", "accumulation.micro_batch_size=8", "loop.max_steps=5")  # fmt: skip
     assert main(["plan", *overrides]) == 0
     output = capfd.readouterr().out
-    assert "does not fit" in output
+    assert re.search(r"does not fit: needs [\d.]+ GB, the device has [\d.]+ GB\n", output)
     assert "optimizer=adamw_8bit" in output
 
 

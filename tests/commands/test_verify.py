@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from llmtrain import Run
 from llmtrain.checkpoint.format import read_state, verify_checkpoint, write_checkpoint
+from llmtrain.run.directory import RunDirectory
+from llmtrain.verify.replay import inexactness_reason
 from tests.helpers.cli import TINY, llmtrain
 
 TEXT = Path(__file__).parents[2] / "data" / "lighthouse.txt"
@@ -33,11 +36,24 @@ def copy_of(good: Path, to: Path) -> Path:
 def test_an_intact_run_is_verified_and_left_unchanged(good: Path) -> None:
     before = {path: path.read_bytes() for path in (good / "run").rglob("*") if path.is_file()}
     output = llmtrain("verify", "run", cwd=good).stdout
-    assert "bit for bit" in output
+    assert "verified, bit for bit: a run resumed from its checkpoints repeats the original" in output
     assert "weights                   28     28" in output
     after = {path: path.read_bytes() for path in (good / "run").rglob("*") if path.is_file()}
     assert after.keys() - before.keys() <= {good / "run" / ".lock"}
     assert all(after[path] == content for path, content in before.items() if path.name != ".lock")
+
+
+def test_a_device_is_the_same_under_the_name_of_an_earlier_version(good: Path, tmp_path: Path) -> None:
+    """It wrote "1 threads"; a replay on another device is compared within a tolerance."""
+    copy_of(good, tmp_path)
+    directory, run = RunDirectory.open(tmp_path / "run"), Run.compose(*TINY)
+    environment = directory.environment.read_text()
+    assert environment.count(', 1 thread"') == 1
+    with run.runtime.session() as device:
+        directory.environment.write_text(environment.replace(', 1 thread"', ', 1 threads"'))
+        assert inexactness_reason(run, directory, device) is None
+        directory.environment.write_text(environment.replace(', 1 thread"', ', 11 threads"'))
+        assert "11 threads, this is" in str(inexactness_reason(run, directory, device))
 
 
 def test_a_changed_byte_is_named(good: Path, tmp_path: Path) -> None:

@@ -172,6 +172,29 @@ def test_the_best_step_is_named_and_a_missing_checkpoint_is_said(tmp_path: Path,
     assert f"  {line}\n" in stream.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("keeps", "note"), [(True, ", kept)"), (False, ", still there; checkpoint.keep_best=1 keeps it)")]
+)
+def test_the_best_checkpoint_is_kept_only_by_a_setting(tmp_path: Path, keeps: bool, note: str) -> None:
+    (tmp_path / "checkpoints" / "step-00000100").mkdir(parents=True)
+    stream = io.StringIO()
+    with PlainDisplay(tmp_path, stream) as display:
+        display.summary(SUMMARY | {"keeps_best": keeps})
+    assert f"(best 3.3000 at step 100{note}\n" in stream.getvalue()
+
+
+def test_a_notice_is_shown_with_the_next_drawing(tmp_path: Path, terminal: Terminal) -> None:
+    with LiveDisplay(tmp_path, terminal.stream, Clock()) as display:
+        assert not display.notify("too early to be drawn")
+        display.start(0, 5000)
+        assert display.notify("SIGINT: the run stops")
+        display.row(ROW)
+        display.warn("redraws")
+    output = terminal.output()
+    assert "SIGINT: the run stops" in output
+    assert "too early" not in output
+
+
 def test_a_finished_run_offers_no_resume(tmp_path: Path) -> None:
     stream = io.StringIO()
     with PlainDisplay(tmp_path, stream) as display:
