@@ -103,8 +103,9 @@ def measure_matmul_flops(
 ) -> float:  # fmt: skip
     """Measure the FLOP/s of the fastest of a few matrix products, within tens of milliseconds.
 
-    A slow device takes the time of two products.  ``shape``: rows, inputs and outputs of one; None: large ones.
-    ``most``: products that are timed, as long as they take less than ``enough_seconds`` in all.
+    ``shape``: rows, inputs and outputs of a product; None: large ones.  ``most``: products that are timed, as long as
+    they take less than ``enough_seconds`` in all.  Where one would take more than a second (fp16 on a CPU), a sixteenth
+    of its rows is timed instead.
     """
     import torch
 
@@ -116,6 +117,10 @@ def measure_matmul_flops(
         m, n, device=device, dtype=dtype
     )  # allocated once: mapping fresh memory takes longer than the product
     torch.mm(a[: m // 16], b, out=product[: m // 16])  # one-time work, such as choosing a kernel
+    start = time.perf_counter()
+    torch.mm(a[: m // 16], b, out=product[: m // 16])
+    if device.type == "cpu" and 16 * (time.perf_counter() - start) > 1.0:
+        m, a, product = m // 16, a[: m // 16], product[: m // 16]
     seconds: list[float] = []
     while len(seconds) < 2 or (len(seconds) < most and sum(seconds) < enough_seconds):
         if device.type == "cuda":
