@@ -6,6 +6,7 @@ fp32 and multiplied in autocast's dtype.  Only DoRA's norm and the head need the
 """
 
 import math
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -76,7 +77,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, ABC):
     """Base class of layers with an adapter."""
 
     lora_A: nn.Parameter
@@ -87,9 +88,9 @@ class Adapter(nn.Module):
     axis: int  # dimension of the weight that DoRA's norm reduces
 
     @property
+    @abstractmethod
     def own_weight(self) -> Tensor:
         """The weight without its adapter, vocabulary padding included."""
-        raise NotImplementedError
 
     def delta(self, dtype: torch.dtype) -> Tensor:
         """The product that the adapter adds to the weight, without vocabulary padding."""
@@ -109,9 +110,9 @@ class Adapter(nn.Module):
         self.initialise(generator)
         self.register_parameter("lora_magnitude", nn.Parameter(self.norm()) if has_magnitude else None)
 
+    @abstractmethod
     def adapter_sizes(self) -> tuple[int, int]:
         """The number of inputs and outputs of the adapter."""
-        raise NotImplementedError
 
     def initialise(self, generator: torch.Generator) -> None:
         """Initialise A as torch does a linear layer, and B with zeros (Hu et al. 2021, section 4.1)."""

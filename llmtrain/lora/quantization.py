@@ -6,6 +6,7 @@ The same weights always give the same bits, so a checkpoint needs only the adapt
 """
 
 import logging
+from abc import ABC, abstractmethod
 from enum import Enum
 from typing import Any
 
@@ -31,7 +32,7 @@ class Quantization(Enum):
         return None if self is Quantization.none else PACKED[self](weight.detach())
 
 
-class PackedWeight:
+class PackedWeight(ABC):
     """A matrix in fewer bits; ``stored`` holds its tensors."""
 
     stored: dict[str, Tensor]
@@ -49,17 +50,17 @@ class PackedWeight:
                 for key, (shape, dtype) in self.layout().items()
             }
 
+    @abstractmethod
     def layout(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Shapes and dtypes of the stored tensors."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fill(self, weight: Tensor) -> dict[str, Tensor]:
         """Pack ``weight`` into the stored tensors."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unpack(self) -> Tensor:
         """Unpack the matrix, in fp32 or fewer bits."""
-        raise NotImplementedError
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         if not self.has_data:
@@ -123,7 +124,11 @@ class NF4Weight(PackedWeight):
         return self._dequantize(self.stored["packed"], self._state)
 
 
-PACKED = {Quantization.bf16: BF16Weight, Quantization.int8: Int8Weight, Quantization.nf4: NF4Weight}
+PACKED: dict[Quantization, type[PackedWeight]] = {
+    Quantization.bf16: BF16Weight,
+    Quantization.int8: Int8Weight,
+    Quantization.nf4: NF4Weight,
+}
 
 
 def functional() -> Any:
