@@ -1,0 +1,73 @@
+"""English prose that every Python carries: its language reference, and its library's docstrings, comments and help."""
+
+import json
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llmtrain.data import Corpus
+from llmtrain.data.cache.token_cache import DocumentSource
+from llmtrain.data.python_docs import open_split, read_topics, split_topics, topics_source
+from llmtrain.data.sources.documents import DocumentPiece
+from llmtrain.data.sources.overlap import KnownText
+from llmtrain.data.sources.python_prose import library_files, missing_parts, paragraphs_of
+from llmtrain.data.text_data import TextData
+from llmtrain.tokenizer import Tokenizer
+
+EXTRACTION = 1  # changes whenever other text is taken from the same files
+
+
+@dataclass(frozen=True)
+class PythonProse(TextData):
+    """A document for each topic of the language reference, and for the prose of each file of the library.
+
+    The topics for validation are those of :class:`PythonDocs`.  A paragraph that overlaps with them, or that the library
+    repeats, is left out.
+    """
+
+    def open(self, tokenizer: Tokenizer, *, verify: bool) -> Corpus:
+        if self.validation_fraction:
+            _, validation = split_topics(self.validation_fraction)
+            held_out = topics_source("python_prose for validation", validation)
+            corpus = open_split(self, self.source(verify=verify), held_out, tokenizer, verify=verify)
+        else:
+            corpus = super().open(tokenizer, verify=verify)
+        return replace(corpus, notes=(*corpus.notes, *_notes(_library())))
+
+    def source(self, *, verify: bool = False) -> DocumentSource:
+        """The documents for training."""
+        folder = _library()
+        files = library_files(folder)
+        hashes = self.hashes(files, verify=verify)
+        if self.validation_fraction:
+            topics, validation = split_topics(self.validation_fraction)
+        else:
+            topics, validation = read_topics(), {}
+        content = [EXTRACTION, list(topics.values()), list(validation.values()), hashes]
+
+        def pieces() -> Iterator[DocumentPiece]:
+            yield from topics_source("python_prose", topics).pieces()
+            held_out = KnownText(paragraph for text in validation.values() for paragraph in text.split("\n\n"))
+            seen: set[str] = set()
+            for file in files:
+                new = [text for text in dict.fromkeys(paragraphs_of(file)) if text not in seen]
+                seen.update(new)
+                if kept := [text for text in new if not held_out.overlaps(text)]:
+                    yield DocumentPiece("\n\n".join(kept) + "\n", True, str(file))
+
+        return DocumentSource("python_prose", json.dumps(content), pieces)
+
+
+def _library() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _notes(folder: Path) -> Iterator[str]:
+    """Messages about parts of the library that this Python lacks, so that the text is another than elsewhere."""
+    version = f"Python {sys.version_info.major}.{sys.version_info.minor}"
+    if not library_files(folder):
+        yield f"{folder} has no sources of the library: the text is the language reference alone"
+    elif missing := missing_parts(folder):
+        yield f"{folder} lacks {', '.join(missing)} of {version}: there is less text than in a complete one"
