@@ -17,8 +17,8 @@ BASE_RUN = "{base}"  # stands for a run whose weights are adapted
 # model, precision, checkpointing, tokens of a step and of a micro-batch
 CONFIGURATIONS = {
     "tiny": ("model=tiny", "tokenizer=byte", "data.sequence_length=64", "precision=fp32"),
-    "laptop-fp32": ("model=laptop", "precision=fp32", "data.sequence_length=256"),
-    "laptop-bf16": ("model=laptop", "precision=bf16", "data.sequence_length=256", "accumulation.batch_size=16"),
+    "laptop-fp32": ("model=laptop_gpt2", "precision=fp32", "data.sequence_length=256"),
+    "laptop-bf16": ("model=laptop_gpt2", "precision=bf16", "data.sequence_length=256", "accumulation.batch_size=16"),
     "30m-fp32": ("model=gpt30m", "precision=fp32", "data.sequence_length=512"),
     "30m-bf16": ("model=gpt30m", "precision=bf16", "data.sequence_length=512"),
     "30m-bf16-selective": ("model=gpt30m", "precision=bf16", "data.sequence_length=512", "accumulation.batch_size=16",

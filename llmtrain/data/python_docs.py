@@ -29,7 +29,7 @@ class PythonDocs(TextData):
     def open(self, tokenizer: Tokenizer, *, verify: bool) -> Corpus:
         if not self.remove_repeats or not self.validation_fraction:
             return super().open(tokenizer, verify=verify)
-        train, validation = split_topics(self.validation_fraction)
+        train, validation = split_topics(self.validation_fraction, "python_docs")
         return open_split(
             self,
             topics_source("python_docs", train),
@@ -39,15 +39,16 @@ class PythonDocs(TextData):
         )
 
     def source(self, *, verify: bool = False) -> DocumentSource:  # nothing about the topics is remembered
-        return topics_source("python_docs", read_topics())
+        return topics_source("python_docs", read_topics("python_docs"))
 
 
-def split_topics(validation_fraction: float) -> tuple[dict[str, str], dict[str, str]]:
+def split_topics(validation_fraction: float, option: str) -> tuple[dict[str, str], dict[str, str]]:
     """The topics for training, and those for validation less their paragraphs that stand in the former.
 
-    Topics for validation are evenly spread, at least one; one of which no paragraph is left is in neither.
+    Topics for validation are evenly spread, at least one; one of which no paragraph is left is in neither.  ``option``:
+    the name of the data in messages.
     """
-    topics = read_topics()
+    topics = read_topics(option)
     names = list(topics)
     held_out = [name for number, name in enumerate(names) if is_validation(number, validation_fraction)] or names[-1:]
     train = {name: text for name, text in topics.items() if name not in held_out}
@@ -87,14 +88,14 @@ def open_split(
     )
 
 
-def read_topics() -> dict[str, str]:
+def read_topics(option: str) -> dict[str, str]:
     """The topics by name, in alphabetical order.  Raises ValueError if this Python was installed without them."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise ValueError(
-            "data: this Python has no pydoc_data, the language reference for help(), which some distributions leave "
-            "out; install it, or take your own text: data=text data.path=…"
+            f"data={option}: this Python has no pydoc_data, the language reference for help(), which some "
+            "distributions leave out; install it, or take your own text: data=text data.path=…"
         ) from error
     return {name: _as_prose(text) for name, text in sorted(topics.items())}
 

@@ -3,7 +3,7 @@
 import json
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from llmtrain.data.sources.python_prose import library_files, missing_parts, par
 from llmtrain.data.text_data import TextData
 from llmtrain.tokenizer import Tokenizer
 
+NAME = "python_prose"
 EXTRACTION = 1  # changes whenever other text is taken from the same files
 
 
@@ -29,35 +30,35 @@ class PythonProse(TextData):
 
     def open(self, tokenizer: Tokenizer, *, verify: bool) -> Corpus:
         if self.validation_fraction:
-            _, validation = split_topics(self.validation_fraction)
-            held_out = topics_source("python_prose for validation", validation)
-            corpus = open_split(self, self.source(verify=verify), held_out, tokenizer, verify=verify)
+            validation = topics_source(f"{NAME} for validation", self._topics()[1])
+            corpus = open_split(self, self.source(verify=verify), validation, tokenizer, verify=verify)
         else:
             corpus = super().open(tokenizer, verify=verify)
         return replace(corpus, notes=(*corpus.notes, *_notes(_library())))
 
     def source(self, *, verify: bool = False) -> DocumentSource:
         """The documents for training."""
-        folder = _library()
-        files = library_files(folder)
-        hashes = self.hashes(files, verify=verify)
-        if self.validation_fraction:
-            topics, validation = split_topics(self.validation_fraction)
-        else:
-            topics, validation = read_topics(), {}
-        content = [EXTRACTION, list(topics.values()), list(validation.values()), hashes]
+        files = library_files(_library())
+        topics, validation = self._topics()
+        content = [EXTRACTION, topics, validation, self.hashes(files, verify=verify)]
+        return DocumentSource(NAME, json.dumps(content), lambda: _documents(topics, validation, files))
 
-        def pieces() -> Iterator[DocumentPiece]:
-            yield from topics_source("python_prose", topics).pieces()
-            held_out = KnownText(paragraph for text in validation.values() for paragraph in text.split("\n\n"))
-            seen: set[str] = set()
-            for file in files:
-                new = [text for text in dict.fromkeys(paragraphs_of(file)) if text not in seen]
-                seen.update(new)
-                if kept := [text for text in new if not held_out.overlaps(text)]:
-                    yield DocumentPiece("\n\n".join(kept) + "\n", True, str(file))
+    def _topics(self) -> tuple[dict[str, str], dict[str, str]]:
+        """The topics for training and for validation."""
+        return split_topics(self.validation_fraction, NAME) if self.validation_fraction else (read_topics(NAME), {})
 
-        return DocumentSource("python_prose", json.dumps(content), pieces)
+
+def _documents(
+    topics: Mapping[str, str], validation: Mapping[str, str], files: Sequence[Path]
+) -> Iterator[DocumentPiece]:
+    yield from topics_source(NAME, topics).pieces()
+    held_out = KnownText(paragraph for text in validation.values() for paragraph in text.split("\n\n"))
+    seen: set[str] = set()
+    for file in files:
+        new = [text for text in dict.fromkeys(paragraphs_of(file)) if text not in seen]
+        seen.update(new)
+        if kept := [text for text in new if not held_out.overlaps(text)]:
+            yield DocumentPiece("\n\n".join(kept) + "\n", True, str(file))
 
 
 def _library() -> Path:

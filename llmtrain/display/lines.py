@@ -49,7 +49,7 @@ def train(row: Row, progress: Progress) -> Text:
 
 
 def validation(row: Row, progress: Progress) -> Text:
-    """Format a validation loss and its perplexity."""
+    """Format a validation loss, its perplexity, and its bits per byte."""
     value = row["val_loss"]
     line = Text.assemble(
         _step(row["step"], progress), "  ", ("validation", "bold cyan"), " loss ", (format.loss(value), "bold")
@@ -58,6 +58,8 @@ def validation(row: Row, progress: Progress) -> Text:
         line.append(f"  accuracy {format.percent(row['accuracy'])}  macro-F1 {row['macro_f1']:.3f}")
     elif value < 20:  # the perplexity of a higher loss is meaningless
         line.append(f"  perplexity {format.significant(math.exp(value))}")
+    if row.get("bits_per_byte") is not None:
+        line.append(f"  {row['bits_per_byte']:.3f} bits per byte")
     if row.get("train_loss") is not None:
         line.append(f"  training loss {format.loss(row['train_loss'])}")
     return line
@@ -153,6 +155,8 @@ def _results(summary: Row, run_dir: Path) -> list[tuple[str, str]]:
         if summary.get("best_val_loss") is not None and summary.get("accuracy") is None:
             value += _best(summary, format.loss(summary["best_val_loss"]), run_dir)
         results.append(("validation loss", value))
+    if summary.get("bits_per_byte") is not None:
+        results.append(("bits per byte", f"{summary['bits_per_byte']:.3f}, of the validation text"))
     if summary.get("accuracy") is not None:
         value = f"{format.percent(summary['accuracy'])}, macro-F1 {summary['macro_f1']:.3f}"
         if summary.get("best_accuracy") is not None:

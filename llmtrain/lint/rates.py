@@ -43,6 +43,7 @@ LION = 1 / math.sqrt(3 * 10)  # times AdamW's: 3 to 10 times smaller, Chen et al
 MUON = 0.02  # with adjust_lr_fn=original: Jordan et al. 2024
 ADAFACTOR = 1e-2  # relative to the size of a parameter: Shazeer & Stern 2018, algorithm 6; PaLM
 SGD_TOTAL = 1.0  # times 1 - momentum: 0.1 with a momentum of 0.9, He et al. 2016, https://arxiv.org/abs/1512.03385
+EMBEDDINGS = 0.2  # the highest usual rate of AdamW for embeddings beside Muon: nanochat, scripts/base_train.py
 FACTOR = 10  # a rate may be so many times the usual one, or that part of it
 FINE_TUNING = 100  # … and this part of that for weights that have been trained before
 
@@ -96,8 +97,8 @@ def learning_rate(case: Case) -> Iterator[Finding]:
     parameters = case.unit.model.num_parameters()
     is_new = isinstance(case.run.weights, Scratch) and not case.is_resumed
     lowest = 1 / FACTOR if is_new else 1 / (FACTOR * FINE_TUNING)
-    for key, rate, usual in peaks(case, parameters):
-        if rate and not lowest <= rate / usual <= FACTOR:
+    for key, rate, usual, highest in peaks(case, parameters):
+        if rate and not lowest * usual <= rate <= highest:
             danger = "training may be unstable" if rate > usual else "training may hardly move"
             yield warning(
                 key,
@@ -106,17 +107,19 @@ def learning_rate(case: Case) -> Iterator[Finding]:
             )
 
 
-def peaks(case: Case, parameters: int) -> Iterator[tuple[str, float, float]]:
-    """Each peak learning rate of the run: its key, its value and the usual value."""
+def peaks(case: Case, parameters: int) -> Iterator[tuple[str, float, float, float]]:
+    """Each peak learning rate of the run: its key, its value, the usual value, and the highest without a warning."""
     optimizer, rule = case.run.optimizer, case.run.schedule
     usual = usual_rate(optimizer, parameters)
     if usual is not None:
         if isinstance(rule, LinearWarmupCosineLR):
-            yield "schedule.init_lr", rule.init_lr, usual
+            yield "schedule.init_lr", rule.init_lr, usual, usual * FACTOR
         else:
-            yield "optimizer.lr", optimizer.lr, usual
+            yield "optimizer.lr", optimizer.lr, usual, usual * FACTOR
     if isinstance(optimizer, Muon) and (optimizer.adamw_lr != optimizer.lr or usual == MUON):
-        yield "optimizer.adamw_lr", optimizer.adamw_lr, adamw_rate(parameters)
+        usual = adamw_rate(parameters)
+        highest = usual * FACTOR if optimizer.adamw_lr == optimizer.lr else EMBEDDINGS
+        yield "optimizer.adamw_lr", optimizer.adamw_lr, usual, highest
 
 
 def usual_rate(optimizer: OptimizerConfig, parameters: int) -> float | None:

@@ -186,6 +186,11 @@ class Objective(Option, ABC):
         counts = {self.loss: int(np.count_nonzero(rows.targets != IGNORE))}
         return Batch(tensors, counts, rows.tokens, rows.lengths_of(tensors))
 
+    @property
+    def is_likelihood(self) -> bool:
+        """True if the loss is the mean of -log p of every target, a token of text; then bits per byte follow from it."""
+        return False
+
     @abstractmethod
     def build(
         self,

@@ -47,6 +47,10 @@ class Causal(Objective):
         if self.chunk_tokens is not None:
             positive(chunk_tokens=self.chunk_tokens)
 
+    @property
+    def is_likelihood(self) -> bool:
+        return not self.z_loss
+
     def build(
         self,
         model: LanguageModel,

@@ -25,7 +25,7 @@ __all__ = ["Category", "Memory", "Phase", "TraceError", "at_micro_batch", "estim
 # 2.13 on Linux: `model=tiny tokenizer=byte` has 337 MB once it is assembled, 365 MB with GPT-2's tokenizer.
 CPU_LIBRARIES = 365_000_000
 # Holes of the heap, as a share of the live bytes, and the workspace of kernels: packed weights, reordered copies.  From
-# `model=laptop` to `model=gpt355m` these two are within 10% of the measured peak; so is a simulation of malloc.
+# `model=laptop_gpt2` to `model=gpt355m` these two are within 10% of the measured peak; so is a simulation of malloc.
 CPU_HOLES = 0.08
 CPU_WORKSPACE = 65_000_000
 CPU_LEAST_HEAP = 90_000_000  # the matrices that measure the speed of the arithmetic when a run starts

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from llmtrain.base.files import AppendedFile
 from llmtrain.data import Corpus
 from llmtrain.data.loader import TrainingStream
 from llmtrain.data.sequences import Sequences
+from llmtrain.evaluation.bits_per_byte import bits_per_byte, mean_target_bytes
 from llmtrain.evaluation.loss import EvalResult, evaluate
 from llmtrain.inference.generate import generate
 from llmtrain.metrics import ValidationScore, validation_score
@@ -24,7 +26,7 @@ from llmtrain.train.out_of_memory import halve_on_out_of_memory, is_out_of_memor
 from llmtrain.train.state import TrainState
 from llmtrain.train.worst_sequences import find_worst_sequences
 
-MEASURES = ("accuracy", "macro_f1", "confusion", "labels")  # of a validation row of a classifier
+MEASURES = ("bits_per_byte", "accuracy", "macro_f1", "confusion", "labels")  # of a validation row, beside the loss
 Stop = Callable[[], str | None]  # returns the reason to stop, once there is one
 
 
@@ -94,17 +96,28 @@ class Evaluator:
             if name == "val_loss":
                 if len(result.losses) > 1:
                     row |= {f"val_{loss}_loss": value for loss, value in result.losses.items()}
+                if self.objective.is_likelihood:
+                    row["bits_per_byte"] = bits_per_byte(result.loss, self._target_bytes)
                 if result.counted is not None:
                     row |= self.objective.measures(result.counted, self.corpus.labels)
         self.record(row, state)
         self.log.metrics.row(row)
         self.log.display.validation(row)
 
+    @cached_property
+    def _target_bytes(self) -> float:
+        """Bytes of text that a target of the evaluated validation data stands for, on average."""
+        assert self.corpus.validation is not None
+        return mean_target_bytes(self.corpus.validation, self.tokenizer, self._max_sequences(self.config.eval_batches))
+
+    def _max_sequences(self, batches: int | None) -> int | None:
+        return None if batches is None else batches * self.batch_size
+
     def _evaluate_on(
         self, sequences: Sequences, batches: int | None, micro_batch_size: int, stop: Stop
     ) -> EvalResult | None:
         """The result on ``batches`` batches (None: all); None if ``stop`` gave a reason."""
-        max_sequences = None if batches is None else batches * self.batch_size
+        max_sequences = self._max_sequences(batches)
 
         def with_size(size: int) -> EvalResult | None:
             return evaluate(

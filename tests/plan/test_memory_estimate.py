@@ -152,7 +152,7 @@ def in_use() -> int:
 )
 def test_the_estimate_is_what_malloc_gives_a_real_step(overrides: tuple[str, ...]) -> None:
     """Against what malloc has given out during a real forward and backward pass, some 50 MB."""
-    run = Run.compose("model=laptop", "tokenizer=byte", "data.sequence_length=256", "accumulation.batch_size=6",
+    run = Run.compose("model=laptop_gpt2", "tokenizer=byte", "data.sequence_length=256", "accumulation.batch_size=6",
                       "accumulation.micro_batch_size=6", *overrides)  # fmt: skip
     parts = assemble(run, CPU)
     size = run.accumulation.micro_batch_size

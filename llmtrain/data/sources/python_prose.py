@@ -69,7 +69,7 @@ def _python_blocks(source: str) -> Iterator[str]:
             if text := ast.get_docstring(node):
                 blocks[node.body[0].lineno] = text
     lines: list[str] = []
-    for number, line in enumerate([*source.splitlines(), ""], 1):
+    for number, line in enumerate([*source.split("\n"), ""], 1):  # as ast counts lines, form feeds are none
         comment = line.lstrip()
         if comment.startswith("#") and number not in in_strings:
             lines.append(comment.lstrip("#!:"))
