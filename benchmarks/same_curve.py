@@ -9,9 +9,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-RECIPE = ("experiment=laptop_gpt2", "precision=fp32", "runtime.compile=false", "loop.max_steps=200", "loop.eval_every=200",
-          "loop.eval_batches=16", "loop.sample_every=0", "metrics.log_every=1", "checkpoint.every_steps=0",
-          "plugins=[benchmarks]")  # fmt: skip
+RECIPE = ("experiment=laptop_gpt2", "precision=fp32", "runtime.compile=false", "loop.max_steps=200",
+          "loop.eval_every=200", "loop.eval_batches=16", "loop.sample_every=0", "metrics.log_every=1",
+          "checkpoint.every_steps=0", "plugins=[benchmarks]")  # fmt: skip
 PLAIN = ("objective._target_=benchmarks.plain.PlainLoss", "optimizer._target_=benchmarks.plain.UnfusedAdamW")
 # name -> what is added to the recipe; the first is the reference, with nothing optimised
 VARIANTS = {

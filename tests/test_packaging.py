@@ -44,7 +44,7 @@ def test_the_wheel_holds_every_file_the_program_reads(tmp_path: Path) -> None:
     conf = {f"llmtrain/{path.relative_to(source)}" for path in (source / "conf").rglob("*") if path.is_file()}
     samples = {f"llmtrain/samples/{path.name}" for path in (source / "data").iterdir()}
     assert shipped == code | conf | samples
-    assert "llmtrain/tokenizer/gpt2.tiktoken" in shipped
+    assert {"llmtrain/tokenizer/gpt2.tiktoken", "llmtrain/tokenizer/python4096.tiktoken"} <= shipped
     assert "llmtrain/conf/model/gpt124m.yaml" in shipped
     assert {Path(name).name for name in licences} == {"LICENSE", "gpt2.LICENSE"}
 

@@ -16,8 +16,8 @@ FORMER = {"llmtrain.data.python_docs.PythonDocs": {"remove_repeats": False}}
 def complete(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Add to ``stored`` the keys that an older version did not have, with today's defaults.
 
-    A default in ``FORMER`` is that of the older version.  A group comes from ``conf/train.yaml``, a key of an option from the YAML of that option.  If several YAMLs name
-    its class and do not agree (the sizes of a model), the key stays missing: :func:`build` reports it.
+    A group comes from ``conf/train.yaml``, a key of an option from ``FORMER`` or the YAML of that option.  If several
+    YAMLs name its class and do not agree (the sizes of a model), the key stays missing: :func:`build` reports it.
     """
     values = dict(stored)
     for group, node in stored.items():

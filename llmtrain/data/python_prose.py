@@ -24,8 +24,8 @@ EXTRACTION = 1  # changes whenever other text is taken from the same files
 class PythonProse(TextData):
     """A document for each topic of the language reference, and for the prose of each file of the library.
 
-    The topics for validation are those of :class:`PythonDocs`.  A paragraph that overlaps with them, or that the library
-    repeats, is left out.
+    The topics for validation are those of :class:`PythonDocs`.  A paragraph of the library that overlaps with them, or
+    that stood in an earlier file, is left out.
     """
 
     def open(self, tokenizer: Tokenizer, *, verify: bool) -> Corpus:

@@ -188,7 +188,7 @@ class Objective(Option, ABC):
 
     @property
     def is_likelihood(self) -> bool:
-        """True if the loss is the mean of -log p of every target, a token of text; then bits per byte follow from it."""
+        """True if the loss is the mean of -log p of its targets, tokens of text: bits per byte follow from it."""
         return False
 
     @abstractmethod

@@ -28,7 +28,7 @@ COMPANY = {  # options that go with some others alone
     "lora=dora": BASE, "model=auto": ["weights=huggingface", "weights.path=hf"],
 }  # fmt: skip
 OF_RECIPES = {
-    "verdict": ["data.path=x"], "spam": ["model=laptop", *BASE], "instruct": ["model=laptop", *BASE],
+    "verdict": ["data.path=x"], "spam": ["model=laptop_gpt2", *BASE], "instruct": ["model=laptop", *BASE],
     "baichuan2_lora": ["model=baichuan2_7b", "weights.path=x", "data.path=x"],
 }  # fmt: skip
 

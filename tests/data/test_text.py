@@ -157,7 +157,7 @@ def test_documents_are_split_by_document(tmp_path: Path, common: dict[str, Any],
 def test_python_docs_are_text_without_markup(common: dict[str, Any], gpt2: Tokenizer) -> None:
     from pydoc_data.topics import topics
 
-    corpus = PythonDocs(**common | {"sequence_length": 64}).build(gpt2)
+    corpus = PythonDocs(**common | {"sequence_length": 64}, remove_repeats=True).build(gpt2)
     assert f"{len(topics)} documents" in corpus.description
     text = text_of(corpus, gpt2)
     title, first = [part for part in topics[min(topics)].split("\n\n") if part.strip()][:2]
@@ -191,7 +191,7 @@ def test_verify_reads_the_documents_again(
 
 
 def test_verify_reads_the_shards_again(tmp_path: Path, common: dict[str, Any], byte: Tokenizer) -> None:
-    option = PythonDocs(**common)
+    option = PythonDocs(**common, remove_repeats=True)
     option.build(byte)
     ((shard, entry),) = ((path, path.parent) for path in (tmp_path / "cache").glob("*/train-00000.bin"))
     flip_unnoticed(shard, 10, tmp_path / "cache" / "tokens-u2-0.json")
@@ -215,7 +215,7 @@ def test_verify_reads_pythons_sources_again(tmp_path: Path, common: dict[str, An
 
 
 def test_verify_makes_a_missing_cache_entry(common: dict[str, Any], byte: Tokenizer) -> None:
-    option = PythonDocs(**common)
+    option = PythonDocs(**common, remove_repeats=True)
     assert option.verify(byte).fingerprint == option.build(byte).fingerprint
 
 
@@ -268,4 +268,4 @@ def test_a_validation_part_too_short_is_refused(tmp_path: Path, common: dict[str
 )
 def test_values_out_of_range_are_refused(common: dict[str, Any], values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        PythonDocs(**common | values)
+        PythonDocs(**common | values, remove_repeats=True)

@@ -18,6 +18,7 @@ from llmtrain.tokenizer.bpe import END_OF_TEXT, for_oniguruma
 from llmtrain.tokenizer.byte import Byte
 from llmtrain.tokenizer.gpt2 import GPT2, RANKS
 from llmtrain.tokenizer.huggingface import HuggingFace
+from llmtrain.tokenizer.python4096 import Python4096
 from llmtrain.tokenizer.sentencepiece import SentencePiece
 from llmtrain.tokenizer.tiktoken import Tiktoken
 from tests.helpers.tokenizers import CORPUS, EVERY, random_texts, train_sentencepiece
@@ -30,6 +31,7 @@ def from_file(path: Path, pattern: str) -> Tokenizer:
 BUILD: dict[str, Callable[[], Tokenizer]] = {
     "byte": lambda: Byte().build(),
     "gpt2": lambda: GPT2().build(),
+    "python4096": lambda: Python4096().build(),
     "cl100k": lambda: from_file(RANKS, "cl100k"),
     "o200k": lambda: from_file(RANKS, "o200k"),
 }

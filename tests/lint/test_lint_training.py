@@ -31,7 +31,8 @@ def test_no_option_raises_a_warning(group: str) -> None:
 
 
 def test_the_recipes_raise_no_warning() -> None:
-    assert find_in("experiment=laptop") == {}
+    for laptop in ("laptop", "laptop_gpt2"):
+        assert find_in(f"experiment={laptop}") == {}
     assert (
         find_in("experiment=verdict", f"data.path={ROOT / 'data' / 'lighthouse.txt'}") == {}
     )  # 15 epochs, but it says so
@@ -146,6 +147,9 @@ def test_a_schedule_cut_short_is_reported_with_the_rate_it_reaches() -> None:
         (("optimizer=muon", "optimizer.lr=0.02"), "optimizer.lr"),  # for the other way of adjusting
         (("optimizer=muon", "optimizer.lr=0.02", "optimizer.adjust_lr_fn=original", "optimizer.adamw_lr=1e-3"), None),
         (("optimizer=muon", "optimizer.lr=0.02", "optimizer.adjust_lr_fn=original"), "optimizer.adamw_lr"),
+        (("optimizer=muon", "optimizer.lr=0.01", "optimizer.adamw_lr=0.02"), None),  # embeddings take larger rates
+        (("optimizer=muon", "optimizer.adamw_lr=0.5"), "optimizer.adamw_lr"),
+        (("optimizer=muon", "optimizer.adamw_lr=1e-5"), "optimizer.adamw_lr"),
         (("optimizer=adafactor", "optimizer.lr=3e-4"), "optimizer.lr"),
         (("schedule=linear_warmup_cosine_lr", "schedule.init_lr=0.5"), "schedule.init_lr"),
     ],
@@ -166,9 +170,9 @@ def test_usual_learning_rates_follow_the_size_of_the_model() -> None:
     ("overrides", "key", "texts"),
     [
         (("accumulation.batch_size=32",), "accumulation.batch_size",
-         ("8,192 tokens, in the recipe laptop 2,048", "optimizer.lr=0.002 was", "optimizer.lr=0.004 goes")),
-        (("data.sequence_length=128",), "data.sequence_length", ("1,024 tokens, in the recipe laptop 2,048",)),
-        (("model=gpt30m",), "data.sequence_length", ("4,096 tokens, in the recipe laptop 2,048",)),
+         ("8,192 tokens, in the recipe laptop_gpt2 2,048", "optimizer.lr=0.002 was", "optimizer.lr=0.004 goes")),
+        (("data.sequence_length=128",), "data.sequence_length", ("1,024 tokens, in the recipe laptop_gpt2 2,048",)),
+        (("model=gpt30m",), "data.sequence_length", ("4,096 tokens, in the recipe laptop_gpt2 2,048",)),
         (("accumulation.batch_size=32", "optimizer.lr=2e-3"), None, ()),
         (("accumulation.batch_size=9",), None, ()),
         (("accumulation.micro_batch_size=4",), None, ()),
@@ -177,7 +181,7 @@ def test_usual_learning_rates_follow_the_size_of_the_model() -> None:
 def test_another_batch_size_than_the_recipes_is_reported(
     overrides: tuple[str, ...], key: str | None, texts: tuple[str, ...]
 ) -> None:
-    found = find_in("experiment=laptop", "loop.max_steps=30", "loop.eval_every=10", *overrides)
+    found = find_in("experiment=laptop_gpt2", "loop.max_steps=30", "loop.eval_every=10", *overrides)
     assert set(found) == ({key} if key else set())
     assert key is None or all(text in found[key].message for text in texts)
 

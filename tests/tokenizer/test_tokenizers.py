@@ -14,6 +14,7 @@ from llmtrain.tokenizer import CUTS, Tokenizer
 from llmtrain.tokenizer.bpe import END_OF_TEXT, PATTERNS, read_ranks
 from llmtrain.tokenizer.byte import Byte
 from llmtrain.tokenizer.gpt2 import GPT2, RANKS
+from llmtrain.tokenizer.python4096 import Python4096
 from llmtrain.tokenizer.tiktoken import Tiktoken
 
 TEXTS = [
@@ -74,9 +75,9 @@ def test_gpt2_merges_as_the_reference_algorithm() -> None:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("name", ["gpt2", "byte"])
+@pytest.mark.parametrize("name", ["gpt2", "python4096", "byte"])
 def test_texts_survive_a_round_trip(name: str, text: str) -> None:
-    tokenizer = {"gpt2": GPT2(), "byte": Byte()}[name].build()
+    tokenizer = {"gpt2": GPT2(), "python4096": Python4096(), "byte": Byte()}[name].build()
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids.tolist()) == text
     assert ids.dtype == np.uint32
@@ -89,17 +90,17 @@ def test_a_cut_character_is_decoded_as_its_bytes(gpt2: Tokenizer) -> None:
     assert gpt2.decode(ids[:1]) == "\ufffd"
 
 
-@pytest.mark.parametrize("name", ["gpt2", "byte"])
+@pytest.mark.parametrize("name", ["gpt2", "python4096", "byte"])
 def test_the_only_special_token_ends_a_text(name: str) -> None:
-    tokenizer = {"gpt2": GPT2(), "byte": Byte()}[name].build()
+    tokenizer = {"gpt2": GPT2(), "python4096": Python4096(), "byte": Byte()}[name].build()
     assert dict(tokenizer.special_tokens) == {END_OF_TEXT: tokenizer.end_of_text}
     assert (tokenizer.bos, tokenizer.chat_template) == (None, None)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "byte"])
+@pytest.mark.parametrize("name", ["gpt2", "python4096", "byte"])
 def test_ids_beyond_the_vocabulary_decode_to_a_replacement_character(name: str) -> None:
     """A model's vocabulary may be larger, and an untrained one finds its ids."""
-    tokenizer = {"gpt2": GPT2(), "byte": Byte()}[name].build()
+    tokenizer = {"gpt2": GPT2(), "python4096": Python4096(), "byte": Byte()}[name].build()
     assert tokenizer.decode([tokenizer.vocab_size, tokenizer.vocab_size + 40]) == "\ufffd\ufffd"
 
 

@@ -15,6 +15,7 @@ DISTRIBUTED_APART = ("distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data
 FEWEST_WORDS = 8  # of a paragraph: shorter ones are headings, signatures and labels
 PROSE_SHARE = 0.7  # of a paragraph's words that are words of English, not code
 WORD = re.compile(r"[(\"'`]*[A-Za-z][a-z]*(?:[-'’/][A-Za-z]?[a-z]*)*[)\"'`]*[.,;:!?]*[)\"'`]*$|[-–—]+$|\d+[.,)]?$")
+HAVE_DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCK_TAGS = {"p", "li", "dt", "dd", "h1", "h2", "h3", "h4", "pre", "section", "div", "tr"}
 
 
@@ -65,9 +66,8 @@ def _python_blocks(source: str) -> Iterator[str]:
         if isinstance(node, ast.Constant | ast.JoinedStr):
             if node.end_lineno is not None and node.end_lineno > node.lineno:
                 in_strings.update(range(node.lineno + 1, node.end_lineno + 1))
-        elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if text := ast.get_docstring(node):
-                blocks[node.body[0].lineno] = text
+        elif isinstance(node, HAVE_DOCSTRINGS) and (text := ast.get_docstring(node)):
+            blocks[node.body[0].lineno] = text
     lines: list[str] = []
     for number, line in enumerate([*source.split("\n"), ""], 1):  # as ast counts lines, form feeds are none
         comment = line.lstrip()
