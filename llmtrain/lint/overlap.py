@@ -24,8 +24,8 @@ MAX_TOKENS = 1 << 25  # of the training data, to search; some 0.3 s
 MAX_ROWS = 1 << 17  # the same in sequences, where these are short
 BLOCK = 1 << 16  # tokens hashed at once: they stay in the processor's cache
 SMALL_BLOCK = 1 << 13  # the same in a sample: small, so that a document is seldom in it as a whole or not at all
-# Python's own documentation and library, split by document, repeat 11% and 15% of themselves: sections under two names,
-# code in two packages.  A split that has gone wrong repeats most of it.
+# Healthy text repeats itself: Python's library, split by document, 15% of it (code in two packages), its documentation
+# 11% (sections under two names) unless they are left out.  A split that has gone wrong repeats most of it.
 SHARE = 0.2
 FEWEST = 4  # stretches found from which on the user is warned: fewer may be chance
 

@@ -100,7 +100,7 @@ def test_validation_data_found_in_training_are_reported() -> None:
     found = find(change=leaking(0.5))["data"]
     assert found.level == "warning"
     share = float(re.findall(r": ([\d.]+)% of the validation data are in the training data", found.message)[0])
-    assert 50 < share < 62  # the reference repeats an eighth of the rest itself
+    assert 49 < share < 56  # the rest has been cleared of what is in the training text
     assert re.search(r"in all \d+k training tokens", found.message)
     assert find("loop.eval_every=0", change=leaking(1.0)) == {}
 

@@ -1,6 +1,8 @@
 """English prose in Python's standard library: docstrings, comments and help pages, without importing a module."""
 
 import ast
+import inspect
+import io
 import re
 import sys
 import tokenize
@@ -15,7 +17,6 @@ DISTRIBUTED_APART = ("distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data
 FEWEST_WORDS = 8  # of a paragraph: shorter ones are headings, signatures and labels
 PROSE_SHARE = 0.7  # of a paragraph's words that are words of English, not code
 WORD = re.compile(r"[(\"'`]*[A-Za-z][a-z]*(?:[-'’/][A-Za-z]?[a-z]*)*[)\"'`]*[.,;:!?]*[)\"'`]*$|[-–—]+$|\d+[.,)]?$")
-HAVE_DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCK_TAGS = {"p", "li", "dt", "dd", "h1", "h2", "h3", "h4", "pre", "section", "div", "tr"}
 
 
@@ -49,7 +50,7 @@ def paragraphs_of(file: Path) -> list[str]:
             text = file.read_text(encoding="utf-8")
             blocks = iter([_html_text(text) if file.suffix == ".html" else text])
         return [paragraph for block in blocks for paragraph in _paragraphs(block)]
-    except (SyntaxError, UnicodeDecodeError):  # on purpose, as in test data
+    except (SyntaxError, tokenize.TokenError, UnicodeDecodeError):  # on purpose, as in test data
         return []
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}") from error
@@ -57,26 +58,32 @@ def paragraphs_of(file: Path) -> list[str]:
 
 def _python_blocks(source: str) -> Iterator[str]:
     """Docstrings and blocks of comment lines of a module, in their order."""
+    comments: list[str] = []
+    begins_block = True  # no statement since the beginning of the module or of an indented block
+    string = ""  # a literal that is a docstring if its statement ends with it
+    for kind, text, _, _, line in tokenize.generate_tokens(io.StringIO(source).readline):
+        if kind == tokenize.COMMENT and line.lstrip().startswith("#"):
+            comments.append(text.lstrip("#!:"))
+        elif comments and (kind != tokenize.NL or not line.strip()):  # a NL ends each comment, or is an empty line
+            yield "\n".join(comments)
+            comments = []
+        if kind == tokenize.STRING and begins_block:
+            string, begins_block = text, False
+        elif kind == tokenize.NEWLINE and string:
+            yield _docstring(string)
+            string = ""
+        elif kind == tokenize.INDENT:
+            begins_block = True
+        elif kind not in (tokenize.COMMENT, tokenize.NL):
+            string, begins_block = "", False
+
+
+def _docstring(literal: str) -> str:
+    """The text of a string literal without its indentation; "" of bytes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of escapes in somebody else's strings
-        tree = ast.parse(source)
-    blocks: dict[int, str] = {}
-    in_strings: set[int] = set()  # lines within a string that spans several: a "#" there begins no comment
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant | ast.JoinedStr):
-            if node.end_lineno is not None and node.end_lineno > node.lineno:
-                in_strings.update(range(node.lineno + 1, node.end_lineno + 1))
-        elif isinstance(node, HAVE_DOCSTRINGS) and (text := ast.get_docstring(node)):
-            blocks[node.body[0].lineno] = text
-    lines: list[str] = []
-    for number, line in enumerate([*source.split("\n"), ""], 1):  # as ast counts lines, form feeds are none
-        comment = line.lstrip()
-        if comment.startswith("#") and number not in in_strings:
-            lines.append(comment.lstrip("#!:"))
-        elif lines:
-            blocks[number - len(lines)] = "\n".join(lines)
-            lines = []
-    return (blocks[number] for number in sorted(blocks))
+        value = ast.literal_eval(literal)
+    return inspect.cleandoc(value) if isinstance(value, str) else ""
 
 
 def _paragraphs(text: str) -> Iterator[str]:
