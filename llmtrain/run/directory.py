@@ -61,7 +61,8 @@ class RunDirectory:
             path.mkdir(parents=True)
         except FileExistsError:
             raise ValueError(
-                f"run_dir={path}: exists already; name another, or continue the run: llmtrain resume {path}"
+                f"run_dir={path}: exists already; name another"
+                + (f", or continue the run: llmtrain resume {path}" if path.is_dir() else "")
             ) from None
         return cls(path)
 

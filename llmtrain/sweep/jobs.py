@@ -21,6 +21,7 @@ from rich.text import Text
 from llmtrain.base.files import write_atomically
 from llmtrain.base.format import visible
 from llmtrain.base.invocation import FAILED, FINISHED, INTERRUPTED
+from llmtrain.base.outputs import check_output_directory
 from llmtrain.config import stored_config
 from llmtrain.config.stored_config import NOT_RUN_KEYS
 from llmtrain.report.table import sweep_table
@@ -64,6 +65,7 @@ def run_sweep(jobs: Sequence[Job], sweep_dir: Path | None, overrides: Sequence[s
     """
     first = jobs[0].run
     sweep = sweep_dir or Path(first.output_dir) / "sweeps" / f"{slug(first.name)}-{short_hash(*sorted(overrides))}"
+    check_output_directory("output_dir" if sweep_dir is None else "hydra.sweep.dir", str(sweep))
     console = Console(highlight=False)
     wide = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)  # no columns lost in a pipe
     statuses = []
