@@ -109,9 +109,7 @@ def test_open_descriptors_are_written_to_in_order(tmp_path: Path) -> None:
         ("x" * 256, "File name too long"), ("/dev/fd/977", "Bad file descriptor"), ("/proc/self/x", "o"),
     ],
 )  # fmt: skip
-def test_anything_else_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
-) -> None:
+def test_anything_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
@@ -138,9 +136,7 @@ def test_a_temporary_file_follows_no_link_that_was_put_there(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["", "-", "file", "file/below", "dangling", "null/x"])
-def test_a_directory_that_cannot_be_made_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to("nowhere")
