@@ -65,7 +65,7 @@ def _check(key: str, name: str, path: Path) -> None:
     if not name or name.endswith("/") or kind == stat.S_IFDIR:
         raise ValueError(f"{key}={name}: a directory, not a file; name a file in it")
     if kind is None and path.is_symlink():
-        raise ValueError(f"{key}={name}: a link to {os.readlink(path)}, which is not there; name the file itself")
+        raise ValueError(f"{key}={name}: a link to {path.readlink()}, which is not there; name the file itself")
     if kind in (stat.S_IFBLK, stat.S_IFSOCK):
         what = "a disk" if kind == stat.S_IFBLK else "a socket"
         raise ValueError(f"{key}={name}: {what}, which is not written to; name a file, or {STDOUT} for standard output")

@@ -74,7 +74,7 @@ def open_trusted(folder: int, name: str, digest: str) -> int | None:
     found = os.fstat(file)
     is_ours = stat.S_ISREG(found.st_mode) and found.st_uid in (os.geteuid(), 0) and found.st_nlink == 1
     if is_ours and not found.st_mode & OTHERS_WRITE:
-        with open(file, "rb", closefd=False) as opened:
+        with os.fdopen(file, "rb", closefd=False) as opened:
             if hashlib.file_digest(opened, "sha256").hexdigest().startswith(digest):
                 return file
     os.close(file)
@@ -86,7 +86,7 @@ def write_trusted(folder: int, name: str, content: bytes) -> None:
     temporary = f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
     file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=folder)
     try:
-        with open(file, "wb") as opened:
+        with os.fdopen(file, "wb") as opened:
             os.fchmod(file, 0o644)
             opened.write(content)
             opened.flush()

@@ -13,6 +13,7 @@ import torch
 
 from llmtrain.base.files import sweep_leftovers, write_atomically
 from llmtrain.base.outputs import check_output_directory, naming
+from llmtrain.base.ranks import refuse_several_processes
 from llmtrain.config import stored_config
 from llmtrain.config.assemble import Parts, assemble, check_space, first_state
 from llmtrain.config.overrides import overrides_of
@@ -36,6 +37,7 @@ class Run(RunConfig):
         Everything is checked, the data prepared and the model built before the directory is made.  Raises
         ValueError for mistakes of the user's, :class:`llmtrain.train.loop.TrainingFailed` and OSError for a failed run.
         """
+        refuse_several_processes()
         self.check_directory()
         with self.runtime.session() as device:
             self.runtime.seed_everything()
@@ -58,6 +60,7 @@ class Run(RunConfig):
         this step, and intact.  Nothing is written until all is checked.  Raises ValueError for changes that a resume
         cannot make.
         """
+        refuse_several_processes()
         stored = directory if isinstance(directory, StoredRun) else StoredRun(directory.path, step)
         run_directory, step = stored.directory, stored.step
         if run_directory.is_older(step):
@@ -84,6 +87,7 @@ class Run(RunConfig):
         The parent, which may be running, is only read.  The child has the parent's checkpoint and its metrics and
         samples up to it.  Raises as :meth:`train` and :meth:`resume` do.
         """
+        refuse_several_processes()
         stored = parent if isinstance(parent, StoredRun) else StoredRun(parent.path, step)
         self.check_directory()
         with self.runtime.session() as device:

@@ -28,6 +28,9 @@ from llmtrain.report.table import sweep_table
 from llmtrain.run.directory import RunDirectory, slug
 from llmtrain.run.run import Run
 
+# Signals that stop a sweep: its job saves and exits 75.
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -78,7 +81,7 @@ def run_sweep(jobs: Sequence[Job], sweep_dir: Path | None, overrides: Sequence[s
             statuses.append(FINISHED)
             continue
         statuses.append(run_process(job, directory))
-        if statuses[-1] in (INTERRUPTED, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+        if statuses[-1] == INTERRUPTED or statuses[-1] - 128 in FORWARDED:
             console.print(Text("stopped; the same command continues from here"))
             return INTERRUPTED
         if statuses[-1]:
@@ -118,7 +121,8 @@ def run_process(job: Job, directory: RunDirectory) -> int:
     def forward(number: int, _: Any) -> None:
         process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    forwarded = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in forwarded}
     try:
         status = process.wait()
     finally:

@@ -39,7 +39,7 @@ def is_trusted(folder: Path, name: str = "a.so") -> bool:
 def test_a_file_of_this_user_is_trusted(folder: Path) -> None:
     assert is_trusted(folder)
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert os.listdir(folder) == ["a.so"]
+    assert [path.name for path in folder.iterdir()] == ["a.so"]
 
 
 def test_a_folder_that_others_may_write_to_is_closed_to_them(folder: Path) -> None:

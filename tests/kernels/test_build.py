@@ -91,7 +91,7 @@ def test_a_torn_or_exchanged_library_is_compiled_again(
 ) -> None:
     """Loading a torn one would end the process with SIGBUS; so this is tried in another process."""
     code = (
-        "import ctypes, sys\nctypes.CDLL('libgomp.so.1', ctypes.RTLD_GLOBAL)  # instead of torch, which is slow to import\n"
+        "import ctypes, sys\nctypes.CDLL('libgomp.so.1', ctypes.RTLD_GLOBAL)\n"  # torch's, which is slow to import
         "from pathlib import Path\nfrom llmtrain.kernels.build import load\n"
         "print(load(Path(sys.argv[1]), ['-DFACTOR=1']).threads_of(1))"
     )
@@ -116,4 +116,4 @@ def test_without_a_usable_cache_a_kernel_is_compiled_for_the_process(
         (tmp_path / "cache" / "native").symlink_to(tmp_path / "elsewhere")
     assert load(source, ["-DFACTOR=3"]).threads_of(1) == 3
     assert "native: a link or a file" in caplog.text
-    assert not os.listdir(tmp_path / "elsewhere")
+    assert not list((tmp_path / "elsewhere").iterdir())
