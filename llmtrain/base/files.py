@@ -1,4 +1,7 @@
-"""Atomic files, which are complete or absent (written aside, synced, renamed), and logs that survive a full disk."""
+"""Atomic files, which are complete or absent (written aside, synced, renamed), and logs that survive a full disk.
+
+Not every file system syncs directories or renames over what is there; what it cannot do is left out or done otherwise.
+"""
 
 import contextlib
 import errno
@@ -7,9 +10,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 REPLACED = ".tmp-replaced-"  # prefix of a directory while a new one takes its place
+
+
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF)  # of a call on a file system
+NO_REPLACING = (errno.EEXIST, errno.ENOTEMPTY, errno.EPERM, errno.EACCES)  # of a renaming over a file
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -19,20 +26,45 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[IO[str]]:
-    """Open a text file that replaces ``path`` once it is complete; after an error ``path`` stays as it was."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+def written_whole(path: Path, *, binary: bool = False, mode: int | None = None) -> Iterator[IO[Any]]:
+    """Open a file that replaces ``path`` once it is complete; after an error ``path`` stays as it was.
+
+    A link at ``path`` is replaced, and none is followed.  ``mode``: the permissions; None: as usual.
+    """
+    temporary = path.with_name(f".tmp-{path.name[:40]}-{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
+        temporary.unlink(missing_ok=True)  # of a killed process, or a link that somebody put there
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with open_descriptor(descriptor, binary=binary) as file:
+            if mode is not None:
+                os.fchmod(descriptor, mode)
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+            sync(descriptor)
+        replace(temporary, path)
         fsync(path.parent)
     except OSError as error:
         raise type(error)(error.errno, error.strerror, str(path)) from error  # the error of a write names no file
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def open_descriptor(descriptor: int, *, binary: bool) -> IO[Any]:
+    """Open a descriptor for writing bytes, or text as UTF-8 with newlines as they are."""
+    return open(descriptor, "wb") if binary else open(descriptor, "w", encoding="utf-8", newline="")
+
+
+def replace(new: Path, path: Path) -> None:
+    """Rename a file to ``path``, in place of a file or link of that name.
+
+    A file system that does not rename over a file has the old one renamed first, as :func:`replace_directory` does.
+    """
+    try:
+        new.replace(path)
+    except OSError as error:
+        if error.errno not in NO_REPLACING or path.is_dir() or not os.path.lexists(path):
+            raise
+        _replace_in_two(new, path)
 
 
 class AppendedFile:
@@ -105,18 +137,35 @@ def replace_directory(new: Path, path: Path) -> None:
     An older directory of that name is renamed first.  It is restored if the second renaming fails, or, after a kill
     between the two, by :func:`sweep_leftovers`.
     """
-    old = path.with_name(f"{REPLACED}{path.name}")
     if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
+        _replace_in_two(new, path)
+    else:
+        new.rename(path)
+    fsync(path.parent)
+    _remove(path.with_name(f"{REPLACED}{path.name}"))
+
+
+def _replace_in_two(new: Path, path: Path) -> None:
+    """Rename ``path`` aside, then ``new`` to it; remove the old one."""
+    old = path.with_name(f"{REPLACED}{path.name}")
+    _remove(old)
+    path.rename(old)
     try:
         new.rename(path)
     except OSError:
-        if old.exists():
-            old.rename(path)
+        old.rename(path)
         raise
     fsync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a directory; one that cannot be removed stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def sweep_leftovers(directory: Path) -> None:
@@ -125,10 +174,7 @@ def sweep_leftovers(directory: Path) -> None:
         with contextlib.suppress(OSError):  # the new one is in place: remove the old one below
             replaced.rename(replaced.with_name(replaced.name.removeprefix(REPLACED)))
     for leftover in directory.glob(".tmp-*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+        _remove(leftover)
 
 
 def sha256(path: Path) -> str:
@@ -137,9 +183,23 @@ def sha256(path: Path) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Force a file or directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Force a file or directory to the disk, where its file system can."""
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError:
+        if path.is_dir():  # one that may be written to and not be listed
+            return
+        raise
+    try:
+        sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync(descriptor: int) -> None:
+    """Force an open file or directory to the disk; a file system that cannot do it (EINVAL) keeps to its own time."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise

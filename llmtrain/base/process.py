@@ -89,7 +89,6 @@ def prepare_process(allocator: Allocator = Allocator.tuned) -> None:
     # 1,500 parallel loops of a step, a fifth of its time.  1.5 ms avoids both.
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))  # kept between runs
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would write into the display
     if allocator is Allocator.tuned and is_glibc():
         mallopt = ctypes.CDLL(None).mallopt  # parameters: malloc.h

@@ -59,6 +59,7 @@ class CommandLine:
     overrides: list[str]
     words: list[str]  # all of it as typed, for the record
     helps: bool  # --help was given
+    only_shows: bool  # nothing is done under a flag such as --help or --cfg
     multirun: bool
     step: int | None = None  # resume: of the checkpoint that is named
     sweep_dir: Path | None = None
@@ -87,7 +88,16 @@ def parse(arguments: Sequence[str]) -> CommandLine:
     sweep_dir, overrides = take(overrides, "hydra.sweep.dir=")
     words = ["llmtrain", *arguments]
     return CommandLine(
-        verb, flags, targets, overrides, words, helps, multirun and not helps and verb == "train", step, sweep_dir
+        verb,
+        flags,
+        targets,
+        overrides,
+        words,
+        helps,
+        only_shows,
+        multirun and not helps and verb == "train",
+        step,
+        sweep_dir,
     )
 
 

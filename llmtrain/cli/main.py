@@ -3,7 +3,6 @@
 Imports wait until they are needed: ``--help`` imports no Hydra, ``--cfg job`` no torch.
 """
 
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from llmtrain import __version__
 from llmtrain.base.format import visible
 from llmtrain.base.invocation import FAILED, FINISHED
+from llmtrain.base.streams import escape_unknown_characters, flush_standard_output, silence
 from llmtrain.cli.arguments import VERBS, parse
 from llmtrain.cli.completion import complete
 from llmtrain.cli.dispatch import dispatch
@@ -23,23 +23,26 @@ STOPPED = 130  # as a shell reports SIGINT
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status: 0, 1 failed, 2 usage, 75 stopped by a signal after saving."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    escape_unknown_characters()
     if any(argument in ("-sc", "--shell_completion", "--shell-completion") for argument in arguments):
         return complete(arguments)
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
-            print(overview())
+            print(overview(), flush=True)
             return FINISHED
         if arguments[0] in ("-V", "--version"):
-            print(f"llmtrain {__version__}")
+            print(f"llmtrain {__version__}", flush=True)
             return FINISHED
-        return dispatch(parse(arguments))
+        status = dispatch(parse(arguments))
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
-        print("llmtrain: stopped", file=sys.stderr)
+        complain("llmtrain: stopped")
         return STOPPED
-    except BrokenPipeError:  # the reader of our output has ended, as in: llmtrain train --cfg job | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
     except Exception as error:
+        # The reader of our output may have ended, as in: llmtrain train --cfg job | head
+        if not flush_standard_output() and isinstance(error, BrokenPipeError):
+            return FAILED
         return report_error(error, arguments)
 
 
@@ -58,4 +61,7 @@ def report_error(error: Exception, arguments: Sequence[str]) -> int:
 
 def complain(text: str) -> None:
     """Print to stderr; control characters, as in a file name from elsewhere, are shown instead of obeyed."""
-    print(visible(text), file=sys.stderr)
+    try:
+        print(visible(text), file=sys.stderr, flush=True)
+    except OSError:  # nobody reads it: the terminal is gone
+        silence(2)

@@ -114,9 +114,10 @@ def obey(line: str, conversation: Conversation, console: Console) -> bool:
                 console.print(Text("nothing was said yet, nothing is saved", style="yellow"))
                 return True
             try:
-                conversation.save(Path(argument).expanduser())
-            except OSError as error:
-                console.print(Text(f"{argument}: {error.strerror}; nothing was saved", style="yellow"))
+                conversation.save(str(Path(argument).expanduser()))
+            except (OSError, ValueError) as error:
+                reason = f"{argument}: {error.strerror}" if isinstance(error, OSError) else str(error)
+                console.print(Text(visible(f"{reason}; nothing was saved"), style="yellow"))
             else:
                 console.print(
                     Text(f"{len(conversation.messages)} messages appended to {visible(argument)}", style="dim")

@@ -16,6 +16,7 @@ import torch
 from llmtrain.base.checks import positive
 from llmtrain.base.format import significant, size
 from llmtrain.base.invocation import FAILED, FINISHED, Invocation
+from llmtrain.base.outputs import check_output_directory, naming
 from llmtrain.base.runtime import Device, Runtime
 from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.config.assemble import build_unit
@@ -88,6 +89,7 @@ class Export:
             raise ValueError(f"to={self.to}: something that is not a directory has this name; name a new directory")
         if path.is_dir() and any(path.iterdir()):
             raise ValueError(f"to={self.to}: not empty, and nothing is overwritten; name a new directory")
+        check_output_directory("to", self.to)
         if self.format is Format.peft and self.dtype is not None:
             raise ValueError(f"dtype={self.dtype.name}: adapters are written as they were trained; leave it out")
 
@@ -101,13 +103,15 @@ def main(settings: Export, invocation: Invocation) -> int:
     loaded = load_model(checkpoint, Runtime.for_inference(Device.cpu), base=settings.base, plugins=settings.plugins)
     try:
         with loaded as trained:
-            to.parent.mkdir(parents=True, exist_ok=True)
-            temporary.mkdir()
+            with naming("to", settings.to):
+                to.parent.mkdir(parents=True, exist_ok=True)
+                temporary.mkdir()
             write = write_model if settings.format is Format.huggingface else write_adapters
             write(settings, trained, temporary)
-        if to.is_dir():
-            to.rmdir()  # an empty one
-        temporary.rename(to)
+        with naming("to", settings.to):
+            if to.is_dir():
+                to.rmdir()  # an empty one
+            temporary.rename(to)
     except ExportMismatch as error:
         print(f"{to}: not written: {error}", file=sys.stderr)
         return FAILED

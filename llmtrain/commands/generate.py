@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtrain.base.files import written_whole
 from llmtrain.base.format import visible
 from llmtrain.base.invocation import Invocation
+from llmtrain.base.outputs import check_output, is_stdout, is_stream, open_output
 from llmtrain.data.chat.encoder import ConversationEncoder
 from llmtrain.data.chat.template import ChatTemplate, Message
 from llmtrain.data.sources.documents import read_text
@@ -41,10 +41,9 @@ class Generate(GenerationSettings):
             path = Path(self.output)
             if self.file is None:
                 raise ValueError(f"output={self.output}: is for file=…; the text of one prompt is printed")
-            if path.suffix != ".jsonl":
+            if path.suffix != ".jsonl" and not is_stream(self.output):
                 raise ValueError(f"output={self.output}: a row for each text is written; name it {path.stem}.jsonl")
-            if not path.absolute().parent.is_dir():
-                raise ValueError(f"output={self.output}: there is no directory {path.absolute().parent}")
+            check_output("output", self.output)
 
 
 def main(settings: Generate, invocation: Invocation) -> int:
@@ -128,10 +127,10 @@ def read_prompts(file: str, column: str) -> Iterator[tuple[str, dict[str, Any]]]
 @contextmanager
 def rows_to(output: str | None) -> Iterator[Any]:
     """A function that writes a row; a file gets its name once it is complete."""
-    if output is None:
+    if output is None or is_stdout(output):
         yield lambda row: write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
         return
-    with written_whole(Path(output)) as file:
+    with open_output("output", output) as file:
         yield lambda row: file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 

@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtrain.base.checks import non_negative, positive
-from llmtrain.base.files import write_atomically
 from llmtrain.base.format import count, duration, rate, significant, size
 from llmtrain.base.gpus import GPUS
 from llmtrain.base.invocation import FINISHED, USAGE_ERROR, Invocation
+from llmtrain.base.outputs import check_output, is_stdout, open_output
 from llmtrain.config.overrides import overrides_of
 from llmtrain.display import lines
 from llmtrain.lint import Case, lint
@@ -49,8 +49,8 @@ class Plan(Run):
         if self.device not in (None, LIST):
             find_device(self.device)
         for key, path in (("chart", self.chart), ("json", self.json)):
-            if path is not None and not Path(path).absolute().parent.is_dir():
-                raise ValueError(f"{key}={path}: there is no folder {Path(path).absolute().parent}")
+            if path is not None:
+                check_output(key, path)
             if path is not None and self.device == LIST:
                 raise ValueError(f"{key}={path}: device=list plans no run; leave one of them out")
         if self.chart is not None and not self.chart.endswith(".png"):
@@ -70,7 +70,7 @@ def main(plan: Plan, invocation: Invocation) -> int:
     run = plan.run
     planned = PlannedRun.of(run)
     options = ForecastOptions(plan.probe, plan.device, plan.price_per_hour, plan.watts)
-    console = Console(highlight=False)
+    console = Console(highlight=False, stderr=is_stdout(plan.json))  # standard output is then for the figures alone
     console.print(parameters(planned.unit))
     console.print()
     console.print(work(planned))
@@ -82,7 +82,8 @@ def main(plan: Plan, invocation: Invocation) -> int:
         parts = forecast.memory.parts if forecast.memory else {}
         draw(Path(plan.chart), run.name, parts, forecast.spec.memory_bytes, forecast.costs.seconds)
     if plan.json is not None:
-        write_atomically(Path(plan.json), json.dumps(figures(planned, forecast), indent=1) + "\n")
+        with open_output("json", plan.json) as file:
+            file.write(json.dumps(figures(planned, forecast), indent=1) + "\n")
     overrides = overrides_of(invocation.command)
     findings = lint(Case(run, planned.tokenizer, planned.corpus, planned.unit, planned.max_steps, overrides=overrides))
     if findings:

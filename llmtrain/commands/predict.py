@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtrain.base.checks import positive
-from llmtrain.base.files import written_whole
 from llmtrain.base.format import percent, visible
 from llmtrain.base.invocation import FINISHED, Invocation
+from llmtrain.base.outputs import check_output, is_stdout, is_stream, open_output
 from llmtrain.data import padded
 from llmtrain.data.labelled import LabelledText
 from llmtrain.data.sources.records import Record, RecordReader, find_records
@@ -54,10 +54,9 @@ class Predict(InferenceSettings):
             if self.file is None:
                 raise ValueError(f"output={self.output}: is for file=…; the classes of one text are printed")
             path = Path(self.output)
-            if path.suffix not in FORMATS:
+            if path.suffix not in FORMATS and not is_stream(self.output):
                 raise ValueError(f"output={self.output}: the name has to end in {' or '.join(FORMATS)}")
-            if not path.absolute().parent.is_dir():
-                raise ValueError(f"output={self.output}: there is no directory {path.absolute().parent}")
+            check_output("output", self.output)
 
 
 def main(settings: Predict, invocation: Invocation) -> int:
@@ -174,12 +173,11 @@ def true_labels(predictor: Predictor, record: Record) -> list[str] | None:
 @contextmanager
 def writer(output: str | None, labels: Sequence[str]) -> Iterator[Any]:
     """A function that writes a row; a file gets its name once it is complete."""
-    if output is None:
+    if output is None or is_stdout(output):
         yield _jsonl(sys.stdout)
         return
-    path = Path(output)
-    with written_whole(path) as file:
-        yield _jsonl(file) if path.suffix == ".jsonl" else _csv(file, labels)
+    with open_output("output", output) as file:
+        yield _csv(file, labels) if Path(output).suffix == ".csv" else _jsonl(file)
 
 
 def _jsonl(file: IO[str]) -> Any:

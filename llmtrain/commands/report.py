@@ -9,6 +9,7 @@ from rich.text import Text
 
 from llmtrain.base.format import visible
 from llmtrain.base.invocation import Invocation
+from llmtrain.base.outputs import check_output
 from llmtrain.report.curves import draw_comparison, draw_run
 from llmtrain.report.runs import find_runs, summarise
 from llmtrain.report.table import Comparison, confusion_table
@@ -30,8 +31,7 @@ class Report:
             path = Path(self.output)
             if path.suffix.lower() != ".png":
                 raise ValueError(f"output={self.output}: the picture is a PNG file; name it {path.name}.png")
-            if not path.parent.is_dir():
-                raise ValueError(f"output={self.output}: there is no directory {path.parent}")
+            check_output("output", self.output)
             return path
         return (targets[0] if len(targets) == 1 else runs[0].parent) / "report.png"
 
@@ -52,6 +52,6 @@ def main(report: Report, invocation: Invocation) -> int:
     if report.plot and begun:
         written = [draw_run(run) for run in begun]
         if len(begun) > 1:  # of several runs only the comparison is named; each has its loss.png
-            written = [draw_comparison(begun, path)]
+            written = [draw_comparison(begun, path, key=None if report.output is None else "output")]
         console.print(Text("\ncurves: " + ", ".join(visible(str(picture)) for picture in written)), soft_wrap=True)
     return 0

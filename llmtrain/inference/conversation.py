@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from llmtrain.base.files import write_atomically
+from llmtrain.base.outputs import check_output, is_stream, open_output
 from llmtrain.data.chat.encoder import ConversationEncoder
 from llmtrain.data.chat.template import ChatTemplate, Message
 from llmtrain.inference.generate import Sampling, generate, stream_text
@@ -68,8 +68,15 @@ class Conversation:
         """Drop all messages except the system message."""
         self.messages = [message for message in self.messages if message.role == "system"]
 
-    def save(self, path: Path) -> None:
-        """Append the conversation to the JSONL file ``path``, as ``data=instruction`` reads it."""
+    def save(self, name: str) -> None:
+        """Append the conversation to the JSONL file ``name``, as ``data=instruction`` reads it.
+
+        Raises ValueError or OSError if it cannot be written there.
+        """
+        check_output("/save", name)
         row = {"messages": [{"role": message.role, "content": message.text} for message in self.messages]}
-        before = path.read_text(encoding="utf-8") if path.exists() else ""
-        write_atomically(path, before + json.dumps(row, ensure_ascii=False) + "\n")
+        path = Path(name)
+        before = path.read_text(encoding="utf-8") if not is_stream(name) and path.exists() else ""
+        end = "\n" if before and not before.endswith("\n") else ""
+        with open_output("/save", name) as file:
+            file.write(before + end + json.dumps(row, ensure_ascii=False) + "\n")

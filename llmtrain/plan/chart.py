@@ -46,4 +46,4 @@ def draw(
         room = "" if available is None else f" of {size(available)} available"
         bars(above, memory, f"{title}: memory at its peak, {size(sum(memory.values()))}{room}", size)
         bars(below, seconds, f"time, {duration(sum(seconds.values()))}", duration)
-        write_png(figure, path)
+        write_png(figure, path, key="chart")

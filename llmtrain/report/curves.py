@@ -127,7 +127,7 @@ def _draw_confusion(axes: Axes, summary: RunSummary) -> None:
     axes.set_title(f"best accuracy {format.percent(summary.accuracy or 0.0)}{at}", loc="left", weight="bold")
 
 
-def draw_comparison(runs: Sequence[Path], path: Path) -> Path:
+def draw_comparison(runs: Sequence[Path], path: Path, *, key: str | None = None) -> Path:
     """Write to ``path`` the validation and training curves of several runs, a colour each, the best first.
 
     A branch shares the rows of its parent up to the step where it begins, which a diamond marks.
@@ -165,7 +165,7 @@ def draw_comparison(runs: Sequence[Path], path: Path) -> Path:
             text.set_parse_math(False)
         if len(labels) > MAX_LABELS:
             legend.set_title(f"the best {MAX_LABELS} of {len(labels)} runs")
-        write_png(figure, path)
+        write_png(figure, path, key=key)
     return path
 
 

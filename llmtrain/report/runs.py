@@ -1,6 +1,5 @@
 """Run directories and the summaries of runs, from files alone."""
 
-import fcntl
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from llmtrain.base.locks import lock
 from llmtrain.base.options import option_of_target
 from llmtrain.base.run_files import CONFIG, ENVIRONMENT, LOCK, MANIFEST, METRICS, SUMMARY
 from llmtrain.config.stored_config import flatten
@@ -154,7 +154,7 @@ def is_locked(run_dir: Path) -> bool:
     """Return whether a process works in the run, holding its lock."""
     try:
         with (run_dir / LOCK).open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released as the file closes
+            lock(file.fileno(), wait=False, shared=True)  # released as the file closes
     except FileNotFoundError:
         return False
     except BlockingIOError:

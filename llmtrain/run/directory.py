@@ -1,17 +1,18 @@
 """The directory of one run: made once, locked while a process works in it."""
 
 import datetime
-import fcntl
 import json
+import logging
 import os
 import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llmtrain.base.files import write_atomically
+from llmtrain.base.locks import lock
 from llmtrain.base.run_files import (
     CHECKPOINTS,
     CONFIG,
@@ -25,6 +26,7 @@ from llmtrain.base.run_files import (
 )
 from llmtrain.checkpoint.directory import find_checkpoints, newest_run_in, step_of
 
+log = logging.getLogger(__name__)
 ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"  # without characters that are easily confused
 
 
@@ -61,7 +63,8 @@ class RunDirectory:
             path.mkdir(parents=True)
         except FileExistsError:
             raise ValueError(
-                f"run_dir={path}: exists already; name another, or continue the run: llmtrain resume {path}"
+                f"run_dir={path}: exists already; name another"
+                + (f", or continue the run: llmtrain resume {path}" if path.is_dir() else "")
             ) from None
         return cls(path)
 
@@ -133,17 +136,34 @@ class RunDirectory:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # a copied run may hold a link to any file
         with os.fdopen(os.open(self.path / LOCK, flags, 0o666), "a+") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_locked = lock(file.fileno(), wait=False)
             except BlockingIOError:
                 file.seek(0)
                 raise ValueError(
                     f"{self.path}: another process (pid {file.read().strip() or 'unknown'}) is working in this run; "
                     "wait for it or stop it first"
                 ) from None
+            if not is_locked:
+                self._check_alone(file)
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
-            yield
+            try:
+                yield
+            finally:
+                if not is_locked:
+                    file.truncate(0)
+
+    def _check_alone(self, file: IO[str]) -> None:
+        """Where there are no locks: raise ValueError if the process whose number the file holds is still there."""
+        file.seek(0)
+        holder = file.read().strip()
+        if holder.isdecimal() and int(holder) != os.getpid() and Path(f"/proc/{holder}").exists():
+            raise ValueError(
+                f"{self.path}: another process (pid {holder}) seems to work in this run, and this file system has no "
+                f"locks to be sure by; wait for it or stop it first, or, if it is something else, remove {file.name}"
+            )
+        log.warning("%s: this file system has no locks; make sure that no other process works in this run", self.path)
 
 
 def slug(text: str) -> str:

@@ -4,6 +4,7 @@ run = Run.compose("model=tiny", "tokenizer=byte", "loop.max_steps=10")
 result = run.train()
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import torch
 
 from llmtrain.base.files import sweep_leftovers, write_atomically
+from llmtrain.base.outputs import check_output_directory, naming
+from llmtrain.base.ranks import refuse_several_processes
 from llmtrain.config import stored_config
 from llmtrain.config.assemble import Parts, assemble, check_space, first_state
 from llmtrain.config.overrides import overrides_of
@@ -34,6 +37,8 @@ class Run(RunConfig):
         Everything is checked, the data prepared and the model built before the directory is made.  Raises
         ValueError for mistakes of the user's, :class:`llmtrain.train.loop.TrainingFailed` and OSError for a failed run.
         """
+        refuse_several_processes()
+        self.check_directory()
         with self.runtime.session() as device:
             self.runtime.seed_everything()
             parts = assemble(self, device)
@@ -55,6 +60,7 @@ class Run(RunConfig):
         this step, and intact.  Nothing is written until all is checked.  Raises ValueError for changes that a resume
         cannot make.
         """
+        refuse_several_processes()
         stored = directory if isinstance(directory, StoredRun) else StoredRun(directory.path, step)
         run_directory, step = stored.directory, stored.step
         if run_directory.is_older(step):
@@ -81,7 +87,9 @@ class Run(RunConfig):
         The parent, which may be running, is only read.  The child has the parent's checkpoint and its metrics and
         samples up to it.  Raises as :meth:`train` and :meth:`resume` do.
         """
+        refuse_several_processes()
         stored = parent if isinstance(parent, StoredRun) else StoredRun(parent.path, step)
+        self.check_directory()
         with self.runtime.session() as device:
             plan, parts, state = self.restore(plan_resume(self, stored, branching=True), device, command)
             check_space(self, parts)
@@ -110,8 +118,19 @@ class Run(RunConfig):
     def create_directory(self) -> RunDirectory:
         """Make the new run's directory."""
         if self.run_dir is not None:
-            return RunDirectory.create_at(Path(self.run_dir))
-        return RunDirectory.create(Path(self.output_dir), self.name)
+            with naming("run_dir", self.run_dir):
+                return RunDirectory.create_at(Path(self.run_dir))
+        with naming("output_dir", self.output_dir):
+            return RunDirectory.create(Path(self.output_dir), self.name)
+
+    def check_directory(self) -> None:
+        """Raise ValueError if the new run's directory cannot be made: before the work that comes first."""
+        if self.run_dir is None:
+            check_output_directory("output_dir", self.output_dir)
+        elif os.path.lexists(self.run_dir):
+            RunDirectory.create_at(Path(self.run_dir))  # refuses it
+        else:
+            check_output_directory("run_dir", self.run_dir)
 
     def describe(self, directory: RunDirectory, device: torch.device, command: Sequence[str]) -> None:
         """Write ``environment.json`` and ``config.yaml`` of a new run."""

@@ -21,11 +21,15 @@ from rich.text import Text
 from llmtrain.base.files import write_atomically
 from llmtrain.base.format import visible
 from llmtrain.base.invocation import FAILED, FINISHED, INTERRUPTED
+from llmtrain.base.outputs import check_output_directory
 from llmtrain.config import stored_config
 from llmtrain.config.stored_config import NOT_RUN_KEYS
 from llmtrain.report.table import sweep_table
 from llmtrain.run.directory import RunDirectory, slug
 from llmtrain.run.run import Run
+
+# Signals that stop a sweep: its job saves and exits 75.
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ def run_sweep(jobs: Sequence[Job], sweep_dir: Path | None, overrides: Sequence[s
     """
     first = jobs[0].run
     sweep = sweep_dir or Path(first.output_dir) / "sweeps" / f"{slug(first.name)}-{short_hash(*sorted(overrides))}"
+    check_output_directory("output_dir" if sweep_dir is None else "hydra.sweep.dir", str(sweep))
     console = Console(highlight=False)
     wide = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)  # no columns lost in a pipe
     statuses = []
@@ -76,7 +81,7 @@ def run_sweep(jobs: Sequence[Job], sweep_dir: Path | None, overrides: Sequence[s
             statuses.append(FINISHED)
             continue
         statuses.append(run_process(job, directory))
-        if statuses[-1] in (INTERRUPTED, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+        if statuses[-1] == INTERRUPTED or statuses[-1] - 128 in FORWARDED:
             console.print(Text("stopped; the same command continues from here"))
             return INTERRUPTED
         if statuses[-1]:
@@ -116,7 +121,8 @@ def run_process(job: Job, directory: RunDirectory) -> int:
     def forward(number: int, _: Any) -> None:
         process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    forwarded = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in forwarded}
     try:
         status = process.wait()
     finally:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from llmtrain.base.format import duration
+from llmtrain.base.trusted_files import prepare_compiler_cache
 from llmtrain.train.out_of_memory import is_out_of_memory
 from llmtrain.train.rehearsal import Rehearsal
 from llmtrain.train.state import TrainState
@@ -49,6 +50,7 @@ def compile_unit(
     if reason := why_not_compile(rehearsal.device):
         return {"event": "not_compiled", "step": state.step, "message": f"{reason}; training is slower without"}
     start = time.perf_counter()
+    prepare_compiler_cache()
     if settings.cuda_graphs:
         unit.compile_whole()
     else:

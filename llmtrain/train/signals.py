@@ -11,6 +11,7 @@ from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # sent by a scheduler ahead of its SIGTERM: SLURM's --signal=USR1@300
+HANGUP = signal.SIGHUP  # the terminal is gone: sent by its shell and again by the kernel, before or after a SIGTERM
 
 
 AGAIN = "exits at once and loses the steps since the last checkpoint"
@@ -24,7 +25,10 @@ def write_to_stderr(text: str) -> None:
 
 
 class StopRequest:
-    """A request to stop, set by the first signal; a second one ends the process, except a SIGTERM after a warning."""
+    """A request to stop, set by the first signal.
+
+    A second one ends the process, except a SIGTERM after a warning and a SIGHUP after anything.
+    """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
@@ -34,7 +38,9 @@ class StopRequest:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal: record it and say so, or end the process at the second one."""
-        announced = number in STOPPING and all(earlier in WARNINGS for earlier in self._received)
+        if number == HANGUP and self._received:
+            return
+        announced = number in STOPPING and all(earlier in (*WARNINGS, HANGUP) for earlier in self._received)
         if self._received and not announced:
             if sys.stdout.isatty():
                 os.write(sys.stdout.fileno(), b"\x1b[?25h\n")  # a live display hides the cursor
@@ -45,7 +51,8 @@ class StopRequest:
             self.notify(f"{name}: the run stops already, after {self.signal_name}; a further signal {AGAIN}")
             return
         self.signal_name = name
-        second = "SIGTERM or SIGINT may follow, any other signal" if number in WARNINGS else "a second signal"
+        is_announcing = number in (*WARNINGS, HANGUP)
+        second = "SIGTERM or SIGINT may follow, any other signal" if is_announcing else "a second signal"
         self.notify(f"{name}: the run stops and saves after this step or evaluation batch; {second} {AGAIN}")
 
     def notify(self, text: str) -> None:
@@ -63,16 +70,19 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Catch SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 during a run in the main thread.
+    """Catch SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 during a run in the main thread.
 
-    Other threads cannot catch signals.  A previous handler (of a cluster launcher, which requeues the job) is called
-    after the run has saved and stopped.
+    A SIGHUP that is ignored stays so: ``nohup`` started the program.  Other threads cannot catch signals.  A previous
+    handler (of a cluster launcher, which requeues the job) is called after the run has saved and stopped.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    request.previous = {number: signal.signal(number, request.handle) for number in (*STOPPING, *WARNINGS)}
+    caught = [*STOPPING, *WARNINGS]
+    if signal.getsignal(HANGUP) is not signal.SIG_IGN:
+        caught.append(HANGUP)
+    request.previous = {number: signal.signal(number, request.handle) for number in caught}
     try:
         yield request
     finally:

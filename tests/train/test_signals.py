@@ -9,7 +9,7 @@ import pytest
 from llmtrain.train.signals import stop_on_signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_the_first_signal_is_recorded_and_the_handlers_are_restored(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with stop_on_signals() as stop:
@@ -17,6 +17,16 @@ def test_the_first_signal_is_recorded_and_the_handlers_are_restored(number: sign
         signal.raise_signal(number)
         assert stop.signal_name == number.name
     assert signal.getsignal(number) == before
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.signal_name is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_an_earlier_handler_is_called_after_the_save() -> None:
@@ -82,6 +92,9 @@ with stop_on_signals() as stop:
         (("SIGUSR1", "SIGUSR1"), 138),
         (("SIGUSR1", "SIGTERM"), 0),  # the SIGTERM that the warning announced: the save goes on
         (("SIGUSR1", "SIGTERM", "SIGTERM"), 143),
+        (("SIGHUP", "SIGHUP", "SIGTERM", "SIGHUP"), 0),  # of a terminal that is closed, and of the session's end
+        (("SIGTERM", "SIGHUP"), 0),
+        (("SIGHUP", "SIGUSR1"), 138),
     ],
 )
 def test_a_second_signal_ends_at_once(names: tuple[str, ...], status: int) -> None:

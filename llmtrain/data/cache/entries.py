@@ -4,10 +4,10 @@ An entry is written into a temporary folder, synced and renamed.  A lock that di
 process wait for the first instead of doing the same work.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llmtrain.base.files import fsync
+from llmtrain.base.locks import lock
 from llmtrain.data.cache.token_reader import DataError
 
 T = TypeVar("T")
@@ -46,14 +47,14 @@ def find_or_make(
                 raise ValueError(f"{error}; remove {folder}, and the next start tokenises the text again") from error
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with _lock(folder):
+        with _lock(folder) as is_locked:
             if folder.exists():  # damaged, unless another process made it while this one waited
                 try:
                     return open_entry(folder, False)
                 except ValueError as error:
                     log.warning("data cache: %s; the text is tokenised again", error)
             _sweep(cache_dir)
-            _make(folder, fill, name)
+            _make(folder, _temporary(folder, is_shared=not is_locked), fill, name)
             return open_entry(folder, False)
     except OSError as error:
         raise ValueError(
@@ -61,9 +62,8 @@ def find_or_make(
         ) from error
 
 
-def _make(folder: Path, fill: Callable[[Path], None], name: str) -> None:
+def _make(folder: Path, temporary: Path, fill: Callable[[Path], None], name: str) -> None:
     log.info("tokenising %s into %s", name, folder)
-    temporary = _temporary(folder)
     shutil.rmtree(temporary, ignore_errors=True)  # left by a writer that died
     temporary.mkdir()
     try:
@@ -78,19 +78,21 @@ def _make(folder: Path, fill: Callable[[Path], None], name: str) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _temporary(folder: Path) -> Path:
-    return folder.with_name(TEMPORARY + folder.name)
+def _temporary(folder: Path, *, is_shared: bool) -> Path:
+    """The folder to write an entry into; where there are no locks (``is_shared``), one of this process's own."""
+    return folder.with_name(f"{TEMPORARY}{folder.name}" + (f"-{os.getpid()}" if is_shared else ""))
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def _lock(folder: Path) -> Iterator[bool]:
+    """Lock an entry; yields whether it is locked, which not every file system can do."""
     with folder.with_suffix(".lock").open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_locked = lock(file.fileno(), wait=False)
         except BlockingIOError:
             log.info("waiting for another process, which is writing %s", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            is_locked = lock(file.fileno())
+        yield is_locked
 
 
 def _sweep(cache_dir: Path) -> None:
@@ -99,7 +101,8 @@ def _sweep(cache_dir: Path) -> None:
         folder = temporary.with_name(temporary.name.removeprefix(TEMPORARY))
         with folder.with_suffix(".lock").open("a") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_free = lock(file.fileno(), wait=False)
             except BlockingIOError:
                 continue
-            shutil.rmtree(temporary, ignore_errors=True)
+            if is_free:
+                shutil.rmtree(temporary, ignore_errors=True)

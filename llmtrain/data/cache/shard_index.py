@@ -3,13 +3,14 @@
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Self
 
 import numpy as np
+
+from llmtrain.base.files import sync
 
 FORMAT = 1
 INDEX = "index.json"
@@ -103,7 +104,7 @@ class ShardIndex:
         """Write ``index.json`` into ``folder``, the last of its files."""
         with (folder / INDEX).open("w", encoding="utf-8") as file:
             json.dump(dataclasses.asdict(self), file, indent=1)
-            os.fsync(file.fileno())
+            sync(file.fileno())
 
 
 def _parse_dtype(name: str) -> str:
@@ -153,7 +154,7 @@ class ShardWriter:
     def _finish_shard(self) -> None:
         assert self._file is not None
         self._file.flush()
-        os.fsync(self._file.fileno())
+        sync(self._file.fileno())
         self._file.close()
         self.shards.append(Shard(self._path.name, self._tokens, self._digest.hexdigest()))
         self._file, self._digest, self._tokens = None, hashlib.sha256(), 0

@@ -1,6 +1,5 @@
 """Find files, and remember facts about them that are slow to compute."""
 
-import fcntl
 import glob
 import hashlib
 import json
@@ -12,6 +11,7 @@ from typing import TypeVar
 
 from llmtrain.base.checks import where
 from llmtrain.base.files import write_atomically
+from llmtrain.base.locks import lock
 
 log = logging.getLogger(__name__)
 Fact = TypeVar("Fact", str, int, list)  # a JSON value
@@ -120,8 +120,8 @@ def _digest(files: dict[str, list]) -> str:
 def _add_to_memo(memo: Path, learnt: dict[str, list]) -> None:
     try:
         memo.parent.mkdir(parents=True, exist_ok=True)
-        with memo.with_suffix(".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may have learnt something as well
+        with memo.with_suffix(".lock").open("a") as locked:
+            lock(locked.fileno())  # another process may have learnt something as well
             write_memo(memo, read_memo(memo) | learnt)
     except OSError as error:
         log.warning("%s: %s; it will be computed again next time", memo, error.strerror)

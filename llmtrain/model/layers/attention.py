@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from llmtrain.base.trusted_files import prepare_compiler_cache
 from llmtrain.kernels import cpu_attention
 from llmtrain.kernels.dropout import attend_with_dropout, is_drawn_here
 
@@ -201,6 +202,7 @@ cpu_attention.is_available._dynamo_marked_constant = True  # type: ignore[attr-d
 
 @cache
 def _compiled_flex() -> Any:
+    prepare_compiler_cache()
     return torch.compile(flex_attention)  # uncompiled, it makes the matrix of all scores
 
 
