@@ -9,9 +9,14 @@ from llmtrain.config.compose import compose
 from llmtrain.config.folders import conf_dir
 from llmtrain.config.stored_config import escape
 
+# Values of keys for runs that were started before there was such a key, where the default trains otherwise.
+MEANT: Mapping[str, Mapping[str, Any]] = {
+    "llmtrain.train.config.LoopConfig": {"whole_batches": True},
+}
+
 
 def complete(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Add to ``stored`` the keys that an older version did not have, with today's defaults.
+    """Add to ``stored`` the keys that an older version did not have: as :data:`MEANT` has them, else today's defaults.
 
     A group comes from ``conf/train.yaml``, a key of an option from the YAML of that option.  If several YAMLs name
     its class and do not agree (the sizes of a model), the key stays missing: :func:`build` reports it.
@@ -19,7 +24,7 @@ def complete(stored: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(stored)
     for group, node in stored.items():
         if isinstance(node, Mapping) and "_target_" in node:
-            values[group] = {**node, **_defaults_for(group, node, stored)}
+            values[group] = {**_defaults_for(group, node, stored), **MEANT.get(str(node["_target_"]), {}), **node}
     path = conf_dir() / "train.yaml"
     train: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False) if path.is_file() else {}
     groups = [group for entry in train.get("defaults", []) if isinstance(entry, dict) for group, name in entry.items()

@@ -30,6 +30,7 @@ class Batch:
     counts: Mapping[str, int]  # valid targets of each loss, counted before the batch goes to the device
     tokens: int  # inputs that are not padding
     lengths: Mapping[str, tuple[int, ...]]  # of tensors padded along their second dimension: tokens of each row
+    spans: tuple[int, ...] = ()  # of the whole step, as ``tokens``: see :attr:`llmtrain.data.Rows.spans`
 
     @property
     def sequences(self) -> int:

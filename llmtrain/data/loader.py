@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -154,7 +154,7 @@ class Loader(AbstractContextManager["Loader"]):
         )
         positions = np.arange(self._position, self._position + size)
         rows = self._sequences.gather(self._sequences.order(positions, self._seed, self._shuffle))
-        batch = self._collate(rows, positions, self._seed)
+        batch = replace(self._collate(rows, positions, self._seed), spans=rows.spans)
         self._position += size
         self._step += 1
         self._tokens += batch.tokens

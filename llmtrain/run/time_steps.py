@@ -65,7 +65,7 @@ def probe(run: Run, device: torch.device) -> ProbeResult:
 
 def _time(run: Run, parts: Parts, directory: RunDirectory, stack: contextlib.ExitStack) -> ProbeResult:
     state = first_state(run, parts)
-    parts = replace(parts, max_steps=max(parts.max_steps, WARM_UP + MOST))
+    parts = replace(parts, length=parts.length.at_least(WARM_UP + MOST))
     loop, events = stack.enter_context(quiet_loop(run, parts, directory, state))
     compile_seconds = next((event["seconds"] for event in events if event["event"] == "compiled"), None)
     seconds: list[float] = []

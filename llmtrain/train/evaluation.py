@@ -85,7 +85,7 @@ class Evaluator:
         parts = {"val_loss": (self.corpus.validation, self.config.eval_batches)}
         if self.config.eval_train_batches:
             parts["train_loss"] = (self.corpus.train, self.config.eval_train_batches)
-        row: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "epoch": self.log.epoch(state.tokens)}
+        row: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "epoch": self.log.epoch(state.position)}
         for name, (sequences, batches) in parts.items():
             result = self._evaluate_on(sequences, batches, micro_batch_size, stop)
             if result is None:
