@@ -12,6 +12,7 @@ from llmtrain.config.stored_config import escape
 # Values of keys for runs that were started before there was such a key, where the default trains otherwise.
 MEANT: Mapping[str, Mapping[str, Any]] = {
     "llmtrain.train.config.LoopConfig": {"whole_batches": True},
+    "llmtrain.objective.classification.Classification": {"weighted_mean": False},
 }
 
 

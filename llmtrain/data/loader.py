@@ -12,11 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmtrain.data.batch import Batch
+from llmtrain.data.batch import Batch, Collate
 from llmtrain.data.cache.token_reader import DataError
-from llmtrain.data.sequences import Rows, Sequences
-
-Collate = Callable[[Rows, np.ndarray, int], Batch]  # (sequences, their positions, seed) -> batch
+from llmtrain.data.sequences import Sequences
 
 log = logging.getLogger(__name__)
 PREFETCH = 2  # batches ready or in the making

@@ -117,7 +117,8 @@ def _evaluated(run: Run, parts: Parts) -> float:
     for _ in range(2):
         start = time.perf_counter()
         evaluate(
-            parts.unit, parts.corpus.validation, run.objective.collate, batch_size=size, max_sequences=size,
+            parts.unit, parts.corpus.validation, run.objective.collator(parts.corpus.class_weights), batch_size=size,
+            max_sequences=size,
             precision=parts.precision, device=parts.device,
         )  # fmt: skip
         best = min(best, time.perf_counter() - start)

@@ -108,7 +108,8 @@ class Evaluator:
 
         def with_size(size: int) -> EvalResult | None:
             return evaluate(
-                self.unit, sequences, self.objective.collate, batch_size=size, max_sequences=max_sequences,
+                self.unit, sequences, self.objective.collator(self.corpus.class_weights), batch_size=size,
+                max_sequences=max_sequences,
                 precision=self.precision, device=self.log.device, seed=self.seed, stop=lambda: stop() is not None,
             )  # fmt: skip
 
