@@ -5,24 +5,23 @@ micro-batches gives the same gradient.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
 
 from llmtrain.base.options import Option, RunFacts
 
 
-class Stretch(NamedTuple):
-    """Consecutive optimizer steps with one batch size."""
+class Change(NamedTuple):
+    """The next point at which a batch size may be another, in steps or in tokens; None: not by these."""
 
-    steps: int
-    batch_size: int  # sequences
+    step: int | None = None  # 0-based, of the first step that may have another size
+    tokens: int | None = None  # trained on before it
 
 
 class Accumulation(Option, ABC):
     """Contract of ``accumulation=...``.
 
     An option gives :meth:`batch_size_at`.  One whose batch size seldom or never changes also overrides
-    :meth:`stretches`, from which all sums over steps are made, so that these take no time per step.
+    :meth:`next_change`, so that counting the steps of a run takes no time per step.
     """
 
     micro_batch_size: int  # sequences in a forward pass
@@ -36,33 +35,9 @@ class Accumulation(Option, ABC):
         A pure function: the loader calls it ahead of time.
         """
 
-    def stretches(self, steps: int, sequence_length: int) -> Iterator[Stretch]:
-        """The batch sizes of the first ``steps`` steps of a run, in order."""
-        position = 0
-        for step in range(steps):
-            batch_size = self.batch_size_at(step, position * sequence_length)
-            position += batch_size
-            yield Stretch(1, batch_size)
-
-    def position_after(self, steps: int, sequence_length: int) -> int:
-        """Sequences of the first ``steps`` steps: the position in the data order after them."""
-        return sum(stretch.steps * stretch.batch_size for stretch in self.stretches(steps, sequence_length))
-
-    def largest_batch(self, steps: int, sequence_length: int) -> int:
-        """Sequences of the largest of the first ``steps`` steps."""
-        return max(stretch.batch_size for stretch in self.stretches(steps, sequence_length))
-
-    def steps_to(self, position: int, sequence_length: int, *, at_most: int | None = None) -> int:
-        """Steps until ``position`` sequences or more are done, or ``at_most`` if these are fewer."""
-        steps, left = 0, position
-        limit = position if at_most is None else min(position, at_most)  # a step takes at least one sequence
-        for stretch in self.stretches(limit, sequence_length):
-            needed = -(-left // stretch.batch_size)
-            if needed <= stretch.steps:
-                return steps + needed
-            steps += stretch.steps
-            left -= stretch.steps * stretch.batch_size
-        return steps
+    def next_change(self, step: int, tokens: int) -> Change:
+        """The point up to which the batch size stays that of ``step`` and ``tokens``."""
+        return Change(step=step + 1)
 
     def unread(self, run: RunFacts) -> dict[str, str]:
         if self.micro_batch_size <= run.largest_batch:

@@ -1,10 +1,9 @@
 """The largest micro-batch that fits."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llmtrain.accumulation import Accumulation, Stretch
+from llmtrain.accumulation import Accumulation, Change
 from llmtrain.base.checks import positive
 
 
@@ -30,5 +29,5 @@ class AutoBatch(Accumulation):
     def batch_size_at(self, step: int, tokens: int) -> int:
         return self.batch_size
 
-    def stretches(self, steps: int, sequence_length: int) -> Iterator[Stretch]:
-        yield Stretch(steps, self.batch_size)
+    def next_change(self, step: int, tokens: int) -> Change:
+        return Change()

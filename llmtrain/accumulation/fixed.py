@@ -1,9 +1,8 @@
 """The same batch size at every step."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llmtrain.accumulation import Accumulation, Stretch
+from llmtrain.accumulation import Accumulation, Change
 from llmtrain.base.checks import positive
 
 
@@ -20,5 +19,5 @@ class FixedBatch(Accumulation):
     def batch_size_at(self, step: int, tokens: int) -> int:
         return self.batch_size
 
-    def stretches(self, steps: int, sequence_length: int) -> Iterator[Stretch]:
-        yield Stretch(steps, self.batch_size)
+    def next_change(self, step: int, tokens: int) -> Change:
+        return Change()

@@ -1,13 +1,12 @@
 """A batch size that grows (McCandlish et al. 2018, https://arxiv.org/abs/1812.06162; GPT-3, section 2.3)."""
 
 from bisect import bisect_right
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
 from typing import ClassVar
 
-from llmtrain.accumulation import Accumulation, Stretch
+from llmtrain.accumulation import Accumulation, Change
 from llmtrain.base.checks import positive
 from llmtrain.base.options import RunFacts
 
@@ -45,26 +44,22 @@ class RampedBatch(Accumulation):
             raise ValueError(f"stages: start={starts}: the starts must begin at 0 and increase")
 
     def batch_size_at(self, step: int, tokens: int) -> int:
-        done = step if self.unit is Unit.steps else tokens
-        return self.stages[bisect_right(self.stages, done, key=lambda stage: stage.start) - 1].batch_size
+        return self.stages[self._stage(step, tokens)].batch_size
 
-    def stretches(self, steps: int, sequence_length: int) -> Iterator[Stretch]:
-        step = position = 0
-        for stage, following in zip(self.stages, [*self.stages[1:], None], strict=True):
-            left = steps - step
-            if following is not None and self.unit is Unit.steps:
-                left = min(left, following.start - step)
-            elif following is not None:  # a step may overshoot the start of a stage, or a whole stage
-                missing = following.start - position * sequence_length
-                left = min(left, max(-(-missing // (stage.batch_size * sequence_length)), 0))
-            if left:
-                yield Stretch(left, stage.batch_size)
-            step += left
-            position += left * stage.batch_size
+    def next_change(self, step: int, tokens: int) -> Change:
+        following = self.stages[self._stage(step, tokens) + 1 :]
+        if not following:
+            return Change()
+        return Change(step=following[0].start) if self.unit is Unit.steps else Change(tokens=following[0].start)
+
+    def _stage(self, step: int, tokens: int) -> int:
+        """The number of the last stage that has started."""
+        done = step if self.unit is Unit.steps else tokens
+        return bisect_right(self.stages, done, key=lambda stage: stage.start) - 1
 
     def unread(self, run: RunFacts) -> dict[str, str]:
         unread = super().unread(run)
-        end = run.steps if self.unit is Unit.steps else run.sequences * run.sequence_length
+        end = run.steps if self.unit is Unit.steps else run.tokens
         if self.stages[-1].start >= end:
             unread["stages"] = f"in part: {run.end}, before the last stage; earlier starts, or a longer run"
         if len(self.stages) > 1 and self.stages[1].start >= end:

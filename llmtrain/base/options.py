@@ -9,8 +9,7 @@ class RunFacts:
     """The length of a run and its data, as far as they decide which keys are read."""
 
     steps: int  # optimizer steps
-    sequences: int  # of all steps
-    sequence_length: int  # tokens
+    tokens: int  # of all steps, without padding
     epochs: float  # passes over the training data
     largest_batch: int  # sequences of the largest step
     train_tokens: int

@@ -85,7 +85,7 @@ def main(plan: Plan, invocation: Invocation) -> int:
         with open_output("json", plan.json) as file:
             file.write(json.dumps(figures(planned, forecast), indent=1) + "\n")
     overrides = overrides_of(invocation.command)
-    findings = lint(Case(run, planned.tokenizer, planned.corpus, planned.unit, planned.max_steps, overrides=overrides))
+    findings = lint(Case(run, planned.tokenizer, planned.corpus, planned.unit, planned.length, overrides=overrides))
     if findings:
         console.print()
     for finding in findings:
@@ -136,10 +136,9 @@ def work(planned: PlannedRun) -> Table:
     run, unit, corpus, steps = planned.settings, planned.unit, planned.corpus, planned.max_steps
     model = unit.model
     sequence, batch = run.data.sequence_length, run.accumulation.batch_size_at(0, 0)
-    sequences = run.accumulation.position_after(steps, sequence)
     mean = corpus.train.mean_length
-    tokens = round(sequences * mean)
-    flops_per_token = unit.flops_per_token(sequence)
+    sequences, tokens = planned.length.sequences, planned.length.tokens
+    flops_per_token = unit.flops_per_token(corpus.train.attended_length)
     attention = flops_per_token - unit.flops_per_token(0)
     rows = table("work")
     at_first = " at first" if sequences != batch * steps else ""
@@ -237,7 +236,7 @@ def figures(planned: PlannedRun, forecast: Forecast) -> dict[str, Any]:
     """Every figure, for ``json=FILE``; bytes, seconds, FLOPs."""
     memory, probed, costs = forecast.memory, forecast.probed, forecast.costs
     run, unit = planned.settings, planned.unit
-    length = run.data.sequence_length
+    flops_per_token = unit.flops_per_token(planned.corpus.train.attended_length)
     model = unit.model
     return {
         "name": run.name,
@@ -245,10 +244,10 @@ def figures(planned: PlannedRun, forecast: Forecast) -> dict[str, Any]:
         "precision": forecast.precision.name,
         "micro_batch_size": forecast.micro_batch_size,
         "parameters": {**model.parameters_by_part(), "total": model.num_parameters()},
-        "flops_per_token": unit.flops_per_token(length),
-        "flops": unit.flops_per_token(length) * forecast.counts.sequences * length,
+        "flops_per_token": flops_per_token,
+        "flops": flops_per_token * planned.length.tokens,
         "steps": forecast.counts.steps,
-        "tokens": forecast.counts.sequences * length,
+        "tokens": planned.length.tokens,
         "memory_bytes": None if memory is None else dict(memory.parts),
         "estimated_peak_bytes": None if memory is None else memory.peak,
         "measured_peak_bytes": None if probed is None else probed.peak_bytes,

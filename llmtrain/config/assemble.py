@@ -19,6 +19,7 @@ from llmtrain.objective import TrainingUnit
 from llmtrain.precision import Precision
 from llmtrain.tokenizer import Tokenizer
 from llmtrain.train.compilation import why_not_compile
+from llmtrain.train.length import TrainingLength
 from llmtrain.train.state import TrainState
 from llmtrain.weights.adapters import start_from
 
@@ -38,7 +39,12 @@ class Parts:
     unit: TrainingUnit
     optimizer: torch.optim.Optimizer
     precision: Precision
-    max_steps: int
+    length: TrainingLength
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.length.max_steps
 
     def checkpoint_bytes(self) -> int:
         """The size of a checkpoint, on disk and in host memory while it is written."""
@@ -69,8 +75,7 @@ def assemble(run: RunConfig, device: torch.device, *, from_start: bool = True, v
         raise ValueError(f"runtime.compile=true: {reason}; take auto or false")
     if run.runtime.cuda_graphs and device.type != "cuda":
         raise ValueError("runtime.cuda_graphs=true: there is no GPU here; take false")
-    max_steps = run.loop.total_steps(run.accumulation, len(corpus.train), run.data.sequence_length)
-    return Parts(device, tokenizer, corpus, unit, optimizer, precision, max_steps)
+    return Parts(device, tokenizer, corpus, unit, optimizer, precision, run.length(corpus.train))
 
 
 def build_unit(

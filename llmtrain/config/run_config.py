@@ -14,6 +14,7 @@ from llmtrain.config.build import build, naming
 from llmtrain.config.compose import compose
 from llmtrain.config.overrides import search_path
 from llmtrain.data import DataConfig
+from llmtrain.data.sequences import Sequences
 from llmtrain.lora import Lora
 from llmtrain.metrics import MetricsConfig
 from llmtrain.model import ModelConfig
@@ -24,6 +25,7 @@ from llmtrain.recovery import RecoveryConfig
 from llmtrain.schedule import Schedule
 from llmtrain.tokenizer import Tokenizer, TokenizerConfig
 from llmtrain.train.config import LoopConfig
+from llmtrain.train.length import TrainingLength, measure
 from llmtrain.weights import Weights
 from llmtrain.weights.scratch import Scratch
 
@@ -100,6 +102,11 @@ class RunConfig:
     def from_config(cls, values: dict[str, Any]) -> Self:
         """Build and check a run from a plain, resolved config."""
         return build(values, cls, plugins=values.get("plugins") or ())
+
+    def length(self, sequences: Sequences, *, short: int = 0) -> TrainingLength:
+        """The length of the run over its training data ``sequences``; ``short``: see :func:`measure`."""
+        seed, shuffle = self.runtime.seed, self.data.shuffle
+        return measure(self.loop, self.accumulation, sequences, seed, shuffle=shuffle, short=short)
 
     def vocab_size(self, tokenizer: Tokenizer) -> int:
         """The model's vocabulary.  Raises ValueError if the tokenizer has ids beyond it."""

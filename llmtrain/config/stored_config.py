@@ -29,6 +29,12 @@ MOVED = {  # classes by the names that older versions wrote
 
 REMOVED = {"checkpoint": ("step",)}  # keys that older versions wrote, by group: they never changed what a run does
 
+FORMER: dict[str, dict[str, Any]] = {  # of keys that older versions did not have, the values that mean what those did
+    "llmtrain.data.python_docs.PythonDocs": {"remove_repeats": False},
+    "llmtrain.objective.classification.Classification": {"weighted_mean": False},
+    "llmtrain.train.config.LoopConfig": {"whole_batches": True},
+}
+
 
 class ConfigError(ValueError):
     """A config that cannot be used; the message names key, value and remedy."""

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llmtrain.base.constants import IGNORE as IGNORE
+from llmtrain.data.sequences import Rows
 
 PADDING_MULTIPLE = 64  # rows are padded to multiples of it: few shapes, for the kernels and for torch.compile
 SHORT_MULTIPLE = 8  # short rows are padded to multiples of this, or they would be mostly padding
@@ -27,9 +29,12 @@ class Batch:
     """
 
     tensors: Mapping[str, Tensor]  # by name; the first dimension is the sequence's number
-    counts: Mapping[str, int]  # valid targets of each loss, counted before the batch goes to the device
+    counts: Mapping[
+        str, float
+    ]  # of each loss: valid targets, or the sum of their weights; known before the device's work
     tokens: int  # inputs that are not padding
     lengths: Mapping[str, tuple[int, ...]]  # of tensors padded along their second dimension: tokens of each row
+    spans: tuple[int, ...] = ()  # of the whole step, as ``tokens``: see :attr:`llmtrain.data.Rows.spans`
 
     @property
     def sequences(self) -> int:
@@ -60,3 +65,6 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         return self.map(lambda tensor: tensor.to(device))
+
+
+Collate = Callable[[Rows, np.ndarray, int], Batch]  # (sequences, their positions, seed) -> batch

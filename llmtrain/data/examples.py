@@ -53,6 +53,7 @@ class Examples(Sequences):
             self.lengths = np.add.reduceat(stored.lengths[self._members], self._row_begins[:-1])
         else:
             self.lengths = stored.lengths
+        self._counted: tuple[tuple[int, int, bool], np.ndarray] | None = None  # of :meth:`_tokens_of_epoch`
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -79,6 +80,32 @@ class Examples(Sequences):
         for shard in touched:
             self.stored.shards[shard].check()  # after reading: later changes of the file are not in the rows
         return Rows(inputs, targets, segments, lengths)
+
+    @property
+    def attended_length(self) -> int:
+        lengths = self.stored.lengths.astype(np.float64)  # of examples: those that share a row do not see one another
+        return round(float((lengths**2).sum() / max(self.tokens, 1)))
+
+    def tokens_before(self, position: int, seed: int, shuffle: bool) -> int:
+        epoch, offset = divmod(position, len(self))
+        return epoch * self.tokens + int(self._tokens_of_epoch(epoch, seed, shuffle)[offset] if offset else 0)
+
+    def position_of(self, tokens: int, seed: int, shuffle: bool) -> int:
+        epoch, left = divmod(tokens, self.tokens)
+        if not left:
+            return epoch * len(self)
+        return epoch * len(self) + int(np.searchsorted(self._tokens_of_epoch(epoch, seed, shuffle), left))
+
+    def _tokens_of_epoch(self, epoch: int, seed: int, shuffle: bool) -> np.ndarray:
+        """Tokens before each offset of an epoch, and in all of it, ``(sequences + 1,)``; kept for the next call."""
+        if self._counted is None or self._counted[0] != (epoch, seed, shuffle):
+            n = len(self)
+            sums = np.zeros(n + 1, np.int64)
+            for begin in range(0, n, 64 * BUCKET):  # some at a time, to limit memory
+                positions = epoch * n + np.arange(begin, min(begin + 64 * BUCKET, n))
+                sums[begin + 1 : begin + 1 + len(positions)] = self.lengths[self.order(positions, seed, shuffle)]
+            self._counted = (epoch, seed, shuffle), sums.cumsum()
+        return self._counted[1]
 
     def order(self, positions: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
         """The order of :meth:`Sequences.order`, with examples of similar length one after the other.

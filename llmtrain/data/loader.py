@@ -6,17 +6,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llmtrain.data.batch import Batch
+from llmtrain.data.batch import Batch, Collate
 from llmtrain.data.cache.token_reader import DataError
-from llmtrain.data.sequences import Rows, Sequences
-
-Collate = Callable[[Rows, np.ndarray, int], Batch]  # (sequences, their positions, seed) -> batch
+from llmtrain.data.sequences import Sequences
 
 log = logging.getLogger(__name__)
 PREFETCH = 2  # batches ready or in the making
@@ -154,7 +152,7 @@ class Loader(AbstractContextManager["Loader"]):
         )
         positions = np.arange(self._position, self._position + size)
         rows = self._sequences.gather(self._sequences.order(positions, self._seed, self._shuffle))
-        batch = self._collate(rows, positions, self._seed)
+        batch = replace(self._collate(rows, positions, self._seed), spans=rows.spans)
         self._position += size
         self._step += 1
         self._tokens += batch.tokens

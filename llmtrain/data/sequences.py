@@ -1,5 +1,6 @@
 """Sequences by number: the contract, and the sequences of a stream of tokens."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -41,6 +42,17 @@ class Rows(NamedTuple):
         """Inputs that are not padding."""
         return self.inputs.size if self.lengths is None else int(self.lengths.sum())
 
+    @property
+    def spans(self) -> tuple[int, ...]:
+        """The lengths of the stretches of tokens that attend to one another: of the examples, or of the rows."""
+        if self.segments is not None:
+            rows = np.arange(len(self.segments))[:, None] * (int(self.segments.max(initial=0)) + 1)
+            counts = np.bincount((rows + self.segments)[self.segments > 0])
+            return tuple(counts[counts > 0].tolist())
+        if self.lengths is not None:
+            return tuple(self.lengths.tolist())
+        return (self.inputs.shape[1],) * len(self.inputs)
+
     def lengths_of(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """``lengths`` for each of the tensors ``names`` of a batch that are padded as the rows are."""
         if self.lengths is None:
@@ -69,6 +81,19 @@ class Sequences(ABC):
     def mean_length(self) -> float:
         """Tokens of a sequence on average, without padding."""
         return self.sequence_length
+
+    @property
+    def attended_length(self) -> int:
+        """Tokens that attend to one another, averaged over the tokens: of what attention costs."""
+        return self.sequence_length
+
+    def tokens_before(self, position: int, seed: int, shuffle: bool) -> int:
+        """Tokens, without padding, of the sequences at the first ``position`` positions of :meth:`order`."""
+        return round(position * self.mean_length)
+
+    def position_of(self, tokens: int, seed: int, shuffle: bool) -> int:
+        """The least position before which there are ``tokens`` tokens: the inverse of :meth:`tokens_before`."""
+        return math.ceil(tokens / self.mean_length)
 
     def order(self, positions: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
         """The number of the sequence at each of ``positions``, counted over all epochs; int64.

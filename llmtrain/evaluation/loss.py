@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmtrain.data.loader import Collate
+from llmtrain.data.batch import Collate
 from llmtrain.data.sequences import Sequences
 from llmtrain.objective import TrainingUnit, weighted
 from llmtrain.precision import Precision
@@ -44,7 +44,7 @@ def evaluate(
     end = len(sequences) if max_sequences is None else min(len(sequences), max_sequences)
     numbers = sequences.alike(np.arange(end))
     totals: dict[str, Tensor] = {}
-    targets: dict[str, int] = {}
+    targets: dict[str, float] = {}
     counted: Tensor | None = None
     was_training = unit.training
     unit.eval()
@@ -66,5 +66,5 @@ def evaluate(
                     counted = counts if counted is None else counted + counts
     finally:
         unit.train(was_training)
-    losses = {name: total.item() / max(targets[name], 1) for name, total in totals.items()}
+    losses = {name: total.item() / (targets[name] or 1) for name, total in totals.items()}
     return EvalResult(weighted(losses, unit.loss_weights) if losses else 0.0, losses, counted)

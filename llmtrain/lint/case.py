@@ -13,6 +13,7 @@ from llmtrain.config.run_config import RunConfig
 from llmtrain.data import Corpus
 from llmtrain.objective import TrainingUnit
 from llmtrain.tokenizer import Tokenizer
+from llmtrain.train.length import TrainingLength
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Case:
     tokenizer: Tokenizer
     corpus: Corpus
     unit: TrainingUnit  # may be on the meta device
-    max_steps: int  # optimizer steps of the run
+    length: TrainingLength
     device: torch.device | None = None  # None: not chosen yet
     optimizer: torch.optim.Optimizer | None = None  # None: not built yet
     overrides: Sequence[str] = ()  # the keys that the user has set, as written: key=value, group=option
@@ -51,7 +52,7 @@ class Case:
     @classmethod
     def of(cls, run: RunConfig, parts: Parts, overrides: Sequence[str]) -> "Case":
         return cls(
-            run, parts.tokenizer, parts.corpus, parts.unit, parts.max_steps, parts.device, parts.optimizer, overrides
+            run, parts.tokenizer, parts.corpus, parts.unit, parts.length, parts.device, parts.optimizer, overrides
         )
 
     @cached_property
@@ -60,27 +61,32 @@ class Case:
         pairs = (override.lstrip("+").partition("=") for override in self.overrides)
         return {key: value for key, equals, value in pairs if equals}
 
-    @cached_property
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.length.max_steps
+
+    @property
     def sequences(self) -> int:
         """Sequences of all steps of the run."""
-        return self.run.accumulation.position_after(self.max_steps, self.run.data.sequence_length)
+        return self.length.sequences
 
     @property
     def epochs(self) -> float:
         """Passes over the training data."""
         return self.sequences / len(self.corpus.train)
 
-    @cached_property
+    @property
     def largest_batch(self) -> int:
         """Sequences of the largest optimizer step."""
-        return self.run.accumulation.largest_batch(self.max_steps, self.run.data.sequence_length)
+        return self.length.largest_batch
 
     @cached_property
     def facts(self) -> RunFacts:
         """The facts from which options know which of their keys are read."""
         validation = self.corpus.validation
         return RunFacts(
-            self.max_steps, self.sequences, self.run.data.sequence_length, self.epochs, self.largest_batch,
+            self.max_steps, self.length.tokens, self.epochs, self.largest_batch,
             self.corpus.train.tokens, None if validation is None else validation.tokens, self.evaluates,
         )  # fmt: skip
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llmtrain.base.options import Option
 from llmtrain.data import IGNORE, Batch, Rows
+from llmtrain.data.batch import Collate
 from llmtrain.model import LanguageModel
 
 MODEL = "model."  # prefix of the model's own parameters in a unit
@@ -140,9 +141,9 @@ class TrainingUnit(nn.Module, ABC):
 def mean_losses(unit: TrainingUnit, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The share of ``batch`` in the step's loss, and in each loss by name: sums divided by the step's counts.
 
-    The shares of a step, however it is split, add up to the mean over its valid targets.
+    The shares of a step, however it is split, add up to the mean over its valid targets; without any, to 0.
     """
-    parts = {name: total / max(batch.counts[name], 1) for name, total in unit(batch).items()}
+    parts = {name: total / (batch.counts[name] or 1) for name, total in unit(batch).items()}
     return weighted(parts, unit.loss_weights), parts
 
 
@@ -190,6 +191,10 @@ class Objective(Option, ABC):
     def is_likelihood(self) -> bool:
         """True if the loss is the mean of -log p of its targets, tokens of text: bits per byte follow from it."""
         return False
+
+    def collator(self, class_weights: Sequence[float]) -> Collate:
+        """:meth:`collate` for data whose classes have weights; (): all the same."""
+        return self.collate
 
     @abstractmethod
     def build(

@@ -4,16 +4,18 @@ Radford et al. 2018, "Improving Language Understanding by Generative Pre-Trainin
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.base.checks import positive
-from llmtrain.data import IGNORE, Batch
+from llmtrain.data import IGNORE, Batch, Rows
+from llmtrain.data.batch import Collate
 from llmtrain.model import LanguageModel
 from llmtrain.objective import Objective, TrainingUnit
 
@@ -106,11 +108,17 @@ class ClassifierUnit(TrainingUnit):
 
 @dataclass(frozen=True)
 class Classification(Objective):
-    """Cross-entropy of the class; with ``multi_label`` the mean over classes of the binary ones."""
+    """Cross-entropy of the class; with ``multi_label`` the mean over classes of the binary ones.
+
+    Where classes have weights the loss is the weighted mean, the sum over the sum of the weights, as
+    ``torch.nn.CrossEntropyLoss(weight=…)`` has it; without ``weighted_mean`` the sum over the number of texts.  With
+    ``multi_label`` it is always the latter, as ``torch.nn.BCEWithLogitsLoss(weight=…)`` has it.
+    """
 
     train: Part
     last_layers: int
     multi_label: bool
+    weighted_mean: bool
 
     takes: ClassVar[tuple[str, ...]] = ("labels",)
     loss: ClassVar[str] = "class"
@@ -119,6 +127,18 @@ class Classification(Objective):
 
     def __post_init__(self) -> None:
         positive(last_layers=self.last_layers)
+
+    def collator(self, class_weights: Sequence[float]) -> Collate:
+        if self.multi_label or not self.weighted_mean or not class_weights:
+            return self.collate
+        weights = np.array(class_weights, np.float32)  # as the head holds them
+
+        def collate(rows: Rows, positions: np.ndarray, seed: int) -> Batch:
+            batch = self.collate(rows, positions, seed)
+            classes = rows.targets[rows.targets != IGNORE]
+            return replace(batch, counts={self.loss: float(weights[classes].sum(dtype=np.float64))})
+
+        return collate
 
     def build(
         self,

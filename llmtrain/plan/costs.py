@@ -21,7 +21,7 @@ class Speed:
 
     @classmethod
     def of_flops(
-        cls, flops_per_token: int, length: int, rate: float, token_bytes: int, bandwidth: float | None
+        cls, flops_per_token: int, length: float, rate: float, token_bytes: int, bandwidth: float | None
     ) -> "Speed":
         """Estimate from the FLOP/s of a device; a sampled token reads all weights, ``token_bytes``, once."""
         sequence = flops_per_token * length / rate

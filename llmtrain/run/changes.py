@@ -7,6 +7,7 @@ from typing import Any
 from llmtrain.config import stored_config
 from llmtrain.config.run_config import RunConfig
 from llmtrain.config.stored_config import NOT_RUN_KEYS, flatten
+from llmtrain.train.length import TrainingLength
 from llmtrain.train.state import TrainState
 
 Change = tuple[str, Any, Any]  # dotted key, stored value, new value
@@ -59,13 +60,18 @@ def _shown(value: Any) -> str:
 
 
 def check_length(
-    before: RunConfig, run: RunConfig, max_steps: int, state: TrainState, num_sequences: int, kept: Sequence[int] = ()
+    before: RunConfig,
+    run: RunConfig,
+    length_before: TrainingLength,
+    length: TrainingLength,
+    state: TrainState,
+    kept: Sequence[int] = (),
 ) -> None:
-    """Raise ValueError if the run, with its ``max_steps``, cannot continue from ``state`` to its end.
+    """Raise ValueError if the run, of ``length``, cannot continue from ``state`` to its end.
 
-    ``before`` is the run as it was stored, ``num_sequences`` the size of the training data, ``kept`` the steps that
-    have a checkpoint.
+    ``before`` is the run as it was stored, ``kept`` the steps that have a checkpoint.
     """
+    max_steps = length.max_steps
     if state.step > max_steps:
         earlier = max((step for step in kept if step <= max_steps), default=None)
         branch = "" if earlier is None else f", or branch from an earlier checkpoint: step={earlier}"
@@ -75,11 +81,10 @@ def check_length(
         )
     if max_steps == run.loop.max_steps or run.loop.epochs is None or run.accumulation == before.accumulation:
         return
-    length = run.data.sequence_length
-    position = run.accumulation.position_after(state.step, length)
-    if position != before.accumulation.position_after(state.step, length):
+    if length.place_after(state.step).position != length_before.place_after(state.step).position:
         batch = run.accumulation.batch_size_at(state.step, state.tokens)
-        left = math.ceil(max(run.loop.epochs * num_sequences - state.position, 0) / batch)
+        end = run.loop.end_position(len(length.sizes.sequences))
+        left = math.ceil(max(end - state.position, 0) / batch)
         raise ValueError(
             f"loop.epochs={run.loop.epochs:g}: counts in steps of the batch size that the run has from step 0 on, and "
             f"the batch size changes; give the end in steps: loop.epochs=null loop.max_steps={state.step + left}"

@@ -17,6 +17,7 @@ from llmtrain.precision import Precision
 from llmtrain.run.run import Run
 from llmtrain.run.time_steps import ProbeFailed, ProbeResult, probe
 from llmtrain.tokenizer import Tokenizer
+from llmtrain.train.length import TrainingLength
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,12 @@ class PlannedRun:
     tokenizer: Tokenizer
     corpus: Corpus
     unit: TrainingUnit  # on the meta device
-    max_steps: int
+    length: TrainingLength
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.length.max_steps
 
     @classmethod
     def of(cls, run: Run) -> "PlannedRun":
@@ -35,8 +41,7 @@ class PlannedRun:
         tokenizer = run.tokenizer.build()
         corpus = run.data.build(tokenizer)
         unit = outline(run, run.vocab_size(tokenizer), corpus.labels)
-        steps = run.loop.total_steps(run.accumulation, len(corpus.train), run.data.sequence_length)
-        return cls(run, tokenizer, corpus, unit, steps)
+        return cls(run, tokenizer, corpus, unit, run.length(corpus.train))
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,7 @@ def make_forecast(planned: PlannedRun, device: torch.device, options: ForecastOp
     run = planned.settings
     spec, precision = _device(run, device, options.device)
     steps, batch = planned.max_steps, run.accumulation.batch_size_at(0, 0)
-    sequences = run.accumulation.position_after(steps, run.data.sequence_length)
-    largest = run.accumulation.largest_batch(steps, run.data.sequence_length)
+    sequences, largest = planned.length.sequences, planned.length.largest_batch
     blueprint = Blueprint(run, run.vocab_size(planned.tokenizer), precision, largest, labels=planned.corpus.labels)
     validation = 0 if planned.corpus.validation is None else len(planned.corpus.validation)
     counts = count_work(run.loop, run.checkpoint, steps, sequences, batch, validation)
@@ -130,7 +134,7 @@ def make_forecast(planned: PlannedRun, device: torch.device, options: ForecastOp
         room = min(room, round(0.95 * memory.needed))  # less than that where the probe ran out of it
         can = spec.is_gpu and "bf16" in spec.flops and precision.name in ("fp32", "tf32")
         suggestions = suggest(blueprint, memory, gpu=spec.is_gpu, available=room, copied=is_copied, bf16=can)
-    speed = speed_of(run, planned.unit, spec, precision, probed)
+    speed = speed_of(planned, spec, precision, probed)
     counts = without_long_saves(counts, speed, saved)
     watts = options.watts if options.watts is not None else spec.watts
     costs = add_up(
@@ -156,13 +160,14 @@ def _device(run: Run, device: torch.device, name: str | None) -> tuple[DeviceSpe
     return spec, precision
 
 
-def speed_of(run: Run, unit: TrainingUnit, spec: DeviceSpec, precision: Precision, probed: ProbeResult | None) -> Speed:
+def speed_of(planned: PlannedRun, spec: DeviceSpec, precision: Precision, probed: ProbeResult | None) -> Speed:
     """The speed of the work: from the probe, or from the device's rate."""
     if probed is not None:
         sequence = probed.step_seconds / probed.batch_size
         before = probed.first_seconds + (probed.compile_seconds or 0.0)
         return Speed(sequence, probed.evaluated_seconds, probed.sampled_seconds, before)
-    length = run.data.sequence_length
+    unit, train = planned.unit, planned.corpus.train
     at = spec.peak_flops(precision) * spec.utilisation(precision)
     weights = unit.model.num_parameters() * precision.dtype.itemsize
-    return Speed.of_flops(unit.flops_per_token(length), length, at, weights, spec.bandwidth)
+    flops_per_token = unit.flops_per_token(train.attended_length)
+    return Speed.of_flops(flops_per_token, train.mean_length, at, weights, spec.bandwidth)

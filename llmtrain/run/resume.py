@@ -215,16 +215,16 @@ class ResumePlan:
         """Complete the plan from the assembled parts.  Raises ValueError for what cannot continue."""
         before, origin = self.before, self.origin
         check_data(run, state, parts)
-        sequences = len(parts.corpus.train)
-        steps = before.loop.total_steps(before.accumulation, sequences, before.data.sequence_length)
+        length = before.length(parts.corpus.train, short=state.short_sequences)
+        steps = length.max_steps
         kept = [step_of(path) for path in origin.directory.find_checkpoints()]
-        check_length(before, run, parts.max_steps, state, sequences, kept)
+        check_length(before, run, length, parts.length, state, kept)
         findings: list[Finding] = []
         if not origin.directory.environment.exists():  # the first start of a sweep's job is a resume too
             findings = lint(Case.of(run, parts, origin.directory.read_overrides()))
         elif self.changes:
             after = Case.of(run, parts, overrides)
-            findings = lint_changes(replace(after, run=before, max_steps=steps), after)
+            findings = lint_changes(replace(after, run=before, length=length), after)
         learning_rate = rates(before, steps, run, parts.max_steps, state.step)
         return replace(self, findings=findings, learning_rate=learning_rate)
 

@@ -111,6 +111,7 @@ class Run(RunConfig):
         checkpoint = plan.origin.checkpoint
         parts = assemble(self, device, from_start=checkpoint is None)
         state = first_state(self, parts) if checkpoint is None else plan.carryover.restore(checkpoint, parts)
+        parts = replace(parts, length=self.length(parts.corpus.train, short=state.short_sequences))
         plan = plan.checked(self, parts, state, overrides_of(command))
         refuse(plan.findings)
         return plan, parts, state

@@ -33,6 +33,7 @@ from llmtrain.run.resume import ResumePlan
 from llmtrain.run.summary import header, summarise
 from llmtrain.train.compilation import CompileSettings, compile_unit
 from llmtrain.train.evaluation import Evaluator
+from llmtrain.train.length import Place
 from llmtrain.train.log import RunLog
 from llmtrain.train.loop import Loop
 from llmtrain.train.profiler import Profiler, StepProfiler
@@ -150,8 +151,7 @@ def make_log(
     clock = time.perf_counter
     return RunLog(
         directory.path, metrics, display, parts.device, StepTimer(parts.device, clock, profiler),
-        tokens_per_epoch=parts.corpus.train.tokens,
-        flops_per_token=parts.unit.flops_per_token(run.data.sequence_length), peak_flops=peak_flops,
+        sequences_per_epoch=len(parts.corpus.train), flops_per_token=parts.unit.flops_per_token, peak_flops=peak_flops,
         log_every=log_every, clock=clock,
     )  # fmt: skip
 
@@ -210,12 +210,12 @@ def make_loop(
         samples_file=AppendedFile(directory.samples), worst=run.recovery.examples,
     )  # fmt: skip
     stream = TrainingStream(
-        parts.corpus.train, run.objective.collate, run.runtime.seed, run.data.shuffle, run.accumulation.batch_size_at,
+        parts.corpus.train, run.objective.collator(parts.corpus.class_weights), run.runtime.seed, run.data.shuffle, parts.length.batch_size_at,
         parts.device,
     )  # fmt: skip
     learning_rate = partial(run.schedule, peak=run.optimizer.lr, total=parts.max_steps)
     return Loop(
-        run.loop, state, parts.max_steps, step, stream, learning_rate, run.clipping, recovery, evaluator, saver, log,
+        run.loop, state, parts.length, step, stream, learning_rate, run.clipping, recovery, evaluator, saver, log,
         stop,
     )  # fmt: skip
 
@@ -234,9 +234,9 @@ def tune(run: RunConfig, parts: Parts, step: Step, state: TrainState, peak_flops
         fits_on_host = partial(fits, run, parts)
         events.append(fit_micro_batch(rehearsal, run.accumulation.micro_batch_size, state, fits_on_host))
         step.micro_batch_size = state.micro_batch_of(run.accumulation.micro_batch_size)
-    batch = run.accumulation.batch_size_at(state.step, state.tokens)
-    length = run.data.sequence_length
-    flops = (parts.max_steps - state.step) * batch * length * parts.unit.flops_per_token(length)
+    batch = parts.length.batch_size_at(state.step, state.tokens)
+    tokens = parts.length.place_from(Place(state.step, state.position, state.tokens)).tokens - state.tokens
+    flops = tokens * parts.unit.flops_per_token(parts.corpus.train.attended_length)
     evaluates = run.loop.eval_every > 0 and parts.corpus.validation is not None
     settings = CompileSettings(run.runtime.compile, run.runtime.cuda_graphs, evaluates, flops / peak_flops)
     compiled = compile_unit(rehearsal, settings, state, min(step.micro_batch_size, batch))

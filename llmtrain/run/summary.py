@@ -12,6 +12,7 @@ from llmtrain.config.assemble import Parts
 from llmtrain.config.run_config import RunConfig
 from llmtrain.lora import Lora
 from llmtrain.lora.low_rank import LowRankAdaptation
+from llmtrain.train.length import Place
 from llmtrain.train.loop import Loop
 from llmtrain.train.state import TrainState
 
@@ -21,11 +22,11 @@ def header(run: RunConfig, parts: Parts, path: Path, state: TrainState, peak_flo
     unit, corpus = parts.unit, parts.corpus
     model = unit.model
     sequence = run.data.sequence_length
-    batch = run.accumulation.batch_size_at(state.step, state.tokens)
+    batch = parts.length.batch_size_at(state.step, state.tokens)
     micro = min(run.accumulation.micro_batch_size, batch)
-    steps_left = parts.max_steps - state.step
-    tokens = round(steps_left * batch * corpus.train.mean_length)
-    flops = tokens * unit.flops_per_token(sequence)
+    end = parts.length.place_from(Place(state.step, state.position, state.tokens))
+    steps_left, tokens = end.step - state.step, end.tokens - state.tokens
+    flops = tokens * unit.flops_per_token(corpus.train.attended_length)
     yield "run", str(path)
     yield "model", f"{run.name}, {count(model.num_parameters())} parameters, context {model.context_length}"
     if source := getattr(run.weights, "path", None):
@@ -36,7 +37,7 @@ def header(run: RunConfig, parts: Parts, path: Path, state: TrainState, peak_flo
     yield "data", corpus.description
     if template := getattr(run.data, "template", None):
         yield "template", repr(template)[1:-1]
-    epochs = steps_left * batch / len(corpus.train)
+    epochs = (end.position - state.position) / len(corpus.train)
     split = f" in micro-batches of {micro}" if micro < batch else ""
     if corpus.train.mean_length == sequence:
         yield "batch", f"{batch} × {sequence} = {batch * sequence:,} tokens a step{split}"

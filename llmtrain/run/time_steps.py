@@ -65,7 +65,7 @@ def probe(run: Run, device: torch.device) -> ProbeResult:
 
 def _time(run: Run, parts: Parts, directory: RunDirectory, stack: contextlib.ExitStack) -> ProbeResult:
     state = first_state(run, parts)
-    parts = replace(parts, max_steps=max(parts.max_steps, WARM_UP + MOST))
+    parts = replace(parts, length=parts.length.at_least(WARM_UP + MOST))
     loop, events = stack.enter_context(quiet_loop(run, parts, directory, state))
     compile_seconds = next((event["seconds"] for event in events if event["event"] == "compiled"), None)
     seconds: list[float] = []
@@ -117,7 +117,8 @@ def _evaluated(run: Run, parts: Parts) -> float:
     for _ in range(2):
         start = time.perf_counter()
         evaluate(
-            parts.unit, parts.corpus.validation, run.objective.collate, batch_size=size, max_sequences=size,
+            parts.unit, parts.corpus.validation, run.objective.collator(parts.corpus.class_weights), batch_size=size,
+            max_sequences=size,
             precision=parts.precision, device=parts.device,
         )  # fmt: skip
         best = min(best, time.perf_counter() - start)

@@ -2,8 +2,8 @@
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
-from llmtrain.accumulation import Accumulation
 from llmtrain.base.options import Option, RunFacts
 from llmtrain.inference.generate import Sampling
 
@@ -14,6 +14,7 @@ class LoopConfig(Option):
 
     max_steps: int | None
     epochs: float | None
+    whole_batches: bool
     max_minutes: float | None
     eval_every: int
     eval_batches: int | None
@@ -55,6 +56,8 @@ class LoopConfig(Option):
         if self.epochs is not None and self.max_steps is not None and run.steps < self.max_steps:
             ends = f"loop.epochs={self.epochs:g} ends the run first, after {run.steps:,} steps"
             unread["max_steps"] = f"{ends}; loop.epochs=null"
+        if self.whole_batches and self.epochs is None:
+            unread["whole_batches"] = "is about the end of loop.epochs, which is null; loop.epochs=1"
         if self.eval_every > run.steps:
             unread["eval_every"] = (
                 f"{run.end}, so that only its start and end are evaluated; loop.eval_every={run.tenth}"
@@ -74,9 +77,7 @@ class LoopConfig(Option):
             unread |= dict.fromkeys(keys, why)
         return unread
 
-    def total_steps(self, accumulation: Accumulation, sequences: int, sequence_length: int) -> int:
-        """Optimizer steps of the run: ``max_steps``, or fewer where ``epochs`` passes over ``sequences`` end first."""
-        if self.epochs is None:
-            assert self.max_steps is not None
-            return self.max_steps
-        return accumulation.steps_to(math.ceil(self.epochs * sequences), sequence_length, at_most=self.max_steps)
+    def end_position(self, sequences: int) -> int:
+        """Sequences that ``epochs`` passes over ``sequences`` visit; ``epochs`` is read as the decimal that it is."""
+        assert self.epochs is not None
+        return math.ceil(Fraction(repr(self.epochs)) * sequences)

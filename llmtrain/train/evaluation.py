@@ -87,7 +87,7 @@ class Evaluator:
         parts = {"val_loss": (self.corpus.validation, self.config.eval_batches)}
         if self.config.eval_train_batches:
             parts["train_loss"] = (self.corpus.train, self.config.eval_train_batches)
-        row: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "epoch": self.log.epoch(state.tokens)}
+        row: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "epoch": self.log.epoch(state.position)}
         for name, (sequences, batches) in parts.items():
             result = self._evaluate_on(sequences, batches, micro_batch_size, stop)
             if result is None:
@@ -121,7 +121,8 @@ class Evaluator:
 
         def with_size(size: int) -> EvalResult | None:
             return evaluate(
-                self.unit, sequences, self.objective.collate, batch_size=size, max_sequences=max_sequences,
+                self.unit, sequences, self.objective.collator(self.corpus.class_weights), batch_size=size,
+                max_sequences=max_sequences,
                 precision=self.precision, device=self.log.device, seed=self.seed, stop=lambda: stop() is not None,
             )  # fmt: skip
 

@@ -1,7 +1,9 @@
 """The log of a run: rows and events, for the metrics and the display."""
 
+import functools
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,17 +29,19 @@ class RunLog:
     display: Display
     device: torch.device
     timer: StepTimer
-    tokens_per_epoch: int
-    flops_per_token: int
+    sequences_per_epoch: int
+    flops_per_token: Callable[[int], int]  # of a token that attends within so many
     peak_flops: float
     log_every: int
     clock: Callable[[], float] = time.perf_counter
 
-    steps: int = field(default=0, init=False)  # since the last row, as the next two
+    steps: int = field(default=0, init=False)  # since the last row, as the next three
     tokens: int = field(default=0, init=False)
+    flops: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
+        self._flops_at = functools.cache(self.flops_per_token)
         self.restart()
 
     def restart(self) -> None:
@@ -57,26 +61,31 @@ class RunLog:
         self.timer.read()
         self.steps += 1
         self.tokens += record.tokens
+        self.flops += record.flops
 
     def reset(self) -> None:
         """Drop the counts since the last row, after a roll-back."""
-        self.steps, self.tokens, self.seconds = 0, 0, 0.0
+        self.steps, self.tokens, self.flops, self.seconds = 0, 0, 0, 0.0
         self.timer.forget()
 
-    def epoch(self, tokens: int) -> float:
-        """Passes over the training data after ``tokens`` target tokens."""
-        return round(tokens / max(self.tokens_per_epoch, 1), 4)
+    def epoch(self, position: int) -> float:
+        """Passes over the training data at ``position`` of their order."""
+        return round(position / max(self.sequences_per_epoch, 1), 4)
+
+    def flops_of(self, spans: Iterable[int]) -> int:
+        """Floating-point operations of a step, forward and backward, on ``spans`` of so many tokens each."""
+        return sum(number * span * self._flops_at(span) for span, number in Counter(spans).items())
 
     def step_row(self, record: StepRecord) -> None:
         """Write the metrics row of a step; speeds are means since the last row."""
-        steps, tokens, seconds = max(self.steps, 1), self.tokens, self.seconds
-        self.steps, self.tokens, self.seconds = 0, 0, 0.0
-        rate = tokens / max(seconds, 1e-9)
+        steps, tokens, flops, seconds = max(self.steps, 1), self.tokens, self.flops, max(self.seconds, 1e-9)
+        self.steps, self.tokens, self.flops, self.seconds = 0, 0, 0, 0.0
+        rate = tokens / seconds
         values = record.values
         row = {
             "step": record.step,
             "tokens": record.total_tokens,
-            "epoch": self.epoch(record.total_tokens),
+            "epoch": self.epoch(record.position + record.batch_size),
             "loss": values["loss"],
             **{f"{name}_loss": values[f"{name}_loss"] for name in record.losses},
             "learning_rate": record.learning_rate,
@@ -86,7 +95,7 @@ class RunLog:
             "refused": bool(values["refused"]),
             "batch_size": record.batch_size,
             "tokens_per_second": round(rate, 1),
-            "mfu": round(rate * self.flops_per_token / self.peak_flops, 4),
+            "mfu": round(flops / seconds / self.peak_flops, 4),
             "step_seconds": round(seconds / steps, 6),
             **{f"{phase}_seconds": round(value / steps, 6) for phase, value in self.timer.take(seconds).items()},
             "memory_bytes": peak_memory(self.device),

@@ -15,6 +15,7 @@ from llmtrain.data.loader import Loader, TrainingStream
 from llmtrain.recovery import Action, Failure, RateReduction, Recovery, Rollback, Skip, Verdict
 from llmtrain.train.config import LoopConfig
 from llmtrain.train.evaluation import Evaluator
+from llmtrain.train.length import TrainingLength
 from llmtrain.train.log import RunLog
 from llmtrain.train.readback import Readback, StepRecord
 from llmtrain.train.state import TrainState, restore_state
@@ -40,7 +41,7 @@ class Loop:
         self,
         config: LoopConfig,
         state: TrainState,
-        max_steps: int,
+        length: TrainingLength,
         step: Step,
         stream: TrainingStream,
         learning_rate: Callable[[int], float],
@@ -53,7 +54,7 @@ class Loop:
     ) -> None:
         self.config = config
         self.state = state
-        self.max_steps = max_steps
+        self.length, self.max_steps = length, length.max_steps
         self.step = step
         self.stream = stream
         self.learning_rate = learning_rate
@@ -164,6 +165,7 @@ class Loop:
             scalars["loss_scale"] = scaler.scale
             scaler.update(judged["non_finite"])
         self.readback.push(self._record(batch, learning_rate, losses), scalars)
+        state.short_sequences += self.length.missing_at(state.step)
         state.step += 1
         state.position += batch.sequences
         state.tokens += batch.tokens
@@ -173,7 +175,7 @@ class Loop:
         state = self.state
         return StepRecord(
             state.step + 1, state.position, batch.tokens, state.tokens + batch.tokens, batch.sequences, learning_rate,
-            losses,
+            self.log.flops_of(batch.spans), losses,
         )  # fmt: skip
 
     def _record_halving(self, size: int, message: str) -> None:

@@ -17,6 +17,7 @@ class StepRecord:
     total_tokens: int  # of the run up to and with this step
     batch_size: int
     learning_rate: float
+    flops: int  # of this step, by the formula of the model
     losses: tuple[str, ...] = ()  # names of the parts of the loss, where there is more than one
     values: dict[str, float] = field(default_factory=dict)  # filled when the device has finished the step
 

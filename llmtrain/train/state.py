@@ -25,6 +25,7 @@ class TrainState:
     tokens: int = 0  # consumed, without padding
     refused_steps: int = 0  # skipped steps: the update was not finite, or far out of the ordinary
     skipped_sequences: int = 0  # left out by the recovery; ``position`` counts them as consumed
+    short_sequences: int = 0  # by which last steps were smaller, to end with a whole pass; see train/length.py
     micro_batch_size: int | None = None  # found to fit, at the start or after memory ran out; None: the config's
     compiled: bool | None = None  # True if the blocks are compiled; None: not decided yet
     best_val_loss: float | None = None

@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ def replay(
             carryover = Carryover.between(complete(stored_config.load(checkpoint / CONFIG)), run)
             state = carryover.restore(checkpoint, parts)
         check_data(run, state, parts)
+        parts = replace(parts, length=run.length(parts.corpus.train, short=state.short_sequences))
         restore_tuning(state, directory)
         inexact = inexactness_reason(run, directory, device)
         loop, _ = stack.enter_context(quiet_loop(run, parts, scratch_run, state))

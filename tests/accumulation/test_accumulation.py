@@ -45,40 +45,17 @@ def test_impossible_values_are_refused(make, message):
         make()
 
 
-class StepByStep(Accumulation):
-    """The sums of the contract over the batch sizes of another option."""
-
-    def __init__(self, option: Accumulation) -> None:
-        self.option = option
-
-    def batch_size_at(self, step: int, tokens: int) -> int:
-        return self.option.batch_size_at(step, tokens)
-
-
 @pytest.mark.parametrize(
     "option",
-    [
-        FixedBatch(6, 2),
-        AutoBatch(6),
-        RampedBatch(STAGES, Unit.steps, 2),
-        RampedBatch(STAGES, Unit.tokens, 2),
-        RampedBatch([Stage(0, 8), Stage(200, 4), Stage(201, 6), Stage(240, 2), Stage(900, 16)], Unit.tokens, 2),
-    ],
+    [FixedBatch(6, 2), AutoBatch(6), RampedBatch(STAGES, Unit.steps, 2), RampedBatch(STAGES, Unit.tokens, 2)],
 )
-@pytest.mark.parametrize("sequence_length", [1, 3, 64])
-def test_stretches_are_the_batch_sizes_of_the_steps(option: Accumulation, sequence_length: int) -> None:
-    reference = StepByStep(option)
-    for steps in range(1, 80):
-        assert option.position_after(steps, sequence_length) == reference.position_after(steps, sequence_length)
-        assert option.largest_batch(steps, sequence_length) == reference.largest_batch(steps, sequence_length)
-    for position in range(200):
-        steps = option.steps_to(position, sequence_length)
-        assert steps == reference.steps_to(position, sequence_length)
-        assert option.position_after(steps, sequence_length) >= position
-        assert not steps or option.position_after(steps - 1, sequence_length) < position
-        assert option.steps_to(position, sequence_length, at_most=7) == min(steps, 7)
-
-
-def test_position_after_no_step() -> None:
-    for option in (FixedBatch(6, 2), AutoBatch(6), RampedBatch(STAGES, Unit.tokens, 2)):
-        assert option.position_after(0, 32) == 0
+def test_a_batch_size_holds_until_its_next_change(option: Accumulation) -> None:
+    for step, tokens in ((step, 3 * step) for step in range(60)):
+        size, change = option.batch_size_at(step, tokens), option.next_change(step, tokens)
+        last_step = 100 if change.step is None else change.step - 1
+        last_tokens = 1000 if change.tokens is None else change.tokens - 1
+        assert option.batch_size_at(last_step, last_tokens) == size
+        if change.step is not None:
+            assert option.batch_size_at(change.step, tokens) != size
+        if change.tokens is not None:
+            assert option.batch_size_at(step, change.tokens) != size

@@ -161,7 +161,7 @@ def test_the_adapter_of_a_classifier_gives_the_same_logits_in_peft(tmp_path: Pat
     classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
         pair.directory, num_labels=3, pad_token_id=0, dtype=torch.float32
     ).eval()
-    unit = Classification(Part.all, 1, False).build(pair.ours, ["a", "b", "c"], seeded())
+    unit = Classification(Part.all, 1, False, True).build(pair.ours, ["a", "b", "c"], seeded())
     lora = adapted(pair, "lora", ["all-linear"])
     names = pair.names | {"classifier": "score"}
     export_adapter(unit, lora, names, tmp_path / "adapter", fan_in_fan_out=True)

@@ -34,7 +34,7 @@ def find_in(*overrides: str) -> dict[str, Finding]:
     tokenizer = run.tokenizer.build()
     corpus = run.data.build(tokenizer)
     unit = outline(run, run.vocab_size(tokenizer), corpus.labels)
-    steps = run.loop.total_steps(run.accumulation, len(corpus.train), run.data.sequence_length)
+    length = run.length(corpus.train)
     optimizer = run.optimizer.build(unit)
-    case = Case(run, tokenizer, corpus, unit, steps, torch.device("cpu"), optimizer, run.overrides)
+    case = Case(run, tokenizer, corpus, unit, length, torch.device("cpu"), optimizer, run.overrides)
     return {finding.key: finding for finding in lint(case)}

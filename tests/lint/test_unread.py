@@ -32,6 +32,8 @@ CASES = [
      ("loop.max_steps=null",)),
     (("loop.epochs=0.01",), "loop.max_steps=50", "loop.epochs=0.01 ends the run first, after 8 steps",
      ("loop.epochs=null",)),
+    ((), "loop.whole_batches=true", "is about the end of loop.epochs",
+     ("loop.max_steps=null", "loop.epochs=0.1")),
     (("data.validation_fraction=0",), "loop.eval_every=50", "there are no validation data", ()),
     (("loop.eval_every=0",), "loop.eval_batches=3", "nothing is evaluated with loop.eval_every=0", ()),
     ((), "loop.eval_every=201", "the run ends after 200 steps", ("loop.max_steps=201",)),

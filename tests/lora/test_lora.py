@@ -77,7 +77,7 @@ def test_adapters_start_with_kaiming_values_of_their_seed(model: Callable) -> No
 def test_adapters_and_heads_alone_are_trained(model: Callable) -> None:
     """Names stay; frozen parameters get no gradient; what an objective added is always trained."""
     ours = model("gpt2")
-    unit = Classification(Part.all, 1, False).build(ours, ["a", "b"], seeded())
+    unit = Classification(Part.all, 1, False, True).build(ours, ["a", "b"], seeded())
     names = [name for name, _ in unit.named_weights()]
     make(targets=["qkv"], also_train=["final_norm"]).apply(ours, seeded())
     trained = {name for name, parameter in unit.named_weights() if parameter.requires_grad}
@@ -131,7 +131,7 @@ def test_merging_the_adapter_of_a_tied_embedding_unties(model: Callable) -> None
 def test_the_adapter_of_a_classifiers_tied_embedding_merges(model: Callable) -> None:
     """Its output layer is not used."""
     ours = model("gpt2")
-    unit = Classification(Part.all, 1, False).build(ours, ["a", "b"], seeded())
+    unit = Classification(Part.all, 1, False, True).build(ours, ["a", "b"], seeded())
     make(targets=["all-linear", "embeddings"]).apply(ours, seeded())
     stir(ours)
     with torch.no_grad():

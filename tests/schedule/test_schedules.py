@@ -18,7 +18,7 @@ from tests.helpers.options import make_option, option_names
 WARMUP = {"initial_lr": 1e-5, "warmup_steps": 27, "warmup_ratio": 0.0}
 NO_WARMUP = {"initial_lr": 0.0, "warmup_steps": None, "warmup_ratio": 0.0}
 DECAY = {"decay_steps": 40, "decay_ratio": 0.0, "min_lr": 1e-5}
-LAVIS = {"init_lr": 1e-3, "min_lr": 1e-5, "warmup_lr": 1e-6, "warmup_steps": 20}
+LAVIS = {"init_lr": 1e-3, "min_lr": 1e-5, "warmup_lr": 1e-6, "warmup_steps": 20, "epochs": None}
 
 # peak 1e-3, 135 steps; 4.866667e-4 at step 13 is the common warm-up, 1e-5 + 13 * 9.9e-4 / 27
 LITERAL = {
@@ -130,7 +130,9 @@ def torch_rates(make, steps):
             lambda o: torch.optim.lr_scheduler.MultiStepLR(o, milestones=[3, 30], gamma=0.3),
         ),
         (
-            LinearWarmupCosineLR(init_lr=1e-3, min_lr=1e-5, warmup_lr=0.0, warmup_steps=0, lr_decay_rate=1.0),
+            LinearWarmupCosineLR(
+                init_lr=1e-3, min_lr=1e-5, warmup_lr=0.0, warmup_steps=0, lr_decay_rate=1.0, epochs=None
+            ),
             lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=60, eta_min=1e-5),
         ),
     ],
@@ -138,6 +140,27 @@ def torch_rates(make, steps):
 def test_schedules_equal_torchs(schedule, reference):
     ours = [schedule(step, peak=1e-3, total=60) for step in range(60)]
     assert ours == pytest.approx(torch_rates(reference, 60), rel=1e-9)
+
+
+def lavis_rates(epochs: int, steps: int, warmup_steps: int) -> list[float]:
+    """``LinearWarmupCosineLRScheduler.step(cur_epoch, cur_step)`` of ``lavis/common/optims.py``, in other words."""
+    low, peak, start = LAVIS["min_lr"], LAVIS["init_lr"], LAVIS["warmup_lr"]
+    rates = [min(peak, start + (peak - start) * step / max(warmup_steps, 1)) for step in range(steps)]
+    for epoch in range(1, epochs):
+        rates += steps * [(peak - low) * 0.5 * (1 + math.cos(math.pi * epoch / epochs)) + low]
+    return rates
+
+
+@pytest.mark.parametrize(("epochs", "steps", "warmup_steps"), [(6, 17, 5), (6, 17, 40), (1, 9, 3), (3, 1, 0)])
+def test_the_schedule_of_lavis_is_exact_at_every_step(epochs: int, steps: int, warmup_steps: int) -> None:
+    keys = LAVIS | {"warmup_steps": warmup_steps, "epochs": epochs}
+    schedule = LinearWarmupCosineLR(**keys, lr_decay_rate=1.0)
+    total = epochs * steps
+    ours = [schedule(step, peak=0.5, total=total) for step in range(total)]
+    assert ours == pytest.approx(lavis_rates(epochs, steps, warmup_steps), rel=1e-12)
+    by_step = LinearWarmupCosineLR(**keys | {"epochs": None}, lr_decay_rate=1.0)
+    starts = [step for step in range(steps, total, steps) if step >= warmup_steps]
+    assert [by_step(step, peak=0.5, total=total) for step in starts] == pytest.approx([ours[step] for step in starts])
 
 
 def test_the_warmup_is_given_in_steps_or_as_a_share():

@@ -107,18 +107,6 @@ def test_the_api_trains_and_returns_the_model(tmp_path: Path) -> None:
     assert sum(p.numel() for p in result.model.parameters()) > 10_000
 
 
-def test_epochs_and_max_steps_whichever_ends_first() -> None:
-    run = Run.compose(*TINY, "loop.max_steps=null", "loop.epochs=2")
-    assert run.loop.total_steps(run.accumulation, 10, 32) == 5
-    assert run.loop.total_steps(run.accumulation, 11, 32) == 6  # every sequence at least twice
-    both = Run.compose(*TINY, "loop.max_steps=3", "loop.epochs=2")
-    assert both.loop.total_steps(both.accumulation, 10, 32) == 3
-    ramp = Run.compose(*TINY[:4], "accumulation=ramp", "loop.max_steps=null", "loop.epochs=1")
-    sizes = [ramp.accumulation.batch_size_at(step, 0) for step in range(2000)]
-    steps = ramp.loop.total_steps(ramp.accumulation, 1000, 32)
-    assert sum(sizes[: steps - 1]) < 1000 <= sum(sizes[:steps])
-
-
 def test_saves_ahead_of_evaluations_are_left_out_where_they_take_too_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
