@@ -9,6 +9,12 @@ from llmtrain.config.compose import compose
 from llmtrain.config.folders import conf_dir
 from llmtrain.config.stored_config import escape
 
+# Values that keep the meaning of stored configs without these keys, where today's defaults would change it.
+FORMER: dict[str, dict[str, Any]] = {
+    "llmtrain.data.text.Text": {"files": "plain", "split": "documents"},
+    "llmtrain.data.python_stdlib.PythonStdlib": {"split": "documents"},
+}
+
 
 def complete(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Add to ``stored`` the keys that an older version did not have, with today's defaults.
@@ -43,6 +49,7 @@ def _defaults_for(group: str, node: Mapping[str, Any], stored: Mapping[str, Any]
     agreed = {key: options[0] for key, options in found.items() if all(value == options[0] for value in options)}
     if not agreed:
         return {}
+    agreed |= {key: value for key, value in FORMER.get(str(node["_target_"]), {}).items() if key not in node}
     whole = OmegaConf.create({**escape(stored), group: {**escape(node), **agreed}})
     resolved: Any = OmegaConf.to_container(whole, resolve=True)
     return {key: resolved[group][key] for key in agreed}

@@ -4,22 +4,25 @@ An entry is written into a temporary folder, synced and renamed.  A lock that di
 process wait for the first instead of doing the same work.
 """
 
-import fcntl
+import contextlib
 import hashlib
 import json
 import logging
+import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llmtrain.base.files import fsync
 from llmtrain.data.cache.token_reader import DataError
+from llmtrain.data.sources.files import locked
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 TEMPORARY = ".tmp-"
+TEMPORARY_NAME = re.compile(r"\.tmp-[0-9a-f]{32}")
+WAITING = "waiting for another process, which is writing %s"
 
 
 def find_or_make(
@@ -46,7 +49,7 @@ def find_or_make(
                 raise ValueError(f"{error}; remove {folder}, and the next start tokenises the text again") from error
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with _lock(folder):
+        with locked(folder.with_suffix(".lock"), lambda: log.info(WAITING, folder)):
             if folder.exists():  # damaged, unless another process made it while this one waited
                 try:
                     return open_entry(folder, False)
@@ -64,42 +67,44 @@ def find_or_make(
 def _make(folder: Path, fill: Callable[[Path], None], name: str) -> None:
     log.info("tokenising %s into %s", name, folder)
     temporary = _temporary(folder)
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a writer that died
+    _remove(temporary)  # left by a writer that died
     temporary.mkdir()
     try:
         fill(temporary)
         fsync(temporary)
-        shutil.rmtree(folder, ignore_errors=True)  # the damaged one
+        _remove(folder)  # the damaged one
         temporary.rename(folder)
         fsync(folder.parent)
     except DataError as error:
         raise DataError(f"tokenising {name}: {error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
 
 
 def _temporary(folder: Path) -> Path:
     return folder.with_name(TEMPORARY + folder.name)
 
 
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    with folder.with_suffix(".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("waiting for another process, which is writing %s", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+class _BusyError(Exception):
+    """Another process holds the lock."""
 
 
 def _sweep(cache_dir: Path) -> None:
     """Remove the temporary folders of writers that died: those whose lock is free."""
-    for temporary in cache_dir.glob(f"{TEMPORARY}*/"):
-        folder = temporary.with_name(temporary.name.removeprefix(TEMPORARY))
-        with folder.with_suffix(".lock").open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            shutil.rmtree(temporary, ignore_errors=True)
+
+    def busy() -> None:
+        raise _BusyError
+
+    for temporary in cache_dir.glob(f"{TEMPORARY}*"):
+        if TEMPORARY_NAME.fullmatch(temporary.name):  # others are no folders of this program
+            folder = temporary.with_name(temporary.name.removeprefix(TEMPORARY))
+            with contextlib.suppress(_BusyError), locked(folder.with_suffix(".lock"), busy):
+                _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with all that is in it, or a link, but not what that leads to."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
