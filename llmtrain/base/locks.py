@@ -2,9 +2,11 @@
 
 import errno
 import fcntl
-import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-log = logging.getLogger(__name__)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
 
@@ -23,3 +25,22 @@ def lock(descriptor: int, *, wait: bool = True, shared: bool = False) -> bool:
             raise
         return False
     return True
+
+
+@contextmanager
+def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[bool]:
+    """Hold the lock of the file ``path``, which is made; yields False where the file system has no locks.
+
+    A link at ``path`` is not followed.  ``waiting`` is called if another process holds the lock, before waiting for
+    it.  Raises OSError.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    try:
+        try:
+            is_locked = lock(descriptor, wait=False)
+        except BlockingIOError:
+            waiting()
+            is_locked = lock(descriptor)
+        yield is_locked
+    finally:
+        os.close(descriptor)

@@ -31,6 +31,8 @@ REMOVED = {"checkpoint": ("step",)}  # keys that older versions wrote, by group:
 
 FORMER: dict[str, dict[str, Any]] = {  # of keys that older versions did not have, the values that mean what those did
     "llmtrain.data.python_docs.PythonDocs": {"remove_repeats": False},
+    "llmtrain.data.python_stdlib.PythonStdlib": {"split": "documents"},
+    "llmtrain.data.text.Text": {"files": "plain", "split": "documents"},
     "llmtrain.objective.classification.Classification": {"weighted_mean": False},
     "llmtrain.train.config.LoopConfig": {"whole_batches": True},
 }

@@ -32,6 +32,7 @@ class Corpus:
     class_weights: tuple[float, ...] = ()  # the weight of an example of each class; (): all the same
     label_counts: tuple[int, ...] = ()  # training examples of each class
     notes: tuple[str, ...] = ()  # messages about text that was left out or cut
+    split: str = ""  # one line for the run's header: the text that validates; "": nothing is known of it
 
 
 class DataConfig(Option, ABC):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtrain.data.cache.token_cache import DocumentSource
+from llmtrain.data.order.document_split import Split
 from llmtrain.data.sources.documents import DocumentPiece
 from llmtrain.data.text_data import TextData
 
@@ -17,6 +18,12 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # o
 @dataclass(frozen=True)
 class PythonStdlib(TextData):
     """One document for each ``.py`` file of the running Python's library, sorted by path."""
+
+    split: Split
+
+    @property
+    def split_rule(self) -> Split:
+        return self.split
 
     def source(self, *, verify: bool = False) -> DocumentSource:
         folder = Path(sysconfig.get_path("stdlib"))

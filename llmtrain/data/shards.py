@@ -13,7 +13,7 @@ from llmtrain.data.cache.shard_index import INDEX
 from llmtrain.data.cache.token_file import TokenFile, TokenFileFormat, read_indices, recognise
 from llmtrain.data.cache.token_reader import TokenSlice
 from llmtrain.data.cached_data import CachedData, training_files
-from llmtrain.data.sources.files import find_files
+from llmtrain.data.sources.search import find_files
 from llmtrain.data.text_data import make_corpus
 from llmtrain.tokenizer import Tokenizer
 

@@ -2,11 +2,12 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmtrain.data import Corpus
 from llmtrain.data.cache.token_cache import DocumentSource, prepare
 from llmtrain.data.cached_data import CachedData
+from llmtrain.data.order.document_split import Split
 from llmtrain.data.sequences import Shard, Stream, slice_stream
 from llmtrain.tokenizer import Tokenizer
 
@@ -22,11 +23,16 @@ class TextData(CachedData):
         Raises ValueError if there are none, or if a verified file has changed.
         """
 
+    @property
+    def split_rule(self) -> Split:
+        """The rule that sets text aside for validation."""
+        return Split.documents
+
     def open(self, tokenizer: Tokenizer, *, verify: bool) -> Corpus:
         source = self.source(verify=verify)
-        entry = prepare(source, tokenizer, self.validation_fraction, self.cache, verify=verify)
+        entry = prepare(source, tokenizer, self.validation_fraction, self.cache, split=self.split_rule, verify=verify)
         documents = entry.index.train.documents + entry.index.validation.documents
-        return make_corpus(
+        corpus = make_corpus(
             entry.train,
             entry.validation,
             validation_fraction=self.validation_fraction,
@@ -34,6 +40,7 @@ class TextData(CachedData):
             name=f"{source.name}, {documents:,} document{'s' * (documents != 1)}",
             fingerprint=entry.folder.name,
         )
+        return replace(corpus, split=entry.index.split, notes=(*source.remarks, *entry.index.notes))
 
 
 def make_corpus(

@@ -35,6 +35,8 @@ def header(run: RunConfig, parts: Parts, path: Path, state: TrainState, peak_flo
     if trained < whole:
         yield "trained", f"{trained:,} of {whole:,} parameters ({trained / whole:.2%}){_adapters(run.lora)}"
     yield "data", corpus.description
+    if corpus.split:
+        yield "validation", corpus.split
     if template := getattr(run.data, "template", None):
         yield "template", repr(template)[1:-1]
     epochs = (end.position - state.position) / len(corpus.train)

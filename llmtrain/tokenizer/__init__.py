@@ -16,7 +16,33 @@ WORD_ENDS = (r"[^\W_](?=\s)", r"[^\W_](?=[!-&(-/:-@[-^`{-~—…、。！（）�
 # As patterns to match from the start of a text, greedily: the match ends at the last such place.
 CUTS = [re.compile(f".*{end}", re.DOTALL) for end in WORD_ENDS]
 
+LONGEST_WORD = 1 << 14  # characters that are merged together
+
 UNUSED = "\N{REPLACEMENT CHARACTER}".encode()  # the bytes of an id without a token
+
+
+def split_long_words(text: str) -> list[str]:
+    """Cut ``text`` within stretches far longer than any word, whose merging would take time quadratic in their length.
+
+    A stretch of more than ``LONGEST_WORD`` characters without any of ``WORD_ENDS`` is cut after each ``LONGEST_WORD``
+    of them, and at the cuts the ids may differ from those of the whole; any other text stays whole.
+    """
+    parts, begin, word = [], 0, 0  # of the current part; the last known end of a word
+    for at in range(LONGEST_WORD, len(text), LONGEST_WORD):
+        found = _last_word_end(text, max(at - LONGEST_WORD, word), min(at + 1, len(text)))
+        if found > word:
+            word = found
+        while at - max(begin, word) >= LONGEST_WORD:
+            cut = max(begin, word) + LONGEST_WORD
+            parts.append(text[begin:cut])
+            begin = cut
+    parts.append(text[begin:])
+    return parts
+
+
+def _last_word_end(text: str, begin: int, end: int) -> int:
+    """The end of the last word of ``text`` between ``begin`` and ``end``; 0 if there is none."""
+    return max((found.end() for cut in CUTS if (found := cut.match(text, begin, end))), default=0)
 
 
 class Tokenizer(ABC):

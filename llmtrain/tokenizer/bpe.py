@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from llmtrain.tokenizer import CUTS, UNUSED, Tokenizer
+from llmtrain.tokenizer import CUTS, LONGEST_WORD, UNUSED, Tokenizer, split_long_words
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -59,7 +59,9 @@ class BPE(Tokenizer):
         self.fingerprint = _fingerprint(encoding._mergeable_ranks, encoding._pat_str, special_tokens, self.end_of_text)
 
     def encode(self, text: str) -> np.ndarray:
-        return self.encoding.encode_to_numpy(text, disallowed_special=())
+        parts = [text] if len(text) <= LONGEST_WORD else split_long_words(text)
+        ids = [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
+        return ids[0] if len(ids) == 1 else np.concatenate(ids)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         try:

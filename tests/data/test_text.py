@@ -14,7 +14,8 @@ from llmtrain.data import Corpus
 from llmtrain.data.python_docs import PythonDocs
 from llmtrain.data.python_stdlib import PythonStdlib
 from llmtrain.data.sources.files import read_memo, write_memo
-from llmtrain.data.text import Text
+from llmtrain.data.order.document_split import Split
+from llmtrain.data.text import Text, TextFiles
 from llmtrain.tokenizer import Tokenizer
 from tests.data.harm import flip_unnoticed
 
@@ -54,7 +55,12 @@ def text_of(corpus: Corpus, tokenizer: Tokenizer) -> str:
 
 
 def build(path: Path | str, common: dict[str, Any], tokenizer: Tokenizer, separator: str = SEPARATOR) -> Corpus:
-    return Text(path=str(path), separator=separator, **common).build(tokenizer)
+    return text_option(path, common, separator).build(tokenizer)
+
+
+def text_option(path: Path | str, common: dict[str, Any], separator: str = SEPARATOR, **changes: Any) -> Text:
+    keys = {"validation_path": None, "files": TextFiles.all, "text_column": None, "split": Split.tokens}
+    return Text(path=str(path), separator=separator, **(common | keys | changes))
 
 
 # --- what is read ------------------------------------------------------------------------------------------------
@@ -120,7 +126,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 ) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old content.")
-    source = Text(path=str(path), separator="", **common).source()
+    source = text_option(path, common, "").source()
     path.write_text("new content, longer.")
     with pytest.raises(ValueError, match=r"a\.txt: changed while it was read"):
         list(source.pieces())
@@ -167,12 +173,12 @@ def test_python_docs_are_text_without_markup(common: dict[str, Any], gpt2: Token
 
 
 def test_python_stdlib_is_the_source_of_the_library(common: dict[str, Any]) -> None:
-    source = PythonStdlib(**common).source()
+    source = PythonStdlib(split=Split.tokens, **common).source()
     texts = [piece.text for piece in source.pieces()]
     library = Path(sysconfig.get_path("stdlib"))
     assert (library / "argparse.py").read_text(encoding="utf-8") in texts
     assert 5e6 < sum(map(len, texts)) < 30e6
-    assert PythonStdlib(**common).source().content == source.content
+    assert PythonStdlib(split=Split.tokens, **common).source().content == source.content
 
 
 # --- verification ------------------------------------------------------------------------------------------------
@@ -181,7 +187,7 @@ def test_python_stdlib_is_the_source_of_the_library(common: dict[str, Any]) -> N
 def test_verify_reads_the_documents_again(
     tmp_path: Path, folder: Path, common: dict[str, Any], byte: Tokenizer
 ) -> None:
-    option = Text(path=str(folder), separator=SEPARATOR, **common)
+    option = text_option(folder, common)
     first = option.build(byte)
     assert option.verify(byte).fingerprint == first.fingerprint
     flip_unnoticed(folder / "a.md", 0, tmp_path / "cache" / "sha256.json")
@@ -201,7 +207,7 @@ def test_verify_reads_the_shards_again(tmp_path: Path, common: dict[str, Any], b
 
 
 def test_verify_reads_pythons_sources_again(tmp_path: Path, common: dict[str, Any]) -> None:
-    option = PythonStdlib(**common)
+    option = PythonStdlib(split=Split.tokens, **common)
     content = option.source().content
     assert option.source(verify=True).content == content
     memo = tmp_path / "cache" / "sha256.json"

@@ -1,5 +1,7 @@
 """Encode documents as token ids: in parallel, in order, in bounded memory."""
 
+import contextlib
+import threading
 from collections.abc import Iterable, Iterator
 from math import floor
 from typing import NamedTuple
@@ -12,6 +14,7 @@ from llmtrain.data.sources.documents import PIECE, DocumentPiece
 from llmtrain.tokenizer import CUTS, Tokenizer
 
 LONGEST_WHOLE = 4 * PIECE  # characters encoded at once of a document that cannot be cut without changing ids
+LARGE = 2 * PIECE  # characters from which on only one thread encodes: a library may need 100 bytes for each
 
 
 class EncodedText(NamedTuple):
@@ -20,6 +23,7 @@ class EncodedText(NamedTuple):
     is_validation: bool
     ids: np.ndarray  # as wide as the tokenizer's ids need; every document ends with its end-of-text token
     documents: int  # documents that end in here
+    ends: tuple[tuple[int, str], ...] = ()  # for each of them, the place after its last id, and its source
 
 
 def dtype_of(vocab_size: int) -> np.dtype:
@@ -43,21 +47,27 @@ def encode_documents(
     """
     dtype = dtype_of(tokenizer.vocab_size)
     end_of_text = np.array([tokenizer.end_of_text], dtype)
+    one_at_a_time = threading.Lock()
 
     def encode(job: "_Job") -> EncodedText:
-        arrays = []
+        arrays: list[np.ndarray] = []
+        ends: list[tuple[int, str]] = []
+        length = 0
         at = job.pieces[0]
         try:
             for at in job.pieces:
                 _, piece = at
-                ids = (tokenizer.encode if piece.starts_document else tokenizer.encode_continuation)(piece.text)
+                with one_at_a_time if len(piece.text) > LARGE else contextlib.nullcontext():
+                    ids = (tokenizer.encode if piece.starts_document else tokenizer.encode_continuation)(piece.text)
                 if (largest := ids.max(initial=0)) >= tokenizer.vocab_size:
                     raise DataError(f"id {largest} is beyond the tokenizer's vocabulary of {tokenizer.vocab_size:,}")
                 arrays.append(ids.astype(dtype))
+                length += len(ids)
                 if piece.ends_document:
                     arrays.append(end_of_text)
-            ended = sum(piece.ends_document for _, piece in job.pieces)
-            return EncodedText(job.is_validation, np.concatenate(arrays), ended)
+                    length += 1
+                    ends.append((length, piece.source))
+            return EncodedText(job.is_validation, np.concatenate(arrays), len(ends), tuple(ends))
         except BaseException as error:  # a native tokenizer may raise something other than an Exception
             what = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}".rstrip(": ")
             document, piece = at
@@ -74,6 +84,7 @@ class _Stretch(NamedTuple):
     starts_document: bool
     ends_document: bool
     origin: str
+    source: str
 
 
 def _rejoin(pieces: Iterable[DocumentPiece], tokenizer: Tokenizer) -> Iterator[_Stretch]:
@@ -86,7 +97,7 @@ def _rejoin(pieces: Iterable[DocumentPiece], tokenizer: Tokenizer) -> Iterator[_
             starts = held is None
             if held:
                 yield held
-            held = _Stretch(piece.text, starts, piece.ends_document, piece.origin)
+            held = _Stretch(piece.text, starts, piece.ends_document, piece.origin, piece.source or piece.origin)
         if held.ends_document:
             yield held
             held = None

@@ -4,23 +4,26 @@ An entry is written into a temporary folder, synced and renamed.  A lock that di
 process wait for the first instead of doing the same work.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llmtrain.base.files import fsync
-from llmtrain.base.locks import lock
+from llmtrain.base.locks import locked
 from llmtrain.data.cache.token_reader import DataError
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 TEMPORARY = ".tmp-"
+TEMPORARY_NAME = re.compile(r"\.tmp-([0-9a-f]{32})(-\d+)?")
+WAITING = "waiting for another process, which is writing %s"
 
 
 def find_or_make(
@@ -47,7 +50,7 @@ def find_or_make(
                 raise ValueError(f"{error}; remove {folder}, and the next start tokenises the text again") from error
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with _lock(folder) as is_locked:
+        with locked(folder.with_suffix(".lock"), lambda: log.info(WAITING, folder)) as is_locked:
             if folder.exists():  # damaged, unless another process made it while this one waited
                 try:
                     return open_entry(folder, False)
@@ -64,18 +67,18 @@ def find_or_make(
 
 def _make(folder: Path, temporary: Path, fill: Callable[[Path], None], name: str) -> None:
     log.info("tokenising %s into %s", name, folder)
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a writer that died
+    _remove(temporary)  # left by a writer that died
     temporary.mkdir()
     try:
         fill(temporary)
         fsync(temporary)
-        shutil.rmtree(folder, ignore_errors=True)  # the damaged one
+        _remove(folder)  # the damaged one
         temporary.rename(folder)
         fsync(folder.parent)
     except DataError as error:
         raise DataError(f"tokenising {name}: {error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
 
 
 def _temporary(folder: Path, *, is_shared: bool) -> Path:
@@ -83,26 +86,27 @@ def _temporary(folder: Path, *, is_shared: bool) -> Path:
     return folder.with_name(f"{TEMPORARY}{folder.name}" + (f"-{os.getpid()}" if is_shared else ""))
 
 
-@contextmanager
-def _lock(folder: Path) -> Iterator[bool]:
-    """Lock an entry; yields whether it is locked, which not every file system can do."""
-    with folder.with_suffix(".lock").open("a") as file:
-        try:
-            is_locked = lock(file.fileno(), wait=False)
-        except BlockingIOError:
-            log.info("waiting for another process, which is writing %s", folder)
-            is_locked = lock(file.fileno())
-        yield is_locked
+class _BusyError(Exception):
+    """Another process holds the lock."""
 
 
 def _sweep(cache_dir: Path) -> None:
     """Remove the temporary folders of writers that died: those whose lock is free."""
-    for temporary in cache_dir.glob(f"{TEMPORARY}*/"):
-        folder = temporary.with_name(temporary.name.removeprefix(TEMPORARY))
-        with folder.with_suffix(".lock").open("a") as file:
-            try:
-                is_free = lock(file.fileno(), wait=False)
-            except BlockingIOError:
-                continue
-            if is_free:
-                shutil.rmtree(temporary, ignore_errors=True)
+
+    def busy() -> None:
+        raise _BusyError
+
+    for temporary in cache_dir.glob(f"{TEMPORARY}*"):
+        if name := TEMPORARY_NAME.fullmatch(temporary.name):  # others are no folders of this program
+            folder = temporary.with_name(name[1])
+            with contextlib.suppress(_BusyError), locked(folder.with_suffix(".lock"), busy) as is_locked:
+                if is_locked:
+                    _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with all that is in it, or a link, but not what that leads to."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Self
 
@@ -105,6 +105,19 @@ class ShardIndex:
         with (folder / INDEX).open("w", encoding="utf-8") as file:
             json.dump(dataclasses.asdict(self), file, indent=1)
             sync(file.fileno())
+
+
+@dataclass(frozen=True)
+class TextIndex(ShardIndex):
+    """The index of tokenised text, with what a user should know of it; older entries know nothing."""
+
+    split: str = ""  # a line about the text that validates
+    notes: list[str] = field(default_factory=list)  # messages about text that was left out
+
+    @classmethod
+    def parse(cls, stored: dict[str, Any]) -> dict[str, Any]:
+        facts = {"split": str(stored.get("split", "")), "notes": list(map(str, stored.get("notes", [])))}
+        return super().parse(stored) | facts
 
 
 def _parse_dtype(name: str) -> str:

@@ -1,20 +1,35 @@
-"""Stream text files as documents: a corpus is never whole in memory, at any size of its files."""
+"""Stream text files as documents: a corpus is never whole in memory, whatever its files hold."""
 
+import bz2
 import codecs
 import gzip
+import lzma
+import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import zstandard
 
 from llmtrain.tokenizer import CUTS
 
 PIECE = 1 << 20  # characters of a document that are encoded at once
-LONGEST_PIECE = 16 * PIECE  # of a document without a place to cut
+LONGEST_PIECE = 2 * PIECE  # of a document without a place to cut
 BLOCK = 1 << 20  # bytes read at once
-COMPRESSED_BLOCK = 1 << 16  # small, since decompressed it can be a thousand times larger
+COMPRESSED_BLOCK = 1 << 9  # bytes of zstd decompressed at once: four of them can stand for 128 KB
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+# A zstd file is read with a window, kept in memory, that suits its size: a small file has no use for a large one.
+SMALLEST_WINDOW, LARGEST_WINDOW = 1 << 27, 1 << 31
+WINDOW_PER_BYTE = 64
+XZ_MEMORY = 1 << 28  # bytes; xz -9 needs a quarter of it
+# The encodings that a file's first bytes name; those of four bytes first, since one of them begins like one of two.
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 class DocumentPiece(NamedTuple):
@@ -23,6 +38,7 @@ class DocumentPiece(NamedTuple):
     text: str
     ends_document: bool
     origin: str = ""  # the file or another name of the document, for messages
+    source: str = ""  # the file that holds the document; "": the origin is
 
 
 def split_documents(blocks: Iterable[str], separator: str, origin: str = "") -> Iterator[DocumentPiece]:
@@ -32,87 +48,151 @@ def split_documents(blocks: Iterable[str], separator: str, origin: str = "") -> 
     """
     rest = ""
     is_open = False  # pieces of the current document have been yielded
+    searched = 0  # characters of the rest among which there is no place to cut
     for block in blocks:
         rest += block
         *documents, rest = rest.split(separator) if separator else [rest]
         for document in documents:
             if is_open or not _is_blank(document):
                 yield DocumentPiece(document, True, origin)
-            is_open = False
-        while cut := _find_cut(rest, len(separator)):
+            is_open, searched = False, 0
+        while len(rest) >= PIECE:
+            end = len(rest) - max(len(separator) - 1, 0)  # a possible beginning of a separator stays with the rest
+            cut = _find_cut(rest, max(searched - 1, 0), end)
+            if not cut:
+                searched = end
+                if end < LONGEST_PIECE:
+                    break
+                cut = LONGEST_PIECE
             yield DocumentPiece(rest[:cut], False, origin)
-            rest = rest[cut:]
-            is_open = True
+            rest, is_open, searched = rest[cut:], True, max(searched - cut, 0)
     if is_open or not _is_blank(rest):
         yield DocumentPiece(rest, True, origin)
+
+
+def cut_document(text: str, origin: str = "", source: str = "") -> Iterator[DocumentPiece]:
+    """One document, whole in memory, as pieces; none if it is white space alone."""
+    if len(text) <= PIECE:
+        if not _is_blank(text):
+            yield DocumentPiece(text, True, origin, source)
+        return
+    blocks = (text[begin : begin + PIECE] for begin in range(0, len(text), PIECE))
+    for piece in split_documents(blocks, "", origin):
+        yield piece._replace(source=source)
 
 
 def _is_blank(text: str) -> bool:
     return not text or text.isspace()
 
 
-def _find_cut(text: str, separator_length: int) -> int:
-    """The place to cut ``text`` if it is long enough for a piece, else 0.
-
-    A possible beginning of a separator stays with the rest.
-    """
-    if len(text) < PIECE:
-        return 0
-    end = len(text) - max(separator_length - 1, 0)
+def _find_cut(text: str, begin: int, end: int) -> int:
+    """The last place between ``begin`` and ``end`` where ``text`` may be cut; 0 if there is none."""
     for pattern in CUTS:
-        if match := pattern.match(text, 0, end):
+        if match := pattern.match(text, begin, end):
             return match.end()
-    return end if len(text) >= LONGEST_PIECE else 0
+    return 0
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """Yield the text of a UTF-8 file in blocks, decompressed if its name ends in ``.gz`` or ``.zst``.
+    """Yield the text of a UTF-8 file in blocks, decompressed if its name ends in one of ``COMPRESSIONS``.
 
-    Raises ValueError, naming the file, if it is missing, unreadable, damaged, binary or not UTF-8 (with the offset
-    of the byte in the decompressed file).
+    A file that begins with the byte order mark of UTF-16 or UTF-32 is decoded as such.  Raises ValueError, naming the
+    file, if it is missing, unreadable, damaged, binary or in another encoding (with the offset of the byte in the
+    decompressed file).
     """
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    blocks = _read_bytes(path)
+    block = next(blocks)
+    while block and len(block) < 4 and (more := next(blocks)):  # enough for a byte order mark
+        block += more
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if block.startswith(mark)), "utf-8")
+    decoder = codecs.getincrementaldecoder(encoding)()
     position = 0
-    for block in _read_bytes(path):
-        if (nul := block.find(0)) >= 0:
+    while True:
+        if encoding == "utf-8" and (nul := block.find(0)) >= 0:
             raise ValueError(f"{path}: byte {position + nul} is NUL: a binary file (or UTF-16), not UTF-8 text")
         start = position - len(decoder.getstate()[0])  # position of the bytes decoded now
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{path}: byte {start + error.start} is not UTF-8 ({error.reason}); convert the file, for instance "
-                "with iconv -t UTF-8"
+                f"{path}: byte {start + error.start} is not {encoding.upper()} ({error.reason}); convert the file, for "
+                "instance with iconv -t UTF-8"
             ) from error
+        if encoding != "utf-8" and "\0" in text:
+            raise ValueError(f"{path}: a NUL character before byte {position + len(block)}: a binary file, not text")
         yield text.removeprefix("\ufeff") if position == 0 else text  # a byte order mark is not text
+        if not block:
+            return
         position += len(block)
+        block = next(blocks, b"")
 
 
 def _read_bytes(path: Path) -> Iterator[bytes]:
     """Yield the bytes of a file in blocks, and an empty block at its end."""
     try:
-        if path.suffix == ".zst":
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError(f"{path}: not a regular file; save the text in one")
+        if path.suffix.lower() == ".zst":
             yield from _read_zstd(path)
+        elif path.suffix.lower() == ".xz":
+            yield from _read_xz(path)
         else:
-            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            with _open(path) as file:
                 while block := file.read(BLOCK):
                     yield block
         yield b""
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
         raise ValueError(f"{path}: damaged or cut: {error}") from error
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
+        raise ValueError(f"{path}: {error.strerror or f'damaged or cut: {error}'}") from error
+
+
+def _open(path: Path) -> BinaryIO | gzip.GzipFile | bz2.BZ2File:
+    match path.suffix.lower():
+        case ".gz":
+            return gzip.open(path)
+        case ".bz2":
+            return bz2.open(path)
+    return path.open("rb")
+
+
+def _read_xz(path: Path) -> Iterator[bytes]:
+    # Not lzma.open, which sets no limit to the memory that a file asks for.
+    stream, data = None, b""
+    with path.open("rb") as file:
+        while True:
+            if stream is None:
+                data = data or file.read(BLOCK)
+                if not data:
+                    return
+                stream = lzma.LZMADecompressor(memlimit=XZ_MEMORY)
+            if block := stream.decompress(data, BLOCK):
+                yield block
+            data = b""
+            if stream.eof:
+                data, stream = stream.unused_data, None
+            elif stream.needs_input and not (data := file.read(BLOCK)):
+                raise EOFError("the last stream has no end")
 
 
 def _read_zstd(path: Path) -> Iterator[bytes]:
     # Not stream_reader, which takes a cut file for a complete one.
     frame = None
+    window = min(max(SMALLEST_WINDOW, path.stat().st_size * WINDOW_PER_BYTE), LARGEST_WINDOW)
+    blocks: list[bytes] = []
+    size = 0
     with path.open("rb") as file:
         while data := file.read(COMPRESSED_BLOCK):
             while data:
-                frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-                if block := frame.decompress(data):
-                    yield block
+                frame = frame or zstandard.ZstdDecompressor(max_window_size=window).decompressobj()
+                block = frame.decompress(data)
+                blocks.append(block)
+                size += len(block)
                 data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+                if size >= BLOCK:
+                    yield b"".join(blocks)
+                    blocks, size = [], 0
+    if size:
+        yield b"".join(blocks)
     if frame:
         raise EOFError("the last frame has no end")

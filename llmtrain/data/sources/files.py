@@ -1,49 +1,20 @@
-"""Find files, and remember facts about them that are slow to compute."""
+"""Facts about files that are slow to compute, remembered until the files change."""
 
-import glob
 import hashlib
 import json
 import logging
+import stat as file_modes
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from llmtrain.base.checks import where
 from llmtrain.base.files import write_atomically
-from llmtrain.base.locks import lock
+from llmtrain.base.locks import locked
 
 log = logging.getLogger(__name__)
 Fact = TypeVar("Fact", str, int, list)  # a JSON value
 REPORT_SECONDS = 10
-
-
-def find_files(path: str, is_wanted: Callable[[Path], bool], wanted: str, key: str = "data.path") -> list[Path]:
-    """The files that ``path``, the value of the setting ``key``, names: a file, a folder or a glob of those.
-
-    Sorted.  From a folder and its subfolders come the files that ``is_wanted`` accepts (``wanted``: the same in words),
-    except hidden ones.  A file that is named or matched itself is always taken.  Raises ValueError if there is none.
-    """
-    literal = Path(path).expanduser()
-    if literal.exists():
-        found = [literal]
-    elif glob.has_magic(path):
-        found = [Path(name) for name in glob.glob(str(literal), recursive=True)]  # noqa: PTH207 - takes any path
-        if not found:
-            raise ValueError(f"{key}={path}: no file matches{where(path)}")
-    else:
-        raise ValueError(f"{key}={path}: no such file or folder{where(path)}")
-    files: set[Path] = set()
-    for each in found:
-        files.update(filter(is_wanted, _walk(each)) if each.is_dir() else [each])
-    if not files:
-        raise ValueError(f"{key}={path}: there is no {wanted} in this folder")
-    return sorted(files)
-
-
-def _walk(folder: Path) -> list[Path]:
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    return [file for file in files if not any(p.startswith(".") for p in file.relative_to(folder).parts)]
 
 
 Stamp = tuple[int, int]
@@ -102,6 +73,8 @@ def remember(memo: Path, files: Sequence[Path], learn: Callable[[Path], Fact], *
 def read_memo(memo: Path) -> dict[str, list]:
     """Read the remembered facts, ``[moment, fact]`` by path; {} if the memo is missing or damaged."""
     try:
+        if not file_modes.S_ISREG(memo.stat().st_mode):
+            return {}
         stored = json.loads(memo.read_text(encoding="utf-8"))
         files = stored["files"]
         return files if stored["sha256"] == _digest(files) else {}
@@ -120,8 +93,7 @@ def _digest(files: dict[str, list]) -> str:
 def _add_to_memo(memo: Path, learnt: dict[str, list]) -> None:
     try:
         memo.parent.mkdir(parents=True, exist_ok=True)
-        with memo.with_suffix(".lock").open("a") as locked:
-            lock(locked.fileno())  # another process may have learnt something as well
+        with locked(memo.with_suffix(".lock")):  # another process may have learnt something as well
             write_memo(memo, read_memo(memo) | learnt)
     except OSError as error:
         log.warning("%s: %s; it will be computed again next time", memo, error.strerror)

@@ -1,4 +1,4 @@
-"""Read records with named values from CSV, TSV, JSONL, JSON and Parquet, each with its origin."""
+"""Read records with named values from CSV, TSV, JSONL, JSON and Parquet, each with its origin, in bounded memory."""
 
 import csv
 import json
@@ -7,13 +7,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmtrain.base.checks import did_you_mean, needing_package
-from llmtrain.data.sources.documents import read_text
-from llmtrain.data.sources.files import find_files
+from llmtrain.base.checks import did_you_mean
+from llmtrain.data.sources.documents import COMPRESSIONS, read_text
+from llmtrain.data.sources.json_list import json_reason, read_json_list
+from llmtrain.data.sources.parquet import read_parquet
+from llmtrain.data.sources.search import LeftOut, find_files
+from llmtrain.data.sources.tsv import TsvRows
 
-COMPRESSIONS = (".gz", ".zst")
-BATCH_ROWS = 1024  # of a Parquet file, in memory at once
-LONGEST_FIELD = 1 << 30  # characters; csv's own limit of 131,072 is for files of another kind
+LONGEST_RECORD = 1 << 25  # characters of a record: it is in memory as a whole, in several copies
+
+
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Record(NamedTuple):
@@ -27,6 +31,11 @@ class Record(NamedTuple):
         value = self.value(column, key)
         if not isinstance(value, str):
             raise ValueError(f"{self.origin}: {column} is {shown(value)}, where a text is needed")
+        if not value.isascii() and SURROGATE.search(value):
+            raise ValueError(
+                f"{self.origin}: {column} has half of a surrogate pair (\\ud800 to \\udfff), which is no character; "
+                "correct the text, or remove it"
+            )
         return value
 
     def value(self, column: str, key: str) -> Any:
@@ -41,35 +50,53 @@ class Record(NamedTuple):
 
 def shown(value: Any) -> str:
     """A value of a wrong type, shortened for a message."""
-    short = repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:39]}…"
+    whole = repr(value[:40] if isinstance(value, str | list | tuple) else value)
+    short = whole if len(whole) <= 40 else f"{whole[:39]}…"
     return f"{short} ({type(value).__name__})"
 
 
 class RecordReader:
     """Reader of records.
 
-    ``blank`` counts the empty lines that were skipped.
+    ``blank`` counts the empty lines that were skipped, ``stray_quotes`` the rows of TSV with a double quote that opens
+    a field and that nothing closes, which is taken as text.
     """
 
     def __init__(self) -> None:
         self.blank = 0
+        self.stray_quotes = 0
 
     def read(self, path: Path) -> Iterator[Record]:
         """Yield the records of ``path``, in the format of its suffix.
 
-        Files are streamed, except JSON lists.  Raises ValueError, naming file and line, for unreadable or malformed
-        content.
+        All files are streamed.  Raises ValueError, naming file and line, for unreadable or malformed content, and for a
+        record of more than ``LONGEST_RECORD`` characters.
         """
-        yield from FORMATS[_suffix(path)](self, path)
+        yield from FORMATS[record_suffix(path)](self, path)
 
-    def _csv(self, path: Path, delimiter: str = ",") -> Iterator[Record]:
+    def notes(self) -> list[str]:
+        """Messages for the user about what was skipped, or read in a way that may not be meant."""
+        notes = []
+        if self.blank:
+            notes.append(f"{self.blank:,} empty lines were skipped")
+        if self.stray_quotes:
+            rows = "row of a .tsv file has" if self.stray_quotes == 1 else "rows of .tsv files have"
+            notes.append(
+                f"{self.stray_quotes:,} {rows} a double quote that nothing closes: it was taken as text, and the row "
+                "ends with its line"
+            )
+        return notes
+
+    def _csv(self, path: Path) -> Iterator[Record]:
         """CSV as in RFC 4180; the first line names the columns."""
-        csv.field_size_limit(LONGEST_FIELD)
-        rows = csv.reader(_lines(path), delimiter=delimiter, strict=True)
+        csv.field_size_limit(LONGEST_RECORD)
+        lines = _RowLines(path)
+        rows = csv.reader(lines, strict=True)
         begin, columns = 1, None
         try:
             for row in rows:
                 here, begin = begin, rows.line_num + 1
+                lines.row_size = 0
                 if not row:
                     self.blank += 1
                 elif columns is None:
@@ -77,7 +104,7 @@ class RecordReader:
                 elif len(row) != len(columns):
                     raise ValueError(
                         f"{path}:{here}: {len(row)} fields, and {len(columns)} columns ({', '.join(columns)}); a field "
-                        f"with {delimiter!r} or a line break in it stands in double quotes"
+                        "with ',' or a line break in it stands in double quotes"
                     )
                 else:
                     yield Record(dict(zip(columns, row, strict=True)), f"{path}:{here}")
@@ -87,7 +114,16 @@ class RecordReader:
             ) from error
 
     def _tsv(self, path: Path) -> Iterator[Record]:
-        return self._csv(path, "\t")
+        rows, columns = TsvRows(_lines(path), str(path), LONGEST_RECORD), None
+        for line, row in rows:
+            if not row:
+                self.blank += 1
+            elif columns is None:
+                columns = _check_columns(row, f"{path}:{line}")
+                rows.fields = len(columns)
+            else:
+                yield Record(dict(zip(columns, row, strict=True)), f"{path}:{line}")
+        self.stray_quotes += rows.stray_quotes
 
     def _jsonl(self, path: Path) -> Iterator[Record]:
         """JSON Lines: one object per line."""
@@ -98,56 +134,23 @@ class RecordReader:
             origin = f"{path}:{number}"
             try:
                 value = json.loads(line.rstrip("\r\n"))
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
-                    f"{origin}: not JSON: {_reason(error)}; a line has to hold one whole object"
+                    f"{origin}: not JSON: {json_reason(error)}; a line has to hold one whole object"
                 ) from error
             yield _check_object(value, origin)
 
     def _json(self, path: Path) -> Iterator[Record]:
         """A list of objects; also one object per line, which many files with this suffix hold."""
-        text = "".join(read_text(path))
-        if text.lstrip().startswith("{"):
-            del text
+        if next((block.lstrip()[0] for block in read_text(path) if block.strip()), "") == "{":
             yield from self._jsonl(path)
             return
-        decoder, space = json.JSONDecoder(), re.compile(r"\s*")
-        at, line, counted = space.match(text).end(), 1, 0  # type: ignore[union-attr]
-        try:
-            if text[at : at + 1] != "[":
-                raise json.JSONDecodeError("a list of objects, [{…}, …], is needed", text, at)
-            at, is_first = space.match(text, at + 1).end(), True  # type: ignore[union-attr]
-            while text[at : at + 1] != "]":
-                if not is_first:
-                    if text[at : at + 1] != ",":
-                        raise json.JSONDecodeError("',' or ']' is needed", text, at)
-                    at = space.match(text, at + 1).end()  # type: ignore[union-attr]
-                value, end = decoder.raw_decode(text, at)
-                line += text.count("\n", counted, at)
-                counted = at
-                yield _check_object(value, f"{path}:{line}")
-                at, is_first = space.match(text, end).end(), False  # type: ignore[union-attr]
-            if text[at + 1 :].strip():
-                raise json.JSONDecodeError("there is text after the list", text, at + 1)
-        except (json.JSONDecodeError, RecursionError) as error:
-            at = error.pos if isinstance(error, json.JSONDecodeError) else at
-            raise ValueError(f"{path}:{1 + text.count(chr(10), 0, at)}: not JSON: {_reason(error)}") from error
+        for line, value in read_json_list(read_text(path), str(path), LONGEST_RECORD):
+            yield _check_object(value, f"{path}:{line}")
 
     def _parquet(self, path: Path) -> Iterator[Record]:
-        with needing_package(f'{path}: needs pyarrow; pip install "llmtrain[parquet]"'):
-            import pyarrow
-            from pyarrow import parquet
-        number = 0
-        try:
-            with parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(BATCH_ROWS):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield Record(row, f"{path}: row {number}")
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror or error}") from error
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"{path}: not a Parquet file, or damaged or cut: {error}") from error
+        for number, row in enumerate(read_parquet(path, LONGEST_RECORD), 1):
+            yield Record(row, f"{path}: row {number}")
 
 
 FORMATS: dict[str, Callable[[RecordReader, Path], Iterator[Record]]] = {
@@ -160,29 +163,72 @@ FORMATS: dict[str, Callable[[RecordReader, Path], Iterator[Record]]] = {
 }
 
 
-def find_records(path: str, key: str) -> list[Path]:
-    """The files that ``path``, the value of the setting ``key``, names.  Raises ValueError if there is none."""
-    files = find_files(path, lambda file: _suffix(file) in FORMATS, f"file of records ({', '.join(FORMATS)})", key)
+def find_records(path: str, key: str, left_out: LeftOut | None = None) -> list[Path]:
+    """The files that ``path``, the value of the setting ``key``, names; ``left_out`` counts the others of a folder.
+
+    Raises ValueError if there is none.
+    """
+    wanted = f"file of records ({', '.join(FORMATS)})"
+    files = find_files(path, lambda file: record_suffix(file) in FORMATS, wanted, key, left_out)
     for file in files:
-        if _suffix(file) not in FORMATS:
+        if record_suffix(file) not in FORMATS:
             raise ValueError(f"{file}: of an unknown format; the known ones are {', '.join(FORMATS)}, all but the last "
                              f"also with {' or '.join(COMPRESSIONS)} appended")  # fmt: skip
     return files
 
 
-def _suffix(path: Path) -> str:
+def record_suffix(path: Path) -> str:
+    """The suffix that names the format of ``path``, without that of a compression."""
     name = Path(path.stem) if path.suffix in COMPRESSIONS else path
     return "" if name.suffix == ".parquet" and name != path else name.suffix
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Yield lines with their ends; only a line feed ends one, as in JSONL and in a quoted field of CSV."""
-    rest = ""
+    """Yield lines with their ends; only a line feed ends one, as in JSONL and in a quoted field of CSV.
+
+    Raises ValueError for a line of more than ``LONGEST_RECORD`` characters.
+    """
+    rest: list[str] = []
+    size, number = 0, 1
     for block in read_text(path):
-        *lines, rest = (rest + block).split("\n") if "\n" in block else [rest + block]
-        yield from (f"{line}\n" for line in lines)
-    if rest:
-        yield rest
+        *lines, last = block.split("\n")
+        if lines:
+            lines[0] = "".join(rest) + lines[0]
+            yield from (f"{line}\n" for line in lines)
+            number += len(lines)
+            rest, size = [], 0
+        rest.append(last)
+        size += len(last)
+        if size > LONGEST_RECORD:
+            raise too_long(f"{path}:{number}", "the line")
+    if size:
+        yield "".join(rest)
+
+
+def too_long(origin: str, what: str) -> ValueError:
+    """The error for a record that is too long to be held in memory."""
+    return ValueError(
+        f"{origin}: {what} has more than {LONGEST_RECORD:,} characters, the most that a record may have; split it, or "
+        "save a text of this length as a .txt file, which may be of any size"
+    )
+
+
+class _RowLines:
+    """The lines of a CSV file, counted so that a row cannot take up the whole file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.row_size, self.number = path, 0, 0
+        self._lines = _lines(path)
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._lines:
+            self.number += 1
+            self.row_size += len(line)
+            if self.row_size > LONGEST_RECORD:
+                raise too_long(
+                    f"{self.path}:{self.number}", "the row that ends here or later (is a double quote not closed?)"
+                )
+            yield line
 
 
 def _check_columns(names: list[str], origin: str) -> list[str]:
@@ -196,9 +242,3 @@ def _check_object(value: Any, origin: str) -> Record:
     if not isinstance(value, dict):
         raise ValueError(f"{origin}: {shown(value)}, where an object is needed: names in braces, with their values")
     return Record(value, origin)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} (column {error.colno})"
-    return "nested too deeply"

@@ -308,7 +308,7 @@ prepare(DocumentSource("a test", {json.dumps(TEXTS)!r}, pieces), Byte().build(),
         assert writer.stdout is not None
         assert writer.stdout.readline() == "writing\n"
         (left,) = tmp_path.glob(".tmp-*")
-        shutil.copytree(left, tmp_path / ".tmp-another")  # left by one that died long ago
+        shutil.copytree(left, tmp_path / f".tmp-{'0' * 32}")  # left by one that died long ago
         documents, results = Documents(TEXTS), []
         thread = threading.Thread(target=lambda: results.append(prepare(documents.source(), byte, 0.1, tmp_path)))
         thread.start()

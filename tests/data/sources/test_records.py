@@ -133,7 +133,7 @@ def test_empty_lines_are_counted(tmp_path: Path) -> None:
         ("a.json", '[\n{"a": 1},\n{"a": }\n]', ":3: not JSON: Expecting value"),
         ("a.json", '[\n{"a": 1}\n{"a": 2}]', ":3: not JSON: ',' or ']' is needed"),
         ("a.json", '[\n{"a": 1},\n', ":3: not JSON: Expecting value"),
-        ("a.json", '[{"a": 1}]\n[]', ":1: not JSON: there is text after the list"),
+        ("a.json", '[{"a": 1}]\n[]', ":2: not JSON: there is text after the list"),
         ("a.json", '"a"', ":1: not JSON: a list of objects, [{…}, …], is needed"),
         ("a.json", '[{"a": 1},\n 2]', ":2: 2 (int), where an object is needed"),
         ("a.json", '{\n "a": [1]\n}', ":1: not JSON"),

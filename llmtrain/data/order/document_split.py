@@ -1,0 +1,56 @@
+"""The choice of the documents, and of the parts of large ones, that validate."""
+
+from enum import Enum
+
+import numpy as np
+
+SMALL = 1 / 16  # of the validation tokens; a larger document is cut, since as a whole it would decide the share
+LEAST_CUT = 64  # tokens of a document that can be cut
+
+
+class Split(Enum):
+    """The rule that sets text aside for validation."""
+
+    tokens = "a share of the tokens: whole documents, chosen by their content; of large documents the end"
+    documents = "every so-manieth document; if there are too few, the last of the tokens"
+
+
+def split_documents(lengths: np.ndarray, hashes: np.ndarray, sources: np.ndarray, fraction: float) -> np.ndarray:
+    """The tokens at the end of each document that validate, of its ``lengths``: none, all, or a part to cut off; int64.
+
+    They are about ``fraction`` of all tokens, whatever the sizes of the documents.  A document of more than ``SMALL`` of
+    the validation tokens is cut.  The others are chosen by the ``hashes`` of their content, so neither their order nor
+    their size matters, and equal documents stay together.  ``sources``, the numbers of the files that hold them, are
+    treated one by one where they are large, so that each gives its share.
+    """
+    held_out = np.zeros(len(lengths), np.int64)
+    limit = SMALL * fraction * int(lengths.sum())
+    _, first, members, counts = np.unique(hashes, return_index=True, return_inverse=True, return_counts=True)
+    tokens = np.bincount(members, lengths, len(first)).astype(np.int64)  # of equal documents together
+    is_cut = (counts == 1) & (tokens > limit) & (tokens >= LEAST_CUT)
+    held_out[first[is_cut]] = np.round(fraction * tokens[is_cut]).astype(np.int64)
+    stays = (counts > 1) & (tokens > limit)  # cut, equal documents would validate with what they train
+    whole = np.flatnonzero(~is_cut & ~stays)
+    if not len(whole):
+        return held_out
+    share = fraction * (1 + tokens[stays].sum() / max(tokens[whole].sum(), 1))
+    chosen = np.zeros(len(first), bool)
+    chosen[whole] = _choose(tokens[whole], sources[first[whole]], min(share, (1 + fraction) / 2), limit)
+    return np.where(chosen[members], lengths, held_out)
+
+
+def _choose(tokens: np.ndarray, sources: np.ndarray, fraction: float, limit: float) -> np.ndarray:
+    """Choose among documents, ordered by their hash, so that those of each large source have its share; bool."""
+    strata = np.where(np.bincount(sources, tokens)[sources] > limit, sources, -1)
+    order = np.argsort(strata, kind="stable")
+    begins = np.flatnonzero(np.diff(strata[order], prepend=-2))
+    chosen = np.zeros(len(tokens), bool)
+    owed = 0.0  # tokens, by what was chosen of the sources before
+    for begin, end in zip(begins.tolist(), [*begins.tolist()[1:], len(tokens)], strict=True):
+        here = order[begin:end]
+        sizes = tokens[here]
+        goal = owed + fraction * sizes.sum()
+        number = int(np.searchsorted(np.cumsum(sizes) - sizes / 2, goal))
+        chosen[here[:number]] = True
+        owed = goal - sizes[:number].sum()
+    return chosen
