@@ -16,6 +16,7 @@ def write_png(figure: Figure, path: Path) -> None:
 
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
+        temporary.unlink(missing_ok=True)  # a link of this name would be written through
         FigureCanvasAgg(figure).print_png(temporary)
         temporary.replace(path)
     finally:
