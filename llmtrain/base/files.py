@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from llmtrain.base.stored_files import open_regular
+
 REPLACED = ".tmp-replaced-"  # prefix of a directory while a new one takes its place
 
 
@@ -96,8 +98,7 @@ class AppendedFile:
         self._waiting, self._written = self._waiting[whole:], self._written - whole
 
     def _open(self) -> int:
-        # Not through a link: in a run from elsewhere it may point to any file of the user's.
-        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        descriptor = open_own(self.path, os.O_APPEND)
         size = os.fstat(descriptor).st_size
         if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
             self._written = 0  # a torn line is gone: the file was rewritten
@@ -117,6 +118,27 @@ class AppendedFile:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def open_own(path: Path, flags: int = 0) -> int:
+    """Open a file that a run changes in place, to read and write, or make it; returns its descriptor.
+
+    Raises OSError for a link, which may point to any file of the user's in a run from elsewhere, and StoredFileError
+    for a pipe or device.  A file that has another name too, as in a copy made of hard links, is replaced by a copy
+    first, so that the other stays as it is.
+    """
+    descriptor = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | flags)
+    if os.fstat(descriptor).st_nlink > 1:
+        temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+        try:
+            temporary.unlink(missing_ok=True)
+            with os.fdopen(descriptor, "rb") as shared, temporary.open("xb") as own:
+                shutil.copyfileobj(shared, own)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return open_own(path, flags)
+    return descriptor
 
 
 def share(path: Path) -> None:

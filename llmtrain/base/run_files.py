@@ -11,6 +11,8 @@ LOSS_PLOT = "loss.png"
 LOCK = ".lock"
 PROFILE = "profile"  # folder
 CHECKPOINTS = "checkpoints"  # folder
+TENSORBOARD = "tensorboard"  # folder
+TOKENIZER = "tokenizer"  # folder: a copy of the files that the tokenizer is made of
 
 # of a checkpoint
 MODEL = "model.safetensors"

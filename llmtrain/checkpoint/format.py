@@ -8,6 +8,7 @@ writer sweeps away).  Tensors are safetensors, everything else JSON or YAML; not
 import hashlib
 import json
 import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from llmtrain.base.files import check_room, fsync, replace_directory, sha256, share
 from llmtrain.base.run_files import CONFIG, MANIFEST, MODEL, OPTIMIZER, STATE
+from llmtrain.base.stored_files import parse_json_object, read_json_object, read_text_file
 from llmtrain.base.tensor_files import CheckpointError
 
 FORMAT = 2
@@ -33,7 +35,7 @@ def write_checkpoint(
     """Write the checkpoint directory ``path``.  On any error (no space, …) nothing of it remains; OSError."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     if not path.parent.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)  # without its parents: a run directory that was removed is not made again
         fsync(path.parent.parent)
     check_room(path.parent, sum(tensor.nbytes for tensors in (model, optimizer) for tensor in tensors.values()))
     try:
@@ -83,7 +85,11 @@ def copy_checkpoint(source: Path, path: Path) -> None:
     try:
         temporary.mkdir()
         for name in (*_read_manifest(source), MANIFEST):
+            if not (source / name).is_file():
+                raise CheckpointError(f"{source / name}: missing")
             try:
+                if (source / name).is_symlink():
+                    raise OSError("a link to it would be copied")
                 os.link(source / name, temporary / name)
             except OSError:  # another disk, or a file system without links
                 shutil.copyfile(source / name, temporary / name)
@@ -97,6 +103,9 @@ def copy_checkpoint(source: Path, path: Path) -> None:
 
 def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint: a kill meanwhile leaves it intact, or leftovers to be swept."""
+    if path.is_symlink():  # what it leads to is not the run's
+        path.unlink()
+        return
     doomed = path.with_name(f".tmp-removed-{path.name}-{os.getpid()}")
     path.rename(doomed)
     fsync(path.parent)
@@ -152,14 +161,17 @@ def verify_checkpoint(path: Path, *, only: str | None = None) -> None:
 
 
 def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
-    """Size and sha256 of every file of a checkpoint.  Raises :class:`CheckpointError` for a damaged manifest."""
+    """Size and sha256 of every file of a checkpoint.
+
+    Raises :class:`CheckpointError` for a damaged manifest, and for a folder that has the name of another step.
+    """
     manifest_path = path / MANIFEST
     if not manifest_path.is_file():
         raise CheckpointError(f"{path}: not a checkpoint (no {MANIFEST})")
     try:
-        text = manifest_path.read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        found = manifest["format"]
+        text = read_text_file(manifest_path)
+        manifest = parse_json_object(text, "damaged")
+        found, step = manifest["format"], manifest["step"]
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{manifest_path}: damaged ({type(error).__name__}: {error})") from error
@@ -172,12 +184,20 @@ def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
         raise CheckpointError(f"{manifest_path}: it does not have the sha256 that it names; changed or damaged")
     if missing := {MODEL, OPTIMIZER, STATE, CONFIG} - files.keys():
         raise CheckpointError(f"{manifest_path}: does not list {', '.join(sorted(missing))}")
+    if re.fullmatch(r"step-\d+", path.name) and int(path.name.removeprefix("step-")) != step:
+        raise CheckpointError(f"{path}: holds step {step}, by {MANIFEST}: the folder was renamed; restore its name")
     return files
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint."""
+    """``state.json`` of a checkpoint.  Raises :class:`CheckpointError` naming it."""
     try:
-        return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        return read_json_object(checkpoint / STATE)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint / STATE}: {error}") from error
+        message = str(error) if isinstance(error, ValueError) else f"{checkpoint / STATE}: {error.strerror}"
+        raise CheckpointError(message) from error
+
+
+def weights_digest(checkpoint: Path) -> str:
+    """The sha256 of a checkpoint's weights, by its manifest.  Raises :class:`CheckpointError`."""
+    return _read_manifest(checkpoint)[MODEL][1]

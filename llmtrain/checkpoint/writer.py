@@ -36,6 +36,10 @@ NICENESS = 10  # of the writing thread: it takes the time that the training thre
 COPY_BYTES = 1 << 24  # copied at once on a CPU
 
 
+class RunDirectoryGone(Exception):
+    """The directory of a run is no longer where the run found it."""
+
+
 @dataclass
 class SaveResult:
     """The outcome of one save."""
@@ -133,6 +137,8 @@ class Saver(AbstractContextManager["Saver"]):
     ) -> None:
         self.policy = policy
         self.run_dir = run_dir
+        place = run_dir.stat()
+        self._place = (place.st_dev, place.st_ino)
         self.intact: set[Path] = set()  # written and read back here, or compared with their manifests
         self.damaged: set[Path] = set()
         self.is_behind = policy.asynchronous  # True: training continues while a checkpoint is written
@@ -229,6 +235,18 @@ class Saver(AbstractContextManager["Saver"]):
         self._future.result()
         self._saved.held_seconds += time.perf_counter() - start
 
+    def check_place(self) -> None:
+        """Raise :class:`RunDirectoryGone` if the run directory was removed, renamed or replaced."""
+        try:
+            now = self.run_dir.stat()
+        except FileNotFoundError:
+            now = None
+        if now is None or (now.st_dev, now.st_ino) != self._place:
+            raise RunDirectoryGone(
+                f"{self.run_dir}: the run directory was removed, renamed or replaced while the run was working in it; "
+                "what was trained since then is lost; leave it in its place until the run has ended"
+            )
+
     def close(self) -> None:
         """Wait for the end of the save under way."""
         self._pool.shutdown(wait=True)
@@ -249,6 +267,7 @@ class Saver(AbstractContextManager["Saver"]):
         try:
             self.intact.discard(saved.path)
             self.damaged.discard(saved.path)
+            self.check_place()
             write_checkpoint(saved.path, model=model, optimizer=optimizer, state=state, config=self._config_text)
             confirm_checkpoint(saved.path, model=model, optimizer=optimizer)
             self.intact.add(saved.path)

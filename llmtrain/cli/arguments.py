@@ -45,6 +45,9 @@ TEXT_OF = {"generate": "prompt", "predict": "text"}  # verbs that take a text, a
 TEXT_KEYS = ("prompt", "text", "system", "template", "loop.sample_prompt", "data.system", "data.template")
 
 
+OF_A_MODEL = ("resume", "generate", "chat", "predict", "export", "verify")  # earlier versions: base= for weights.path=
+
+
 class UsageError(ValueError):
     """A mistake in the command line itself."""
 
@@ -84,6 +87,8 @@ def parse(arguments: Sequence[str]) -> CommandLine:
     step = None
     if verb == "resume" and targets:
         targets[0], step, overrides = named_checkpoint(targets[0], overrides)
+    if verb in OF_A_MODEL:
+        overrides = [re.sub(r"^\+{0,2}base=", "weights.path=", override) for override in overrides]
     refuse_step(verb, overrides)
     sweep_dir, overrides = take(overrides, "hydra.sweep.dir=")
     words = ["llmtrain", *arguments]

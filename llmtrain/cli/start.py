@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llmtrain.base.process import Allocator, restart_with_tunables, restart_without_tunables
 from llmtrain.base.run_files import CONFIG
+from llmtrain.base.stored_files import read_text_file
 
 TRAINING = ("train", "resume", "plan", "verify")  # verbs that do training steps
 OF_A_RUN = ("resume", "verify")  # verbs whose target has a stored config
@@ -44,7 +45,7 @@ def requested_allocator(verb: str, arguments: Sequence[str]) -> Allocator:
 def _stored_allocator(config: Path) -> str | None:
     """Find the value in a stored config without a YAML parser: a run writes two spaces and one key a line."""
     try:
-        text = config.read_text(encoding="utf-8")
+        text = read_text_file(config)
     except (OSError, ValueError):
         return None
     found = re.search(r"^runtime:\n(?:[ #].*\n|\n)*?  allocator: *['\"]?(\w+)", text, re.MULTILINE)

@@ -38,7 +38,7 @@ from llmtrain.lora.low_rank import LowRankAdaptation
 from llmtrain.lora.merge import merge
 from llmtrain.lora.quantization import Quantization
 from llmtrain.lora.targets import HEAD
-from llmtrain.run.load import LoadedModel, load_model
+from llmtrain.run.load import LoadedModel, MovedFiles, load_model
 from llmtrain.run.text_generation import template_of
 from llmtrain.verify.logits import (
     ExportMismatch,
@@ -79,7 +79,8 @@ class Export:
     format: Format
     dtype: DType | None
     shard_gb: float
-    base: str | None
+    weights: MovedFiles
+    tokenizer: MovedFiles
     plugins: list[str]
 
     def __post_init__(self) -> None:
@@ -100,7 +101,10 @@ def main(settings: Export, invocation: Invocation) -> int:
     to = Path(settings.to).absolute()
     temporary = to.with_name(f".tmp-{to.name}-{os.getpid()}")
     # On the CPU, which computes in fp32.
-    loaded = load_model(checkpoint, Runtime.for_inference(Device.cpu), base=settings.base, plugins=settings.plugins)
+    loaded = load_model(
+        checkpoint, Runtime.for_inference(Device.cpu), base=settings.weights.path,
+        tokenizer_path=settings.tokenizer.path, plugins=settings.plugins,
+    )  # fmt: skip
     try:
         with loaded as trained:
             with naming("to", settings.to):

@@ -23,13 +23,13 @@ def main(run: Run, invocation: Invocation) -> int:
     if branching:
         result = run.branch(stored, command=invocation.command)
         return FINISHED if result.exit_reason == "finished" else INTERRUPTED
-    if run.output_dir != stored.completed["output_dir"]:
+    if run.output_dir != stored.output_dir:
         raise ValueError(
             f"output_dir={run.output_dir}: this run continues in {directory.path}; to branch into another directory: "
             "run_dir=DIR, or an older checkpoint: step=N"
         )
-    if directory.is_finished() and not changed and not (origin := find_origin(directory, stored.step)).passed_over:
-        path, done = directory.path, origin.step
+    if not changed and (done := directory.finished_step()) is not None and is_at_end(stored, done):
+        path = directory.path
         epochs = run.loop.epochs
         longer = f"loop.max_steps={2 * done}" if epochs is None else f"loop.epochs={2 * epochs:g}"
         print(visible(f"{path}: finished already, at step {done:,}; to train on: "
@@ -37,3 +37,9 @@ def main(run: Run, invocation: Invocation) -> int:
         return FINISHED
     result = run.resume(stored, command=invocation.command)
     return FINISHED if result.exit_reason == "finished" else INTERRUPTED
+
+
+def is_at_end(stored: StoredRun, finished: int) -> bool:
+    """True if the run has an intact checkpoint of the step that it finished at; else the steps to it are done again."""
+    origin = find_origin(stored.directory, stored.step)
+    return origin.step >= finished and not origin.passed_over

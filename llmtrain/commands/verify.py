@@ -29,6 +29,8 @@ from llmtrain.config import stored_config
 from llmtrain.config.older_versions import complete
 from llmtrain.metrics import read_metrics
 from llmtrain.run.directory import RunDirectory
+from llmtrain.run.load import MovedFiles
+from llmtrain.run.places import find_places, move
 from llmtrain.run.run import Run
 from llmtrain.verify.replay import ReplayComparison, compare, replay
 
@@ -40,7 +42,8 @@ class Verify:
     replay_steps: int | None
     tolerance: float
     device: Device
-    base: str | None
+    weights: MovedFiles
+    tokenizer: MovedFiles
     plugins: list[str]
 
     def __post_init__(self) -> None:
@@ -115,21 +118,22 @@ def replay_and_compare(console: Console, settings: Verify, directory: RunDirecto
             f"{steps}: none of them was logged (metrics.log_every), so that there is nothing to compare; "
             f"replay_steps=null{enough}"
         )
-    stored = stored_config.untrusted(stored_config.load(settled / CONFIG), settings.plugins)
-    if settings.base is not None:
-        if not read_state(settled).get("base"):
-            raise ValueError(
-                f"base={settings.base}: this run's checkpoints hold a whole model, no adapters; leave it out"
-            )
-        stored["weights"] = {**stored["weights"], "path": settings.base}
-    run = Run.from_config(complete(stored))
+    stored = find_places(stored_config.load(settled / CONFIG), directory.path)
+    base = settings.weights.path
+    if base is not None and not read_state(settled).get("base"):
+        raise ValueError(f"weights.path={base}: this run's checkpoints hold a whole model, no adapters; leave it out")
+    values = complete(stored_config.untrusted(stored, settings.plugins))
+    run = Run.from_config(move(values, base, settings.tokenizer.path))
     run = dataclasses.replace(run, runtime=dataclasses.replace(run.runtime, device=settings.device))
     run.runtime.torch_device()  # an error in these settings is not an error of the run
     console.print(f"\nreplaying {end - start:,} steps from {f'step {start:,}' if first else 'the start'}")
     with tempfile.TemporaryDirectory(prefix="llmtrain-verify-") as scratch, Progress(console=console) as progress:
         task = progress.add_task("", total=end - start, visible=console.is_terminal)
         try:
-            replayed = replay(run, directory, Path(scratch), first, end, lambda: progress.advance(task))
+            replayed = replay(
+                run, directory, Path(scratch), first, end, lambda: progress.advance(task),
+                named_tokenizer=settings.tokenizer.path is not None,
+            )  # fmt: skip
         except ValueError as error:  # the data are damaged, or other data
             return fail(console, "; ".join([str(error), *getattr(error, "__notes__", [])]))
         found = compare(replayed, directory, last if end == step_of(last) else None)

@@ -17,15 +17,14 @@ from llmtrain.data import Corpus
 from llmtrain.lora.low_rank import LowRankAdaptation
 from llmtrain.objective import TrainingUnit
 from llmtrain.precision import Precision
-from llmtrain.tokenizer import Tokenizer
+from llmtrain.tokenizer import Tokenizer, TokenizerConfig
 from llmtrain.train.compilation import why_not_compile
 from llmtrain.train.length import TrainingLength
 from llmtrain.train.state import TrainState
 from llmtrain.weights.adapters import start_from
 
 MOVED_BASE = (
-    "the weights that adapters were trained on are needed too; if they were moved, name their place: base=DIR "
-    "(generate, chat, predict, export, verify), weights.path=DIR (resume)"
+    "the weights that adapters were trained on are needed too; if they were moved, name their place: weights.path=DIR"
 )
 
 
@@ -52,16 +51,24 @@ class Parts:
         return sum(tensor.nbytes for tensor in tensors)
 
 
-def assemble(run: RunConfig, device: torch.device, *, from_start: bool = True, verify_data: bool = False) -> Parts:
+def assemble(
+    run: RunConfig,
+    device: torch.device,
+    *,
+    tokenizer: TokenizerConfig | None = None,
+    from_start: bool = True,
+    verify_data: bool = False,
+) -> Parts:
     """Build everything that training needs, on ``device``; writes nothing but the data cache.
 
+    ``tokenizer``: the copy of a stored run's tokenizer, in place of the config's.
     Without ``from_start`` a checkpoint is restored later, and only weights that no checkpoint holds are loaded.
     With ``verify_data`` every byte of the data is read and checked again, even where an earlier check is on record.
     """
     precision = run.precision.build(device)
-    tokenizer = run.tokenizer.build()
-    vocab_size = run.vocab_size(tokenizer)
-    corpus = run.data.verify(tokenizer) if verify_data else run.data.build(tokenizer)
+    built = (tokenizer or run.tokenizer).build()
+    vocab_size = run.vocab_size(built)
+    corpus = run.data.verify(built) if verify_data else run.data.build(built)
     generator = torch.Generator(device).manual_seed(run.runtime.seed)
     unit = build_unit(
         run, vocab_size, corpus.labels, device, generator, load_weights=from_start, class_weights=corpus.class_weights,
@@ -75,7 +82,7 @@ def assemble(run: RunConfig, device: torch.device, *, from_start: bool = True, v
         raise ValueError(f"runtime.compile=true: {reason}; take auto or false")
     if run.runtime.cuda_graphs and device.type != "cuda":
         raise ValueError("runtime.cuda_graphs=true: there is no GPU here; take false")
-    return Parts(device, tokenizer, corpus, unit, optimizer, precision, run.length(corpus.train))
+    return Parts(device, built, corpus, unit, optimizer, precision, run.length(corpus.train))
 
 
 def build_unit(

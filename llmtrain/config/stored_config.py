@@ -12,9 +12,14 @@ from typing import Any
 
 import yaml
 
+from llmtrain.base.process import cache_folder
+from llmtrain.base.stored_files import StoredFileError
+from llmtrain.base.stored_yaml import read_yaml
+
 SECRET = re.compile(r"(^|[_.])(api_?)?(key|secret|token|passw(or)?d|credentials?)$", re.IGNORECASE)
 REDACTED = "<redacted>"
 NOT_RUN_KEYS = ("run_dir", "output_dir", "plugins")  # places and code, not settings of the run
+CACHE = "data.cache_dir"  # as they are, a key of a group
 MOVED = {  # classes by the names that older versions wrote
     "llmtrain.lora.NoLora": "llmtrain.lora.none.NoLora",
     "llmtrain.checkpoint.Checkpoint": "llmtrain.checkpoint.policy.Checkpoint",
@@ -84,11 +89,9 @@ def dump(run: Any) -> str:
 def load(path: Path) -> dict[str, Any]:
     """A stored config.  It is data: nothing in it is interpolated or executed.  Raises :class:`ConfigError`."""
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}: not a config (a mapping of keys is needed)")
+        config = read_yaml(path)
+    except StoredFileError as error:
+        raise ConfigError(str(error)) from error
     _check_plain(config, path)
     for group, keys in REMOVED.items():
         for key in keys if isinstance(config.get(group), dict) else ():
@@ -109,8 +112,14 @@ def _check_plain(config: Mapping[Any, Any], path: Path) -> None:
 
 
 def untrusted(values: dict[str, Any], plugins: Sequence[str] = ()) -> dict[str, Any]:
-    """A stored config with the ``plugins`` that the user names now in place of those that it names itself."""
-    return values | {"plugins": list(plugins)}
+    """A stored config with the ``plugins`` that the user names now in place of those that it names itself.
+
+    Nor does it decide where anything is written: the cache is that of this machine, unless the user names another.
+    """
+    values = values | {"plugins": list(plugins)}
+    if isinstance(data := values.get("data"), dict) and "cache_dir" in data:
+        values["data"] = data | {"cache_dir": str(cache_folder())}
+    return values
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.base.files import write_atomically
+from llmtrain.base.run_records import check_row, read_rows
 
 Row = dict[str, Any]  # values are str, bool, int, float (also nan and infinite), None, or lists and dicts of these
 
@@ -26,7 +27,7 @@ def read_metrics(path: Path) -> list[Row]:
     """Read all rows of the file at ``path``, in the order in which they were written.
 
     A last line without its newline, as a kill or a running process leaves it, is not a row yet and is left out.
-    Raises ValueError that names file and line if another line is not a JSON object with a step.
+    Raises ValueError that names file and line if another line is not a row as a run writes it.
     """
     return [row for _, row in _lines(path)]
 
@@ -45,18 +46,10 @@ def drop_rows(path: Path, drop: Callable[[Row], bool]) -> None:
 
 def _lines(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield each whole line of the file with its row."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if not raw.endswith(b"\n"):  # only the last line can lack its newline
-                return
-            try:
-                line = raw.decode("utf-8")
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error}); remove the line to continue") from error
-            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                raise ValueError(f"{path}, line {number}: not an object with a step; remove the line to continue")
-            yield line, _decode(row)
+    for number, (line, stored) in enumerate(read_rows(path), start=1):
+        row = _decode(stored)
+        check_row(row, f"{path}, line {number}")
+        yield line, row
 
 
 def _encode(value: Any) -> Any:

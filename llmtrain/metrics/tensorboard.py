@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmtrain.base.run_files import TENSORBOARD as FOLDER
 from llmtrain.metrics import Metrics, Row
 from llmtrain.metrics.local import Local
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-
-FOLDER = "tensorboard"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.base.options import Option
+from llmtrain.base.stored_files import COUNT, NUMBER, check_kinds, refuse
 
 
 class PrecisionConfig(Option, ABC):
@@ -101,7 +102,10 @@ class Precision:
         return {"scale": self.scaler.scale.item(), "good_steps": self.scaler.good_steps.item()}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continue with the scale of a checkpoint."""
+        """Continue with the scale of a checkpoint.  Raises StoredFileError if it holds none."""
         if self.scaler is not None and state:
+            check_kinds(state, {"scale": NUMBER, "good_steps": COUNT}, "scaler")
+            if not {"scale", "good_steps"} <= state.keys():
+                refuse("scaler", "has no scale and good_steps")
             self.scaler.scale.fill_(state["scale"])
             self.scaler.good_steps.fill_(int(state["good_steps"]))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from llmtrain.base.stored_files import OBJECTS, build_typed, check_kinds, refuse
 from llmtrain.recovery import LAG, Action, Failure, Recovery, Rollback, Verdict
 
 
@@ -45,8 +46,12 @@ class DelayedRecovery(Recovery):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.forget_pending()
+        check_kinds(state, {"pending": OBJECTS}, "recovery")
         for row in state.get("pending", []):
-            self.record(Verdict(**{key: _decode(value) for key, value in row.items()}))
+            verdict = build_typed(Verdict, {key: _decode(value) for key, value in row.items()}, "recovery.pending")
+            if self.newest is not None and verdict.step != self.newest + 1:
+                refuse("recovery.pending", f"step {verdict.step} follows step {self.newest}")
+            self.record(verdict)
 
 
 def _encode(value: Any) -> Any:
@@ -55,4 +60,4 @@ def _encode(value: Any) -> Any:
 
 
 def _decode(value: Any) -> Any:
-    return float(value) if isinstance(value, str) else value
+    return float(value) if value in ("nan", "inf", "-inf") else value

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.base.checks import non_negative
+from llmtrain.base.stored_files import COUNT, check_kinds
 from llmtrain.recovery import Action, Failure, RecoveryConfig, Verdict
 from llmtrain.recovery.delayed import DelayedRecovery
 
@@ -65,4 +66,5 @@ class FiniteOnly(DelayedRecovery):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
+        check_kinds(state, {"refused_in_a_row": COUNT}, "recovery")
         self.refused_in_a_row = state.get("refused_in_a_row", 0)

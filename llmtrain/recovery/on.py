@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmtrain.base.checks import fraction, non_negative, positive
 from llmtrain.base.options import RunFacts
+from llmtrain.base.stored_files import COUNT, NUMBER, OBJECT, build_typed, check_kinds
 from llmtrain.recovery import Action, Failure, RateReduction, RecoveryConfig, Rollback, Skip, Verdict
 from llmtrain.recovery.delayed import DelayedRecovery
 from llmtrain.recovery.window import Window
@@ -299,9 +300,12 @@ class Ladder(DelayedRecovery):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
+        check_kinds(state, dict.fromkeys(("lowered_until", "passed_over"), COUNT), "recovery")
+        check_kinds(state, {"factor": NUMBER, "window": OBJECT}, "recovery")
         self.window.load_state_dict(state.get("window", {}))
-        self.episode = Episode(**state["episode"]) if state.get("episode") else None
-        self.tried = Attempts(**state.get("tried", {}))
+        episode = state.get("episode")
+        self.episode = build_typed(Episode, episode, "recovery.episode") if episode else None
+        self.tried = build_typed(Attempts, state.get("tried", {}), "recovery.tried")
         self.factor = state.get("factor", 1.0)
         self.lowered_until = state.get("lowered_until", 0)
         self.ignored_until = state.get("passed_over", 0)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmtrain.base.stored_files import NUMBER, refuse
+
 QUANTITIES = ("loss", "grad_norm")  # the rows of every tensor below
 MAD_TO_SIGMA = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
 
@@ -70,6 +72,11 @@ class Window:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load the values of ``state``, the newest of them if they are too many."""
         self.restart()
-        rows = torch.tensor([state.get(name, []) for name in QUANTITIES], dtype=torch.float32)[:, -self.size :]
+        stored = [state.get(name, []) for name in QUANTITIES]
+        if not all(isinstance(row, list) and all(map(NUMBER.holds, row)) for row in stored):
+            refuse("recovery.window", "must hold lists of numbers")
+        if len({len(row) for row in stored}) > 1:
+            refuse("recovery.window", f"{' and '.join(QUANTITIES)} differ in length")
+        rows = torch.tensor(stored, dtype=torch.float32)[:, -self.size :]
         self.values[:, : rows.shape[1]] = rows.to(self.values.device)
         self.count.fill_(rows.shape[1])

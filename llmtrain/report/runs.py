@@ -1,17 +1,18 @@
 """Run directories and the summaries of runs, from files alone."""
 
-import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llmtrain.base.locks import lock
 from llmtrain.base.options import option_of_target
 from llmtrain.base.run_files import CONFIG, ENVIRONMENT, LOCK, MANIFEST, METRICS, SUMMARY
+from llmtrain.base.run_records import read_environment, read_summary
+from llmtrain.base.stored_files import COUNT, NUMBER, TEXT, StoredFileError, check_kinds, open_regular, optional
+from llmtrain.base.stored_yaml import read_yaml
 from llmtrain.config.stored_config import flatten
 from llmtrain.metrics import Row, read_metrics, validation_score
 
@@ -84,7 +85,7 @@ def summarise(run_dir: Path) -> RunSummary:
     """
     config = _read_config(run_dir / CONFIG)
     rows = read_metrics(run_dir / METRICS) if (run_dir / METRICS).exists() else []
-    end = _read_object(run_dir / SUMMARY, "a run's summary")
+    end = read_summary(run_dir / SUMMARY)
     trained = [row for row in rows if "loss" in row and "event" not in row]
     validated = [row for row in rows if "val_loss" in row]
     running = is_locked(run_dir)
@@ -153,9 +154,9 @@ def differences(runs: Sequence[RunSummary]) -> dict[str, list[Any]]:
 def is_locked(run_dir: Path) -> bool:
     """Return whether a process works in the run, holding its lock."""
     try:
-        with (run_dir / LOCK).open() as file:
+        with os.fdopen(open_regular(run_dir / LOCK)) as file:
             lock(file.fileno(), wait=False, shared=True)  # released as the file closes
-    except FileNotFoundError:
+    except (FileNotFoundError, StoredFileError):
         return False
     except BlockingIOError:
         return True
@@ -177,30 +178,14 @@ def _train_seconds(rows: Sequence[Row]) -> float | None:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: not a run's config (a mapping of keys)")
-    return flatten(values)
+    values = flatten(read_yaml(path))
+    for key, kind in (("name", TEXT), ("loop.max_steps", COUNT), ("loop.epochs", NUMBER)):
+        check_kinds(values, {key: optional(kind)}, str(path))
+    return values
 
 
 def _read_parent(path: Path) -> tuple[str, int] | None:
-    parent = _read_object(path, "a run's environment").get("parent")
-    if not isinstance(parent, dict) or not isinstance(parent.get("step"), int):
+    parent = (read_environment(path) or {}).get("parent")
+    if not isinstance(parent, dict) or not COUNT.holds(parent.get("step")) or not TEXT.holds(parent.get("run")):
         return None
-    return Path(str(parent.get("run"))).name, parent["step"]
-
-
-def _read_object(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in the file at ``path``; an empty one if there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: not {what} (a JSON object)")
-    return values
+    return Path(parent["run"]).name, parent["step"]

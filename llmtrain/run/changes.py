@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from llmtrain.config import stored_config
 from llmtrain.config.run_config import RunConfig
-from llmtrain.config.stored_config import NOT_RUN_KEYS, flatten
+from llmtrain.config.stored_config import CACHE, NOT_RUN_KEYS, flatten
 from llmtrain.train.length import TrainingLength
 from llmtrain.train.state import TrainState
 
@@ -16,7 +16,8 @@ ABSENT = "not stored"  # the stored value of a key that the stored config does n
 
 # Values that a resume cannot change: the tensors would not fit, or the data order would differ.
 FIXED = ("name", "model.", "tokenizer.", "objective.", "data.", "lora.", "weights.", "runtime.seed")
-MOVABLE = ("data.path", "data.validation_path", "data.cache_dir")  # the data's fingerprint is compared instead
+# Places, whose content is compared instead: with the data's fingerprint, the tokenizer's copy, the base's fingerprint.
+MOVABLE = ("data.path", "data.validation_path", "tokenizer.path", "tokenizer.encoding", "weights.path")
 
 
 def changes(before: Mapping[str, Any], run: RunConfig) -> list[Change]:
@@ -28,7 +29,7 @@ def changes(before: Mapping[str, Any], run: RunConfig) -> list[Change]:
     return [
         (key, old.get(key, ABSENT), value)
         for key, value in new.items()
-        if old.get(key, ABSENT) != value and key not in NOT_RUN_KEYS
+        if old.get(key, ABSENT) != value and key not in (*NOT_RUN_KEYS, CACHE)
     ]
 
 
@@ -40,18 +41,22 @@ def since_older_version(changes: Sequence[Change], before: Mapping[str, Any]) ->
 def check_changes(changes: Sequence[Change], *, branching: bool, has_base: bool = False) -> None:
     """Raise ValueError, naming the key, for a change that a resume cannot make.
 
-    A branch may have another name, and the base of adapters (``has_base``) may have been moved.
+    A branch may have another name.  Places may be others; the caller compares their content.
     """
-    movable = (*MOVABLE, *["name"] * branching, *["weights.path"] * has_base)
+    movable = (*MOVABLE, *["name"] * branching)
     for key, before, after in changes:
         if key.startswith(FIXED) and key not in movable:
-            remedy = f"start a new run with it, llmtrain train … {key}={_shown(after)}"
-            if not has_base and not key.startswith(("model.", "tokenizer.", "lora.")):
-                remedy += ", from its weights with: weights=checkpoint weights.path=RUN_DIR"
-            raise ValueError(
-                f"{key}={_shown(after)}: this run was started with {_shown(before)}, and cannot continue with another; "
-                f"{remedy}"
-            )
+            refuse_change(key, before, after, has_base=has_base)
+
+
+def refuse_change(key: str, before: Any, after: Any, *, has_base: bool = False) -> NoReturn:
+    """Raise ValueError about a change that a resume cannot make."""
+    remedy = f"start a new run with it, llmtrain train … {key}={_shown(after)}"
+    if not has_base and not key.startswith(("model.", "tokenizer.", "lora.")):
+        remedy += ", from its weights with: weights=checkpoint weights.path=RUN_DIR"
+    raise ValueError(
+        f"{key}={_shown(after)}: this run was started with {_shown(before)}, and cannot continue with another; {remedy}"
+    )
 
 
 def _shown(value: Any) -> str:

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from llmtrain.base.files import write_atomically
 from llmtrain.base.locks import lock
@@ -21,9 +21,14 @@ from llmtrain.base.run_files import (
     MANIFEST,
     METRICS,
     OVERRIDES,
+    PROFILE,
     SAMPLES,
     SUMMARY,
+    TENSORBOARD,
+    TOKENIZER,
 )
+from llmtrain.base.run_records import read_environment, read_overrides, read_summary
+from llmtrain.base.stored_files import StoredFileError, open_regular
 from llmtrain.checkpoint.directory import find_checkpoints, newest_run_in, step_of
 
 log = logging.getLogger(__name__)
@@ -102,15 +107,10 @@ class RunDirectory:
 
     def read_environment(self) -> dict[str, Any] | None:
         """``environment.json``; None if there is none.  Raises ValueError naming it if it cannot be read."""
-        if not self.environment.exists():
-            return None
         try:
-            environment = json.loads(self.environment.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{self.environment}: not JSON ({error}); restore it, or remove it to continue") from error
-        if not isinstance(environment, dict) or not isinstance(environment.get("resumes", []), list):
-            raise ValueError(f"{self.environment}: not a run's environment; restore it, or remove it to continue")
-        return environment
+            return read_environment(self.environment)
+        except StoredFileError as error:
+            raise StoredFileError(f"{error}; or remove it to continue") from error
 
     def write_environment(self, environment: dict[str, Any]) -> None:
         """Replace ``environment.json``: the facts of the start, ``resumes`` (one entry each) and ``parent``."""
@@ -118,52 +118,89 @@ class RunDirectory:
 
     def read_overrides(self) -> list[str]:
         """The overrides of a sweep's job, without those of Hydra's own settings; empty for any other run."""
-        if not self.overrides.exists():
-            return []
-        overrides = json.loads(self.overrides.read_text(encoding="utf-8"))
-        return [override for override in overrides if not override.startswith("hydra")]
+        return [override for override in read_overrides(self.overrides) if not override.startswith("hydra")]
 
     def is_finished(self) -> bool:
         """True if the run reached its end, by its summary."""
+        return self.finished_step() is not None
+
+    def finished_step(self) -> int | None:
+        """The step at which the run reached its end, by its summary; None if it has not."""
         try:
-            return json.loads(self.summary.read_text(encoding="utf-8"))["exit_reason"] == "finished"
-        except (OSError, ValueError, KeyError, TypeError):
-            return False  # no summary, or one cut short by a kill: the run has to continue
+            summary = read_summary(self.summary)
+        except StoredFileError:
+            return None  # one cut short or edited: the run has to continue, and writes another
+        return summary.get("step") if summary.get("exit_reason") == "finished" else None
+
+    def check_places(self) -> None:
+        """Raise ValueError for a folder of the run that is a link, or none: a run writes and removes files in it."""
+        for folder in (self.path / name for name in (CHECKPOINTS, PROFILE, TENSORBOARD, TOKENIZER)):
+            if folder.is_symlink():
+                raise ValueError(
+                    f"{folder}: a link, to {folder.readlink()}; the run would write and remove files there; put "
+                    "the folder itself in its place, or continue in another directory: run_dir=DIR"
+                )
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise ValueError(f"{folder}: not a directory; remove it, or restore the folder")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Lock the run.  Raises ValueError if another process does; the lock dies with its process."""
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # a copied run may hold a link to any file
-        with os.fdopen(os.open(self.path / LOCK, flags, 0o666), "a+") as file:
+        descriptor, is_locked = self._locked()
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            yield
+        finally:
+            if not is_locked:
+                os.ftruncate(descriptor, 0)
+            os.close(descriptor)
+
+    def _locked(self) -> tuple[int, bool]:
+        """Open the lock and take it; False where the file system has no locks.
+
+        A lock with another name too, as in a copy of hard links, is made anew.
+        """
+        path = self.path / LOCK
+        while True:
+            descriptor = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
             try:
-                is_locked = lock(file.fileno(), wait=False)
+                is_locked = lock(descriptor, wait=False)
+                if not is_locked:
+                    self._check_alone(descriptor)
             except BlockingIOError:
-                file.seek(0)
+                holder = _holder(descriptor)
+                os.close(descriptor)
                 raise ValueError(
-                    f"{self.path}: another process (pid {file.read().strip() or 'unknown'}) is working in this run; "
+                    f"{self.path}: another process (pid {holder or 'unknown'}) is working in this run; "
                     "wait for it or stop it first"
                 ) from None
-            if not is_locked:
-                self._check_alone(file)
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            try:
-                yield
-            finally:
-                if not is_locked:
-                    file.truncate(0)
+            except ValueError:
+                os.close(descriptor)
+                raise
+            links = os.fstat(descriptor).st_nlink
+            if links == 1:
+                return descriptor, is_locked
+            os.close(descriptor)  # 0: another process has replaced it
+            if links > 1:
+                path.unlink(missing_ok=True)
 
-    def _check_alone(self, file: IO[str]) -> None:
+    def _check_alone(self, descriptor: int) -> None:
         """Where there are no locks: raise ValueError if the process whose number the file holds is still there."""
-        file.seek(0)
-        holder = file.read().strip()
-        if holder.isdecimal() and int(holder) != os.getpid() and Path(f"/proc/{holder}").exists():
+        holder = _holder(descriptor)
+        if holder and int(holder) != os.getpid() and Path(f"/proc/{holder}").exists():
             raise ValueError(
                 f"{self.path}: another process (pid {holder}) seems to work in this run, and this file system has no "
-                f"locks to be sure by; wait for it or stop it first, or, if it is something else, remove {file.name}"
+                "locks to be sure by; wait for it or stop it first, or, if it is something else, remove "
+                f"{self.path / LOCK}"
             )
         log.warning("%s: this file system has no locks; make sure that no other process works in this run", self.path)
+
+
+def _holder(descriptor: int) -> str:
+    """The number of the process that wrote the lock file; "" if it holds none."""
+    pid = os.pread(descriptor, 20, 0).decode("ascii", errors="replace").strip()
+    return pid if pid.isdecimal() else ""
 
 
 def slug(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ def describe_environment(device: torch.device, command: list[str]) -> dict[str, 
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": command,
+        "directory": str(Path.cwd()),  # relative paths of the config start here
         "git_commit": git_commit(Path.cwd()),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -35,6 +37,30 @@ def describe_environment(device: torch.device, command: list[str]) -> dict[str, 
         "device": device_name(device),
         "cpus": os.cpu_count(),
     }
+
+
+def difference_of_machine(environment: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str | None:
+    """The reason why steps may give other bits here than where the run was trained last; None if they must not.
+
+    ``environment`` is that of the run with its resumes, None where it has none; ``now`` the present one.  A processor,
+    another number of its threads, a GPU and a version of torch decide the order in which numbers are added up.
+    """
+    if environment is None:
+        return None
+    latest: dict[str, Any] = {}
+    for entry in (environment, *environment.get("resumes", [])):
+        latest |= {key: entry[key] for key in ("device", "versions") if key in entry}
+    device, torch = latest.get("device"), latest.get("versions", {}).get("torch")
+    if device is not None and _current_name(device) != now["device"]:
+        return f"the run used {device}, this is {now['device']}"
+    if torch is not None and torch != now["versions"]["torch"]:
+        return f"the run used torch {torch}, this is {now['versions']['torch']}"
+    return None
+
+
+def _current_name(device: str) -> str:
+    """A recorded name of a device as it is written today; earlier versions wrote "1 threads"."""
+    return device.removesuffix("s") if device.endswith(", 1 threads") else device
 
 
 def git_commit(directory: Path) -> str | None:

@@ -19,8 +19,10 @@ from llmtrain.config.run_config import RunConfig
 from llmtrain.model import LanguageModel
 from llmtrain.objective import TrainingUnit
 from llmtrain.precision import Precision
+from llmtrain.run.places import find_places, move
+from llmtrain.run.tokenizer_copy import stored_tokenizer
 from llmtrain.tokenizer import Tokenizer
-from llmtrain.train.state import TrainState
+from llmtrain.train.state import TrainState, parse_state
 
 
 @dataclass(frozen=True)
@@ -40,26 +42,39 @@ class LoadedModel:
         return self.unit.model
 
 
+@dataclass(frozen=True)
+class MovedFiles:
+    """The present place of files that a stored run names; None: not moved."""
+
+    path: str | None
+
+
 @contextlib.contextmanager
 def load_model(
-    checkpoint: Path, runtime: Runtime, *, base: str | None = None, plugins: Sequence[str] = ()
+    checkpoint: Path,
+    runtime: Runtime,
+    *,
+    base: str | None = None,
+    tokenizer_path: str | None = None,
+    plugins: Sequence[str] = (),
 ) -> Iterator[LoadedModel]:
     """Load the model of ``checkpoint``, for the duration of a context.
 
-    ``base``: the present place of the weights that its adapters were trained on; None: not moved.  Raises ValueError
-    naming the settings that do not fit, and :class:`CheckpointError` for a damaged checkpoint.
+    ``base``: the present place of the weights that its adapters were trained on, ``tokenizer_path`` that of the files
+    of its tokenizer, for a run without a copy of them; None: not moved.  Raises ValueError naming the settings that do
+    not fit, and :class:`CheckpointError` for a damaged checkpoint.
     """
     verify_checkpoint(checkpoint)
-    values = complete(stored_config.untrusted(stored_config.load(checkpoint / CONFIG), plugins))
-    state = TrainState.from_json(read_state(checkpoint))
-    if base is not None:
-        if not state.base:
-            raise ValueError(f"base={base}: {checkpoint} holds a whole model, no adapters; leave it out")
-        values["weights"] = {**values["weights"], "path": base}
+    stored = find_places(stored_config.load(checkpoint / CONFIG), checkpoint)
+    values = complete(stored_config.untrusted(stored, plugins))
+    state = parse_state(checkpoint, read_state(checkpoint))
+    if base is not None and not state.base:
+        raise ValueError(f"weights.path={base}: {checkpoint} holds a whole model, no adapters; leave it out")
+    values = move(values, base, tokenizer_path)
     run = RunConfig.from_config(values)
     with runtime.session() as device:
         precision = run.precision.inference(device)
-        tokenizer = run.tokenizer.build()
+        tokenizer = stored_tokenizer(run.tokenizer, checkpoint, named=tokenizer_path is not None).build()
         check_base(run, state)
         generator = torch.Generator(device).manual_seed(0)
         unit = build_unit(run, run.vocab_size(tokenizer), state.labels, device, generator, load_weights=False)
@@ -73,11 +88,15 @@ def load_model(
 class InferenceSettings:
     """The settings that commands with a trained model share."""
 
-    base: str | None
+    weights: MovedFiles
+    tokenizer: MovedFiles
     device: Device
     plugins: list[str]
 
     def load(self, target: Path) -> contextlib.AbstractContextManager[LoadedModel]:
         """Load the model of a run or checkpoint on the device, for the duration of a context."""
         runtime = Runtime.for_inference(self.device)
-        return load_model(locate_checkpoint(target), runtime, base=self.base, plugins=self.plugins)
+        return load_model(
+            locate_checkpoint(target), runtime, base=self.weights.path, tokenizer_path=self.tokenizer.path,
+            plugins=self.plugins,
+        )  # fmt: skip

@@ -3,6 +3,8 @@
 Planning writes nothing, so a refused resume leaves the run untouched.
 """
 
+import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.base.files import write_atomically
-from llmtrain.base.run_files import CONFIG
+from llmtrain.base.process import cache_folder
+from llmtrain.base.run_files import CONFIG, STATE, TOKENIZER
+from llmtrain.base.stored_files import open_regular
 from llmtrain.base.tensor_files import CheckpointError
 from llmtrain.checkpoint.directory import step_of
 from llmtrain.checkpoint.format import copy_checkpoint, verify_checkpoint
@@ -20,12 +24,27 @@ from llmtrain.config import stored_config
 from llmtrain.config.assemble import Parts, check_data
 from llmtrain.config.older_versions import complete
 from llmtrain.config.run_config import RunConfig
+from llmtrain.data.shards import Shards
 from llmtrain.lint import Case, Finding, lint, lint_changes
 from llmtrain.metrics import Row, drop_rows, read_metrics
-from llmtrain.run.changes import Change, changes, check_changes, check_length, rates, since_older_version
+from llmtrain.run.changes import (
+    MOVABLE,
+    Change,
+    changes,
+    check_changes,
+    check_length,
+    rates,
+    refuse_change,
+    since_older_version,
+)
 from llmtrain.run.directory import RunDirectory
+from llmtrain.run.environment import difference_of_machine
+from llmtrain.run.places import find_places
+from llmtrain.run.tokenizer_copy import stored_tokenizer, write_copy
+from llmtrain.tokenizer import Tokenizer, TokenizerConfig
 from llmtrain.train.state import TrainState, restore_state
 
+OUTPUT_DIR = "runs"  # as in conf/train.yaml
 # Options of an optimizer that do not change the form of its state.
 STATELESS = ("optimizer.lr", "optimizer.weight_decay", "optimizer.layer_decay")
 
@@ -46,7 +65,7 @@ class StoredRun:
         self.config_path = self.directory.config_at(step)
         if self.config_path != self.directory.config:
             verify_checkpoint(self.config_path.parent, only=self.config_path.name)
-        self.raw = stored_config.load(self.config_path)
+        self.raw = find_places(stored_config.load(self.config_path), run_dir)
 
     @cached_property
     def completed(self) -> dict[str, Any]:
@@ -57,14 +76,51 @@ class StoredRun:
         return complete(stored_config.untrusted(self.raw))
 
     def composable(self) -> dict[str, Any]:
-        """The config to compose a resume from, without the run's directory, which may have been moved."""
-        return self.completed | {"run_dir": None}
+        """The config to compose a resume from.
+
+        Without the run's directory, which may have been moved; a branch is made where the run lies now.
+        """
+        return self.completed | {"run_dir": None, "output_dir": self.output_dir}
+
+    @property
+    def output_dir(self) -> str:
+        """The folder that a branch is made in: that of the run's date, or the default.
+
+        Not the stored one, since a config from elsewhere does not decide where anything is written.
+        """
+        day = self.directory.path.absolute().parent
+        return str(day.parent) if re.fullmatch(r"\d{4}-\d\d-\d\d", day.name) else OUTPUT_DIR
 
     def completed_at(self, checkpoint: Path) -> Mapping[str, Any]:
         """The completed config of ``checkpoint``: older than the run's if a resume was killed before it saved."""
-        if (checkpoint / CONFIG).read_bytes() == self.config_path.read_bytes():
+        config = stored_config.load(checkpoint / CONFIG)
+        if config == stored_config.load(self.config_path):
             return self.completed
-        return complete(stored_config.load(checkpoint / CONFIG))
+        return complete(stored_config.untrusted(find_places(config, self.directory.path)))
+
+    def tokenizer(self, run: RunConfig) -> TokenizerConfig:
+        """The tokenizer of ``run``, a resume with its changes: the run's own copy, or one that the user names.
+
+        Raises ValueError where that is another one, or the copy is damaged.
+        """
+        changed = [key for key, _, _ in changes(self.completed, run) if key in ("tokenizer.path", "tokenizer.encoding")]
+        return stored_tokenizer(run.tokenizer, self.directory.path, named=bool(changed))
+
+    def check_places(self, run: RunConfig) -> None:
+        """Raise ValueError if the user has named another tokenizer, or weights, than those that the run started with.
+
+        Those of adapters are compared later, with the fingerprint in the checkpoint.
+        """
+        moved = {key: (old, new) for key, old, new in changes(self.completed, run) if key in MOVABLE}
+        self.tokenizer(run)
+        has_copy = os.path.lexists(self.directory.path / TOKENIZER)
+        for key in ("tokenizer.path", "tokenizer.encoding"):  # without a copy the data's fingerprint has to tell
+            if key in moved and not has_copy and isinstance(run.data, Shards):
+                refuse_change(key, *moved[key])
+        if "weights.path" in moved and not run.lora.adapts:
+            recorded = (self.directory.read_environment() or {}).get("weights")
+            if not recorded or run.weights.fingerprint() != recorded:
+                refuse_change("weights.path", *moved["weights.path"])
 
 
 # --- the origin --------------------------------------------------------------------------------------------------
@@ -172,10 +228,12 @@ class Carryover:
         names = None if reset is None else (_class_name(reset[0]), _class_name(reset[1]))
         return cls(names, options, frozenset(dropped))
 
-    def restore(self, checkpoint: Path, parts: Parts) -> TrainState:
+    def restore(self, checkpoint: Path, parts: Parts, run: RunConfig) -> TrainState:
         """Bring ``parts`` and every random number generator to where they were at ``checkpoint``, known to be intact.
 
-        Returns the state without the dropped entries.  Raises :class:`CheckpointError` naming the file, and ValueError
+        Returns the state, which the recovery of ``run`` can load, without the dropped entries.
+
+        Raises :class:`CheckpointError` naming the file, and ValueError
         naming the optimizer's options that do not fit its state.
         """
         try:
@@ -193,8 +251,12 @@ class Carryover:
         fresh = TrainState()
         for entry in self.dropped:
             setattr(state, entry, getattr(fresh, entry))
-        parts.precision.load_state_dict(state.scaler)
-        state.restore_rng(parts.device)
+        try:
+            parts.precision.load_state_dict(state.scaler)
+            run.recovery.build(parts.device).load_state_dict(state.recovery)
+            state.restore_rng(parts.device)
+        except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+            raise CheckpointError(f"{checkpoint / STATE}: {error}") from error
         return state
 
 
@@ -210,6 +272,7 @@ class ResumePlan:
     results: EarlierResults
     learning_rate: tuple[float, float] | None = None  # of the next step, as stored and now, where it differs
     findings: Sequence[Finding] = ()  # of the linter, about the changes
+    notes: Mapping[str, str] = field(default_factory=dict)  # messages by the name of their event
 
     def checked(self, run: RunConfig, parts: Parts, state: TrainState, overrides: Sequence[str]) -> "ResumePlan":
         """Complete the plan from the assembled parts.  Raises ValueError for what cannot continue."""
@@ -228,6 +291,14 @@ class ResumePlan:
         learning_rate = rates(before, steps, run, parts.max_steps, state.step)
         return replace(self, findings=findings, learning_rate=learning_rate)
 
+    def on_machine(self, environment: Mapping[str, Any] | None, now: Mapping[str, Any]) -> "ResumePlan":
+        """Note where the machine is another than that of the run's last start, so that bits may differ."""
+        reason = difference_of_machine(environment, now)
+        if reason is None or self.origin.checkpoint is None:
+            return self
+        message = f"{reason}: from here on the numbers are not bit for bit those that it would have had there"
+        return replace(self, notes={**self.notes, "machine": message})
+
     @property
     def source(self) -> str | None:
         """The checkpoint's path, relative for the run's own and absolute for a parent's; None: from the start."""
@@ -241,6 +312,8 @@ class ResumePlan:
         step = self.origin.step
         for _, message in self.origin.passed_over:
             yield {"event": "damaged", "step": step, "message": f"{message}; passed over"}
+        for event, message in self.notes.items():
+            yield {"event": event, "step": step, "message": message}
         if self.origin.checkpoint is not None or self.changes:
             row = {"event": "resume", "step": step, "from": self.source, "changes": [list(row) for row in self.changes]}
             yield row | ({} if self.learning_rate is None else {"rates": list(self.learning_rate)})
@@ -275,6 +348,7 @@ def plan_resume(run: RunConfig, stored: StoredRun, *, branching: bool) -> Resume
     """
     directory = stored.directory
     check_changes(changes(stored.completed, run), branching=branching, has_base=run.lora.adapts)
+    stored.check_places(run)
     origin = find_origin(directory, stored.step)
     if branching and origin.checkpoint is None:
         raise ValueError(f"{directory.path}: has no checkpoint yet to branch off from")
@@ -288,7 +362,23 @@ def plan_resume(run: RunConfig, stored: StoredRun, *, branching: bool) -> Resume
         since_older_version(changes(stored.raw, run), stored.raw),
         carryover,
         EarlierResults.read(directory, origin.step),
+        notes=unused_cache(stored.raw, run),
     )
+
+
+def unused_cache(raw: Mapping[str, Any], run: RunConfig) -> dict[str, str]:
+    """A note where the stored config names a cache that is not used: a run directory decides no place of writing."""
+    data = raw.get("data")
+    stored = data.get("cache_dir") if isinstance(data, Mapping) else None
+    used = getattr(run.data, "cache_dir", None)
+    if not isinstance(stored, str) or used is None or Path(stored).expanduser() == Path(used).expanduser():
+        return {}
+    if Path(used).expanduser() != cache_folder():
+        return {}  # the user has named it
+    return {
+        "cache": f"data.cache_dir={stored} stands in the stored config alone and is not used: a run directory decides "
+        f"no place of writing; the data's cache is {used}; to use the other, give it again: data.cache_dir={stored}"
+    }
 
 
 def _class_name(target: Any) -> str:
@@ -298,8 +388,15 @@ def _class_name(target: Any) -> str:
 # --- a branch ----------------------------------------------------------------------------------------------------
 
 
-def make_child(child: RunDirectory, plan: ResumePlan, environment: dict[str, Any], config_text: str) -> None:
-    """Fill the new directory ``child`` of a branch with its parent's checkpoint and the rows up to it.
+def make_child(
+    child: RunDirectory,
+    plan: ResumePlan,
+    environment: dict[str, Any],
+    config_text: str,
+    tokenizer: TokenizerConfig,
+    built: Tokenizer,
+) -> None:
+    """Fill the new directory ``child`` of a branch with its parent's checkpoint, the rows up to it and the tokenizer.
 
     The config is written last: it makes the directory a complete run.  After an error nothing remains.
     """
@@ -310,8 +407,10 @@ def make_child(child: RunDirectory, plan: ResumePlan, environment: dict[str, Any
         copy_checkpoint(origin.checkpoint, child.checkpoints / origin.checkpoint.name)
         for source, target in ((parent.metrics, child.metrics), (parent.samples, child.samples)):
             if source.exists():
-                shutil.copyfile(source, target)
+                with os.fdopen(open_regular(source), "rb") as rows, target.open("xb") as copy:
+                    shutil.copyfileobj(rows, copy)
                 drop_rows(target, lambda row: row["step"] > origin.step)
+        write_copy(child.path, tokenizer, built)
         child.write_environment(plan.history(None, environment))
         write_atomically(child.config, config_text)
     except BaseException:

@@ -14,6 +14,7 @@ import torch
 from llmtrain.base.files import sweep_leftovers, write_atomically
 from llmtrain.base.outputs import check_output_directory, naming
 from llmtrain.base.ranks import refuse_several_processes
+from llmtrain.base.run_files import TOKENIZER
 from llmtrain.config import stored_config
 from llmtrain.config.assemble import Parts, assemble, check_space, first_state
 from llmtrain.config.overrides import overrides_of
@@ -24,6 +25,7 @@ from llmtrain.run.directory import RunDirectory
 from llmtrain.run.environment import describe_environment
 from llmtrain.run.resume import ResumePlan, StoredRun, make_child, plan_resume
 from llmtrain.run.session import RunResult, execute
+from llmtrain.run.tokenizer_copy import write_copy
 from llmtrain.train.state import TrainState
 
 
@@ -49,6 +51,7 @@ class Run(RunConfig):
             directory = self.create_directory()
             with directory.lock():
                 self.describe(directory, device, command)
+                write_copy(directory.path, self.tokenizer, parts.tokenizer)
                 return execute(self, parts, directory, first_state(self, parts), findings)
 
     def resume(
@@ -65,14 +68,21 @@ class Run(RunConfig):
         run_directory, step = stored.directory, stored.step
         if run_directory.is_older(step):
             raise ValueError(f"step={step}: not the newest checkpoint of {run_directory.path}; branch from it instead")
+        run_directory.check_places()
         with self.runtime.session() as device, run_directory.lock():
             for folder in (run_directory.path, run_directory.checkpoints):
                 sweep_leftovers(folder)
-            plan, parts, state = self.restore(plan_resume(self, stored, branching=False), device, command)
+            environment = run_directory.read_environment()
+            plan, parts, state = self.restore(stored, plan_resume(self, stored, branching=False), device, command)
             now = describe_environment(device, stored_config.redact_arguments(command))
-            history = plan.history(run_directory.read_environment(), now)
+            if environment is None and plan.origin.checkpoint is None:  # the first start of a sweep's job
+                now |= self.weights_record()
+            plan = plan.on_machine(environment, now)
+            history = plan.history(environment, now)
             drop_rows(run_directory.samples, lambda row: row["step"] > state.step)
             run_directory.write_environment(history)
+            if not os.path.lexists(run_directory.path / TOKENIZER):  # of a sweep's job, or of an older version
+                write_copy(run_directory.path, self.tokenizer, parts.tokenizer)
             if plan.changes:
                 output_dir = stored.raw.get("output_dir", self.output_dir)
                 run = replace(self, run_dir=stored.raw.get("run_dir"), output_dir=output_dir)
@@ -90,17 +100,20 @@ class Run(RunConfig):
         refuse_several_processes()
         stored = parent if isinstance(parent, StoredRun) else StoredRun(parent.path, step)
         self.check_directory()
+        environment = stored.directory.read_environment()
         with self.runtime.session() as device:
-            plan, parts, state = self.restore(plan_resume(self, stored, branching=True), device, command)
+            plan, parts, state = self.restore(stored, plan_resume(self, stored, branching=True), device, command)
             check_space(self, parts)
             child = self.create_directory()
             with child.lock():
                 now = describe_environment(device, stored_config.redact_arguments(command))
-                make_child(child, plan, now, stored_config.dump(self))
+                plan = plan.on_machine(environment, now)
+                now |= {key: environment[key] for key in ("weights",) if environment and key in environment}
+                make_child(child, plan, now, stored_config.dump(self), stored.tokenizer(self), parts.tokenizer)
                 return execute(self, parts, child, state, plan.findings, plan)
 
     def restore(
-        self, plan: ResumePlan, device: torch.device, command: Sequence[str]
+        self, stored: StoredRun, plan: ResumePlan, device: torch.device, command: Sequence[str]
     ) -> tuple[ResumePlan, Parts, TrainState]:
         """Assemble the parts, bring them and every random number generator to the origin of ``plan``, and check all.
 
@@ -109,8 +122,8 @@ class Run(RunConfig):
         self.metrics.check()
         self.runtime.seed_everything()
         checkpoint = plan.origin.checkpoint
-        parts = assemble(self, device, from_start=checkpoint is None)
-        state = first_state(self, parts) if checkpoint is None else plan.carryover.restore(checkpoint, parts)
+        parts = assemble(self, device, tokenizer=stored.tokenizer(self), from_start=checkpoint is None)
+        state = first_state(self, parts) if checkpoint is None else plan.carryover.restore(checkpoint, parts, self)
         parts = replace(parts, length=self.length(parts.corpus.train, short=state.short_sequences))
         plan = plan.checked(self, parts, state, overrides_of(command))
         refuse(plan.findings)
@@ -135,5 +148,11 @@ class Run(RunConfig):
 
     def describe(self, directory: RunDirectory, device: torch.device, command: Sequence[str]) -> None:
         """Write ``environment.json`` and ``config.yaml`` of a new run."""
-        directory.write_environment(describe_environment(device, stored_config.redact_arguments(command)))
+        environment = describe_environment(device, stored_config.redact_arguments(command))
+        directory.write_environment(environment | self.weights_record())
         write_atomically(directory.config, stored_config.dump(self))
+
+    def weights_record(self) -> dict[str, str]:
+        """The fingerprint of the weights that the run starts from, for ``environment.json``; {} where it has none."""
+        fingerprint = self.weights.fingerprint()
+        return {"weights": fingerprint} if fingerprint else {}

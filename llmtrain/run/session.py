@@ -14,7 +14,7 @@ from llmtrain.base.device import available_memory, peak_flops, peak_memory
 from llmtrain.base.files import AppendedFile, write_atomically
 from llmtrain.base.run_files import CONFIG
 from llmtrain.checkpoint.optimizer_state import state_tensors
-from llmtrain.checkpoint.writer import Saver
+from llmtrain.checkpoint.writer import RunDirectoryGone, Saver
 from llmtrain.config import stored_config
 from llmtrain.config.assemble import Parts
 from llmtrain.config.run_config import RunConfig
@@ -103,7 +103,7 @@ def execute(
             if reason == "interrupted":
                 log.event("stop", loop.state.step, reason=loop.stop_reason())
         except Exception as error:
-            if "llmtrain resume" not in str(error):
+            if "llmtrain resume" not in str(error) and directory.config.exists():
                 error.add_note(f"the saved checkpoints are intact; continue with: llmtrain resume {directory.path}")
             raise
         finally:
@@ -271,11 +271,12 @@ def conclude(run: RunConfig, loop: Loop, directory: RunDirectory, reason: str) -
     """Write the run's summary and plot, however the run ended."""
     summary = summarise(run, loop, reason)
     try:
+        loop.saver.check_place()
         write_atomically(directory.summary, json.dumps(summary, indent=1) + "\n")
         if reason != "failed":
             from llmtrain.report.curves import draw_run  # matplotlib takes a while to import
 
             draw_run(directory.path)
-    except OSError as error:  # a full disk; it must not hide the reason why the run ended
+    except (OSError, RunDirectoryGone) as error:  # a full disk; it must not hide the reason why the run ended
         loop.log.display.warn(f"the run's summary and plot could not be written: {error}")
     loop.log.display.summary(summary)

@@ -6,6 +6,7 @@ So the same command finds its jobs again: a finished job is skipped, a started o
 
 import hashlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from llmtrain.base.files import write_atomically
 from llmtrain.base.format import visible
 from llmtrain.base.invocation import FAILED, FINISHED, INTERRUPTED
 from llmtrain.base.outputs import check_output_directory
+from llmtrain.base.process import cache_folder
+from llmtrain.base.run_records import read_summary
 from llmtrain.config import stored_config
 from llmtrain.config.stored_config import NOT_RUN_KEYS
 from llmtrain.report.table import sweep_table
@@ -100,7 +103,7 @@ def run_alone(job: Job, sweep_dir: Path | None) -> float | None:
     directory = job.directory(sweep, job.overrides)
     if not directory.is_finished() and (status := run_process(job, directory)):
         raise RuntimeError(f"{directory.path}: the job ended with exit status {status}")
-    return json.loads(directory.summary.read_text(encoding="utf-8"))["best_val_loss"]
+    return read_summary(directory.summary).get("best_val_loss")
 
 
 def run_process(job: Job, directory: RunDirectory) -> int:
@@ -113,7 +116,7 @@ def run_process(job: Job, directory: RunDirectory) -> int:
         write_atomically(directory.overrides, json.dumps(stored_config.redact_arguments(job.overrides)) + "\n")
         write_atomically(directory.config, stored_config.dump(job.run))
     plugins = [f"plugins=[{','.join(job.run.plugins)}]"] if job.run.plugins else []
-    command = [sys.executable, "-m", "llmtrain", "resume", str(directory.path), *plugins]
+    command = [sys.executable, "-m", "llmtrain", "resume", str(directory.path), *plugins, *cache_of(job.run)]
     process = subprocess.Popen(
         command, process_group=0
     )  # out of the terminal's group: a signal reaches it once, through us
@@ -129,6 +132,15 @@ def run_process(job: Job, directory: RunDirectory) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     return status if status >= 0 else 128 - status
+
+
+def cache_of(run: Run) -> list[str]:
+    """The override that names the cache of a job, where it is not the usual one: a stored config decides no place."""
+    cache_dir = getattr(run.data, "cache_dir", None)
+    if cache_dir is None or Path(cache_dir).expanduser() == cache_folder():
+        return []
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", cache_dir)
+    return [f"data.cache_dir='{escaped}'"]
 
 
 def varied_overrides(job: Job, jobs: Sequence[Job]) -> list[str]:

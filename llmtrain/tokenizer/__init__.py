@@ -3,6 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -84,7 +85,19 @@ class Tokenizer(ABC):
 
 
 class TokenizerConfig(Option, ABC):
-    """Contract of ``tokenizer=...``."""
+    """Contract of ``tokenizer=...``.
+
+    A run keeps a copy of the files that its tokenizer is made of: :meth:`files` are their contents, and :meth:`at` is
+    the same option for the copy.  An option that needs no files has none.
+    """
+
+    def files(self) -> dict[str, bytes]:
+        """The files by the names that :meth:`at` finds them under.  Raises ValueError as :meth:`build` does."""
+        return {}
+
+    def at(self, folder: Path) -> "TokenizerConfig":
+        """The option that reads :meth:`files` from ``folder``."""
+        return self
 
     @abstractmethod
     def build(self) -> Tokenizer:

@@ -97,6 +97,12 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
+def write_ranks(ranks: Mapping[bytes, int]) -> bytes:
+    """The content of a ``.tiktoken`` file with ``ranks``."""
+    ordered = sorted(ranks, key=ranks.__getitem__)
+    return b"".join(binascii.b2a_base64(token, newline=False) + b" %d\n" % ranks[token] for token in ordered)
+
+
 def _fingerprint(ranks: Mapping[bytes, int], pattern: str, special_tokens: Mapping[str, int], end_of_text: int) -> str:
     """sha256 over everything that decides the ids of a text."""
     tokens = sorted(ranks, key=ranks.__getitem__)

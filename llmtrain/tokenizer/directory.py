@@ -9,6 +9,15 @@ CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 
 
+OTHERS = ("special_tokens_map.json", "config.json", "generation_config.json")
+
+
+def beside(file: Path) -> dict[str, bytes]:
+    """The files in the directory of a tokenizer's ``file`` that belong to it, by name: all that is read of them."""
+    names = (CONFIG, TEMPLATE, "added_tokens.json", *OTHERS)
+    return {name: read_bytes(file.with_name(name)) for name in names if file.with_name(name).is_file()}
+
+
 @dataclass(frozen=True)
 class TokenizerDirectory:
     """The JSON files of a directory; {} for a missing one."""
@@ -20,8 +29,7 @@ class TokenizerDirectory:
     @classmethod
     def read(cls, folder: Path) -> "TokenizerDirectory":
         """Read the files.  Raises ValueError, naming the file, for one that is not a JSON object."""
-        others = ("special_tokens_map.json", "config.json", "generation_config.json")
-        return cls(folder, _read_object(folder / CONFIG), tuple(_read_object(folder / name) for name in others))
+        return cls(folder, _read_object(folder / CONFIG), tuple(_read_object(folder / name) for name in OTHERS))
 
     def token(self, role: str) -> str | int | None:
         """The token of ``role`` (``eos``, ``bos``), by name or by id; None if no file names it.
@@ -62,6 +70,14 @@ def locate_file(path: str, name: str, remedy: str) -> Path:
     if not found.is_file():
         raise ValueError(f"tokenizer.path={path}: no such file; give a {name} or a directory that holds one")
     return found
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a file.  Raises ValueError, naming it, if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
 
 
 def read_file(path: Path) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import numpy as np
 
 from llmtrain.base.checks import needing_package
 from llmtrain.tokenizer import UNUSED, Tokenizer, TokenizerConfig
-from llmtrain.tokenizer.directory import TokenizerDirectory, locate_file, parse_object, read_file
+from llmtrain.tokenizer.directory import TokenizerDirectory, beside, locate_file, parse_object, read_bytes, read_file
 from llmtrain.tokenizer.safe_cuts import adds_space_first, cuts_of
 from llmtrain.tokenizer.token_bytes import TokenDecoder, flatten
 
@@ -37,13 +37,23 @@ class HuggingFace(TokenizerConfig):
     path: str
     end_of_text: str | None
 
-    def build(self) -> "HuggingFaceTokenizer":
-        file = locate_file(
+    def files(self) -> dict[str, bytes]:
+        file = self._locate()
+        return {FILE: read_bytes(file), **beside(file)}
+
+    def at(self, folder: Path) -> "HuggingFace":
+        return replace(self, path=str(folder))
+
+    def _locate(self) -> Path:
+        return locate_file(
             self.path,
             FILE,
             "transformers writes one: AutoTokenizer.from_pretrained(…).save_pretrained(…); a tokenizer.model is for "
             "tokenizer=sentencepiece",
         )
+
+    def build(self) -> "HuggingFaceTokenizer":
+        file = self._locate()
         missing = "the tokenizers package is not installed; pip install 'llmtrain[huggingface]'"
         with needing_package(f"tokenizer=huggingface: {missing}"):
             import tokenizers  # noqa: F401

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ import numpy as np
 
 from llmtrain.base.checks import needing_package
 from llmtrain.tokenizer import UNUSED, Tokenizer, TokenizerConfig
-from llmtrain.tokenizer.directory import TokenizerDirectory, locate_file
+from llmtrain.tokenizer.directory import TokenizerDirectory, beside, locate_file, read_bytes
 from llmtrain.tokenizer.safe_cuts import cuts_of_pieces
 from llmtrain.tokenizer.sentencepiece_model import Algorithm, Piece, PieceKind, SentencePieceModel
 from llmtrain.tokenizer.token_bytes import BYTE, SPACE
@@ -40,16 +40,22 @@ class SentencePiece(TokenizerConfig):
     path: str
     end_of_text: str | None
 
+    def files(self) -> dict[str, bytes]:
+        file = self._locate()
+        return {FILE: read_bytes(file), **beside(file)}
+
+    def at(self, folder: Path) -> "SentencePiece":
+        return replace(self, path=str(folder))
+
+    def _locate(self) -> Path:
+        return locate_file(self.path, FILE, "a tokenizer.json is for tokenizer=huggingface")
+
     def build(self) -> "SentencePieceTokenizer":
-        file = locate_file(self.path, FILE, "a tokenizer.json is for tokenizer=huggingface")
+        file = self._locate()
         missing = "the sentencepiece package is not installed; pip install 'llmtrain[sentencepiece]'"
         with needing_package(f"tokenizer=sentencepiece: {missing}"):
             import sentencepiece  # noqa: F401
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise ValueError(f"{file}: {error.strerror}") from error
-        return SentencePieceTokenizer(file, data, self.end_of_text)
+        return SentencePieceTokenizer(file, read_bytes(file), self.end_of_text)
 
 
 class SentencePieceTokenizer(Tokenizer):

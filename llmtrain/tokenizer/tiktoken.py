@@ -1,15 +1,40 @@
 """An encoding of the tiktoken package, or merge ranks from a file."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tiktoken
 
 from llmtrain.tokenizer import TokenizerConfig
-from llmtrain.tokenizer.bpe import BPE, END_OF_TEXT, PATTERNS, read_ranks
+from llmtrain.tokenizer.bpe import BPE, END_OF_TEXT, PATTERNS, read_ranks, write_ranks
+from llmtrain.tokenizer.directory import parse_object, read_bytes, read_file
 from llmtrain.tokenizer.gpt2 import GPT2
 
 SAMPLE = "It's 12,345 o'clock — été,\tÑandú,\r\n\n  你好。 🙂\u00a0_x_ \x07 "  # characters of every class
+
+
+RANKS, FACTS = "ranks.tiktoken", "encoding.json"  # the copy of an encoding
+IN_THE_PACKAGE = ("gpt2", "r50k_base")
+
+
+@dataclass(frozen=True)
+class StoredEncoding(TokenizerConfig):
+    """A copy of one of the package's encodings, for a machine that has not downloaded it."""
+
+    folder: str
+    end_of_text: str
+
+    def build(self) -> BPE:
+        folder = Path(self.folder)
+        facts = parse_object(read_file(folder / FACTS), folder / FACTS)
+        pattern, special_tokens = facts.get("pattern"), facts.get("special_tokens")
+        if not isinstance(pattern, str) or not isinstance(special_tokens, dict):
+            raise ValueError(f"{folder / FACTS}: needs a pattern and special_tokens")
+        encoding = tiktoken.Encoding(
+            folder.name, pat_str=pattern, mergeable_ranks=read_ranks(folder / RANKS), special_tokens=special_tokens
+        )
+        return BPE(encoding, self.end_of_text)
 
 
 @dataclass(frozen=True)
@@ -38,6 +63,20 @@ class Tiktoken(TokenizerConfig):
     def is_file(self) -> bool:
         return self.encoding.endswith(".tiktoken") or "/" in self.encoding
 
+    def files(self) -> dict[str, bytes]:
+        if self.is_file:
+            return {RANKS: read_bytes(Path(self.encoding).expanduser())}
+        if self.encoding in IN_THE_PACKAGE:
+            return {}
+        encoding = self._load()
+        facts = {"pattern": encoding._pat_str, "special_tokens": encoding._special_tokens}
+        return {RANKS: write_ranks(encoding._mergeable_ranks), FACTS: json.dumps(facts).encode()}
+
+    def at(self, folder: Path) -> TokenizerConfig:
+        if self.is_file:
+            return replace(self, encoding=str(folder / RANKS))
+        return self if self.encoding in IN_THE_PACKAGE else StoredEncoding(str(folder), self.end_of_text)
+
     def build(self) -> BPE:
         return self._read() if self.is_file else self._get()
 
@@ -51,7 +90,7 @@ class Tiktoken(TokenizerConfig):
         return BPE(encoding, self.end_of_text)
 
     def _load(self) -> tiktoken.Encoding:
-        if self.encoding in ("gpt2", "r50k_base"):
+        if self.encoding in IN_THE_PACKAGE:
             return GPT2().build().encoding  # the same ids, without a download
         names = tiktoken.list_encoding_names()
         if self.encoding not in names:

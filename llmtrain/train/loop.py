@@ -8,7 +8,7 @@ from llmtrain.checkpoint.directory import step_of
 from llmtrain.checkpoint.format import remove_checkpoint
 from llmtrain.checkpoint.model_state import saved_tensors
 from llmtrain.checkpoint.optimizer_state import state_tensors
-from llmtrain.checkpoint.writer import Saver, SaveResult
+from llmtrain.checkpoint.writer import RunDirectoryGone, Saver, SaveResult
 from llmtrain.clipping import Clipping
 from llmtrain.data import Batch
 from llmtrain.data.loader import Loader, TrainingStream
@@ -107,6 +107,10 @@ class Loop:
                 f"step {self.state.step}: the checkpoint could not be written: {self.save_error}; "
                 f"{self._older_checkpoints()}; make room, then continue with: llmtrain resume {self.log.run_dir}"
             ) from self.save_error
+        try:
+            self.saver.check_place()
+        except RunDirectoryGone as error:
+            raise TrainingFailed(f"step {self.state.step}: {error}") from error
         if self.state.step < self.max_steps or self._is_evaluation_due():
             return "interrupted"
         if self.skipped_in_a_row >= MAX_SKIPPED_AT_END:
@@ -344,6 +348,8 @@ class Loop:
 
     def _report_failed_save(self, saved: SaveResult, error: Exception) -> None:
         """Report a failed save.  A full disk does not end a run: older checkpoints are intact, and it tries again."""
+        if isinstance(error, RunDirectoryGone):
+            raise TrainingFailed(f"step {saved.step}: {error}") from error
         if not isinstance(error, OSError | CheckpointError):
             raise TrainingFailed(
                 f"step {saved.step}: saving failed: {type(error).__name__}: {error}. Older checkpoints are untouched"

@@ -2,6 +2,7 @@
 
 import base64
 import random
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmtrain.base.run_files import STATE
+from llmtrain.base.stored_files import build_typed
 from llmtrain.base.tensor_files import CheckpointError
+from llmtrain.checkpoint.directory import step_of
 from llmtrain.checkpoint.restore import restore
 from llmtrain.objective import TrainingUnit
 
@@ -54,13 +58,16 @@ class TrainState:
         """Continue every generator where :meth:`capture_rng` left it."""
         if not self.rng:
             return
-        version, internal, gauss = self.rng["python"]
-        random.setstate((version, tuple(internal), gauss))
-        name, keys, position, has_gauss, cached = self.rng["numpy"]
-        np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-        torch.set_rng_state(_decode(self.rng["torch"]))
-        if device.type == "cuda" and "cuda" in self.rng:
-            torch.cuda.set_rng_state(_decode(self.rng["cuda"]), device)
+        try:
+            version, internal, gauss = self.rng["python"]
+            random.setstate((version, tuple(internal), gauss))
+            name, keys, position, has_gauss, cached = self.rng["numpy"]
+            np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+            torch.set_rng_state(_decode(self.rng["torch"]))
+            if device.type == "cuda" and "cuda" in self.rng:
+                torch.cuda.set_rng_state(_decode(self.rng["cuda"]), device)
+        except (ValueError, TypeError, LookupError, OverflowError, RuntimeError) as error:
+            raise CheckpointError(f"state.json: rng is no state of random number generators ({error})") from error
 
     def to_json(self) -> dict[str, Any]:
         """A value for ``json.dump``."""
@@ -72,11 +79,17 @@ class TrainState:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "TrainState":
-        """The inverse of :meth:`to_json`.  Raises ValueError for a format this version does not know."""
+        """The inverse of :meth:`to_json`.
+
+        Raises ValueError for a format that this version does not know, and for values of other types.
+        """
         value = dict(value)
         if (found := value.pop("format", None)) != FORMAT:
             raise ValueError(f"format {found!r} of the training state is not known here (this version: {FORMAT})")
-        return cls(**value)
+        state = build_typed(cls, value, "the training state")
+        if min(state.step, state.position, state.tokens) < 0 or (state.micro_batch_size or 1) < 1:
+            raise ValueError("the training state: step, position, tokens and micro_batch_size cannot be negative")
+        return state
 
 
 def restore_state(
@@ -88,10 +101,21 @@ def restore_state(
     Raises :class:`CheckpointError` naming the file.
     """
     state = restore(path, unit, optimizer, fresh_optimizer=fresh_optimizer)
+    return parse_state(path, state)
+
+
+def parse_state(path: Path, values: dict[str, Any]) -> TrainState:
+    """The state of the checkpoint at ``path``, whose ``state.json`` holds ``values``.
+
+    Raises :class:`CheckpointError` naming the file, also where it is the state of another step than the folder's.
+    """
     try:
-        return TrainState.from_json(state)
+        state = TrainState.from_json(values)
+        if re.fullmatch(r"step-\d+", path.name) and step_of(path) != state.step:
+            raise ValueError(f"of step {state.step}, in the checkpoint of step {step_of(path)}")
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{path / STATE}: {error}") from error
+    return state
 
 
 def _encode(state: torch.Tensor) -> str:

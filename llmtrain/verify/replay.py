@@ -22,11 +22,12 @@ from llmtrain.config.assemble import assemble, check_data, first_state
 from llmtrain.config.older_versions import complete
 from llmtrain.metrics import read_metrics
 from llmtrain.run.directory import RunDirectory
-from llmtrain.run.environment import describe_environment
+from llmtrain.run.environment import describe_environment, difference_of_machine
 from llmtrain.run.resume import Carryover
 from llmtrain.run.run import Run
 from llmtrain.run.session import quiet_loop
-from llmtrain.train.state import TrainState
+from llmtrain.run.tokenizer_copy import stored_tokenizer
+from llmtrain.train.state import TrainState, parse_state
 
 COMPARED_KEYS = ("loss", "grad_norm", "learning_rate", "tokens")  # of a metrics row
 NOT_COMPARED = ("format", "train_seconds", "best_val_loss", "best_val_step")  # keys of the state: time, evaluations
@@ -50,6 +51,8 @@ def replay(
     checkpoint: Path | None,
     end: int,
     progress: Callable[[], None],
+    *,
+    named_tokenizer: bool = False,
 ) -> ReplayResult:
     """Train from ``checkpoint`` (None: from the start) to step ``end``, writing only into ``scratch``.
 
@@ -60,12 +63,13 @@ def replay(
     with contextlib.ExitStack() as stack:
         device = stack.enter_context(run.runtime.session())
         run.runtime.seed_everything()
-        parts = assemble(run, device, from_start=checkpoint is None, verify_data=True)
+        tokenizer = stored_tokenizer(run.tokenizer, directory.path, named=named_tokenizer)
+        parts = assemble(run, device, tokenizer=tokenizer, from_start=checkpoint is None, verify_data=True)
         if checkpoint is None:
             state = first_state(run, parts)
         else:
             carryover = Carryover.between(complete(stored_config.load(checkpoint / CONFIG)), run)
-            state = carryover.restore(checkpoint, parts)
+            state = carryover.restore(checkpoint, parts, run)
         check_data(run, state, parts)
         parts = replace(parts, length=run.length(parts.corpus.train, short=state.short_sequences))
         restore_tuning(state, directory)
@@ -172,24 +176,12 @@ def restore_tuning(state: TrainState, directory: RunDirectory) -> None:
     """For a replay from the start, take micro-batch size and compilation from the run's first checkpoint."""
     checkpoints = directory.find_checkpoints()
     if state.step == 0 and checkpoints:
-        recorded = TrainState.from_json(read_state(checkpoints[0]))
+        recorded = parse_state(checkpoints[0], read_state(checkpoints[0]))
         state.compiled, state.micro_batch_size = recorded.compiled, recorded.micro_batch_size
-
-
-def _current_name(device: str) -> str:
-    """Return a recorded name of a device as it is written today; earlier versions wrote "1 threads"."""
-    return device.removesuffix("s") if device.endswith(", 1 threads") else device
 
 
 def inexactness_reason(run: Run, directory: RunDirectory, device: torch.device) -> str | None:
     """Return the reason why a replay on ``device`` may give other bits than the run; None if it must not."""
     if device.type == "cuda" and not run.runtime.deterministic:
         return "runtime.deterministic=false on a GPU"
-    environment = json.loads(directory.environment.read_text(encoding="utf-8"))
-    latest = [environment, *environment.get("resumes", [])][-1]
-    now = describe_environment(device, [])
-    if _current_name(latest["device"]) != now["device"]:
-        return f"the run used {latest['device']}, this is {now['device']}"
-    if latest["versions"]["torch"] != now["versions"]["torch"]:
-        return f"the run used torch {latest['versions']['torch']}, this is {now['versions']['torch']}"
-    return None
+    return difference_of_machine(directory.read_environment(), describe_environment(device, []))

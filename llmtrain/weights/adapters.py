@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import yaml
-
 from llmtrain.base.options import option_of_target
 from llmtrain.base.run_files import CONFIG as STORED
 from llmtrain.base.run_files import MODEL
+from llmtrain.base.stored_yaml import read_yaml
 from llmtrain.base.tensor_files import CheckpointError, read_tensors
 from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.checkpoint.format import read_state, verify_checkpoint
@@ -32,9 +31,11 @@ def start_from(unit: TrainingUnit, lora: LowRankAdaptation, path: Path) -> None:
         raise ValueError(
             f"lora.path={path}: holds a whole model, no adapters; take weights=checkpoint weights.path={path}"
         )
-    stored = yaml.safe_load((checkpoint / STORED).read_text(encoding="utf-8"))["lora"]
-    kind = option_of_target(str(stored["_target_"]))
-    check_kind(lora, kind, stored["rank"], stored["alpha"], path)
+    stored = read_yaml(checkpoint / STORED).get("lora")
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{checkpoint / STORED}: lora is no option of that group")
+    kind = option_of_target(str(stored.get("_target_")))
+    check_kind(lora, kind, stored.get("rank"), stored.get("alpha"), path)
     tensors = read_tensors(checkpoint / MODEL, next(unit.parameters()).device)
     trained = {name for name, _ in unit.trained_weights()}
     shapes = {name: tuple(tensor.shape) for name, tensor in unit.weights_state().items() if name in trained}

@@ -1,12 +1,11 @@
 """The weights of another run."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtrain.base.run_files import MANIFEST, MODEL
+from llmtrain.base.run_files import MODEL
 from llmtrain.checkpoint.directory import locate_checkpoint
-from llmtrain.checkpoint.format import read_state, verify_checkpoint
+from llmtrain.checkpoint.format import read_state, verify_checkpoint, weights_digest
 from llmtrain.checkpoint.model_state import read_fitting
 from llmtrain.model import LanguageModel
 from llmtrain.weights import Weights
@@ -29,5 +28,4 @@ class Checkpoint(Weights):
         model.load_state_dict(read_fitting(checkpoint / MODEL, model.state_dict()))
 
     def fingerprint(self) -> str:
-        manifest = json.loads((locate_checkpoint(Path(self.path)) / MANIFEST).read_text(encoding="utf-8"))
-        return manifest["files"][MODEL]["sha256"]
+        return weights_digest(locate_checkpoint(Path(self.path)))

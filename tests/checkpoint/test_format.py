@@ -136,17 +136,17 @@ def test_lines_wait_for_room_on_a_full_disk(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_no_new_checkpoint_and_keeps_the_old(tmp_path: Path) -> None:
-    old = write(tmp_path / "step-00000001")
+    old = write(tmp_path / "step-00000003")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"step-00000002|File too large"):
-            write(tmp_path / "step-00000002")
+        with pytest.raises(OSError, match=r"step-00000004|File too large"):
+            write(tmp_path / "step-00000004")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
     verify_checkpoint(old)
 
 
