@@ -12,6 +12,11 @@ from typing import IO
 REPLACED = ".tmp-replaced-"  # prefix of a directory while a new one takes its place
 
 
+def exists(path: str | Path) -> bool:
+    """Return whether there is something of this name, a broken link too; an impossible name is none."""
+    return bool(str(path)) and os.path.lexists(path)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace ``path`` by ``text``; a reader, also after a crash, sees the old file or the new one, never a part."""
     with written_whole(path) as file:

@@ -36,14 +36,24 @@ def dispatch(line: CommandLine) -> int:
 
         stored = resume.StoredRun(line.targets[0], line.step)
         register_stored(stored.composable())
+    if line.origin is not None:
+        from llmtrain.config.compose import register_stored
+        from llmtrain.run.origin import settings_of
+
+        register_stored(settings_of(line.origin))
+    from llmtrain.config.texts import as_typed
+
+    overrides = as_typed(line.verb, line.overrides, multirun=line.multirun)
+    for note in line.notes:
+        print(visible(f"llmtrain: {note}"), file=sys.stderr)
     task = Task(line, stored)
-    run_hydra(line.verb, line.flags, line.overrides, task.run)
+    run_hydra("resume" if line.origin is not None else line.verb, line.flags, overrides, task.run)
     if task.errors:
         raise task.errors[0]
     if task.jobs:
         from llmtrain.sweep.jobs import run_sweep
 
-        return run_sweep(task.jobs, line.sweep_dir, line.overrides)
+        return run_sweep(task.jobs, line.sweep_dir, overrides)
     return task.status
 
 
@@ -76,7 +86,7 @@ class Task:
             return None
         values = resolve(composed, hydra.runtime.choices)
         find_plugins(values)
-        if self.line.multirun:
+        if self.line.multirun and self.line.verb == "train":
             return self._run_job(values, hydra)
         self.status = execute(self.line, values, self.stored)
         return None

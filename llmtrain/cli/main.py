@@ -4,6 +4,7 @@ Imports wait until they are needed: ``--help`` imports no Hydra, ``--cfg job`` n
 """
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -23,9 +24,9 @@ STOPPED = 130  # as a shell reports SIGINT
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status: 0, 1 failed, 2 usage, 75 stopped by a signal after saving."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if any(argument in ("-sc", "--shell_completion", "--shell-completion") for argument in arguments):
-        return complete(arguments)
     try:
+        if arguments[:1] in (["-sc"], ["--shell_completion"], ["--shell-completion"]):
+            return complete(arguments)
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(overview())
             return FINISHED
@@ -50,7 +51,7 @@ def report_error(error: Exception, arguments: Sequence[str]) -> int:
         complain(traceback.format_exc())
     message, status = explain(error, next((verb for verb in arguments if verb in VERBS), "train"))
     if message is not None:
-        complain("; ".join([f"llmtrain: {message}", *getattr(error, "__notes__", [])]))
+        complain(shortened("; ".join([f"llmtrain: {message}", *getattr(error, "__notes__", [])])))
     elif not debug:
         complain(traceback.format_exc() + "llmtrain: this is a bug; the traceback above shows where")
     return status
@@ -59,3 +60,8 @@ def report_error(error: Exception, arguments: Sequence[str]) -> int:
 def complain(text: str) -> None:
     """Print to stderr; control characters, as in a file name from elsewhere, are shown instead of obeyed."""
     print(visible(text), file=sys.stderr)
+
+
+def shortened(message: str) -> str:
+    """Return a message with the middle of long words left out, as of an argument of thousands of characters."""
+    return re.sub(r"\S{401,}", lambda word: f"{word[0][:200]}…{word[0][-100:]}", message)

@@ -15,7 +15,9 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from llmtrain.config.auto_model import find_model
 from llmtrain.config.folders import conf_dir, sample
+from llmtrain.config.overrides import search_path
 from llmtrain.config.stored_config import REDACTED, SECRET, ConfigError, escape
+from llmtrain.config.texts import as_typed
 
 VERSION_BASE: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__ < "1.4" else {}
 
@@ -27,9 +29,9 @@ def compose(verb: str, overrides: Sequence[str], config_dir: str | Path | None =
 
     Raises Hydra's and OmegaConf's own errors, as the command line does, and :class:`ConfigError`.
     """
-    extra = [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
+    extra = [] if config_dir is None else [search_path(config_dir)]
     with _fresh_hydra(), hydra.initialize_config_dir(str(conf_dir()), job_name="llmtrain", **VERSION_BASE):
-        config = hydra.compose(verb, [*overrides, *extra], return_hydra_config=True)
+        config = hydra.compose(verb, [*as_typed(verb, overrides), *extra], return_hydra_config=True)
         choices: Any = OmegaConf.to_container(config.hydra.runtime.choices)
         OmegaConf.set_struct(config, False)
         del config["hydra"]

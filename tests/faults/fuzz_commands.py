@@ -114,7 +114,7 @@ class Grammar:
     """Random command lines, most of them near to one that works."""
 
     def __init__(self, seed: int) -> None:
-        from llmtrain.cli.suggestions import flatten
+        from llmtrain.config.suggestions import flatten
         from llmtrain.config.compose import compose
         from llmtrain.config.folders import conf_dir
 
