@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmtrain.base.files import exists
 from llmtrain.base.format import command
 from llmtrain.base.run_files import CHECKPOINTS
-from llmtrain.cli.start import split_verb
-from llmtrain.base.files import exists
 from llmtrain.cli.mistakes import UsageError, refuse_spaces, refuse_unreadable, stray
+from llmtrain.cli.start import split_verb
 from llmtrain.config.overrides import key_of
 from llmtrain.config.suggestions import flag_hint, keys_named, names_hint
 
@@ -154,9 +154,13 @@ def split(verb: str, arguments: Sequence[str]) -> tuple[list[str], list[Path], l
             overrides.append(argument)
     for override in overrides:
         if "=" not in override and not override.startswith("~"):
-            raise UsageError(stray(verb, override, [word for word in overrides if "=" not in word and word != override]))
+            raise UsageError(
+                stray(verb, override, [word for word in overrides if "=" not in word and word != override])
+            )
         if not KEY.fullmatch(override.partition("=")[0]):
-            raise UsageError(f"{override}: {override.partition('=')[0]!r} is no key; key=value, as in optimizer.lr=1e-3")
+            raise UsageError(
+                f"{override}: {override.partition('=')[0]!r} is no key; key=value, as in optimizer.lr=1e-3"
+            )
     return flags, targets, overrides
 
 
@@ -179,7 +183,9 @@ def take_flag(verb: str, argument: str, queue: list[str]) -> str:
             raise UsageError(f"{name}: needs a value")
         value = queue.pop(0) if needs_value or (queue and queue[0] in INFO) else "all"
     if name == FROM and verb != "train":
-        raise UsageError(f"{FROM} {value}: only for a new run, as in: llmtrain train {FROM} RUN_DIR loop.max_steps=4000")
+        raise UsageError(
+            f"{FROM} {value}: only for a new run, as in: llmtrain train {FROM} RUN_DIR loop.max_steps=4000"
+        )
     return f"{VALUE_FLAGS[name]}={value}"
 
 

@@ -13,7 +13,7 @@ def complete(arguments: Sequence[str]) -> int:
     line = os.environ.get("COMP_LINE", "")
     request = arguments[1] if len(arguments) == 2 else ""
     if not re.fullmatch(r"(install|uninstall|query)=(bash|zsh|fish)", request):
-        raise UsageError("-sc: as in: eval \"$(llmtrain -sc install=bash)\"   (or uninstall; bash, zsh or fish)")
+        raise UsageError('-sc: as in: eval "$(llmtrain -sc install=bash)"   (or uninstall; bash, zsh or fish)')
     words = line.split()
     verb = "train"
     if request.startswith("query="):

@@ -59,7 +59,9 @@ def stray(verb: str, word: str, others: Sequence[str]) -> str:
         return f"{word}: an option of a group; {' or '.join(options)}"
     if exists(Path(word) / CONFIG):
         shown = shlex.quote(word)
-        return f"{word}: a run; to continue it: llmtrain resume {shown}; a new run like it: llmtrain train --from {shown}"
+        return (
+            f"{word}: a run; to continue it: llmtrain resume {shown}; a new run like it: llmtrain train --from {shown}"
+        )
     if exists(word):
         return f"{word}: neither key=value nor a flag; to train on it: data=text data.path={written(word)}"
     return f"{word}: neither key=value nor group=option nor a flag"

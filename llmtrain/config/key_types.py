@@ -42,13 +42,17 @@ def may_be_null(verb: str, key: str) -> bool:
     if any("None" in annotation for annotation in types_of(verb, key)):
         return True
     path = conf_dir() / f"{'train' if verb == 'resume' else verb}.yaml"
-    return path.is_file() and re.search(rf"(?m)^{re.escape(key)}: *null\b", path.read_text(encoding="utf-8")) is not None
+    return (
+        path.is_file() and re.search(rf"(?m)^{re.escape(key)}: *null\b", path.read_text(encoding="utf-8")) is not None
+    )
 
 
 @cache
 def target_of(option: Path) -> str | None:
     """The class that a YAML file names; None for a file that only changes another option."""
-    found = re.search(r"(?m)^_target_: *(llmtrain[\w.]*)", option.read_text(encoding="utf-8")) if option.is_file() else None
+    found = (
+        re.search(r"(?m)^_target_: *(llmtrain[\w.]*)", option.read_text(encoding="utf-8")) if option.is_file() else None
+    )
     return found[1] if found else None
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from llmtrain.base.checks import did_you_mean
 
-
 # Names that other programs give to settings, and ours.
 PEERS = {
     "learning_rate": "optimizer.lr", "max_lr": "optimizer.lr", "wd": "optimizer.weight_decay",

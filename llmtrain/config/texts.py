@@ -95,7 +95,7 @@ def _text(verb: str, key: str, value: str, multirun: bool) -> str:
     if multirun and override is None and "," in value and not _balanced(value):
         raise ConfigError(
             f"{key}={value}: with -m a comma separates values, and this one cannot be split; quote each value, as in "
-            f"'{key}=\"a [1\",\"b\"', or all of it as one: {shown(key, value)}"
+            f'\'{key}="a [1","b"\', or all of it as one: {shown(key, value)}'
         )
     return quote(value)
 

@@ -98,8 +98,8 @@ def _child(folder: Path, call: Callable[[], int], output: int, report: int) -> N
         devnull = os.open(os.devnull, os.O_RDONLY)
         for target, source in ((0, devnull), (1, output), (2, output)):
             os.dup2(source, target)
-        sys.stdout = open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115, PTH123
-        sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)  # noqa: SIM115, PTH123
+        sys.stdout = open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)  # noqa: SIM115
         confine(folder, report)
         status = call()
     except SystemExit as error:

@@ -9,7 +9,6 @@ outside of the folder, and with exit status 2 nothing written at all.  Every cas
 """
 
 import argparse
-import itertools
 import multiprocessing
 import os
 import random
@@ -114,9 +113,9 @@ class Grammar:
     """Random command lines, most of them near to one that works."""
 
     def __init__(self, seed: int) -> None:
-        from llmtrain.config.suggestions import flatten
         from llmtrain.config.compose import compose
         from llmtrain.config.folders import conf_dir
+        from llmtrain.config.suggestions import flatten
 
         self.seed = seed
         self.keys = {
@@ -299,7 +298,7 @@ def main() -> int:
             assert case.outcome is not None
             counts[f"exit status {case.outcome.status}"] += 1
             if case.problems or arguments.only or arguments.show:
-                print(f"case {case.number}: {'; '.join(case.problems) or 'right'}\n  {ascii(case.shown())}"
+                print(f"case {case.number}: {'; '.join(case.problems) or 'right'}\n  {case.shown()!a}"
                       f"\n  {ascii(case.outcome.output[-1500:]) if not arguments.only else case.outcome.output}",
                       flush=True)  # fmt: skip
             wrong += bool(case.problems)
