@@ -198,7 +198,7 @@ def take(words: list[str], prefix: str) -> tuple[str | None, list[str]]:
 
 
 def without_repeated(overrides: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Drop overrides of a key that a later one gives another value; returns the rest, and a note on each dropped one."""
+    """Drop overrides of a key that a later one changes again; returns the rest, and a note on each dropped one."""
     last = {key_of(override): override for override in overrides}
     dropped = [(override, last[key_of(override)]) for override in overrides if last[key_of(override)] != override]
     kept = [override for override in dict.fromkeys(overrides) if last[key_of(override)] == override]

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from llmtrain.base.format import visible
 from llmtrain.base.invocation import FINISHED, Invocation
+from llmtrain.base.leftovers import removed_if_refused
 from llmtrain.base.process import Allocator, has_own_tunables, prepare_process
 from llmtrain.cli.arguments import CommandLine, UsageError, usage
 from llmtrain.cli.hydra_app import run_hydra
 from llmtrain.cli.start import OF_A_RUN, requested_allocator
+from llmtrain.config.secret_values import hide
 
 if TYPE_CHECKING:
     from llmtrain.run.resume import StoredRun
@@ -45,7 +47,7 @@ def dispatch(line: CommandLine) -> int:
 
     overrides = as_typed(line.verb, line.overrides, multirun=line.multirun)
     for note in line.notes:
-        print(visible(f"llmtrain: {note}"), file=sys.stderr)
+        print(visible(hide(f"llmtrain: {note}")), file=sys.stderr)
     task = Task(line, stored)
     run_hydra("resume" if line.origin is not None else line.verb, line.flags, overrides, task.run)
     if task.errors:
@@ -116,7 +118,7 @@ def execute(line: CommandLine, values: dict[str, Any], stored: "StoredRun | None
     prepare_process(allocator_of(line, values))
     module = importlib.import_module(f"llmtrain.commands.{line.verb}")
     built = build(values, object, plugins=values.get("plugins") or ())
-    with notes_to_stderr():
+    with notes_to_stderr(), removed_if_refused():
         return module.main(built, Invocation(line.targets, line.words, stored))
 
 

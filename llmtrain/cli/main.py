@@ -17,6 +17,7 @@ from llmtrain.cli.completion import complete
 from llmtrain.cli.dispatch import dispatch
 from llmtrain.cli.errors import explain
 from llmtrain.cli.overview import overview
+from llmtrain.config.secret_values import hide
 
 STOPPED = 130  # as a shell reports SIGINT
 
@@ -58,8 +59,8 @@ def report_error(error: Exception, arguments: Sequence[str]) -> int:
 
 
 def complain(text: str) -> None:
-    """Print to stderr; control characters, as in a file name from elsewhere, are shown instead of obeyed."""
-    print(visible(text), file=sys.stderr)
+    """Print to stderr, without secrets; control characters, as in a file name, are shown instead of obeyed."""
+    print(visible(hide(text)), file=sys.stderr)
 
 
 def shortened(message: str) -> str:

@@ -55,7 +55,7 @@ def _override(verb: str, override: str, multirun: bool) -> str:
             f"{key}={value}: cannot be read; texts in it that have brackets, commas, colons or quotes must be quoted, "
             f"as in '{key}=[{{pattern:\"a(b|c)\"}}]'"
         )
-    return f"{written}={quote(value)}"
+    return f"{written}={quote(value, literal=not is_reference(value))}"
 
 
 def _option(group: str, value: str) -> str:
@@ -153,6 +153,8 @@ def content(value: str) -> str:
 
 def quote(value: str, *, literal: bool = True) -> str:
     """Quote a text for Hydra; if ``literal``, a ``${`` in it refers to nothing."""
+    if not literal and "'" in value and '"' not in value:  # no escape is read inside of a reference
+        return f'"{value}"'
     text = escape(value) if literal else value
     text = re.sub(r"(\\*)'", r"\1\1\\'", text)
     text = re.sub(r"(\\+)$", r"\1\1", text)

@@ -6,12 +6,14 @@ import json
 import os
 import re
 import secrets
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmtrain.base.files import write_atomically
+from llmtrain.base.files import exists, write_atomically
+from llmtrain.base.format import command
 from llmtrain.base.run_files import (
     CHECKPOINTS,
     CONFIG,
@@ -25,6 +27,7 @@ from llmtrain.base.run_files import (
 )
 from llmtrain.checkpoint.directory import find_checkpoints, newest_run_in, step_of
 
+NAME_BYTES = 255  # of a file or directory, on all usual file systems
 ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"  # without characters that are easily confused
 
 
@@ -57,13 +60,19 @@ class RunDirectory:
     @classmethod
     def create_at(cls, path: Path) -> "RunDirectory":
         """Make exactly ``path``.  Raises ValueError if it is there already."""
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            raise ValueError(
-                f"run_dir={path}: exists already; name another, or continue the run: llmtrain resume {path}"
-            ) from None
+        cls.check_free(path)
+        path.mkdir(parents=True)
         return cls(path)
+
+    @classmethod
+    def check_free(cls, path: Path) -> None:
+        """Raise ValueError if there is something at ``path`` already, or nothing can be made there."""
+        if exists(path / CONFIG):
+            there = command("resume", shlex.quote(str(path)))
+            raise ValueError(f"run_dir={path}: exists already; name another, or continue the run: {there}")
+        if exists(path):
+            raise ValueError(f"run_dir={path}: exists already; name another")
+        check_folder("run_dir", path)
 
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
@@ -144,6 +153,19 @@ class RunDirectory:
             file.write(str(os.getpid()))
             file.flush()
             yield
+
+
+def check_folder(key: str, path: Path) -> None:
+    """Raise ValueError, naming ``key``, unless ``path`` is a directory or can become one."""
+    place = path.absolute()
+    while not exists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(f"{key}={path}: {place} is a file; name a directory")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{key}={path}: {place} is not writable; name another place")
+    if any(len(os.fsencode(part)) > NAME_BYTES for part in path.parts):
+        raise ValueError(f"{key}={path}: a name in it is longer than {NAME_BYTES} bytes; name a shorter one")
 
 
 def slug(text: str) -> str:

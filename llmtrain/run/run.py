@@ -15,9 +15,10 @@ from llmtrain.config import stored_config
 from llmtrain.config.assemble import Parts, assemble, check_space, first_state
 from llmtrain.config.overrides import overrides_of
 from llmtrain.config.run_config import RunConfig
+from llmtrain.config.secret_values import redact_arguments
 from llmtrain.lint import Case, lint, refuse
 from llmtrain.metrics.jsonl import drop_rows
-from llmtrain.run.directory import RunDirectory
+from llmtrain.run.directory import RunDirectory, check_folder
 from llmtrain.run.environment import describe_environment
 from llmtrain.run.resume import ResumePlan, StoredRun, make_child, plan_resume
 from llmtrain.run.session import RunResult, execute
@@ -34,6 +35,7 @@ class Run(RunConfig):
         Everything is checked, the data prepared and the model built before the directory is made.  Raises
         ValueError for mistakes of the user's, :class:`llmtrain.train.loop.TrainingFailed` and OSError for a failed run.
         """
+        self.check_place()
         with self.runtime.session() as device:
             self.runtime.seed_everything()
             parts = assemble(self, device)
@@ -63,7 +65,7 @@ class Run(RunConfig):
             for folder in (run_directory.path, run_directory.checkpoints):
                 sweep_leftovers(folder)
             plan, parts, state = self.restore(plan_resume(self, stored, branching=False), device, command)
-            now = describe_environment(device, stored_config.redact_arguments(command))
+            now = describe_environment(device, redact_arguments(command))
             history = plan.history(run_directory.read_environment(), now)
             drop_rows(run_directory.samples, lambda row: row["step"] > state.step)
             run_directory.write_environment(history)
@@ -82,12 +84,13 @@ class Run(RunConfig):
         samples up to it.  Raises as :meth:`train` and :meth:`resume` do.
         """
         stored = parent if isinstance(parent, StoredRun) else StoredRun(parent.path, step)
+        self.check_place()
         with self.runtime.session() as device:
             plan, parts, state = self.restore(plan_resume(self, stored, branching=True), device, command)
             check_space(self, parts)
             child = self.create_directory()
             with child.lock():
-                now = describe_environment(device, stored_config.redact_arguments(command))
+                now = describe_environment(device, redact_arguments(command))
                 make_child(child, plan, now, stored_config.dump(self))
                 return execute(self, parts, child, state, plan.findings, plan)
 
@@ -107,6 +110,13 @@ class Run(RunConfig):
         refuse(plan.findings)
         return plan, parts, state
 
+    def check_place(self) -> None:
+        """Raise ValueError if the run's directory cannot be made: before anything that takes time."""
+        if self.run_dir is not None:
+            RunDirectory.check_free(Path(self.run_dir))
+        else:
+            check_folder("output_dir", Path(self.output_dir))
+
     def create_directory(self) -> RunDirectory:
         """Make the new run's directory."""
         if self.run_dir is not None:
@@ -115,5 +125,5 @@ class Run(RunConfig):
 
     def describe(self, directory: RunDirectory, device: torch.device, command: Sequence[str]) -> None:
         """Write ``environment.json`` and ``config.yaml`` of a new run."""
-        directory.write_environment(describe_environment(device, stored_config.redact_arguments(command)))
+        directory.write_environment(describe_environment(device, redact_arguments(command)))
         write_atomically(directory.config, stored_config.dump(self))

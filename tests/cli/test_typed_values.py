@@ -26,9 +26,10 @@ NAMES = (
     "$(x).txt", "`x`.txt", "!a.txt", "🦙.txt", "a${oc.env:HOME}b", "${data.path}",
 )  # fmt: skip
 PROMPTS = (
-    '"Hello," she said.', "'Twas the night", 'say "hi"', "it's, well, (odd)", "${oc.env:HOME}", "a ${b", "[INST] x [/INST]",
-    "{a}", "x = y", "# title", "~", "null", "true", "1e-3", "a,b", "glob(*)", "Größe 数据 🦙", "back\\slash\\", "\\'", "a\nb",
-    " space ", "", ":", "<|endoftext|>", "\\${x}", "'a', 'b'", "$x", "\\\\${oc.env:HOME}", "don't; 'do'",
+    '"Hello," she said.', "'Twas the night", 'say "hi"', "it's, well, (odd)", "${oc.env:HOME}", "a ${b",
+    "[INST] x [/INST]", "{a}", "x = y", "# title", "~", "null", "true", "1e-3", "a,b", "glob(*)", "Größe 数据 🦙",
+    "back\\slash\\", "\\'", "a\nb", " space ", "", ":", "<|endoftext|>", "\\${x}", "'a', 'b'", "$x",
+    "\\\\${oc.env:HOME}", "don't; 'do'",
 )  # fmt: skip
 
 

@@ -55,8 +55,8 @@ WORDS = (
     "--model", "gpt2", "--help=", "--experimental-rerun=a", "~", "~~", "+", "++", "~data", "~optimizer.lr", "~name",
     "+x=1", "++optimizer.lr=1", "+optimizer.lr=1", "a@b=c", "@=1", "model@x=tiny", "/model=tiny", "a/b=c", "a.b.c=1",
     "=value", "key=", ".", "..", "/", "run", "text.txt", "a b.txt", "nowhere", "stray", "5", "[", "]", "{", "}", "${",
-    "$", "#", "%", "&&", "*", "?", "\\", "'", '"', "`", "\x00"[:0], "\x1b[31m", "\x07", "\r", "\n", "\t", "\u202e",
-    "\udcff", "caf\udce9", "x" * 300, "x" * 70_000, "x=" + "y" * 5000, "ünï", "数据", "🦙", "hydra.run.dir=out",
+    "$", "#", "%", "&&", "*", "?", "\\", "'", '"', "`", "\x1b[31m", "\x07", "\r", "\n", "\t", "\u202e",
+    "\udcff", "caf\udce9", "x" * 300, "x" * 70_000, "x="+"y" * 5000, "ünï", "数据", "🦙", "hydra.run.dir=out",
     "hydra.output_subdir=out", "hydra.sweep.dir=out", "hydra.sweep.subdir=out", "hydra.job.chdir=true",
     "hydra.mode=MULTIRUN", "hydra.verbose=true", "hydra.job.name=x", "hydra/launcher=joblib", "hydra/sweeper=optuna",
     "hydra/job_logging=default", "hydra.searchpath=[nowhere]", "hydra.searchpath=[file://nowhere]", "hydra=x",
@@ -69,22 +69,23 @@ WORDS = (
     "optimizer.lr", "adamw", "to=exported", "to=run", "to=text.txt", "to=", "output=out.jsonl", "output=out.csv",
     "output=run", "output=a/b.jsonl", "file=text.txt", "file=run", "json=plan.json", "json=run", "chart=plan.png",
     "chart=run", "tokenizer=gpt2", "tokenizer=huggingface", "tokenizer=sentencepiece", "tokenizer.path=run",
-    "weights=checkpoint", "weights=huggingface", "weights.path=run", "weights.path=text.txt", "lora=lora",
-    "base=run", "base=text.txt", "system=null", "template=alpaca", "template=x", "num_samples=2",
+    "weights=checkpoint", "weights=huggingface", "weights.path=run", "weights.path=text.txt", "lora=lora", "base=run",
+    "base=text.txt", "system=null", "template=alpaca", "template=x", "num_samples=2",
 )  # fmt: skip
 VALUES = (
     "", " ", "null", "true", "false", "0", "1", "-1", "1.5", "1e3", "1e-3", "1e400", "nan", "inf", "-inf", "0x10",
     "1_000", "007", "99999999999999999999", "abc", "a b", "a,b", "a, b", ",", "a,", "[", "]", "[]", "[a", "a]", "[a]",
     "[a,b]", "[[a]]", "[a,[b]", "{", "}", "{}", "{a}", "{a:1}", "{a:1,b:[2]}", "(", ")", "(1)", "a (1).txt", "f(x)",
-    "f(x", "choice(1,2)", "range(1,3)", "range(3)", "glob(*)", "int(x)", "int(1.5)", "str(1)", "sort(1,2)", "tag(t,1)",
-    "interval(0,1)", "shuffle(1,2)", "extend_list(1)", "'", '"', "''", '""', "'a'", '"a"', "'a", 'a"', "it's",
-    "'it''s'", "\"a\" and 'b'", "\\", "\\\\", "a\\", "\\'", "'a\\'", "$", "${", "${}", "${x}", "${name}", "${oc.env:HOME}",
-    "${oc.env:NOTHING}", "${oc.env:'MY_API_KEY'}", "${oc.env:NOTHING,x}", "${oc.decode:${oc.env:HOME}}", "${a", "$x", "a$",
-    "${model.hidden_size}", "${model}", "${now:%Y}", "${hydra:runtime.cwd}", "${sample:x}", "${nosuch:x}", "${..}", "${.}",
-    "#", "a#b", "~", "~a", "a~", "@", "a@b", "%", "a%b", "&", "*", "*.txt", "?", "!", "!a", "|", "<|endoftext|>", ":", "a:b",
-    "c:\\x", ";", "`", "=", "a=b", "==", "???", "-", "--", "-a", ".", "..", "/", "//", "text.txt", "a b.txt", "nowhere",
-    "run", "./run", "run/", "run/config.yaml", "https://user:pass@host/x", "ü", "数据.txt", "🦙", "\u202e", "\x1b[31m",
-    "\x07", "\n", "a\nb", "\t", "\udcff", "x" * 300, "x" * 5000, "tiny", "adamw", "Adamw", "auto", "cpu", "cuda", "list",
+    "f(x", "choice(1,2)", "range(1,3)", "range(3)", "glob(*)", "int(x)", "int(1.5)", "str(1)", "sort(1,2)",
+    "tag(t,1)", "interval(0,1)", "shuffle(1,2)", "extend_list(1)", "'", '"', "''", '""', "'a'", '"a"', "'a", 'a"',
+    "it's", "'it''s'", "\"a\" and 'b'", "\\", "\\\\", "a\\", "\\'", "'a\\'", "$", "${", "${}", "${x}", "${name}",
+    "${oc.env:HOME}", "${oc.env:NOTHING}", "${oc.env:'MY_API_KEY'}", "${oc.env:NOTHING,x}",
+    "${oc.decode:${oc.env:HOME}}", "${a", "$x", "a$", "${model.hidden_size}", "${model}", "${now:%Y}",
+    "${hydra:runtime.cwd}", "${sample:x}", "${nosuch:x}", "${..}", "${.}", "#", "a#b", "~", "~a", "a~", "@", "a@b",
+    "%", "a%b", "&", "*", "*.txt", "?", "!", "!a", "|", "<|endoftext|>", ":", "a:b", "c:\\x", ";", "`", "=", "a=b",
+    "==", "???", "-", "--", "-a", ".", "..", "/", "//", "text.txt", "a b.txt", "nowhere", "run", "./run", "run/",
+    "run/config.yaml", "https://user:pass@host/x", "ü", "数据.txt", "🦙", "\u202e", "\x1b[31m", "\x07", "\n", "a\nb",
+    "\t", "\udcff", "x" * 300, "x" * 5000, "tiny", "adamw", "Adamw", "auto", "cpu", "cuda", "list",
 )  # fmt: skip
 CHARACTERS = "abz019 =,.:;[](){}'\"\\$#~@%&*?!|<>/+-_^`\t\n\x1büß数🦙"
 # Numbers under these keys are sizes: a large one is a large model, or a large file.
@@ -118,8 +119,9 @@ class Grammar:
         from llmtrain.config.suggestions import flatten
 
         self.seed = seed
+        needed = {"train": ["data=text", "data.path=x"], "plan": ["data=text", "data.path=x"], "export": ["to=x"]}
         self.keys = {
-            verb: flatten(compose(verb, ["data=text", "data.path=x"] if verb in ("train", "plan") else ["to=x"] * (verb == "export")))
+            verb: flatten(compose(verb, needed.get(verb, [])))
             for verb in ("train", "plan", "generate", "chat", "predict", "export", "verify", "report")
         }  # fmt: skip
         self.keys["resume"] = self.keys["train"]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llmtrain.base.files import fsync
+from llmtrain.base.leftovers import will_make
 from llmtrain.data.cache.token_reader import DataError
 
 T = TypeVar("T")
@@ -45,6 +46,7 @@ def find_or_make(
             if verify:
                 raise ValueError(f"{error}; remove {folder}, and the next start tokenises the text again") from error
     try:
+        will_make(folder, folder.with_suffix(".lock"))
         cache_dir.mkdir(parents=True, exist_ok=True)
         with _lock(folder):
             if folder.exists():  # damaged, unless another process made it while this one waited

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from llmtrain.base.checks import where
 from llmtrain.base.files import write_atomically
+from llmtrain.base.leftovers import will_make
 
 log = logging.getLogger(__name__)
 Fact = TypeVar("Fact", str, int, list)  # a JSON value
@@ -119,6 +120,7 @@ def _digest(files: dict[str, list]) -> str:
 
 def _add_to_memo(memo: Path, learnt: dict[str, list]) -> None:
     try:
+        will_make(memo, memo.with_suffix(".lock"))
         memo.parent.mkdir(parents=True, exist_ok=True)
         with memo.with_suffix(".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another process may have learnt something as well
