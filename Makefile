@@ -1,12 +1,13 @@
 # make train     set everything up and train the laptop recipe on text that ships with Python
 # make test      set everything up and run the tests
 # make torture   hundreds of kills, full disks and flipped bits at random moments: docs/faults.md; some ten minutes
+# make fuzz      thousands of random command lines and damaged run directories: docs/faults.md; minutes
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup train test check bench torture clean
+.PHONY: setup train test check bench torture fuzz clean
 
 setup: $(STAMP)
 
@@ -37,6 +38,11 @@ bench: setup
 # TORTURE="--kills 500 --seed 1" for another one
 torture: setup
 	$(BIN)/python tests/faults/torture.py $(TORTURE)
+
+# FUZZ="--cases 10000 --seed 1" for more, and others
+fuzz: setup
+	$(BIN)/python tests/faults/fuzz_commands.py $(FUZZ)
+	$(BIN)/python tests/faults/fuzz_run_dirs.py $(FUZZ)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

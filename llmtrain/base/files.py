@@ -21,6 +21,11 @@ UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errn
 NO_REPLACING = (errno.EEXIST, errno.ENOTEMPTY, errno.EPERM, errno.EACCES)  # of a renaming over a file
 
 
+def exists(path: str | Path) -> bool:
+    """Return whether there is something of this name, a broken link too; an impossible name is none."""
+    return bool(str(path)) and os.path.lexists(path)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace ``path`` by ``text``; a reader, also after a crash, sees the old file or the new one, never a part."""
     with written_whole(path) as file:

@@ -1,9 +1,12 @@
 """Numbers and text for people: the one place that formats quantities."""
 
 import math
+import os
 import re
+from contextlib import suppress
 from typing import Any
 
+WIDEST = 130  # characters of a line where the width of the terminal is unknown
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -112,3 +115,13 @@ def setting(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
     return visible(str(value))
+
+
+def width() -> int:
+    """Return ``COLUMNS``, else the width of the terminal behind a pipe such as ``| less``, else :data:`WIDEST`."""
+    if os.environ.get("COLUMNS", "").isdigit():
+        return int(os.environ["COLUMNS"])
+    for stream in (2, 0):
+        with suppress(OSError):
+            return os.get_terminal_size(stream).columns
+    return WIDEST

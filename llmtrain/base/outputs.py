@@ -19,6 +19,7 @@ from typing import IO, Any
 from llmtrain.base.files import open_descriptor, written_whole
 
 STDOUT = "-"
+NAME_BYTES = 255  # of a file or directory, on all usual file systems
 DESCRIPTORS = {STDOUT: 1, "/dev/stdout": 1, "/dev/stderr": 2}
 # Errors that mean that the name is wrong, not that the machine failed.
 NAMING = (
@@ -144,3 +145,5 @@ def check_output_directory(key: str, name: str) -> None:
             raise ValueError(f"{key}={name}: {path} is not a directory; name another place")
         if not os.access(path, os.W_OK | os.X_OK):
             raise ValueError(f"{key}={name}: the directory {path} cannot be written to; name another place")
+        if any(len(os.fsencode(part)) > NAME_BYTES for part in Path(name).parts):
+            raise ValueError(f"{key}={name}: a name in it is longer than {NAME_BYTES} bytes; name a shorter one")

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmtrain.base.files import exists
 from llmtrain.base.format import command
 from llmtrain.base.run_files import CHECKPOINTS
+from llmtrain.cli.mistakes import UsageError, refuse_spaces, refuse_unreadable, stray
 from llmtrain.cli.start import split_verb
-from llmtrain.cli.suggestions import flag_hint, names_hint
+from llmtrain.config.overrides import key_of
+from llmtrain.config.suggestions import flag_hint, keys_named, names_hint
 
 VERBS = {
     "train": "train a model",
@@ -32,7 +35,10 @@ TARGETS = {  # least and most directories
 
 FLAGS = ("--help", "-h", "--hydra-help", "--multirun", "-m", "--run", "-r", "--resolve")
 
+FROM = "--from"  # of a new run, beside Hydra's own flags: the run whose settings it begins with
+
 VALUE_FLAGS = {
+    FROM: FROM,
     "--cfg": "--cfg", "-c": "--cfg", "--config-dir": "--config-dir", "-cd": "--config-dir",
     "--config-name": "--config-name", "-cn": "--config-name", "--config-path": "--config-path", "-cp": "--config-path",
     "--package": "--package", "-p": "--package", "--info": "--info", "-i": "--info",
@@ -40,16 +46,15 @@ VALUE_FLAGS = {
 
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")  # values of --info
 
-TEXT_OF = {"generate": "prompt", "predict": "text"}  # verbs that take a text, and its key
-
-TEXT_KEYS = ("prompt", "text", "system", "template", "loop.sample_prompt", "data.system", "data.template")
-
+TEXT_OF = {"generate": "prompt", "predict": "text", "export": "to"}  # verbs that take a text, and its key
 
 OF_A_MODEL = ("resume", "generate", "chat", "predict", "export", "verify")  # earlier versions: base= for weights.path=
 
-
-class UsageError(ValueError):
-    """A mistake in the command line itself."""
+# Settings of Hydra's that a command may change.  Others would make directories beside the run's, or run several jobs
+# in one process.
+HYDRA_KEYS = ("hydra.searchpath", "hydra.launcher", "hydra.sweeper", "hydra/launcher", "hydra/sweeper",
+              "hydra.callbacks", "hydra.job.env_", "hydra.verbose")  # fmt: skip
+KEY = re.compile(r"[~+]{0,2}[A-Za-z_$][\w.$@:/-]*")
 
 
 @dataclass(frozen=True)
@@ -66,13 +71,17 @@ class CommandLine:
     multirun: bool
     step: int | None = None  # resume: of the checkpoint that is named
     sweep_dir: Path | None = None
+    origin: Path | None = None  # --from: the run whose settings a new one begins with
+    notes: tuple[str, ...] = ()  # to show: overrides that others replace
 
 
 def parse(arguments: Sequence[str]) -> CommandLine:
     """Parse and check everything after ``llmtrain``.  Raises :class:`UsageError`."""
+    refuse_unreadable(arguments)
     verb, rest = split_verb(arguments)
     if verb not in VERBS:
         raise UsageError(f"{verb}: no such verb{names_hint(verb, list(VERBS))}")
+    refuse_spaces(rest)
     flags, targets, overrides = split(verb, rest)
     if any(flag.startswith("--package=") for flag in flags) and not any(flag.startswith("--cfg=") for flag in flags):
         raise UsageError(f"--package: only with --cfg job, as in: llmtrain {verb} --cfg job --package optimizer")
@@ -84,6 +93,7 @@ def parse(arguments: Sequence[str]) -> CommandLine:
     if helps:
         flags = [flag for flag in flags if not flag.startswith(("--help", "-h", "-m", "--multirun", "--cfg", "--info"))]
     check_targets(verb, targets, only_shows=only_shows, helps=helps)
+    origin, flags = take(flags, f"{FROM}=")
     step = None
     if verb == "resume" and targets:
         targets[0], step, overrides = named_checkpoint(targets[0], overrides)
@@ -91,19 +101,14 @@ def parse(arguments: Sequence[str]) -> CommandLine:
         overrides = [re.sub(r"^\+{0,2}base=", "weights.path=", override) for override in overrides]
     refuse_step(verb, overrides)
     sweep_dir, overrides = take(overrides, "hydra.sweep.dir=")
-    words = ["llmtrain", *arguments]
+    refuse_hydra(overrides)
+    overrides, notes = without_repeated(overrides)
+    directory = Path(sweep_dir.strip("'\"")) if sweep_dir else None
     return CommandLine(
-        verb,
-        flags,
-        targets,
-        overrides,
-        words,
-        helps,
-        only_shows,
-        multirun and not helps and verb == "train",
-        step,
-        sweep_dir,
-    )
+        verb, flags, targets, overrides, ["llmtrain", *arguments], helps, only_shows,
+        multirun and not helps and verb == "train", step, directory,
+        Path(origin) if origin else None, notes,
+    )  # fmt: skip
 
 
 def check_targets(verb: str, targets: Sequence[Path], *, only_shows: bool, helps: bool) -> None:
@@ -125,13 +130,16 @@ def check_targets(verb: str, targets: Sequence[Path], *, only_shows: bool, helps
 
 def too_many(verb: str, targets: Sequence[Path]) -> str:
     """Name the words beyond the one directory of the verb, and the key that a text belongs to."""
-    words = [str(target) for target in targets if not target.is_dir()]
+    words = [str(target) for target in targets if not os.path.isdir(target)]  # noqa: PTH112 (False for impossible names)
+    if len(words) > 1 and keys_named(verb, words[0]):
+        return stray(verb, words[0], words[1:])
     text = " ".join(words if 0 < len(words) < len(targets) else map(str, targets[1:]))
     if verb not in TEXT_OF:
         return f"{text}: neither key=value nor a directory that this verb takes; as in: {command(verb, 'RUN_DIR')}"
     key = TEXT_OF[verb]
-    written = shlex.quote(text) if re.search(r'["$`!\\]', text) else f'"{text}"'
-    return f"{text}: not key=value; for a {key}: {key}={written}, as in: llmtrain {verb} RUN_DIR {key}={written}"
+    written = shlex.quote(text) if re.search(r'["$`!\\]', text) or key == "to" else f'"{text}"'
+    what = "the directory to write" if key == "to" else f"a {key}"
+    return f"{text}: not key=value; for {what}: {key}={written}, as in: llmtrain {verb} RUN_DIR {key}={written}"
 
 
 def split(verb: str, arguments: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
@@ -147,20 +155,27 @@ def split(verb: str, arguments: Sequence[str]) -> tuple[list[str], list[Path], l
         argument = queue.pop(0)
         if argument.startswith("-") and argument != "-":
             flags.append(take_flag(verb, argument, queue))
-        elif TARGETS[verb][1] and ("=" not in argument or Path(argument).exists()) and argument[0] not in "~+":
+        elif TARGETS[verb][1] and (exists(argument) or ("=" not in argument and argument[0] not in "~+")):
             targets.append(Path(argument))
         else:
             overrides.append(argument)
-    overrides = [quoted(override) for override in overrides]
     for override in overrides:
         if "=" not in override and not override.startswith("~"):
-            raise UsageError(f"{override}: neither key=value nor group=option nor a flag")
+            raise UsageError(
+                stray(verb, override, [word for word in overrides if "=" not in word and word != override])
+            )
+        if not KEY.fullmatch(override.partition("=")[0]):
+            raise UsageError(
+                f"{override}: {override.partition('=')[0]!r} is no key; key=value, as in optimizer.lr=1e-3"
+            )
     return flags, targets, overrides
 
 
 def take_flag(verb: str, argument: str, queue: list[str]) -> str:
     """Write a flag and its value, which may be the next word of ``queue``, in one word.  Raises :class:`UsageError`."""
     name, equals, value = argument.partition("=")
+    if name == "--":
+        raise UsageError("--: not needed; whatever has no dash is a key=value, a group=option or a directory")
     if name == "--experimental-rerun":
         raise UsageError(f"{name}: not supported; it would unpickle a file, which runs any code that is in it")
     if name in FLAGS:
@@ -174,24 +189,39 @@ def take_flag(verb: str, argument: str, queue: list[str]) -> str:
         if needs_value and not queue:
             raise UsageError(f"{name}: needs a value")
         value = queue.pop(0) if needs_value or (queue and queue[0] in INFO) else "all"
+    if name == FROM and verb != "train":
+        raise UsageError(
+            f"{FROM} {value}: only for a new run, as in: llmtrain train {FROM} RUN_DIR loop.max_steps=4000"
+        )
     return f"{VALUE_FLAGS[name]}={value}"
 
 
-def quoted(override: str) -> str:
-    """Quote the value of a free text: Hydra's grammar gives commas, brackets and apostrophes a meaning."""
-    key, equals, value = override.partition("=")
-    if key not in TEXT_KEYS or not equals or value[:1] in ("'", '"'):
-        return override
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
-    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
-    return f"{key}='{escaped}'"
+def take(words: list[str], prefix: str) -> tuple[str | None, list[str]]:
+    """Return the value of the one word that starts with ``prefix``, and the other words."""
+    values = [word.removeprefix(prefix) for word in words if word.startswith(prefix)]
+    if len(set(values)) > 1:
+        raise UsageError(f"{prefix}{values[-1]}: {prefix}{values[0]} is given too; name one")
+    return (values[-1] if values else None), [word for word in words if not word.startswith(prefix)]
 
 
-def take(overrides: list[str], prefix: str) -> tuple[Path | None, list[str]]:
-    """Return the value of the last override that starts with ``prefix``, and the other overrides."""
-    values = [override.removeprefix(prefix) for override in overrides if override.startswith(prefix)]
-    others = [override for override in overrides if not override.startswith(prefix)]
-    return (Path(values[-1]) if values else None), others
+def without_repeated(overrides: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Drop overrides of a key that a later one changes again; returns the rest, and a note on each dropped one."""
+    last = {key_of(override): override for override in overrides}
+    dropped = [(override, last[key_of(override)]) for override in overrides if last[key_of(override)] != override]
+    kept = [override for override in dict.fromkeys(overrides) if last[key_of(override)] == override]
+    return kept, tuple(f"{before} and {now}: the same key; the last one counts" for before, now in dropped)
+
+
+def refuse_hydra(overrides: Sequence[str]) -> None:
+    """Refuse settings of Hydra's that would write elsewhere, or change the way in which jobs are run."""
+    for override in overrides:
+        name = override.partition("=")[0].lstrip("+~")
+        if re.split(r"[./]", name)[0] == "hydra" and not name.startswith(HYDRA_KEYS):
+            remedy = {
+                "hydra.run.dir": "run_dir=DIR names the directory of a run", "hydra.mode": "-m runs a sweep",
+                "hydra.sweep.subdir": "hydra.sweep.dir=DIR names the folder of a sweep's runs",
+            }.get(name, "these can: hydra.sweep.dir, hydra.searchpath, hydra/launcher, hydra/sweeper")  # fmt: skip
+            raise UsageError(f"{override}: this setting of Hydra's cannot be changed; {remedy}")
 
 
 STEP = re.compile(r"\+{0,2}(?:checkpoint\.)?step=(.*)")  # with the group that it had in earlier versions, too
@@ -232,5 +262,6 @@ def refuse_step(verb: str, overrides: Sequence[str]) -> None:
 def usage(verb: str) -> str:
     """Return the form of the verb's command line."""
     target = {0: "", 1: " RUN_DIR"}.get(TARGETS[verb][1], " DIR…")
+    origin = " [--from RUN_DIR]" if verb == "train" else ""
     groups = " [group=option]" if verb in ("train", "resume", "plan") else ""
-    return f"llmtrain {verb}{target}{groups} [key=value]{' [-m]' * (verb == 'train')}"
+    return f"llmtrain {verb}{target}{origin}{groups} [key=value]{' [-m]' * (verb == 'train')}"

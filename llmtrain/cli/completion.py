@@ -1,16 +1,19 @@
 """Shell completion of verbs, groups and keys."""
 
 import os
+import re
 from collections.abc import Sequence
 
-from llmtrain.cli.arguments import VERBS
+from llmtrain.cli.arguments import VERBS, UsageError
 from llmtrain.cli.hydra_app import run_hydra
 
 
 def complete(arguments: Sequence[str]) -> int:
     """Complete the verb, and leave the rest to Hydra: ``-sc install=bash``, ``-sc query=bash``."""
     line = os.environ.get("COMP_LINE", "")
-    request = arguments[-1]
+    request = arguments[1] if len(arguments) == 2 else ""
+    if not re.fullmatch(r"(install|uninstall|query)=(bash|zsh|fish)", request):
+        raise UsageError('-sc: as in: eval "$(llmtrain -sc install=bash)"   (or uninstall; bash, zsh or fish)')
     words = line.split()
     verb = "train"
     if request.startswith("query="):

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from llmtrain.base.format import visible
 from llmtrain.base.invocation import FINISHED, Invocation
+from llmtrain.base.leftovers import removed_if_refused
 from llmtrain.base.process import Allocator, has_own_tunables, prepare_process
 from llmtrain.base.ranks import refuse_several_processes
 from llmtrain.cli.arguments import CommandLine, UsageError, usage
 from llmtrain.cli.hydra_app import run_hydra
 from llmtrain.cli.start import OF_A_RUN, requested_allocator
+from llmtrain.config.secret_values import hide
 
 if TYPE_CHECKING:
     from llmtrain.run.resume import StoredRun
@@ -39,14 +41,24 @@ def dispatch(line: CommandLine) -> int:
 
         stored = resume.StoredRun(line.targets[0], line.step)
         register_stored(stored.composable())
+    if line.origin is not None:
+        from llmtrain.config.compose import register_stored
+        from llmtrain.run.origin import settings_of
+
+        register_stored(settings_of(line.origin))
+    from llmtrain.config.texts import as_typed
+
+    overrides = as_typed(line.verb, line.overrides, multirun=line.multirun)
+    for note in line.notes:
+        print(visible(hide(f"llmtrain: {note}")), file=sys.stderr)
     task = Task(line, stored)
-    run_hydra(line.verb, line.flags, line.overrides, task.run)
+    run_hydra("resume" if line.origin is not None else line.verb, line.flags, overrides, task.run)
     if task.errors:
         raise task.errors[0]
     if task.jobs:
         from llmtrain.sweep.jobs import run_sweep
 
-        return run_sweep(task.jobs, line.sweep_dir, line.overrides)
+        return run_sweep(task.jobs, line.sweep_dir, overrides)
     return task.status
 
 
@@ -79,7 +91,7 @@ class Task:
             return None
         values = resolve(composed, hydra.runtime.choices)
         find_plugins(values)
-        if self.line.multirun:
+        if self.line.multirun and self.line.verb == "train":
             return self._run_job(values, hydra)
         self.status = execute(self.line, values, self.stored)
         return None
@@ -109,7 +121,7 @@ def execute(line: CommandLine, values: dict[str, Any], stored: "StoredRun | None
     prepare_process(allocator_of(line, values))
     module = importlib.import_module(f"llmtrain.commands.{line.verb}")
     built = build(values, object, plugins=values.get("plugins") or ())
-    with notes_to_stderr():
+    with notes_to_stderr(), removed_if_refused():
         return module.main(built, Invocation(line.targets, line.words, stored))
 
 

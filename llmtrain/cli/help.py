@@ -3,10 +3,8 @@
 The comments are the only description of a key, so that help and config cannot differ.
 """
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,10 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from llmtrain.base.format import visible
+from llmtrain.base.format import visible, width
 from llmtrain.config.compose import folders, options
 
 COMMENTED = re.compile(r"(?P<key>\w+):.*?(?:\s#\s*(?P<comment>.*))?")  # a key, its value and the comment behind it
-WIDEST = 130  # characters of a line where the width of the terminal is unknown
 RESUME = "resume"  # its config is the run's own
 ON_RESUME = [
     "Continue a run exactly where it stopped: llmtrain resume runs/2026-11-21/gpt124m-k3v9",
@@ -55,16 +52,6 @@ def print_parts(shown: Iterable[RenderableType]) -> None:
         for part in shown:
             console.print(part, soft_wrap=isinstance(part, Text))  # text that is copied stays in one line
     print("\n".join(line.rstrip() for line in capture.get().splitlines()))
-
-
-def width() -> int:
-    """Return ``COLUMNS``, else the width of the terminal behind a pipe such as ``| less``, else :data:`WIDEST`."""
-    if os.environ.get("COLUMNS", "").isdigit():
-        return int(os.environ["COLUMNS"])
-    for stream in (2, 0):
-        with suppress(OSError):
-            return os.get_terminal_size(stream).columns
-    return WIDEST
 
 
 def parts(

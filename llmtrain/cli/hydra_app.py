@@ -16,7 +16,7 @@ def run_hydra(verb: str, flags: list[str], overrides: list[str], task: Any) -> N
 
     with tempfile.TemporaryDirectory() as scratch:  # Hydra writes files of a sweep, secrets included
         ours = [
-            "hydra.run.dir=.", "hydra.output_subdir=null", f"hydra.sweep.dir={scratch}", "hydra.sweep.subdir=.",
+            "hydra.run.dir=.", "hydra.output_subdir=null", f"hydra.sweep.dir='{scratch}'", "hydra.sweep.subdir=.",
             "hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.job.name=llmtrain",
         ]  # fmt: skip
         before, sys.argv = sys.argv, ["llmtrain", *flags, *ours, *overrides]

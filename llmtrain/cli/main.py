@@ -3,6 +3,7 @@
 Imports wait until they are needed: ``--help`` imports no Hydra, ``--cfg job`` no torch.
 """
 
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from llmtrain.cli.completion import complete
 from llmtrain.cli.dispatch import dispatch
 from llmtrain.cli.errors import explain
 from llmtrain.cli.overview import overview
+from llmtrain.config.secret_values import hide
 
 STOPPED = 130  # as a shell reports SIGINT
 
@@ -24,9 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status: 0, 1 failed, 2 usage, 75 stopped by a signal after saving."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     escape_unknown_characters()
-    if any(argument in ("-sc", "--shell_completion", "--shell-completion") for argument in arguments):
-        return complete(arguments)
     try:
+        if arguments[:1] in (["-sc"], ["--shell_completion"], ["--shell-completion"]):
+            return complete(arguments)
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(overview(), flush=True)
             return FINISHED
@@ -53,15 +55,20 @@ def report_error(error: Exception, arguments: Sequence[str]) -> int:
         complain(traceback.format_exc())
     message, status = explain(error, next((verb for verb in arguments if verb in VERBS), "train"))
     if message is not None:
-        complain("; ".join([f"llmtrain: {message}", *getattr(error, "__notes__", [])]))
+        complain(shortened("; ".join([f"llmtrain: {message}", *getattr(error, "__notes__", [])])))
     elif not debug:
         complain(traceback.format_exc() + "llmtrain: this is a bug; the traceback above shows where")
     return status
 
 
 def complain(text: str) -> None:
-    """Print to stderr; control characters, as in a file name from elsewhere, are shown instead of obeyed."""
+    """Print to stderr, without secrets; control characters, as in a file name, are shown instead of obeyed."""
     try:
-        print(visible(text), file=sys.stderr, flush=True)
+        print(visible(hide(text)), file=sys.stderr, flush=True)
     except OSError:  # nobody reads it: the terminal is gone
         silence(2)
+
+
+def shortened(message: str) -> str:
+    """Return a message with the middle of long words left out, as of an argument of thousands of characters."""
+    return re.sub(r"\S{401,}", lambda word: f"{word[0][:200]}…{word[0][-100:]}", message)

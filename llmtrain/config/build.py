@@ -118,6 +118,7 @@ def _find_class(target: Any, base: type[T], path: str, plugins: Sequence[str]) -
 
 def _check_types(hints: Mapping[str, Any], values: Mapping[str, Any], dotted: str) -> dict[str, Any]:
     """``values`` converted to their annotated types."""
+    values = {name: _whole(hints[name], value) for name, value in values.items()}
     schema = dataclasses.make_dataclass("Schema", [(name, hint, dataclasses.MISSING) for name, hint in hints.items()])
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), escape(dict(values)))
@@ -132,6 +133,13 @@ def _check_types(hints: Mapping[str, Any], values: Mapping[str, Any], dotted: st
     except ValueError as error:  # a nested dataclass' own check
         raise ConfigError(f"{dotted.rstrip('.')}: {error}" if dotted else str(error)) from error
     return {name: getattr(built, name) for name in hints}
+
+
+def _whole(hint: Any, value: Any) -> Any:
+    """A whole number that was written as another one, 1e3, for a key that takes an int."""
+    kinds = get_args(hint) or (hint,)
+    is_whole = isinstance(value, float) and int in kinds and float not in kinds and value.is_integer()
+    return int(value) if is_whole else value
 
 
 def _wanted(key: str, hint: Any, value: Any) -> str | None:

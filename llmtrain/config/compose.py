@@ -1,8 +1,8 @@
 """The boundary between Hydra and the program: composes configs and resolves them to plain values."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,16 @@ import hydra
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, StringNode
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.resolvers import oc
 
 from llmtrain.config.auto_model import find_model
 from llmtrain.config.folders import conf_dir, sample
-from llmtrain.config.stored_config import REDACTED, SECRET, ConfigError, escape
+from llmtrain.config.overrides import search_path
+from llmtrain.config.secret_values import REDACTED, is_secret
+from llmtrain.config.stored_config import ConfigError, escape, flatten
+from llmtrain.config.texts import as_typed
 
 VERSION_BASE: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__ < "1.4" else {}
 
@@ -27,9 +31,9 @@ def compose(verb: str, overrides: Sequence[str], config_dir: str | Path | None =
 
     Raises Hydra's and OmegaConf's own errors, as the command line does, and :class:`ConfigError`.
     """
-    extra = [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
+    extra = [] if config_dir is None else [search_path(config_dir)]
     with _fresh_hydra(), hydra.initialize_config_dir(str(conf_dir()), job_name="llmtrain", **VERSION_BASE):
-        config = hydra.compose(verb, [*overrides, *extra], return_hydra_config=True)
+        config = hydra.compose(verb, [*as_typed(verb, overrides), *extra], return_hydra_config=True)
         choices: Any = OmegaConf.to_container(config.hydra.runtime.choices)
         OmegaConf.set_struct(config, False)
         del config["hydra"]
@@ -60,25 +64,56 @@ def resolve(config: DictConfig, choices: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"{key}: a value is required; give it as {key}=…") from error
     except InterpolationResolutionError as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    _check_secrets(OmegaConf.to_container(config, resolve=False))
+    _check_secrets(config, plain)
     return plain
 
 
-def _check_secrets(value: Any, key: str = "") -> None:
-    """Refuse a secret of the environment in a key that would be stored, and a secret that was not stored."""
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            _check_secrets(item, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list):
-        for item in value:
-            _check_secrets(item, key)
-    elif isinstance(value, str):
-        names = [name.strip() for name in re.findall(r"\$\{\s*oc\.env:([^,}]+)", value)]
-        if any(SECRET.search(name) for name in names) and not SECRET.search(key):
-            raise ConfigError(f"{key}={value}: a secret, and config.yaml would hold it; only keys named like *_key, "
-                              "*_token, *_secret or *_password are kept out")  # fmt: skip
-        if value == REDACTED:
+def _check_secrets(config: DictConfig, plain: Mapping[str, Any]) -> None:
+    """Refuse a secret in a key that would be stored, and a secret that was not stored.
+
+    A secret is a variable of the environment, or another key, with the name of one, however it is referred to.
+    """
+    values = flatten(plain)
+    secrets = [value for key, value in values.items() if is_secret(key) and isinstance(value, str) and value]
+    as_written: Any = OmegaConf.to_container(config, resolve=False)
+    for key, written in flatten(as_written).items():
+        for item in written if isinstance(written, list) else [written]:
+            if not isinstance(item, str) or is_secret(key):
+                continue
+            names = variables_read(config, item) if "${" in item else set()
+            shown = str(values.get(key))
+            if any(map(is_secret, names)) or ("${" in item and any(secret in shown for secret in secrets)):
+                raise ConfigError(f"{key}={item}: a secret, and config.yaml would hold it; only keys named like *_key, "
+                                  "*_token, *_secret or *_password are kept out")  # fmt: skip
+    for key, value in values.items():
+        if isinstance(value, str) and REDACTED in value:
             raise ConfigError(f"{key}: it is a secret and was not stored; give it again: {key}=…")
+
+
+_READ: ContextVar[set[str] | None] = ContextVar("read", default=None)  # variables of the environment
+
+
+def _env(name: str, *default: Any) -> Any:
+    """OmegaConf's ``oc.env``, which records the variables that are read."""
+    if (read := _READ.get()) is not None:
+        read.add(name)
+    return oc.env(name, *default)
+
+
+OmegaConf.register_new_resolver("oc.env", _env, replace=True)
+
+
+def variables_read(config: DictConfig, text: str) -> set[str]:
+    """The variables of the environment that are read to resolve ``text``, in whatever form it refers to them."""
+    token = _READ.set(set())
+    try:
+        node = StringNode(text)
+        node._set_parent(config)
+        with suppress(OmegaConfBaseException):  # reported when the whole is resolved
+            node._dereference_node()
+        return _READ.get() or set()
+    finally:
+        _READ.reset(token)
 
 
 def register_stored(config: Mapping[str, Any]) -> None:

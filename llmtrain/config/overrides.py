@@ -17,6 +17,13 @@ def overrides_of(command: Sequence[str]) -> list[str]:
     return overrides
 
 
+def key_of(override: str) -> str:
+    """The key that an override changes, without its sign: ``++optimizer.lr=1`` changes ``optimizer.lr``."""
+    return override.partition("=")[0].lstrip("+~").partition("@")[0].replace("/", ".")
+
+
 def search_path(folder: str | Path) -> str:
     """The override that ``--config-dir`` stands for."""
-    return f"hydra.searchpath=[file://{Path(folder).resolve()}]"
+    path = str(Path(folder).resolve())
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", path)
+    return f"hydra.searchpath=['file://{escaped}']"

@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
 from llmtrain.accumulation import Accumulation
 from llmtrain.activation_checkpointing import ActivationCheckpointing
 from llmtrain.base.options import option_name
@@ -12,7 +15,9 @@ from llmtrain.checkpoint.policy import Checkpoint
 from llmtrain.clipping import Clipping
 from llmtrain.config.build import build, naming
 from llmtrain.config.compose import compose
+from llmtrain.config.explain import explain_composition
 from llmtrain.config.overrides import search_path
+from llmtrain.config.stored_config import ConfigError
 from llmtrain.data import DataConfig
 from llmtrain.data.sequences import Sequences
 from llmtrain.lora import Lora
@@ -93,7 +98,11 @@ class RunConfig:
     @classmethod
     def compose(cls, *overrides: str, config_dir: str | Path | None = None) -> Self:
         """Compose a run from Hydra overrides, as ``llmtrain train`` does.  Raises ValueError for one that is wrong."""
-        run = cls.from_config(compose("train", overrides, config_dir))
+        try:
+            values = compose("train", overrides, config_dir)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(explain_composition(error, "train")) from error
+        run = cls.from_config(values)
         given = overrides if config_dir is None else (*overrides, search_path(config_dir))
         object.__setattr__(run, "overrides", given)  # frozen, but this is no part of the config
         return run

@@ -15,9 +15,8 @@ import yaml
 from llmtrain.base.process import cache_folder
 from llmtrain.base.stored_files import StoredFileError
 from llmtrain.base.stored_yaml import read_yaml
+from llmtrain.config.secret_values import redact
 
-SECRET = re.compile(r"(^|[_.])(api_?)?(key|secret|token|passw(or)?d|credentials?)$", re.IGNORECASE)
-REDACTED = "<redacted>"
 NOT_RUN_KEYS = ("run_dir", "output_dir", "plugins")  # places and code, not settings of the run
 CACHE = "data.cache_dir"  # as they are, a key of a group
 MOVED = {  # classes by the names that older versions wrote
@@ -59,26 +58,6 @@ def to_plain(value: Any, *, in_list: bool = False) -> Any:
     if isinstance(value, list | tuple):
         return [to_plain(item, in_list=True) for item in value]
     return value
-
-
-def redact(value: Any, key: str = "") -> Any:
-    """``value`` with everything under a key that names a secret replaced."""
-    if isinstance(value, Mapping):
-        return {name: redact(item, str(name)) for name, item in value.items()}
-    if isinstance(value, list):
-        return [redact(item, key) for item in value]
-    return REDACTED if value is not None and SECRET.search(key) else value
-
-
-def redact_arguments(arguments: Sequence[str]) -> list[str]:
-    """A command line with the values of secret keys replaced."""
-    shown = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        within = re.findall(r"([\w.]+)['\"]?\s*:", value) if "{" in value else []  # the keys of a dictionary
-        is_secret = any(SECRET.search(name) for name in (key, *within))
-        shown.append(f"{key}={REDACTED}" if equals and is_secret else argument)
-    return shown
 
 
 def dump(run: Any) -> str:

@@ -7,7 +7,8 @@ rules between groups.
 from collections.abc import Iterator
 from dataclasses import fields
 
-from llmtrain.base.options import Option
+from llmtrain.base.options import Option, option_name
+from llmtrain.config.secret_values import redact_arguments
 from llmtrain.lint.case import Case, Finding, warning
 from llmtrain.schedule.linear_warmup_cosine_lr import LinearWarmupCosineLR
 from llmtrain.train.profiler import FIRST
@@ -19,7 +20,8 @@ def unread_keys(case: Case) -> Iterator[Finding]:
     reasons = of_options(case) | between_groups(case)
     for key, value in case.given.items():
         if key in reasons:
-            yield warning(key, f"{key}={value}: has no effect: {reasons[key]}")
+            (shown,) = redact_arguments([f"{key}={value}"])
+            yield warning(key, f"{shown}: has no effect: {reasons[key]}")
 
 
 def of_options(case: Case) -> dict[str, str]:
@@ -45,6 +47,9 @@ def between_groups(case: Case) -> dict[str, str]:
         reasons |= {"model.initialisation": why, "model.initial_std": why}
     if run.runtime.profile and case.max_steps < FIRST:
         reasons["runtime.profile"] = f"{case.facts.end}, and steps are profiled from step {FIRST} on; a longer run"
+    if run.lora.adapts:
+        why = f"with lora={option_name(run.lora)} its adapters and the head are trained; lora=none"
+        reasons |= {"objective.train": why, "objective.last_layers": why}
     if run.run_dir:
         reasons["output_dir"] = f"run_dir={run.run_dir} is the directory; leave out one of the two"
     return reasons

@@ -1,6 +1,6 @@
 """Tables of runs, the best first."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,29 @@ class Comparison:
     Where the console is too narrow, columns are left out and named below the table.
     """
 
-    def __init__(self, runs: Sequence[RunSummary]) -> None:
+    def __init__(self, runs: Sequence[RunSummary], swept: Mapping[Path, Mapping[str, str]] | None = None) -> None:
         self.runs = ranked(runs)
+        self.swept = swept  # the values that a sweep gave to each of the runs, in place of all that differs
+
+    def settings(self) -> dict[str, list[Any]]:
+        """Return the settings in columns: heading -> the value of each run."""
+        if self.swept is None:
+            return differences(self.runs)
+        keys = list(dict.fromkeys(key for values in self.swept.values() for key in values))
+        lasts = [key.rsplit(".", 1)[-1] for key in keys]
+        headings = [key if lasts.count(last) > 1 else last for key, last in zip(keys, lasts, strict=True)]
+        return {
+            heading: [self.swept.get(run.path, {}).get(key, "") for run in self.runs]
+            for heading, key in zip(headings, keys, strict=True)
+        }
+
+    def run_name(self, run: RunSummary) -> str:
+        """Return the name of a run; of a sweep's job only its end, since the rest repeats the values."""
+        return run.path.name.rpartition("-")[2] if self.swept and run.path in self.swept else run.path.name
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         unlimited = options.update(width=UNLIMITED)
-        number = min(len(differences(self.runs)), MAX_SETTINGS)
+        number = min(len(self.settings()), MAX_SETTINGS)
         shapes = [(DISPENSABLE[:left_out], number) for left_out in range(len(DISPENSABLE) + 1)]
         shapes += [(DISPENSABLE, fewer) for fewer in reversed(range(number))]
         for left_out, settings in shapes:
@@ -53,7 +70,7 @@ class Comparison:
 
     def table(self, left_out: Sequence[str], max_settings: int = MAX_SETTINGS) -> Table:
         """Build the table without the columns ``left_out``, with the first ``max_settings`` settings that differ."""
-        settings = differences(self.runs)
+        settings = self.settings()
         classes = any(run.accuracy is not None for run in self.runs)
         figures = {
             heading: show
@@ -73,7 +90,7 @@ class Comparison:
         table.add_column("state", no_wrap=True)
         for index, run in enumerate(self.runs):
             table.add_row(
-                Text(visible(run.path.name), style="bold" if index == 0 and len(self.runs) > 1 else ""),
+                Text(visible(self.run_name(run)), style="bold" if index == 0 and len(self.runs) > 1 else ""),
                 *([Text(visible(run.lineage))] if branches else []),
                 *(Text(setting(settings[key][index])) for key in shown),
                 *(show(run) for show in figures.values()),
@@ -102,9 +119,9 @@ def confusion_table(run: RunSummary) -> Table:
     return table
 
 
-def sweep_table(sweep: Path) -> Comparison:
-    """Compare all runs in a sweep's directory.  Raises ValueError if it has none."""
-    return Comparison([summarise(run) for run in find_runs([sweep])])
+def sweep_table(sweep: Path, swept: Mapping[Path, Mapping[str, str]] | None = None) -> Comparison:
+    """Compare all runs in a sweep's directory, which varied the values ``swept``.  Raises ValueError if it has none."""
+    return Comparison([summarise(run) for run in find_runs([sweep])], swept)
 
 
 def _shown(value: Any, show: Callable[[Any], str]) -> str:

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from llmtrain.config import stored_config
 from llmtrain.config.run_config import RunConfig
+from llmtrain.config.secret_values import redact
 from llmtrain.config.stored_config import CACHE, NOT_RUN_KEYS, flatten
 from llmtrain.train.length import TrainingLength
 from llmtrain.train.state import TrainState
@@ -25,7 +26,7 @@ def changes(before: Mapping[str, Any], run: RunConfig) -> list[Change]:
 
     Keys of an option that is no longer used are not listed: they follow from the new option.
     """
-    old, new = (flatten(stored_config.redact(each)) for each in (before, stored_config.to_plain(run)))
+    old, new = (flatten(redact(each)) for each in (before, stored_config.to_plain(run)))
     return [
         (key, old.get(key, ABSENT), value)
         for key, value in new.items()

@@ -6,13 +6,16 @@ import logging
 import os
 import re
 import secrets
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmtrain.base.files import write_atomically
+from llmtrain.base.files import exists, write_atomically
+from llmtrain.base.format import command
 from llmtrain.base.locks import lock
+from llmtrain.base.outputs import check_output_directory
 from llmtrain.base.run_files import (
     CHECKPOINTS,
     CONFIG,
@@ -64,14 +67,22 @@ class RunDirectory:
     @classmethod
     def create_at(cls, path: Path) -> "RunDirectory":
         """Make exactly ``path``.  Raises ValueError if it is there already."""
+        cls.check_free(path)
         try:
             path.mkdir(parents=True)
-        except FileExistsError:
-            raise ValueError(
-                f"run_dir={path}: exists already; name another"
-                + (f", or continue the run: llmtrain resume {path}" if path.is_dir() else "")
-            ) from None
+        except FileExistsError:  # another process was faster
+            raise ValueError(f"run_dir={path}: exists already; name another") from None
         return cls(path)
+
+    @classmethod
+    def check_free(cls, path: Path) -> None:
+        """Raise ValueError if there is something at ``path`` already, or nothing can be made there."""
+        if exists(path / CONFIG):
+            there = command("resume", shlex.quote(str(path)))
+            raise ValueError(f"run_dir={path}: exists already; name another, or continue the run: {there}")
+        if exists(path):
+            raise ValueError(f"run_dir={path}: exists already; name another")
+        check_output_directory("run_dir", str(path))
 
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":

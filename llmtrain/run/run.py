@@ -19,6 +19,7 @@ from llmtrain.config import stored_config
 from llmtrain.config.assemble import Parts, assemble, check_space, first_state
 from llmtrain.config.overrides import overrides_of
 from llmtrain.config.run_config import RunConfig
+from llmtrain.config.secret_values import redact_arguments
 from llmtrain.lint import Case, lint, refuse
 from llmtrain.metrics.jsonl import drop_rows
 from llmtrain.run.directory import RunDirectory
@@ -40,7 +41,7 @@ class Run(RunConfig):
         ValueError for mistakes of the user's, :class:`llmtrain.train.loop.TrainingFailed` and OSError for a failed run.
         """
         refuse_several_processes()
-        self.check_directory()
+        self.check_place()
         with self.runtime.session() as device:
             self.runtime.seed_everything()
             parts = assemble(self, device)
@@ -74,7 +75,7 @@ class Run(RunConfig):
                 sweep_leftovers(folder)
             environment = run_directory.read_environment()
             plan, parts, state = self.restore(stored, plan_resume(self, stored, branching=False), device, command)
-            now = describe_environment(device, stored_config.redact_arguments(command))
+            now = describe_environment(device, redact_arguments(command))
             if environment is None and plan.origin.checkpoint is None:  # the first start of a sweep's job
                 now |= self.weights_record()
             plan = plan.on_machine(environment, now)
@@ -99,14 +100,14 @@ class Run(RunConfig):
         """
         refuse_several_processes()
         stored = parent if isinstance(parent, StoredRun) else StoredRun(parent.path, step)
-        self.check_directory()
+        self.check_place()
         environment = stored.directory.read_environment()
         with self.runtime.session() as device:
             plan, parts, state = self.restore(stored, plan_resume(self, stored, branching=True), device, command)
             check_space(self, parts)
             child = self.create_directory()
             with child.lock():
-                now = describe_environment(device, stored_config.redact_arguments(command))
+                now = describe_environment(device, redact_arguments(command))
                 plan = plan.on_machine(environment, now)
                 now |= {key: environment[key] for key in ("weights",) if environment and key in environment}
                 make_child(child, plan, now, stored_config.dump(self), stored.tokenizer(self), parts.tokenizer)
@@ -129,6 +130,13 @@ class Run(RunConfig):
         refuse(plan.findings)
         return plan, parts, state
 
+    def check_place(self) -> None:
+        """Raise ValueError if the run's directory cannot be made: before anything that takes time."""
+        if self.run_dir is not None:
+            RunDirectory.check_free(Path(self.run_dir))
+        else:
+            check_output_directory("output_dir", self.output_dir)
+
     def create_directory(self) -> RunDirectory:
         """Make the new run's directory."""
         if self.run_dir is not None:
@@ -137,18 +145,9 @@ class Run(RunConfig):
         with naming("output_dir", self.output_dir):
             return RunDirectory.create(Path(self.output_dir), self.name)
 
-    def check_directory(self) -> None:
-        """Raise ValueError if the new run's directory cannot be made: before the work that comes first."""
-        if self.run_dir is None:
-            check_output_directory("output_dir", self.output_dir)
-        elif os.path.lexists(self.run_dir):
-            RunDirectory.create_at(Path(self.run_dir))  # refuses it
-        else:
-            check_output_directory("run_dir", self.run_dir)
-
     def describe(self, directory: RunDirectory, device: torch.device, command: Sequence[str]) -> None:
         """Write ``environment.json`` and ``config.yaml`` of a new run."""
-        environment = describe_environment(device, stored_config.redact_arguments(command))
+        environment = describe_environment(device, redact_arguments(command))
         directory.write_environment(environment | self.weights_record())
         write_atomically(directory.config, stored_config.dump(self))
 

@@ -6,11 +6,13 @@ So the same command finds its jobs again: a finished job is skipped, a started o
 
 import hashlib
 import json
+import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,18 @@ from rich.console import Console
 from rich.text import Text
 
 from llmtrain.base.files import write_atomically
-from llmtrain.base.format import visible
+from llmtrain.base.format import visible, width
 from llmtrain.base.invocation import FAILED, FINISHED, INTERRUPTED
 from llmtrain.base.outputs import check_output_directory
 from llmtrain.base.process import cache_folder
 from llmtrain.base.run_records import read_summary
 from llmtrain.config import stored_config
+from llmtrain.config.overrides import key_of
+from llmtrain.config.secret_values import redact_arguments
 from llmtrain.config.stored_config import NOT_RUN_KEYS
 from llmtrain.report.table import sweep_table
 from llmtrain.run.directory import RunDirectory, slug
+from llmtrain.run.origin import run_at
 from llmtrain.run.run import Run
 
 # Signals that stop a sweep: its job saves and exits 75.
@@ -50,7 +55,7 @@ class Job:
         try:
             return cls(overrides, Run.from_config(values))
         except ValueError as error:
-            raise ValueError(f"{error} (in the job {' '.join(stored_config.redact_arguments(overrides))})") from error
+            raise ValueError(f"{error} (in the job {' '.join(redact_arguments(overrides))})") from error
 
     @property
     def digest(self) -> str:
@@ -60,7 +65,7 @@ class Job:
 
     def directory(self, sweep: Path, varied: Sequence[str]) -> RunDirectory:
         """Return the job's directory, named by the overrides that vary and the digest."""
-        label = slug(",".join(stored_config.redact_arguments(varied)).replace("=", "_"))[:80]
+        label = slug(",".join(redact_arguments(varied)).replace("=", "_"))[:80]
         return RunDirectory(sweep / f"{label}-{self.digest}")
 
 
@@ -73,11 +78,10 @@ def run_sweep(jobs: Sequence[Job], sweep_dir: Path | None, overrides: Sequence[s
     sweep = sweep_dir or Path(first.output_dir) / "sweeps" / f"{slug(first.name)}-{short_hash(*sorted(overrides))}"
     check_output_directory("output_dir" if sweep_dir is None else "hydra.sweep.dir", str(sweep))
     console = Console(highlight=False)
-    wide = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)  # no columns lost in a pipe
     statuses = []
     directories = [job.directory(sweep, varied_overrides(job, jobs)) for job in jobs]
     for number, (job, directory) in enumerate(zip(jobs, directories, strict=True), start=1):
-        label = " ".join(stored_config.redact_arguments(varied_overrides(job, jobs)))
+        label = " ".join(redact_arguments(varied_overrides(job, jobs)))
         console.rule(Text(visible(f"job {number} of {len(jobs)}: {label}")), align="left")
         if directory.is_finished():
             console.print(Text(visible(f"finished already: {directory.path}")))
@@ -92,9 +96,31 @@ def run_sweep(jobs: Sequence[Job], sweep_dir: Path | None, overrides: Sequence[s
                 write_atomically(directory.summary, json.dumps({"exit_reason": "failed", "step": 0}) + "\n")
             console.print(Text(f"this job failed with exit status {statuses[-1]}; the sweep continues", style="red"))
     console.rule("sweep", align="left")
-    wide.print(sweep_table(sweep))
-    console.print(Text(visible(f"curves: llmtrain report {sweep}")))
+    swept = {directory.path: settings_of(varied_overrides(job, jobs))
+             for job, directory in zip(jobs, directories, strict=True)}  # fmt: skip
+    if not sys.stdout.isatty():
+        console.width = width()
+    console.print(sweep_table(sweep, swept))
+    for line in afterwards(sweep, jobs, directories):
+        console.print(Text(visible(line)), soft_wrap=True)
     return FAILED if any(statuses) else FINISHED
+
+
+def settings_of(overrides: Sequence[str]) -> dict[str, str]:
+    """Return the values that a job was given, by their keys, without secrets."""
+    return {key_of(override): override.partition("=")[2] for override in redact_arguments(overrides)}
+
+
+def afterwards(sweep: Path, jobs: Sequence[Job], directories: Sequence[RunDirectory]) -> Iterator[str]:
+    """Yield the commands that follow a sweep: one that trains its best job longer, and one that draws its curves."""
+    best = run_at(sweep)
+    job = next((job for job, directory in zip(jobs, directories, strict=True) if directory.path == best), None)
+    if job is not None:
+        loop = job.run.loop
+        steps, epochs = loop.max_steps or 1, loop.epochs
+        longer = f"loop.max_steps={2 * steps}" if epochs is None else f"loop.epochs={2 * epochs:g}"
+        yield f"the best job for longer: llmtrain train --from {shlex.quote(str(best))} {longer}"
+    yield f"curves: llmtrain report {shlex.quote(str(sweep))}"
 
 
 def run_alone(job: Job, sweep_dir: Path | None) -> float | None:
@@ -113,10 +139,11 @@ def run_process(job: Job, directory: RunDirectory) -> int:
     """
     if not directory.config.exists():
         directory.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory.overrides, json.dumps(stored_config.redact_arguments(job.overrides)) + "\n")
+        write_atomically(directory.overrides, json.dumps(redact_arguments(job.overrides)) + "\n")
         write_atomically(directory.config, stored_config.dump(job.run))
     plugins = [f"plugins=[{','.join(job.run.plugins)}]"] if job.run.plugins else []
-    command = [sys.executable, "-m", "llmtrain", "resume", str(directory.path), *plugins, *cache_of(job.run)]
+    place = os.path.join(".", directory.path)  # noqa: PTH118 (a Path has no "./", and a name may begin with a dash)
+    command = [sys.executable, "-m", "llmtrain", "resume", place, *plugins, *cache_of(job.run)]
     process = subprocess.Popen(
         command, process_group=0
     )  # out of the terminal's group: a signal reaches it once, through us

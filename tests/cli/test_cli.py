@@ -97,7 +97,7 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
             ["train", "optimizer.rules=[{pattern:nothing,lr_multiplier:2}]", *QUICK],
             "optimizer.rules[0].pattern='nothing'",
         ),
-        (["train", "loop.max_steps=["], "no viable alternative"),
+        (["train", "loop.max_steps=["], "loop.max_steps='[': must be a whole number; or null"),
         (["train", "--multirum"], "--multirum: no such flag; did you mean --multirun?"),
         (["train", "--experimental-rerun=x.pkl"], "not supported; it would unpickle"),
         (["train", "stray"], "stray: neither key=value nor group=option nor a flag"),

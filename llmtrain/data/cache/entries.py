@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llmtrain.base.files import fsync
+from llmtrain.base.leftovers import will_make
 from llmtrain.base.locks import locked
 from llmtrain.data.cache.token_reader import DataError
 
@@ -49,6 +50,7 @@ def find_or_make(
             if verify:
                 raise ValueError(f"{error}; remove {folder}, and the next start tokenises the text again") from error
     try:
+        will_make(folder, folder.with_suffix(".lock"))
         cache_dir.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_suffix(".lock"), lambda: log.info(WAITING, folder)) as is_locked:
             if folder.exists():  # damaged, unless another process made it while this one waited

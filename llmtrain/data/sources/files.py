@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from llmtrain.base.files import write_atomically
+from llmtrain.base.leftovers import will_make
 from llmtrain.base.locks import locked
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ def _digest(files: dict[str, list]) -> str:
 
 def _add_to_memo(memo: Path, learnt: dict[str, list]) -> None:
     try:
+        will_make(memo, memo.with_suffix(".lock"))
         memo.parent.mkdir(parents=True, exist_ok=True)
         with locked(memo.with_suffix(".lock")):  # another process may have learnt something as well
             write_memo(memo, read_memo(memo) | learnt)

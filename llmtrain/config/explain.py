@@ -1,0 +1,66 @@
+"""Errors of composing a config, in words for the user."""
+
+import re
+import shlex
+from collections.abc import Sequence
+
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf.errors import OmegaConfBaseException
+
+from llmtrain.base.files import exists
+from llmtrain.config.folders import conf_dir
+from llmtrain.config.suggestions import key_hint, names_hint
+
+PLACES = {  # groups whose option is sometimes given as a file or directory: what is meant, and how that is written
+    "data": ("to train on a file", "data=text data.path="),
+    "model": ("for the model of a published directory", "model=auto weights=huggingface weights.path="),
+    "weights": ("for published weights", "weights=huggingface weights.path="),
+    "tokenizer": ("for a tokenizer's directory", "tokenizer=huggingface tokenizer.path="),
+}
+
+
+def explain_composition(error: BaseException, verb: str) -> str | None:
+    """Return the message for an error of Hydra's or OmegaConf's; None for any other."""
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        return explain_option(error.missing_cfg_file or "", error.options)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return explain_override(error, verb)
+    return None
+
+
+def explain_option(config_file: str, options: Sequence[str]) -> str:
+    """Return the message for an option that its group does not have."""
+    group, _, option = config_file.partition("/")
+    is_path = exists(option) or "." in option or "/" in option
+    if group in PLACES and is_path:
+        what, remedy = PLACES[group]
+        return f"{group}={option}: no such option; {what}: {remedy}{shlex.quote(option)}"
+    return f"{group}={option}: no such option{names_hint(option, sorted(options))}"
+
+
+def explain_override(error: BaseException, verb: str) -> str:
+    """Return the message for an override that Hydra or OmegaConf refuses."""
+    key = find_key(error)
+    if key is not None:
+        return f"{key}: no such key{key_hint(key, verb)}"
+    message = str(error).strip().splitlines()[0]
+    if match := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'$", message):
+        key, value = match[1], match[2]
+        if key.isidentifier() and (conf_dir() / key).is_dir():
+            return f"{key}={value}: several options, and a run has one; a run of each is a sweep: -m {key}={value}"
+        return (
+            f"{key}={value}: several values; if it takes a list: '{key}=[{value}]'; if each value is a run of its "
+            f"own, a sweep: -m; if it is one text with a comma: '{key}=\"{value}\"'"
+        )
+    return message
+
+
+def find_key(error: BaseException | None) -> str | None:
+    """Find the key that Hydra or OmegaConf does not know; None if the error has another cause."""
+    while error is not None:
+        if match := re.search(r"Key '([^']+)' is not in struct(?:.*?full_key: (\S+))?", str(error), re.DOTALL):
+            return match[2] or match[1]
+        if match := re.search(r"Could not override '([^']+)'", str(error)):
+            return match[1]
+        error = error.__cause__
+    return None
