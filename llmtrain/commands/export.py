@@ -184,7 +184,7 @@ def tokenizer_files(trained: LoadedModel, *, may_add: bool) -> tuple[dict[str, s
     serve as padding too: a padding token is then added behind the vocabulary, where ``may_add`` permits it.
     """
     tokenizer, data, template = trained.tokenizer, trained.run.data, template_of_data(trained)
-    source = to_jinja(template, has_bos=tokenizer.bos is not None) if isinstance(template, MarkupTemplate) else None
+    source = to_jinja(template, begin=tokenizer.begin_names) if isinstance(template, MarkupTemplate) else None
     contents = export_files(tokenizer, trained.model.context_length, source)
     if not isinstance(data, LabelledText):
         return contents, None

@@ -9,9 +9,15 @@ from llmtrain.config.compose import compose
 from llmtrain.config.folders import conf_dir
 from llmtrain.config.stored_config import escape
 
+OLDER = {  # of keys that an older version did not have, the values that mean what it did, by class
+    "llmtrain.tokenizer.huggingface.HuggingFace": {"version": 1},
+    "llmtrain.tokenizer.sentencepiece.SentencePiece": {"version": 1},
+    "llmtrain.data.instruction.Instruction": {"split_at_responses": True},
+}
+
 
 def complete(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Add to ``stored`` the keys that an older version did not have, with today's defaults.
+    """Add to ``stored`` the keys that an older version did not have, as in ``OLDER`` or with today's defaults.
 
     A group comes from ``conf/train.yaml``, a key of an option from the YAML of that option.  If several YAMLs name
     its class and do not agree (the sizes of a model), the key stays missing: :func:`build` reports it.
@@ -19,6 +25,7 @@ def complete(stored: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(stored)
     for group, node in stored.items():
         if isinstance(node, Mapping) and "_target_" in node:
+            node = {**OLDER.get(str(node["_target_"]), {}), **node}
             values[group] = {**node, **_defaults_for(group, node, stored)}
     path = conf_dir() / "train.yaml"
     train: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False) if path.is_file() else {}

@@ -3,10 +3,12 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
 from llmtrain.base.options import Option
+from llmtrain.tokenizer.marked_text import MarkedEncoder, plain_text_encoder, segment_encoder
 
 # Places between a letter or digit and a character that cannot continue its word: white space, or punctuation.  The
 # patterns of GPT-2, cl100k and o200k all end a match there and none of them looks back, so both sides split as in the
@@ -24,11 +26,24 @@ class Tokenizer(ABC):
 
     vocab_size: int  # ids are 0 … vocab_size - 1
     end_of_text: int  # the id that ends a document
-    bos: int | None = None  # the id that begins a text, for models that are trained with one
+    bos: int | None = None  # the id that the tokenizer puts before a text; None: none, even if it has a token for it
+    prefix: tuple[int, ...] = ()  # the ids before every document in training, and before every prompt
     special_tokens: Mapping[str, int]  # ids of tokens that never stand for text, by name, such as ``<|im_start|>``
+    named_tokens: Mapping[str, str] = MappingProxyType({})  # names of tokens by role, such as ``bos_token``
     chat_template: str | None = None  # Jinja source that came with the tokenizer
     fingerprint: str  # changes whenever the mapping from text to ids changes; the data cache is keyed by it
     cuts: Sequence[re.Pattern[str]] = CUTS  # places at which a text may be cut: the parts have the ids of the whole
+
+    @property
+    def begin(self) -> tuple[int, ...]:
+        """The ids that begin a conversation, or a text to classify."""
+        return self.prefix or (() if self.bos is None else (self.bos,))
+
+    @property
+    def begin_names(self) -> str:
+        """The names of ``begin``."""
+        names = {id: name for name, id in self.special_tokens.items()}
+        return "".join(names.get(id, "") for id in self.begin)
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -37,12 +52,23 @@ class Tokenizer(ABC):
         No id is added before or after.  Must be safe to call from several threads.
         """
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a text that is to be continued, as of the beginning of a document in training."""
+        return [*self.prefix, *self.encode(text).tolist()]
+
     def encode_continuation(self, text: str) -> np.ndarray:
         """As ``encode``, for a text that continues another: without the space that SentencePiece puts first.
 
         After one of ``cuts`` the ids are the same as in the whole text.
         """
         return self.encode(text)
+
+    def marked_encoder(self, marks: Mapping[str, int]) -> MarkedEncoder:
+        """An encoder of text with tokens among it, as transformers encodes a text that holds their names.
+
+        ``marks``: ids of the tokens by name.  Where a name stands in a text it is text, and not the token.
+        """
+        return segment_encoder(plain_text_encoder(self, marks), self.begin)
 
     @abstractmethod
     def decode_bytes(self, ids: Sequence[int]) -> bytes:

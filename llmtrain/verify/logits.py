@@ -69,7 +69,7 @@ def encode_prompts(trained: LoadedModel) -> list[Tensor]:
     if isinstance(data, LabelledText):
         encode = data.encoder(trained.tokenizer)
         return [torch.from_numpy(encode(text).inputs.astype("int64")) for text in PROMPTS]
-    texts = [torch.from_numpy(trained.tokenizer.encode(text).astype("int64")) for text in PROMPTS]
+    texts = [torch.tensor(trained.tokenizer.encode_prompt(text)) for text in PROMPTS]
     texts.append(torch.randint(model.vocab_size, (RANDOM_IDS,), generator=torch.Generator().manual_seed(0)))
     return [ids[: model.context_length] for ids in texts if len(ids)]
 

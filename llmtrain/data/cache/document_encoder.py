@@ -18,7 +18,7 @@ class EncodedText(NamedTuple):
     """Consecutive documents of one split, training or validation, or a stretch of one document."""
 
     is_validation: bool
-    ids: np.ndarray  # as wide as the tokenizer's ids need; every document ends with its end-of-text token
+    ids: np.ndarray  # as wide as the tokenizer's ids need; every document begins with the tokenizer's prefix, ends with its end-of-text token
     documents: int  # documents that end in here
 
 
@@ -42,6 +42,7 @@ def encode_documents(
     cut).  Raises :class:`DataError`, naming the document, if one cannot be encoded.
     """
     dtype = dtype_of(tokenizer.vocab_size)
+    prefix = np.array(tokenizer.prefix, dtype)
     end_of_text = np.array([tokenizer.end_of_text], dtype)
 
     def encode(job: "_Job") -> EncodedText:
@@ -53,6 +54,8 @@ def encode_documents(
                 ids = (tokenizer.encode if piece.starts_document else tokenizer.encode_continuation)(piece.text)
                 if (largest := ids.max(initial=0)) >= tokenizer.vocab_size:
                     raise DataError(f"id {largest} is beyond the tokenizer's vocabulary of {tokenizer.vocab_size:,}")
+                if piece.starts_document and len(prefix):
+                    arrays.append(prefix)
                 arrays.append(ids.astype(dtype))
                 if piece.ends_document:
                     arrays.append(end_of_text)

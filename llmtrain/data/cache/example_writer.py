@@ -35,6 +35,7 @@ class ExampleCounts:
     read: int = 0
     cut: int = 0
     dropped: int = 0
+    spanning: int = 0
 
 
 def write_examples(folder: Path, data: ExampleFormat[Any], files: ExampleFiles, tokenizer: Tokenizer) -> None:
@@ -55,6 +56,7 @@ def write_examples(folder: Path, data: ExampleFormat[Any], files: ExampleFiles, 
             counts[purpose].dropped += 1
             continue
         counts[purpose].cut += encoded.is_cut
+        counts[purpose].spanning += encoded.spans_border
         tokens[purpose].write(encoded.inputs.astype(dtype), 1)
         if encoded.targets is not None:
             has_targets = True
@@ -66,7 +68,7 @@ def write_examples(folder: Path, data: ExampleFormat[Any], files: ExampleFiles, 
             f"data.sequence_length={data.sequence_length}: of all {counts[TRAIN].read:,} {data.noun}s for training "
             f"{data.dropped_remark}; raise it"
         )
-    notes = plan.notes + _limit_notes(data, counts)
+    notes = plan.notes + _limit_notes(data, counts) + data.border_notes(counts[TRAIN].spanning, counts[TRAIN].read)
     train, validation, train_examples, validation_examples = (writer.close() for writer in tokens + numbers)
     ExampleIndex(
         FORMAT, dtype.str, tokenizer.fingerprint, train, validation, train_examples, validation_examples,
