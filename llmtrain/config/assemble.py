@@ -53,7 +53,7 @@ def assemble(run: RunConfig, device: torch.device, *, from_start: bool = True, v
     With ``verify_data`` every byte of the data is read and checked again, even where an earlier check is on record.
     """
     precision = run.precision.build(device)
-    tokenizer = run.tokenizer.build()
+    tokenizer = run.build_tokenizer()
     vocab_size = run.vocab_size(tokenizer)
     corpus = run.data.verify(tokenizer) if verify_data else run.data.build(tokenizer)
     generator = torch.Generator(device).manual_seed(run.runtime.seed)

@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
-from llmtrain.config.auto_model import find_model
+from llmtrain.config.auto_model import find_model, find_tokenizer
 from llmtrain.config.folders import conf_dir, sample
 from llmtrain.config.stored_config import REDACTED, SECRET, ConfigError, escape
 
@@ -53,6 +53,7 @@ def resolve(config: DictConfig, choices: Mapping[str, Any]) -> dict[str, Any]:
     if "name" in config and config["name"] is None:
         config["name"] = choices.get("experiment") or choices.get("model") or "run"
     find_model(config)
+    find_tokenizer(config)
     try:
         plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:

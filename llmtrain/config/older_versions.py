@@ -7,13 +7,7 @@ from omegaconf import OmegaConf
 
 from llmtrain.config.compose import compose
 from llmtrain.config.folders import conf_dir
-from llmtrain.config.stored_config import escape
-
-OLDER = {  # of keys that an older version did not have, the values that mean what it did, by class
-    "llmtrain.tokenizer.huggingface.HuggingFace": {"version": 1},
-    "llmtrain.tokenizer.sentencepiece.SentencePiece": {"version": 1},
-    "llmtrain.data.instruction.Instruction": {"split_at_responses": True},
-}
+from llmtrain.config.stored_config import OLDER, escape
 
 
 def complete(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -108,9 +108,7 @@ class Instruction(ExampleData[list[Message]]):
 
     def find_template(self, tokenizer: Tokenizer) -> ChatTemplate:
         """The template of training and chat.  Raises ValueError for an unknown name."""
-        return find_template(
-            self.template, tokenizer, system=self.system, split_at_responses=self.split_at_responses
-        )
+        return find_template(self.template, tokenizer, system=self.system, split_at_responses=self.split_at_responses)
 
     def conversation_encoder(self, tokenizer: Tokenizer, template: ChatTemplate) -> ConversationEncoder:
         """The encoder of training, chat and export."""

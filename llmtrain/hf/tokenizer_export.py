@@ -15,9 +15,10 @@ from llmtrain.tokenizer.bpe import BPE, PATTERNS, for_oniguruma
 from llmtrain.tokenizer.byte import ByteTokenizer
 from llmtrain.tokenizer.directory import CONFIG, TEMPLATE
 from llmtrain.tokenizer.huggingface import HuggingFaceTokenizer
+from llmtrain.tokenizer.safe_cuts import QWEN_2
 from llmtrain.tokenizer.sentencepiece import SentencePieceTokenizer
 from llmtrain.tokenizer.sentencepiece_model import Algorithm, PieceKind, SentencePieceModel
-from llmtrain.tokenizer.token_bytes import SPACE, to_byte_level
+from llmtrain.tokenizer.token_bytes import SPACE, flatten, to_byte_level
 
 FILE = "tokenizer.json"
 
@@ -99,6 +100,24 @@ def export_files(
     if template := config.get("chat_template"):
         contents[TEMPLATE] = template
     return contents | {CONFIG: json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
+
+
+def splits_as_qwen(source: str) -> bool:
+    """True if the ``tokenizer.json`` in ``source`` splits text as transformers' ``Qwen2Tokenizer`` does."""
+    spec = json.loads(source)
+    steps = flatten(spec.get("pre_tokenizer"), "pretokenizers")
+    pattern = steps[0].get("pattern", {}).get("Regex") if steps else None
+    model = spec["model"]
+    affixes = [model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")]
+    return (
+        (spec.get("normalizer") or {}).get("type") == "NFC"
+        and [step["type"] for step in steps] == ["Split", "ByteLevel"]
+        and pattern == QWEN_2
+        and not steps[1].get("add_prefix_space")
+        and model.get("type") == "BPE"
+        and not any(affixes)
+        and not model.get("ignore_merges")
+    )
 
 
 def _dump(spec: dict[str, Any], special_tokens: Mapping[str, int]) -> str:

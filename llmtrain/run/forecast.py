@@ -32,7 +32,7 @@ class PlannedRun:
     @classmethod
     def of(cls, run: Run) -> "PlannedRun":
         """Build the parts; the data are prepared, the model has no memory."""
-        tokenizer = run.tokenizer.build()
+        tokenizer = run.build_tokenizer()
         corpus = run.data.build(tokenizer)
         unit = outline(run, run.vocab_size(tokenizer), corpus.labels)
         steps = run.loop.total_steps(run.accumulation, len(corpus.train), run.data.sequence_length)

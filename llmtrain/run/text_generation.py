@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
+from llmtrain.config.exported_text import encoder_of_data
 from llmtrain.data.chat.encoder import ConversationEncoder
 from llmtrain.data.chat.template import ChatTemplate
 from llmtrain.data.chat.templates import find_template
-from llmtrain.data.instruction import Instruction
 from llmtrain.inference.generate import Sampling
 from llmtrain.run.load import InferenceSettings, LoadedModel
 
@@ -48,10 +48,7 @@ def check_generates(trained: LoadedModel, target: Path) -> None:
 
 def encoder_of(trained: LoadedModel, template: ChatTemplate) -> ConversationEncoder:
     """The encoder of conversations that the run was trained with."""
-    data = trained.run.data
-    if isinstance(data, Instruction):
-        return data.conversation_encoder(trained.tokenizer, template)
-    return ConversationEncoder(trained.tokenizer, template)
+    return encoder_of_data(trained.run, trained.tokenizer, template)
 
 
 def template_of(trained: LoadedModel, name: str | None, system: str | None) -> ChatTemplate:

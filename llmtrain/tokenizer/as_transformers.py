@@ -135,7 +135,9 @@ def post_processor(before: Sequence[tuple[str, int]], behind: Sequence[tuple[str
         return None
 
     def around(text: str, type_id: int) -> list[dict[str, Any]]:
-        special = [[{"SpecialToken": {"id": name, "type_id": type_id}} for name, _ in each] for each in (before, behind)]
+        special = [
+            [{"SpecialToken": {"id": name, "type_id": type_id}} for name, _ in each] for each in (before, behind)
+        ]
         return [*special[0], {"Sequence": {"id": text, "type_id": type_id}}, *special[1]]
 
     return {

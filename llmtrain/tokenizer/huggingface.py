@@ -103,6 +103,14 @@ class HuggingFaceTokenizer(Tokenizer):
         if adds_space_first(hidden):
             self._continuing = self._load(_without_space_first(hidden))
 
+    @property
+    def text_size(self) -> int:
+        added = self._marked.get_added_tokens_decoder()
+        return (
+            max((id for id in self._marked.get_vocab(with_added_tokens=True).values() if id not in added), default=0)
+            + 1
+        )
+
     def encode(self, text: str) -> np.ndarray:
         return self._encode(self._plain, text)
 

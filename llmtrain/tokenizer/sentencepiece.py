@@ -201,7 +201,9 @@ def _with_places(processor: "SentencePieceProcessor", text: str) -> MarkedIds:
     """The ids of ``text``, and the characters that each comes from."""
     found = parse_spans(processor.encode(text, out_type="serialized_proto"))
     ids, starts, ends = np.array(found, np.int64).reshape(-1, 3).T
-    character = np.append(np.repeat(np.arange(len(text)), [len(each.encode()) for each in text]), len(text))  # of a byte
+    character = np.append(
+        np.repeat(np.arange(len(text)), [len(each.encode()) for each in text]), len(text)
+    )  # of a byte
     return MarkedIds(ids.astype(np.uint32), character[starts], character[ends])
 
 

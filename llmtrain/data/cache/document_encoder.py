@@ -52,8 +52,7 @@ def encode_documents(
             for at in job.pieces:
                 _, piece = at
                 ids = (tokenizer.encode if piece.starts_document else tokenizer.encode_continuation)(piece.text)
-                if (largest := ids.max(initial=0)) >= tokenizer.vocab_size:
-                    raise DataError(f"id {largest} is beyond the tokenizer's vocabulary of {tokenizer.vocab_size:,}")
+                tokenizer.check_ids(ids)
                 if piece.starts_document and len(prefix):
                     arrays.append(prefix)
                 arrays.append(ids.astype(dtype))
@@ -62,10 +61,15 @@ def encode_documents(
             ended = sum(piece.ends_document for _, piece in job.pieces)
             return EncodedText(job.is_validation, np.concatenate(arrays), ended)
         except BaseException as error:  # a native tokenizer may raise something other than an Exception
-            what = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}".rstrip(": ")
+            what = (
+                str(error)
+                if isinstance(error, DataError | ValueError)
+                else f"{type(error).__name__}: {error}".rstrip(": ")
+            )
             document, piece = at
             origin = f" ({piece.origin})" if piece.origin else ""
-            raise DataError(f"document {document:,}{origin} cannot be encoded: {what}") from error
+            kind = ValueError if isinstance(error, ValueError) else DataError
+            raise kind(f"document {document:,}{origin} cannot be encoded: {what}") from error
 
     yield from map_in_order(encode, _make_jobs(_rejoin(pieces, tokenizer), validation_fraction), num_threads)
 

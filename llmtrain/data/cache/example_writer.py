@@ -102,7 +102,9 @@ def _encode(
         done = []
         for purpose, label, record in job:
             try:
-                done.append((purpose, label, encode(data.read(record).value)))
+                encoded = encode(data.read(record).value)
+                tokenizer.check_ids(encoded.inputs)
+                done.append((purpose, label, encoded))
             except ValueError as error:
                 where = "" if str(error).startswith(record.origin) else f"{record.origin}: "
                 raise ValueError(f"{where}{error}") from error

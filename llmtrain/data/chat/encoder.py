@@ -10,8 +10,7 @@ from llmtrain.data import IGNORE
 from llmtrain.data.chat.special_tokens import special_tokens
 from llmtrain.data.chat.split_encoder import EncodedConversation, SplitEncoder
 from llmtrain.data.chat.template import ChatTemplate, PartKind, RenderedPart
-from llmtrain.tokenizer import Tokenizer
-from llmtrain.tokenizer.marked_text import MarkedEncoder
+from llmtrain.tokenizer import MarkedEncoder, Tokenizer
 
 
 class ConversationEncoder:
@@ -67,9 +66,18 @@ class ConversationEncoder:
         spanned = np.searchsorted(borders, starts, side="right") < np.searchsorted(borders, stops, side="left")
         return EncodedConversation(ids, targets, bool(spanned.any()))
 
+    def text(self, parts: Sequence[RenderedPart]) -> str:
+        """The rendered text, with special tokens as their names."""
+        names = {id: name for name, id in self.special.items()}
+        return "".join(
+            names[piece] if isinstance(piece, int) else piece for part in parts for piece in self._pieces(part)
+        )
+
     def prompt(self, parts: Sequence[RenderedPart]) -> list[int]:
         """The ids of a prompt."""
-        return self(parts).ids.tolist()
+        ids = self(parts).ids
+        self.tokenizer.check_ids(ids)
+        return ids.tolist()
 
     def stops(self, template: ChatTemplate) -> tuple[frozenset[int], tuple[str, ...]]:
         """The ids that end a response, and strings where the tokenizer has no token of that name."""
