@@ -14,7 +14,7 @@ from llmtrain.base.invocation import FINISHED, Invocation
 from llmtrain.base.process import cache_folder
 from llmtrain.data.chat.template import Message
 from llmtrain.inference.conversation import Conversation
-from llmtrain.run.text_generation import GenerationSettings, check_generates, template_of
+from llmtrain.run.text_generation import GenerationSettings, check_generates, encoder_of, template_of
 
 COMMANDS = {
     "/reset": "forget the conversation",
@@ -43,11 +43,13 @@ def main(settings: Chat, invocation: Invocation) -> int:
     console = Console(highlight=False, soft_wrap=True)
     with settings.load(invocation.targets[0]) as trained:
         check_generates(trained, invocation.targets[0])
+        template = template_of(trained, settings.template, settings.system)
         conversation = Conversation(
             trained.model,
             trained.tokenizer,
             trained.precision,
-            template_of(trained, settings.template, settings.system),
+            template,
+            encoder_of(trained, template),
             settings.sampling(),
             settings.max_tokens,
             settings.generator(trained.device),

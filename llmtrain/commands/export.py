@@ -7,9 +7,11 @@ renamed.
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,26 +22,25 @@ from llmtrain.base.outputs import check_output_directory, naming
 from llmtrain.base.runtime import Device, Runtime
 from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.config.assemble import build_unit
+from llmtrain.config.exported_text import encoder_of_data, template_of_data, text_files, written_differently
 from llmtrain.config.run_config import RunConfig
-from llmtrain.data.chat.encoder import ConversationEncoder
-from llmtrain.data.chat.markup_template import MarkupTemplate
-from llmtrain.data.chat.template import ChatTemplate
-from llmtrain.data.chat.to_jinja import to_jinja
 from llmtrain.data.labelled import LabelledText
 from llmtrain.hf import CLASSIFIER, SCORE, config_of
+from llmtrain.hf.base_files import BaseFiles
 from llmtrain.hf.classifier_tokenizer import PAD, add_classifier_tokens, find_padding
 from llmtrain.hf.config_json import ConfigJson
 from llmtrain.hf.directory import locate_directory
 from llmtrain.hf.families import family_of_model, module_names
 from llmtrain.hf.peft import export_adapter, import_adapter
-from llmtrain.hf.tokenizer_export import export_files
+from llmtrain.hf.tokenizer_export import FILE, splits_as_qwen
 from llmtrain.hf.writing import config_json, is_transposed, write_checkpoint
 from llmtrain.lora.low_rank import LowRankAdaptation
 from llmtrain.lora.merge import merge
 from llmtrain.lora.quantization import Quantization
 from llmtrain.lora.targets import HEAD
 from llmtrain.run.load import LoadedModel, MovedFiles, load_model
-from llmtrain.run.text_generation import template_of
+from llmtrain.tokenizer.directory import TEMPLATE
+from llmtrain.tokenizer.huggingface import HuggingFaceTokenizer
 from llmtrain.verify.logits import (
     ExportMismatch,
     check_logits,
@@ -50,6 +51,7 @@ from llmtrain.verify.logits import (
     reloaded_logits,
     transformers_logits,
 )
+from llmtrain.verify.texts import check_texts
 from llmtrain.weights.huggingface import HuggingFace
 
 
@@ -134,14 +136,22 @@ def write_model(settings: Export, trained: LoadedModel, folder: Path) -> None:
     model = unit.model
     dtype = (settings.dtype or type_of_base(run)).value
     contents, pad = tokenizer_files(trained, may_add=True)
-    tokens = {"bos_token_id": trained.tokenizer.bos, "eos_token_id": trained.tokenizer.end_of_text, "pad_token_id": pad}
+    base = BaseFiles.read(base_folder(run))
+    tokens = base.tokens({"bos_token_id": bos_id(trained), "eos_token_id": trained.tokenizer.end_of_text,
+                          "pad_token_id": pad})  # fmt: skip
     multi_label = bool(getattr(run.objective, "multi_label", False))
-    values = config_json(unit, dtype, tokens, labels, multi_label)  # may refuse the model: before anything is computed
+    is_qwen = splits_as_qwen(contents[FILE])
+
+    def config() -> dict[str, Any]:
+        values = config_json(unit, dtype, tokens, labels, multi_label, has_qwen_tokenizer=is_qwen)
+        return values | base.positions(config_of(model), values)
+
+    values = config()  # may refuse the model: before anything is computed
     is_tied = not hasattr(model, HEAD)
     merge(model, has_output=unit.uses_output_layer)
     unit.has_base = False
     if is_tied and hasattr(model, HEAD):
-        values = config_json(unit, dtype, tokens, labels, multi_label)
+        values = config()
         print("the output layer, which was the embedding, is now a separate matrix: the adapter is for the input alone")
     before = reference_logits(trained)
     if dtype != torch.float32:
@@ -152,9 +162,11 @@ def write_model(settings: Export, trained: LoadedModel, folder: Path) -> None:
         change = significant(before.difference(rounded.logits))
         print(f"rounded to {str(dtype).removeprefix('torch.')}: logits change by up to {change}")
         before = rounded
-    generation = {"eos_token_id": ends_of(trained)}
+    generation = base.generation_config(tokens, ends_of(trained))
     write_checkpoint(unit, folder, values, generation, dtype=dtype, shard_bytes=round(settings.shard_gb * 1e9))
     write_files(contents, folder)
+    for change in (*base.changes(values, generation), *changes_of_tokenizer(trained, contents)):
+        print(change)
     unit.to_empty(device="meta")  # frees its memory before the copy is loaded
     check_logits("this program", before, reloaded_logits(folder, config_of(model), len(labels), before.prompts))
     if not is_installed("transformers"):
@@ -163,6 +175,7 @@ def write_model(settings: Export, trained: LoadedModel, folder: Path) -> None:
         print("with transformers: not compared; it has no Baichuan model")
     else:
         check_logits("transformers", before, transformers_logits(folder, trained, before.prompts))
+        print(check_texts(folder, trained))
 
 
 def type_of_base(run: RunConfig) -> DType:
@@ -173,16 +186,41 @@ def type_of_base(run: RunConfig) -> DType:
     return DType.fp32
 
 
-def template_of_data(trained: LoadedModel) -> ChatTemplate | None:
-    """The template of the run's instructions; None for other data."""
-    return template_of(trained, None, None) if hasattr(trained.run.data, "template") else None
+def base_folder(run: RunConfig) -> Path | None:
+    """The directory of transformers that the run started from; None if there is none, or no longer."""
+    if not isinstance(run.weights, HuggingFace):
+        return None
+    try:
+        return locate_directory(run.weights.path)
+    except ValueError:
+        print(f"weights.path={run.weights.path}: no longer there, so its generation settings are not in the export")
+        return None
 
 
-def ends_of(trained: LoadedModel) -> int | list[int]:
+def bos_id(trained: LoadedModel) -> int | None:
+    """The id of the token named ``bos_token``, or else of the one put before a text."""
+    tokenizer = trained.tokenizer
+    return tokenizer.special_tokens.get(tokenizer.named_tokens.get("bos_token", ""), tokenizer.bos)
+
+
+def changes_of_tokenizer(trained: LoadedModel, contents: dict[str, str]) -> Iterator[str]:
+    """Yield the parts of the tokenizer's files that are not as they were, in words."""
+    tokenizer = trained.tokenizer
+    if isinstance(tokenizer, HuggingFaceTokenizer) and (parts := written_differently(contents, tokenizer.source)):
+        yield f"{FILE}: {', '.join(parts)} as training read it, with the files beside it; no longer as in {tokenizer.file}"
+    before, after = tokenizer.chat_template, contents.get(TEMPLATE)
+    if before is not None and after != before:
+        template = getattr(trained.run.data, "template", "")
+        yield f"{TEMPLATE}: data.template={template}, which the run was trained in; no longer the tokenizer's own"
+
+
+def ends_of(trained: LoadedModel) -> list[int]:
     """The ids that end a text, and those that end a response in the run's template."""
-    end, template = trained.tokenizer.end_of_text, template_of_data(trained)
-    others = set() if template is None else ConversationEncoder(trained.tokenizer, template).stops(template)[0] - {end}
-    return [end, *sorted(others)] if others else end
+    end, template = trained.tokenizer.end_of_text, template_of_data(trained.run, trained.tokenizer)
+    if template is None:
+        return [end]
+    stops = encoder_of_data(trained.run, trained.tokenizer, template).stops(template)[0]
+    return [end, *sorted(stops - {end})]
 
 
 def tokenizer_files(trained: LoadedModel, *, may_add: bool) -> tuple[dict[str, str], int | None]:
@@ -191,12 +229,12 @@ def tokenizer_files(trained: LoadedModel, *, may_add: bool) -> tuple[dict[str, s
     A classifier of transformers reads the last token that is not padding.  If that is the end-of-text token, it cannot
     serve as padding too: a padding token is then added behind the vocabulary, where ``may_add`` permits it.
     """
-    tokenizer, data, template = trained.tokenizer, trained.run.data, template_of_data(trained)
-    source = to_jinja(template, has_bos=tokenizer.bos is not None) if isinstance(template, MarkupTemplate) else None
-    contents = export_files(tokenizer, trained.model.context_length, source)
+    tokenizer, data = trained.tokenizer, trained.run.data
     if not isinstance(data, LabelledText):
-        return contents, None
-    contents = export_files(tokenizer, data.sequence_length, source)
+        base = BaseFiles.read(base_folder(trained.run))
+        longest = base.tokenizer.get("model_max_length") or trained.model.context_length
+        return text_files(trained.run, tokenizer, longest), None
+    contents = text_files(trained.run, tokenizer, data.sequence_length)
     pad = find_padding(tokenizer, contents)
     if pad is None and not data.append_end_of_text:
         names = {id: name for name, id in tokenizer.special_tokens.items()}
@@ -252,3 +290,5 @@ def write_adapters(settings: Export, trained: LoadedModel, folder: Path) -> None
         print(f"with PEFT: not compared; {reason}")
     else:
         check_logits("PEFT", before, peft_logits(base, folder, len(labels), before.prompts))
+    if is_installed("transformers"):
+        print(check_texts(folder, trained))

@@ -11,13 +11,12 @@ from typing import Any
 from llmtrain.base.format import visible
 from llmtrain.base.invocation import Invocation
 from llmtrain.base.outputs import check_output, is_stdout, is_stream, open_output
-from llmtrain.data.chat.encoder import ConversationEncoder
 from llmtrain.data.chat.template import ChatTemplate, Message
 from llmtrain.data.sources.documents import read_text
 from llmtrain.data.sources.records import RecordReader, find_records
 from llmtrain.inference.generate import generate, stream_text
 from llmtrain.run.load import LoadedModel
-from llmtrain.run.text_generation import GenerationSettings, check_generates, template_of
+from llmtrain.run.text_generation import GenerationSettings, check_generates, encoder_of, template_of
 
 AS_IT_IS, AS_TAUGHT = "none", "run"  # values of ``template``
 
@@ -76,14 +75,14 @@ class Writer:
         self.stop_texts: tuple[str, ...] = ()
         if settings.template != AS_IT_IS:
             self.template = template_of(trained, None if settings.template == AS_TAUGHT else settings.template, None)
-            self.encoder = ConversationEncoder(trained.tokenizer, self.template)
+            self.encoder = encoder_of(trained, self.template)
             self.stop_ids, self.stop_texts = self.encoder.stops(self.template)
 
     def texts(self, prompt: str) -> Iterator[str]:
         """The pieces of a text that continues ``prompt``, while it is sampled."""
         tokenizer, precision = self.trained.tokenizer, self.trained.precision
         if self.template is None:
-            ids = tokenizer.encode(prompt).tolist()
+            ids = tokenizer.encode_prompt(prompt)
         else:
             parts = self.template.render([Message("user", prompt)], add_generation_prompt=True)
             ids = self.encoder.prompt(parts)

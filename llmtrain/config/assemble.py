@@ -66,7 +66,7 @@ def assemble(
     With ``verify_data`` every byte of the data is read and checked again, even where an earlier check is on record.
     """
     precision = run.precision.build(device)
-    built = (tokenizer or run.tokenizer).build()
+    built = run.build_tokenizer(tokenizer)
     vocab_size = run.vocab_size(built)
     corpus = run.data.verify(built) if verify_data else run.data.build(built)
     generator = torch.Generator(device).manual_seed(run.runtime.seed)

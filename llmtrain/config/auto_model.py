@@ -1,4 +1,4 @@
-"""The model that ``model=auto`` stands for, found when a config is composed."""
+"""The model and the tokenizer that ``model=auto`` and ``tokenizer=auto`` stand for, found when a config is composed."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +10,12 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from llmtrain.base.checks import where
 from llmtrain.base.run_files import CONFIG
 from llmtrain.config.build import build, naming
-from llmtrain.config.stored_config import ConfigError, escape, load, to_plain
+from llmtrain.config.folders import conf_dir
+from llmtrain.config.stored_config import FORMER, ConfigError, escape, load, to_plain
 
 AUTO = "llmtrain.hf.auto.AutoModel"  # stands for the model that it finds
+AUTO_TOKENIZER = "llmtrain.hf.auto.AutoTokenizer"
+WEIGHTS = "llmtrain.weights.huggingface.HuggingFace"
 RUN_WEIGHTS = "llmtrain.weights.checkpoint.Checkpoint"
 SAME_AS_CONTEXT = "${model.context_length}"
 
@@ -41,6 +44,38 @@ def find_model(config: DictConfig) -> None:
     data = OmegaConf.to_container(config["data"], resolve=False)
     if isinstance(data, dict) and data.get("sequence_length") == SAME_AS_CONTEXT:
         config["data"]["sequence_length"] = stand_in.sequence_length(model.context_length)
+
+
+def find_tokenizer(config: DictConfig) -> None:
+    """Replace ``tokenizer=auto`` by the tokenizer of the weights, or by ``gpt2`` where they bring none."""
+    if "tokenizer" not in config or OmegaConf.select(config, "tokenizer._target_") != AUTO_TOKENIZER:
+        return
+    source, found = OmegaConf.select(config, "weights._target_"), None
+    if source in (WEIGHTS, RUN_WEIGHTS):
+        path = OmegaConf.select(config, "weights.path", throw_on_missing=False)
+        if isinstance(path, str):
+            found = _tokenizer_of_run(Path(path).expanduser()) if source == RUN_WEIGHTS else _tokenizer_beside(path)
+    config["tokenizer"] = escape(found or _option("gpt2"))
+
+
+def _tokenizer_of_run(path: Path) -> dict[str, Any] | None:
+    if not (path / CONFIG).is_file():
+        return None
+    stored = load(path / CONFIG).get("tokenizer")
+    return {**FORMER.get(str(stored.get("_target_")), {}), **stored} if isinstance(stored, Mapping) else None
+
+
+def _tokenizer_beside(path: str) -> dict[str, Any] | None:
+    from llmtrain.hf.auto import find_tokenizer_option  # imports torch, which --cfg job does not need
+    from llmtrain.hf.directory import locate_directory
+
+    option = find_tokenizer_option(path)
+    return None if option is None else _option(option) | {"path": str(locate_directory(path))}
+
+
+def _option(name: str) -> dict[str, Any]:
+    values: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "tokenizer" / f"{name}.yaml"), resolve=False)
+    return values
 
 
 def _model_of_run(path: Path) -> Any:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf, StringNode
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from llmtrain.config.auto_model import find_model
+from llmtrain.config.auto_model import find_model, find_tokenizer
 from llmtrain.config.folders import conf_dir, sample
 from llmtrain.config.overrides import search_path
 from llmtrain.config.secret_values import REDACTED, is_secret
@@ -57,6 +57,7 @@ def resolve(config: DictConfig, choices: Mapping[str, Any]) -> dict[str, Any]:
     if "name" in config and config["name"] is None:
         config["name"] = choices.get("experiment") or choices.get("model") or "run"
     find_model(config)
+    find_tokenizer(config)
     try:
         plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:

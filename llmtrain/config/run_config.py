@@ -122,8 +122,27 @@ class RunConfig:
         if self.model.vocab_size is None:
             return tokenizer.vocab_size
         if self.model.vocab_size < tokenizer.vocab_size:
+            remedy = f"take null for the tokenizer's, or at least {tokenizer.vocab_size}"
+            if not isinstance(self.weights, Scratch):
+                remedy = (
+                    "the weights are of another tokenizer: take the one that they were trained with, "
+                    "tokenizer=huggingface tokenizer.path=DIR (tokenizer=sentencepiece for a tokenizer.model), or "
+                    "tokenizer=auto, which finds it"
+                )
             raise ValueError(
-                f"model.vocab_size={self.model.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids; "
-                f"take null for the tokenizer's, or at least {tokenizer.vocab_size}"
+                f"model.vocab_size={self.model.vocab_size}: tokenizer={option_name(self.tokenizer)} has "
+                f"{tokenizer.vocab_size} ids; {remedy}"
             )
         return self.model.vocab_size
+
+    def build_tokenizer(self, config: TokenizerConfig | None = None) -> Tokenizer:
+        """The tokenizer, that of ``config`` in place of the run's if it is given, limited to the ids that the model has rows for.
+
+        Published tokenizers may have a few tokens more than their model has rows, as for padding, that no text has.
+        """
+        tokenizer = (config or self.tokenizer).build()
+        rows = self.model.vocab_size
+        has_surplus = rows is not None and tokenizer.vocab_size > rows and not isinstance(self.weights, Scratch)
+        return (
+            tokenizer.limited(rows) if has_surplus and rows is not None and tokenizer.text_size <= rows else tokenizer
+        )

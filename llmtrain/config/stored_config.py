@@ -34,10 +34,13 @@ MOVED = {  # classes by the names that older versions wrote
 REMOVED = {"checkpoint": ("step",)}  # keys that older versions wrote, by group: they never changed what a run does
 
 FORMER: dict[str, dict[str, Any]] = {  # of keys that older versions did not have, the values that mean what those did
+    "llmtrain.data.instruction.Instruction": {"split_at_responses": True},
     "llmtrain.data.python_docs.PythonDocs": {"remove_repeats": False},
     "llmtrain.data.python_stdlib.PythonStdlib": {"split": "documents"},
     "llmtrain.data.text.Text": {"files": "plain", "split": "documents"},
     "llmtrain.objective.classification.Classification": {"weighted_mean": False},
+    "llmtrain.tokenizer.huggingface.HuggingFace": {"version": 1},
+    "llmtrain.tokenizer.sentencepiece.SentencePiece": {"version": 1},
     "llmtrain.train.config.LoopConfig": {"whole_batches": True},
 }
 

@@ -26,6 +26,7 @@ class EncodedExample(NamedTuple):
     inputs: np.ndarray  # (tokens,)
     targets: np.ndarray | None  # (tokens,) int64, IGNORE where there is none; None: the label, at the last token
     is_cut: bool  # it was longer than the limit
+    spans_border: bool = False  # a token is partly a target and partly not
 
 
 class ExampleFormat(ABC, Generic[T]):
@@ -61,6 +62,13 @@ class ExampleFormat(ABC, Generic[T]):
 
     def remarks(self, tokenizer: Tokenizer) -> list[str]:
         """Remarks for the user on the settings with this tokenizer."""
+        return []
+
+    def border_notes(self, spanning: int, read: int) -> list[str]:
+        """Notes on the ``spanning`` of ``read`` training examples in which a token spans a border of what is trained.
+
+        Raises ValueError if they are most of them.
+        """
         return []
 
     def undersamples(self) -> bool:

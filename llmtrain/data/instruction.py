@@ -49,6 +49,7 @@ class Instruction(ExampleData[list[Message]]):
     template: str
     system: str | None
     train_on: TrainOn
+    split_at_responses: bool
     pack: bool
 
     gives = "responses"
@@ -107,23 +108,27 @@ class Instruction(ExampleData[list[Message]]):
 
     def find_template(self, tokenizer: Tokenizer) -> ChatTemplate:
         """The template of training and chat.  Raises ValueError for an unknown name."""
-        return find_template(self.template, tokenizer, system=self.system)
+        return find_template(self.template, tokenizer, system=self.system, split_at_responses=self.split_at_responses)
+
+    def conversation_encoder(self, tokenizer: Tokenizer, template: ChatTemplate) -> ConversationEncoder:
+        """The encoder of training, chat and export."""
+        return ConversationEncoder(tokenizer, template, split_at_responses=self.split_at_responses)
 
     def encoder(self, tokenizer: Tokenizer) -> Callable[[list[Message]], EncodedExample]:
         template = self.find_template(tokenizer)
-        encode_parts = ConversationEncoder(tokenizer, template)
+        encode_parts = self.conversation_encoder(tokenizer, template)
 
         def encode(messages: list[Message]) -> EncodedExample:
             last = [len(messages) - 1] if self.train_on is TrainOn.last else None
-            ids, targets = encode_parts(template.render(messages, trained=last))
+            ids, targets, spans_border = encode_parts(template.render(messages, trained=last))
             if self.train_on is TrainOn.all:
-                targets = np.where(targets == IGNORE, ids, targets)
+                targets, spans_border = np.where(targets == IGNORE, ids, targets), False
             inputs, targets = ids[:-1], targets[1:]
             is_cut = len(inputs) > self.sequence_length
             inputs, targets = inputs[: self.sequence_length], targets[: self.sequence_length]
             if (targets == IGNORE).all():  # the trained part was cut off
                 inputs = inputs[:0]
-            return EncodedExample(inputs, targets, is_cut)
+            return EncodedExample(inputs, targets, is_cut, spans_border)
 
         return encode
 
@@ -132,7 +137,23 @@ class Instruction(ExampleData[list[Message]]):
             self.instruction_column, self.input_column, self.output_column, self.messages_column, self.prompt_column,
             self.completion_column, self.template, self.system, self.train_on.name,
             tokenizer.chat_template if self.template == OWN else None,
+            *([] if self.split_at_responses else ["whole"]),
         ]  # fmt: skip
+
+    def border_notes(self, spanning: int, read: int) -> list[str]:
+        if not spanning:
+            return []
+        what = (
+            f"in {spanning:,} of {read:,} training examples a token holds the border of a response and text around it"
+        )
+        if 2 * spanning > read:
+            raise ValueError(
+                f"data.template={self.template}: {what}, so a model that is asked for a response never sees the tokens "
+                "that it was trained on; end the text before a response without a space, take a template whose special "
+                "tokens the tokenizer has, or data.split_at_responses=true, with which tokens end at the borders and "
+                "differ from those of transformers"
+            )
+        return [f"{what}: it is a target"]
 
     def remarks(self, tokenizer: Tokenizer) -> list[str]:
         missing = missing_tokens(self.find_template(tokenizer), tokenizer)

@@ -128,7 +128,7 @@ class LabelledText(ExampleData[str]):
     # --- its ids ----------------------------------------------------------------------------------------------------
 
     def encoder(self, tokenizer: Tokenizer) -> Callable[[str], EncodedExample]:
-        begin = [] if tokenizer.bos is None else [tokenizer.bos]
+        begin = list(tokenizer.begin)
         end = [tokenizer.end_of_text] if self.append_end_of_text else []
         room = self.sequence_length - len(begin) - len(end)
         before, behind = np.array(begin, np.uint32), np.array(end, np.uint32)

@@ -3,6 +3,7 @@
 No code that comes with a checkpoint is run, and nothing is unpickled: only JSON and safetensors files are read.
 """
 
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,6 +14,13 @@ from llmtrain.model import LanguageModel, ModelConfig
 HEAD = "lm_head.weight"
 SCORE = "score.weight"  # the classifier there
 CLASSIFIER = "classifier.weight"  # the classifier here
+
+# Tensors of old versions that are no parameters, of any type: masks, and positions that follow from the configuration.
+BUFFERS = re.compile(
+    r"(.*\.)?((attn|crossattention|attention|self_attn)\.(bias|masked_bias|causal_mask|rope\.freqs)"
+    r"|rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|inv_freq|position_ids|alibi_mask|future_mask"
+    r"|causal_mask|attention_mask|masked_bias)"
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,6 @@ class ModelFamily(ABC):
 
     prefix: ClassVar[str]  # of all names except the head's; checkpoints of a bare model, without a head, lack it
     embedding: ClassVar[str]  # name of the token embedding, which a tied head shares
-    dropped: ClassVar[str]  # regular expression of tensors that are no parameters: they follow from the configuration
 
     @abstractmethod
     def read_config(self, config: ConfigJson) -> ModelConfig:
@@ -47,10 +54,11 @@ class ModelFamily(ABC):
         """
 
     @abstractmethod
-    def write_config(self, config: ModelConfig, vocab_size: int) -> dict[str, Any]:
+    def write_config(self, config: ModelConfig, vocab_size: int, *, has_qwen_tokenizer: bool = True) -> dict[str, Any]:
         """The ``config.json`` of a model, with ``model_type`` and ``architectures``.
 
-        Raises ValueError, naming our key, for a model that transformers cannot compute.
+        ``has_qwen_tokenizer``: its tokenizer splits text as Qwen 2's does, which transformers takes for granted with
+        ``model_type`` qwen2.  Raises ValueError, naming our key, for a model that transformers cannot compute.
         """
 
     @abstractmethod

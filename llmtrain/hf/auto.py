@@ -13,6 +13,26 @@ from llmtrain.model.layers.rotary import Scaling
 DEFAULT_SEQUENCE_LENGTH = 1024  # tokens; at most, where data.sequence_length is not set
 
 
+TOKENIZER_FILES = {  # that a checkpoint may hold, by the option that reads each
+    "tokenizer.json": "huggingface",
+    "tokenizer.model": "sentencepiece",
+}
+
+
+@dataclass(frozen=True)
+class AutoTokenizer:
+    """Placeholder for the tokenizer of the weights; a run stores the option that was found."""
+
+
+def find_tokenizer_option(path: str) -> str | None:
+    """The option that reads the tokenizer in the checkpoint directory ``path``; None if there is none."""
+    try:
+        folder = locate_directory(path)
+    except ValueError:
+        return None  # the weights will be missed, and named, by who needs them
+    return next((option for file, option in TOKENIZER_FILES.items() if (folder / file).is_file()), None)
+
+
 @dataclass(frozen=True)
 class AutoModel:
     """Placeholder for the config of the model in ``path``; a run stores that config and no longer needs ``path``."""

@@ -65,7 +65,7 @@ class BaichuanFamily(LlamaFamily):
             initial_std=config.number("initializer_range", 0.02),
         )
 
-    def write_config(self, config: ModelConfig, vocab_size: int) -> dict[str, Any]:
+    def write_config(self, config: ModelConfig, vocab_size: int, *, has_qwen_tokenizer: bool = True) -> dict[str, Any]:
         assert isinstance(config, LlamaConfig)
         self._check(config, vocab_size)
         is_rotary = config.position is Position.rope

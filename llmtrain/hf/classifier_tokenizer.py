@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
-from llmtrain.hf.tokenizer_export import FILE, added_token
+from llmtrain.hf.tokenizer_export import FILE
 from llmtrain.tokenizer import Tokenizer
+from llmtrain.tokenizer.as_transformers import added_token, post_processor
 from llmtrain.tokenizer.directory import CONFIG
 
 PAD = "<|pad|>"
@@ -16,7 +16,7 @@ def find_padding(tokenizer: Tokenizer, files: Mapping[str, str]) -> tuple[str, i
     named = json.loads(files[CONFIG]).get("pad_token")
     name = named.get("content") if isinstance(named, dict) else named
     id = tokenizer.special_tokens.get(str(name))
-    return None if id is None or id in (tokenizer.bos, tokenizer.end_of_text) else (str(name), id)
+    return None if id is None or id in (*tokenizer.begin, tokenizer.end_of_text) else (str(name), id)
 
 
 def add_classifier_tokens(
@@ -29,19 +29,8 @@ def add_classifier_tokens(
     """
     spec, config = json.loads(files[FILE]), json.loads(files[CONFIG])
     names = {id: name for name, id in tokenizer.special_tokens.items()}
-    before = [] if tokenizer.bos is None else [tokenizer.bos]
     behind = [tokenizer.end_of_text] if ends else []
-
-    def around(text: str, type_id: int) -> list[dict[str, Any]]:
-        special = [[{"SpecialToken": {"id": names[id], "type_id": type_id}} for id in ids] for ids in (before, behind)]
-        return [*special[0], {"Sequence": {"id": text, "type_id": type_id}}, *special[1]]
-
-    spec["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": around("A", 0),
-        "pair": around("A", 0) + around("B", 1),
-        "special_tokens": {names[id]: {"id": names[id], "ids": [id], "tokens": [names[id]]} for id in before + behind},
-    }
+    spec["post_processor"] = post_processor(*([(names[id], id) for id in ids] for ids in (tokenizer.begin, behind)))
     config.pop("pad_token", None)
     if pad is not None:
         name, id = pad

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmtrain.base.checks import needing_package, where
+from llmtrain.hf import BUFFERS
 from llmtrain.hf.config_json import ConfigJson
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -72,6 +73,8 @@ class CheckpointDirectory:
             raise ValueError(f"{file}: cut or damaged ({error}); get it again") from error
         header.pop("__metadata__", None)
         for name, entry in header.items():
+            if BUFFERS.fullmatch(name):
+                continue  # follows from the configuration
             if entry["dtype"] not in FLOATS:
                 raise ValueError(
                     f"{file}: {name} is {entry['dtype']}, not a floating-point type of 16 bits or more; quantised "
@@ -85,7 +88,8 @@ class CheckpointDirectory:
 
     def _check_index(self) -> None:
         if self.files[0].name != SINGLE:
-            absent = [name for name in read_index(self.folder / INDEX) if name not in self.shapes]
+            names = read_index(self.folder / INDEX)
+            absent = [name for name in names if name not in self.shapes and not BUFFERS.fullmatch(name)]
             if absent:
                 raise ValueError(f"{self.folder / INDEX}: lists {absent[0]}, which is in no file of the directory")
 

@@ -15,7 +15,6 @@ class GPT2Family(ModelFamily):
 
     prefix = "transformer."
     embedding = "transformer.wte.weight"
-    dropped = r"(transformer\.)?h\.\d+\.(attn|crossattention)\.(bias|masked_bias)"  # the causal mask, of old versions
 
     def read_config(self, config: ConfigJson) -> GPTConfig:
         hidden = config.count("n_embd", "hidden_size", default=768)
@@ -40,7 +39,7 @@ class GPT2Family(ModelFamily):
             initialisation=Initialisation.gpt2,
         )
 
-    def write_config(self, config: ModelConfig, vocab_size: int) -> dict[str, Any]:
+    def write_config(self, config: ModelConfig, vocab_size: int, *, has_qwen_tokenizer: bool = True) -> dict[str, Any]:
         assert isinstance(config, GPTConfig)
         if config.logit_softcap is not None:
             raise ValueError(f"model.logit_softcap={config.logit_softcap}: GPT-2 in transformers has none")

@@ -23,7 +23,6 @@ class LlamaFamily(ModelFamily):
 
     prefix = "model."
     embedding = "model.embed_tokens.weight"
-    dropped = r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"  # of old versions
 
     def read_config(self, config: ConfigJson) -> LlamaConfig:
         kind = config.text("model_type")
@@ -60,9 +59,9 @@ class LlamaFamily(ModelFamily):
             initial_std=config.number("initializer_range", 0.02),
         )
 
-    def write_config(self, config: ModelConfig, vocab_size: int) -> dict[str, Any]:
+    def write_config(self, config: ModelConfig, vocab_size: int, *, has_qwen_tokenizer: bool = True) -> dict[str, Any]:
         assert isinstance(config, LlamaConfig)
-        kind = model_type_of(config)
+        kind = model_type_of(config, has_qwen_tokenizer=has_qwen_tokenizer)
         values: dict[str, Any] = {
             "architectures": [ARCHITECTURES[kind]],
             "model_type": kind,
@@ -185,10 +184,10 @@ def read_window(config: ConfigJson, kind: str, layers: int) -> tuple[int | None,
     return config.count("sliding_window", default=WINDOW), first
 
 
-def model_type_of(config: LlamaConfig) -> str:
+def model_type_of(config: LlamaConfig, *, has_qwen_tokenizer: bool = True) -> str:
     """The ``model_type`` that computes the same as ``config``; a bias missing here is written as zeros.
 
-    Raises ValueError, naming the key, if there is none.
+    With another tokenizer than Qwen's a Qwen 2 is written as a Llama with biases, that of the output 0.  Raises ValueError, naming the key, if there is none.
     """
     check_common(config)
     windowed = config.sliding_window is not None
@@ -203,8 +202,14 @@ def model_type_of(config: LlamaConfig) -> str:
         raise ValueError("model.output_bias=true: transformers has no such model with model.sliding_window")
     if config.mlp_bias or config.output_bias:
         return "llama"
-    if config.qkv_bias or (windowed and config.sliding_window_from_layer):
-        return "qwen2"
+    if windowed and (config.qkv_bias or config.sliding_window_from_layer) and not has_qwen_tokenizer:
+        key = "qkv_bias=true" if config.qkv_bias else f"sliding_window_from_layer={config.sliding_window_from_layer}"
+        raise ValueError(
+            f"model.{key}: with model.sliding_window transformers has only Qwen 2, and reads any tokenizer beside it as "
+            "Qwen's; take the tokenizer of a Qwen, or model.sliding_window=null"
+        )
+    if config.qkv_bias or windowed and config.sliding_window_from_layer:
+        return "qwen2" if has_qwen_tokenizer else "llama"
     return "mistral" if windowed else "llama"
 
 

@@ -1,7 +1,6 @@
 """Load the weights of a checkpoint directory into a model of ours, tensor by tensor."""
 
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.base.format import setting
-from llmtrain.hf import CLASSIFIER, HEAD, ModelFamily, TensorMap, config_of
+from llmtrain.hf import BUFFERS, CLASSIFIER, HEAD, ModelFamily, TensorMap, config_of
 from llmtrain.hf.directory import CheckpointDirectory
 from llmtrain.hf.families import family_of_checkpoint, with_classifier
 from llmtrain.hf.rope import CHANGES
@@ -139,7 +138,7 @@ def check_tensors(
                 problems.append(f"{name} is {found}, the model's is {shape}")
                 if found[1:] == shape[1:] and shape[0] == len(state["token_embedding.weight"]):
                     remedies.add(f"model.vocab_size={found[0]}, or model=auto, takes all rows of the vocabulary")
-    unexpected = [n for n in directory.shapes if n not in known and not re.fullmatch(family.dropped, n)]
+    unexpected = [n for n in directory.shapes if n not in known and not BUFFERS.fullmatch(n)]
     problems += [f"{name} is unknown" for name in unexpected]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""

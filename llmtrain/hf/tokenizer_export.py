@@ -5,17 +5,20 @@ import random
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 from llmtrain.base.checks import needing_package
 from llmtrain.tokenizer import Tokenizer
+from llmtrain.tokenizer.as_transformers import added_token, post_processor
 from llmtrain.tokenizer.bpe import BPE, PATTERNS, for_oniguruma
 from llmtrain.tokenizer.byte import ByteTokenizer
 from llmtrain.tokenizer.directory import CONFIG, TEMPLATE
 from llmtrain.tokenizer.huggingface import HuggingFaceTokenizer
+from llmtrain.tokenizer.safe_cuts import QWEN_2
 from llmtrain.tokenizer.sentencepiece import SentencePieceTokenizer
 from llmtrain.tokenizer.sentencepiece_model import Algorithm, PieceKind, SentencePieceModel
-from llmtrain.tokenizer.token_bytes import SPACE, to_byte_level
+from llmtrain.tokenizer.token_bytes import SPACE, flatten, to_byte_level
 
 FILE = "tokenizer.json"
 
@@ -40,21 +43,26 @@ FRAGMENTS = [
 ]
 
 
-def tokenizer_json(tokenizer: Tokenizer) -> str:
-    """The content of ``tokenizer.json``.  Raises ValueError for a tokenizer that the format cannot express."""
+def tokenizer_json(tokenizer: Tokenizer, marks: Mapping[str, int] = MappingProxyType({})) -> str:
+    """The content of ``tokenizer.json``; ``marks``: ordinary tokens that a chat template uses as special ones, by name.
+
+    Raises ValueError for a tokenizer that the format cannot express.
+    """
     match tokenizer:
         case HuggingFaceTokenizer():
-            return tokenizer.source
+            return tokenizer.to_json(marks)
         case ByteTokenizer():
             model = _bpe({bytes([byte]): byte for byte in range(256)}, tokenizer.special_tokens)
             spec = _spec(_byte_level(None), model | {"ignore_merges": False}, BYTE_LEVEL)  # words are never one token
         case BPE():
             return _bpe_json(tokenizer)
         case SentencePieceTokenizer():
-            spec = _sentencepiece_spec(tokenizer.model)
+            spec = _sentencepiece_spec(tokenizer.model, tokenizer.scheme)
+            names = {id: name for name, id in tokenizer.special_tokens.items()}
+            spec["post_processor"] = post_processor([(names[id], id) for id in tokenizer.prefix])
         case _:
             raise ValueError(f"{type(tokenizer).__name__} cannot be written as {FILE}")
-    text = _dump(spec, tokenizer)
+    text = _dump(spec, {**tokenizer.special_tokens, **marks})
     if isinstance(tokenizer, SentencePieceTokenizer):
         defined = [piece.text for piece in tokenizer.model.pieces if piece.kind is PieceKind.USER_DEFINED]
         _check_equal(tokenizer, text, f"tokenizer.path={tokenizer.file}", defined[:50])
@@ -75,21 +83,45 @@ def tokenizer_config(tokenizer: Tokenizer, model_max_length: int, chat_template:
     }
     if tokenizer.bos is not None:
         config["bos_token"] = names[tokenizer.bos]
+    config |= {role: name for role, name in tokenizer.named_tokens.items() if role not in kept}
     template = tokenizer.chat_template if chat_template is None else chat_template
     return config if template is None else config | {"chat_template": template}
 
 
-def export_files(tokenizer: Tokenizer, model_max_length: int, chat_template: str | None = None) -> dict[str, str]:
-    """Names and contents of the tokenizer files in an exported directory."""
+def export_files(
+    tokenizer: Tokenizer,
+    model_max_length: int,
+    chat_template: str | None = None,
+    marks: Mapping[str, int] = MappingProxyType({}),
+) -> dict[str, str]:
+    """Names and contents of the tokenizer files in an exported directory; ``marks``: see :func:`tokenizer_json`."""
     config = tokenizer_config(tokenizer, model_max_length, chat_template)
-    contents = {FILE: tokenizer_json(tokenizer)}
+    contents = {FILE: tokenizer_json(tokenizer, marks)}
     if template := config.get("chat_template"):
         contents[TEMPLATE] = template
     return contents | {CONFIG: json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
 
 
-def _dump(spec: dict[str, Any], tokenizer: Tokenizer) -> str:
-    added = sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
+def splits_as_qwen(source: str) -> bool:
+    """True if the ``tokenizer.json`` in ``source`` splits text as transformers' ``Qwen2Tokenizer`` does."""
+    spec = json.loads(source)
+    steps = flatten(spec.get("pre_tokenizer"), "pretokenizers")
+    pattern = steps[0].get("pattern", {}).get("Regex") if steps else None
+    model = spec["model"]
+    affixes = [model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")]
+    return (
+        (spec.get("normalizer") or {}).get("type") == "NFC"
+        and [step["type"] for step in steps] == ["Split", "ByteLevel"]
+        and pattern == QWEN_2
+        and not steps[1].get("add_prefix_space")
+        and model.get("type") == "BPE"
+        and not any(affixes)
+        and not model.get("ignore_merges")
+    )
+
+
+def _dump(spec: dict[str, Any], special_tokens: Mapping[str, int]) -> str:
+    added = sorted(special_tokens.items(), key=lambda item: item[1])
     spec["added_tokens"] = [added_token(name, id) for name, id in added]
     return json.dumps(spec, ensure_ascii=False, indent=2) + "\n"
 
@@ -108,12 +140,6 @@ def _spec(pre_tokenizer: Any, model: Any, decoder: Any, normalizer: Any = None) 
     }
 
 
-def added_token(name: str, id: int) -> dict[str, Any]:
-    """The entry of a special token."""
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": id, "content": name, **flags, "special": True}
-
-
 def _sequence(key: str, steps: list[Any]) -> Any:
     if len(steps) < 2:
         return steps[0] if steps else None
@@ -127,7 +153,7 @@ def _bpe_json(tokenizer: BPE) -> str:
     encoding = tokenizer.encoding
     model = _bpe(encoding._mergeable_ranks, tokenizer.special_tokens)
     spec = _spec(_byte_level(encoding._pat_str), model, BYTE_LEVEL)
-    text = _dump(spec, tokenizer)
+    text = _dump(spec, tokenizer.special_tokens)
     if encoding._pat_str not in PATTERNS.values():  # the two regex engines may differ on it
         _check_equal(tokenizer, text, "tokenizer.pattern")
     return text
@@ -185,8 +211,12 @@ def _pairs(token: bytes, ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, by
 # --- SentencePiece -----------------------------------------------------------------------------------------------
 
 
-def _sentencepiece_spec(model: SentencePieceModel) -> dict[str, Any]:
-    """Normaliser, vocabulary and decoder of a SentencePiece model in the library's format."""
+def _sentencepiece_spec(model: SentencePieceModel, scheme: str | None) -> dict[str, Any]:
+    """Normaliser, vocabulary and decoder of a SentencePiece model in the library's format.
+
+    ``scheme``: the stretches of text between special tokens that a space is put before, as of ``Metaspace``, unless
+    they begin with one; None: all, as SentencePiece does.
+    """
     if model.algorithm not in (Algorithm.UNIGRAM, Algorithm.BPE):
         raise ValueError(f"a SentencePiece model of type {model.algorithm.name} cannot be written as {FILE}")
     unknown = next(id for id, piece in enumerate(model.pieces) if piece.kind is PieceKind.UNKNOWN)
@@ -196,7 +226,8 @@ def _sentencepiece_spec(model: SentencePieceModel) -> dict[str, Any]:
         normalizers.append({"type": "Precompiled", "precompiled_charsmap": b64encode(model.charsmap).decode()})
     if model.trims_spaces:
         normalizers.append({"type": "Replace", "pattern": {"Regex": r"\A +| +(?= )"}, "content": ""})
-    if model.adds_space:
+    adds_space = model.adds_space and scheme != "never"
+    if adds_space and scheme is None:
         normalizers.append({"type": "Prepend", "prepend": SPACE})
     normalizers.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
     if model.trims_spaces:  # at the end of a text, also the character that stands for a space
@@ -204,10 +235,14 @@ def _sentencepiece_spec(model: SentencePieceModel) -> dict[str, Any]:
     steps: list[Any] = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}]
     steps += [{"type": "ByteFallback"}] if model.has_bytes else []
     steps += [{"type": "Fuse"}]
-    steps += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if model.adds_space else []
+    steps += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if adds_space else []
+    splits = _split_at(defined)
+    if adds_space and scheme is not None:
+        first = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
+        splits = _sequence("pretokenizers", [first, *([splits] if splits else [])])
     algorithm = _unigram if model.algorithm is Algorithm.UNIGRAM else _merges
     return _spec(
-        _split_at(defined),
+        splits,
         algorithm(model, unknown),
         _sequence("decoders", steps),
         _sequence("normalizers", normalizers),

@@ -23,7 +23,13 @@ GENERATION = "generation_config.json"
 
 
 def config_json(
-    unit: TrainingUnit, dtype: torch.dtype, tokens: Mapping[str, int | None], labels: Sequence[str], multi_label: bool
+    unit: TrainingUnit,
+    dtype: torch.dtype,
+    tokens: Mapping[str, int | None],
+    labels: Sequence[str],
+    multi_label: bool,
+    *,
+    has_qwen_tokenizer: bool = True,
 ) -> dict[str, Any]:
     """The content of ``config.json``; ``tokens``: ids by key, such as ``eos_token_id``; ``labels``: of a classifier.
 
@@ -33,7 +39,7 @@ def config_json(
     model = unit.model
     config = config_of(model)
     family = family_of_model(config)
-    values = family.write_config(config, model.vocab_size)
+    values = family.write_config(config, model.vocab_size, has_qwen_tokenizer=has_qwen_tokenizer)
     name = str(dtype).removeprefix("torch.")
     values |= {**tokens, "dtype": name, "torch_dtype": name}  # by its new and its old name
     padding = tokens.get("pad_token_id")

@@ -24,13 +24,13 @@ class Conversation:
     tokenizer: Tokenizer
     precision: Precision
     template: ChatTemplate
+    encoder: ConversationEncoder
     sampling: Sampling
     max_tokens: int  # of a reply
     generator: torch.Generator
     messages: list[Message] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.encoder = ConversationEncoder(self.tokenizer, self.template)
         self.stop_ids, self.stop_texts = self.encoder.stops(self.template)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:

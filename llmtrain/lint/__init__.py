@@ -10,6 +10,7 @@ from dataclasses import replace
 from llmtrain.lint import data, rates, training
 from llmtrain.lint.case import Case, Finding
 from llmtrain.lint.overlap import validation_in_training
+from llmtrain.lint.served_text import served_text
 from llmtrain.lint.unread import unread_keys
 
 __all__ = ["Case", "Finding", "lint", "lint_changes", "refuse"]
@@ -30,6 +31,7 @@ OF_SETTINGS: tuple[Check, ...] = (
     training.slow_arithmetic,
     training.lost_work,
     training.default_on_cpu,
+    served_text,
     unread_keys,
 )
 OF_DATA: tuple[Check, ...] = (data.masked_targets, validation_in_training)  # these read the data

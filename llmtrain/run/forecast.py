@@ -38,7 +38,7 @@ class PlannedRun:
     @classmethod
     def of(cls, run: Run) -> "PlannedRun":
         """Build the parts; the data are prepared, the model has no memory."""
-        tokenizer = run.tokenizer.build()
+        tokenizer = run.build_tokenizer()
         corpus = run.data.build(tokenizer)
         unit = outline(run, run.vocab_size(tokenizer), corpus.labels)
         return cls(run, tokenizer, corpus, unit, run.length(corpus.train))

@@ -74,7 +74,7 @@ def load_model(
     run = RunConfig.from_config(values)
     with runtime.session() as device:
         precision = run.precision.inference(device)
-        tokenizer = stored_tokenizer(run.tokenizer, checkpoint, named=tokenizer_path is not None).build()
+        tokenizer = run.build_tokenizer(stored_tokenizer(run.tokenizer, checkpoint, named=tokenizer_path is not None))
         check_base(run, state)
         generator = torch.Generator(device).manual_seed(0)
         unit = build_unit(run, run.vocab_size(tokenizer), state.labels, device, generator, load_weights=False)

@@ -31,6 +31,8 @@ def header(run: RunConfig, parts: Parts, path: Path, state: TrainState, peak_flo
     yield "model", f"{run.name}, {count(model.num_parameters())} parameters, context {model.context_length}"
     if source := getattr(run.weights, "path", None):
         yield "weights", f"{option_name(run.weights)}, {source}"
+        place = getattr(run.tokenizer, "path", "")
+        yield "tokenizer", f"{option_name(run.tokenizer)}{f', {place}' if place else ''}"
     trained, whole = unit.count_parameters()
     if trained < whole:
         yield "trained", f"{trained:,} of {whole:,} parameters ({trained / whole:.2%}){_adapters(run.lora)}"

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from llmtrain.config.exported_text import encoder_of_data
+from llmtrain.data.chat.encoder import ConversationEncoder
 from llmtrain.data.chat.template import ChatTemplate
 from llmtrain.data.chat.templates import find_template
 from llmtrain.inference.generate import Sampling
@@ -44,6 +46,11 @@ def check_generates(trained: LoadedModel, target: Path) -> None:
         )
 
 
+def encoder_of(trained: LoadedModel, template: ChatTemplate) -> ConversationEncoder:
+    """The encoder of conversations that the run was trained with."""
+    return encoder_of_data(trained.run, trained.tokenizer, template)
+
+
 def template_of(trained: LoadedModel, name: str | None, system: str | None) -> ChatTemplate:
     """The template ``name``, or the one that the run was trained with (None).
 
@@ -58,4 +65,5 @@ def template_of(trained: LoadedModel, name: str | None, system: str | None) -> C
                 "chat with, such as template=alpaca or template=plain; llmtrain generate continues any text"
             )
         system = getattr(trained.run.data, "system", None) if system is None else system
-    return find_template(name, trained.tokenizer, system=system)
+    is_split = bool(getattr(trained.run.data, "split_at_responses", False))
+    return find_template(name, trained.tokenizer, system=system, split_at_responses=is_split)

@@ -132,7 +132,7 @@ def _sampled(run: Run, parts: Parts) -> float:
     start = time.perf_counter()
     with parts.precision.autocast():
         ids = list(generate(
-            parts.unit.model, parts.tokenizer.encode(run.loop.sample_prompt).tolist(),
+            parts.unit.model, parts.tokenizer.encode_prompt(run.loop.sample_prompt),
             max_tokens=min(SAMPLED, run.loop.sample_tokens), sampling=run.loop.sampling(),
             generator=torch.Generator(parts.device).manual_seed(run.runtime.seed), dtype=parts.precision.dtype,
             end_of_text=parts.tokenizer.end_of_text,

@@ -7,15 +7,21 @@ from typing import Any
 
 CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
+MAP, ADDED = "special_tokens_map.json", "added_tokens.json"
+MODEL_CONFIG, GENERATION = "config.json", "generation_config.json"
+FILES = (CONFIG, MAP, ADDED, MODEL_CONFIG, GENERATION, TEMPLATE)  # all that are read beside a tokenizer's own file
 
-
-OTHERS = ("special_tokens_map.json", "config.json", "generation_config.json")
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+DEFAULT_NAMES = {  # of the classes of transformers, where no file names another
+    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+    "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
+}
 
 
 def beside(file: Path) -> dict[str, bytes]:
     """The files in the directory of a tokenizer's ``file`` that belong to it, by name: all that is read of them."""
-    names = (CONFIG, TEMPLATE, "added_tokens.json", *OTHERS)
-    return {name: read_bytes(file.with_name(name)) for name in names if file.with_name(name).is_file()}
+    return {name: read_bytes(file.with_name(name)) for name in FILES if file.with_name(name).is_file()}
 
 
 @dataclass(frozen=True)
@@ -24,12 +30,33 @@ class TokenizerDirectory:
 
     folder: Path
     tokenizer_config: dict[str, Any]
-    others: tuple[dict[str, Any], ...]  # special_tokens_map.json, config.json, generation_config.json
+    special_tokens_map: dict[str, Any]
+    added_tokens: dict[str, Any]
+    model_config: dict[str, Any]
+    generation_config: dict[str, Any]
 
     @classmethod
     def read(cls, folder: Path) -> "TokenizerDirectory":
         """Read the files.  Raises ValueError, naming the file, for one that is not a JSON object."""
-        return cls(folder, _read_object(folder / CONFIG), tuple(_read_object(folder / name) for name in OTHERS))
+        return cls(folder, *(_read_object(folder / name) for name in (CONFIG, MAP, ADDED, MODEL_CONFIG, GENERATION)))
+
+    @property
+    def others(self) -> tuple[dict[str, Any], ...]:
+        return self.special_tokens_map, self.model_config, self.generation_config
+
+    @property
+    def class_name(self) -> str:
+        """The class of transformers that the tokenizer names, without ``Fast``; "" if it names none."""
+        found = self.tokenizer_config.get("tokenizer_class") or self.model_config.get("tokenizer_class") or ""
+        return str(found).removesuffix("Fast")
+
+    def names_of_roles(self) -> dict[str, str]:
+        """The tokens that have a role, such as ``bos_token``, by name: those that transformers gives to a template."""
+        named = {**DEFAULT_NAMES.get(self.class_name, {}), **self.tokenizer_config}
+        if "added_tokens_decoder" not in self.tokenizer_config:
+            named |= self.special_tokens_map
+        found = {role: name_of(named.get(role)) for role in ROLES}
+        return {role: name for role, name in found.items() if name is not None}
 
     def token(self, role: str) -> str | int | None:
         """The token of ``role`` (``eos``, ``bos``), by name or by id; None if no file names it.
@@ -43,8 +70,7 @@ class TokenizerDirectory:
             found = config.get(f"{role}_token", config.get(f"{role}_token_id"))
             if isinstance(found, list):  # several ids can end a text
                 found = found[0] if found else None
-            if isinstance(found, dict):
-                found = found.get("content")
+            found = name_of(found) if isinstance(found, dict) else found
             if isinstance(found, str | int):
                 return found
         return None
@@ -58,6 +84,12 @@ class TokenizerDirectory:
         if isinstance(found, list):  # several, by name
             found = next((each.get("template") for each in found if each.get("name") == "default"), None)
         return found if isinstance(found, str) else None
+
+
+def name_of(token: Any) -> str | None:
+    """The name of a token that a file gives as text, or as an object with flags."""
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else None
 
 
 def locate_file(path: str, name: str, remedy: str) -> Path:

@@ -16,7 +16,17 @@ import numpy as np
 
 from llmtrain.base.checks import needing_package
 from llmtrain.tokenizer import UNUSED, Tokenizer, TokenizerConfig
+from llmtrain.tokenizer.as_transformers import (
+    add_tokens,
+    added_token,
+    as_transformers,
+    check_version,
+    ids_around,
+    post_processor,
+)
 from llmtrain.tokenizer.directory import TokenizerDirectory, beside, locate_file, parse_object, read_bytes, read_file
+from llmtrain.tokenizer.hidden_names import HiddenNames, hidden_name
+from llmtrain.tokenizer.marked_text import MarkedEncoder
 from llmtrain.tokenizer.safe_cuts import adds_space_first, cuts_of
 from llmtrain.tokenizer.token_bytes import TokenDecoder, flatten
 
@@ -36,6 +46,10 @@ class HuggingFace(TokenizerConfig):
 
     path: str
     end_of_text: str | None
+    version: int
+
+    def __post_init__(self) -> None:
+        check_version(self.version)
 
     def files(self) -> dict[str, bytes]:
         file = self._locate()
@@ -57,39 +71,90 @@ class HuggingFace(TokenizerConfig):
         missing = "the tokenizers package is not installed; pip install 'llmtrain[huggingface]'"
         with needing_package(f"tokenizer=huggingface: {missing}"):
             import tokenizers  # noqa: F401
-        return HuggingFaceTokenizer(file, read_file(file), TokenizerDirectory.read(file.parent), self.end_of_text)
+        directory = TokenizerDirectory.read(file.parent)
+        return HuggingFaceTokenizer(file, read_file(file), directory, self.end_of_text, self.version)
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """Two tokenizers of the library: one that treats special tokens as ordinary characters, and one as in the file.
+    """Two tokenizers of the library: one that treats special tokens as ordinary characters, and one as in the files.
 
-    Added tokens that the file does not mark as special, such as runs of spaces or ``<think>``, are text, as in
-    transformers.
+    Added tokens that the files do not mark as special, such as runs of spaces or ``<think>``, are text, as in
+    transformers.  ``version``: see ``conf/tokenizer/huggingface.yaml``.
     """
 
-    def __init__(self, file: Path, source: str, directory: TokenizerDirectory, end_of_text: str | None = None) -> None:
+    def __init__(
+        self, file: Path, source: str, directory: TokenizerDirectory, end_of_text: str | None = None, version: int = 2
+    ) -> None:
         self.file, self.source, self.directory = file, source, directory
         self._spec = _clean(parse_object(source, file), file)
+        if version > 1:
+            self._spec = as_transformers(self._spec, directory)
         self._marked = self._load(self._spec)
-        self.bos = self._find(directory.token("bos"))
+        self._around = ids_around(self._marked)
+        if version > 1:
+            add_tokens(self._marked, self._spec["added_tokens"], directory)
+            self.prefix, _ = self._around
+            self.bos = self.prefix[0] if self.prefix else None
+        else:
+            self.bos = self._find(directory.token("bos"))
         self.end_of_text = self._find_end(end_of_text)
-        self._mark_special()
+        self._mark_special(*self.prefix, self.bos, self.end_of_text)
+        if version > 1:
+            self._spec["added_tokens"] = json.loads(self._marked.to_str())["added_tokens"]
+            self.named_tokens = directory.names_of_roles() | {"eos_token": self._marked.id_to_token(self.end_of_text)}
         added = self._marked.get_added_tokens_decoder()
         self.special_tokens = {token.content: id for id, token in sorted(added.items()) if token.special}
         self.vocab_size = max(self._marked.get_vocab(with_added_tokens=True).values()) + 1
         self.chat_template = directory.chat_template()
-        self.fingerprint = _fingerprint(self._spec, self.special_tokens, self.end_of_text)
+        self.fingerprint = _fingerprint(self._spec, self.special_tokens, self.end_of_text, self.prefix)
         hidden = _hide(self._spec, self.special_tokens)
         self.cuts = cuts_of(hidden)
         self._plain = self._continuing = self._load(hidden)
         if adds_space_first(hidden):
             self._continuing = self._load(_without_space_first(hidden))
 
+    @property
+    def text_size(self) -> int:
+        added = self._marked.get_added_tokens_decoder()
+        return (
+            max((id for id in self._marked.get_vocab(with_added_tokens=True).values() if id not in added), default=0)
+            + 1
+        )
+
     def encode(self, text: str) -> np.ndarray:
         return self._encode(self._plain, text)
 
     def encode_continuation(self, text: str) -> np.ndarray:
         return self._encode(self._continuing, text)
+
+    def marked_encoder(self, marks: Mapping[str, int]) -> MarkedEncoder:
+        every = {**self.special_tokens, **marks}
+        added = self._with_marks(every)
+        if every.keys() == self.special_tokens.keys() and added == self._spec["added_tokens"]:
+            return HiddenNames(self._plain, every)
+        return HiddenNames(self._load(_hide({**self._spec, "added_tokens": added}, every)), every)
+
+    def _with_marks(self, marks: Mapping[str, int]) -> list[dict[str, Any]]:
+        """The added tokens, with those of ``marks`` that are none yet."""
+        there = {token["content"] for token in self._spec["added_tokens"]}
+        return self._spec["added_tokens"] + [added_token(name, marks[name]) for name in marks if name not in there]
+
+    def to_json(self, marks: Mapping[str, int]) -> str:
+        """The ``tokenizer.json`` of what is computed here, with ``marks`` as special tokens; the file's own if it is.
+
+        It puts ``prefix`` before a text, and nothing behind it.
+        """
+        original = _clean(parse_object(self.source, self.file), self.file)
+        spec = {**self._spec, "added_tokens": self._with_marks(marks)}
+        if self._around != (self.prefix, ()):
+            names = {id: name for name, id in self.special_tokens.items()}
+            spec["post_processor"] = post_processor([(names[id], id) for id in self.prefix])
+        by_id = sorted(spec["added_tokens"], key=lambda token: token["id"])
+        if by_id == sorted(original["added_tokens"], key=lambda token: token["id"]) and all(
+            spec.get(key) == original.get(key) for key in spec if key != "added_tokens"
+        ):
+            return self.source
+        return json.dumps(spec, ensure_ascii=False, indent=2) + "\n"
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return b"".join(self._bytes.get(id, UNUSED) for id in ids)
@@ -150,12 +215,12 @@ class HuggingFaceTokenizer(Tokenizer):
         said = "" if name is not None else f", which a file in {self.file.parent} names as eos_token"
         raise ValueError(f"tokenizer.end_of_text={token}{said}: not a token of {self.file}; special tokens: {there}")
 
-    def _mark_special(self) -> None:
+    def _mark_special(self, *ids: int | None) -> None:
         """Mark the tokens that files beside the tokenizer name as special."""
         from tokenizers import AddedToken
 
         known = {token.content for token in self._marked.get_added_tokens_decoder().values() if token.special}
-        for id in (self.bos, self.end_of_text):
+        for id in ids:
             name = None if id is None else self._marked.id_to_token(id)
             if name is not None and name not in known:
                 self._marked.add_special_tokens([AddedToken(name, special=True, normalized=False)])
@@ -194,14 +259,14 @@ def _clean(spec: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _hide(spec: dict[str, Any], special_tokens: Mapping[str, int]) -> dict[str, Any]:
-    """The same tokenizer with names for its special tokens that no text contains: they begin with two noncharacters.
+    """The same tokenizer with names for its special tokens that no text contains (:func:`hidden_name`).
 
     The library can be told to ignore special tokens, but a vocabulary that holds their names (Unigram's does) still
     gives their ids.
     """
     model = spec["model"]
     merged = {"".join(_pair(merge)) for merge in model.get("merges", ())}  # a token made by a merge has to stay
-    names = {name: f"\U0010fffe\U0010ffff{id}" for name, id in special_tokens.items() if name not in merged}
+    names = {name: hidden_name(id) for name, id in special_tokens.items() if name not in merged}
     if isinstance(model["vocab"], list):
         vocabulary: Any = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
     else:
@@ -234,7 +299,9 @@ def _pair(merge: str | list[str]) -> list[str]:
     return merge.split(" ") if isinstance(merge, str) else merge
 
 
-def _fingerprint(spec: dict[str, Any], special_tokens: Mapping[str, int], end_of_text: int) -> str:
+def _fingerprint(
+    spec: dict[str, Any], special_tokens: Mapping[str, int], end_of_text: int, prefix: Sequence[int]
+) -> str:
     """sha256 over everything that decides the ids of a text."""
     model = dict(spec["model"])
     if "merges" in model:
@@ -242,4 +309,6 @@ def _fingerprint(spec: dict[str, Any], special_tokens: Mapping[str, int], end_of
     parts = [
         model, spec.get("normalizer"), spec.get("pre_tokenizer"), spec["added_tokens"], special_tokens, end_of_text,
     ]  # fmt: skip
+    if prefix:
+        parts.append(list(prefix))
     return f"huggingface-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()}"

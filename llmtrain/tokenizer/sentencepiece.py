@@ -2,9 +2,10 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,11 @@ import numpy as np
 
 from llmtrain.base.checks import needing_package
 from llmtrain.tokenizer import UNUSED, Tokenizer, TokenizerConfig
+from llmtrain.tokenizer.as_transformers import check_version, prepend_scheme
 from llmtrain.tokenizer.directory import TokenizerDirectory, beside, locate_file, read_bytes
+from llmtrain.tokenizer.marked_text import MarkedEncoder, MarkedIds, segment_encoder
 from llmtrain.tokenizer.safe_cuts import cuts_of_pieces
-from llmtrain.tokenizer.sentencepiece_model import Algorithm, Piece, PieceKind, SentencePieceModel
+from llmtrain.tokenizer.sentencepiece_model import Algorithm, Piece, PieceKind, SentencePieceModel, parse_spans
 from llmtrain.tokenizer.token_bytes import BYTE, SPACE
 
 if TYPE_CHECKING:
@@ -39,6 +42,10 @@ class SentencePiece(TokenizerConfig):
 
     path: str
     end_of_text: str | None
+    version: int
+
+    def __post_init__(self) -> None:
+        check_version(self.version)
 
     def files(self) -> dict[str, bytes]:
         file = self._locate()
@@ -55,16 +62,19 @@ class SentencePiece(TokenizerConfig):
         missing = "the sentencepiece package is not installed; pip install 'llmtrain[sentencepiece]'"
         with needing_package(f"tokenizer=sentencepiece: {missing}"):
             import sentencepiece  # noqa: F401
-        return SentencePieceTokenizer(file, read_bytes(file), self.end_of_text)
+        return SentencePieceTokenizer(file, read_bytes(file), self.end_of_text, self.version)
 
 
 class SentencePieceTokenizer(Tokenizer):
     """The tokenizer of the library.
 
-    Control symbols are never found in a text; the library finds user-defined ones.
+    Control symbols are never found in a text; the library finds user-defined ones.  Between control symbols each
+    stretch of text is encoded as a text of its own, so that a space is put before it, unless ``legacy`` or
+    ``add_prefix_space`` in ``tokenizer_config.json`` say otherwise (``scheme``).  ``version``: see
+    ``conf/tokenizer/sentencepiece.yaml``.
     """
 
-    def __init__(self, file: Path, data: bytes, end_of_text: str | None = None) -> None:
+    def __init__(self, file: Path, data: bytes, end_of_text: str | None = None, version: int = 2) -> None:
         self.file, self.data = file, data
         self._processor = self._load(data)
         self.model = self._parse(data)
@@ -73,13 +83,63 @@ class SentencePieceTokenizer(Tokenizer):
         self.special_tokens = {piece.text: id for id, piece in enumerate(self.model.pieces) if piece.kind in special}
         self.end_of_text = self._find_end(end_of_text)
         self.bos = bos if (bos := self._processor.bos_id()) >= 0 else None
+        directory = TokenizerDirectory.read(file.parent)
+        self.scheme: str | None = None
+        if version > 1:
+            if directory.tokenizer_config.get("add_bos_token") is not True:
+                self.bos = None
+            elif self.bos is not None:
+                self.prefix = (self.bos,)
+            if {"legacy", "add_prefix_space"} & directory.tokenizer_config.keys():
+                self.scheme = prepend_scheme(directory)
+            self.named_tokens = self._name_roles(directory)
         self.cuts = _cuts(self.model)
-        self.chat_template = TokenizerDirectory.read(file.parent).chat_template()
-        self.fingerprint = f"sentencepiece-{hashlib.sha256(data + str(self.end_of_text).encode()).hexdigest()}"
+        self.chat_template = directory.chat_template()
+        more = "".join(f",{each}" for each in (self.prefix, self.scheme) if each)
+        self.fingerprint = f"sentencepiece-{hashlib.sha256(data + f'{self.end_of_text}{more}'.encode()).hexdigest()}"
         self._continuing = self._load(data + WITHOUT_SPACE_FIRST) if self.model.adds_space else self._processor
 
     def encode(self, text: str) -> np.ndarray:
-        return _ids(self._processor, text)
+        return _ids(self._first(text, 0), text)
+
+    def _first(self, text: str, place: int) -> "SentencePieceProcessor":
+        """The processor of a stretch of text between control symbols, which begins at ``place`` of the whole."""
+        match self.scheme:
+            case None:
+                return self._processor
+            case "first" if place:
+                return self._continuing
+            case "first" | "always":
+                return self._continuing if text[:1] in (" ", SPACE) else self._processor
+        return self._continuing
+
+    def marked_encoder(self, marks: Mapping[str, int]) -> MarkedEncoder:
+        names = sorted((name for name in {**self.special_tokens, **marks} if len(name) > 1), key=len, reverse=True)
+        pattern = re.compile("|".join(map(re.escape, names)))
+        every = {**self.special_tokens, **marks}
+
+        def encode(text: str, place: int) -> MarkedIds:
+            found = _with_places(self._first(text, place), text)
+            typed = list(pattern.finditer(text))
+            if not typed or not np.isin(found.ids, [every[match[0]] for match in typed]).any():
+                return found
+            borders = [0, *(match.start() + 1 for match in typed), len(text)]  # no name is complete between two
+            parts = []
+            for start, end in pairwise(borders):
+                processor = self._continuing if start else self._first(text, place)
+                part = _with_places(processor, text[start:end])
+                parts.append(MarkedIds(part.ids, part.starts + start, part.ends + start))
+            return MarkedIds(*map(np.concatenate, zip(*parts, strict=True)))
+
+        return segment_encoder(encode)
+
+    def _name_roles(self, directory: TokenizerDirectory) -> dict[str, str]:
+        """The tokens that a template can name, as the files beside the model or else the model itself name them."""
+        processor = self._processor
+        ids = {"bos_token": processor.bos_id(), "unk_token": processor.unk_id(), "pad_token": processor.pad_id()}
+        named = {role: self.model.pieces[id].text for role, id in ids.items() if id >= 0}
+        end = self.model.pieces[self.end_of_text].text
+        return named | directory.names_of_roles() | {"eos_token": end}
 
     def encode_continuation(self, text: str) -> np.ndarray:
         if self.model.trims_spaces and text[:1].isspace() and self.cuts:
@@ -141,6 +201,16 @@ def _cuts(model: SentencePieceModel) -> Sequence[re.Pattern[str]]:
     if not model.charsmap:
         return cuts
     return [PLAIN_SPACES] if cuts and model.rules in KNOWN_RULES else ()
+
+
+def _with_places(processor: "SentencePieceProcessor", text: str) -> MarkedIds:
+    """The ids of ``text``, and the characters that each comes from."""
+    found = parse_spans(processor.encode(text, out_type="serialized_proto"))
+    ids, starts, ends = np.array(found, np.int64).reshape(-1, 3).T
+    character = np.append(
+        np.repeat(np.arange(len(text)), [len(each.encode()) for each in text]), len(text)
+    )  # of a byte
+    return MarkedIds(ids.astype(np.uint32), character[starts], character[ends])
 
 
 def _ids(processor: "SentencePieceProcessor", text: str) -> np.ndarray:

@@ -74,6 +74,16 @@ class SentencePieceModel:
             raise ValueError(f"cut or damaged: {error}") from error
 
 
+def parse_spans(data: bytes) -> list[tuple[int, int, int]]:
+    """Id, start and end (bytes of the text) of each piece in a ``SentencePieceText``, the result of an encoding."""
+    found = []
+    for number, piece in _fields(data):
+        if number == 2:
+            values = {key: int(value) for key, value in _fields(piece) if isinstance(value, int)}
+            found.append((values.get(2, 0), values.get(4, 0), values.get(5, 0)))
+    return found
+
+
 def _parse_piece(data: int | bytes) -> Piece:
     text, score, kind = b"", 0.0, int(PieceKind.NORMAL)
     for number, value in _fields(data):

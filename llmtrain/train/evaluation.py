@@ -134,7 +134,7 @@ class Evaluator:
         try:
             ids = generate(
                 self.unit.model,
-                self.tokenizer.encode(config.sample_prompt).tolist(),
+                self.tokenizer.encode_prompt(config.sample_prompt),
                 max_tokens=config.sample_tokens,
                 sampling=config.sampling(),
                 generator=torch.Generator(self.log.device).manual_seed(self.seed + step),

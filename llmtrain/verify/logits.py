@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.base.format import significant
+from llmtrain.config.exported_text import TEXTS as PROMPTS
 from llmtrain.data.labelled import LabelledText
 from llmtrain.hf.config_json import ConfigJson
 from llmtrain.hf.families import family_of_checkpoint
@@ -20,9 +21,7 @@ from llmtrain.hf.reading import load_weights
 from llmtrain.model import LanguageModel, ModelConfig
 from llmtrain.run.load import LoadedModel
 
-# Text in a few languages and code; ids drawn from the whole vocabulary are added.
-PROMPTS = ("The quick brown fox jumps over", "def area(r):\n    return 3.14159 * r", "Füße, 你好, привет 🙂 1234")
-RANDOM_IDS = 64
+RANDOM_IDS = 64  # drawn from the whole vocabulary, beside the texts
 CLASSIFIER = "classifier"  # the head of a unit that tells classes apart
 TOLERANCE = 1e-4  # of logits, of their largest: sums in another order differ by a tenth of it in a deep model
 
@@ -69,7 +68,7 @@ def encode_prompts(trained: LoadedModel) -> list[Tensor]:
     if isinstance(data, LabelledText):
         encode = data.encoder(trained.tokenizer)
         return [torch.from_numpy(encode(text).inputs.astype("int64")) for text in PROMPTS]
-    texts = [torch.from_numpy(trained.tokenizer.encode(text).astype("int64")) for text in PROMPTS]
+    texts = [torch.tensor(trained.tokenizer.encode_prompt(text)) for text in PROMPTS]
     texts.append(torch.randint(model.vocab_size, (RANDOM_IDS,), generator=torch.Generator().manual_seed(0)))
     return [ids[: model.context_length] for ids in texts if len(ids)]
 
@@ -104,20 +103,13 @@ def reloaded_logits(folder: Path, config: ModelConfig, classes: int, prompts: Se
 
 
 def transformers_logits(folder: Path, trained: LoadedModel, prompts: Sequence[Tensor]) -> list[Tensor]:
-    """The logits of what transformers loads, its tokenizer too: of a classifier all texts as one padded batch.
-
-    Raises :class:`ExportMismatch` if the tokenizer splits a text differently.
-    """
+    """The logits of what transformers loads; of a classifier with its tokenizer, all texts as one padded batch."""
     with quiet_loading():
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
         is_classifier = CLASSIFIER in trained.unit.heads
-        for text, ids in zip(PROMPTS, prompts, strict=False):  # behind them, ids that are no text
-            theirs = tokenizer(text, add_special_tokens=is_classifier, truncation=True)["input_ids"]
-            if theirs != ids.tolist():
-                raise ExportMismatch(f"transformers' tokenizer makes {theirs} of {text!r}, ours {ids.tolist()}")
         auto = transformers.AutoModelForSequenceClassification if is_classifier else transformers.AutoModelForCausalLM
         model = auto.from_pretrained(str(folder), dtype=torch.float32)
         if is_classifier and tokenizer.pad_token is not None:

@@ -106,7 +106,7 @@ def test_a_tokenizer_of_the_hub_is_exported_unchanged(byte_level: Path, tmp_path
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "tokenizer.json").write_bytes((byte_level / "tokenizer.json").read_bytes())
     (tmp_path / "in" / "tokenizer_config.json").write_text(json.dumps(config))
-    ours = HuggingFace(path=str(tmp_path / "in"), end_of_text=None).build()
+    ours = HuggingFace(path=str(tmp_path / "in"), end_of_text=None, version=2).build()
     assert tokenizer_json(ours).encode() == (byte_level / "tokenizer.json").read_bytes()
     written = tokenizer_config(ours, 64)
     assert written["pad_token"] == "<|im_start|>"
@@ -131,7 +131,7 @@ def test_a_tokenizer_of_the_hub_is_exported_unchanged(byte_level: Path, tmp_path
 )
 def test_exported_sentencepiece_tokenizers_give_the_same_ids(options: dict[str, Any], tmp_path: Path) -> None:
     path = train_sentencepiece(tmp_path / "tokenizer.model", **options)
-    ours = SentencePiece(path=str(path), end_of_text=None).build()
+    ours = SentencePiece(path=str(path), end_of_text=None, version=2).build()
     theirs = AutoTokenizer.from_pretrained(export(ours, tmp_path))
     texts = [*random_texts(1500, seed=4), *CORPUS[60_000:100_000].splitlines()]
     if options.get("model_type") == "unigram":  # runs of one character can be split in several ways with one score
@@ -150,7 +150,7 @@ def test_exported_sentencepiece_tokenizers_give_the_same_ids(options: dict[str, 
 def test_sentencepiece_models_that_the_format_cannot_hold_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
     path = train_sentencepiece(tmp_path / "tokenizer.model", **options | {"vocab_size": 400})
     with pytest.raises(ValueError, match=r"cannot be written as tokenizer\.json"):
-        tokenizer_json(SentencePiece(path=str(path), end_of_text=None).build())
+        tokenizer_json(SentencePiece(path=str(path), end_of_text=None, version=2).build())
 
 
 def test_a_users_pattern_is_exported(tmp_path: Path) -> None:

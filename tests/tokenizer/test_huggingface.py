@@ -21,7 +21,7 @@ from tests.helpers.tokenizers import CORPUS, random_texts, save
 
 
 def load(path: Path, end_of_text: str | None = None) -> HuggingFaceTokenizer:
-    return HuggingFace(path=str(path), end_of_text=end_of_text).build()
+    return HuggingFace(path=str(path), end_of_text=end_of_text, version=2).build()
 
 
 @pytest.fixture(params=["byte_level", "unigram"])

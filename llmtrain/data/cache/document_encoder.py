@@ -21,7 +21,7 @@ class EncodedText(NamedTuple):
     """Consecutive documents of one split, training or validation, or a stretch of one document."""
 
     is_validation: bool
-    ids: np.ndarray  # as wide as the tokenizer's ids need; every document ends with its end-of-text token
+    ids: np.ndarray  # as wide as the tokenizer's ids need; every document begins with the tokenizer's prefix, ends with its end-of-text token
     documents: int  # documents that end in here
     ends: tuple[tuple[int, str], ...] = ()  # for each of them, the place after its last id, and its source
 
@@ -46,6 +46,7 @@ def encode_documents(
     cut).  Raises :class:`DataError`, naming the document, if one cannot be encoded.
     """
     dtype = dtype_of(tokenizer.vocab_size)
+    prefix = np.array(tokenizer.prefix, dtype)
     end_of_text = np.array([tokenizer.end_of_text], dtype)
     one_at_a_time = threading.Lock()
 
@@ -59,8 +60,10 @@ def encode_documents(
                 _, piece = at
                 with one_at_a_time if len(piece.text) > LARGE else contextlib.nullcontext():
                     ids = (tokenizer.encode if piece.starts_document else tokenizer.encode_continuation)(piece.text)
-                if (largest := ids.max(initial=0)) >= tokenizer.vocab_size:
-                    raise DataError(f"id {largest} is beyond the tokenizer's vocabulary of {tokenizer.vocab_size:,}")
+                tokenizer.check_ids(ids)
+                if piece.starts_document and len(prefix):
+                    arrays.append(prefix)
+                    length += len(prefix)
                 arrays.append(ids.astype(dtype))
                 length += len(ids)
                 if piece.ends_document:
@@ -69,10 +72,15 @@ def encode_documents(
                     ends.append((length, piece.source))
             return EncodedText(job.is_validation, np.concatenate(arrays), len(ends), tuple(ends))
         except BaseException as error:  # a native tokenizer may raise something other than an Exception
-            what = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}".rstrip(": ")
+            what = (
+                str(error)
+                if isinstance(error, DataError | ValueError)
+                else f"{type(error).__name__}: {error}".rstrip(": ")
+            )
             document, piece = at
             origin = f" ({piece.origin})" if piece.origin else ""
-            raise DataError(f"document {document:,}{origin} cannot be encoded: {what}") from error
+            kind = ValueError if isinstance(error, ValueError) else DataError
+            raise kind(f"document {document:,}{origin} cannot be encoded: {what}") from error
 
     yield from map_in_order(encode, _make_jobs(_rejoin(pieces, tokenizer), validation_fraction), num_threads)
 

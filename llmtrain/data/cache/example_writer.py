@@ -35,6 +35,7 @@ class ExampleCounts:
     read: int = 0
     cut: int = 0
     dropped: int = 0
+    spanning: int = 0
 
 
 def write_examples(folder: Path, data: ExampleFormat[Any], files: ExampleFiles, tokenizer: Tokenizer) -> None:
@@ -55,6 +56,7 @@ def write_examples(folder: Path, data: ExampleFormat[Any], files: ExampleFiles, 
             counts[purpose].dropped += 1
             continue
         counts[purpose].cut += encoded.is_cut
+        counts[purpose].spanning += encoded.spans_border
         tokens[purpose].write(encoded.inputs.astype(dtype), 1)
         if encoded.targets is not None:
             has_targets = True
@@ -66,7 +68,7 @@ def write_examples(folder: Path, data: ExampleFormat[Any], files: ExampleFiles, 
             f"data.sequence_length={data.sequence_length}: of all {counts[TRAIN].read:,} {data.noun}s for training "
             f"{data.dropped_remark}; raise it"
         )
-    notes = plan.notes + _limit_notes(data, counts)
+    notes = plan.notes + _limit_notes(data, counts) + data.border_notes(counts[TRAIN].spanning, counts[TRAIN].read)
     train, validation, train_examples, validation_examples = (writer.close() for writer in tokens + numbers)
     ExampleIndex(
         FORMAT, dtype.str, tokenizer.fingerprint, train, validation, train_examples, validation_examples,
@@ -100,7 +102,9 @@ def _encode(
         done = []
         for purpose, label, record in job:
             try:
-                done.append((purpose, label, encode(data.read(record).value)))
+                encoded = encode(data.read(record).value)
+                tokenizer.check_ids(encoded.inputs)
+                done.append((purpose, label, encoded))
             except ValueError as error:
                 where = "" if str(error).startswith(record.origin) else f"{record.origin}: "
                 raise ValueError(f"{where}{error}") from error

@@ -57,8 +57,9 @@ class JinjaTemplate(ChatTemplate):
         self._errors = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError)
         self._system = system
         self._special = special_tokens(tokenizer)
-        names = {"eos_token": tokenizer.end_of_text, "bos_token": tokenizer.bos}
-        self._names = {key: "" if id is None else tokenizer.decode([id]) for key, id in names.items()}
+        ids = {"eos_token": tokenizer.end_of_text, "bos_token": tokenizer.bos}
+        names = {key: "" if id is None else tokenizer.decode([id]) for key, id in ids.items()}
+        self._names = dict(tokenizer.named_tokens) or names
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, system: str | None = None, *, now: datetime = DATE) -> "JinjaTemplate":

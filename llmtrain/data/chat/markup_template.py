@@ -20,6 +20,7 @@ class MarkupTemplate(ChatTemplate):
 
     user: str
     before: str = ""  # before a response
+    lead: str = ""  # the beginning of a response, trained with it
     end: str = ""  # the end of a response, trained with it; empty: the end-of-text token
     after: str = ""  # after a response that is followed by another message
     user_with_input: str | None = None  # None: as ``user``
@@ -55,6 +56,7 @@ class MarkupTemplate(ChatTemplate):
                 is_last = number == numbered[-1][0] and not add_generation_prompt
                 parts += [
                     RenderedPart(self.before, kind=PartKind.markup),
+                    RenderedPart(self.lead, is_trained, PartKind.markup, is_apart=True),
                     RenderedPart(content, is_trained, is_apart=True),
                 ]
                 if self.end:

@@ -12,18 +12,40 @@ from llmtrain.tokenizer import Tokenizer
 OWN = "tokenizer"  # the template that came with the tokenizer
 
 
-def find_template(name: str, tokenizer: Tokenizer, *, system: str | None = None) -> ChatTemplate:
+def find_template(
+    name: str, tokenizer: Tokenizer, *, system: str | None = None, split_at_responses: bool = False
+) -> ChatTemplate:
     """Find the template ``name``: a built-in one, the tokenizer's own, or a text with fields such as ``{prompt}``.
 
-    ``system``: the system message of a conversation without one; None: the template's default.  Raises ValueError,
-    listing the known ones, for an unknown name or field, or for a tokenizer without a template.
+    ``system``: the system message of a conversation without one; None: the template's default.
+    ``split_at_responses``: no token spans the border of a response, so a space before it need not belong to it.
+    Raises ValueError, listing the known ones, for an unknown name or field, or for a tokenizer without a template.
     """
     if name == OWN:
         return JinjaTemplate.of(tokenizer, system)
     template = parse_template(name)
+    if not split_at_responses:
+        template = with_spaces_in_response(begun_once(template, tokenizer))
     if system is not None:
         return replace(template, default_system=system, default_with_input=system)
     return template
+
+
+def begun_once(template: MarkupTemplate, tokenizer: Tokenizer) -> MarkupTemplate:
+    """``template`` without the token that begins a text, if it spells that out itself."""
+    first = tokenizer.begin_names
+    is_doubled = bool(first) and template.begins_text and template.user.startswith(first)
+    return replace(template, begins_text=False) if is_doubled else template
+
+
+def with_spaces_in_response(template: MarkupTemplate) -> MarkupTemplate:
+    """``template`` with the spaces before a response as its beginning.
+
+    Most tokenizers make one token of a space and the word after it.  A prompt that ends in a space has to be continued
+    without it, by tokens that no text has.
+    """
+    before = template.before.rstrip(" ")
+    return replace(template, before=before, lead=template.before[len(before) :] + template.lead)
 
 
 def parse_template(name: str) -> MarkupTemplate:

@@ -8,8 +8,8 @@ from llmtrain.data.chat.markup_template import MarkupTemplate
 REFUSED = "this template supports the roles system, user and assistant"
 
 
-def to_jinja(template: MarkupTemplate, *, has_bos: bool) -> str:
-    """The source of ``chat_template.jinja``; ``has_bos``: the tokenizer has a token that begins a text.
+def to_jinja(template: MarkupTemplate, *, begin: str) -> str:
+    """The source of ``chat_template.jinja``; ``begin``: the tokens that begin a text, by name.
 
     An instruction with a separate input cannot be expressed: messages in transformers have no such field.
     """
@@ -22,13 +22,13 @@ def to_jinja(template: MarkupTemplate, *, has_bos: bool) -> str:
     after = _text(template.after)
     return "".join(
         [
-            "{{ bos_token }}" if template.begins_text and has_bos else "",
+            _text(begin) if template.begins_text else "",
             "{% if messages and messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}",
             _filled(template.system, first, trim),
             "{% else %}{% set turns = messages %}",
             default,
             "{% endif %}{% for message in turns %}{% if message['role'] == 'assistant' %}",
-            _text(template.before),
+            _text(template.before + template.lead),
             f"{{{{ message['content']{trim} }}}}",
             end,
             f"{{% if not loop.last or add_generation_prompt %}}{after}{{% endif %}}" if after else "",

@@ -356,7 +356,7 @@ def test_ids_and_targets_as_transformers_has_them(tmp_path: Path) -> None:
     library.train_from_iterator([text_file], trainer)
     theirs = PreTrainedTokenizerFast(tokenizer_object=library, eos_token=special[0], chat_template=SMOL)
     theirs.save_pretrained(tmp_path)
-    ours = HuggingFace(path=str(tmp_path), end_of_text=None).build()
+    ours = HuggingFace(path=str(tmp_path), end_of_text=None, version=2).build()
     template, encode = find_template("tokenizer", ours), ConversationEncoder(ours)
     assert template.stop == ("<|im_end|>",)
     for messages in (TURNS, TURNS[:2], [Message("system", "Speak of the sea."), *TURNS, Message("user", "\n ä?")]):

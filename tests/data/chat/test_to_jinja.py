@@ -36,7 +36,7 @@ def test_a_template_written_as_jinja_renders_the_same_text(name: str, bos: str) 
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Library.from_str(tokenizer_json(Byte().build())), eos_token="</s>", bos_token=bos or None
     )
-    tokenizer.chat_template = to_jinja(template, has_bos=bool(bos))
+    tokenizer.chat_template = to_jinja(template, begin=bos)
     for messages, goes_on in product(CONVERSATIONS, (False, True)):
         rows = [{"role": role, "content": content} for role, content in messages]
         text = tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=goes_on)

@@ -1,0 +1,49 @@
+"""Checks that other programs will give the trained model the tokens that it was trained on."""
+
+import importlib.util
+from collections.abc import Iterator
+
+from llmtrain.base.options import option_name
+from llmtrain.config.exported_text import differences, text_files
+from llmtrain.hf import config_of
+from llmtrain.hf.families import family_of_model
+from llmtrain.hf.tokenizer_export import FILE, splits_as_qwen
+from llmtrain.lint.case import Case, Finding, error, warning
+from llmtrain.tokenizer.bpe import BPE
+from llmtrain.tokenizer.byte import ByteTokenizer
+
+
+def served_text(case: Case) -> Iterator[Finding]:
+    """A tokenizer or template whose ids transformers cannot give, and a model that it cannot compute.
+
+    Byte-level tokenizers of this program are written for transformers as they are, and split any text at special tokens
+    alone: nothing can differ.
+    """
+    run, tokenizer = case.run, case.tokenizer
+    if case.is_resumed or importlib.util.find_spec("tokenizers") is None:
+        return
+    is_own = isinstance(tokenizer, BPE | ByteTokenizer)
+    if not is_own:
+        try:
+            contents = text_files(run, tokenizer, run.model.context_length)
+        except ValueError as problem:
+            yield warning("tokenizer", f"llmtrain export will refuse this run's tokenizer: {problem}")
+            return
+        for found in differences(run, tokenizer, contents):
+            yield error(
+                "data" if "conversation" in found else "tokenizer",
+                f"tokenizer={option_name(run.tokenizer)}: transformers would give the trained model other tokens than "
+                f"it is trained on: {found}; take a data.template whose special tokens the tokenizer has, and "
+                "data.split_at_responses=false with tokenizer.version=2",
+            )
+            return
+    yield from _computable(case, is_qwen=not is_own and splits_as_qwen(contents[FILE]))
+
+
+def _computable(case: Case, *, is_qwen: bool) -> Iterator[Finding]:
+    model = case.unit.model
+    try:
+        config = config_of(model)
+        family_of_model(config).write_config(config, model.vocab_size, has_qwen_tokenizer=is_qwen)
+    except ValueError as problem:
+        yield warning("model", f"llmtrain export will refuse this run: {problem}")
