@@ -131,10 +131,11 @@ class Instruction(ExampleData[ChatRow]):
     def encoder(self, tokenizer: Tokenizer) -> Callable[[ChatRow], EncodedExample]:
         template = self.find_template(tokenizer)
         encode_parts = ConversationEncoder(tokenizer, template)
+        name = f"data.template={resolve(self.template, tokenizer)}"
         is_new = isinstance(template, JinjaTemplate) and bool(template.marks_responses or template.lacking_prompt)
 
         def encode(row: ChatRow) -> EncodedExample:
-            remarks = self._unread(row, template)
+            remarks = self._unread(row, template, name)
             ids, targets = encode_parts(
                 template.render(row.messages, trained=self._trained(row), variables=row.variables)
             )
@@ -154,8 +155,8 @@ class Instruction(ExampleData[ChatRow]):
 
         return encode
 
-    def _unread(self, row: ChatRow, template: ChatTemplate) -> list[str]:
-        """Remarks on what the template does not render.  Raises ValueError for calls, and for words."""
+    def _unread(self, row: ChatRow, template: ChatTemplate, setting: str) -> list[str]:
+        """Remarks on what the template, named by ``setting``, does not render.  Raises ValueError for calls, and for words."""
         names = set()
         for number, name in template.unread(row.messages, row.variables):
             if number is None:
@@ -167,12 +168,12 @@ class Instruction(ExampleData[ChatRow]):
             if name in CALLS or (name == "content" and not any(message.fields.get(call) for call in CALLS)):
                 what = name if name in CALLS else f"the text of a message of role {message.role!r}"
                 raise ValueError(
-                    f"message {number + 1}: data.template={self.template} does not render {what}, so it would be lost; "
-                    "take a template that does, such as data.template=tokenizer with a tokenizer whose own template "
-                    "knows it, or remove it from the row"
+                    f"message {number + 1}: {setting} does not render {what}, so it would be lost; take a template "
+                    "that does, such as data.template=tokenizer with a tokenizer whose own template knows it, or "
+                    "remove it from the row"
                 )
-            names.add(f"{name} of messages")
-        return [f"{name} is not rendered by data.template={self.template}" for name in sorted(names)]
+            names.add(f"messages[].{name}")
+        return [f"{setting} does not render {name}" for name in sorted(names)]
 
     def settings(self, tokenizer: Tokenizer) -> list[Any]:
         name = resolve(self.template, tokenizer)

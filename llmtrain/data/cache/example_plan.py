@@ -100,8 +100,8 @@ def _split(data: ExampleFormat[Any], plan: ExamplePlan, hashes: np.ndarray) -> N
         plan.purposes[set_aside(hashes, plan.labels, fraction)] = VALIDATION
         if not (plan.purposes == VALIDATION).any():
             raise ValueError(
-                f"data.validation_fraction={fraction}: {len(hashes):,} {data.noun}s make none for validation; take "
-                "a larger fraction, or 0 for no validation"
+                f"data.validation_fraction={fraction}: {len(hashes):,} {data.noun}s, {len(np.unique(hashes)):,} of "
+                "them different, make none for validation; take a larger fraction, or 0 for no validation"
             )
     if data.undersamples():
         train = np.flatnonzero(plan.purposes == TRAIN)
