@@ -17,14 +17,15 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmtrain.base.checks import needing_package
-from llmtrain.base.format import duration, size
+from llmtrain.base.format import size
 
-CPU_SECONDS = 10.0  # of a request: all renderings of one conversation
+CPU_SECONDS = 3.0  # of a request; an ordinary conversation takes some milliseconds
 WALL_SECONDS = 120.0  # backstop for a process that neither works nor ends
 MEMORY_BYTES = 512 << 20  # address space of the process
 
@@ -36,11 +37,19 @@ class RenderJob(NamedTuple):
     variables: Mapping[str, Any]
 
 
+class FailureKind(Enum):
+    """The reason why a rendering was not completed."""
+
+    refusal = "the template itself has refused the messages, by raise_exception"
+    error = "the template has a mistake, or does not fit the messages"
+    limit = "it took too much time or memory, or the process ended"
+
+
 class RenderFailure(NamedTuple):
     """A rendering that a template did not complete."""
 
     message: str
-    is_refusal: bool  # the template itself has refused the messages, by raise_exception
+    kind: FailureKind
 
 
 class BoundedRenderer:
@@ -65,7 +74,7 @@ class BoundedRenderer:
         if isinstance(answer, str):
             if not jobs:
                 raise ValueError(f"template=tokenizer: the tokenizer's chat template cannot be used: it {answer}")
-            return [RenderFailure(answer, is_refusal=False)] * len(jobs)
+            return [RenderFailure(answer, FailureKind.limit)] * len(jobs)
         if isinstance(answer, dict):
             raise ValueError(f"template=tokenizer: the tokenizer's chat template is damaged: {answer['damaged']}")
         return [each["text"] if "text" in each else self._failure(each) for each in answer]
@@ -73,10 +82,12 @@ class BoundedRenderer:
     def _failure(self, answer: Mapping[str, str]) -> RenderFailure:
         kind, message = answer["error"], answer["message"]
         if kind == "TemplateError":
-            return RenderFailure(message, is_refusal=True)
+            return RenderFailure(message, FailureKind.refusal)
         if kind == "MemoryError":
-            return RenderFailure(f"needs more than {size(self.memory_bytes)} of memory", is_refusal=False)
-        return RenderFailure(f"raises {kind}{': ' if message else ''}{message}", is_refusal=False)
+            return RenderFailure(f"needs more than {size(self.memory_bytes)} of memory", FailureKind.limit)
+        if kind == "TextTooLong":
+            return RenderFailure(f"makes a text of {message}", FailureKind.limit)
+        return RenderFailure(f"raises {kind}{': ' if message else ''}{message}", FailureKind.error)
 
     def _ask(self, request: bytes) -> Any:
         """Send a request; return the answer, or the reason why there is none."""
@@ -97,9 +108,9 @@ class BoundedRenderer:
             return json.loads(line)
         self._end(process)
         if process.returncode == -signal.SIGXCPU:
-            return f"takes more than {duration(round(self.cpu_seconds))} of processor time"
+            return f"takes more than {self.cpu_seconds:g} s of processor time"
         if process.returncode == -signal.SIGKILL:
-            return f"takes more than {duration(round(WALL_SECONDS))}, or the system's memory"
+            return f"takes more than {WALL_SECONDS:g} s, or the system's memory"
         return f"ends its process ({process.returncode})"
 
     def _end(self, process: "subprocess.Popen[bytes]") -> None:

@@ -11,13 +11,14 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from llmtrain.data.chat.bounded_renderer import RenderFailure, RenderJob, shared_renderer
+from llmtrain.data.chat.bounded_renderer import FailureKind, RenderFailure, RenderJob, shared_renderer
 from llmtrain.data.chat.special_tokens import special_tokens
 from llmtrain.data.chat.template import NONE, ChatTemplate, Message, PartKind, RenderedPart, Unread
 from llmtrain.data.chat.template_process import CLOSE, GUARD, OPEN
 from llmtrain.tokenizer import Tokenizer
 
 DATE = datetime(2024, 7, 26)  # the default of Llama 3.1's template
+JOBS = 32  # renderings of a request, which has a limit of time
 PROBE = "\ufdd3"  # a noncharacter put into a message to find its place
 RESERVED = re.compile(f"[{GUARD}{OPEN}{CLOSE}{PROBE}]")
 PLACE = re.compile(f"{PROBE}(\\d+){PROBE}")
@@ -276,6 +277,7 @@ class JinjaTemplate(ChatTemplate):
     def _try(
         self, jobs: Sequence[tuple[Sequence[Message], bool]], variables: Mapping[str, Any]
     ) -> list[Rendering | RenderFailure]:
+        """Render conversations; a failure is a result, unless it is one of time or memory, which raises ValueError."""
         others = {"tools": None, "documents": None, **self._names}  # as transformers: given, with or without a value
         guarded = {name: self._guard_all(value) for name, value in variables.items()}
         made = [
@@ -285,8 +287,13 @@ class JinjaTemplate(ChatTemplate):
             )
             for messages, is_prompt in jobs
         ]
-        found = self._renderer(self.source, self._now, made)
-        return [each if isinstance(each, RenderFailure) else _rendering(each) for each in found]
+        found: list[Rendering | RenderFailure] = []
+        for begin in range(0, len(made), JOBS):
+            for each in self._renderer(self.source, self._now, made[begin : begin + JOBS]):
+                if isinstance(each, RenderFailure) and each.kind is FailureKind.limit:
+                    raise ValueError(_failure(each))
+                found.append(each if isinstance(each, RenderFailure) else _rendering(each))
+        return found
 
     def _plain(self, message: Message) -> dict[str, Any]:
         """A message as the template sees it; reasoning has the names that transformers gives it."""
@@ -319,7 +326,7 @@ def refuse_reserved(text: str, origin: str) -> None:
 
 
 def _failure(failure: RenderFailure) -> str:
-    verb = "rejects the messages: " if failure.is_refusal else ""
+    verb = "rejects the messages: " if failure.kind is FailureKind.refusal else ""
     return f"the tokenizer's chat template {verb}{failure.message}"
 
 
