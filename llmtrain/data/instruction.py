@@ -81,6 +81,8 @@ class Instruction(ExampleData[ChatRow]):
         responses = [number for number, message in enumerate(row.messages) if message.role == "assistant"]
         end = responses[-1] + 1 if responses else 0
         remarks = ["the messages after the last response have no target and were left out"] * bool(row.messages[end:])
+        if any(message.role == "user" and not message.text.strip() for message in row.messages[:end]):
+            remarks.append("a message of the user is empty")
         row = replace(row, messages=row.messages[:end])
         self._check(row, responses, record.origin)
         unread = [name for name, value in record.values.items() if name not in columns and value not in (None, "")]
