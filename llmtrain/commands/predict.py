@@ -3,10 +3,11 @@
 import csv
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -16,14 +17,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmtrain.base.checks import positive
+from llmtrain.base.checks import positive, where
 from llmtrain.base.format import percent, visible
 from llmtrain.base.invocation import FINISHED, Invocation
 from llmtrain.base.outputs import check_output, is_stdout, is_stream, open_output
 from llmtrain.data import padded
 from llmtrain.data.labelled import LabelledText
+from llmtrain.data.sources.documents import read_text
 from llmtrain.data.sources.records import Record, RecordReader, find_records
-from llmtrain.objective.classification import Classification, ClassifierUnit
+from llmtrain.evaluation.class_scores import ClassScores
+from llmtrain.objective.classification import MAX_MATRIX, Classification, ClassifierUnit
+from llmtrain.report.table import confusion_table
 from llmtrain.run.load import InferenceSettings, LoadedModel
 
 WINDOW = 64  # batches that are read ahead, so that texts of similar length share a batch
@@ -38,6 +42,7 @@ class Predict(InferenceSettings):
     text: str | None
     file: str | None
     text_column: str | None
+    label_column: str | None
     output: str | None
     threshold: float
     batch_size: int
@@ -96,6 +101,8 @@ class Predictor:
         """The probability of each class ``(texts, classes)``, fp32, on the host; all texts at once."""
         encode = self.data.encoder(self.trained.tokenizer)
         ids = [encode(text).inputs for text in texts]
+        if empty := [text for text, of_text in zip(texts, ids, strict=True) if not len(of_text)]:
+            raise ValueError(f"text={empty[0]!r}: the tokenizer makes no token of it, so it has no class")
         width = padded(max(map(len, ids)), self.data.sequence_length)
         inputs = np.zeros((len(ids), width), np.int64)
         for row, of_text in zip(inputs, ids, strict=True):
@@ -125,19 +132,22 @@ def show(predictor: Predictor, text: str) -> None:
 
 
 def predict_file(predictor: Predictor, settings: Predict) -> None:
-    """Write a row for each row of the file, in its order; report the accuracy where the file has labels."""
+    """Write a row for each row of the file, in its order; report the scores where the file has labels."""
+    data = replace(
+        predictor.data,
+        text_column=settings.text_column or predictor.data.text_column,
+        label_column=settings.label_column or predictor.data.label_column,
+    )
+    reader = FileReader(data)
+    scores = ClassScores(predictor.labels, multi_label=predictor.unit.multi_label)
+    unknown: Counter[str] = Counter()
+    total = 0
     assert settings.file is not None
-    column = settings.text_column or predictor.data.text_column
-    key = "text_column"
-    reader = RecordReader()
-    records = (record for path in find_records(settings.file, "file") for record in reader.read(path))
-    right = judged = total = 0
     with writer(settings.output, predictor.labels) as write:
-        for window in batched(records, WINDOW * settings.batch_size):
-            texts = [record.text(column, key) for record in window]
-            for record, text in zip(window, texts, strict=True):
-                if not text.strip():
-                    raise ValueError(f"{record.origin}: the text is empty; remove the row, or fill it in")
+        for window in batched(reader.read(settings.file), WINDOW * settings.batch_size):
+            texts = [reader.text(record) for record in window]
+            if settings.label_column is not None:
+                window[0].value(settings.label_column, "label_column")
             probabilities: dict[int, list[float]] = {}
             for rows in batched(sorted(range(len(texts)), key=lambda row: len(texts[row])), settings.batch_size):
                 found = predictor.probabilities([texts[row] for row in rows])
@@ -145,14 +155,79 @@ def predict_file(predictor: Predictor, settings: Predict) -> None:
             for row, record in enumerate(window):
                 decided = predictor.decide(probabilities[row])
                 write(record, decided, dict(zip(predictor.labels, probabilities[row], strict=True)))
-                truth = true_labels(predictor, record)
-                judged += truth is not None
-                right += truth is not None and set(truth) == set(decided)
+                truth = reader.labels(record)
+                if truth is not None and set(truth) <= set(predictor.labels):
+                    scores.add(truth, decided)
+                unknown.update(set(truth or ()) - set(predictor.labels))
                 total += 1
-    message = f"{total:,} texts"
-    if judged:
-        message += f"; of {judged:,} with a label {percent(right / judged)} predicted right"
-    print(message + ("" if settings.output is None else f"; written to {settings.output}"), file=sys.stderr)
+    print(f"{total:,} texts{reader.skipped()}{_written(settings.output)}", file=sys.stderr)
+    if unknown:
+        names = ", ".join(f"{visible(name)} ({number:,})" for name, number in unknown.most_common(8))
+        print(f"not scored, as the model has no such label: {names}", file=sys.stderr)
+    if scores.texts:
+        show_scores(scores)
+
+
+class FileReader:
+    """Reader of the texts of a file, and of their labels where it has them."""
+
+    def __init__(self, data: LabelledText) -> None:
+        self.data = data
+        self.records = RecordReader()
+
+    def read(self, file: str) -> Iterator[Record]:
+        """The records of ``file``; of a .txt a line each, without the empty ones."""
+        if Path(file).suffix != ".txt":
+            yield from (record for path in find_records(file, "file") for record in self.records.read(path))
+            return
+        if not Path(file).is_file():
+            raise ValueError(f"file={file}: no such file{where(file)}")
+        lines, number = "", 0
+        for block in chain(read_text(Path(file)), [None]):
+            *whole, lines = (lines + block).split("\n") if block is not None else [lines, ""]
+            for line in whole:
+                number += 1
+                if line.strip():
+                    yield Record({self.data.text_column: line.rstrip("\r")}, f"{file}:{number}")
+                elif block is not None:
+                    self.records.blank += 1
+
+    def text(self, record: Record) -> str:
+        """The text of a record.  Raises ValueError, naming file and line, if there is none."""
+        text = record.text(self.data.text_column, "text_column")
+        if not text.strip():
+            raise ValueError(f"{record.origin}: the text is empty; remove the row, or fill it in")
+        return text
+
+    def labels(self, record: Record) -> list[str] | None:
+        """The labels of a record as in training; None where it has none."""
+        if record.values.get(self.data.label_column) in (None, ""):
+            return None
+        return list(self.data.read(record).labels)
+
+    def skipped(self) -> str:
+        return f", {self.records.blank:,} empty lines skipped" if self.records.blank else ""
+
+
+def _written(output: str | None) -> str:
+    return "" if output is None else f", written to {output}"
+
+
+def show_scores(scores: ClassScores) -> None:
+    """Print accuracy, the scores of each class and the confusion matrix to standard error."""
+    console = Console(highlight=False, stderr=True)
+    accuracy = f"accuracy {percent(scores.accuracy)} ({scores.right:,} of {scores.texts:,} with a label)"
+    console.print(Text(f"{accuracy}, macro-F1 {scores.macro_f1:.3f}"))
+    table = Table("class", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("F1", "precision", "recall", "texts"):
+        table.add_column(heading, justify="right")
+    for each in scores.by_class():
+        shares = ["-" if share is None else f"{share:.3f}" for share in (each.f1, each.precision, each.recall)]
+        table.add_row(Text(visible(each.label), style="bold"), *shares, f"{each.texts:,}")
+    console.print(table)
+    if scores.multi_label or len(scores.labels) > MAX_MATRIX:
+        return
+    console.print(confusion_table(scores.labels, scores.confusion.tolist()))
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -160,14 +235,6 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
-
-
-def true_labels(predictor: Predictor, record: Record) -> list[str] | None:
-    """The labels of a record as in training; None where it has no known label."""
-    if predictor.data.label_column not in record.values:
-        return None
-    labels = list(predictor.data.read(record).labels)
-    return labels if set(labels) <= set(predictor.labels) else None
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def main(report: Report, invocation: Invocation) -> int:
     for summary in summaries if len(summaries) <= MAX_MATRICES else ():
         if summary.confusion:
             console.print(f"\n{visible(summary.path.name)}, at its best validation", style="bold")
-            console.print(confusion_table(summary))
+            console.print(confusion_table(summary.labels, summary.confusion))
     begun = [summary.path for summary in summaries if summary.state != "pending"]
     if report.plot and begun:
         written = [draw_run(run) for run in begun]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from llmtrain.base.format import percent
 from llmtrain.data import Corpus
-from llmtrain.data.cache.entries import find_or_make
-from llmtrain.data.cache.example_cache import FORMAT, ExampleCacheEntry
+from llmtrain.data.cache.entries import find_or_make, name_of
+from llmtrain.data.cache.example_cache import EARLIER_FORMAT, FORMAT, ExampleCacheEntry
 from llmtrain.data.cache.example_plan import ExampleFiles
 from llmtrain.data.cache.example_writer import write_examples
 from llmtrain.data.cached_data import CachedData, training_files
@@ -30,7 +30,7 @@ class ExampleData(CachedData, ExampleFormat[T]):
         hashes = self.hashes(train + validation, verify=verify)
         suffixes = [file.suffixes[-2:] for file in train + validation]
         key = [
-            FORMAT, self.cache_name, hashes, suffixes, len(train), self.validation_fraction, self.sequence_length,
+            self.cache_name, hashes, suffixes, len(train), self.validation_fraction, self.sequence_length,
             self.settings(tokenizer), tokenizer.fingerprint,
         ]  # fmt: skip
         files = ExampleFiles(train, validation, before)
@@ -41,8 +41,10 @@ class ExampleData(CachedData, ExampleFormat[T]):
         def open_entry(folder: Path, verify: bool) -> ExampleCacheEntry:
             return ExampleCacheEntry.open(folder, tokenizer, verify=verify)
 
-        entry = find_or_make(self.cache, key, open_entry, fill, f"{self.noun}s of {self.path}", verify=verify)
-        return self._corpus(entry, self.remarks(tokenizer))
+        new = [FORMAT, *key, self.new_settings()]
+        entry = find_or_make(self.cache, new, open_entry, fill, f"{self.noun}s of {self.path}", verify=verify)
+        fingerprint = entry.folder.name if entry.index.is_new else name_of([EARLIER_FORMAT, *key])
+        return self._corpus(entry, self.remarks(tokenizer), fingerprint)
 
     def _find_files(self) -> tuple[list[Path], list[Path]]:
         train = find_records(self.path, "data.path")
@@ -51,7 +53,7 @@ class ExampleData(CachedData, ExampleFormat[T]):
         validation = find_records(self.validation_path, "data.validation_path")
         return training_files(self.path, train, validation), validation
 
-    def _corpus(self, entry: ExampleCacheEntry, remarks: list[str]) -> Corpus:
+    def _corpus(self, entry: ExampleCacheEntry, remarks: list[str], fingerprint: str) -> Corpus:
         train = Examples(entry.train, self.sequence_length, is_packed=self.packs)
         validation = None
         if len(entry.validation):
@@ -64,7 +66,7 @@ class ExampleData(CachedData, ExampleFormat[T]):
         labels = entry.index.labels
         counts = self.count(entry.train.labels, len(labels)) if labels else ()
         return Corpus(
-            train, validation, description, entry.folder.name + ("-packed" if self.packs else ""),
+            train, validation, description, fingerprint + ("-packed" if self.packs else ""),
             labels=tuple(labels), label_counts=counts, class_weights=self.class_weights(counts),
             notes=(*entry.index.notes, *remarks),
         )  # fmt: skip

@@ -18,6 +18,9 @@ class Example(NamedTuple, Generic[T]):
     value: T  # given to the encoder
     texts: tuple[str, ...]  # two examples with the same texts are duplicates
     labels: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()  # columns of the record that have a value and that nothing reads
+    remarks: tuple[str, ...] = ()  # on what was left out of it, for the user
+    is_new: bool = False  # an earlier version made another example of it
 
 
 class EncodedExample(NamedTuple):
@@ -27,6 +30,8 @@ class EncodedExample(NamedTuple):
     targets: np.ndarray | None  # (tokens,) int64, IGNORE where there is none; None: the label, at the last token
     is_cut: bool  # it was longer than the limit
     spans_border: bool = False  # a token is partly a target and partly not
+    remarks: tuple[str, ...] = ()  # on what was left out of it, for the user
+    is_new: bool = False  # an earlier version encoded it otherwise
 
 
 class ExampleFormat(ABC, Generic[T]):
@@ -59,6 +64,10 @@ class ExampleFormat(ABC, Generic[T]):
     @abstractmethod
     def settings(self, tokenizer: Tokenizer) -> list[Any]:
         """All settings that decide how examples are read and encoded, as JSON-ready values."""
+
+    def new_settings(self) -> list[Any]:
+        """Settings that decide the same, and that no earlier version had: they are not in older fingerprints."""
+        return []
 
     def remarks(self, tokenizer: Tokenizer) -> list[str]:
         """Remarks for the user on the settings with this tokenizer."""

@@ -1,26 +1,26 @@
 """Instructions and conversations: the model learns to write the responses."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, ClassVar
 
 import numpy as np
 
-from llmtrain.base.checks import did_you_mean
 from llmtrain.data import IGNORE
+from llmtrain.data.chat.chat_rows import CALLS, ChatRow
 from llmtrain.data.chat.encoder import ConversationEncoder
+from llmtrain.data.chat.jinja_template import JinjaTemplate
+from llmtrain.data.chat.row_forms import RowForms
 from llmtrain.data.chat.special_tokens import missing_tokens
-from llmtrain.data.chat.template import ChatTemplate, Message
-from llmtrain.data.chat.templates import OWN, find_template, parse_template
+from llmtrain.data.chat.template import ChatTemplate
+from llmtrain.data.chat.templates import AUTO, OWN, find_template, parse_template, resolve
 from llmtrain.data.example_data import ExampleData
 from llmtrain.data.example_format import EncodedExample, Example
-from llmtrain.data.sources.records import Record, shown
+from llmtrain.data.sources.records import Record
 from llmtrain.tokenizer import Tokenizer
 
-MESSAGES = ("messages", "conversations")  # columns of conversations, if no other is named
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
-KNOWN_ROLES = ("system", "user", "assistant", "tool")
+MASKED = "every target would be masked; remove it, or fill it in"
 
 
 class TrainOn(Enum):
@@ -32,12 +32,12 @@ class TrainOn(Enum):
 
 
 @dataclass(frozen=True)
-class Instruction(ExampleData[list[Message]]):
+class Instruction(ExampleData[ChatRow]):
     """Records that are conversations, in a form that their columns determine.
 
     The forms: ``instruction``, ``input`` (may be missing) and ``output``, as in Alpaca; ``messages`` or
-    ``conversations``, a list of ``{role, content}`` or ``{from, value}``; ``prompt`` and ``completion``.  A template
-    (:mod:`llmtrain.data.chat.templates`) turns a conversation into text.
+    ``conversations``, a list of ``{role, content}`` or ``{from, value}``; ``prompt`` and ``completion``, texts or
+    messages.  A template (:mod:`llmtrain.data.chat.templates`) turns a conversation into text.
     """
 
     instruction_column: str
@@ -46,6 +46,8 @@ class Instruction(ExampleData[list[Message]]):
     messages_column: str | None
     prompt_column: str
     completion_column: str
+    system_column: str
+    tools_column: str
     template: str
     system: str | None
     train_on: TrainOn
@@ -59,7 +61,7 @@ class Instruction(ExampleData[list[Message]]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.template != OWN:
+        if self.template not in (AUTO, OWN):
             parse_template(self.template)
 
     @property
@@ -68,41 +70,60 @@ class Instruction(ExampleData[list[Message]]):
 
     # --- a record ---------------------------------------------------------------------------------------------------
 
-    def read(self, record: Record) -> Example[list[Message]]:
-        messages = self.messages(record)
-        while messages and messages[-1].role != "assistant":
-            messages.pop()  # messages after the last response have no targets
-        answers = [message.content for message in messages if message.role == "assistant"]
-        if self.train_on is TrainOn.last:
-            answers = answers[-1:]
-        if not any(answer.strip() for answer in answers):
-            what = "its response is empty" if answers else "there is no response in it"
-            raise ValueError(f"{record.origin}: {what}: every target would be masked; remove it, or fill it in")
-        return Example(messages, tuple(text for message in messages for text in message))
+    @property
+    def forms(self) -> RowForms:
+        return RowForms(
+            self.instruction_column, self.input_column, self.output_column, self.messages_column, self.prompt_column,
+            self.completion_column, self.system_column, self.tools_column,
+        )  # fmt: skip
 
-    def messages(self, record: Record) -> list[Message]:
-        """Read the conversation in ``record``.  Raises ValueError, naming file and line, if it has no known form."""
-        columns = record.values
-        names = MESSAGES if self.messages_column is None else (self.messages_column,)
-        if found := [name for name in names if columns.get(name) is not None]:
-            return _conversation(columns[found[0]], f"{record.origin}: {found[0]}")
-        if columns.get(self.prompt_column) is not None:
-            prompt = record.text(self.prompt_column, "data.prompt_column")
-            answer = record.text(self.completion_column, "data.completion_column")
-            return [Message("user", prompt), Message("assistant", answer)]
-        if columns.get(self.instruction_column) is not None:
-            instruction = record.text(self.instruction_column, "data.instruction_column")
-            has_input = columns.get(self.input_column) is not None
-            more = record.text(self.input_column, "data.input_column") if has_input else ""
-            answer = record.text(self.output_column, "data.output_column")
-            return [Message("user", instruction, more), Message("assistant", answer)]
-        wanted = [*names, self.prompt_column, self.instruction_column]
-        near = next((hint for name in columns if (hint := did_you_mean(name, wanted))), "")
-        raise ValueError(
-            f"{record.origin}: there is none of the columns {', '.join(wanted)}{near}; there are "
-            f"{', '.join(columns) or 'none'}; name those that hold the texts: data.instruction_column=… "
-            "data.output_column=…, data.messages_column=…, or data.prompt_column=… data.completion_column=…"
-        )
+    def read(self, record: Record) -> Example[ChatRow]:
+        row, columns = self.forms.read(record)
+        responses = [number for number, message in enumerate(row.messages) if message.role == "assistant"]
+        end = responses[-1] + 1 if responses else 0
+        remarks = ["the messages after the last response have no target and were left out"] * bool(row.messages[end:])
+        if any(message.role == "user" and not message.text.strip() for message in row.messages[:end]):
+            remarks.append("a message of the user is empty")
+        row = replace(row, messages=row.messages[:end])
+        self._check(row, responses, record.origin)
+        unread = [name for name, value in record.values.items() if name not in columns and value not in (None, "")]
+        is_new = bool(row.untrained or row.variables or columns & {self.system_column, "history"})
+        is_new |= any(message.fields for message in row.messages)
+        return Example(row, row.texts(), unread=tuple(unread), remarks=tuple(remarks), is_new=is_new)
+
+    def _check(self, row: ChatRow, responses: Sequence[int], origin: str) -> None:
+        """Raise ValueError for a conversation without a target, or with an empty one."""
+        if not responses:
+            raise ValueError(f"{origin}: there is no response in it: {MASKED}")
+        others = [number for number in row.untrained if number not in responses]
+        if self.train_on is TrainOn.all and others:
+            raise ValueError(
+                f"{origin}: message {others[0] + 1} is no response and has weight 0, and data.train_on=all trains "
+                "every token; take data.train_on=responses, or remove the weight"
+            )
+        if self.train_on is not TrainOn.all and row.claimed:
+            raise ValueError(
+                f"{origin}: message {min(row.claimed) + 1} has weight 1, and only responses carry loss; remove the "
+                "weight, or take data.train_on=all for a loss on everything"
+            )
+        trained = self._trained(row)
+        if not trained:
+            which = "the last response has" if self.train_on is TrainOn.last else "all responses have"
+            raise ValueError(f"{origin}: {which} weight 0: every target would be masked; remove the row")
+        if empty := [number for number in row.empty_responses() if number in trained]:
+            if len(responses) == 1:
+                raise ValueError(f"{origin}: its response is empty: {MASKED}")
+            raise ValueError(
+                f"{origin}: message {empty[0] + 1}: the response is empty, and the model would learn to say nothing; "
+                'fill it in, give it "weight": 0, or remove the row'
+            )
+
+    def _trained(self, row: ChatRow) -> list[int]:
+        """The numbers of the responses that are targets."""
+        responses = [number for number, message in enumerate(row.messages) if message.role == "assistant"]
+        if self.train_on is TrainOn.last:
+            responses = responses[-1:]
+        return [number for number in responses if number not in row.untrained]
 
     # --- its ids ----------------------------------------------------------------------------------------------------
 
@@ -114,31 +135,64 @@ class Instruction(ExampleData[list[Message]]):
         """The encoder of training, chat and export."""
         return ConversationEncoder(tokenizer, template, split_at_responses=self.split_at_responses)
 
-    def encoder(self, tokenizer: Tokenizer) -> Callable[[list[Message]], EncodedExample]:
+    def encoder(self, tokenizer: Tokenizer) -> Callable[[ChatRow], EncodedExample]:
         template = self.find_template(tokenizer)
         encode_parts = self.conversation_encoder(tokenizer, template)
+        name = f"data.template={resolve(self.template, tokenizer)}"
+        is_new = isinstance(template, JinjaTemplate) and bool(template.marks_responses or template.lacking_prompt)
 
-        def encode(messages: list[Message]) -> EncodedExample:
-            last = [len(messages) - 1] if self.train_on is TrainOn.last else None
-            ids, targets, spans_border = encode_parts(template.render(messages, trained=last))
+        def encode(row: ChatRow) -> EncodedExample:
+            remarks = self._unread(row, template, name)
+            ids, targets, spans_border = encode_parts(
+                template.render(row.messages, trained=self._trained(row), variables=row.variables)
+            )
+            if (targets == IGNORE).all():
+                raise ValueError("the template marks nothing of it as generated: every target would be masked")
             if self.train_on is TrainOn.all:
                 targets, spans_border = np.where(targets == IGNORE, ids, targets), False
+                if row.untrained:
+                    parts = template.render(row.messages, trained=row.untrained, variables=row.variables)
+                    targets[encode_parts(parts).targets != IGNORE] = IGNORE
             inputs, targets = ids[:-1], targets[1:]
             is_cut = len(inputs) > self.sequence_length
             inputs, targets = inputs[: self.sequence_length], targets[: self.sequence_length]
             if (targets == IGNORE).all():  # the trained part was cut off
                 inputs = inputs[:0]
-            return EncodedExample(inputs, targets, is_cut, spans_border)
+            return EncodedExample(inputs, targets, is_cut, spans_border, tuple(remarks), is_new)
 
         return encode
 
+    def _unread(self, row: ChatRow, template: ChatTemplate, setting: str) -> list[str]:
+        """Remarks on what the template, named by ``setting``, does not render.  Raises ValueError for calls, and for words."""
+        names = set()
+        for number, name in template.unread(row.messages, row.variables):
+            if number is None:
+                names.add(name)
+                continue
+            if number < 0:
+                raise ValueError(f"data.system={self.system!r}: the template has no place for a system message")
+            message = row.messages[number]
+            if name in CALLS or (name == "content" and not any(message.fields.get(call) for call in CALLS)):
+                what = name if name in CALLS else f"the text of a message of role {message.role!r}"
+                raise ValueError(
+                    f"message {number + 1}: {setting} does not render {what}, so it would be lost; take a template "
+                    "that does, such as data.template=tokenizer with a tokenizer whose own template knows it, or "
+                    "remove it from the row"
+                )
+            names.add(f"messages[].{name}")
+        return [f"{setting} does not render {name}" for name in sorted(names)]
+
     def settings(self, tokenizer: Tokenizer) -> list[Any]:
+        name = resolve(self.template, tokenizer)
         return [
             self.instruction_column, self.input_column, self.output_column, self.messages_column, self.prompt_column,
-            self.completion_column, self.template, self.system, self.train_on.name,
-            tokenizer.chat_template if self.template == OWN else None,
+            self.completion_column, name, self.system, self.train_on.name,
+            tokenizer.chat_template if name == OWN else None,
             *([] if self.split_at_responses else ["whole"]),
         ]  # fmt: skip
+
+    def new_settings(self) -> list[Any]:
+        return [self.system_column, self.tools_column]
 
     def border_notes(self, spanning: int, read: int) -> list[str]:
         if not spanning:
@@ -156,39 +210,16 @@ class Instruction(ExampleData[list[Message]]):
         return [f"{what}: it is a target"]
 
     def remarks(self, tokenizer: Tokenizer) -> list[str]:
-        missing = missing_tokens(self.find_template(tokenizer), tokenizer)
-        if not missing:
-            return []
-        return [
-            f"data.template={self.template}: the tokenizer has no {', '.join(missing)}, so "
-            f"{'it is' if len(missing) == 1 else 'they are'} spelled out as text, several tokens each"
-        ]
-
-
-def _conversation(value: Any, origin: str) -> list[Message]:
-    """Messages in the form of OpenAI (role, content) or ShareGPT (from, value)."""
-    if not isinstance(value, list):
-        raise ValueError(f"{origin} is {shown(value)}, where a list of messages is needed")
-    return [_message(each, f"{origin}[{number}]") for number, each in enumerate(value)]
-
-
-def _message(value: Any, origin: str) -> Message:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{origin} is {shown(value)}, where an object is needed, {{role, content}} or {{from, value}}")
-    for role_key, content_key in (("role", "content"), ("from", "value")):
-        if role_key in value and content_key in value:
-            break
-    else:
-        raise ValueError(
-            f"{origin} has {', '.join(map(str, value)) or 'nothing'}, where {{role, content}} or {{from, value}} is "
-            "needed"
-        )
-    role, content = value[role_key], value[content_key]
-    if not isinstance(content, str):
-        raise ValueError(f"{origin}.{content_key} is {shown(content)}, where a text is needed")
-    if not isinstance(role, str) or ROLES.get(role, role) not in KNOWN_ROLES:
-        raise ValueError(
-            f"{origin}.{role_key} is {role!r}{did_you_mean(str(role), [*KNOWN_ROLES, *ROLES])}; there are "
-            f"{', '.join([*KNOWN_ROLES, *ROLES])}"
-        )
-    return Message(ROLES.get(role, role), content)
+        template = self.find_template(tokenizer)
+        found = []
+        if missing := missing_tokens(template, tokenizer):
+            found.append(
+                f"data.template={self.template}: the tokenizer has no {', '.join(missing)}, so "
+                f"{'it is' if len(missing) == 1 else 'they are'} spelled out as text, several tokens each"
+            )
+        if isinstance(template, JinjaTemplate) and (header := template.lacking_prompt):
+            found.append(
+                f"data.template={self.template}: the tokenizer's chat template ignores add_generation_prompt; this "
+                f"program puts {header!r} before a response, and others that serve the model have to do the same"
+            )
+        return found

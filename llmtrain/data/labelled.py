@@ -68,7 +68,9 @@ class LabelledText(ExampleData[str]):
             raise ValueError(f"{record.origin}: {self.text_column} is empty; remove the line, or fill it in")
         value = record.value(self.label_column, "data.label_column")
         labels = self._several(value, record.origin) if self.multi_label else (self._one(value, record.origin),)
-        return Example(text, (text,), labels)
+        read = (self.text_column, self.label_column)
+        unread = [name for name, value in record.values.items() if name not in read and value not in (None, "")]
+        return Example(text, (text,), labels, unread=tuple(unread))
 
     def _one(self, value: Any, origin: str) -> str:
         if isinstance(value, str | int):

@@ -106,14 +106,14 @@ class Comparison:
         return table
 
 
-def confusion_table(run: RunSummary) -> Table:
+def confusion_table(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> Table:
     """Build the table of the confusion matrix: a row per true class, a column per predicted one."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("true \\ predicted", style="bold")
-    for label in run.labels:
+    for label in labels:
         table.add_column(Text(visible(label)), justify="right")
     table.add_column("recall", justify="right")
-    for index, (label, counts) in enumerate(zip(run.labels, run.confusion, strict=True)):
+    for index, (label, counts) in enumerate(zip(labels, confusion, strict=True)):
         cells = [Text(f"{number:,}", style="green" if at == index else "") for at, number in enumerate(counts)]
         table.add_row(Text(visible(label)), *cells, format.percent(counts[index] / max(sum(counts), 1)))
     return table

@@ -10,6 +10,7 @@ from llmtrain.base.format import count, rate
 from llmtrain.base.options import option_name
 from llmtrain.config.assemble import Parts
 from llmtrain.config.run_config import RunConfig
+from llmtrain.data.chat.templates import describe
 from llmtrain.lora import Lora
 from llmtrain.lora.low_rank import LowRankAdaptation
 from llmtrain.train.length import Place
@@ -40,7 +41,7 @@ def header(run: RunConfig, parts: Parts, path: Path, state: TrainState, peak_flo
     if corpus.split:
         yield "validation", corpus.split
     if template := getattr(run.data, "template", None):
-        yield "template", repr(template)[1:-1]
+        yield "template", describe(template, parts.tokenizer)
     epochs = (end.position - state.position) / len(corpus.train)
     split = f" in micro-batches of {micro}" if micro < batch else ""
     if corpus.train.mean_length == sequence:

@@ -70,7 +70,7 @@ def test_predict_classifies_a_text(work: Path) -> None:
 @pytest.mark.parametrize("output", ["found.csv", "found.jsonl"])
 def test_predict_classifies_a_file(work: Path, output: str) -> None:
     done = llmtrain("predict", "run", "file=messages.csv", f"output={output}", "batch_size=7", cwd=work)
-    assert "160 texts; " in done.stderr
+    assert "160 texts, written to " in done.stderr
     if output.endswith(".csv"):
         with (work / output).open(newline="") as file:
             found = list(csv.DictReader(file))
@@ -83,8 +83,39 @@ def test_predict_classifies_a_file(work: Path, output: str) -> None:
     assert [row["text"] for row in found] == [row["text"] for row in asked]  # in their order
     assert sums == pytest.approx([1.0] * 160, abs=1e-5)
     right = sum(row["label"] == row["predicted"] for row in found) / 160
-    assert f"of 160 with a label {100 * right:.1f}% predicted right" in done.stderr
+    assert f"accuracy {100 * right:.1f}% ({round(160 * right)} of 160 with a label), macro-F1 " in done.stderr
     assert right > 0.9
+    hits = [sum(row["label"] == row["predicted"] == label for row in found) for label in WORDS]
+    for label, hit in zip(WORDS, hits, strict=True):
+        texts, predicted = (sum(row[key] == label for row in found) for key in ("label", "predicted"))
+        scores = [2 * hit / (texts + predicted), hit / predicted, hit / texts]
+        line = next(line for line in done.stderr.splitlines() if line.startswith(label)).split()
+        assert line == [label, *(f"{score:.3f}" for score in scores), str(texts)]
+    last = [line.split() for line in done.stderr.splitlines()][-2:]
+    assert [row[0] for row in last] == list(WORDS)
+    assert [int(row[1 + at]) for at, row in enumerate(last)] == hits  # the diagonal of the confusion matrix
+
+
+def test_predict_takes_a_text_a_line(work: Path, capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.chdir(work)
+    (work / "lines.txt").write_text("aaa bab 1\r\n\nxxx yxy, 2")
+    assert main(["predict", "run", "file=lines.txt"]) == 0
+    output = capfd.readouterr()
+    found = [json.loads(line) for line in output.out.splitlines()]
+    assert [(row["text"], row["predicted"]) for row in found] == [("aaa bab 1", "fruit"), ("xxx yxy, 2", "tool")]
+    assert "2 texts, 1 empty lines skipped" in output.err
+    assert "accuracy" not in output.err
+
+
+def test_predict_scores_labels_of_other_columns(work: Path, capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
+    """Rows without a label, and with one that the model does not know, are not scored; the latter are named."""
+    monkeypatch.chdir(work)
+    rows = [("aaa bab", "fruit"), ("xxx yxy", "fruit"), ("bbb aba", ""), ("yyy xyx", "animal")]
+    (work / "other.csv").write_text("kind,words\n" + "".join(f"{label},{text}\n" for text, label in rows))
+    assert main(["predict", "run", "file=other.csv", "text_column=words", "label_column=kind"]) == 0
+    error = capfd.readouterr().err
+    assert "accuracy 50.0% (1 of 2 with a label), macro-F1 0.333" in error
+    assert "not scored, as the model has no such label: animal (1)" in error
 
 
 @pytest.mark.parametrize(
@@ -99,6 +130,8 @@ def test_predict_classifies_a_file(work: Path, output: str) -> None:
             "did you mean text?; there are label, text; name another with text_column=…",
         ),
         (("file=nothing.csv",), "llmtrain: file=nothing.csv: no such file or folder in /"),
+        (("file=nothing.txt",), "llmtrain: file=nothing.txt: no such file in /"),
+        (("file=messages.csv", "label_column=kind"), "messages.csv:2: there is no column kind; there are label, text"),
         (("text=a", "threshold=2"), "threshold=2"),
     ],
 )

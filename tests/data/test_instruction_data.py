@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from llmtrain.data import IGNORE
+from llmtrain.data.cache.entries import name_of
+from llmtrain.data.chat.templates import describe
 from llmtrain.data.instruction import Instruction
 from llmtrain.data.sequences import Sequences
 from llmtrain.run.run import Run
@@ -151,6 +153,64 @@ def test_packed_data_hold_the_same_examples(tmp_path: Path, gpt2: Tokenizer) -> 
     assert found[plain.fingerprint] == found[packed.fingerprint]
 
 
+WRONG = [CHAT[0], {"role": "assistant", "content": "WRONG", "weight": 0}, *CHAT[2:]]
+
+
+def test_messages_of_weight_0_carry_no_loss(tmp_path: Path, byte: Tokenizer) -> None:
+    every = f"HiWRONG{END}1+1?2"
+    assert build(tmp_path, [{"messages": WRONG}], byte, template="plain") == [(every, f"2{END}")]
+    assert build(tmp_path, [{"messages": WRONG}], byte, template="plain", train_on="last") == [(every, f"2{END}")]
+    ((_, said),) = build(tmp_path, [{"messages": WRONG}], byte, template="plain", train_on="all")
+    assert said == f"i|1+1?2{END}"  # the first token is no target
+
+
+def test_parts_of_contents_are_read(tmp_path: Path, byte: Tokenizer) -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, CHAT[1]]
+    assert build(tmp_path, [{"messages": parts}], byte, template="plain") == [("HiHello.", f"Hello.{END}")]
+
+
+def test_what_nothing_reads_is_counted_and_named(tmp_path: Path, byte: Tokenizer) -> None:
+    records = [
+        {"messages": [CHAT[0], {**CHAT[1], "mood": "glad"}], "tools": [{"name": "a"}], "id": 1, "source": "web"},
+        {"messages": [*CHAT, CHAT[0]], "id": 2, "source": None},
+        {"messages": [{"role": "user", "content": " "}, CHAT[1]], "id": 3},
+    ]
+    data = instruction(tmp_path, jsonl(tmp_path / "a.jsonl", records), template="plain")
+    assert data.build(byte).notes == (
+        "1 of 3 examples: a message of the user is empty",
+        "1 of 3 examples: the messages after the last response have no target and were left out",
+        "columns that nothing reads, with their rows: id (3), source (1)",
+        "1 of 3 examples: data.template=plain does not render messages[].mood",
+        "1 of 3 examples: data.template=plain does not render tools",
+    )
+    assert data.build(byte).notes == data.build(byte).notes  # from the cache
+
+
+def test_examples_that_are_as_before_keep_their_fingerprint(tmp_path: Path, byte: Tokenizer) -> None:
+    """A run of an earlier version resumes on them; one whose messages it taught wrongly does not."""
+    path = jsonl(tmp_path / "a.jsonl", [{"messages": CHAT, "id": 1}, {"messages": CHAT[2:]}])
+    corpus = instruction(tmp_path, path, template="plain").build(byte)
+    data = instruction(tmp_path, path, template="plain")
+    key = ["Instruction", data.hashes([Path(path)], verify=False), [[".jsonl"]], 1, 0.0, 400, data.settings(byte)]
+    assert corpus.fingerprint == name_of(["examples-1", *key, byte.fingerprint])
+    jsonl(tmp_path / "a.jsonl", [{"messages": WRONG}])
+    key[1] = data.hashes([Path(path)], verify=True)
+    changed = instruction(tmp_path, path, template="plain").build(byte)
+    assert changed.fingerprint != name_of(["examples-1", *key, byte.fingerprint])
+
+
+def test_auto_takes_the_tokenizers_own_template(tmp_path: Path, byte: Tokenizer) -> None:
+    class Own(type(byte)):  # type: ignore[misc]
+        chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+
+    (alpaca,) = build(tmp_path, [{"messages": CHAT[:2]}], byte)
+    assert "### Response:" in alpaca[0]
+    assert build(tmp_path, [{"messages": CHAT[:2]}], Own()) == [("[user]Hi[assistant]Hello", "Hello.")]
+    assert describe("auto", Own()) == "the tokenizer's own (data.template=auto)"
+    assert describe("auto", byte) == "alpaca (data.template=auto: the tokenizer has none of its own)"
+    assert describe("chatml", Own()) == "chatml"
+
+
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +231,12 @@ def test_packed_data_hold_the_same_examples(tmp_path: Path, gpt2: Tokenizer) -> 
         ({"messages": [{"role": "user"}]}, ":2: messages[0] has role, where {role, content} or {from, value}"),
         ({"messages": [{"role": "usr", "content": "x"}]}, ":2: messages[0].role is 'usr'; did you mean user?"),
         ({"messages": [{"role": "user", "content": None}]}, ":2: messages[0].content is None (NoneType), where a text"),
+        ({"messages": [*CHAT, {"role": "assistant", "content": " "}]}, ":2: message 5: the response is empty, and the"),
+        ({"messages": [CHAT[0], {**CHAT[1], "weight": 0}]}, ":2: all responses have weight 0: every target would be"),
+        ({"messages": [{**CHAT[0], "weight": 1}, CHAT[1]]}, ":2: message 1 has weight 1, and only responses carry"),
+        ({"messages": [*CHAT[:3], {"role": "assistant", "content": None, "tool_calls": [{"name": "a"}]}]},
+         ":2: message 4: data.template=alpaca does not render tool_calls, so it would be lost; take a template that"),
+        ({"messages": [CHAT[0], {"role": "tool", "content": "x"}, CHAT[1]]}, ":2: message 2 is of role 'tool'; the"),
         ({"messages": [*CHAT, {"role": "system", "content": "x"}, *CHAT]}, ":2: message 5 is of role 'system'"),
     ],
 )  # fmt: skip

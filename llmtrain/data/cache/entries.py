@@ -42,7 +42,7 @@ def find_or_make(
     ValueError for a damaged entry.  With ``verify`` a damaged entry stays as it is.  Raises ValueError if the cache
     cannot be written or ``verify`` finds damage, and whatever ``fill`` raises; ``name``: the entry in messages.
     """
-    folder = cache_dir / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    folder = cache_dir / name_of(key)
     if folder.exists():
         try:
             return open_entry(folder, verify)
@@ -65,6 +65,11 @@ def find_or_make(
         raise ValueError(
             f"data.cache_dir={cache_dir}: {error.strerror}; name a writable place with room: data.cache_dir=DIR"
         ) from error
+
+
+def name_of(key: list[Any]) -> str:
+    """The name of the entry for ``key``."""
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
 
 
 def _make(folder: Path, temporary: Path, fill: Callable[[Path], None], name: str) -> None:

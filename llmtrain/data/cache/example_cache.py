@@ -16,12 +16,13 @@ from llmtrain.data.cache.token_reader import TokenSlice
 from llmtrain.data.examples import ExampleStore
 from llmtrain.tokenizer import Tokenizer
 
-FORMAT = "examples-1"
+FORMAT = "examples-2"
+EARLIER_FORMAT = "examples-1"  # in the fingerprints of runs whose examples have not changed since
 
 
-def digest_of(has_targets: bool, labels: Sequence[str], notes: Sequence[str]) -> str:
+def digest_of(has_targets: bool, labels: Sequence[str], notes: Sequence[str], is_new: bool) -> str:
     """sha256 of the facts that only the index holds."""
-    return hashlib.sha256(json.dumps([has_targets, list(labels), list(notes)]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([has_targets, list(labels), list(notes), is_new]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,19 @@ class ExampleIndex(ShardIndex):
     has_targets: bool
     labels: list[str]
     notes: list[str]
-    sha256: str  # of has_targets, labels and notes; each shard has its own
+    is_new: bool  # a version that wrote EARLIER_FORMAT made other examples of the same files
+    sha256: str  # of has_targets, labels, notes and is_new; each shard has its own
 
     @classmethod
     def parse(cls, stored: dict[str, Any]) -> dict[str, Any]:
         parts = {name: SplitShards.parse(stored[name]) for name in ("train_examples", "validation_examples")}
-        facts = bool(stored["has_targets"]), list(map(str, stored["labels"])), list(map(str, stored["notes"]))
+        labels, notes = list(map(str, stored["labels"])), list(map(str, stored["notes"]))
+        facts = bool(stored["has_targets"]), labels, notes, bool(stored["is_new"])
         if stored["sha256"] != digest_of(*facts):
             raise ValueError("its sha256 does not match its labels and notes")
-        others = dict(zip(("has_targets", "labels", "notes"), facts, strict=True)) | {"sha256": stored["sha256"]}
+        others = dict(zip(("has_targets", "labels", "notes", "is_new"), facts, strict=True)) | {
+            "sha256": stored["sha256"]
+        }
         return super().parse(stored) | parts | others
 
     def files(self) -> Iterator[tuple[Shard, int]]:

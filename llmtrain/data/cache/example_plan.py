@@ -1,6 +1,7 @@
 """First pass over files of records: check every record, and decide which examples train and which validate."""
 
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from llmtrain.data.order.validation_split import content_hash, set_aside, to_col
 from llmtrain.data.sources.files import Stamp, stamp
 from llmtrain.data.sources.records import Record, RecordReader
 
+MOST_COLUMNS = 12  # that a note names
 TRAIN, VALIDATION, LEFT_OUT = 0, 1, 2  # the purpose of an example
 
 
@@ -44,6 +46,7 @@ class ExamplePlan:
     labels: np.ndarray  # int64: the target
     names: list[str]  # of the labels
     notes: list[str] = field(default_factory=list)  # for the user
+    is_new: bool = False  # an earlier version read other examples from the same files
 
 
 def plan_examples(data: ExampleFormat[Any], files: ExampleFiles) -> ExamplePlan:
@@ -52,8 +55,14 @@ def plan_examples(data: ExampleFormat[Any], files: ExampleFiles) -> ExamplePlan:
     hashes, labels, purposes = array("q"), array("q"), array("b")
     combinations: dict[tuple[str, ...], int] = {}  # the labels of an example: a number
     first: dict[tuple[int, str], str] = {}  # purpose and label: where the label is first found
+    unread: Counter[str] = Counter()
+    remarks: Counter[str] = Counter()
+    is_new = False
     for purpose, record in files.records(reader):
         example = data.read(record)
+        unread.update(example.unread)
+        remarks.update(example.remarks)
+        is_new |= example.is_new
         hashes.append(content_hash(example.texts))
         labels.append(combinations.setdefault(example.labels, len(combinations)))
         purposes.append(purpose)
@@ -64,13 +73,24 @@ def plan_examples(data: ExampleFormat[Any], files: ExampleFiles) -> ExamplePlan:
     )
     if not (plan.purposes == TRAIN).any():
         raise ValueError(f"data.path={data.path}: there is no {data.noun} in it")
+    plan.is_new = is_new
     _split(data, plan, to_column(hashes))
     if data.has_labels:
         _number_labels(data, plan, list(combinations), first)
     _report_duplicates(data, plan, to_column(hashes))
     if reader.blank:
         plan.notes.append(f"{reader.blank:,} empty lines were skipped")
+    plan.notes += count_notes(remarks, len(purposes), data.noun)
+    if unread:
+        columns = [f"{name} ({number:,})" for name, number in unread.most_common(MOST_COLUMNS)]
+        more = f" and {len(unread) - MOST_COLUMNS:,} others" * (len(unread) > MOST_COLUMNS)
+        plan.notes.append(f"columns that nothing reads, with their rows: {', '.join(columns)}{more}")
     return plan
+
+
+def count_notes(remarks: Counter[str], total: int, noun: str) -> list[str]:
+    """Notes on remarks, with the number of the examples that each is about."""
+    return [f"{number:,} of {total:,} {noun}s: {remark}" for remark, number in sorted(remarks.items())]
 
 
 def _split(data: ExampleFormat[Any], plan: ExamplePlan, hashes: np.ndarray) -> None:
@@ -80,8 +100,8 @@ def _split(data: ExampleFormat[Any], plan: ExamplePlan, hashes: np.ndarray) -> N
         plan.purposes[set_aside(hashes, plan.labels, fraction)] = VALIDATION
         if not (plan.purposes == VALIDATION).any():
             raise ValueError(
-                f"data.validation_fraction={fraction}: {len(hashes):,} {data.noun}s make none for validation; take "
-                "a larger fraction, or 0 for no validation"
+                f"data.validation_fraction={fraction}: {len(hashes):,} {data.noun}s, {len(np.unique(hashes)):,} of "
+                "them different, make none for validation; take a larger fraction, or 0 for no validation"
             )
     if data.undersamples():
         train = np.flatnonzero(plan.purposes == TRAIN)

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -14,7 +15,15 @@ from llmtrain.base.format import percent
 from llmtrain.data import DataError
 from llmtrain.data.cache.document_encoder import dtype_of
 from llmtrain.data.cache.example_cache import FORMAT, ExampleIndex, digest_of
-from llmtrain.data.cache.example_plan import LEFT_OUT, TRAIN, VALIDATION, ExampleFiles, ExamplePlan, plan_examples
+from llmtrain.data.cache.example_plan import (
+    LEFT_OUT,
+    TRAIN,
+    VALIDATION,
+    ExampleFiles,
+    ExamplePlan,
+    count_notes,
+    plan_examples,
+)
 from llmtrain.data.cache.parallel_map import map_in_order
 from llmtrain.data.cache.shard_index import ShardWriter
 from llmtrain.data.cache.token_cache import REPORT_SECONDS
@@ -49,8 +58,11 @@ def write_examples(folder: Path, data: ExampleFormat[Any], files: ExampleFiles, 
     tokens = [ShardWriter(folder, name) for name in ("train", "validation")]
     numbers = [ShardWriter(folder, f"{name}-examples") for name in ("train", "validation")]
     counts = [ExampleCounts(), ExampleCounts()]
-    has_targets = False
+    remarks: Counter[str] = Counter()
+    has_targets, is_new = False, plan.is_new
     for purpose, label, encoded in _encode(data, files, tokenizer, plan):
+        remarks.update(encoded.remarks)
+        is_new |= encoded.is_new
         counts[purpose].read += 1
         if not len(encoded.inputs):
             counts[purpose].dropped += 1
@@ -68,11 +80,13 @@ def write_examples(folder: Path, data: ExampleFormat[Any], files: ExampleFiles, 
             f"data.sequence_length={data.sequence_length}: of all {counts[TRAIN].read:,} {data.noun}s for training "
             f"{data.dropped_remark}; raise it"
         )
-    notes = plan.notes + _limit_notes(data, counts) + data.border_notes(counts[TRAIN].spanning, counts[TRAIN].read)
+    written = counts[TRAIN].read + counts[VALIDATION].read
+    notes = plan.notes + count_notes(remarks, written, data.noun) + _limit_notes(data, counts)
+    notes += data.border_notes(counts[TRAIN].spanning, counts[TRAIN].read)
     train, validation, train_examples, validation_examples = (writer.close() for writer in tokens + numbers)
     ExampleIndex(
         FORMAT, dtype.str, tokenizer.fingerprint, train, validation, train_examples, validation_examples,
-        has_targets, plan.names, notes, digest_of(has_targets, plan.names, notes),
+        has_targets, plan.names, notes, is_new, digest_of(has_targets, plan.names, notes, is_new),
     ).write(folder)  # fmt: skip
 
 

@@ -1,11 +1,12 @@
 """Templates of fixed text around the messages: the built-in ones, and those that a user writes as a string."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
+from typing import Any
 
 from llmtrain.base.checks import did_you_mean
-from llmtrain.data.chat.template import SPECIAL, ChatTemplate, Message, PartKind, RenderedPart
+from llmtrain.data.chat.template import NONE, SPECIAL, ChatTemplate, Message, PartKind, RenderedPart
 
 FIELDS = ("prompt", "instruction", "input", "response")  # of a template of the user's own
 
@@ -45,6 +46,7 @@ class MarkupTemplate(ChatTemplate):
         *,
         add_generation_prompt: bool = False,
         trained: Collection[int] | None = None,
+        variables: Mapping[str, Any] = NONE,
     ) -> list[RenderedPart]:
         numbered = self._with_system(messages)
         parts = [RenderedPart("", kind=PartKind.begin)] if self.begins_text else []

@@ -10,17 +10,38 @@ from llmtrain.data.chat.template import ChatTemplate
 from llmtrain.tokenizer import Tokenizer
 
 OWN = "tokenizer"  # the template that came with the tokenizer
+AUTO = "auto"  # the tokenizer's own where it has one, else DEFAULT
+DEFAULT = "alpaca"
+
+
+def resolve(name: str, tokenizer: Tokenizer) -> str:
+    """The name of the template that ``auto`` stands for; any other name as it is."""
+    if name != AUTO:
+        return name
+    return DEFAULT if tokenizer.chat_template is None else OWN
+
+
+def describe(name: str, tokenizer: Tokenizer) -> str:
+    """The template ``name`` for the header of a run."""
+    match name, resolve(name, tokenizer):
+        case "auto", "tokenizer":
+            return "the tokenizer's own (data.template=auto)"
+        case "auto", found:
+            return f"{found} (data.template=auto: the tokenizer has none of its own)"
+        case _:
+            return repr(name)[1:-1]
 
 
 def find_template(
     name: str, tokenizer: Tokenizer, *, system: str | None = None, split_at_responses: bool = False
 ) -> ChatTemplate:
-    """Find the template ``name``: a built-in one, the tokenizer's own, or a text with fields such as ``{prompt}``.
+    """Find the template ``name``: auto, a built-in one, the tokenizer's own, or a text with fields such as ``{prompt}``.
 
     ``system``: the system message of a conversation without one; None: the template's default.
     ``split_at_responses``: no token spans the border of a response, so a space before it need not belong to it.
     Raises ValueError, listing the known ones, for an unknown name or field, or for a tokenizer without a template.
     """
+    name = resolve(name, tokenizer)
     if name == OWN:
         return JinjaTemplate.of(tokenizer, system)
     template = parse_template(name)
@@ -54,7 +75,7 @@ def parse_template(name: str) -> MarkupTemplate:
         return TEMPLATES[name]
     if "{" in name:
         return parse_form(name)
-    names = [*TEMPLATES, OWN]
+    names = [AUTO, *TEMPLATES, OWN]
     raise ValueError(
         f"template={name}: there is no such template{did_you_mean(name, names)}; there are {', '.join(names)}, and a "
         "text of your own with fields, such as 'Q: {prompt} A: {response}'"

@@ -207,7 +207,10 @@ def test_a_users_template_is_parsed_and_rendered(byte: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("alpacca", "template=alpacca: there is no such template; did you mean alpaca?; there are alpaca, chatml"),
+        (
+            "alpacca",
+            "template=alpacca: there is no such template; did you mean alpaca?; there are auto, alpaca, chatml",
+        ),
         ("{promt}{response}", "there is no field {promt}; did you mean prompt?; there are {prompt}, {instruction}"),
         ("{prompt.__class__}{response}", "there is no field {prompt.__class__}"),
         ("{prompt!r}{response}", "there is no field"),
@@ -286,7 +289,7 @@ def test_chat_templates_that_cannot_be_used_are_refused(byte: Tokenizer) -> None
     )
     assert "rejects the messages: roles must alternate" in chat_error("{{ raise_exception('roles must alternate') }}")
     assert "chat template is damaged" in chat_error("{% if %}")
-    assert "rejects the messages: access to attribute '__class__'" in chat_error("{{ messages.__class__.__mro__ }}")
+    assert "raises SecurityError: access to attribute '__class__'" in chat_error("{{ messages.__class__.__mro__ }}")
     with pytest.raises(ValueError, match="the tokenizer has no chat template; take tokenizer=huggingface"):
         find_template("tokenizer", byte)
 
