@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmtrain.base.invocation import FAILED, USAGE_ERROR
+from llmtrain.cli.machine_errors import explain_machine
 from llmtrain.cli.suggestions import key_hint, names_hint
 
 
@@ -17,14 +18,13 @@ def explain(error: BaseException, verb: str) -> tuple[str | None, int]:
         return explain_option(error.missing_cfg_file or "", error.options), USAGE_ERROR
     if isinstance(error, HydraException | OmegaConfBaseException):
         return explain_override(error, verb), USAGE_ERROR
-    if type(error).__name__ in ("TrainingFailed", "DataError"):  # by name: their modules import torch
+    if type(error).__name__ in ("TrainingFailed", "DataError", "SamplingFailed"):  # by name: their modules import torch
         return str(error), FAILED
     if type(error).__name__ == "OutOfMemoryError":
         remedy = "a smaller accumulation.micro_batch_size keeps the batch and needs less memory"
         return f"out of memory on the device: {str(error).splitlines()[0]} ({remedy})", FAILED
-    if isinstance(error, OSError):
-        place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror or error}", FAILED
+    if (message := explain_machine(error)) is not None:
+        return message, FAILED
     if isinstance(error, ValueError) and raised_by_us(error):
         return str(error), USAGE_ERROR
     return None, FAILED

@@ -55,6 +55,8 @@ def assemble(run: RunConfig, device: torch.device, *, from_start: bool = True, v
     precision = run.precision.build(device)
     tokenizer = run.tokenizer.build()
     vocab_size = run.vocab_size(tokenizer)
+    if run.objective.generates:
+        run.loop.check_prompt(tokenizer)
     corpus = run.data.verify(tokenizer) if verify_data else run.data.build(tokenizer)
     generator = torch.Generator(device).manual_seed(run.runtime.seed)
     unit = build_unit(
