@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from llmtrain.base.format import visible
+
 
 def positive(**values: float | None) -> None:
     """Raise ValueError unless every value is positive and finite."""
@@ -45,6 +47,18 @@ def pattern_matches(key: str, value: str, names: Iterable[str]) -> None:
     names = list(names)
     if not any(re.search(value, name) for name in names):
         raise ValueError(f"{key}={value!r}: matches no parameter; the nearest are {', '.join(_nearest(value, names))}")
+
+
+def unicode_text(**values: str | None) -> None:
+    """Raise ValueError unless every value is text that UTF-8 can write: bytes in another encoding are none."""
+    for key, value in values.items():
+        if value is not None and not is_unicode(value):
+            raise ValueError(f"{key}={visible(value)}: holds bytes that are not UTF-8; type or convert it in UTF-8")
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether ``text`` is without lone surrogates, which stand for bytes that could not be decoded."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def did_you_mean(value: str, names: Iterable[str], *, cutoff: float = 0.5) -> str:

@@ -94,8 +94,11 @@ def open_output(key: str, name: str, *, binary: bool = False) -> Iterator[IO[Any
     elif is_stream(name):
         descriptor = _open_stream(key, name)
     if descriptor is not None:
-        with open_descriptor(descriptor, binary=binary) as file:
-            yield file
+        try:
+            with open_descriptor(descriptor, binary=binary) as file:
+                yield file
+        except BrokenPipeError as error:
+            raise BrokenPipeError(error.errno, error.strerror, None if is_stdout(name) else name) from error
         return
     path = Path(name).resolve()
     mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None

@@ -42,8 +42,8 @@ def refuse_several_processes() -> None:
     raise ValueError(
         f"{variable}={processes}: {launcher} started this command {processes} times, and training with several "
         f"processes is not supported: each would train the same run again; start it once ("
-        f"{remedy.get(launcher, 'without ' + launcher.split()[0])}), or, if these are different runs: env -u {variable} "
-        "llmtrain …"
+        f"{remedy.get(launcher, 'without ' + launcher.split()[0])}), or, if these are different runs: "
+        f"env -u {variable} llmtrain …"
     )
 
 

@@ -79,6 +79,11 @@ class Task:
         except Exception as error:
             self.errors.append(error)
             return None
+        except SystemExit as error:
+            if not isinstance(error.__context__, BrokenPipeError):
+                raise
+            self.errors.append(error.__context__)  # of rich: nobody reads the output any more
+            return None
 
     def _run(self, composed: Any) -> float | None:
         from hydra.core.hydra_config import HydraConfig

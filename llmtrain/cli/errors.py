@@ -3,6 +3,7 @@
 import errno
 
 from llmtrain.base.invocation import FAILED, USAGE_ERROR
+from llmtrain.cli.machine_errors import explain_machine
 
 
 def explain(error: BaseException, verb: str) -> tuple[str | None, int]:
@@ -11,16 +12,15 @@ def explain(error: BaseException, verb: str) -> tuple[str | None, int]:
 
     if (message := explain_composition(error, verb)) is not None:
         return message, USAGE_ERROR
-    if type(error).__name__ in ("TrainingFailed", "DataError"):  # by name: their modules import torch
+    if type(error).__name__ in ("TrainingFailed", "DataError", "SamplingFailed"):  # by name: their modules import torch
         return str(error), FAILED
     if type(error).__name__ == "OutOfMemoryError":
         remedy = "a smaller accumulation.micro_batch_size keeps the batch and needs less memory"
         return f"out of memory on the device: {str(error).splitlines()[0]} ({remedy})", FAILED
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"{error.filename}: {error.strerror}", USAGE_ERROR
-    if isinstance(error, OSError):
-        place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror or error}", FAILED
+    if (message := explain_machine(error)) is not None:
+        return message, FAILED
     if isinstance(error, ValueError) and raised_by_us(error):
         return str(error), USAGE_ERROR
     return None, FAILED

@@ -42,9 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain("llmtrain: stopped")
         return STOPPED
     except Exception as error:
-        # The reader of our output may have ended, as in: llmtrain train --cfg job | head
-        if not flush_standard_output() and isinstance(error, BrokenPipeError):
+        if isinstance(error, BrokenPipeError) and error.filename is None:  # … --cfg job | head: nobody reads any more
+            silence(1)
             return FAILED
+        flush_standard_output()
         return report_error(error, arguments)
 
 

@@ -1,6 +1,7 @@
 """``llmtrain chat RUN``: talk to a model in the terminal, in the template that it was trained with."""
 
 import contextlib
+import io
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from llmtrain.base.checks import is_unicode, unicode_text
 from llmtrain.base.format import visible
 from llmtrain.base.invocation import FINISHED, Invocation
 from llmtrain.base.process import cache_folder
@@ -37,6 +39,10 @@ class Chat(GenerationSettings):
     template: str | None
     system: str | None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unicode_text(system=self.system)
+
 
 def main(settings: Chat, invocation: Invocation) -> int:
     """Read messages and stream replies until the input ends."""
@@ -61,6 +67,9 @@ def main(settings: Chat, invocation: Invocation) -> int:
         with line_editing() as read:
             while (line := read()) is not None:
                 if not line.strip():
+                    continue
+                if not is_unicode(line):
+                    console.print(Text("this line is not UTF-8 text; it was left out", style="yellow"))
                     continue
                 if line.strip().lower() in LEAVING and sys.stdin.isatty():
                     console.print(Text("/exit leaves, or Ctrl-D", style="dim"))
@@ -152,6 +161,8 @@ def take_back(conversation: Conversation) -> str:
 @contextlib.contextmanager
 def line_editing() -> Iterator:
     """A function that reads a line, None at the end; in a terminal with editing and the history of earlier sessions."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line in another encoding must not end the conversation
     if not sys.stdin.isatty():
         yield lambda: next((line.rstrip("\n") for line in sys.stdin), None)
         return

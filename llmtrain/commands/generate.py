@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmtrain.base.checks import unicode_text
 from llmtrain.base.format import visible
 from llmtrain.base.invocation import Invocation
 from llmtrain.base.outputs import check_output, is_stdout, is_stream, open_output
@@ -34,6 +35,7 @@ class Generate(GenerationSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        unicode_text(prompt=self.prompt)
         if self.num_samples < 1:
             raise ValueError(f"num_samples={self.num_samples}: must be at least 1")
         if self.output is not None:

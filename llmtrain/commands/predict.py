@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmtrain.base.checks import positive, where
+from llmtrain.base.checks import positive, unicode_text, where
 from llmtrain.base.format import percent, visible
 from llmtrain.base.invocation import FINISHED, Invocation
 from llmtrain.base.outputs import check_output, is_stdout, is_stream, open_output
@@ -48,6 +48,7 @@ class Predict(InferenceSettings):
     batch_size: int
 
     def __post_init__(self) -> None:
+        unicode_text(text=self.text)
         positive(batch_size=self.batch_size)
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold={self.threshold:g}: must be a probability, above 0 and below 1")

@@ -68,6 +68,8 @@ def assemble(
     precision = run.precision.build(device)
     built = run.build_tokenizer(tokenizer)
     vocab_size = run.vocab_size(built)
+    if run.objective.generates:
+        run.loop.check_prompt(built)
     corpus = run.data.verify(built) if verify_data else run.data.build(built)
     generator = torch.Generator(device).manual_seed(run.runtime.seed)
     unit = build_unit(

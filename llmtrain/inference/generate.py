@@ -1,6 +1,7 @@
 """Sampling text from a model."""
 
 import codecs
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,10 @@ import torch
 from torch import Tensor
 
 from llmtrain.model import LanguageModel
+
+
+class SamplingFailed(RuntimeError):
+    """No next token can be chosen; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +24,8 @@ class Sampling:
     top_p: float  # sample among the most likely tokens that together have this probability; 1: among all
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature}: must be 0 (greedy) or more")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature}: must be a number, 0 (greedy) or more")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k}: must be 0 (off) or more")
         if not 0 < self.top_p <= 1:
@@ -29,11 +34,17 @@ class Sampling:
     def choose(self, logits: Tensor, generator: torch.Generator) -> int:
         """Choose a token id from ``logits`` ``(vocabulary,)``.
 
-        Temperature, then top-k, then top-p (nucleus sampling, Holtzman et al. 2020) over what is left.
+        Temperature, then top-k, then top-p (nucleus sampling, Holtzman et al. 2020) over what is left.  Raises
+        :class:`SamplingFailed` for logits that are not numbers.
         """
+        likeliest = int(logits.argmax())
+        if not torch.isfinite(logits[likeliest]):  # argmax and max find a nan before any number
+            raise SamplingFailed("the model's output is not finite, so that no token can be chosen: training diverged")
         if self.temperature == 0:
-            return int(logits.argmax())
+            return likeliest
         logits = logits.float() / self.temperature
+        if not torch.isfinite(logits[likeliest]):  # a temperature next to 0
+            return likeliest
         if 0 < self.top_k < logits.numel():
             threshold = logits.topk(self.top_k).values[-1]
             logits = logits.masked_fill(logits < threshold, -torch.inf)

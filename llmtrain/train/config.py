@@ -4,8 +4,11 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
+from llmtrain.base.checks import unicode_text
+from llmtrain.base.format import visible
 from llmtrain.base.options import Option, RunFacts
 from llmtrain.inference.generate import Sampling
+from llmtrain.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,23 @@ class LoopConfig(Option):
         for key in ("eval_every", "eval_train_batches", "sample_every", "sample_tokens"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key}={getattr(self, key)}: must be 0 (never) or more")
+        unicode_text(sample_prompt=self.sample_prompt)
         try:
             self.sampling()
         except ValueError as error:
             raise ValueError(f"sample_{error}") from None
+
+    def check_prompt(self, tokenizer: Tokenizer) -> None:
+        """Raise ValueError if ``tokenizer`` cannot encode the prompt of the samples that the run takes."""
+        if not self.sample_every:
+            return
+        try:
+            tokenizer.encode(self.sample_prompt)
+        except ValueError as error:
+            raise ValueError(
+                f"loop.sample_prompt={visible(self.sample_prompt)!r}: the tokenizer cannot encode it ({error}); take a "
+                "prompt of the kind of the training text, or no samples: loop.sample_every=0"
+            ) from error
 
     def sampling(self) -> Sampling:
         """The choice of the next token of a sample."""

@@ -14,7 +14,7 @@ from llmtrain.data.loader import TrainingStream
 from llmtrain.data.sequences import Sequences
 from llmtrain.evaluation.bits_per_byte import bits_per_byte, mean_target_bytes
 from llmtrain.evaluation.loss import EvalResult, evaluate
-from llmtrain.inference.generate import generate
+from llmtrain.inference.generate import SamplingFailed, generate
 from llmtrain.metrics import ValidationScore, validation_score
 from llmtrain.metrics.jsonl import drop_rows
 from llmtrain.objective import Objective, TrainingUnit
@@ -143,11 +143,15 @@ class Evaluator:
             )
             with self.precision.autocast():
                 text = self.tokenizer.decode(list(ids))
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
+        except (RuntimeError, ValueError) as error:
+            if (
+                isinstance(error, RuntimeError)
+                and not isinstance(error, SamplingFailed)
+                and not is_out_of_memory(error)
+            ):
                 raise
             self.log.event("no_sample", step, message=str(error).splitlines()[0])
-            self.sampled_step = step  # it would not fit at another try either
+            self.sampled_step = step  # another try would fail, too
             return
         self.sampled_step = step
         row = {"step": step, "prompt": config.sample_prompt, "text": text}

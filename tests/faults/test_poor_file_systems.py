@@ -62,7 +62,7 @@ def test_a_run_is_trained_resumed_branched_and_verified_on_a_poor_file_system(
     assert main(["train", *RUN, "run_dir=run"]) == 0
     assert "this file system has no locks; make sure that no other process works in this run" in capsys.readouterr().err
     assert main(["resume", "run", "loop.max_steps=6"]) == 0
-    assert main(["resume", "run", "step=4", "run_dir=branch"]) == 0
+    assert main(["resume", "run", "step=4", "loop.max_steps=6", "run_dir=branch"]) == 0
     assert main(["verify", "run"]) == 0
     assert_same_end(folder / "run", folder / "branch")
     assert not list(folder.rglob(".tmp-*"))
