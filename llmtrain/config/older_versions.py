@@ -17,7 +17,16 @@ MEANT: Mapping[str, Mapping[str, Any]] = {
 
 
 def complete(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Add to ``stored`` the keys that an older version did not have: as :data:`MEANT` has them, else today's defaults.
+    """Add to ``stored`` the keys that an older version lacked: as :data:`MEANT` has them, else today's defaults."""
+    values = with_defaults(stored)
+    for group, node in stored.items():
+        if isinstance(node, Mapping):
+            values[group] = {**values[group], **MEANT.get(str(node.get("_target_")), {}), **node}
+    return values
+
+
+def with_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Add to ``stored`` the keys that an older version did not have, with today's defaults.
 
     A group comes from ``conf/train.yaml``, a key of an option from the YAML of that option.  If several YAMLs name
     its class and do not agree (the sizes of a model), the key stays missing: :func:`build` reports it.
@@ -25,7 +34,7 @@ def complete(stored: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(stored)
     for group, node in stored.items():
         if isinstance(node, Mapping) and "_target_" in node:
-            values[group] = {**_defaults_for(group, node, stored), **MEANT.get(str(node["_target_"]), {}), **node}
+            values[group] = {**node, **_defaults_for(group, node, stored)}
     path = conf_dir() / "train.yaml"
     train: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False) if path.is_file() else {}
     groups = [group for entry in train.get("defaults", []) if isinstance(entry, dict) for group, name in entry.items()

@@ -444,7 +444,9 @@ def test_runs_are_ranked_among_those_with_the_same_validation_data(tmp_path: Pat
     ]
     text = show(comparisons([summarise(run) for run in runs]))
     assert "cannot be compared" in text
-    places = [text.index(word) for word in ("data.path=corpus", "\nc ", "\na ", "\npending", "data.path=easy.txt", "\nb ")]
+    places = [
+        text.index(word) for word in ("data.path=corpus", "\nc ", "\na ", "\npending", "data.path=easy.txt", "\nb ")
+    ]
     assert places == sorted(places), text
     alone = show(comparisons([summarise(runs[0]), summarise(runs[2])]))
     assert "cannot be compared" not in alone

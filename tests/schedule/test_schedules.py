@@ -130,7 +130,9 @@ def torch_rates(make, steps):
             lambda o: torch.optim.lr_scheduler.MultiStepLR(o, milestones=[3, 30], gamma=0.3),
         ),
         (
-            LinearWarmupCosineLR(init_lr=1e-3, min_lr=1e-5, warmup_lr=0.0, warmup_steps=0, lr_decay_rate=1.0, epochs=None),
+            LinearWarmupCosineLR(
+                init_lr=1e-3, min_lr=1e-5, warmup_lr=0.0, warmup_steps=0, lr_decay_rate=1.0, epochs=None
+            ),
             lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=60, eta_min=1e-5),
         ),
     ],
