@@ -141,7 +141,7 @@ def summarise(run_dir: Path) -> RunSummary:
 def ranked(runs: Sequence[RunSummary]) -> list[RunSummary]:
     """Sort, best first, by the accuracy of a classifier, then validation loss, then last training loss.
 
-    Unknown and non-finite values come last, and before them the runs that have learned nothing: their best validation is
+    Unknown and non-finite values come last of those that have learned something; then the runs whose best validation is
     that before training.
     """
     return sorted(
@@ -164,7 +164,7 @@ def has_diverged(trained: Sequence[Row], validated: Sequence[Row], best: Row) ->
 
 
 def by_validation_data(runs: Sequence[RunSummary]) -> list[list[RunSummary]]:
-    """Divide ``runs`` into those whose validation losses can be compared: measured on the same data, in the same tokens.
+    """Divide ``runs`` into those whose validation losses can be compared: on the same data, in the same tokens.
 
     Runs without a validation loss are with those of their data, or together at the end.
     """

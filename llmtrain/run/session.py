@@ -210,8 +210,8 @@ def make_loop(
         samples_file=AppendedFile(directory.samples), worst=run.recovery.examples,
     )  # fmt: skip
     stream = TrainingStream(
-        parts.corpus.train, run.objective.collator(parts.corpus.class_weights), run.runtime.seed, run.data.shuffle, parts.length.batch_size_at,
-        parts.device,
+        parts.corpus.train, run.objective.collator(parts.corpus.class_weights), run.runtime.seed, run.data.shuffle,
+        parts.length.batch_size_at, parts.device,
     )  # fmt: skip
     learning_rate = partial(run.schedule, peak=run.optimizer.lr, total=parts.max_steps)
     return Loop(

@@ -477,8 +477,8 @@ def test_a_best_before_training_is_marked_and_ranked_last(tmp_path: Path) -> Non
 
 
 def test_settings_that_train_nothing_are_no_columns(tmp_path: Path) -> None:
-    runs = [
-        make_run(tmp_path / str(at), lr=at, checkpoint={"keep_last": at}, metrics={"log_every": at}, loop={"sample_every": at})
-        for at in (1, 2)
-    ]  # fmt: skip
+    runs = []
+    for at in (1, 2):
+        config = {"checkpoint": {"keep_last": at}, "metrics": {"log_every": at}, "loop": {"sample_every": at}}
+        runs.append(make_run(tmp_path / str(at), lr=at, **config))
     assert list(differences([summarise(run) for run in runs])) == ["optimizer.lr"]
