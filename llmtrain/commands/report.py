@@ -12,7 +12,7 @@ from llmtrain.base.invocation import Invocation
 from llmtrain.base.outputs import check_output
 from llmtrain.report.curves import draw_comparison, draw_run
 from llmtrain.report.runs import find_runs, summarise
-from llmtrain.report.table import Comparison, confusion_table
+from llmtrain.report.table import comparisons, confusion_table
 
 MAX_MATRICES = 4  # runs; with more no confusion matrix is printed
 UNWRAPPED = 1000  # columns; a table in a pipe or file is as wide as it needs
@@ -43,7 +43,7 @@ def main(report: Report, invocation: Invocation) -> int:
     path = report.comparison_path(targets, runs)
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else UNWRAPPED)
     summaries = [summarise(run) for run in runs]
-    console.print(Comparison(summaries))
+    console.print(comparisons(summaries))
     for summary in summaries if len(summaries) <= MAX_MATRICES else ():
         if summary.confusion:
             console.print(f"\n{visible(summary.path.name)}, at its best validation", style="bold")

@@ -11,7 +11,16 @@ from llmtrain.config.stored_config import FORMER, escape
 
 
 def complete(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Add to ``stored`` the keys that an older version did not have: as :data:`FORMER` has them, else today's defaults.
+    """Add to ``stored`` the keys that an older version lacked: as :data:`FORMER` has them, else today's defaults."""
+    former = {
+        group: {**FORMER.get(str(node.get("_target_")), {}), **node} if isinstance(node, Mapping) else node
+        for group, node in stored.items()
+    }
+    return with_defaults(former)
+
+
+def with_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Add to ``stored`` the keys that an older version did not have, with today's defaults.
 
     A group comes from ``conf/train.yaml``, a key of an option from the YAML of that option.  If several YAMLs name
     its class and do not agree (the sizes of a model), the key stays missing: :func:`build` reports it.
@@ -19,7 +28,6 @@ def complete(stored: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(stored)
     for group, node in stored.items():
         if isinstance(node, Mapping) and "_target_" in node:
-            node = {**FORMER.get(str(node["_target_"]), {}), **node}
             values[group] = {**node, **_defaults_for(group, node, stored)}
     path = conf_dir() / "train.yaml"
     train: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False) if path.is_file() else {}

@@ -29,9 +29,7 @@ class Batch:
     """
 
     tensors: Mapping[str, Tensor]  # by name; the first dimension is the sequence's number
-    counts: Mapping[
-        str, float
-    ]  # of each loss: valid targets, or the sum of their weights; known before the device's work
+    counts: Mapping[str, float]  # of each loss: valid targets, or the sum of their weights; counted on the host
     tokens: int  # inputs that are not padding
     lengths: Mapping[str, tuple[int, ...]]  # of tensors padded along their second dimension: tokens of each row
     spans: tuple[int, ...] = ()  # of the whole step, as ``tokens``: see :attr:`llmtrain.data.Rows.spans`

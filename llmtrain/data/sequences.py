@@ -1,5 +1,6 @@
 """Sequences by number: the contract, and the sequences of a stream of tokens."""
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -102,6 +103,12 @@ class Sequences(ABC):
         """
         return order(positions, len(self), seed, shuffle)
 
+    def digest(self) -> str:
+        """Eight hexadecimal digits that other sequences would not have: of their number, and of up to 64 of them."""
+        numbers = np.unique(np.linspace(0, len(self) - 1, 64).astype(np.int64)) if len(self) else np.empty(0, np.int64)
+        rows = self.gather(numbers)
+        return _digest([len(self), self.tokens, rows.spans], rows.inputs, rows.targets)
+
     def alike(self, indices: np.ndarray) -> np.ndarray:
         """``indices`` ordered by the length of the sequences, for an evaluation of all of them."""
         return indices
@@ -127,6 +134,16 @@ class Stream(Sequences):
     def __len__(self) -> int:
         return self._length
 
+    def digest(self) -> str:
+        """That of up to 64 parts of the stream, whatever the length of its sequences."""
+        length = min(self.tokens, 256)
+        parts = np.empty((min(64, self.tokens), length), self._dtype)
+        for part, begin in zip(parts, np.linspace(0, self.tokens - length, len(parts)).astype(int), strict=True):
+            shard = int(np.searchsorted(self._begins, begin, side="right")) - 1
+            for _ in self._read_across(shard, int(begin - self._begins[shard]), part):
+                pass
+        return _digest([self.tokens], parts.astype(np.int64))
+
     def gather(self, indices: np.ndarray) -> Rows:
         assert len(indices) == 0 or 0 <= indices.min() <= indices.max() < self._length
         rows = np.empty((len(indices), self.sequence_length + 1), self._dtype)  # inputs, and one target more
@@ -150,6 +167,11 @@ class Stream(Sequences):
             self._shards[shard].read(begin, here)
             yield shard
             row, shard, begin = row[len(here) :], shard + 1, 0
+
+
+def _digest(facts: list[object], *arrays: np.ndarray) -> str:
+    content = [repr(facts).encode(), *(np.ascontiguousarray(array, "<i8").tobytes() for array in arrays)]
+    return hashlib.sha256(b"".join(content)).hexdigest()[:8]
 
 
 def slice_stream(shards: Sequence[Shard], begin: int, end: int) -> list[Shard]:

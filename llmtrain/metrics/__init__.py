@@ -6,8 +6,8 @@ Three kinds of rows, distinguished by their keys:
   tokens_per_second, mfu, step_seconds, memory_bytes, batch_size, and loss_scale under fp16; data_seconds,
   forward_seconds, backward_seconds, optimizer_seconds and other_seconds add up to step_seconds (rows of older
   versions lack them);
-- validation: step, tokens, epoch, val_loss; of text also bits_per_byte (rows of older versions lack it), of classifiers
-  also accuracy, macro_f1, confusion and labels;
+- validation: step, tokens, epoch, val_data (a digest of the validation data), val_loss; of text also bits_per_byte; of
+  classifiers also accuracy, macro_f1, confusion and labels; rows of older versions lack val_data and bits_per_byte;
 - events: event ("save", "refused", "resume", ...), step, and the details of the event.
 
 ``step`` is the number of optimizer steps done when the row was written, ``tokens`` the number of tokens trained on.

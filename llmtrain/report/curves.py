@@ -64,7 +64,9 @@ def draw_run(run_dir: Path) -> Path:
         if validation:
             points, values = _column(validation, "val_loss")
             loss = summary.best_val_loss if summary.accuracy is None else None
-            best = "" if loss is None else f", best {format.loss(loss)}"
+            best = (
+                "" if loss is None else f", best {format.loss(loss)}{', before training' * summary.is_best_untrained}"
+            )
             size = 4 if len(points) <= 40 else 0
             loss_axes.plot(
                 points, values, "o-", color=VALIDATION, linewidth=1.6, markersize=size, label="validation" + best

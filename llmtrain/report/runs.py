@@ -17,7 +17,11 @@ from llmtrain.config.stored_config import flatten
 from llmtrain.metrics import Row, read_metrics, validation_score
 
 DEPTH = 3  # levels below a target that are searched for runs: runs/sweeps/<sweep>/<job>
-PLACES = ("name", "output_dir", "run_dir")  # keys of the name and place of a run, without effect on its training
+PLACES = ("name", "output_dir", "run_dir", "plugins")  # keys of a run's name, place and code
+# Beginnings of keys that decide what is stored and shown of a run, and nothing about its training.
+NOT_TRAINING = ("checkpoint.", "metrics.", "loop.sample_", "runtime.profile", "data.cache_dir")
+# Keys of the data that change neither the validation text nor its tokens.
+NOT_VALIDATION = ("data.sequence_length", "data.shuffle", "data.cache_dir", "data.balance", "data.pack")
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,14 @@ class RunSummary:
     macro_f1: float | None = None
     confusion: Sequence[Sequence[int]] = ()  # rows: true classes, columns: predicted ones
     labels: Sequence[str] = ()
+    val_data: str | None = None  # a digest of the validation data; None: not known
+    diverged: bool = False  # its last losses are not finite, or higher than before training
     parent: tuple[str, int] | None = None  # of a branch: the name of its parent, and the step after which it begins
+
+    @property
+    def is_best_untrained(self) -> bool:
+        """True if no validation was better than that before training."""
+        return self.best_val_step == 0
 
     @property
     def lineage(self) -> str:
@@ -122,6 +133,8 @@ def summarise(run_dir: Path) -> RunSummary:
         macro_f1=best.get("macro_f1"),
         confusion=best.get("confusion", ()),
         labels=best.get("labels", ()),
+        val_data=best.get("val_data"),
+        diverged=has_diverged(trained, validated, best),
         parent=_read_parent(run_dir / ENVIRONMENT),
     )
 
@@ -129,18 +142,63 @@ def summarise(run_dir: Path) -> RunSummary:
 def ranked(runs: Sequence[RunSummary]) -> list[RunSummary]:
     """Sort, best first, by the accuracy of a classifier, then validation loss, then last training loss.
 
-    Unknown and non-finite values come last.
+    Unknown and non-finite values come last of those that have learned something; then the runs whose best validation is
+    that before training.
     """
-    return sorted(runs, key=lambda run: (-(run.accuracy or 0), _order(run.best_val_loss), _order(run.final_loss)))
+    return sorted(
+        runs,
+        key=lambda run: (
+            run.best_val_loss is not None and run.is_best_untrained,
+            -(run.accuracy or 0),
+            _order(run.best_val_loss),
+            _order(run.final_loss),
+        ),
+    )
+
+
+def has_diverged(trained: Sequence[Row], validated: Sequence[Row], best: Row) -> bool:
+    """Return whether the last losses are not finite, or no better than before training."""
+    losses = [rows[-1][key] for rows, key in ((trained, "loss"), (validated, "val_loss")) if rows]
+    if any(loss is None or not math.isfinite(loss) for loss in losses):
+        return True
+    return best.get("step") == 0 and bool(trained) and trained[-1]["loss"] > best["val_loss"]
+
+
+def by_validation_data(runs: Sequence[RunSummary]) -> list[list[RunSummary]]:
+    """Divide ``runs`` into those whose validation losses can be compared: on the same data, in the same tokens.
+
+    Runs without a validation loss are with those of their data, or together at the end.
+    """
+    validated = [run for run in runs if run.best_val_loss is not None]
+    by_digest = all(run.val_data is not None for run in validated)  # older versions did not write it
+    groups: dict[str, list[RunSummary]] = {}
+    for run in validated:
+        groups.setdefault(str(run.val_data) if by_digest else _validation_settings(run), []).append(run)
+    rest = []
+    for run in runs:
+        if run.best_val_loss is None:
+            own = _validation_settings(run)
+            rest.append(run)
+            for group in groups.values():
+                if any(_validation_settings(other) == own for other in group):
+                    group.append(rest.pop())
+                    break
+    return [*groups.values(), *([rest] if rest else [])]
+
+
+def _validation_settings(run: RunSummary) -> str:
+    keys = [key for key in run.config if key.startswith(("data.", "tokenizer.")) and key not in NOT_VALIDATION]
+    return repr(sorted((key, run.config[key]) for key in keys))
 
 
 def differences(runs: Sequence[RunSummary]) -> dict[str, list[Any]]:
-    """Find the settings in which ``runs`` differ: dotted key -> the value of each run.
+    """Find the settings of training in which ``runs`` differ: dotted key -> the value of each run.
 
     Different options of a group appear as one setting, the group's name; keys that only some of its options have are
     left out.
     """
-    keys = [key for key in runs[0].config if key not in PLACES and all(key in run.config for run in runs)]
+    keys = [key for key in runs[0].config if key not in PLACES and not key.startswith(NOT_TRAINING)]
+    keys = [key for key in keys if all(key in run.config for run in runs)]
     result: dict[str, list[Any]] = {}
     for key in keys:
         values = [run.config[key] for run in runs]

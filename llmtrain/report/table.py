@@ -4,20 +4,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from llmtrain.base import format
 from llmtrain.base.format import setting, visible
-from llmtrain.report.runs import RunSummary, differences, find_runs, ranked, summarise
+from llmtrain.report.runs import RunSummary, by_validation_data, differences, find_runs, ranked, summarise
 
 MAX_SETTINGS = 5  # columns for the settings that differ
 STATE_STYLES = {"finished": "green", "running": "cyan", "failed": "bold red", "interrupted": "yellow"}
 UNLIMITED = 10_000  # columns
 
 FIGURES: dict[str, Callable[[RunSummary], str]] = {
-    "val loss": lambda run: _shown(run.best_val_loss, format.loss),
+    "val loss": lambda run: _shown(run.best_val_loss, format.loss) + "*" * run.is_best_untrained,
     "accuracy": lambda run: _shown(run.accuracy, format.percent),
     "macro-F1": lambda run: _shown(run.macro_f1, "{:.3f}".format),
     "at step": lambda run: _shown(run.best_val_step, "{:,}".format),
@@ -94,9 +94,14 @@ class Comparison:
                 *([Text(visible(run.lineage))] if branches else []),
                 *(Text(setting(settings[key][index])) for key in shown),
                 *(show(run) for show in figures.values()),
-                Text(visible(run.state), style=STATE_STYLES.get(run.state, "dim")),
+                Text(
+                    visible(run.state) + ", diverged" * run.diverged,
+                    style="bold red" if run.diverged else STATE_STYLES.get(run.state, "dim"),
+                ),
             )
         remarks = []
+        if any(run.is_best_untrained for run in self.runs):
+            remarks.append("* before training: no later validation was better")
         if others:
             remarks.append(f"they {'also ' * bool(shown)}differ in " + ", ".join(visible(key) for key in others))
         if left_out:
@@ -119,9 +124,33 @@ def confusion_table(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -
     return table
 
 
-def sweep_table(sweep: Path, swept: Mapping[Path, Mapping[str, str]] | None = None) -> Comparison:
+def comparisons(runs: Sequence[RunSummary], swept: Mapping[Path, Mapping[str, str]] | None = None) -> RenderableType:
+    """Compare ``runs``, in a table for each validation data: losses on other data cannot be ranked together."""
+    groups = by_validation_data(runs)
+    if len(groups) == 1:
+        return Comparison(runs, swept)
+    parts: list[RenderableType] = []
+    for group, title in zip(groups, _titles(groups), strict=True):
+        parts += [Text(), Text(visible(title), style="bold"), Comparison(group, swept)]
+    return Group(Text("validated on different data, so that their losses cannot be compared"), *parts)
+
+
+def _titles(groups: Sequence[Sequence[RunSummary]]) -> list[str]:
+    """A title for each of ``groups``, by the settings of the data in which they differ."""
+    first = [group[0] for group in groups]
+    about = {key: values for key, values in differences(first).items() if key.startswith(("data", "tokenizer"))}
+    titles = []
+    for index, run in enumerate(first):
+        settings = [f"{key}={setting(values[index])}" for key, values in list(about.items())[:MAX_SETTINGS]]
+        if run.best_val_loss is None:
+            settings = ["no validation loss", *settings]
+        titles.append(", ".join(settings or [f"validation data {run.val_data or index + 1}"]))
+    return titles
+
+
+def sweep_table(sweep: Path, swept: Mapping[Path, Mapping[str, str]] | None = None) -> RenderableType:
     """Compare all runs in a sweep's directory, which varied the values ``swept``.  Raises ValueError if it has none."""
-    return Comparison([summarise(run) for run in find_runs([sweep])], swept)
+    return comparisons([summarise(run) for run in find_runs([sweep])], swept)
 
 
 def _shown(value: Any, show: Callable[[Any], str]) -> str:

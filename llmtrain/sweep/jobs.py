@@ -26,10 +26,12 @@ from llmtrain.base.format import visible, width
 from llmtrain.base.invocation import FAILED, FINISHED, INTERRUPTED
 from llmtrain.base.outputs import check_output_directory
 from llmtrain.base.process import cache_folder
+from llmtrain.base.run_files import CONFIG
 from llmtrain.base.run_records import read_summary
 from llmtrain.config import stored_config
+from llmtrain.config.older_versions import with_defaults
 from llmtrain.config.overrides import key_of
-from llmtrain.config.secret_values import redact_arguments
+from llmtrain.config.secret_values import redact, redact_arguments
 from llmtrain.config.stored_config import NOT_RUN_KEYS
 from llmtrain.report.table import sweep_table
 from llmtrain.run.directory import RunDirectory, slug
@@ -64,9 +66,34 @@ class Job:
         return short_hash(yaml.safe_dump(values))
 
     def directory(self, sweep: Path, varied: Sequence[str]) -> RunDirectory:
-        """Return the job's directory, named by the overrides that vary and the digest."""
+        """Return the job's directory, named by the overrides that vary and the digest.
+
+        The digest of an older version is another, as it had fewer keys: its directory is found by its config.
+        """
         label = slug(",".join(redact_arguments(varied)).replace("=", "_"))[:80]
-        return RunDirectory(sweep / f"{label}-{self.digest}")
+        named = sweep / f"{label}-{self.digest}"
+        if not named.exists() and sweep.is_dir():
+            begun = sorted(path for path in sweep.iterdir() if path.name.startswith(f"{label}-"))
+            return RunDirectory(next(filter(self.is_in, begun), named))
+        return RunDirectory(named)
+
+    def is_in(self, path: Path) -> bool:
+        """True if the stored config at ``path`` is the job's, as far as the version that wrote it had the keys.
+
+        A key that it did not have must have its default here.
+        """
+        try:
+            stored = stored_config.load(path / CONFIG)
+        except ValueError:
+            return False
+        ours = stored_config.flatten(redact(stored_config.to_plain(self.run)))
+        theirs = stored_config.flatten(stored)
+        completed = stored_config.flatten(with_defaults(stored))
+        return all(
+            value == (theirs[key] if key in theirs else completed.get(key))
+            for key, value in ours.items()
+            if key.partition(".")[0] not in NOT_RUN_KEYS
+        )
 
 
 def run_sweep(jobs: Sequence[Job], sweep_dir: Path | None, overrides: Sequence[str]) -> int:

@@ -55,6 +55,12 @@ class Evaluator:
     evaluated_step: int | None = field(default=None, init=False)
     sampled_step: int | None = field(default=None, init=False)
 
+    @cached_property
+    def validation_digest(self) -> str:
+        """A digest of the validation data, by which a report knows the runs whose losses can be compared."""
+        assert self.corpus.validation is not None
+        return self.corpus.validation.digest()
+
     def close(self) -> None:
         """Close the file of samples."""
         self.samples_file.close()
@@ -87,7 +93,12 @@ class Evaluator:
         parts = {"val_loss": (self.corpus.validation, self.config.eval_batches)}
         if self.config.eval_train_batches:
             parts["train_loss"] = (self.corpus.train, self.config.eval_train_batches)
-        row: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "epoch": self.log.epoch(state.position)}
+        row: dict[str, Any] = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "epoch": self.log.epoch(state.position),
+            "val_data": self.validation_digest,
+        }
         for name, (sequences, batches) in parts.items():
             result = self._evaluate_on(sequences, batches, micro_batch_size, stop)
             if result is None:

@@ -20,8 +20,8 @@ from llmtrain.base.invocation import Invocation
 from llmtrain.commands.report import Report, main
 from llmtrain.metrics.local import Local
 from llmtrain.report.curves import _draw_panel, _labels, _smooth, _unit, draw_comparison, draw_run
-from llmtrain.report.runs import differences, find_runs, ranked, summarise
-from llmtrain.report.table import Comparison, sweep_table
+from llmtrain.report.runs import by_validation_data, differences, find_runs, ranked, summarise
+from llmtrain.report.table import Comparison, comparisons, sweep_table
 
 
 def make_run(
@@ -419,3 +419,66 @@ def test_headings_are_never_broken(tmp_path: Path, width: int) -> None:
     assert {"run", "state"} <= set(heading.split())
     text = " ".join(line.strip() for line in (heading, *below))
     assert all(f"model.{name}" in text for name in names)
+
+
+# --- runs that cannot be compared --------------------------------------------------------------------------------
+
+
+def validated(path: Path, losses: dict[int, float], digest: str | None, train: float = 3.0, **config: Any) -> Path:
+    """A run with these validation losses by step, on data of that digest."""
+    run = make_run(path, losses=(4.0, train), **config)
+    with Local(log_every=1).build(run, resume_step=99) as metrics:
+        for step, loss in losses.items():
+            known = {} if digest is None else {"val_data": digest}
+            metrics.row({"step": step, "tokens": 64 * step, **known, "val_loss": loss})
+    return run
+
+
+def test_runs_are_ranked_among_those_with_the_same_validation_data(tmp_path: Path) -> None:
+    data = {"data": {"path": "corpus", "cache_dir": "one", "sequence_length": 32}}
+    runs = [
+        validated(tmp_path / "a", {0: 5.0, 2: 3.1}, "11111111", **data),
+        validated(tmp_path / "b", {0: 5.0, 2: 1.5}, "22222222", data={**data["data"], "path": "easy.txt"}),
+        validated(tmp_path / "c", {0: 5.0, 2: 2.9}, "11111111", data={**data["data"], "path": "moved/corpus"}),
+        make_run(tmp_path / "pending", losses=(), exit_reason=None, **data),
+    ]
+    text = show(comparisons([summarise(run) for run in runs]))
+    assert "cannot be compared" in text
+    places = [
+        text.index(word) for word in ("data.path=corpus", "\nc ", "\na ", "\npending", "data.path=easy.txt", "\nb ")
+    ]
+    assert places == sorted(places), text
+    alone = show(comparisons([summarise(runs[0]), summarise(runs[2])]))
+    assert "cannot be compared" not in alone
+
+
+def test_runs_without_a_digest_are_compared_by_their_settings(tmp_path: Path) -> None:
+    same = {"data": {"path": "corpus", "shuffle": True}}
+    older = validated(tmp_path / "older", {2: 3.0}, None, **same)
+    newer = validated(tmp_path / "newer", {2: 3.0}, "11111111", data={"path": "corpus", "shuffle": False})
+    other = validated(tmp_path / "other", {2: 3.0}, "11111111", data={"path": "corpus2", "shuffle": True})
+    groups = by_validation_data([summarise(run) for run in (older, newer, other)])
+    assert [[run.path.name for run in group] for group in groups] == [["older", "newer"], ["other"]]
+
+
+def test_a_best_before_training_is_marked_and_ranked_last(tmp_path: Path) -> None:
+    diverged = validated(tmp_path / "diverged", {0: 5.5533, 2: 9.0}, "1", train=8.0)
+    lost = validated(tmp_path / "lost", {0: 5.5, 2: math.nan}, "1", train=math.nan)
+    worse = validated(tmp_path / "worse", {0: 5.5533, 2: 5.4}, "1")
+    text = show(comparisons([summarise(run) for run in (diverged, lost, worse)]))
+    lines = text.splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["worse", "lost", "diverged"]
+    assert "5.5533*" in lines[3]
+    assert lines[3].rstrip().endswith("finished, diverged")
+    assert lines[2].rstrip().endswith("finished, diverged")
+    assert "diverged" not in lines[1]
+    assert "*" not in lines[1]
+    assert "* before training" in text
+
+
+def test_settings_that_train_nothing_are_no_columns(tmp_path: Path) -> None:
+    runs = []
+    for at in (1, 2):
+        config = {"checkpoint": {"keep_last": at}, "metrics": {"log_every": at}, "loop": {"sample_every": at}}
+        runs.append(make_run(tmp_path / str(at), lr=at, **config))
+    assert list(differences([summarise(run) for run in runs])) == ["optimizer.lr"]

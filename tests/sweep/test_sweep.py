@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from llmtrain.config.compose import compose
+from llmtrain.sweep.jobs import Job
 from tests.helpers.cli import TINY, llmtrain, rows
 
 SWEEP = ("train", "-m", *TINY, "loop.max_steps=6", "loop.eval_every=3", "checkpoint.every_steps=2")
@@ -51,6 +53,43 @@ def test_a_sweep_ranks_its_runs_and_skips_what_is_done(finished: tuple[Path, str
 def test_another_order_of_overrides_is_the_same_sweep(folder: Path) -> None:
     again = llmtrain("train", "runtime.seed=1", *SWEEP[1:], "optimizer.lr=1e-4,1e-3,1e-2", cwd=folder)
     assert again.stdout.count("finished already") == 3
+
+
+def of_an_older_version(job: Path, *, without: str) -> Path:
+    """The job as a version without the key ``without`` has left it: its digest was another."""
+    config = (job / "config.yaml").read_text()
+    assert f"  {without}: " in config
+    (job / "config.yaml").write_text("".join(
+        line for line in config.splitlines(keepends=True) if not line.startswith(f"  {without}: ")
+    ))  # fmt: skip
+    return job.rename(job.with_name(f"{job.name.rpartition('-')[0]}-0123abcd"))
+
+
+def test_a_sweep_of_an_older_version_goes_on(folder: Path) -> None:
+    """A key that has come since does not make its jobs others, unless the command sets it."""
+    older = [of_an_older_version(job, without="whole_batches") for job in runs(folder)]
+    again = llmtrain(*SWEEP, "optimizer.lr=1e-4,1e-3,1e-2", "runtime.seed=1", cwd=folder)
+    assert again.stdout.count("finished already") == 3
+    assert runs(folder) == sorted(older)
+
+
+def test_a_job_is_found_by_its_digest_or_its_config(folder: Path) -> None:
+    jobs = [
+        Job.check(compose("train", overrides), overrides)
+        for overrides in (
+            [*SWEEP[2:], "runtime.seed=1", "optimizer.lr=1e-3"],
+            [*SWEEP[2:], "runtime.seed=1", "optimizer.lr=1e-3", "loop.whole_batches=true"],
+            [*SWEEP[2:], "runtime.seed=2", "optimizer.lr=1e-3"],
+        )
+    ]
+    (begun,) = (job for job in runs(folder) if job.name.startswith("optimizer.lr_0.001-"))
+    found = [job.directory(begun.parent, ["optimizer.lr=0.001"]).path for job in jobs]
+    assert [path == begun for path in found] == [True, False, False]
+    begun = of_an_older_version(begun, without="whole_batches")
+    found = [job.directory(begun.parent, ["optimizer.lr=0.001"]).path for job in jobs]
+    assert [path == begun for path in found] == [True, False, False]
+    (begun / "config.yaml").write_text("- no config")
+    assert jobs[0].directory(begun.parent, ["optimizer.lr=0.001"]).path != begun
 
 
 @pytest.fixture(scope="module")
