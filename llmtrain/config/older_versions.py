@@ -12,6 +12,7 @@ from llmtrain.config.stored_config import escape
 # Values that keep the meaning of stored configs without these keys, where today's defaults would change it.
 FORMER: dict[str, dict[str, Any]] = {
     "llmtrain.data.text.Text": {"files": "plain", "split": "documents"},
+    "llmtrain.data.shards.Shards": {"dtype": "uint16"},
     "llmtrain.data.python_stdlib.PythonStdlib": {"split": "documents"},
 }
 

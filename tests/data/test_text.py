@@ -11,10 +11,10 @@ import pytest
 import zstandard
 
 from llmtrain.data import Corpus
+from llmtrain.data.order.document_split import Split
 from llmtrain.data.python_docs import PythonDocs
 from llmtrain.data.python_stdlib import PythonStdlib
 from llmtrain.data.sources.files import read_memo, write_memo
-from llmtrain.data.order.document_split import Split
 from llmtrain.data.text import Text, TextFiles
 from llmtrain.tokenizer import Tokenizer
 from tests.data.harm import flip_unnoticed
