@@ -22,7 +22,8 @@ def split_documents(lengths: np.ndarray, hashes: np.ndarray, sources: np.ndarray
     They are about ``fraction`` of all tokens, whatever the sizes of the documents.  A document of more than ``SMALL``
     of the validation tokens is cut.  The others are chosen by the ``hashes`` of their content, so neither their order
     nor their size matters, and equal documents stay together.  ``sources``, the numbers of the files that hold them,
-    are treated one by one where they are large, so that each gives its share.
+    are treated one by one where they are large, so that each gives its share.  Where this gives less than half of the
+    fraction, since most documents equal others or all are tiny, nothing validates.
     """
     held_out = np.zeros(len(lengths), np.int64)
     limit = SMALL * fraction * int(lengths.sum())
@@ -32,15 +33,14 @@ def split_documents(lengths: np.ndarray, hashes: np.ndarray, sources: np.ndarray
     held_out[first[is_cut]] = np.round(fraction * tokens[is_cut]).astype(np.int64)
     stays = (counts > 1) & (tokens > limit)  # cut, equal documents would validate with what they train
     whole = np.flatnonzero(~is_cut & ~stays)
-    if not len(whole):
-        return held_out
     share = fraction * (1 + tokens[stays].sum() / max(tokens[whole].sum(), 1))
     chosen = np.zeros(len(first), np.int64)
     chosen[whole] = _choose(
         tokens[whole], counts[whole] == 1, sources[first[whole]], min(share, (1 + fraction) / 2), limit
     )
     is_part = chosen[members] < tokens[members]  # then the document has no equal
-    return np.where(chosen[members] == 0, held_out, np.where(is_part, chosen[members], lengths))
+    held_out = np.where(chosen[members] == 0, held_out, np.where(is_part, chosen[members], lengths))
+    return held_out if held_out.sum() > limit / SMALL / 2 else np.zeros(len(lengths), np.int64)
 
 
 def _choose(
