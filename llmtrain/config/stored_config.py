@@ -37,6 +37,7 @@ FORMER: dict[str, dict[str, Any]] = {  # of keys that older versions did not hav
     "llmtrain.data.instruction.Instruction": {"split_at_responses": True},
     "llmtrain.data.python_docs.PythonDocs": {"remove_repeats": False},
     "llmtrain.data.python_stdlib.PythonStdlib": {"split": "documents"},
+    "llmtrain.data.shards.Shards": {"dtype": "uint16"},
     "llmtrain.data.text.Text": {"files": "plain", "split": "documents"},
     "llmtrain.objective.classification.Classification": {"weighted_mean": False},
     "llmtrain.tokenizer.huggingface.HuggingFace": {"version": 1},

@@ -1,5 +1,6 @@
 """Base of the options whose data are examples: from files of records to a :class:`Corpus`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from llmtrain.data.cache.example_writer import write_examples
 from llmtrain.data.cached_data import CachedData, training_files
 from llmtrain.data.example_format import ExampleFormat, T
 from llmtrain.data.examples import Examples
-from llmtrain.data.sources.files import stamp
-from llmtrain.data.sources.records import find_records
+from llmtrain.data.sources.files import remember, stamp
+from llmtrain.data.sources.records import count_stray_quotes, find_records, record_suffix
+from llmtrain.data.sources.search import LeftOut
 from llmtrain.tokenizer import Tokenizer
 
 
@@ -25,7 +27,8 @@ class ExampleData(CachedData, ExampleFormat[T]):
     validation_path: str | None
 
     def open(self, tokenizer: Tokenizer, *, verify: bool) -> Corpus:
-        train, validation = self._find_files()
+        left_out = [LeftOut(), LeftOut()]
+        train, validation = self._find_files(left_out)
         before = [stamp(file) for file in train + validation]
         hashes = self.hashes(train + validation, verify=verify)
         suffixes = [file.suffixes[-2:] for file in train + validation]
@@ -33,6 +36,8 @@ class ExampleData(CachedData, ExampleFormat[T]):
             self.cache_name, hashes, suffixes, len(train), self.validation_fraction, self.sequence_length,
             self.settings(tokenizer), tokenizer.fingerprint,
         ]  # fmt: skip
+        if any(self._stray_quotes(train + validation, verify=verify)):
+            key.append("tsv-2")  # older versions let such a quote swallow the rows after it
         files = ExampleFiles(train, validation, before)
 
         def fill(folder: Path) -> None:
@@ -44,14 +49,20 @@ class ExampleData(CachedData, ExampleFormat[T]):
         new = [FORMAT, *key, self.new_settings()]
         entry = find_or_make(self.cache, new, open_entry, fill, f"{self.noun}s of {self.path}", verify=verify)
         fingerprint = entry.folder.name if entry.index.is_new else name_of([EARLIER_FORMAT, *key])
-        return self._corpus(entry, self.remarks(tokenizer), fingerprint)
+        found = [note for part in left_out for note in part.notes()]
+        return self._corpus(entry, [*found, *self.remarks(tokenizer)], fingerprint)
 
-    def _find_files(self) -> tuple[list[Path], list[Path]]:
-        train = find_records(self.path, "data.path")
+    def _find_files(self, left_out: Sequence[LeftOut]) -> tuple[list[Path], list[Path]]:
+        train = find_records(self.path, "data.path", left_out[0])
         if self.validation_path is None:
             return train, []
-        validation = find_records(self.validation_path, "data.validation_path")
+        validation = find_records(self.validation_path, "data.validation_path", left_out[1])
         return training_files(self.path, train, validation), validation
+
+    def _stray_quotes(self, files: Sequence[Path], *, verify: bool) -> list[int]:
+        """The rows of each TSV file with a double quote that nothing closes."""
+        tables = [file for file in files if record_suffix(file) == ".tsv"]
+        return remember(self.cache / "tsv.json", tables, count_stray_quotes, verify=verify)
 
     def _corpus(self, entry: ExampleCacheEntry, remarks: list[str], fingerprint: str) -> Corpus:
         train = Examples(entry.train, self.sequence_length, is_packed=self.packs)

@@ -3,21 +3,25 @@
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from llmtrain.base.format import percent
 from llmtrain.base.options import RunFacts
 from llmtrain.data import Corpus
+from llmtrain.data.cache.id_width import TokenType
 from llmtrain.data.cache.integrity import DamagedFile, open_checked
 from llmtrain.data.cache.shard_index import INDEX
 from llmtrain.data.cache.token_file import TokenFile, TokenFileFormat, read_indices, recognise
 from llmtrain.data.cache.token_reader import TokenSlice
 from llmtrain.data.cached_data import CachedData, training_files
-from llmtrain.data.sources.search import find_files
+from llmtrain.data.sources.search import LeftOut, find_files, nothing_found
 from llmtrain.data.text_data import make_corpus
 from llmtrain.tokenizer import Tokenizer
 
 # train.bin and val.bin (nanoGPT), fineweb_val_000000.bin (llm.c), validation-00000.bin (ours)
+BESIDE = (".idx", ".json")  # of files that describe token files
 VALIDATION = re.compile(r"(?<![a-z])val(id(ation)?)?(?![a-z])", re.IGNORECASE)
 
 
@@ -32,15 +36,17 @@ class Shards(CachedData):
     path: str
     validation_path: str | None
     format: TokenFileFormat
+    dtype: TokenType
 
     def open(self, tokenizer: Tokenizer, *, verify: bool) -> Corpus:
-        train, validation = self._find_parts()
+        left_out = [LeftOut(), LeftOut()]
+        train, validation = self._find_parts(left_out)
         files = self._recognise([*train, *validation], tokenizer)
         try:
             tokens = open_checked(files, tokenizer.vocab_size, self.cache, verify=verify)
         except DamagedFile as error:
             raise ValueError(f"{error}; restore it from a copy or prepare the shards again") from error
-        return make_corpus(
+        corpus = make_corpus(
             tokens[: len(train)],
             tokens[len(train) :],
             validation_fraction=self.validation_fraction,
@@ -48,6 +54,8 @@ class Shards(CachedData):
             name=f"shards {self.path}, {len(train)} file{'s' * (len(train) != 1)}",
             fingerprint=fingerprint_of(tokens, len(train)),
         )
+        notes = tuple(note for part in left_out for note in part.notes())
+        return replace(corpus, notes=notes, split=_describe(validation, corpus))
 
     def unread(self, run: RunFacts) -> dict[str, str]:
         if self.validation_path is not None:
@@ -65,10 +73,10 @@ class Shards(CachedData):
             "data, whole; to cut off a share of the others, name only these in data.path"
         }
 
-    def _find_parts(self) -> tuple[list[Path], list[Path]]:
-        files, validation = _find(self.path), []
+    def _find_parts(self, left_out: Sequence[LeftOut]) -> tuple[list[Path], list[Path]]:
+        files, validation = _find(self.path, "data.path", left_out[0]), []
         if self.validation_path is not None:
-            validation = _find(self.validation_path)
+            validation = _find(self.validation_path, "data.validation_path", left_out[1])
         elif files != [Path(self.path).expanduser()]:
             validation = [file for file in files if VALIDATION.search(file.stem)]
         train = training_files(self.path, files, validation)
@@ -76,7 +84,19 @@ class Shards(CachedData):
 
     def _recognise(self, paths: list[Path], tokenizer: Tokenizer) -> list[TokenFile]:
         indices = read_indices({path.parent for path in paths}, self.format)
-        files = [recognise(path, self.format, indices.get(path.parent)) for path in paths]
+        recognised = [
+            recognise(path, self.format, indices.get(path.parent), self.dtype, tokenizer.vocab_size) for path in paths
+        ]
+        types = {file.dtype for file in recognised if file is not None}
+        types_known = ", ".join(name for name in TokenType.__members__ if name != "auto")
+        files = []
+        for path, file in zip(paths, recognised, strict=True):
+            if file is None and len(types) != 1:
+                raise ValueError(
+                    f"{path}: the type of its ids is not clear, with a vocabulary of {tokenizer.vocab_size:,}; "
+                    f"name it with data.dtype=TYPE (one of {types_known})"
+                )
+            files.append(file or TokenFile(path, next(iter(types)), 0))
         for file in files:
             if file.tokenizer not in (None, tokenizer.fingerprint):
                 raise ValueError(
@@ -91,5 +111,17 @@ def fingerprint_of(tokens: list[TokenSlice], train: int) -> str:
     return hashlib.sha256(json.dumps([train, parts]).encode()).hexdigest()[:32]
 
 
-def _find(path: str) -> list[Path]:
-    return find_files(path, lambda file: file.suffix == ".bin", "token file (.bin)")
+def _find(path: str, key: str, left_out: LeftOut) -> list[Path]:
+    found = find_files(path, lambda file: file.suffix in (".bin", *BESIDE), "token file (.bin)", key, left_out)
+    files = [file for file in found if file.suffix not in BESIDE or file in left_out.named]
+    if not files:
+        raise nothing_found(path, "token file (.bin)", key, left_out)
+    return files
+
+
+def _describe(validation: Sequence[Path], corpus: Corpus) -> str:
+    if corpus.validation is None:
+        return ""
+    share = percent(corpus.validation.tokens / (corpus.validation.tokens + corpus.train.tokens))
+    names = [file.name for file in validation[:3]] + ["…"] * (len(validation) > 3)
+    return f"{share} of the tokens: {', '.join(names) or 'the last of them'}"

@@ -22,7 +22,7 @@ WORD_ENDS = (r"[^\W_](?=\s)", r"[^\W_](?=[!-&(-/:-@[-^`{-~—…、。！（）�
 # As patterns to match from the start of a text, greedily: the match ends at the last such place.
 CUTS = [re.compile(f".*{end}", re.DOTALL) for end in WORD_ENDS]
 
-LONGEST_WORD = 1 << 14  # characters that are merged together
+LONGEST_WORD = 1 << 12  # characters that are merged together
 
 UNUSED = "\N{REPLACEMENT CHARACTER}".encode()  # the bytes of an id without a token
 

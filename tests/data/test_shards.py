@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from llmtrain.data import Corpus
+from llmtrain.data.cache.id_width import TokenType
 from llmtrain.data.cache.token_cache import DocumentSource, prepare
 from llmtrain.data.cache.token_file import TokenFileFormat
 from llmtrain.data.cache.token_reader import BLOCK
@@ -63,11 +64,11 @@ def ours(tmp_path: Path, byte: Tokenizer) -> Path:
 
 
 def build(path: Path | str, common: dict[str, Any], tokenizer: Tokenizer | None = None) -> Corpus:
-    return Shards(path=str(path), **common).build(tokenizer or Byte().build())
+    return Shards(path=str(path), **({"dtype": TokenType.auto} | common)).build(tokenizer or Byte().build())
 
 
 def verify(path: Path | str, common: dict[str, Any]) -> Corpus:
-    return Shards(path=str(path), **common).verify(Byte().build())
+    return Shards(path=str(path), **({"dtype": TokenType.auto} | common)).verify(Byte().build())
 
 
 def gpt2_sized() -> Tokenizer:

@@ -1,5 +1,6 @@
 """Encoded documents in one file, until it is decided which of them validate."""
 
+import os
 from array import array
 from hashlib import blake2b
 from pathlib import Path
@@ -72,9 +73,9 @@ class DocumentStore:
             end = int(ends[after - 1])
             if kinds[first] == 2:
                 cut = end - int(held_out[first])
-                self._copy(begin, cut, train, 0)
-                train.write(end_of_text, 1)
-                self._copy(cut, end, validation, 1)
+                self._copy(begin, cut, train, 1)
+                train.write(end_of_text, 0)
+                self._copy(cut, end, validation, 0)
             else:
                 self._copy(begin, end, (train, validation)[kinds[first]], after - first)
             begin = end
@@ -105,7 +106,7 @@ class DocumentStore:
         return held_out
 
     def _describe(self, lengths: np.ndarray, held_out: np.ndarray, sources: np.ndarray) -> str:
-        names = list(self._numbers)
+        names = _shorten(list(self._numbers))
         whole, cut = int((held_out == lengths).sum()), int(((held_out > 0) & (held_out < lengths)).sum())
         parts = [f"{whole:,} whole"] * (whole > 0) + [f"the end of {cut:,}"] * (cut > 0)
         if not parts:
@@ -119,6 +120,14 @@ class DocumentStore:
         nothing = f"; nothing of {', '.join(unused)}" if unused else ""
         share = percent(held_out.sum() / lengths.sum())
         return f"{share} of the tokens; of {len(lengths):,} documents {' and '.join(parts)}: {shown}{rest}{nothing}"
+
+
+def _shorten(names: list[str]) -> list[str]:
+    """Paths without the folders that they share; other names as they are."""
+    if not all(map(os.path.isabs, names)):
+        return names
+    folder = os.path.dirname(names[0]) if len(names) == 1 else os.path.commonpath(names)  # noqa: PTH120
+    return [os.path.relpath(name, folder) for name in names]
 
 
 def _ends_line(left: bytes, right: bytes) -> bool:

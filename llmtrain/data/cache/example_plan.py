@@ -78,8 +78,7 @@ def plan_examples(data: ExampleFormat[Any], files: ExampleFiles) -> ExamplePlan:
     if data.has_labels:
         _number_labels(data, plan, list(combinations), first)
     _report_duplicates(data, plan, to_column(hashes))
-    if reader.blank:
-        plan.notes.append(f"{reader.blank:,} empty lines were skipped")
+    plan.notes += reader.notes()
     plan.notes += count_notes(remarks, len(purposes), data.noun)
     if unread:
         columns = [f"{name} ({number:,})" for name, number in unread.most_common(MOST_COLUMNS)]

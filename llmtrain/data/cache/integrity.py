@@ -85,7 +85,8 @@ def _explain_ids(file: TokenFile, vocab_size: int) -> None:
         if (beyond := np.flatnonzero(ids >= vocab_size)).size:
             raise ValueError(
                 f"{file.path}: token {begin + int(beyond[0]):,} is {ids[beyond[0]]}, beyond the tokenizer's vocabulary "
-                f"of {vocab_size:,}; take the tokenizer that made the file, or another data.format"
+                f"of {vocab_size:,}; take the tokenizer that made the file, or name data.dtype, the type "
+                "of its ids, or its data.format"
             )
         begin += len(ids)
 

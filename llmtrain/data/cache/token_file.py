@@ -8,6 +8,7 @@ from typing import Self
 
 import numpy as np
 
+from llmtrain.data.cache.id_width import TokenType, type_beside, type_of_ids
 from llmtrain.data.cache.shard_index import INDEX, Shard, ShardIndex
 
 HEADER = np.dtype(("<i4", 256))
@@ -20,7 +21,7 @@ class TokenFileFormat(Enum):
 
     auto = "from the content: a header of llm.c, an index.json beside the file, else nanogpt"
     llmtrain = "this program's shards, with their index.json"
-    nanogpt = "ids as uint16, nothing else"
+    nanogpt = "ids alone, of data.dtype"
     llmc = "llm.c's and modded-nanogpt's: 256 int32 (magic, version, number of tokens), then ids as uint16 or uint32"
 
 
@@ -53,10 +54,13 @@ def read_indices(folders: Iterable[Path], form: TokenFileFormat) -> dict[Path, S
         ) from error
 
 
-def recognise(path: Path, form: TokenFileFormat, index: ShardIndex | None) -> TokenFile:
-    """Recognise the format of a token file; ``index`` is the one of its folder.
+def recognise(
+    path: Path, form: TokenFileFormat, index: ShardIndex | None, dtype: TokenType, vocab_size: int
+) -> TokenFile | None:
+    """Recognise the format of a token file; ``index`` is the one of its folder, ``dtype`` for raw ids.
 
-    Raises ValueError, naming the file, if it is empty, cut or of another format.
+    None if it is not clear of which type its ids are.  Raises ValueError, naming the file, if it is empty, cut or of
+    another format.
     """
     try:
         size = path.stat().st_size
@@ -84,6 +88,20 @@ def recognise(path: Path, form: TokenFileFormat, index: ShardIndex | None) -> To
                 f"{path}: cut or damaged: {size:,} bytes, where its header says {tokens:,} tokens ({expected:,} bytes)"
             )
         return TokenFile(path, file_dtype, HEADER.itemsize)
+    if head.startswith(b"\x93NUMPY"):
+        raise ValueError(f"{path}: a NumPy file, with a header; write the ids alone, with ids.tofile(NAME)")
+    if dtype is not TokenType.auto:
+        return _raw(path, size, dtype.dtype)
+    if found := type_beside(path, size):
+        return _raw(path, size, found)
     if size % 2:
         raise ValueError(f"{path}: cut or no token file: {size:,} bytes is no whole number of uint16 ids")
-    return TokenFile(path, "<u2", 0)
+    found = type_of_ids(path, size, vocab_size)
+    return _raw(path, size, found) if found else None
+
+
+def _raw(path: Path, size: int, dtype: str) -> TokenFile:
+    itemsize = np.dtype(dtype).itemsize
+    if size % itemsize:
+        raise ValueError(f"{path}: cut or no token file: {size:,} bytes is no whole number of ids of {itemsize} bytes")
+    return TokenFile(path, dtype, 0)

@@ -177,6 +177,14 @@ def find_records(path: str, key: str, left_out: LeftOut | None = None) -> list[P
     return files
 
 
+def count_stray_quotes(path: Path) -> int:
+    """The rows of a TSV file with a double quote that opens a field and that nothing closes."""
+    reader = RecordReader()
+    for _ in reader.read(path):
+        pass
+    return reader.stray_quotes
+
+
 def record_suffix(path: Path) -> str:
     """The suffix that names the format of ``path``, without that of a compression."""
     name = Path(path.stem) if path.suffix in COMPRESSIONS else path

@@ -78,8 +78,8 @@ def find_files(
     """The files that ``path``, the value of the setting ``key``, names: a file, a folder or a glob of those.
 
     Sorted.  From a folder and its subfolders, linked ones too with ``follows_links``, come the files that ``is_wanted``
-    accepts (``wanted``: the same in words), except hidden ones; ``left_out`` counts the others.  A file that is named or
-    matched itself is always taken.  Raises ValueError if there is none.
+    accepts (``wanted``: the same in words), except hidden ones; ``left_out`` counts the others.  A file that is named
+    or matched itself is always taken.  Raises ValueError if there is none.
     """
     literal = Path(path).expanduser()
     left_out = LeftOut() if left_out is None else left_out

@@ -127,7 +127,7 @@ def _file_of_rows(file: Path, column: str | None, left_out: LeftOut) -> list[Tex
         return [TextFile(file, column)]
     columns = list(first.values)
     candidates = [name for name in columns if name.lower() in TEXT_COLUMNS] or columns
-    if len(candidates) == 1:
+    if len(candidates) == 1 and isinstance(first.values[candidates[0]], str | None):
         return [TextFile(file, candidates[0])]
     listed = _few(columns, 20)
     if candidates == columns and file not in left_out.named:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmtrain.data.cache.shard_index import INDEX, ShardIndex
+from llmtrain.data.cache.shard_index import INDEX, TextIndex
 from llmtrain.data.cache.token_cache import DocumentSource, TokenCacheEntry, prepare
 from llmtrain.data.cache.token_reader import TokenSlice
 from llmtrain.data.sources.documents import DocumentPiece
@@ -73,7 +73,7 @@ def test_an_entry_holds_the_documents_of_both_parts_and_their_hashes(tmp_path: P
         raw = (folder / shard.name).read_bytes()
         assert len(raw) == 2 * shard.tokens
         assert hashlib.sha256(raw).hexdigest() == shard.sha256
-    assert ShardIndex.read(folder) == index
+    assert TextIndex.read(folder) == index
 
 
 def test_large_vocabularies_take_32_bits(tmp_path: Path, byte: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
