@@ -7,21 +7,19 @@ from omegaconf import OmegaConf
 
 from llmtrain.config.compose import compose
 from llmtrain.config.folders import conf_dir
-from llmtrain.config.stored_config import escape
-
-# Values of keys that older versions did not have, where today's default would make another run of theirs.
-FORMER = {"llmtrain.data.python_docs.PythonDocs": {"remove_repeats": False}}
+from llmtrain.config.stored_config import OLDER, escape
 
 
 def complete(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Add to ``stored`` the keys that an older version did not have, with today's defaults.
+    """Add to ``stored`` the keys that an older version did not have, as in ``OLDER`` or with today's defaults.
 
-    A group comes from ``conf/train.yaml``, a key of an option from ``FORMER`` or the YAML of that option.  If several
-    YAMLs name its class and do not agree (the sizes of a model), the key stays missing: :func:`build` reports it.
+    A group comes from ``conf/train.yaml``, a key of an option from the YAML of that option.  If several YAMLs name
+    its class and do not agree (the sizes of a model), the key stays missing: :func:`build` reports it.
     """
     values = dict(stored)
     for group, node in stored.items():
         if isinstance(node, Mapping) and "_target_" in node:
+            node = {**OLDER.get(str(node["_target_"]), {}), **node}
             values[group] = {**node, **_defaults_for(group, node, stored)}
     path = conf_dir() / "train.yaml"
     train: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False) if path.is_file() else {}
@@ -35,7 +33,6 @@ def complete(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 def _defaults_for(group: str, node: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that ``node`` lacks, from the YAMLs of its group that name its class."""
-    former = FORMER.get(str(node["_target_"]), {})
     found: dict[str, list[Any]] = {}
     for path in sorted((conf_dir() / group).glob("*.yaml")):
         if str(node["_target_"]) not in path.read_text(encoding="utf-8"):  # avoids parsing YAML, which is slow
@@ -45,7 +42,6 @@ def _defaults_for(group: str, node: Mapping[str, Any], stored: Mapping[str, Any]
             for key in option.keys() - node.keys() - {"defaults"}:
                 found.setdefault(key, []).append(option[key])
     agreed = {key: options[0] for key, options in found.items() if all(value == options[0] for value in options)}
-    agreed |= {key: value for key, value in former.items() if key not in node}
     if not agreed:
         return {}
     whole = OmegaConf.create({**escape(stored), group: {**escape(node), **agreed}})

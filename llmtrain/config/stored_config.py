@@ -29,6 +29,10 @@ MOVED = {  # classes by the names that older versions wrote
 
 REMOVED = {"checkpoint": ("step",)}  # keys that older versions wrote, by group: they never changed what a run does
 
+OLDER = {  # of keys that an older version did not have, the values that mean what it did, by class
+    "llmtrain.data.python_docs.PythonDocs": {"remove_repeats": False},
+}
+
 
 class ConfigError(ValueError):
     """A config that cannot be used; the message names key, value and remedy."""
