@@ -52,8 +52,8 @@ def draw_run(folder: Path) -> None:
     while "finished at" not in screen:
         time.sleep(0.5)
         screen = tmux("capture-pane", "-e", "-p")  # fails if the run does, as the terminal ends with it
-        step = re.search(r"\s(\d+)/150  [\d.]+%", re.sub(r"\x1b\[[\d;]*m", "", screen))
-        if step and 130 <= int(step[1]) < 150:
+        step = re.search(r"\s(\d+)/840  [\d.]+%", re.sub(r"\x1b\[[\d;]*m", "", screen))
+        if step and 640 <= int(step[1]) < 830:
             picture = screen
     tmux("kill-server")
     console = Console(width=WIDTH, record=True, file=io.StringIO(), force_terminal=True, legacy_windows=False)

@@ -12,7 +12,7 @@ OVERVIEW = """llmtrain {version}: config-driven training of language models
 Examples
   llmtrain train experiment=laptop
   llmtrain train model=gpt124m data=text data.path=my-text loop.max_steps=5000
-  llmtrain train -m experiment=laptop optimizer.lr=1e-3,2e-3,4e-3
+  llmtrain train -m experiment=laptop optimizer.lr=2.5e-3,5e-3,1e-2
   llmtrain resume runs/2026-11-21/gpt124m-k3v9
   llmtrain verify runs/2026-11-21/gpt124m-k3v9
   llmtrain generate runs/2026-11-21/gpt124m-k3v9 prompt="Once upon a time"

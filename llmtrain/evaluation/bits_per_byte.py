@@ -12,8 +12,8 @@ CHUNK = 1 << 20  # tokens counted at once
 
 
 def bits_per_byte(loss: float, target_bytes: float) -> float | None:
-    """A mean ``loss`` of nats a target as bits a byte; None if the targets stand for no text."""
-    return loss / math.log(2) / target_bytes if target_bytes else None
+    """A mean ``loss`` of nats a target as bits a byte; None if it is not finite, or the targets stand for no text."""
+    return loss / math.log(2) / target_bytes if target_bytes and math.isfinite(loss) else None
 
 
 def mean_target_bytes(sequences: Sequences, tokenizer: Tokenizer, max_sequences: int | None) -> float:

@@ -78,6 +78,18 @@ def test_runs_of_older_versions_keep_their_split(common: dict[str, Any], byte: T
     assert option.build(byte).fingerprint == entry.folder.name
 
 
+def test_a_run_of_an_older_version_resumes_on_its_data(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    settings = ["model=tiny", "tokenizer=byte", "loop.max_steps=1", "loop.eval_batches=1", "loop.sample_every=0"]
+    assert main(["train", *settings, "data.remove_repeats=false", f"run_dir={run}"]) == 0
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("  remove_repeats: false\n", ""))
+    capfd.readouterr()
+    assert main(["resume", str(run), "loop.max_steps=2"]) == 0
+    assert "finished at step 2 of 2" in capfd.readouterr().out
+    assert main(["resume", str(run), "loop.max_steps=3", "data.remove_repeats=true"]) == 2  # other data
+
+
 @pytest.mark.parametrize("fraction", [0.001, 0.99])
 def test_some_topics_train_and_some_validate(fraction: float) -> None:
     train, validation = split_topics(fraction, "python_docs")

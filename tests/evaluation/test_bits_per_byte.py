@@ -21,6 +21,7 @@ TEXT = "The lamp of the lighthouse 🙂 burned all night — “always”. "
 def test_a_uniform_model_of_bytes_has_eight_bits() -> None:
     assert bits_per_byte(math.log(256), 1.0) == pytest.approx(8.0)
     assert bits_per_byte(1.0, 0.0) is None  # no text at all
+    assert bits_per_byte(math.nan, 1.0) is None
 
 
 def test_the_bytes_of_the_targets_are_those_of_the_text() -> None:

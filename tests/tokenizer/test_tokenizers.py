@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import tiktoken_ext.openai_public as published
 
+from llmtrain.data.python_docs import read_topics
 from llmtrain.tokenizer import CUTS, Tokenizer
 from llmtrain.tokenizer.bpe import END_OF_TEXT, PATTERNS, read_ranks
 from llmtrain.tokenizer.byte import Byte
 from llmtrain.tokenizer.gpt2 import GPT2, RANKS
+from llmtrain.tokenizer.python4096 import RANKS as PYTHON_RANKS
 from llmtrain.tokenizer.python4096 import Python4096
 from llmtrain.tokenizer.tiktoken import Tiktoken
 
@@ -72,6 +74,25 @@ def test_gpt2_merges_as_the_reference_algorithm() -> None:
             _, i = min(pairs)
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         assert tokenizer.encode(word).tolist() == [ranks[part] for part in parts]
+
+
+# --- python4096 --------------------------------------------------------------------------------------------------
+
+
+def test_python4096_fits_two_bytes_and_the_text_that_it_is_for() -> None:
+    tokenizer = Python4096().build()
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (4096, 4095)
+    text = " ".join(read_topics("python_docs").values())
+    assert len(text.encode()) / len(tokenizer.encode(text)) > 3.4
+    assert tokenizer.encode("the value of the function").size == 5
+
+
+def test_every_token_of_python4096_is_a_merge_of_two_earlier_ones() -> None:
+    ranks = read_ranks(PYTHON_RANKS)
+    assert sorted(ranks.values()) == list(range(4095))
+    for token, rank in ranks.items():
+        parts = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        assert len(token) == 1 or any(max(ranks.get(a, rank), ranks.get(b, rank)) < rank for a, b in parts), token
 
 
 @pytest.mark.parametrize("text", TEXTS)

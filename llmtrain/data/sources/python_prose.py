@@ -22,6 +22,8 @@ BLOCK_TAGS = {"p", "li", "dt", "dd", "h1", "h2", "h3", "h4", "pre", "section", "
 
 def library_files(folder: Path) -> list[Path]:
     """Source files and help pages of the standard library in ``folder``, sorted by path; not what was added to it."""
+    if not folder.is_dir():  # the library in a zip file
+        return []
     names = [entry for entry in folder.iterdir() if entry.name.removesuffix(".py") in sys.stdlib_module_names]
     files = [entry for entry in names if entry.suffix == ".py" and entry.is_file()]
     for package in names:

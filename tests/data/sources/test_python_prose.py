@@ -70,6 +70,10 @@ def test_the_files_are_those_of_the_library(library: Path) -> None:
     assert found == ["argparse.py", "email/page.rst", "idlelib/__init__.py", "idlelib/help.html", "json/__init__.py"]
 
 
+def test_a_library_in_a_zip_file_has_no_files(tmp_path: Path) -> None:
+    assert library_files(tmp_path / "python311.zip") == []
+
+
 def test_parts_that_are_not_there_are_named(library: Path) -> None:
     assert "idlelib" not in missing_parts(library)
     assert {"pydoc_data", "tkinter", "ensurepip"} <= set(missing_parts(library))
