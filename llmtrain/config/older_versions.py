@@ -28,7 +28,6 @@ def with_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(stored)
     for group, node in stored.items():
         if isinstance(node, Mapping) and "_target_" in node:
-            node = {**OLDER.get(str(node["_target_"]), {}), **node}
             values[group] = {**node, **_defaults_for(group, node, stored)}
     path = conf_dir() / "train.yaml"
     train: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False) if path.is_file() else {}
