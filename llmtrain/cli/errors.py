@@ -11,6 +11,8 @@ from llmtrain.cli.suggestions import key_hint, names_hint
 
 def explain(error: BaseException, verb: str) -> tuple[str | None, int]:
     """Return one message for the user, None for a bug of ours, and the exit status."""
+    if isinstance(error, MemoryError | ImportError) and (message := explain_machine(error)) is not None:
+        return message, FAILED  # before anything else is imported
     from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
 

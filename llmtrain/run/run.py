@@ -65,7 +65,7 @@ class Run(RunConfig):
         run_directory, step = stored.directory, stored.step
         if run_directory.is_older(step):
             raise ValueError(f"step={step}: not the newest checkpoint of {run_directory.path}; branch from it instead")
-        with self.runtime.session() as device, run_directory.lock():
+        with self.runtime.session(run_directory.recorded_threads()) as device, run_directory.lock():
             for folder in (run_directory.path, run_directory.checkpoints):
                 sweep_leftovers(folder)
             plan, parts, state = self.restore(plan_resume(self, stored, branching=False), device, command)
@@ -90,7 +90,7 @@ class Run(RunConfig):
         refuse_several_processes()
         stored = parent if isinstance(parent, StoredRun) else StoredRun(parent.path, step)
         self.check_directory()
-        with self.runtime.session() as device:
+        with self.runtime.session(stored.directory.recorded_threads()) as device:
             plan, parts, state = self.restore(plan_resume(self, stored, branching=True), device, command)
             check_space(self, parts)
             child = self.create_directory()

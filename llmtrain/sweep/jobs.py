@@ -6,6 +6,7 @@ So the same command finds its jobs again: a finished job is skipped, a started o
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from llmtrain.base.files import write_atomically
 from llmtrain.base.format import visible
 from llmtrain.base.invocation import FAILED, FINISHED, INTERRUPTED
 from llmtrain.base.outputs import check_output_directory
+from llmtrain.base.threads import default_threads
 from llmtrain.config import stored_config
 from llmtrain.config.stored_config import NOT_RUN_KEYS
 from llmtrain.report.table import sweep_table
@@ -94,18 +96,28 @@ def run_sweep(jobs: Sequence[Job], sweep_dir: Path | None, overrides: Sequence[s
     return FAILED if any(statuses) else FINISHED
 
 
-def run_alone(job: Job, sweep_dir: Path | None) -> float | None:
-    """Run a job for a launcher or sweeper of Hydra's; returns its best validation loss, which they minimise."""
+def run_alone(job: Job, sweep_dir: Path | None, *, at_once: int = 1) -> float | None:
+    """Run a job for a launcher or sweeper of Hydra's; returns its best validation loss, which they minimise.
+
+    ``at_once``: jobs that run at the same time, which share the cores; as joblib counts, -1: one for each processor.
+    """
     sweep = sweep_dir or Path(job.run.output_dir) / "sweeps" / slug(job.run.name)
     directory = job.directory(sweep, job.overrides)
-    if not directory.is_finished() and (status := run_process(job, directory)):
+    if not directory.is_finished() and (status := run_process(job, directory, threads_of_each(at_once))):
         raise RuntimeError(f"{directory.path}: the job ended with exit status {status}")
     return json.loads(directory.summary.read_text(encoding="utf-8"))["best_val_loss"]
 
 
-def run_process(job: Job, directory: RunDirectory) -> int:
+def threads_of_each(at_once: int) -> int | None:
+    """The number of threads of each of several jobs at once; None: as usual."""
+    jobs = at_once if at_once > 0 else max((os.cpu_count() or 1) + 1 + at_once, 1)
+    return None if jobs == 1 else max(default_threads() // jobs, 1)
+
+
+def run_process(job: Job, directory: RunDirectory, threads: int | None = None) -> int:
     """Run or resume a job in a process of its own; returns its exit status.
 
+    ``threads``: of a job that names no number itself and begins now.
     A signal to this process is forwarded to the job, which saves and exits 75.
     """
     if not directory.config.exists():
@@ -114,8 +126,9 @@ def run_process(job: Job, directory: RunDirectory) -> int:
         write_atomically(directory.config, stored_config.dump(job.run))
     plugins = [f"plugins=[{','.join(job.run.plugins)}]"] if job.run.plugins else []
     command = [sys.executable, "-m", "llmtrain", "resume", str(directory.path), *plugins]
+    shared = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     process = subprocess.Popen(
-        command, process_group=0
+        command, process_group=0, env=os.environ | shared
     )  # out of the terminal's group: a signal reaches it once, through us
 
     def forward(number: int, _: Any) -> None:

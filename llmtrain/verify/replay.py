@@ -58,7 +58,7 @@ def replay(
     scratch_run = RunDirectory(scratch)
     shutil.copy(directory.config, scratch_run.config)
     with contextlib.ExitStack() as stack:
-        device = stack.enter_context(run.runtime.session())
+        device = stack.enter_context(run.runtime.session(directory.recorded_threads()))
         run.runtime.seed_everything()
         parts = assemble(run, device, from_start=checkpoint is None, verify_data=True)
         if checkpoint is None:
