@@ -4,7 +4,6 @@ Imports wait until they are needed: ``--help`` imports no Hydra, ``--cfg job`` n
 """
 
 import sys
-import traceback
 from collections.abc import Sequence
 
 from llmtrain import __version__
@@ -12,9 +11,6 @@ from llmtrain.base.format import visible
 from llmtrain.base.invocation import FAILED, FINISHED
 from llmtrain.base.streams import escape_unknown_characters, flush_standard_output, silence
 from llmtrain.cli.arguments import VERBS, parse
-from llmtrain.cli.completion import complete
-from llmtrain.cli.dispatch import dispatch
-from llmtrain.cli.errors import explain
 from llmtrain.cli.overview import overview
 
 STOPPED = 130  # as a shell reports SIGINT
@@ -25,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     escape_unknown_characters()
     if any(argument in ("-sc", "--shell_completion", "--shell-completion") for argument in arguments):
+        from llmtrain.cli.completion import complete
+
         return complete(arguments)
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -33,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[0] in ("-V", "--version"):
             print(f"llmtrain {__version__}", flush=True)
             return FINISHED
+        from llmtrain.cli.dispatch import dispatch
+
         status = dispatch(parse(arguments))
         sys.stdout.flush()
         return status
@@ -49,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report_error(error: Exception, arguments: Sequence[str]) -> int:
     """Print one message for ``error``, with a traceback for a bug or under ``--debug``; returns the exit status."""
+    import traceback
+
+    from llmtrain.cli.errors import explain
+
     debug = "--debug" in arguments
     if debug:
         complain(traceback.format_exc())
