@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import platform
 import sys
 import time
@@ -14,16 +13,6 @@ from llmtrain.base.gpus import find_gpu
 
 if TYPE_CHECKING:
     import torch
-
-
-def physical_cores() -> int:
-    """Count the physical cores that this process may use; two hyper-threads of a core only slow matrix products."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = set()
-    for cpu in allowed:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.add(siblings.read_text() if siblings.is_file() else str(cpu))
-    return len(cores)
 
 
 def device_name(device: torch.device) -> str:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import atexit
-import ctypes
 import gc
 import os
-import platform
 import sys
 from enum import Enum
 from pathlib import Path
@@ -25,6 +23,8 @@ class Allocator(Enum):
 
 
 def is_glibc() -> bool:
+    import platform
+
     return platform.libc_ver()[0] == "glibc"
 
 
@@ -91,6 +91,8 @@ def prepare_process(allocator: Allocator = Allocator.tuned) -> None:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would write into the display
     if allocator is Allocator.tuned and is_glibc():
+        import ctypes
+
         mallopt = ctypes.CDLL(None).mallopt  # parameters: malloc.h
         m_mxfast, m_trim_threshold, m_top_pad, m_mmap_max = 1, -1, -2, -4
         mallopt(m_mxfast, 0)  # slivers are merged with their neighbours at once

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Self
 
-from llmtrain.base.device import physical_cores
 from llmtrain.base.options import Option
 from llmtrain.base.process import Allocator
+from llmtrain.base.threads import default_threads
 
 if TYPE_CHECKING:
     import torch
@@ -66,13 +66,17 @@ class Runtime(Option):
         return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
 
     @contextmanager
-    def session(self) -> Iterator[torch.device]:
-        """Set threads and determinism for the duration of a run; yields the device."""
+    def session(self, recorded_threads: int | None = None) -> Iterator[torch.device]:
+        """Set threads and determinism for the duration of a run; yields the device.
+
+        ``recorded_threads``: of the run that continues, which keeps their number unless ``num_threads`` is given: the
+        sums of a step depend on it in their last bits.
+        """
         import torch
 
         device = self.torch_device()
         threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-        torch.set_num_threads(self.num_threads or physical_cores())
+        torch.set_num_threads(self.num_threads or recorded_threads or default_threads())
         if self.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS creates its first handle
             torch.use_deterministic_algorithms(True)

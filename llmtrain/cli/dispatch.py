@@ -116,7 +116,7 @@ class Task:
         if hydra.launcher._target_.endswith(".BasicLauncher") and hydra.sweeper._target_.endswith(".BasicSweeper"):
             self.jobs.append(job)
             return None
-        return run_alone(job, self.line.sweep_dir)
+        return run_alone(job, self.line.sweep_dir, at_once=hydra.launcher.get("n_jobs") or 1)
 
 
 def execute(line: CommandLine, values: dict[str, Any], stored: "StoredRun | None") -> int:

@@ -8,6 +8,8 @@ from llmtrain.cli.machine_errors import explain_machine
 
 def explain(error: BaseException, verb: str) -> tuple[str | None, int]:
     """Return one message for the user, None for a bug of ours, and the exit status."""
+    if isinstance(error, MemoryError | ImportError) and (message := explain_machine(error)) is not None:
+        return message, FAILED  # before anything else is imported
     from llmtrain.config.explain import explain_composition
 
     if (message := explain_composition(error, verb)) is not None:

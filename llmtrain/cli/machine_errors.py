@@ -31,7 +31,7 @@ def explain_machine(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError | ImportError) and any(sign in text for sign in NO_MEMORY)
     ):
-        first = text.splitlines()[0].strip() if text.strip() else "none is free"
+        first = text.strip().splitlines()[0] if text.strip() else "none is free"
         remedy = "a smaller accumulation.micro_batch_size, data.sequence_length or model needs less"
         return f"out of memory: {first}{_limit(errno.ENOMEM)}; {remedy}"
     if isinstance(error, RuntimeError | BlockingIOError) and any(sign in text for sign in NO_THREAD):

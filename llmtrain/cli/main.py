@@ -5,7 +5,6 @@ Imports wait until they are needed: ``--help`` imports no Hydra, ``--cfg job`` n
 
 import re
 import sys
-import traceback
 from collections.abc import Sequence
 
 from llmtrain import __version__
@@ -13,9 +12,6 @@ from llmtrain.base.format import visible
 from llmtrain.base.invocation import FAILED, FINISHED
 from llmtrain.base.streams import escape_unknown_characters, flush_standard_output, silence
 from llmtrain.cli.arguments import VERBS, parse
-from llmtrain.cli.completion import complete
-from llmtrain.cli.dispatch import dispatch
-from llmtrain.cli.errors import explain
 from llmtrain.cli.overview import overview
 from llmtrain.config.secret_values import hide
 
@@ -28,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     escape_unknown_characters()
     try:
         if arguments[:1] in (["-sc"], ["--shell_completion"], ["--shell-completion"]):
+            from llmtrain.cli.completion import complete
+
             return complete(arguments)
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(overview(), flush=True)
@@ -35,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[0] in ("-V", "--version"):
             print(f"llmtrain {__version__}", flush=True)
             return FINISHED
+        from llmtrain.cli.dispatch import dispatch
+
         status = dispatch(parse(arguments))
         sys.stdout.flush()
         return status
@@ -51,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report_error(error: Exception, arguments: Sequence[str]) -> int:
     """Print one message for ``error``, with a traceback for a bug or under ``--debug``; returns the exit status."""
+    import traceback
+
+    from llmtrain.cli.errors import explain
+
     debug = "--debug" in arguments
     if debug:
         complain(traceback.format_exc())

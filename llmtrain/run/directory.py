@@ -32,6 +32,7 @@ from llmtrain.base.run_files import (
 )
 from llmtrain.base.run_records import read_environment, read_overrides, read_summary
 from llmtrain.base.stored_files import StoredFileError, open_regular
+from llmtrain.base.threads import allowed_cpus
 from llmtrain.checkpoint.directory import find_checkpoints, newest_run_in, step_of
 
 log = logging.getLogger(__name__)
@@ -122,6 +123,14 @@ class RunDirectory:
             return read_environment(self.environment)
         except StoredFileError as error:
             raise StoredFileError(f"{error}; or remove it to continue") from error
+
+    def recorded_threads(self) -> int | None:
+        """The number of CPU threads that the run was last trained with; None if it is not on record."""
+        environment = self.read_environment() or {}
+        entries = [environment, *(entry for entry in environment.get("resumes", []) if isinstance(entry, dict))]
+        devices = [str(entry["device"]) for entry in entries if "device" in entry]
+        found = re.search(r", (\d+) threads?$", devices[-1]) if devices else None
+        return int(found[1]) if found and 0 < int(found[1]) <= len(allowed_cpus()) else None
 
     def write_environment(self, environment: dict[str, Any]) -> None:
         """Replace ``environment.json``: the facts of the start, ``resumes`` (one entry each) and ``parent``."""

@@ -70,7 +70,7 @@ class Run(RunConfig):
         if run_directory.is_older(step):
             raise ValueError(f"step={step}: not the newest checkpoint of {run_directory.path}; branch from it instead")
         run_directory.check_places()
-        with self.runtime.session() as device, run_directory.lock():
+        with self.runtime.session(run_directory.recorded_threads()) as device, run_directory.lock():
             for folder in (run_directory.path, run_directory.checkpoints):
                 sweep_leftovers(folder)
             environment = run_directory.read_environment()
@@ -102,7 +102,7 @@ class Run(RunConfig):
         stored = parent if isinstance(parent, StoredRun) else StoredRun(parent.path, step)
         self.check_place()
         environment = stored.directory.read_environment()
-        with self.runtime.session() as device:
+        with self.runtime.session(stored.directory.recorded_threads()) as device:
             plan, parts, state = self.restore(stored, plan_resume(self, stored, branching=True), device, command)
             check_space(self, parts)
             child = self.create_directory()

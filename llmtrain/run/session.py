@@ -10,9 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmtrain.base.device import available_memory, peak_flops, peak_memory
 from llmtrain.base.files import AppendedFile, write_atomically
 from llmtrain.base.run_files import CONFIG
+from llmtrain.base.threads import busy_reason, default_threads
 from llmtrain.checkpoint.optimizer_state import state_tensors
 from llmtrain.checkpoint.writer import RunDirectoryGone, Saver
 from llmtrain.config import stored_config
@@ -82,7 +85,8 @@ def execute(
         )  # fmt: skip
         stop.show = display.notify
         display.header(list(header(run, parts, directory.path, state, peak)))
-        for key, message in [("data", note) for note in parts.corpus.notes] + [(f.key, f.message) for f in findings]:
+        notes = [("data", note) for note in parts.corpus.notes] + [(f.key, f.message) for f in findings]
+        for key, message in [*thread_notes(run, parts), *notes]:
             display.warn(message)
             metrics.row({"event": "warning", "step": start, "key": key, "message": message})
         display.start(start, parts.max_steps)
@@ -109,6 +113,23 @@ def execute(
         finally:
             conclude(run, loop, directory, reason)
     return RunResult(directory.path, summarise(run, loop, reason), parts.unit.model)
+
+
+def thread_notes(run: RunConfig, parts: Parts) -> Iterator[tuple[str, str]]:
+    """Remarks on the CPU threads of the run: fewer than there are cores for, or cores that others use."""
+    threads = torch.get_num_threads()
+    if parts.device.type != "cpu":
+        return
+    if run.runtime.num_threads is None and threads < (possible := default_threads()):
+        yield (
+            "runtime.num_threads",
+            (
+                f"{threads} thread{'s' * (threads > 1)}, as before: another number changes the last bits of results; "
+                f"runtime.num_threads={possible} uses all cores"
+            ),
+        )
+    if (reason := busy_reason(threads)) is not None:
+        yield "runtime.num_threads", reason
 
 
 @contextlib.contextmanager

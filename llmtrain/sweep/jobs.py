@@ -28,6 +28,7 @@ from llmtrain.base.outputs import check_output_directory
 from llmtrain.base.process import cache_folder
 from llmtrain.base.run_files import CONFIG
 from llmtrain.base.run_records import read_summary
+from llmtrain.base.threads import default_threads
 from llmtrain.config import stored_config
 from llmtrain.config.older_versions import with_defaults
 from llmtrain.config.overrides import key_of
@@ -150,18 +151,28 @@ def afterwards(sweep: Path, jobs: Sequence[Job], directories: Sequence[RunDirect
     yield f"curves: llmtrain report {shlex.quote(str(sweep))}"
 
 
-def run_alone(job: Job, sweep_dir: Path | None) -> float | None:
-    """Run a job for a launcher or sweeper of Hydra's; returns its best validation loss, which they minimise."""
+def run_alone(job: Job, sweep_dir: Path | None, *, at_once: int = 1) -> float | None:
+    """Run a job for a launcher or sweeper of Hydra's; returns its best validation loss, which they minimise.
+
+    ``at_once``: jobs that run at the same time, which share the cores; as joblib counts, -1: one for each processor.
+    """
     sweep = sweep_dir or Path(job.run.output_dir) / "sweeps" / slug(job.run.name)
     directory = job.directory(sweep, job.overrides)
-    if not directory.is_finished() and (status := run_process(job, directory)):
+    if not directory.is_finished() and (status := run_process(job, directory, threads_of_each(at_once))):
         raise RuntimeError(f"{directory.path}: the job ended with exit status {status}")
     return read_summary(directory.summary).get("best_val_loss")
 
 
-def run_process(job: Job, directory: RunDirectory) -> int:
+def threads_of_each(at_once: int) -> int | None:
+    """The number of threads of each of several jobs at once; None: as usual."""
+    jobs = at_once if at_once > 0 else max((os.cpu_count() or 1) + 1 + at_once, 1)
+    return None if jobs == 1 else max(default_threads() // jobs, 1)
+
+
+def run_process(job: Job, directory: RunDirectory, threads: int | None = None) -> int:
     """Run or resume a job in a process of its own; returns its exit status.
 
+    ``threads``: of a job that names no number itself and begins now.
     A signal to this process is forwarded to the job, which saves and exits 75.
     """
     if not directory.config.exists():
@@ -171,8 +182,9 @@ def run_process(job: Job, directory: RunDirectory) -> int:
     plugins = [f"plugins=[{','.join(job.run.plugins)}]"] if job.run.plugins else []
     place = os.path.join(".", directory.path)  # noqa: PTH118 (a Path has no "./", and a name may begin with a dash)
     command = [sys.executable, "-m", "llmtrain", "resume", place, *plugins, *cache_of(job.run)]
+    shared = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     process = subprocess.Popen(
-        command, process_group=0
+        command, process_group=0, env=os.environ | shared
     )  # out of the terminal's group: a signal reaches it once, through us
 
     def forward(number: int, _: Any) -> None:

@@ -54,7 +54,7 @@ class LoopConfig(Option):
             return
         try:
             tokenizer.encode(self.sample_prompt)
-        except ValueError as error:
+        except Exception as error:  # the tokenizers library raises Exception itself
             raise ValueError(
                 f"loop.sample_prompt={visible(self.sample_prompt)!r}: the tokenizer cannot encode it ({error}); take a "
                 "prompt of the kind of the training text, or no samples: loop.sample_every=0"

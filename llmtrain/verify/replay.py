@@ -61,7 +61,7 @@ def replay(
     scratch_run = RunDirectory(scratch)
     shutil.copy(directory.config, scratch_run.config)
     with contextlib.ExitStack() as stack:
-        device = stack.enter_context(run.runtime.session())
+        device = stack.enter_context(run.runtime.session(directory.recorded_threads()))
         run.runtime.seed_everything()
         tokenizer = stored_tokenizer(run.tokenizer, directory.path, named=named_tokenizer)
         parts = assemble(run, device, tokenizer=tokenizer, from_start=checkpoint is None, verify_data=True)

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from llmtrain import Run
-from llmtrain.base.device import measure_matmul_flops, physical_cores
+from llmtrain.base.device import measure_matmul_flops
 from llmtrain.base.process import Allocator, is_glibc
 from llmtrain.base.runtime import Device, Runtime
+from llmtrain.base.threads import physical_cores
 from tests.helpers.cli import TINY, rows
 
 

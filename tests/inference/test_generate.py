@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmtrain.inference.generate import Sampling, generate, stream_text
+from llmtrain.inference.generate import Sampling, SamplingFailed, generate, stream_text
 from llmtrain.model.gpt import GPT, GPTConfig, Initialisation
 
 END = 50
@@ -122,3 +122,24 @@ def test_text_is_streamed_until_a_stop_string(text: str, stops: tuple[str, ...],
 
 def test_a_character_cut_off_at_the_end_is_written_as_a_replacement() -> None:
     assert "".join(stream_text(iter("é".encode()[:1]), bytes)) == "\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_refused(bad: float, temperature: float) -> None:
+    logits = torch.tensor([0.0, 1.0, bad, 2.0])
+    with pytest.raises(SamplingFailed, match="not finite"):
+        Sampling(temperature, 2, 0.9).choose(logits, torch.Generator())
+    assert Sampling(temperature, 1, 0.9).choose(torch.tensor([0.0, -torch.inf, 2.0]), torch.Generator()) == 2
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-39, 1e-320])
+def test_a_temperature_next_to_0_takes_the_likeliest_token(temperature: float) -> None:
+    logits = torch.tensor([-3.0, 30.0, 29.9])
+    assert Sampling(temperature, 0, 1.0).choose(logits, torch.Generator()) == 1
+
+
+@pytest.mark.parametrize("temperature", [float("nan"), float("inf"), -0.1])
+def test_a_temperature_that_is_no_number_is_refused(temperature: float) -> None:
+    with pytest.raises(ValueError, match="temperature="):
+        Sampling(temperature, 0, 1.0)
