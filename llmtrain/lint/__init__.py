@@ -10,6 +10,7 @@ from dataclasses import replace
 from llmtrain.lint import data, rates, training
 from llmtrain.lint.case import Case, Finding
 from llmtrain.lint.overlap import validation_in_training
+from llmtrain.lint.split import share_of_validation, unlike_validation
 from llmtrain.lint.unread import unread_keys
 
 __all__ = ["Case", "Finding", "lint", "lint_changes", "refuse"]
@@ -32,7 +33,12 @@ OF_SETTINGS: tuple[Check, ...] = (
     training.default_on_cpu,
     unread_keys,
 )
-OF_DATA: tuple[Check, ...] = (data.masked_targets, validation_in_training)  # these read the data
+OF_DATA: tuple[Check, ...] = (  # these read the data
+    data.masked_targets,
+    validation_in_training,
+    share_of_validation,
+    unlike_validation,
+)
 
 
 def lint(case: Case) -> list[Finding]:
