@@ -250,9 +250,7 @@ def test_nothing_is_written_or_removed_through_links_in_the_cache(tmp_path: Path
     shutil.rmtree(folder)
     folder.with_suffix(".lock").unlink()
     folder.with_suffix(".lock").symlink_to(other / "made")
-    with pytest.raises(
-        ValueError, match=r"data\.cache_dir=.*: Too many levels of symbolic links; name a writable place"
-    ):
+    with pytest.raises(ValueError, match=r"data\.cache_dir=.*: Too many levels of symbolic links; name"):
         prepare(Documents(TEXTS).source(), byte, 0.1, cache)
     assert [path.name for path in other.iterdir()] == ["kept"]
 
