@@ -214,9 +214,9 @@ def test_the_type_is_read_from_files_beside(tmp_path: Path, common: dict[str, An
     (tmp_path / "meta.json").unlink()
     head = b"MMIDIDX\0\0" + (1).to_bytes(8, "little") + b"\x05" + (2).to_bytes(8, "little") + (3).to_bytes(8, "little")
     (tmp_path / "a.idx").write_bytes(head + np.array([10, 20], "<i4").tobytes() + bytes(40))
-    corpus = build(tmp_path, common)
+    corpus = build(tmp_path, common | {"cache_dir": str(tmp_path / ".cache")})
     assert corpus.train.tokens == 30
-    assert corpus.notes == ()
+    assert not any(".idx" in note for note in corpus.notes)
     (tmp_path / "a.idx").write_bytes(head + np.array([10, 21], "<i4").tobytes() + bytes(40))
     with pytest.raises(ValueError, match=r"a\.bin: 240 bytes, where a\.idx says 31 ids of 8 bytes"):
         build(tmp_path, common)
