@@ -11,6 +11,7 @@ from llmtrain.lint import data, rates, training
 from llmtrain.lint.case import Case, Finding
 from llmtrain.lint.overlap import validation_in_training
 from llmtrain.lint.served_text import served_text
+from llmtrain.lint.split import share_of_validation, unlike_validation
 from llmtrain.lint.unread import unread_keys
 
 __all__ = ["Case", "Finding", "lint", "lint_changes", "refuse"]
@@ -34,7 +35,12 @@ OF_SETTINGS: tuple[Check, ...] = (
     served_text,
     unread_keys,
 )
-OF_DATA: tuple[Check, ...] = (data.masked_targets, validation_in_training)  # these read the data
+OF_DATA: tuple[Check, ...] = (  # these read the data
+    data.masked_targets,
+    validation_in_training,
+    share_of_validation,
+    unlike_validation,
+)
 
 
 def lint(case: Case) -> list[Finding]:

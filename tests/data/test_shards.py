@@ -71,12 +71,6 @@ def verify(path: Path | str, common: dict[str, Any]) -> Corpus:
     return Shards(path=str(path), **({"dtype": TokenType.auto} | common)).verify(Byte().build())
 
 
-def gpt2_sized() -> Tokenizer:
-    tokenizer = Byte().build()
-    tokenizer.vocab_size = 1 << 16
-    return tokenizer
-
-
 def inputs(sequences: Any) -> list[int]:
     return sequences.gather(np.arange(len(sequences)))[0].ravel().tolist()
 
@@ -141,6 +135,91 @@ def test_validation_fraction_takes_the_end_of_the_shards(tmp_path: Path, common:
     assert corpus.validation is not None
     assert inputs(corpus.train) == IDS[:80].tolist()
     assert inputs(corpus.validation) == IDS[81:91].tolist()
+
+
+# --- the type of raw ids ------------------------------------------------------------------------------------------
+
+WIDE = np.random.default_rng(0).integers(0, 70_000, 20_000)  # of a vocabulary beyond 65,536
+NARROW = np.random.default_rng(0).integers(0, 257, 20_000)
+
+
+def sized(vocab_size: int) -> Tokenizer:
+    tokenizer = Byte().build()
+    tokenizer.vocab_size = vocab_size
+    return tokenizer
+
+
+@pytest.mark.parametrize("dtype", ["<u4", "<i4", "<i8"])
+@pytest.mark.parametrize(("ids", "vocab_size"), [(WIDE, 70_000), (WIDE, 128_256), (NARROW, 257), (NARROW, 128_256)])
+def test_wider_ids_are_recognised(
+    tmp_path: Path, common: dict[str, Any], dtype: str, ids: np.ndarray, vocab_size: int
+) -> None:
+    ids.astype(dtype).tofile(tmp_path / "a.bin")
+    corpus = build(tmp_path / "a.bin", common, sized(vocab_size))
+    assert corpus.train.tokens == 20_000
+    assert inputs(corpus.train) == ids[: len(ids) - 10].tolist()
+
+
+@pytest.mark.parametrize(("ids", "vocab_size"), [(NARROW, 257), (NARROW % 16, 257), (NARROW, 50_257)])
+def test_16_bits_are_recognised(tmp_path: Path, common: dict[str, Any], ids: np.ndarray, vocab_size: int) -> None:
+    ids.astype("<u2").tofile(tmp_path / "a.bin")
+    assert build(tmp_path / "a.bin", common, sized(vocab_size)).train.tokens == 20_000
+
+
+@pytest.mark.parametrize("content", [NARROW.astype("<u2"), np.zeros(2000, "<u2"), np.array([7, 0] * 10, "<u2")])
+def test_a_type_that_is_not_clear_is_refused_and_can_be_named(
+    tmp_path: Path, common: dict[str, Any], content: np.ndarray
+) -> None:
+    content.tofile(tmp_path / "a.bin")
+    with pytest.raises(
+        ValueError, match=r"a\.bin: the type of its ids is not clear, .* 128,256; name it with data\.dtype"
+    ):
+        build(tmp_path, common, sized(128_256))
+    named = build(tmp_path, common | {"dtype": TokenType.uint16}, sized(128_256))
+    assert inputs(named.train)[:10] == content[:10].tolist()
+    np.random.default_rng(0).integers(0, 70_000, 2000).astype("<u4").tofile(tmp_path / "b.bin")
+    if not content.any():  # as the other file
+        assert build(tmp_path, common, sized(128_256)).train.tokens == 1000 + 2000
+
+
+def test_ids_of_a_larger_vocabulary_are_not_taken_for_narrow_ones(tmp_path: Path, common: dict[str, Any]) -> None:
+    WIDE.astype("<u4").tofile(tmp_path / "a.bin")
+    with pytest.raises(
+        ValueError, match=rf"token \d+ is {WIDE[WIDE >= 50_257][0]}, beyond the tokenizer's vocabulary of 50"
+    ):
+        build(tmp_path, common, sized(50_257))
+
+
+@pytest.mark.parametrize("dtype", [">u2", ">u4"])
+def test_big_endian_ids_are_refused(tmp_path: Path, common: dict[str, Any], dtype: str) -> None:
+    NARROW.astype(dtype).tofile(tmp_path / "a.bin")
+    with pytest.raises(ValueError, match=r"a\.bin: its ids are big-endian; convert them"):
+        build(tmp_path, common, sized(257))
+
+
+def test_negative_ids_are_refused(tmp_path: Path, common: dict[str, Any]) -> None:
+    ids = NARROW.astype("<i4")
+    ids[5] = -1
+    ids.tofile(tmp_path / "a.bin")
+    with pytest.raises(ValueError, match=r"a\.bin: token 5 is 4294967295, beyond the tokenizer's vocabulary"):
+        build(tmp_path, common | {"dtype": TokenType.int32}, sized(257))
+
+
+def test_the_type_is_read_from_files_beside(tmp_path: Path, common: dict[str, Any]) -> None:
+    """Of 8 zeros the ids tell nothing."""
+    ids = np.zeros(60, "<i4")
+    ids.tofile(tmp_path / "a.bin")
+    (tmp_path / "meta.json").write_text('{"dtype": "int32", "vocab_size": 100000}')
+    assert build(tmp_path / "a.bin", common).train.tokens == 60
+    (tmp_path / "meta.json").unlink()
+    head = b"MMIDIDX\0\0" + (1).to_bytes(8, "little") + b"\x05" + (2).to_bytes(8, "little") + (3).to_bytes(8, "little")
+    (tmp_path / "a.idx").write_bytes(head + np.array([10, 20], "<i4").tobytes() + bytes(40))
+    corpus = build(tmp_path, common | {"cache_dir": str(tmp_path / ".cache")})
+    assert corpus.train.tokens == 30
+    assert not any(".idx" in note for note in corpus.notes)
+    (tmp_path / "a.idx").write_bytes(head + np.array([10, 21], "<i4").tobytes() + bytes(40))
+    with pytest.raises(ValueError, match=r"a\.bin: 240 bytes, where a\.idx says 31 ids of 8 bytes"):
+        build(tmp_path, common)
 
 
 # --- what is wrong -----------------------------------------------------------------------------------------------
@@ -234,7 +313,7 @@ def test_the_fingerprint_covers_content_and_order_not_names(tmp_path: Path, comm
         build(both, common).fingerprint,
         build(both, common | {"validation_path": str(tmp_path / "c.bin")}).fingerprint,  # another split
         build(tmp_path / "d.bin", common).fingerprint,
-        build(tmp_path / "d.bin", common | {"format": TokenFileFormat.nanogpt}, gpt2_sized()).fingerprint,
+        build(tmp_path / "d.bin", common | {"format": TokenFileFormat.nanogpt}, sized(1 << 16)).fingerprint,
     ]
     assert len(set(prints)) == len(prints)
     assert build(tmp_path / "b.bin", common).fingerprint == prints[0]  # by content, not by name

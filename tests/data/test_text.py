@@ -1,6 +1,7 @@
 """The options that tokenise text: what they read, how they split it, what they say when they cannot."""
 
 import gzip
+import json
 import re
 import sysconfig
 from pathlib import Path
@@ -42,8 +43,8 @@ def folder(tmp_path: Path) -> Path:
     (folder / "sub" / "c.text.gz").write_bytes(gzip.compress(b"third"))
     (folder / "sub" / "d.txt.zst").write_bytes(zstandard.compress(b"fourth"))
     (folder / "empty.txt").write_text("")
-    (folder / "e.json").write_text("no text")
-    (folder / "f.bin.gz").write_bytes(b"no text")
+    (folder / "e.json").write_text("a text")
+    (folder / "f.bin").write_bytes(b"a\0b")
     (folder / ".hidden" / "g.txt").write_text("no text")
     return folder
 
@@ -68,16 +69,31 @@ def text_option(path: Path | str, common: dict[str, Any], separator: str = SEPAR
 
 def test_a_folder_is_read_in_order_of_its_file_names(folder: Path, common: dict[str, Any], byte: Tokenizer) -> None:
     corpus = build(folder, common | {"sequence_length": 1}, byte)
-    assert text_of(corpus, byte) == "first<|endoftext|>second<|endoftext|>third<|endoftext|>fourth"
-    assert "4 documents, 26 tokens" in corpus.description
+    assert text_of(corpus, byte) == "first<|endoftext|>second<|endoftext|>a text<|endoftext|>third<|endoftext|>fourth"
+    assert "5 documents, 33 tokens" in corpus.description
     assert corpus.validation is None
+    assert corpus.notes == (
+        f"data.path={folder}: left out, hidden: 1 (0 B): .hidden",
+        f"data.path={folder}: left out, empty: 1 (0 B): empty.txt",
+        f"data.path={folder}: left out, binary, not text: 1 (3 B): f.bin",
+    )
+
+
+def test_plain_reads_what_older_versions_read(folder: Path, common: dict[str, Any], byte: Tokenizer) -> None:
+    (folder / "rows.txt").symlink_to(folder / "a.md")
+    (folder / "linked").symlink_to(folder / "sub")
+    option = text_option(folder, common | {"sequence_length": 1}, files=TextFiles.plain, split=Split.documents)
+    corpus = option.build(byte)
+    assert text_of(corpus, byte) == "<|endoftext|>".join(["first", "second", "first", "third", "fourth"])
+    content = json.loads(option.source().content)
+    assert [content[0], content[2], len(content[1])] == [SEPARATOR, ["", "", "", "", ".gz", ".zst"], 6]
 
 
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [
         ("b.txt", "second"),
-        ("e.json", "no text"),  # a file that is named is taken, whatever its name
+        ("e.json", "a text"),  # a file that is named is taken, whatever its name
         ("*.txt", "second"),
         ("[ab].*", "first<|endoftext|>second"),
         ("sub*", "third<|endoftext|>fourth"),
@@ -142,9 +158,10 @@ def test_one_document_is_split_by_position(tmp_path: Path, common: dict[str, Any
     corpus = build(path, common | {"validation_fraction": 0.1, "sequence_length": 256}, byte)
     assert corpus.validation is not None
     assert (len(corpus.train), len(corpus.validation)) == (18, 2)
-    assert corpus.train.tokens + corpus.validation.tokens == 5146
+    assert corpus.train.tokens + corpus.validation.tokens == 5147  # both parts are ended
+    assert corpus.split == "10.0% of the tokens; of 1 document the end of 1: a.txt 10.0%"
     validation = byte.decode(corpus.validation.gather(np.arange(2))[0].ravel().tolist())
-    assert path.read_text()[corpus.train.tokens :].startswith(validation)
+    assert path.read_text()[corpus.train.tokens - 1 :].startswith(validation)
 
 
 def test_documents_are_split_by_document(tmp_path: Path, common: dict[str, Any], byte: Tokenizer) -> None:
@@ -152,8 +169,12 @@ def test_documents_are_split_by_document(tmp_path: Path, common: dict[str, Any],
     path.write_text(SEPARATOR.join(f"{i:04d}" for i in range(20)))
     corpus = build(path, common | {"validation_fraction": 0.25}, byte)
     assert corpus.validation is not None
-    assert corpus.validation.gather(np.array([0]))[0].tolist() == [list(b"0003")]
     assert corpus.validation.tokens == 25
+    texts = byte.decode(corpus.validation.gather(np.arange(6)).inputs.ravel().tolist())
+    assert re.fullmatch(r"(\d{4}<\|endoftext\|>){4}\d{4}", texts)
+    former = text_option(path, common | {"validation_fraction": 0.25}, split=Split.documents).build(byte)
+    assert former.validation is not None
+    assert former.validation.gather(np.array([0]))[0].tolist() == [list(b"0003")]
     assert "20 documents, 75 tokens for training, 25 for validation" in corpus.description
 
 
@@ -233,7 +254,7 @@ def test_verify_makes_a_missing_cache_entry(common: dict[str, Any], byte: Tokeni
     [
         ("nowhere.txt", None, r"data\.path=.*nowhere\.txt: no such file or folder"),
         ("*.csv", None, r"data\.path=.*\*\.csv: no file matches"),
-        ("", None, r"data\.path=.*: there is no text \(\.txt, \.md, \.text, also \.gz and \.zst\) in this folder"),
+        ("", None, r"data\.path=.*: there is no text that can be read in this folder"),
         ("a.txt", b"", r"a\.txt: there is no text in it"),
         ("a.txt", b" \n", r"a\.txt: there is no text in it"),
         ("a.txt", b"ab\0c", r"a\.txt: byte 2 is NUL: a binary file"),

@@ -4,6 +4,7 @@ import math
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -198,3 +199,21 @@ def test_very_little_validation_data_are_reported(rows: int) -> None:
         return with_corpus(validation=Stream([np.append(train, 0)], 32))(parts)
 
     assert find("data.sequence_length=32", change=change) == {}
+
+
+# --- the split ---------------------------------------------------------------------------------------------------
+
+
+def test_a_split_that_is_no_fair_sample_is_reported(tmp_path: Path) -> None:
+    """Three small files in one alphabet, and the large last one in another."""
+    generator = np.random.default_rng(0)
+    for number, letters in enumerate(("abcdefgh ", "bcdefghi ", "cdefghij ", "абвгдежз ")):
+        text = "".join(generator.choice(list(letters), 20_000 * (1 + 2 * (number == 3))))
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+    common = ("data=text", f"data.path={tmp_path}", "data.validation_fraction=0.25", "tokenizer=byte")
+    former = find(*common, "data.split=documents")
+    assert re.search(
+        r"0\.25: 6\d\.\d% of the tokens validate, .* data\.split=tokens", former["data.validation_fraction"].message
+    )
+    assert "of another language or kind than the training text" in former["data.path"].message
+    assert find(*common) == {}

@@ -11,7 +11,7 @@ import pytest
 import tiktoken_ext.openai_public as published
 
 from llmtrain.data.python_docs import read_topics
-from llmtrain.tokenizer import CUTS, Tokenizer
+from llmtrain.tokenizer import CUTS, LONGEST_WORD, Tokenizer, split_long_words
 from llmtrain.tokenizer.bpe import END_OF_TEXT, PATTERNS, read_ranks
 from llmtrain.tokenizer.byte import Byte
 from llmtrain.tokenizer.gpt2 import GPT2, RANKS
@@ -250,3 +250,25 @@ def test_a_failed_download_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(ValueError, match=r"o200k_base: tiktoken could not download it .* path of a \.tiktoken file"):
         Tiktoken(encoding="o200k_base", pattern=None, end_of_text=END_OF_TEXT).build()
+
+
+# --- long words --------------------------------------------------------------------------------------------------
+
+
+def test_long_words_are_cut_and_other_text_is_not() -> None:
+    usual = "A word, and more words; 12,345 of them.\n\n" * 1000 + "x" * 4000 + " end"
+    assert split_long_words(usual) == [usual]
+    for run in ("x", " ", "!", "世", "ab", "\n", "9"):
+        for length in (LONGEST_WORD * 3, LONGEST_WORD * 5 + 77):
+            text = f"{usual} {(run * length)[:length]} and {usual}"
+            parts = split_long_words(text)
+            assert "".join(parts) == text
+            assert len(parts) >= length // LONGEST_WORD - 1
+            assert all(len(part) >= LONGEST_WORD for part in parts[:-1])
+
+
+def test_a_run_of_one_letter_takes_linear_time_and_few_more_tokens() -> None:
+    tokenizer = GPT2().build()
+    ids = tokenizer.encode("a" * (1 << 19))
+    assert tokenizer.decode(ids.tolist()) == "a" * (1 << 19)
+    assert len(ids) == 1 << 17  # four letters each, as in a short run

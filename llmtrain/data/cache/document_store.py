@@ -119,7 +119,8 @@ class DocumentStore:
         unused = [name for name, share in zip(names, shares, strict=True) if not share] if len(names) <= NAMES else []
         nothing = f"; nothing of {', '.join(unused)}" if unused else ""
         share = percent(held_out.sum() / lengths.sum())
-        return f"{share} of the tokens; of {len(lengths):,} documents {' and '.join(parts)}: {shown}{rest}{nothing}"
+        number = f"of {len(lengths):,} document{'s' * (len(lengths) != 1)} {' and '.join(parts)}"
+        return f"{share} of the tokens; {number}: {shown}{rest}{nothing}"
 
 
 def _shorten(names: list[str]) -> list[str]:

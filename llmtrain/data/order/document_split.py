@@ -1,11 +1,13 @@
 """The choice of the documents, and of the parts of large ones, that validate."""
 
+import itertools
 from enum import Enum
 
 import numpy as np
 
 SMALL = 1 / 4  # of the validation tokens; a larger document is cut, since as a whole it would decide what they are
 SLACK = 0.02  # of the validation tokens, that may be missing or too many
+FEWEST = 2  # whole documents that validate; where they would be fewer, all are cut
 LEAST_CUT = 64  # tokens of a document that can be cut
 
 
@@ -29,7 +31,10 @@ def split_documents(lengths: np.ndarray, hashes: np.ndarray, sources: np.ndarray
     limit = SMALL * fraction * int(lengths.sum())
     _, first, members, counts = np.unique(hashes, return_index=True, return_inverse=True, return_counts=True)
     tokens = np.bincount(members, lengths, len(first)).astype(np.int64)  # of equal documents together
-    is_cut = (counts == 1) & (tokens > limit) & (tokens >= LEAST_CUT)
+    able = (counts == 1) & (tokens >= LEAST_CUT)
+    is_cut = able & (tokens > limit)
+    if np.count_nonzero(~is_cut) * fraction < FEWEST:
+        is_cut = able
     held_out[first[is_cut]] = np.round(fraction * tokens[is_cut]).astype(np.int64)
     stays = (counts > 1) & (tokens > limit)  # cut, equal documents would validate with what they train
     whole = np.flatnonzero(~is_cut & ~stays)
@@ -55,7 +60,7 @@ def _choose(
     begins = np.flatnonzero(np.diff(strata[order], prepend=-2)).tolist()
     chosen = np.zeros(len(tokens), np.int64)
     owed = 0.0  # tokens, by what was chosen of the sources before
-    for begin, end in zip(begins, [*begins[1:], len(tokens)], strict=True):
+    for begin, end in itertools.pairwise([*begins, len(tokens)]):
         here = order[begin:end]
         sizes = tokens[here]
         goal = owed + fraction * sizes.sum()

@@ -79,7 +79,8 @@ def find_files(
 
     Sorted.  From a folder and its subfolders, linked ones too with ``follows_links``, come the files that ``is_wanted``
     accepts (``wanted``: the same in words), except hidden ones; ``left_out`` counts the others.  A file that is named
-    or matched itself is always taken.  Raises ValueError if there is none.
+    or matched itself is always taken.  Raises ValueError if there is none, or for
+    a name that is no regular file.
     """
     literal = Path(path).expanduser()
     left_out = LeftOut() if left_out is None else left_out
@@ -96,6 +97,10 @@ def find_files(
     for each in found:
         if each.is_dir():
             files.update(_files_of(each, is_wanted, left_out, follows_links=follows_links))
+        elif not each.is_file():
+            raise ValueError(
+                f"{key}={each}: not a regular file (a pipe, a device, or a link to nothing); save it in one"
+            )
         else:
             files.add(each)
             left_out.named.add(each)

@@ -232,6 +232,29 @@ def test_a_failure_leaves_no_entry(tmp_path: Path, byte: Tokenizer) -> None:
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
+def test_nothing_is_written_or_removed_through_links_in_the_cache(tmp_path: Path, byte: Tokenizer) -> None:
+    cache, other = tmp_path / "cache", tmp_path / "other"
+    folder = prepare(Documents(TEXTS).source(), byte, 0.1, cache).folder
+    shutil.rmtree(cache)
+    cache.mkdir()
+    other.mkdir()
+    (other / "kept").write_text("kept")
+    (cache / f".tmp-{folder.name}").symlink_to(other)
+    (cache / f".tmp-{'1' * 32}").symlink_to(other)
+    (cache / ".tmp-mine").mkdir()  # of somebody else
+    folder.symlink_to(other)
+    prepare(Documents(TEXTS).source(), byte, 0.1, cache)
+    assert [path.name for path in other.iterdir()] == ["kept"]
+    assert not folder.is_symlink()
+    assert sorted(path.name for path in cache.glob(".tmp-*")) == [".tmp-mine"]
+    shutil.rmtree(folder)
+    folder.with_suffix(".lock").unlink()
+    folder.with_suffix(".lock").symlink_to(other / "made")
+    with pytest.raises(ValueError, match=r"data\.cache_dir=.*: Too many levels of symbolic links; name"):
+        prepare(Documents(TEXTS).source(), byte, 0.1, cache)
+    assert [path.name for path in other.iterdir()] == ["kept"]
+
+
 def test_a_source_without_text_is_refused(tmp_path: Path, byte: Tokenizer) -> None:
     with pytest.raises(ValueError, match="a test: there is no text in it"):
         prepare(Documents([]).source(), byte, 0.1, tmp_path)

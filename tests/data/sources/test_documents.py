@@ -1,7 +1,10 @@
 """Reading and cutting text: what goes in comes out, exactly, or an error names the file and the byte."""
 
+import bz2
 import gzip
+import lzma
 import random
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -44,7 +47,7 @@ def gz(data: bytes) -> bytes:
     return gzip.compress(data, mtime=0)
 
 
-COMPRESS = {".txt": bytes, ".gz": gz, ".zst": zstd}
+COMPRESS = {".txt": bytes, ".gz": gz, ".zst": zstd, ".bz2": bz2.compress, ".xz": lzma.compress}
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
@@ -64,6 +67,28 @@ def test_compressed_files_of_several_members(tmp_path: Path, compress: Callable[
     path = tmp_path / ("a.gz" if compress is gz else "a.zst")
     path.write_bytes(compress(b"one ") + compress(b"two ") + compress(b"three"))
     assert "".join(read_text(path)) == "one two three"
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
+def test_a_file_that_expands_a_thousand_times_is_read_in_small_blocks(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(COMPRESS[suffix](b"a" * (1 << 26)))
+    assert path.stat().st_size < 1 << 17
+    tracemalloc.start()
+    try:
+        assert sum(map(len, read_text(path))) == 1 << 26
+        assert tracemalloc.get_traced_memory()[1] < 40 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_memory_that_a_small_file_may_ask_for_is_limited(tmp_path: Path) -> None:
+    frame = zstandard.ZstdCompressor(
+        compression_params=zstandard.ZstdCompressionParameters(window_log=30, enable_ldm=True)
+    ).compressobj()
+    (tmp_path / "a.zst").write_bytes(frame.compress(b"text") + frame.flush())
+    with pytest.raises(ValueError, match=r"a\.zst: damaged or cut: .*too much memory"):
+        list(read_text(tmp_path / "a.zst"))
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
@@ -137,9 +162,9 @@ def test_pieces_of_documents_are_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(documents, "LONGEST_PIECE", 400)
     words = [len(piece.text) for piece in split_documents(in_blocks("some words " * 500, 50), "")]
     assert max(words) <= 150
-    solid = [len(piece.text) for piece in split_documents(in_blocks("x" * 5000, 50), "")]
-    assert max(solid) <= 450
-    assert sum(solid) == 5000
+    for block in (7, 50, 5000):
+        solid = [len(piece.text) for piece in split_documents(in_blocks("x" * 5000, block), "")]
+        assert solid == [400] * 12 + [200]  # the same for any blocks
 
 
 WORDS = "the The 123 4567 été Ñ 世界 日本語 русский ﬁ ǅ ² Ⅷ e\u0301 \u0301 's 'll ' ’s 'RE _ x_"

@@ -3,12 +3,14 @@
 import csv
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zstandard
 
+from llmtrain.data.sources import records
 from llmtrain.data.sources.records import Record, RecordReader, find_records
 
 ROWS: list[dict[str, Any]] = [
@@ -170,3 +172,81 @@ def test_record_files_are_found_in_folders_and_by_pattern(tmp_path: Path) -> Non
         find_records("nowhere", "data.validation_path")
     with pytest.raises(ValueError, match=r"c.txt: of an unknown format; the known ones are .csv, .tsv"):
         find_records(str(tmp_path / "c.txt"), "data.path")
+
+
+# --- quotes in TSV -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected", "stray"),
+    [
+        (['"Hi there\tham', "bye\tspam", 'so"\tham'], [('"Hi there', "ham"), ("bye", "spam"), ('so"', "ham")], 1),
+        (['"A" and "B"\tham', '"\tspam'], [('"A" and "B"', "ham"), ('"', "spam")], 2),
+        (
+            ['"one\ttab"\tham', '"two', 'lines"\tspam', "x\ty"],
+            [("one\ttab", "ham"), ("two\nlines", "spam"), ("x", "y")],
+            0,
+        ),
+        (['"say ""hi"""\tham', 'ham\t"open', 'spam\t"x"'], [('say "hi"', "ham"), ("ham", '"open'), ("spam", "x")], 1),
+        (['ham\t"two', 'lines"', "", "spam\tx\r"], [("ham", "two\nlines"), ("spam", "x")], 0),
+    ],
+)
+def test_a_quote_that_nothing_closes_swallows_no_row(
+    tmp_path: Path, lines: list[str], expected: list[tuple[str, str]], stray: int
+) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text("\n".join(["text\tlabel", *lines]), newline="")
+    reader = RecordReader()
+    assert [tuple(record.values.values()) for record in reader.read(path)] == expected
+    assert reader.stray_quotes == stray
+    assert any("double quote that nothing closes" in note for note in reader.notes()) == (stray > 0)
+
+
+def test_rows_of_a_wrong_number_of_fields_are_refused(tmp_path: Path) -> None:
+    assert error(tmp_path / "a.tsv", 'a\tb\n1\t2\n"1\n').startswith(":3: 1 fields, and 2 columns; a field with a tab")
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "message"),
+    [
+        ("a.jsonl.zst", [b'{"text": "', b'"}'], ":1: the line has more than 33,554,432 characters"),
+        ("a.csv.zst", [b'text\n"', b'"\n'], ":2: the line has more than 33,554,432 characters"),
+        ("a.tsv.zst", [b"text\n", b"\n"], ":2: the line has more than"),
+        ("a.json.zst", [b'[{"text": "', b'"}]'], ":1: not JSON: Unterminated string"),
+    ],
+)
+def test_a_record_that_fills_the_memory_is_refused(tmp_path: Path, name: str, parts: list[bytes], message: str) -> None:
+    path = tmp_path / name
+    compressor = zstandard.ZstdCompressor().compressobj()
+    letters = [b"a" * (1 << 20)] * 200
+    path.write_bytes(b"".join(map(compressor.compress, [parts[0], *letters, parts[1]])) + compressor.flush())
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r".") as caught:
+            read(path)
+        assert tracemalloc.get_traced_memory()[1] < 250 << 20
+    finally:
+        tracemalloc.stop()
+    assert str(caught.value).removeprefix(f"{path}").startswith(message)
+
+
+def test_a_row_of_csv_that_never_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "LONGEST_RECORD", 10_000)
+    message = error(tmp_path / "a.csv", "text\n" + '"\n",' * 10_000)
+    assert "the row that ends here or later (is a double quote not closed?) has more than 10,000 characters" in message
+
+
+def test_a_cell_of_parquet_that_fills_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.parquet", [{"text": "a"}] * 5 + [{"text": "".join(map(chr, range(300))) * 100}])
+    monkeypatch.setattr(records, "LONGEST_RECORD", 20_000)
+    with pytest.raises(ValueError, match=r"a\.parquet: column text in rows 1 to 6: a cell has more than 20,000 bytes"):
+        read(path)
+    monkeypatch.undo()
+    bomb = write(tmp_path / "b.parquet", [{"text": "a" * (1 << 28)}])
+    with pytest.raises(
+        ValueError, match=r"b\.parquet: column text: [\d,]+ bytes stand for 268,4[\d,]+, which is no text"
+    ):
+        read(bomb)
