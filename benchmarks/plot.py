@@ -3,18 +3,16 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from benchmarks.groups import Group
 from benchmarks.suites import Suite
-
-if TYPE_CHECKING:
-    from benchmarks.report import Group
 
 COLUMNS = 2
 OURS, OTHER = "#c2410c", "#94a3b8"
 
 
-def draw(sections: "Sequence[tuple[Suite, Sequence[Group]]]", path: Path, title: str) -> None:
+def draw(sections: Sequence[tuple[Suite, Sequence[Group]]], path: Path, title: str) -> None:
     """Write the PNG ``path``."""
     import matplotlib
 
@@ -39,7 +37,7 @@ def draw(sections: "Sequence[tuple[Suite, Sequence[Group]]]", path: Path, title:
     plt.close(figure)
 
 
-def draw_panel(axis: Any, suite: Suite, group: "Group") -> None:
+def draw_panel(axis: Any, suite: Suite, group: Group) -> None:
     """One group's bars, the first contestant on top, each with its figure behind it."""
     rows = [row for row in group.rows if row.median is not None]
     for at, row in enumerate(reversed(rows)):

@@ -3,44 +3,20 @@
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.groups import Group, Row
 from benchmarks.measurement import Record
+from benchmarks.plot import draw
 from benchmarks.suites import Facts, Suite
 from benchmarks.suites.registry import SUITES
 
 DISTURBED = 0.2  # cores; below it are the system's own doings
 
 
-@dataclass(frozen=True)
-class Row:
-    """One contestant of a group over the rounds."""
-
-    contestant: str
-    values: list[float]  # of the first column, a round each
-    others: list[float | None]  # medians of the other columns
-    ratios: list[float]  # against the reference, paired by round
-    problems: list[str]  # what became of the rounds that have no result
-
-    @property
-    def median(self) -> float | None:
-        return statistics.median(self.values) if self.values else None
-
-
-@dataclass(frozen=True)
-class Group:
-    """What is compared with one another."""
-
-    name: str
-    rows: list[Row]
-
-
 def write_report(path: Path) -> str:
     """Write the Markdown and the plot beside the JSON file ``path``; returns the Markdown."""
-    from benchmarks.plot import draw
-
     content = json.loads(path.read_text(encoding="utf-8"))
     records = content["records"]
     facts = find_facts(content)

@@ -34,6 +34,11 @@ def size(num_bytes: float) -> str:
     return _scaled(num_bytes, (" B", " kB", " MB", " GB", " TB", " PB"))
 
 
+def memory_size(num_bytes: float) -> str:
+    """Format the memory of a device in decimal and in binary units: an 80 GB card has 84.9 GB (79.1 GiB)."""
+    return f"{size(num_bytes)} ({significant(num_bytes / 2**30)} GiB)"
+
+
 def rate(per_second: float, unit: str) -> str:
     """Format a speed with SI prefixes: ``rate(4.2e11, "FLOP/s")`` is 420 GFLOP/s."""
     return _scaled(per_second, (" ", " k", " M", " G", " T", " P")) + unit

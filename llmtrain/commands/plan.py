@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtrain.base.checks import non_negative, positive
-from llmtrain.base.format import count, duration, rate, significant, size
+from llmtrain.base.format import count, duration, memory_size, rate, significant, size
 from llmtrain.base.gpus import GPUS
 from llmtrain.base.invocation import FINISHED, USAGE_ERROR, Invocation
 from llmtrain.base.outputs import check_output, is_stdout, open_output
@@ -75,11 +75,12 @@ def main(plan: Plan, invocation: Invocation) -> int:
     console.print()
     console.print(work(planned))
     console.print()
+    errors = Console(stderr=True, highlight=False)  # the plan alone goes to standard output
     with run.runtime.session() as device:
-        forecast = make_forecast(planned, device, options)
+        forecast = make_forecast(planned, device, options, lambda text: errors.print(Text(text, style="dim")))
     show(console, planned, forecast, named=plan.device is not None)
     if plan.chart is not None:
-        parts = forecast.memory.parts if forecast.memory else {}
+        parts = forecast.memory.whole if forecast.memory else {}
         draw(Path(plan.chart), run.name, parts, forecast.spec.memory_bytes, forecast.costs.seconds)
     if plan.json is not None:
         with open_output("json", plan.json) as file:
@@ -113,7 +114,7 @@ def known_devices() -> Table:
         rows.add_column(heading, justify="right" if heading in ("memory", "bf16 peak") else "left")
     for gpu in GPUS.values():
         peak = rate(gpu.flops["bf16"], "FLOP/s") if "bf16" in gpu.flops else "none"
-        rows.add_row(gpu.name, size(gpu.memory_bytes), peak, gpu.title)
+        rows.add_row(gpu.name, memory_size(gpu.memory_bytes), peak, gpu.title)
     return rows
 
 
@@ -160,13 +161,12 @@ def show(console: Console, planned: PlannedRun, forecast: Forecast, *, named: bo
     """Print memory, time, costs and the verdict; ``named``: for a device of the table, not this machine's."""
     spec, precision, probed = forecast.spec, forecast.precision, forecast.probed
     if forecast.memory is not None:
-        console.print(bars(f"memory, {precision.name}, {spec.title}", forecast.memory.parts, size))
-        console.print(Text(
-            f"  the most {WHEN[forecast.memory.phase]}, micro-batches of {forecast.micro_batch_size}; "
-            f"estimated peak {size(forecast.memory.peak)}"
-        ))  # fmt: skip
+        console.print(bars(f"memory, {precision.name}, {spec.title}", forecast.memory.whole, size))
+        tensors = f"; {size(forecast.memory.peak)} of it are tensors" if forecast.memory.outside else ""
+        when, size_of_part = WHEN[forecast.memory.phase], forecast.micro_batch_size
+        console.print(Text(f"  estimated, the most {when}, micro-batches of {size_of_part}{tensors}"), soft_wrap=True)
         if probed is not None:
-            console.print(Text(f"  measured peak {size(probed.peak_bytes)} after {probed.steps} steps of a probe"))
+            console.print(Text(f"  measured {size(probed.peak_bytes)} after {probed.steps} steps of a probe"))
         if forecast.memory.host:
             console.print(Text(f"  besides {size(forecast.memory.host)} of host memory"))
         console.print()
@@ -220,9 +220,9 @@ def verdict(console: Console, forecast: Forecast, *, named: bool) -> None:
         console.print(Text("fits: not known"))
         return
     if forecast.fits:
-        console.print(Text(f"fits: needs {size(forecast.needed)} of {size(room)}", style="bold green"))
+        console.print(Text(f"fits: needs {size(forecast.needed)} of {memory_size(room)}", style="bold green"))
         return
-    has = f"the device has {size(room)}" if named else f"{size(room)} are free"
+    has = f"the device has {memory_size(room)}" if named else f"{memory_size(room)} are free"
     console.print(Text(f"does not fit: needs {size(forecast.needed)}, {has}", style="bold red"))
     if not forecast.suggestions:
         console.print(Text("nothing that was tried makes it fit; a smaller model or a larger device would"))
@@ -251,6 +251,7 @@ def figures(planned: PlannedRun, forecast: Forecast) -> dict[str, Any]:
         "memory_bytes": None if memory is None else dict(memory.parts),
         "estimated_peak_bytes": None if memory is None else memory.peak,
         "measured_peak_bytes": None if probed is None else probed.peak_bytes,
+        "outside_bytes": None if memory is None else memory.outside,
         "host_bytes": None if memory is None else memory.host,
         "peak_bytes": forecast.peak,
         "needed_bytes": forecast.needed,

@@ -56,7 +56,8 @@ def attend_with_dropout(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
     """Attention of ``query`` ``(batch, heads, new, head_size)`` on a CPU, with a share ``rate`` of its weights dropped.
 
     ``key`` and ``value``: ``(batch, heads, seen, head_size)``.  ``mask``: boolean, or added to the scores; None: all
-    keys up to the query's own.
+    keys up to the query's own.  In bf16 the softmax computes in fp32, but reads scores and gives weights that are
+    rounded to bf16: the relative error is some 1.5 to 5 times that of torch's fused kernel.
     """
     new, seen, size = query.shape[2], key.shape[2], query.shape[3]
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype

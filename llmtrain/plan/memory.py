@@ -53,6 +53,11 @@ class Memory:
         return sum(self.parts.values())
 
     @property
+    def whole(self) -> dict[str, int]:
+        """Everything that the device must have free, by part."""
+        return {**self.parts, "CUDA context, gaps": self.outside}
+
+    @property
     def needed(self) -> int:
         """Return the bytes that the device must have free."""
         return self.peak + self.outside

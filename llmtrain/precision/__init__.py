@@ -81,7 +81,10 @@ class Precision:
             torch.set_float32_matmul_precision(before)
 
     def autocast(self) -> AbstractContextManager:
-        """Context: matrix products in ``dtype``; layer norms, softmax, the residual stream and the loss in fp32."""
+        """Context: matrix products in ``dtype``; layer norms, softmax, the residual stream and the loss in fp32.
+
+        One exception: :func:`llmtrain.kernels.dropout.attend_with_dropout`, on a CPU.
+        """
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)

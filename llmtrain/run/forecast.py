@@ -1,5 +1,6 @@
 """The forecast of a run: its memory, time and costs, from its settings and, on this machine, a probe."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -93,8 +94,13 @@ class Forecast:
         return self.needed <= self.spec.memory_bytes
 
 
-def make_forecast(planned: PlannedRun, device: torch.device, options: ForecastOptions) -> Forecast:
-    """Forecast a run on ``options.device``, or on ``device`` of this machine."""
+def make_forecast(
+    planned: PlannedRun, device: torch.device, options: ForecastOptions, report: Callable[[str], None]
+) -> Forecast:
+    """Forecast a run on ``options.device``, or on ``device`` of this machine.
+
+    ``report`` is called with a line before each part of the work that may take a while.
+    """
     run = planned.settings
     spec, precision = _device(run, device, options.device)
     steps, batch = planned.max_steps, run.accumulation.batch_size_at(0, 0)
@@ -104,6 +110,7 @@ def make_forecast(planned: PlannedRun, device: torch.device, options: ForecastOp
     counts = count_work(run.loop, run.checkpoint, steps, sequences, batch, validation)
     is_copied = counts.copied_saves > 0 or (run.checkpoint.asynchronous and run.checkpoint.every_minutes > 0)
     memory, note = None, ""
+    report("estimating the memory of a step")
     try:
         memory = estimate(blueprint, gpu=spec.is_gpu, copied=is_copied)
     except TraceError as error:
@@ -123,7 +130,7 @@ def make_forecast(planned: PlannedRun, device: torch.device, options: ForecastOp
             note = "no probe: the steps would not fit; time is estimated"
         else:
             try:
-                probed = probe(run, device)
+                probed = probe(run, device, report)
             except ProbeFailed as error:
                 note, fits, ran_out = f"no time from a probe: {error}", False, True
         if probed is not None and memory is not None and probed.micro_batch_size != blueprint.micro_batch_size:
@@ -132,6 +139,7 @@ def make_forecast(planned: PlannedRun, device: torch.device, options: ForecastOp
     suggestions = []
     if fits is False and room is not None and memory is not None:
         room = min(room, round(0.95 * memory.needed))  # less than that where the probe ran out of it
+        report("looking for settings that fit")
         can = spec.is_gpu and "bf16" in spec.flops and precision.name in ("fp32", "tf32")
         suggestions = suggest(blueprint, memory, gpu=spec.is_gpu, available=room, copied=is_copied, bf16=can)
     speed = speed_of(planned, spec, precision, probed)

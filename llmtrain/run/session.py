@@ -84,7 +84,8 @@ def execute(
             profiler=make_profiler(run, parts, directory, state),
         )  # fmt: skip
         stop.show = display.notify
-        display.header(list(header(run, parts, directory.path, state, peak)))
+        parent = None if resumed is None or resumed.parent is None else resumed.parent.path
+        display.header(list(header(run, parts, directory.path, state, peak, parent)))
         notes = [("data", note) for note in parts.corpus.notes] + [(f.key, f.message) for f in findings]
         for key, message in [*thread_notes(run, parts), *notes]:
             display.warn(message)

@@ -13,13 +13,19 @@ from llmtrain.config.run_config import RunConfig
 from llmtrain.data.chat.templates import describe
 from llmtrain.lora import Lora
 from llmtrain.lora.low_rank import LowRankAdaptation
+from llmtrain.objective import TrainingUnit
 from llmtrain.train.length import Place
 from llmtrain.train.loop import Loop
 from llmtrain.train.state import TrainState
 
 
-def header(run: RunConfig, parts: Parts, path: Path, state: TrainState, peak_flops: float) -> Iterator[tuple[str, str]]:
-    """The rows at the start of a run: model, data, length, device; ``peak_flops`` in FLOP/s."""
+def header(
+    run: RunConfig, parts: Parts, path: Path, state: TrainState, peak_flops: float, parent: Path | None = None
+) -> Iterator[tuple[str, str]]:
+    """The rows at the start of a run: model, data, length, device.
+
+    ``peak_flops`` is in FLOP/s, ``parent`` the run that this one branches from, if any.
+    """
     unit, corpus = parts.unit, parts.corpus
     model = unit.model
     sequence = run.data.sequence_length
@@ -28,8 +34,9 @@ def header(run: RunConfig, parts: Parts, path: Path, state: TrainState, peak_flo
     end = parts.length.place_from(Place(state.step, state.position, state.tokens))
     steps_left, tokens = end.step - state.step, end.tokens - state.tokens
     flops = tokens * unit.flops_per_token(corpus.train.attended_length)
-    yield "run", str(path)
-    yield "model", f"{run.name}, {count(model.num_parameters())} parameters, context {model.context_length}"
+    begin = "" if parent is None else f", a branch of {parent} at step {state.step:,}"
+    yield "run", f"{path}{begin}"
+    yield "model", f"{describe_model(run, unit)}, context {model.context_length}"
     if source := getattr(run.weights, "path", None):
         yield "weights", f"{option_name(run.weights)}, {source}"
         place = getattr(run.tokenizer, "path", "")
@@ -48,10 +55,9 @@ def header(run: RunConfig, parts: Parts, path: Path, state: TrainState, peak_flo
         yield "batch", f"{batch} × {sequence} = {batch * sequence:,} tokens a step{split}"
     else:
         yield "batch", f"{batch} sequences of {corpus.train.mean_length:.0f} tokens on average a step{split}"
-    length = (
-        f"{steps_left:,} step{'s' * (steps_left != 1)}, {count(tokens)} tokens, {epochs:.2f} epochs, {flops:.2e} FLOPs"
-    )
-    yield "length", length + (f", still to go after {state.step:,} steps" if state.step else "")
+    more = f"{'more ' if state.step else ''}step{'s' * (steps_left != 1)}"
+    length = f"{steps_left:,} {more}, {count(tokens)} tokens, {epochs:.2f} epochs, {flops:.2e} FLOPs"
+    yield "length", length + (f", from step {state.step:,} to {end.step:,}" if state.step else "")
     warmup = run.schedule.warmup(parts.max_steps)
     warming = f", {warmup} warm-up steps" if warmup else ""
     rate_and_schedule = f"learning rate {run.optimizer.lr:g}; schedule {option_name(run.schedule)}{warming}"
@@ -59,6 +65,13 @@ def header(run: RunConfig, parts: Parts, path: Path, state: TrainState, peak_flo
     yield "device", f"{device_name(parts.device)}, {parts.precision.name}, {rate(peak_flops, 'FLOP/s')} at most"
     if parts.precision.notice:
         yield "precision", parts.precision.notice
+
+
+def describe_model(run: RunConfig, unit: TrainingUnit) -> str:
+    """The architecture of the model, its layers and its size: "llama, 4 layers of 192, 2.4M parameters"."""
+    width = unit.model.head_weight.shape[1]
+    layers = f"{unit.num_layers} layer{'s' * (unit.num_layers != 1)} of {width}"
+    return f"{option_name(run.model)}, {layers}, {count(unit.model.num_parameters())} parameters"
 
 
 def _adapters(lora: Lora) -> str:

@@ -3,12 +3,14 @@
 import contextlib
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from llmtrain.base.device import peak_memory
+from llmtrain.base.format import duration
 from llmtrain.base.run_files import METRICS
 from llmtrain.config import stored_config
 from llmtrain.config.assemble import Parts, assemble, first_state
@@ -25,6 +27,7 @@ LEAST, MOST = 3, 20  # timed steps
 ENOUGH_SECONDS = 3.0  # of timed steps
 LONG_SECONDS = 30.0  # of timed steps: the most
 SAMPLED = 4  # tokens
+REPORT_SECONDS = 5.0  # between two lines of progress
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,11 @@ class ProbeFailed(RuntimeError):
     """An error of a probe whose steps could not be done; the message says why."""
 
 
-def probe(run: Run, device: torch.device) -> ProbeResult:
-    """Train some steps of ``run`` from its start and time them.  Raises :class:`ProbeFailed` and ValueError."""
+def probe(run: Run, device: torch.device, report: Callable[[str], None] = lambda line: None) -> ProbeResult:
+    """Train some steps of ``run`` from its start and time them.  Raises :class:`ProbeFailed` and ValueError.
+
+    ``report`` is called with a line of progress every few seconds.
+    """
     with tempfile.TemporaryDirectory(prefix="llmtrain-probe-") as folder, contextlib.ExitStack() as stack:
         directory = RunDirectory(Path(folder))
         directory.config.write_text(stored_config.dump(run), encoding="utf-8")
@@ -56,20 +62,25 @@ def probe(run: Run, device: torch.device) -> ProbeResult:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         try:
-            return _time(run, assemble(run, device), directory, stack)
+            report("building the model, to time some steps of the run (probe=false plans without)")
+            return _time(run, assemble(run, device), directory, stack, report)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise ProbeFailed(f"out of memory: {str(error).splitlines()[0]}") from error
 
 
-def _time(run: Run, parts: Parts, directory: RunDirectory, stack: contextlib.ExitStack) -> ProbeResult:
+def _time(
+    run: Run, parts: Parts, directory: RunDirectory, stack: contextlib.ExitStack, report: Callable[[str], None]
+) -> ProbeResult:
     state = first_state(run, parts)
     parts = replace(parts, length=parts.length.at_least(WARM_UP + MOST))
     loop, events = stack.enter_context(quiet_loop(run, parts, directory, state))
     compile_seconds = next((event["seconds"] for event in events if event["event"] == "compiled"), None)
     seconds: list[float] = []
     peaks: list[int] = []
+    reported = time.perf_counter()
+    report(f"training {WARM_UP + LEAST} to {WARM_UP + MOST} steps")
     while len(seconds) < WARM_UP + MOST and not _is_enough(seconds[WARM_UP:], peaks):
         start = time.perf_counter()
         loop.advance()
@@ -77,6 +88,9 @@ def _time(run: Run, parts: Parts, directory: RunDirectory, stack: contextlib.Exi
             torch.cuda.synchronize(parts.device)
         seconds.append(time.perf_counter() - start)
         peaks.append(peak_memory(parts.device))
+        if time.perf_counter() - reported > REPORT_SECONDS:
+            reported = time.perf_counter()
+            report(f"step {len(seconds)}, {duration(seconds[-1])}")
     batch = run.accumulation.batch_size_at(0, 0)
     micro = min(loop.step.micro_batch_size, batch)
     if micro < min(run.accumulation.micro_batch_size, batch) and not run.accumulation.is_probed:

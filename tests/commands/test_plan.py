@@ -27,8 +27,10 @@ def test_a_plan_with_a_probe_leaves_nothing_behind(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["plan", *TINY, "loop.max_steps=50", "json=plan.json", "chart=plan.png"]) == 0
-    output = capfd.readouterr().out
+    output, progress = capfd.readouterr()
     assert "measured" in output
+    assert progress.splitlines()[-1] == "training 5 to 22 steps"
+    assert "estimating the memory of a step" in progress
     assert "fits" in output
     assert "█" in output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "plan.png"]
@@ -82,11 +84,20 @@ def test_a_named_device_is_planned_without_being_there(capfd: pytest.CaptureFixt
     assert "fits:" in output
 
 
+def test_the_total_of_the_memory_is_what_must_fit(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *TINY, "device=h100-80gb"]) == 0
+    output = capfd.readouterr().out
+    total = re.search(r"\ntotal +([\d.]+ MB)", output)
+    assert total is not None
+    assert f"fits: needs {total[1]} of 84.9 GB (79.1 GiB)" in output
+    assert re.search(r"; [\d.]+ MB of it are tensors", output)
+
+
 def test_the_known_devices_are_listed(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "device=list"]) == 0
     output = capfd.readouterr().out
-    assert re.search(r"h100-80gb +84\.9 GB +989 TFLOP/s +NVIDIA H100 SXM 80 GB", output)
-    assert re.search(r"v100-16gb +17\.0 GB +none", output)
+    assert re.search(r"h100-80gb +84\.9 GB \(79\.1 GiB\) +989 TFLOP/s +NVIDIA H100 SXM 80 GB", output)
+    assert re.search(r"v100-16gb +17\.0 GB \(15\.8 GiB\) +none", output)
     assert main(["plan", "device=list", "json=plan.json"]) == 2
 
 
@@ -113,7 +124,7 @@ def test_a_plan_that_does_not_fit_suggests_one_that_does(capfd: pytest.CaptureFi
                  "accumulation.batch_size=8", "accumulation.micro_batch_size=8", "loop.max_steps=5")  # fmt: skip
     assert main(["plan", *overrides]) == 0
     output = capfd.readouterr().out
-    assert re.search(r"does not fit: needs [\d.]+ GB, the device has [\d.]+ GB\n", output)
+    assert re.search(r"does not fit: needs [\d.]+ GB, the device has [\d.]+ GB \([\d.]+ GiB\)\n", output)
     assert "optimizer=adamw_8bit" in output
 
 

@@ -111,3 +111,9 @@ def test_attention_with_dropout_computes_in_bf16_under_autocast() -> None:
     query, key, value = (tensor.float() for tensor in (heads(2), heads(2), heads(2)))
     with torch.autocast("cpu", torch.bfloat16):
         assert attend_with_dropout(query, key, value, None, RATE).dtype == torch.bfloat16
+
+
+def test_the_softmax_of_rounded_scores_computes_in_fp32() -> None:
+    """In bf16 only its input and its result are rounded."""
+    scores = torch.randn(64, 300, generator=torch.Generator().manual_seed(0)).mul_(4).bfloat16()
+    assert torch.equal(scores.softmax(-1), scores.float().softmax(-1).bfloat16())
