@@ -131,7 +131,16 @@ def _check_types(hints: Mapping[str, Any], values: Mapping[str, Any], dotted: st
         raise ConfigError(f"{dotted}{key}{shown}: {reason}") from error
     except ValueError as error:  # a nested dataclass' own check
         raise ConfigError(f"{dotted.rstrip('.')}: {error}" if dotted else str(error)) from error
+    for name, hint in hints.items():
+        _check_elements(getattr(built, name), hint, f"{dotted}{name}")
     return {name: getattr(built, name) for name in hints}
+
+
+def _check_elements(value: Any, hint: Any, key: str) -> None:
+    """Refuse a list within a list of numbers or texts: the library's schema lets it pass."""
+    kinds = [kind for kind in get_args(hint) if kind in (int, float, str, bool)]
+    if get_origin(hint) is list and kinds and any(isinstance(item, list | dict) for item in value):
+        raise ConfigError(f"{key}={value!r}: must be a list of single values, as in '{key}=[…,…]'")
 
 
 def _wanted(key: str, hint: Any, value: Any) -> str | None:
