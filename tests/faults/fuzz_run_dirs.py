@@ -63,6 +63,7 @@ VERBS: dict[tuple[str, ...], int] = {  # with their shares of the cases; some ta
     ("report", "."): 3,
     ("train", "weights=checkpoint", "weights.path=run", *TINY, "data=text", "data.path=text.txt", "tokenizer=byte",
      *TRAIN): 3,
+    ("train", "--from", "run", *TRAIN): 4,
     ("plan", "model=auto", "weights=checkpoint", "weights.path=run", "data=text", "data.path=text.txt",
      "tokenizer=byte", "probe=false"): 3,
 }  # fmt: skip
