@@ -81,7 +81,7 @@ def _option(name: str) -> dict[str, Any]:
 def _model_of_run(path: Path) -> Any:
     """The model's config that a run or checkpoint of this program stores."""
     stored = load(path / CONFIG)
-    plugins = [name for name in stored.get("plugins") or [] if name]
+    plugins = stored.get("plugins")  # that it names itself; none of them is imported
     if not isinstance(stored.get("model"), Mapping):
         raise ConfigError(f"{path / 'config.yaml'}: has no model")
     try:

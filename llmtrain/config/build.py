@@ -53,12 +53,21 @@ def build(node: Mapping[str, Any], base: type[T], *, path: str = "", plugins: Se
                     known = [field.name for field in dataclasses.fields(element)]
                     _check_keys(item if isinstance(item, Mapping) else {}, known, f"{dotted}{name}[{index}].")
     values |= _check_types({name: hints[name] for name in plain}, plain, dotted)
+    for name in plain:
+        _check_elements(values[name], hints[name], f"{dotted}{name}")
     try:
         return cls(**values)
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(f"{dotted}{error}") from error
+
+
+def _check_elements(value: Any, hint: Any, key: str) -> None:
+    """Refuse a list within a list of numbers or texts: the library's schema lets it pass."""
+    kinds = [kind for kind in get_args(hint) if kind in (int, float, str, bool)]
+    if get_origin(hint) is list and kinds and any(isinstance(item, list | dict) for item in value):
+        raise ConfigError(f"{key}={value!r}: must be a list of single values, as in '{key}=[…,…]'")
 
 
 def _check_keys(node: Mapping[str, Any], known: Sequence[str], dotted: str) -> None:

@@ -21,6 +21,7 @@ from llmtrain.base.run_files import (
     CONFIG,
     ENVIRONMENT,
     LOCK,
+    LOG,
     MANIFEST,
     METRICS,
     OVERRIDES,
@@ -153,7 +154,7 @@ class RunDirectory:
         return summary.get("step") if summary.get("exit_reason") == "finished" else None
 
     def check_places(self) -> None:
-        """Raise ValueError for a folder of the run that is a link, or none: a run writes and removes files in it."""
+        """Raise ValueError for folders that are links, or none, and for logs that are no files: a run writes there."""
         for folder in (self.path / name for name in (CHECKPOINTS, PROFILE, TENSORBOARD, TOKENIZER)):
             if folder.is_symlink():
                 raise ValueError(
@@ -162,6 +163,10 @@ class RunDirectory:
                 )
             if os.path.lexists(folder) and not folder.is_dir():
                 raise ValueError(f"{folder}: not a directory; remove it, or restore the folder")
+        for file in (self.metrics, self.samples, self.path / LOG):
+            if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
+                kind = "a link" if file.is_symlink() else "no regular file"
+                raise ValueError(f"{file}: {kind}, and the run would write to it; remove it, or restore the file")
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -172,7 +172,7 @@ def test_export_takes_a_base_that_has_moved(bases: Path, capfd: pytest.CaptureFi
     assert main(["export", "run", "to=out"]) == 2
     assert "here" in capfd.readouterr().err
     assert sorted(left_over()) == ["run", "there"]
-    assert main(["export", "run", "to=out", "base=there"]) == 0
+    assert main(["export", "run", "to=out", "weights.path=there"]) == 0
 
 
 # --- a classifier -------------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def test_an_export_holds_the_chat_template(template: str, bases: Path) -> None:
         (["to=out", "format=peft", "dtype=bf16"], "dtype=bf16: adapters are written as they were trained"),
         (["to=out", "dtype=int8"], "dtype"),
         (["to=out", "shard_gb=0"], "shard_gb=0.0: must be positive"),
-        (["to=out", "base=there"], "base=there: "),
+        (["to=out", "weights.path=there"], "weights.path=there: "),
     ],
 )
 def test_mistakes_are_refused_and_leave_nothing(

@@ -160,9 +160,9 @@ def test_predict_takes_a_base_that_was_moved(work: Path, capfd: pytest.CaptureFi
         assert main(["predict", "run", "text=aba"]) == 2
         error = capfd.readouterr().err
         assert "base: no such directory" in error
-        assert "base=DIR" in error
-        assert llmtrain("predict", "run", "text=aba", "base=elsewhere", cwd=work).stdout == expected
-        assert main(["predict", "run", "text=aba", "base=run"]) == 2
+        assert "weights.path=DIR" in error
+        assert llmtrain("predict", "run", "text=aba", "weights.path=elsewhere", cwd=work).stdout == expected
+        assert main(["predict", "run", "text=aba", "weights.path=run"]) == 2
         assert "not the weights that the adapters were trained on" in capfd.readouterr().err
         more = ("loop.max_steps=62", "weights.path=elsewhere", "run_dir=moved")
         llmtrain("resume", "run", *more, cwd=work)

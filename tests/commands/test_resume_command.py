@@ -1,8 +1,8 @@
 """``llmtrain resume``: past damaged checkpoints, from named ones, into branches, with changes; and what is refused."""
 
 import fcntl
+import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from llmtrain.base.run_files import CONFIG, STATE
 from llmtrain.base.tensor_files import read_tensors
 from llmtrain.cli.main import main
 from llmtrain.config import stored_config
+from llmtrain.train.loop import Loop
 from tests.helpers.cli import TINY, assert_same_end, cut_back, llmtrain, rows
 
 TEXT = Path(__file__).parents[2] / "data" / "lighthouse.txt"
@@ -349,6 +350,108 @@ def test_resume_with_another_batch_size_continues_data_order(run: Path) -> None:
     assert states == [28, 30, 32]
 
 
+# --- the end, the machine and the places of a run ------------------------------------------------------------------
+
+
+def test_a_finished_run_whose_last_checkpoints_are_gone_trains_on(
+    whole: Path, run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(whole / "summary.json", run)  # it reached step 9, and the checkpoints after step 7 were removed
+    assert main(["resume", "run"]) == 0
+    assert "finished already" not in capfd.readouterr().out
+    assert_same_end(whole, run)
+    assert main(["resume", "run"]) == 0
+    assert f"finished already, at step {STEPS}" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"device": "CPU, a faster one, 64 threads"}, "the run used CPU, a faster one, 64 threads, this is CPU"),
+        ({"versions": {"torch": "2.0.0"}}, "the run used torch 2.0.0, this is "),
+        ({}, None),
+    ],
+)
+def test_resume_on_another_machine_says_that_bits_may_differ(
+    run: Path, capfd: pytest.CaptureFixture[str], change: dict[str, Any], message: str | None
+) -> None:
+    facts = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps(facts | change))
+    assert main(["resume", "run"]) == 0
+    notes = [row["message"] for row in events(run, "machine")]
+    assert len(notes) == (message is not None)
+    if message is not None:
+        assert message in notes[0]
+        assert "not bit for bit" in notes[0]
+        assert message in capfd.readouterr().out.replace("\n", " ")
+
+
+def test_a_stored_config_decides_no_place_of_writing(run: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    (precious / ".tmp-mine").mkdir(parents=True)
+    stored = stored_config.load(run / CONFIG)
+    stored["data"]["cache_dir"] = stored["output_dir"] = stored["run_dir"] = str(precious)
+    (run / CONFIG).write_text(yaml.safe_dump(stored))
+    for folder in (run / "checkpoints").iterdir():
+        forged = folder / CONFIG
+        forged.write_text((run / CONFIG).read_text())
+    assert main(["resume", "run", "run_dir=branch"]) == 2  # the checkpoints no longer agree with their manifests
+    for folder in (run / "checkpoints").iterdir():
+        forge_config(folder)
+    assert main(["resume", "run"]) == 0
+    (note,) = events(run, "cache")
+    assert f"data.cache_dir={precious}" in note["message"]
+    assert main(["resume", "run", "step=5", "loop.max_steps=6"]) == 0  # a branch without run_dir
+    assert main(["verify", "run"]) == 0
+    assert [path.name for path in precious.rglob("*")] == [".tmp-mine"]
+    (branch,) = (tmp_path / "runs").glob("*/*")
+    assert (branch / "checkpoints" / "step-00000006").is_dir()
+    given = tmp_path / "given"
+    assert main(["resume", "run", "loop.max_steps=10", f"data.cache_dir={given}"]) == 0  # the user decides
+    assert given.is_dir()
+
+
+def forge_config(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    content = (folder / CONFIG).read_bytes()
+    manifest["files"][CONFIG] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    del manifest["sha256"]
+    digest = hashlib.sha256(json.dumps(manifest, indent=1).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": digest}, indent=1) + "\n")
+
+
+def test_a_branch_is_made_beside_its_parent(run: Path, tmp_path: Path) -> None:
+    day = tmp_path / "place" / "2026-01-02"
+    day.mkdir(parents=True)
+    shutil.move(run, day / "mine")
+    assert main(["resume", str(day / "mine"), "step=5", "loop.max_steps=6"]) == 0
+    assert len(list((tmp_path / "place").glob("*/*"))) == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_whose_directory_is_removed_meanwhile_has_failed(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """At its end, and before a save; nothing is made again in its place."""
+    for step in (STEPS, 8):
+        place = Path(shutil.copytree(run, tmp_path / f"run-{step}"))
+        train_step = Loop.train_step
+
+        def gone(loop: Loop, *, place: Path = place, step: int = step, train_step: Any = train_step) -> None:
+            train_step(loop)
+            if loop.state.step == step:
+                loop.collect_save(wait=True)
+                shutil.move(place, f"{place}-away")
+
+        monkeypatch.setattr(Loop, "train_step", gone)
+        assert main(["resume", place.name]) == 1
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+        message = capfd.readouterr().err
+        assert f"{place.name}: the run directory was removed, renamed or replaced" in message
+        assert not place.exists()
+
+
 # --- configs of an older version ---------------------------------------------------------------------------------
 
 
@@ -359,7 +462,6 @@ def test_keys_unknown_to_an_older_version_get_their_defaults(run: Path, capfd: p
     (run / CONFIG).write_text(yaml.safe_dump(stored))
     assert main(["resume", "run"]) == 0
     changes = {key: (before, after) for key, before, after in events(run, "resume")[0]["changes"]}
-    assert changes.pop("data.cache_dir") == ("not stored", os.environ["LLMTRAIN_CACHE"])
     assert changes == {
         "checkpoint.before_evaluation": ("not stored", True),
         "recovery._target_": ("not stored", "llmtrain.recovery.on.RecoveryOn"),

@@ -119,7 +119,7 @@ def test_a_replay_without_a_logged_step_proves_nothing(good: Path, tmp_path: Pat
     assert "replay_steps=1: none of them was logged" in done.stderr
     assert "replay_steps=null, or replay_steps=2" in done.stderr
     assert "tensors not" in llmtrain("verify", "run", "replay_steps=2", cwd=tmp_path).stdout
-    assert "base=else" in llmtrain("verify", "run", "base=else", cwd=tmp_path, check=2).stderr
+    assert "weights.path=else: this" in llmtrain("verify", "run", "base=else", cwd=tmp_path, check=2).stderr
 
 
 def test_a_single_checkpoint_is_verified_from_the_start_of_the_run(good: Path, tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ VERBS: dict[tuple[str, ...], int] = {  # with their shares of the cases; some ta
     ("report", "."): 3,
     ("train", "weights=checkpoint", "weights.path=run", *TINY, "data=text", "data.path=text.txt", "tokenizer=byte",
      *TRAIN): 3,
+    ("train", "--from", "run", *TRAIN): 4,
     ("plan", "model=auto", "weights=checkpoint", "weights.path=run", "data=text", "data.path=text.txt",
      "tokenizer=byte", "probe=false"): 3,
 }  # fmt: skip
@@ -220,7 +221,7 @@ def is_used(verb: Sequence[str], checkpoint: Path, run: Path) -> bool:
     """Whether a verb that succeeded has vouched for a checkpoint, or used it."""
     if verb[0] == "verify":
         return len(verb) < 2 or verb[1] == "run" or Path(verb[1]).name == checkpoint.name
-    if verb[0] in ("generate", "chat", "predict", "export", "train"):
+    if verb[0] in ("generate", "chat", "predict", "export", "train") and "--from" not in verb:
         newest = sorted((run / "checkpoints").glob("step-*"))[-1] if verb[0] != "generate" or verb[1] == "run" else None
         return checkpoint == newest or (newest is None and Path(verb[1]).name == checkpoint.name)
     return False

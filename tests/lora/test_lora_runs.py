@@ -67,8 +67,8 @@ def test_verify_takes_a_base_that_was_moved(base: Path, tmp_path: Path) -> None:
     run = Run.compose(*adapting(tmp_path / "base", tmp_path / "runs", "lora=lora")).train().run_dir
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     failed = llmtrain("verify", str(run), cwd=tmp_path, check=1)
-    assert "base=" in failed.stdout
-    assert "bit for bit" in llmtrain("verify", str(run), "base=elsewhere", cwd=tmp_path).stdout
+    assert "weights.path=DIR" in failed.stdout
+    assert "bit for bit" in llmtrain("verify", str(run), "weights.path=elsewhere", cwd=tmp_path).stdout
 
 
 def test_a_plan_counts_the_adapters_alone(base: Path, tmp_path: Path) -> None:
