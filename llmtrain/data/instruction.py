@@ -158,7 +158,10 @@ class Instruction(ExampleData[ChatRow]):
         return encode
 
     def _unread(self, row: ChatRow, template: ChatTemplate, setting: str) -> list[str]:
-        """Remarks on what the template, named by ``setting``, does not render.  Raises ValueError for calls, and for words."""
+        """Remarks on what the template, named by ``setting``, does not render.
+
+        Raises ValueError for calls, and for words of a message.
+        """
         names = set()
         for number, name in template.unread(row.messages, row.variables):
             if number is None:

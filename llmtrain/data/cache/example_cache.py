@@ -46,7 +46,9 @@ class ExampleIndex(ShardIndex):
         facts = bool(stored["has_targets"]), labels, notes, bool(stored["is_new"])
         if stored["sha256"] != digest_of(*facts):
             raise ValueError("its sha256 does not match its labels and notes")
-        others = dict(zip(("has_targets", "labels", "notes", "is_new"), facts, strict=True)) | {"sha256": stored["sha256"]}
+        others = dict(zip(("has_targets", "labels", "notes", "is_new"), facts, strict=True)) | {
+            "sha256": stored["sha256"]
+        }
         return super().parse(stored) | parts | others
 
     def files(self) -> Iterator[tuple[Shard, int]]:

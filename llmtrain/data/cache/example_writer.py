@@ -15,7 +15,15 @@ from llmtrain.base.format import percent
 from llmtrain.data import DataError
 from llmtrain.data.cache.document_encoder import dtype_of
 from llmtrain.data.cache.example_cache import FORMAT, ExampleIndex, digest_of
-from llmtrain.data.cache.example_plan import LEFT_OUT, TRAIN, VALIDATION, ExampleFiles, ExamplePlan, count_notes, plan_examples
+from llmtrain.data.cache.example_plan import (
+    LEFT_OUT,
+    TRAIN,
+    VALIDATION,
+    ExampleFiles,
+    ExamplePlan,
+    count_notes,
+    plan_examples,
+)
 from llmtrain.data.cache.parallel_map import map_in_order
 from llmtrain.data.cache.shard_index import ShardWriter
 from llmtrain.data.cache.token_cache import REPORT_SECONDS

@@ -168,4 +168,4 @@ def _jinja_folders() -> list[str]:
         raise ValueError(
             f"template=tokenizer: the sandbox of jinja2 {jinja2.__version__} is not secure; pip install -U jinja2"
         )
-    return list(dict.fromkeys(str(Path(module.__file__).parents[1]) for module in (jinja2, markupsafe)))
+    return list(dict.fromkeys(str(Path(str(module.__file__)).parents[1]) for module in (jinja2, markupsafe)))

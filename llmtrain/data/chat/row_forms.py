@@ -100,7 +100,9 @@ class RowForms:
                 for pair in pairs
             ):
                 raise ValueError(f"{where} is {shown(history)}, where a list of [instruction, response] is needed")
-            turns = [Message(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
+            turns = [
+                Message(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)
+            ]
         messages = (*turns, Message("user", instruction, more), Message("assistant", answer))
         for message in messages:
             refuse_reserved(message.text, record.origin)

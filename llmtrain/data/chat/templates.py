@@ -33,7 +33,7 @@ def describe(name: str, tokenizer: Tokenizer) -> str:
 
 
 def find_template(name: str, tokenizer: Tokenizer, *, system: str | None = None) -> ChatTemplate:
-    """Find the template ``name``: auto, a built-in one, the tokenizer's own, or a text with fields such as ``{prompt}``.
+    """Find the template ``name``: a built-in one, the tokenizer's own, auto, or a text with fields like ``{prompt}``.
 
     ``system``: the system message of a conversation without one; None: the template's default.  Raises ValueError,
     listing the known ones, for an unknown name or field, or for a tokenizer without a template.

@@ -146,7 +146,9 @@ def test_the_header_of_a_role_carries_no_loss() -> None:
     assert JinjaTemplate(PLAIN, Chat()).lacking_prompt == "<|im_start|>assistant\n"
     assert JinjaTemplate(PLAIN + PROMPT, Chat()).lacking_prompt == ""
     assert taught(PLAIN, [{"role": "assistant", "content": "I begin."}, *TURNS])[0] == "I begin.<|im_end|>"
-    llama2 = "{% for m in messages %}{{ '[I]' + m.content + '[/I]' if m.role == 'user' else ' ' + m.content }}{% endfor %}"
+    llama2 = (
+        "{% for m in messages %}{{ '[I]' + m.content + '[/I]' if m.role == 'user' else ' ' + m.content }}{% endfor %}"
+    )
     assert taught(llama2, TURNS) == [" Hello.", " The sum is ä 2"]  # the model has to write the space
 
 
@@ -154,7 +156,9 @@ def test_the_header_of_a_role_carries_no_loss() -> None:
 
 
 def unread(source: str, messages: list[dict[str, Any]], **variables: Any) -> list[tuple[int | None, str]]:
-    return [tuple(each) for each in JinjaTemplate(source, Chat()).unread(read_messages(messages, "row").messages, variables)]
+    return [
+        tuple(each) for each in JinjaTemplate(source, Chat()).unread(read_messages(messages, "row").messages, variables)
+    ]
 
 
 def test_everything_that_does_not_change_the_text_is_named() -> None:
@@ -183,7 +187,9 @@ def test_a_switch_of_the_template_is_no_lost_value() -> None:
 
 @pytest.mark.parametrize("content", ["{{ m.content }}", "{{ 'said: ' + m.content }}", "{{ m.content or '' }}"])
 def test_a_call_without_content_never_teaches_the_word_none(content: str) -> None:
-    source = "{% for m in messages %}" + content + "{% for c in m.tool_calls %}{{ c | tojson }}{% endfor %};{% endfor %}"
+    source = (
+        "{% for m in messages %}" + content + "{% for c in m.tool_calls %}{{ c | tojson }}{% endfor %};{% endfor %}"
+    )
     assert "None" not in text(source, CALLS)
     is_none = "{% for m in messages %}{% if m.content is none %}[call]{% else %}{{ m.content }}{% endif %}{% endfor %}"
     assert "[call]" in text(is_none, CALLS)  # as it was given

@@ -207,7 +207,10 @@ def test_a_users_template_is_parsed_and_rendered(byte: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("alpacca", "template=alpacca: there is no such template; did you mean alpaca?; there are auto, alpaca, chatml"),
+        (
+            "alpacca",
+            "template=alpacca: there is no such template; did you mean alpaca?; there are auto, alpaca, chatml",
+        ),
         ("{promt}{response}", "there is no field {promt}; did you mean prompt?; there are {prompt}, {instruction}"),
         ("{prompt.__class__}{response}", "there is no field {prompt.__class__}"),
         ("{prompt!r}{response}", "there is no field"),
