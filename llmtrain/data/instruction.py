@@ -134,7 +134,6 @@ class Instruction(ExampleData[ChatRow]):
         template = self.find_template(tokenizer)
         encode_parts = ConversationEncoder(tokenizer, template)
         name = f"data.template={resolve(self.template, tokenizer)}"
-        is_new = isinstance(template, JinjaTemplate) and bool(template.marks_responses or template.lacking_prompt)
 
         def encode(row: ChatRow) -> EncodedExample:
             remarks = self._unread(row, template, name)
@@ -153,6 +152,7 @@ class Instruction(ExampleData[ChatRow]):
             inputs, targets = inputs[: self.sequence_length], targets[: self.sequence_length]
             if (targets == IGNORE).all():  # the trained part was cut off
                 inputs = inputs[:0]
+            is_new = isinstance(template, JinjaTemplate) and bool(template.marks_responses or template.lacking_prompt)
             return EncodedExample(inputs, targets, is_cut, tuple(remarks), is_new)
 
         return encode

@@ -68,7 +68,9 @@ class BoundedRenderer:
     def __call__(self, source: str, now: datetime, jobs: Sequence[RenderJob]) -> list[str | RenderFailure]:
         """Render ``jobs``; a failure is a result.  Raises ValueError if ``source`` is no template."""
         renders = [job._asdict() for job in jobs]
-        request = json.dumps({"source": source, "date": now.isoformat(), "renders": renders}).encode() + b"\n"
+        request = (
+            json.dumps({"source": source, "date": now.isoformat(), "renders": renders}, default=str).encode() + b"\n"
+        )
         with self._lock:
             answer = self._ask(request)
         if isinstance(answer, str):
