@@ -139,7 +139,6 @@ class Instruction(ExampleData[ChatRow]):
         template = self.find_template(tokenizer)
         encode_parts = self.conversation_encoder(tokenizer, template)
         name = f"data.template={resolve(self.template, tokenizer)}"
-        is_new = isinstance(template, JinjaTemplate) and bool(template.marks_responses or template.lacking_prompt)
 
         def encode(row: ChatRow) -> EncodedExample:
             remarks = self._unread(row, template, name)
@@ -158,12 +157,16 @@ class Instruction(ExampleData[ChatRow]):
             inputs, targets = inputs[: self.sequence_length], targets[: self.sequence_length]
             if (targets == IGNORE).all():  # the trained part was cut off
                 inputs = inputs[:0]
+            is_new = isinstance(template, JinjaTemplate) and bool(template.marks_responses or template.lacking_prompt)
             return EncodedExample(inputs, targets, is_cut, spans_border, tuple(remarks), is_new)
 
         return encode
 
     def _unread(self, row: ChatRow, template: ChatTemplate, setting: str) -> list[str]:
-        """Remarks on what the template, named by ``setting``, does not render.  Raises ValueError for calls, and for words."""
+        """Remarks on what the template, named by ``setting``, does not render.
+
+        Raises ValueError for calls, and for words of a message.
+        """
         names = set()
         for number, name in template.unread(row.messages, row.variables):
             if number is None:

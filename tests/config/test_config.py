@@ -30,6 +30,8 @@ COMPANY = {  # options that go with some others alone
 OF_RECIPES = {
     "verdict": ["data.path=x"], "spam": ["model=laptop_gpt2", *BASE], "instruct": ["model=laptop", *BASE],
     "baichuan2_lora": ["model=baichuan2_7b", "weights.path=x", "data.path=x"],
+    "classification": ["model=qwen2_5_0_5b", "weights.path=x", "data.path=x"],
+    "chat": ["model=qwen2_5_0_5b", "weights.path=x", "data.path=x"],
 }  # fmt: skip
 
 TINY = ("model=tiny", "tokenizer=byte")

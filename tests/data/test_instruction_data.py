@@ -275,3 +275,18 @@ def test_a_run_resumes_exactly_and_verifies(tmp_path: Path, pack: str) -> None:
     llmtrain("resume", str(copy), cwd=tmp_path)
     assert_same_end(whole, copy)
     assert "bit for bit" in llmtrain("verify", str(whole), cwd=tmp_path).stdout
+
+
+def test_a_template_without_bound_is_one_message_with_its_row(tmp_path: Path, byte: Tokenizer) -> None:
+    class Own(type(byte)):  # type: ignore[misc]
+        chat_template = "{{ messages[0].content * 10**10 }}"
+
+    path = jsonl(tmp_path / "a.jsonl", [{"messages": CHAT}])
+    data = instruction(tmp_path, path)
+    with pytest.raises(ValueError, match=r".") as error:
+        data.build(Own())
+    assert str(error.value) == (
+        f"{path}:1: the tokenizer's chat template needs more than 537 MB of memory; correct it, or take another, such "
+        "as template=chatml"
+    )
+    assert not list((tmp_path / "cache").glob("*/index.json"))

@@ -264,6 +264,14 @@ def test_impossible_options_are_refused(tmp_path: Path, changes: dict[str, objec
         labelled(tmp_path, "a.csv", **changes)
 
 
+def test_columns_that_nothing_reads_are_counted_and_named(tmp_path: Path, byte: Tokenizer) -> None:
+    records = [
+        {**record, "id": number, "source": "web" if number < 2 else ""} for number, record in enumerate(many(30))
+    ]
+    notes = labelled(tmp_path, jsonl(tmp_path / "a.jsonl", records)).build(byte).notes
+    assert "columns that nothing reads, with their rows: id (30), source (2)" in notes
+
+
 # --- the cache ------------------------------------------------------------------------------------------------------
 
 

@@ -68,7 +68,9 @@ class BoundedRenderer:
     def __call__(self, source: str, now: datetime, jobs: Sequence[RenderJob]) -> list[str | RenderFailure]:
         """Render ``jobs``; a failure is a result.  Raises ValueError if ``source`` is no template."""
         renders = [job._asdict() for job in jobs]
-        request = json.dumps({"source": source, "date": now.isoformat(), "renders": renders}).encode() + b"\n"
+        request = (
+            json.dumps({"source": source, "date": now.isoformat(), "renders": renders}, default=str).encode() + b"\n"
+        )
         with self._lock:
             answer = self._ask(request)
         if isinstance(answer, str):
@@ -168,4 +170,4 @@ def _jinja_folders() -> list[str]:
         raise ValueError(
             f"template=tokenizer: the sandbox of jinja2 {jinja2.__version__} is not secure; pip install -U jinja2"
         )
-    return list(dict.fromkeys(str(Path(module.__file__).parents[1]) for module in (jinja2, markupsafe)))
+    return list(dict.fromkeys(str(Path(str(module.__file__)).parents[1]) for module in (jinja2, markupsafe)))

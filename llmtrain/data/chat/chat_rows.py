@@ -41,9 +41,9 @@ class ChatRow:
     def empty_responses(self) -> Iterator[int]:
         """The numbers of the responses that have neither words nor calls."""
         for number, message in enumerate(self.messages):
-            if message.role == "assistant" and not message.content.strip():
-                if not any(message.fields.get(name) for name in CALLS):
-                    yield number
+            calls = any(message.fields.get(name) for name in CALLS)
+            if message.role == "assistant" and not message.content.strip() and not calls:
+                yield number
 
 
 def read_messages(value: Any, origin: str) -> ChatRow:
@@ -93,11 +93,10 @@ def _message(value: Any, origin: str) -> tuple[Message, bool | None]:
     is_trained = _is_trained(given, origin)
     skipped = {role_key, content_key, *WEIGHTS, *DETAILS}
     fields = {key: each for key, each in given.items() if key not in skipped}
-    for name in ("tool_calls",):
-        if name in fields:
-            fields[name] = parsed(fields[name], f"{origin}.{name}")
-            if not isinstance(fields[name], list):
-                raise ValueError(f"{origin}.{name} is {shown(fields[name])}, where a list of calls is needed")
+    if "tool_calls" in fields:
+        fields["tool_calls"] = parsed(fields["tool_calls"], f"{origin}.tool_calls")
+        if not isinstance(fields["tool_calls"], list):
+            raise ValueError(f"{origin}.tool_calls is {shown(fields['tool_calls'])}, where a list of calls is needed")
     content = value.get(content_key)
     if role == "function_call":
         fields["tool_calls"], content = _calls(content, f"{origin}.{content_key}"), None
@@ -146,7 +145,10 @@ def _calls(content: Any, origin: str) -> list[dict[str, Any]]:
 
 
 def _is_trained(given: Mapping[str, Any], origin: str) -> bool | None:
-    """The weight of a message, under any of its names; None if there is none.  Raises ValueError for other values than 0 and 1."""
+    """The weight of a message, under any of its names; None if there is none.
+
+    Raises ValueError for other values than 0 and 1.
+    """
     found = {}
     for name in WEIGHTS:
         if name in given:

@@ -327,8 +327,9 @@ def refuse_reserved(text: str, origin: str) -> None:
 
 
 def _failure(failure: RenderFailure) -> str:
-    verb = "rejects the messages: " if failure.kind is FailureKind.refusal else ""
-    return f"the tokenizer's chat template {verb}{failure.message}"
+    if failure.kind is FailureKind.refusal:
+        return f"the tokenizer's chat template rejects the messages: {failure.message}"
+    return f"the tokenizer's chat template {failure.message}; correct it, or take another, such as template=chatml"
 
 
 def _rendering(text: str) -> Rendering:

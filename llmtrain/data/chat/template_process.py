@@ -82,7 +82,7 @@ def compile_template(source: str, now: datetime) -> Any:
     """Compile a template in an environment like that of transformers."""
     import jinja2
     from jinja2.ext import Extension
-    from jinja2.nodes import CallBlock
+    from jinja2.nodes import CallBlock, Node
     from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
@@ -92,7 +92,7 @@ def compile_template(source: str, now: datetime) -> Any:
 
         tags = {"generation"}  # noqa: RUF012 - jinja2's
 
-        def parse(self, parser: Parser) -> CallBlock:
+        def parse(self, parser: Parser) -> Node:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)

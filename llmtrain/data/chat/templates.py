@@ -35,7 +35,7 @@ def describe(name: str, tokenizer: Tokenizer) -> str:
 def find_template(
     name: str, tokenizer: Tokenizer, *, system: str | None = None, split_at_responses: bool = False
 ) -> ChatTemplate:
-    """Find the template ``name``: auto, a built-in one, the tokenizer's own, or a text with fields such as ``{prompt}``.
+    """Find the template ``name``: a built-in one, the tokenizer's own, auto, or a text with fields like ``{prompt}``.
 
     ``system``: the system message of a conversation without one; None: the template's default.
     ``split_at_responses``: no token spans the border of a response, so a space before it need not belong to it.

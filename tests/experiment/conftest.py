@@ -1,0 +1,3 @@
+"""A trained tokenizer as a fixture."""
+
+from tests.helpers.tokenizers import byte_level as byte_level
