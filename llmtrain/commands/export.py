@@ -199,7 +199,7 @@ def changes_of_tokenizer(trained: LoadedModel, contents: dict[str, str]) -> Iter
     """Yield the parts of the tokenizer's files that are not as they were, in words."""
     tokenizer = trained.tokenizer
     if isinstance(tokenizer, HuggingFaceTokenizer) and (parts := written_differently(contents, tokenizer.source)):
-        yield f"{FILE}: {', '.join(parts)} as training read it, with the files beside it; no longer as in {tokenizer.file}"
+        yield f"{FILE}: {', '.join(parts)} as training read the files, no longer as in {tokenizer.file}"
     before, after = tokenizer.chat_template, contents.get(TEMPLATE)
     if before is not None and after != before:
         template = getattr(trained.run.data, "template", "")

@@ -29,7 +29,9 @@ MOVED = {  # classes by the names that older versions wrote
 
 REMOVED = {"checkpoint": ("step",)}  # keys that older versions wrote, by group: they never changed what a run does
 
-OLDER = {  # of keys that an older version did not have, the values that mean what it did, by class
+OLDER: dict[
+    str, dict[str, Any]
+] = {  # of keys that an older version did not have, the values that mean what it did, by class
     "llmtrain.tokenizer.huggingface.HuggingFace": {"version": 1},
     "llmtrain.tokenizer.sentencepiece.SentencePiece": {"version": 1},
     "llmtrain.data.instruction.Instruction": {"split_at_responses": True},
