@@ -26,7 +26,7 @@ from llmtrain.config.run_config import RunConfig
 from llmtrain.data.labelled import LabelledText
 from llmtrain.hf import CLASSIFIER, SCORE, config_of
 from llmtrain.hf.base_files import BaseFiles
-from llmtrain.hf.classifier_tokenizer import PAD, add_classifier_tokens, find_padding
+from llmtrain.hf.classifier_tokenizer import PAD, add_classifier_tokens, find_padding, next_id
 from llmtrain.hf.config_json import ConfigJson
 from llmtrain.hf.directory import locate_directory
 from llmtrain.hf.families import family_of_model, module_names
@@ -232,7 +232,7 @@ def tokenizer_files(trained: LoadedModel, *, may_add: bool) -> tuple[dict[str, s
         names = {id: name for name, id in tokenizer.special_tokens.items()}
         pad = names[tokenizer.end_of_text], tokenizer.end_of_text
     if pad is None and may_add:
-        pad = PAD, tokenizer.vocab_size
+        pad = PAD, next_id(contents)
     contents = add_classifier_tokens(contents, tokenizer, ends=data.append_end_of_text, pad=pad)
     return contents, None if pad is None else pad[1]
 
