@@ -156,13 +156,32 @@ class Instruction(ExampleData[list[Message]]):
         return [f"{what}: it is a target"]
 
     def remarks(self, tokenizer: Tokenizer) -> list[str]:
-        missing = missing_tokens(self.find_template(tokenizer), tokenizer)
+        template = self.find_template(tokenizer)
+        missing = missing_tokens(template, tokenizer)
+        doubled = self._doubled_begin(template, tokenizer)
         if not missing:
-            return []
+            return doubled
         return [
+            *doubled,
             f"data.template={self.template}: the tokenizer has no {', '.join(missing)}, so "
-            f"{'it is' if len(missing) == 1 else 'they are'} spelled out as text, several tokens each"
+            f"{'it is' if len(missing) == 1 else 'they are'} spelled out as text, several tokens each",
         ]
+
+    def _doubled_begin(self, template: ChatTemplate, tokenizer: Tokenizer) -> list[str]:
+        """A remark on a template that spells out the token that the tokenizer puts before a text."""
+        first = tokenizer.begin_names
+        if not first:
+            return []
+        if self.template != OWN:
+            spelled = parse_template(self.template).begins_text and not getattr(template, "begins_text", True)
+            what = f"begins with {first}, which the tokenizer puts before a text too: it stands there once"
+            return [f"data.template={self.template}: {what}"] if spelled else []
+        try:
+            text = self.conversation_encoder(tokenizer, template).text(template.render([Message("user", "a")]))
+        except ValueError:
+            return []  # a conversation of the data will tell
+        what = f"begins a conversation with {first} twice, as transformers renders it"
+        return [f"data.template={self.template}: {what}"] if text.startswith(2 * first) else []
 
 
 def _conversation(value: Any, origin: str) -> list[Message]:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from transformers import AutoTokenizer
 
+from llmtrain.config.build import build
 from llmtrain.data import IGNORE
 from llmtrain.data.chat.builtin_templates import TEMPLATES
 from llmtrain.data.chat.encoder import ConversationEncoder
@@ -16,12 +18,14 @@ from llmtrain.data.chat.markup_template import MarkupTemplate
 from llmtrain.data.chat.template import Message
 from llmtrain.data.chat.templates import find_template
 from llmtrain.data.chat.to_jinja import to_jinja
+from llmtrain.data.instruction import Instruction
 from llmtrain.hf.tokenizer_export import export_files
 from llmtrain.tokenizer import Tokenizer
 from llmtrain.tokenizer.byte import Byte
 from llmtrain.tokenizer.gpt2 import GPT2
 from llmtrain.tokenizer.huggingface import HuggingFace
 from llmtrain.tokenizer.sentencepiece import SentencePiece
+from tests.helpers.options import CONF
 from tests.helpers.tokenizers import INST, train_sentencepiece
 
 TURNS = [
@@ -208,6 +212,16 @@ def test_a_template_that_spells_out_the_first_token_has_it_once(pieces: Path) ->
     template = find_template("<s>Q: {prompt}\nA: {response}", tokenizer)
     ids = ConversationEncoder(tokenizer, template).prompt(template.render([Message("user", "Hi")]))
     assert ids[:2].count(tokenizer.bos) == 1
+    rows = yaml.safe_load((CONF / "data" / "instruction.yaml").read_text())
+    values = rows | {"path": "x", "sequence_length": 8, "cache_dir": "x"}
+    for template_name, remark in (
+        ("<s>Q: {prompt}\nA: {response}", ["begins with <s>, which the tokenizer puts before a text too"]),
+        ("Q: {prompt}\nA: {response}", []),
+        ("tokenizer", []),
+    ):
+        found = build(values | {"template": template_name}, Instruction).remarks(tokenizer)
+        assert len(found) == len(remark)
+        assert all(each in one for each, one in zip(remark, found, strict=True))
 
 
 def test_a_response_that_begins_within_a_token_is_noticed(byte_level: Path) -> None:

@@ -122,3 +122,12 @@ def test_text_is_streamed_until_a_stop_string(text: str, stops: tuple[str, ...],
 
 def test_a_character_cut_off_at_the_end_is_written_as_a_replacement() -> None:
     assert "".join(stream_text(iter("é".encode()[:1]), bytes)) == "\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"), [([" ", "Yes", " it"], "Yes it"), (["", "  a"], " a"), (["a", " b"], "a b"), ([" "], "")]
+)
+def test_the_space_before_a_response_is_not_shown(pieces: list[str], expected: str) -> None:
+    from llmtrain.inference.generate import without_first_space
+
+    assert "".join(without_first_space(pieces)) == expected
