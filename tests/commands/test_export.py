@@ -296,8 +296,8 @@ def test_an_export_holds_the_chat_template(template: str, bases: Path) -> None:
         assert encoder.prompt(parts) == theirs
 
 
-def instructed(base: Path, *overrides: str) -> Path:
-    """A run that was trained on a few conversations, from the checkpoint ``base``."""
+def instructed(base: Path, *overrides: str, length: int = 128) -> None:
+    """Train a run on a few conversations, from the checkpoint ``base``."""
     turns = [["Say {}.", "{} it is."], ["And again?", "{}, again."]]
     rows = [
         {"messages": [{"role": role, "content": text.format(index)} for turn in turns[: 1 + index % 2]
@@ -306,9 +306,8 @@ def instructed(base: Path, *overrides: str) -> Path:
     ]  # fmt: skip
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     plain = [override for override in AUTO if not override.startswith(("tokenizer=", "data."))]
-    data = ("objective=instruction", "data=instruction", "data.path=rows.jsonl", "data.sequence_length=64")
+    data = ("objective=instruction", "data=instruction", "data.path=rows.jsonl", f"data.sequence_length={length}")
     assert main(["train", *plain, *data, "weights=huggingface", f"weights.path={base}", "run_dir=run", *overrides]) == 0
-    return Path("run")
 
 
 @pytest.fixture
@@ -325,7 +324,7 @@ def chat_base(pieces: Path, tmp_path: Path) -> Path:
 
 def test_an_export_keeps_the_files_of_its_base(chat_base: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The tokenizer is the base's, since none was named; conversations have the ids of training in transformers."""
-    instructed(chat_base, "data.template=tokenizer", "model.context_length=64")
+    instructed(chat_base, "data.template=tokenizer", "model.context_length=64", length=64)
     stored = yaml.safe_load(Path("run/config.yaml").read_text())["tokenizer"]
     assert stored["_target_"].endswith("HuggingFace")
     assert stored["path"] == str(chat_base)
@@ -345,15 +344,15 @@ def test_an_export_keeps_the_files_of_its_base(chat_base: Path, capfd: pytest.Ca
 
 
 def test_an_export_says_what_it_changes_of_its_base(chat_base: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    instructed(chat_base, "data.template=alpaca", "tokenizer=huggingface", f"tokenizer.path={chat_base}",
-               "tokenizer.end_of_text=<unk>")  # fmt: skip
+    template = "data.template='{prompt}\\n\\n{response}'"
+    instructed(chat_base, template, "tokenizer=huggingface", f"tokenizer.path={chat_base}",
+               "tokenizer.end_of_text='<unk>'")  # fmt: skip
     assert main(["export", "run", "to=out"]) == 0
     out = capfd.readouterr().out
     assert "config.json: eos_token_id=0, in the base [2, 7]" in out
     assert "generation_config.json: eos_token_id=[2, 7, 0], in the base [2, 7]" in out
-    assert (
-        "chat_template.jinja: data.template=alpaca, which the run was trained in; no longer the tokenizer's own" in out
-    )
+    assert "chat_template.jinja: data.template=" in out
+    assert "which the run was trained in; no longer the tokenizer's own" in out
 
 
 def test_an_export_whose_conversations_differ_is_refused(chat_base: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -375,7 +374,7 @@ def test_text_is_served_as_it_was_trained(pieces: Path, capfd: pytest.CaptureFix
     overrides = ("model=llama_tiny", "tokenizer=huggingface", f"tokenizer.path={pieces}", "loop.max_steps=2")
     run = Run.compose(*plain, *overrides, "run_dir=run")
     tokenizer = run.build_tokenizer()
-    stream = run.data.build(tokenizer).train.gather(np.arange(4)).inputs.ravel()
+    stream = run.data.build(tokenizer).train.gather(np.arange(500)).inputs.ravel()
     assert stream[0] == tokenizer.bos == 1
     assert {1} == set(stream[1:][stream[:-1] == tokenizer.end_of_text].tolist())  # each document
     run.train()
@@ -395,8 +394,9 @@ def test_a_tokenizer_may_have_more_special_tokens_than_the_model_has_rows(
     instructed(chat_base, "data.template=tokenizer")
     capfd.readouterr()
     assert main(["export", "run", "to=out"]) == 0
-    data = ("objective=instruction", "data=instruction", "data.path=rows.jsonl", "data.template=chatml")
-    plain = [override for override in AUTO if not override.startswith("tokenizer=")]
+    data = ("objective=instruction", "data=instruction", "data.path=rows.jsonl", "data.template=chatml",
+            "data.sequence_length=128")  # fmt: skip
+    plain = [override for override in AUTO if not override.startswith(("tokenizer=", "data."))]
     weights = ("weights=huggingface", f"weights.path={chat_base}")
     assert main(["train", *plain, *data, *weights, "run_dir=other"]) == 2
     error = capfd.readouterr().err
