@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from llmtrain.base.options import option_name
 from llmtrain.config.exported_text import differences, text_files
 from llmtrain.data.instruction import Instruction
-from llmtrain.hf import config_of
-from llmtrain.hf.families import family_of_model
+from llmtrain.hf.llama import model_type_of
 from llmtrain.hf.tokenizer_export import FILE, splits_as_qwen
 from llmtrain.lint.case import Case, Finding, error, warning
+from llmtrain.model.llama import LlamaConfig
 from llmtrain.tokenizer.bpe import BPE
 from llmtrain.tokenizer.byte import ByteTokenizer
 
@@ -43,9 +43,15 @@ def served_text(case: Case) -> Iterator[Finding]:
 
 
 def _computable(case: Case, *, is_qwen: bool) -> Iterator[Finding]:
-    model = case.unit.model
+    """A model of Qwen 2's kind that transformers computes with Qwen's tokenizer alone."""
+    config = case.run.model
+    if is_qwen or not isinstance(config, LlamaConfig):
+        return
     try:
-        config = config_of(model)
-        family_of_model(config).write_config(config, model.vocab_size, has_qwen_tokenizer=is_qwen)
+        model_type_of(config)
+    except ValueError:
+        return  # with no tokenizer
+    try:
+        model_type_of(config, has_qwen_tokenizer=False)
     except ValueError as problem:
         yield warning("model", f"llmtrain export will refuse this run: {problem}")
