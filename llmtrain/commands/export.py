@@ -27,7 +27,7 @@ from llmtrain.config.run_config import RunConfig
 from llmtrain.data.labelled import LabelledText
 from llmtrain.hf import CLASSIFIER, SCORE, config_of
 from llmtrain.hf.base_files import BaseFiles
-from llmtrain.hf.classifier_tokenizer import PAD, add_classifier_tokens, find_padding
+from llmtrain.hf.classifier_tokenizer import PAD, add_classifier_tokens, find_padding, next_id
 from llmtrain.hf.config_json import ConfigJson
 from llmtrain.hf.directory import locate_directory
 from llmtrain.hf.families import family_of_model, module_names
@@ -207,7 +207,7 @@ def changes_of_tokenizer(trained: LoadedModel, contents: dict[str, str]) -> Iter
     """Yield the parts of the tokenizer's files that are not as they were, in words."""
     tokenizer = trained.tokenizer
     if isinstance(tokenizer, HuggingFaceTokenizer) and (parts := written_differently(contents, tokenizer.source)):
-        yield f"{FILE}: {', '.join(parts)} as training read it, with the files beside it; no longer as in {tokenizer.file}"
+        yield f"{FILE}: {', '.join(parts)} as training read the files, no longer as in {tokenizer.file}"
     before, after = tokenizer.chat_template, contents.get(TEMPLATE)
     if before is not None and after != before:
         template = getattr(trained.run.data, "template", "")
@@ -240,7 +240,7 @@ def tokenizer_files(trained: LoadedModel, *, may_add: bool) -> tuple[dict[str, s
         names = {id: name for name, id in tokenizer.special_tokens.items()}
         pad = names[tokenizer.end_of_text], tokenizer.end_of_text
     if pad is None and may_add:
-        pad = PAD, tokenizer.vocab_size
+        pad = PAD, next_id(contents)
     contents = add_classifier_tokens(contents, tokenizer, ends=data.append_end_of_text, pad=pad)
     return contents, None if pad is None else pad[1]
 

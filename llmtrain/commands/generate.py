@@ -15,7 +15,7 @@ from llmtrain.base.outputs import check_output, is_stdout, is_stream, open_outpu
 from llmtrain.data.chat.template import ChatTemplate, Message
 from llmtrain.data.sources.documents import read_text
 from llmtrain.data.sources.records import RecordReader, find_records
-from llmtrain.inference.generate import generate, stream_text
+from llmtrain.inference.generate import generate, stream_text, without_first_space
 from llmtrain.run.load import LoadedModel
 from llmtrain.run.text_generation import GenerationSettings, check_generates, encoder_of, template_of
 
@@ -99,7 +99,8 @@ class Writer:
                 end_of_text=tokenizer.end_of_text,
                 stops=self.stop_ids,
             )
-            yield from stream_text(new, tokenizer.decode_bytes, self.stop_texts)
+            pieces = stream_text(new, tokenizer.decode_bytes, self.stop_texts)
+            yield from pieces if self.template is None else without_first_space(pieces)
 
 
 def write_rows(writer: Writer, settings: Generate) -> None:

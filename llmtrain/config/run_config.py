@@ -126,8 +126,7 @@ class RunConfig:
             if not isinstance(self.weights, Scratch):
                 remedy = (
                     "the weights are of another tokenizer: take the one that they were trained with, "
-                    "tokenizer=huggingface tokenizer.path=DIR (tokenizer=sentencepiece for a tokenizer.model), or "
-                    "tokenizer=auto, which finds it"
+                    "tokenizer=huggingface tokenizer.path=DIR (tokenizer=sentencepiece for a tokenizer.model)"
                 )
             raise ValueError(
                 f"model.vocab_size={self.model.vocab_size}: tokenizer={option_name(self.tokenizer)} has "

@@ -13,7 +13,7 @@ from llmtrain.data.chat.encoder import ConversationEncoder
 from llmtrain.data.chat.jinja_template import JinjaTemplate
 from llmtrain.data.chat.row_forms import RowForms
 from llmtrain.data.chat.special_tokens import missing_tokens
-from llmtrain.data.chat.template import ChatTemplate
+from llmtrain.data.chat.template import ChatTemplate, Message
 from llmtrain.data.chat.templates import AUTO, OWN, find_template, parse_template, resolve
 from llmtrain.data.example_data import ExampleData
 from llmtrain.data.example_format import EncodedExample, Example
@@ -214,7 +214,7 @@ class Instruction(ExampleData[ChatRow]):
 
     def remarks(self, tokenizer: Tokenizer) -> list[str]:
         template = self.find_template(tokenizer)
-        found = []
+        found = self._doubled_begin(template, tokenizer)
         if missing := missing_tokens(template, tokenizer):
             found.append(
                 f"data.template={self.template}: the tokenizer has no {', '.join(missing)}, so "
@@ -226,3 +226,20 @@ class Instruction(ExampleData[ChatRow]):
                 f"program puts {header!r} before a response, and others that serve the model have to do the same"
             )
         return found
+
+    def _doubled_begin(self, template: ChatTemplate, tokenizer: Tokenizer) -> list[str]:
+        """A remark on a template that spells out the token that the tokenizer puts before a text."""
+        first = tokenizer.begin_names
+        name = resolve(self.template, tokenizer)
+        if not first:
+            return []
+        if name != OWN:
+            spelled = parse_template(name).begins_text and not getattr(template, "begins_text", True)
+            what = f"begins with {first}, which the tokenizer puts before a text too: it stands there once"
+            return [f"data.template={name}: {what}"] if spelled else []
+        try:
+            text = self.conversation_encoder(tokenizer, template).text(template.render([Message("user", "a")]))
+        except ValueError:
+            return []  # a conversation of the data will tell
+        what = f"begins a conversation with {first} twice, as transformers renders it"
+        return [f"data.template={name}: {what}"] if text.startswith(2 * first) else []

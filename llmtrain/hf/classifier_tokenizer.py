@@ -19,6 +19,14 @@ def find_padding(tokenizer: Tokenizer, files: Mapping[str, str]) -> tuple[str, i
     return None if id is None or id in (*tokenizer.begin, tokenizer.end_of_text) else (str(name), id)
 
 
+def next_id(files: Mapping[str, str]) -> int:
+    """The first id behind all of the tokenizer's, those among them that the model has no row for."""
+    spec = json.loads(files[FILE])
+    vocabulary = spec["model"]["vocab"]
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+    return 1 + max(*ids, *(token["id"] for token in spec["added_tokens"]))
+
+
 def add_classifier_tokens(
     files: Mapping[str, str], tokenizer: Tokenizer, *, ends: bool, pad: tuple[str, int] | None
 ) -> dict[str, str]:

@@ -187,7 +187,8 @@ def read_window(config: ConfigJson, kind: str, layers: int) -> tuple[int | None,
 def model_type_of(config: LlamaConfig, *, has_qwen_tokenizer: bool = True) -> str:
     """The ``model_type`` that computes the same as ``config``; a bias missing here is written as zeros.
 
-    With another tokenizer than Qwen's a Qwen 2 is written as a Llama with biases, that of the output 0.  Raises ValueError, naming the key, if there is none.
+    With another tokenizer than Qwen's a Qwen 2 is written as a Llama with biases.  Raises ValueError, naming the key,
+    if there is none.
     """
     check_common(config)
     windowed = config.sliding_window is not None
@@ -205,10 +206,10 @@ def model_type_of(config: LlamaConfig, *, has_qwen_tokenizer: bool = True) -> st
     if windowed and (config.qkv_bias or config.sliding_window_from_layer) and not has_qwen_tokenizer:
         key = "qkv_bias=true" if config.qkv_bias else f"sliding_window_from_layer={config.sliding_window_from_layer}"
         raise ValueError(
-            f"model.{key}: with model.sliding_window transformers has only Qwen 2, and reads any tokenizer beside it as "
-            "Qwen's; take the tokenizer of a Qwen, or model.sliding_window=null"
+            f"model.{key}: with model.sliding_window transformers has only Qwen 2, and reads any tokenizer beside it "
+            "as Qwen's; take the tokenizer of a Qwen, or model.sliding_window=null"
         )
-    if config.qkv_bias or windowed and config.sliding_window_from_layer:
+    if config.qkv_bias or (windowed and config.sliding_window_from_layer):
         return "qwen2" if has_qwen_tokenizer else "llama"
     return "mistral" if windowed else "llama"
 

@@ -10,7 +10,7 @@ import torch
 from llmtrain.base.outputs import check_output, is_stream, open_output
 from llmtrain.data.chat.encoder import ConversationEncoder
 from llmtrain.data.chat.template import ChatTemplate, Message
-from llmtrain.inference.generate import Sampling, generate, stream_text
+from llmtrain.inference.generate import Sampling, generate, stream_text, without_first_space
 from llmtrain.model import LanguageModel
 from llmtrain.precision import Precision
 from llmtrain.tokenizer import Tokenizer
@@ -58,7 +58,7 @@ class Conversation:
                     end_of_text=self.tokenizer.end_of_text,
                     stops=self.stop_ids,
                 )
-                for piece in stream_text(ids, self.tokenizer.decode_bytes, self.stop_texts):
+                for piece in without_first_space(stream_text(ids, self.tokenizer.decode_bytes, self.stop_texts)):
                     pieces.append(piece)
                     yield piece
         finally:

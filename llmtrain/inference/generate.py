@@ -2,7 +2,7 @@
 
 import codecs
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -118,6 +118,15 @@ def stream_text(
     held += decoder.decode(b"", final=True)
     if held:
         yield held
+
+
+def without_first_space(pieces: Iterable[str]) -> Iterator[str]:
+    """The text of ``pieces`` without the space that many tokenizers and templates put before a response."""
+    has_begun = False
+    for piece in pieces:
+        piece, has_begun = piece if has_begun else piece.removeprefix(" "), has_begun or bool(piece)
+        if piece:
+            yield piece
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 
 from llmtrain.base.options import option_name
 from llmtrain.config.exported_text import differences, text_files
-from llmtrain.hf import config_of
-from llmtrain.hf.families import family_of_model
+from llmtrain.data.instruction import Instruction
+from llmtrain.hf.llama import model_type_of
 from llmtrain.hf.tokenizer_export import FILE, splits_as_qwen
 from llmtrain.lint.case import Case, Finding, error, warning
+from llmtrain.model.llama import LlamaConfig
 from llmtrain.tokenizer.bpe import BPE
 from llmtrain.tokenizer.byte import ByteTokenizer
 
@@ -16,13 +17,14 @@ from llmtrain.tokenizer.byte import ByteTokenizer
 def served_text(case: Case) -> Iterator[Finding]:
     """A tokenizer or template whose ids transformers cannot give, and a model that it cannot compute.
 
-    Byte-level tokenizers of this program are written for transformers as they are, and split any text at special tokens
-    alone: nothing can differ.
+    Byte-level tokenizers of this program are written for transformers as they are; unless text is split at responses
+    too, nothing can differ.
     """
     run, tokenizer = case.run, case.tokenizer
     if case.is_resumed or importlib.util.find_spec("tokenizers") is None:
         return
-    is_own = isinstance(tokenizer, BPE | ByteTokenizer)
+    is_split = isinstance(run.data, Instruction) and run.data.split_at_responses
+    is_own = isinstance(tokenizer, BPE | ByteTokenizer) and not is_split
     if not is_own:
         try:
             contents = text_files(run, tokenizer, run.model.context_length)
@@ -30,20 +32,26 @@ def served_text(case: Case) -> Iterator[Finding]:
             yield warning("tokenizer", f"llmtrain export will refuse this run's tokenizer: {problem}")
             return
         for found in differences(run, tokenizer, contents):
-            yield error(
-                "data" if "conversation" in found else "tokenizer",
-                f"tokenizer={option_name(run.tokenizer)}: transformers would give the trained model other tokens than "
-                f"it is trained on: {found}; take a data.template whose special tokens the tokenizer has, and "
-                "data.split_at_responses=false with tokenizer.version=2",
-            )
+            key = "data.split_at_responses=true" if is_split else f"tokenizer={option_name(run.tokenizer)}"
+            what = f"{key}: transformers would give the trained model other tokens than it is trained on: {found}"
+            if is_split:
+                yield warning("data", f"{what}; llmtrain export will refuse this run")
+            else:
+                yield error("tokenizer", f"{what}; take another data.template")
             return
     yield from _computable(case, is_qwen=not is_own and splits_as_qwen(contents[FILE]))
 
 
 def _computable(case: Case, *, is_qwen: bool) -> Iterator[Finding]:
-    model = case.unit.model
+    """A model of Qwen 2's kind that transformers computes with Qwen's tokenizer alone."""
+    config = case.run.model
+    if is_qwen or not isinstance(config, LlamaConfig):
+        return
     try:
-        config = config_of(model)
-        family_of_model(config).write_config(config, model.vocab_size, has_qwen_tokenizer=is_qwen)
+        model_type_of(config)
+    except ValueError:
+        return  # with no tokenizer
+    try:
+        model_type_of(config, has_qwen_tokenizer=False)
     except ValueError as problem:
         yield warning("model", f"llmtrain export will refuse this run: {problem}")

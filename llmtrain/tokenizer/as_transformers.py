@@ -93,11 +93,11 @@ def add_tokens(
     known = {token.content for token in (*tokens, *tokenizer.get_added_tokens_decoder().values())}
     values = {**config, **({} if "added_tokens_decoder" in config else directory.special_tokens_map)}
     for token in (*(values.get(role, roles.get(role)) for role in ROLES if role in roles), *_as_list(extra)):
-        name = name_of(token)
-        if name is None or name in known:
+        given = name_of(token)
+        if given is None or given in known:
             continue
-        known.add(name)
-        tokens.append(_token(token, special=True) if isinstance(token, dict) else AddedToken(name, special=True))
+        known.add(given)
+        tokens.append(_token(token, special=True) if isinstance(token, dict) else AddedToken(given, special=True))
     for token in tokens:
         if token.content in roles.values():
             token.special = True

@@ -101,7 +101,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self._mark_special(*self.prefix, self.bos, self.end_of_text)
         if version > 1:
             self._spec["added_tokens"] = json.loads(self._marked.to_str())["added_tokens"]
-            self.named_tokens = directory.names_of_roles() | {"eos_token": self._marked.id_to_token(self.end_of_text)}
+            end = str(self._marked.id_to_token(self.end_of_text))
+            self.named_tokens = directory.names_of_roles() | {"eos_token": end}
         added = self._marked.get_added_tokens_decoder()
         self.special_tokens = {token.content: id for id, token in sorted(added.items()) if token.special}
         self.vocab_size = max(self._marked.get_vocab(with_added_tokens=True).values()) + 1

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 import yaml
@@ -21,6 +22,7 @@ from llmtrain.commands import export
 from llmtrain.commands.export import DType, Export, Format
 from llmtrain.run.load import load_model
 from tests.helpers.cli import TINY
+from tests.helpers.tokenizers import pieces as pieces
 
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 AUTO = (*(override for override in TINY if not override.startswith("model=")), "model=auto", "loop.max_steps=3")
@@ -292,6 +294,137 @@ def test_an_export_holds_the_chat_template(template: str, bases: Path) -> None:
         encoder = ConversationEncoder(trained.tokenizer)
         parts = template_of(trained, None, None).render([Message("user", "Say 7.")], add_generation_prompt=True)
         assert encoder.prompt(parts) == theirs
+
+
+def instructed(base: Path, *overrides: str, length: int = 128) -> None:
+    """Train a run on a few conversations, from the checkpoint ``base``."""
+    turns = [["Say {}.", "{} it is."], ["And again?", "{}, again."]]
+    rows = [
+        {"messages": [{"role": role, "content": text.format(index)} for turn in turns[: 1 + index % 2]
+                      for role, text in zip(("user", "assistant"), turn, strict=True)]}
+        for index in range(12)
+    ]  # fmt: skip
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain = [override for override in AUTO if not override.startswith(("tokenizer=", "data."))]
+    data = ("objective=instruction", "data=instruction", "data.path=rows.jsonl", f"data.sequence_length={length}")
+    assert main(["train", *plain, *data, "weights=huggingface", f"weights.path={base}", "run_dir=run", *overrides]) == 0
+
+
+@pytest.fixture
+def chat_base(pieces: Path, tmp_path: Path) -> Path:
+    """A base with its tokenizer, whose files say more than an export would by itself."""
+    shutil.copytree(pieces, tmp_path / "base")
+    sizes = LLAMA | {"vocab_size": 800, "bos_token_id": 1, "eos_token_id": [2, 7], "max_position_embeddings": 128}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path / "base")
+    generation = {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 0, "temperature": 0.6, "top_p": 0.9,
+                  "do_sample": True}  # fmt: skip
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(generation))
+    return tmp_path / "base"
+
+
+def test_an_export_keeps_the_files_of_its_base(chat_base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The tokenizer is the base's, since none was named; conversations have the ids of training in transformers."""
+    instructed(chat_base, "data.template=tokenizer", "model.context_length=64", length=64)
+    stored = yaml.safe_load(Path("run/config.yaml").read_text())["tokenizer"]
+    assert stored["_target_"].endswith("HuggingFace")
+    assert stored["path"] == str(chat_base)
+    assert f"tokenizer  huggingface, {chat_base}" in capfd.readouterr().out
+    assert main(["export", "run", "to=out"]) == 0
+    out = capfd.readouterr().out
+    assert "texts, and conversations of 1 to 3 turns, have the tokens of training" in out
+    assert "in the base" not in out  # nothing has changed
+    kept = json.loads((chat_base / "generation_config.json").read_text())
+    written = json.loads(Path("out/generation_config.json").read_text())
+    assert {key: written[key] for key in kept} == kept
+    config = json.loads(Path("out/config.json").read_text())
+    assert (config["max_position_embeddings"], config["eos_token_id"]) == (128, [2, 7])
+    assert Path("out/tokenizer.json").read_bytes() == (chat_base / "tokenizer.json").read_bytes()
+    template = json.loads((chat_base / "tokenizer_config.json").read_text())["chat_template"]
+    assert Path("out/chat_template.jinja").read_text() == template
+
+
+def test_an_export_says_what_it_changes_of_its_base(chat_base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    template = "data.template='{prompt}\\n\\n{response}'"
+    instructed(chat_base, template, "tokenizer=huggingface", f"tokenizer.path={chat_base}",
+               "tokenizer.end_of_text='<unk>'")  # fmt: skip
+    assert main(["export", "run", "to=out"]) == 0
+    out = capfd.readouterr().out
+    assert "config.json: eos_token_id=0, in the base [2, 7]" in out
+    assert "generation_config.json: eos_token_id=[2, 7, 0], in the base [2, 7]" in out
+    assert "chat_template.jinja: data.template=" in out
+    assert "which the run was trained in; no longer the tokenizer's own" in out
+
+
+def test_an_export_whose_conversations_differ_is_refused(chat_base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    instructed(chat_base, "data.template=tokenizer", "data.split_at_responses=true")
+    what = "a conversation of 1 turn: from token 2 on training sees '[' "
+    assert "data.split_at_responses=true: transformers would give the trained model other tokens" in (
+        capfd.readouterr().err + Path("run/train.log").read_text()
+    )
+    assert main(["export", "run", "to=out"]) == 1
+    error = capfd.readouterr().err
+    assert what.replace(":", " becomes other tokens in transformers:") in error
+    assert "transformers ' [' " in error
+    assert not Path("out").exists()
+
+
+def test_text_is_served_as_it_was_trained(pieces: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Documents begin with the token that the tokenizer puts before a text, and so do prompts."""
+    plain = [override for override in TINY if not override.startswith(("tokenizer=", "model="))]
+    overrides = ("model=llama_tiny", "tokenizer=huggingface", f"tokenizer.path={pieces}", "loop.max_steps=2")
+    run = Run.compose(*plain, *overrides, "run_dir=run")
+    tokenizer = run.build_tokenizer()
+    stream = run.data.build(tokenizer).train.gather(np.arange(500)).inputs.ravel()
+    assert stream[0] == tokenizer.bos == 1
+    assert {1} == set(stream[1:][stream[:-1] == tokenizer.end_of_text].tolist())  # each document
+    run.train()
+    assert main(["export", "run", "to=out"]) == 0
+    assert "texts have the tokens of training" in capfd.readouterr().out
+    assert transformers.AutoTokenizer.from_pretrained("out")("So it goes")["input_ids"] == tokenizer.encode_prompt(
+        "So it goes"
+    )
+
+
+def test_a_tokenizer_may_have_more_special_tokens_than_the_model_has_rows(
+    chat_base: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    library = tokenizers.Tokenizer.from_file(str(chat_base / "tokenizer.json"))
+    library.add_special_tokens(["<|im_end|>"])
+    library.save(str(chat_base / "tokenizer.json"))
+    instructed(chat_base, "data.template=tokenizer")
+    capfd.readouterr()
+    assert main(["export", "run", "to=out"]) == 0
+    data = ("objective=instruction", "data=instruction", "data.path=rows.jsonl", "data.template=chatml",
+            "data.sequence_length=128")  # fmt: skip
+    plain = [override for override in AUTO if not override.startswith(("tokenizer=", "data."))]
+    weights = ("weights=huggingface", f"weights.path={chat_base}")
+    assert main(["train", *plain, *data, *weights, "run_dir=other"]) == 2
+    error = capfd.readouterr().err
+    assert (
+        "rows.jsonl:1: model.vocab_size=800: the token '<|im_end|>' has the id 800, for which the model has no" in error
+    )
+    assert not Path("other").exists()
+    assert main(["train", *plain, *data, *weights, "tokenizer=gpt2", "run_dir=other"]) == 2
+    error = capfd.readouterr().err
+    assert "tokenizer=gpt2 has 50257 ids; the weights are of another tokenizer" in error
+    assert "tokenizer=huggingface tokenizer.path=DIR" in error
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_a_qwen_with_another_tokenizer_is_exported_or_warned_of(
+    windowed: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Transformers reads any tokenizer beside a ``qwen2`` as Qwen's."""
+    overrides = ["model=llama_tiny", "model.qkv_bias=true", "loop.max_steps=1", "run_dir=run"]
+    plain = [override for override in TINY if not override.startswith("model=")]
+    assert main(["train", *plain, *overrides, *["model.sliding_window=8"] * windowed]) == 0
+    captured = capfd.readouterr()
+    warned = "llmtrain export will refuse this run: model.qkv_bias=true" in captured.out + captured.err
+    assert warned == windowed
+    assert main(["export", "run", "to=out"]) == 2 * windowed
+    if not windowed:
+        assert json.loads(Path("out/config.json").read_text())["model_type"] == "llama"
+        assert "conversations" not in capfd.readouterr().out
 
 
 # --- nothing comes out --------------------------------------------------------------------------------------------

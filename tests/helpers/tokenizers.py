@@ -109,3 +109,32 @@ def train_sentencepiece(path: Path, **options: Any) -> Path:
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_sentencepiece(tmp_path_factory.mktemp("llama") / "tokenizer.model")
+
+
+INST = (  # in the manner of Llama 2's and Mistral's
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="session")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """BPE of pieces, ``▁`` put before a text by the normalizer and ``<s>`` by the post-processor, with a template."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer.train_from_iterator(
+        CORPUS[:60_000].splitlines(),
+        trainers.BpeTrainer(vocab_size=800, special_tokens=special, show_progress=False),
+    )
+    spec = json.loads(tokenizer.to_str())
+    spec["pre_tokenizer"] = None
+    spec["added_tokens"] = spec["added_tokens"][:3]
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": INST}
+    return save(tmp_path_factory.mktemp("pieces"), tokenizer, tokenizer_class="PreTrainedTokenizerFast", **names)

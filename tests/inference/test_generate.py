@@ -143,3 +143,12 @@ def test_a_temperature_next_to_0_takes_the_likeliest_token(temperature: float) -
 def test_a_temperature_that_is_no_number_is_refused(temperature: float) -> None:
     with pytest.raises(ValueError, match="temperature="):
         Sampling(temperature, 0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"), [([" ", "Yes", " it"], "Yes it"), (["", "  a"], " a"), (["a", " b"], "a b"), ([" "], "")]
+)
+def test_the_space_before_a_response_is_not_shown(pieces: list[str], expected: str) -> None:
+    from llmtrain.inference.generate import without_first_space
+
+    assert "".join(without_first_space(pieces)) == expected

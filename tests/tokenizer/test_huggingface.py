@@ -20,8 +20,8 @@ from tests.helpers.cli import TINY, llmtrain, only_run
 from tests.helpers.tokenizers import CORPUS, random_texts, save
 
 
-def load(path: Path, end_of_text: str | None = None) -> HuggingFaceTokenizer:
-    return HuggingFace(path=str(path), end_of_text=end_of_text, version=2).build()
+def load(path: Path, end_of_text: str | None = None, *, version: int = 2) -> HuggingFaceTokenizer:
+    return HuggingFace(path=str(path), end_of_text=end_of_text, version=version).build()
 
 
 @pytest.fixture(params=["byte_level", "unigram"])
@@ -81,7 +81,8 @@ def test_vocabulary_end_of_text_and_special_tokens_are_those_of_the_file(byte_le
     one, other = load(byte_level), load(unigram)
     assert (one.vocab_size, one.end_of_text, one.bos) == (701, 0, None)
     assert dict(one.special_tokens) == {"<|endoftext|>": 0, "<|im_start|>": 1}
-    assert (other.end_of_text, other.bos) == (2, 1)
+    assert (other.end_of_text, other.bos, other.prefix) == (2, None, ())  # it has a <s>, and puts it before no text
+    assert other.named_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
     assert dict(other.special_tokens) == {"<unk>": 0, "<s>": 1, "</s>": 2}
     assert load(byte_level / "tokenizer.json").fingerprint == one.fingerprint
 
@@ -97,14 +98,12 @@ def test_the_vocabulary_reaches_to_the_largest_id(changed: Callable[..., Path]) 
 
 
 def test_truncation_padding_and_template_of_a_file_are_ignored(changed: Callable[..., Path], byte_level: Path) -> None:
-    """Files are saved with truncation, padding, dropout and tokens around a text; none is part of a text's ids."""
-    around = tokenizers.processors.TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    """Files are saved with truncation, padding and dropout; none is part of a text's ids."""
     tokenizer = tokenizers.Tokenizer.from_file(str(byte_level / "tokenizer.json"))
     tokenizer.enable_truncation(5)
     tokenizer.enable_padding(length=50)
-    tokenizer.post_processor = around
     spec = json.loads(tokenizer.to_str())
-    path = changed(model={"dropout": 0.5}, **{key: spec[key] for key in ("truncation", "padding", "post_processor")})
+    path = changed(model={"dropout": 0.5}, **{key: spec[key] for key in ("truncation", "padding")})
     one, other = load(path, "<|endoftext|>"), load(byte_level)
     assert one.encode(CORPUS[:2000]).tolist() == other.encode(CORPUS[:2000]).tolist()
     assert one.fingerprint == other.fingerprint
@@ -274,11 +273,32 @@ def test_the_end_of_text_is_found_in_the_files_beside_it(
     changed: Callable[..., Path], tmp_path: Path, name: str, content: dict[str, Any], end: int | None, bos: int | None
 ) -> None:
     (tmp_path / name).write_text(json.dumps(content))
-    tokenizer = load(changed())
-    assert tokenizer.bos == bos
+    tokenizer = load(changed(), version=1)
+    assert tokenizer.bos == bos  # named; of this version, put before conversations even if the tokenizer does not
+    assert load(changed()).bos is None
     if end is not None:
         assert tokenizer.end_of_text == end
     assert tokenizer.end_of_text in tokenizer.special_tokens.values()
+
+
+@pytest.mark.parametrize("behind", ["", " <|endoftext|>"])
+def test_the_tokens_that_the_tokenizer_puts_before_a_text_begin_it(
+    behind: str, changed: Callable[..., Path], tmp_path: Path
+) -> None:
+    special = [("<|im_start|>", 1), ("<|endoftext|>", 0)]
+    around = tokenizers.processors.TemplateProcessing("<|im_start|> $A" + behind, special_tokens=special)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}')
+    path = changed(post_processor=json.loads(around.__getstate__()))
+    tokenizer, former = load(path), load(path, version=1)
+    assert (tokenizer.bos, tokenizer.prefix, tokenizer.begin) == (1, (1,), (1,))
+    assert tokenizer.encode_prompt("The") == [1, *tokenizer.encode("The").tolist()]
+    assert tokenizer.named_tokens["bos_token"] == "<|endoftext|>"
+    assert (former.bos, former.prefix, former.begin) == (0, (), (0,))
+    assert tokenizer.fingerprint != former.fingerprint  # documents have other ids
+    theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer.to_json({})))
+    assert theirs("The")["input_ids"] == tokenizer.encode_prompt("The")  # an export puts nothing behind it
+    theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(former.to_json({})))
+    assert theirs("The")["input_ids"] == former.encode_prompt("The")
 
 
 def test_a_null_bos_of_the_tokenizer_comes_before_the_id_of_the_model(

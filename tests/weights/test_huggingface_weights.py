@@ -342,3 +342,23 @@ def test_the_fingerprint_of_a_large_file_follows_its_parts(gpt2: Path) -> None:
     assert len(found - {before}) == 3
     file.write_bytes(bytes(size + 1))
     assert fingerprint(gpt2) != before
+
+
+def test_buffers_of_old_versions_are_dropped_whatever_their_type(
+    saved: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Causal masks and positions that transformers once saved: booleans, bytes, 64-bit integers."""
+    shutil.copytree(saved / "gpt2", tmp_path / "masked")
+    path = tmp_path / "masked" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8).tril().bool()
+    tensors["transformer.h.1.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.uint8).tril()
+    tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    tensors["transformer.position_ids"] = torch.arange(8)
+    tensors["transformer.h.1.attn.rotary_emb.inv_freq"] = torch.arange(8)
+    save_file(tensors, path, metadata={"format": "pt"})
+    base = ("model=auto", "weights=huggingface", f"weights.path={tmp_path / 'masked'}", "run_dir=run")
+    assert main(["train", *TRAIN, *base]) == 0
+    save_file(tensors | {"transformer.h.0.attn.c_attn.weight": torch.ones(2, 2).byte()}, path)
+    assert main(["train", *TRAIN, *base[:-1], "run_dir=other"]) == 2
+    assert "transformer.h.0.attn.c_attn.weight is U8" in capfd.readouterr().err

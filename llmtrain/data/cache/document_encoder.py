@@ -21,7 +21,7 @@ class EncodedText(NamedTuple):
     """Consecutive documents of one split, training or validation, or a stretch of one document."""
 
     is_validation: bool
-    ids: np.ndarray  # as wide as the tokenizer's ids need; every document begins with the tokenizer's prefix, ends with its end-of-text token
+    ids: np.ndarray  # as wide as the tokenizer's ids need; each document between prefix and end-of-text token
     documents: int  # documents that end in here
     ends: tuple[tuple[int, str], ...] = ()  # for each of them, the place after its last id, and its source
 
