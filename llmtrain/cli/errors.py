@@ -1,15 +1,16 @@
 """Messages and exit statuses of errors: the one place that turns an exception into words."""
 
 import errno
+from collections.abc import Sequence
 
 from llmtrain.base.invocation import FAILED, USAGE_ERROR
 
 
-def explain(error: BaseException, verb: str) -> tuple[str | None, int]:
+def explain(error: BaseException, verb: str, arguments: Sequence[str] = ()) -> tuple[str | None, int]:
     """Return one message for the user, None for a bug of ours, and the exit status."""
     from llmtrain.config.explain import explain_composition
 
-    if (message := explain_composition(error, verb)) is not None:
+    if (message := explain_composition(error, verb, arguments)) is not None:
         return message, USAGE_ERROR
     if type(error).__name__ in ("TrainingFailed", "DataError"):  # by name: their modules import torch
         return str(error), FAILED

@@ -25,7 +25,6 @@ SETTING = re.compile(
 )
 
 
-
 def is_secret(name: str) -> bool:
     """True if a key or a variable of this name holds a secret."""
     return SECRET.search(name.rsplit(".", 1)[-1]) is not None
