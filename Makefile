@@ -11,12 +11,13 @@ STAMP := $(VENV)/.installed
 
 setup: $(STAMP)
 
+# editable_mode=compat puts this folder on Python's path, so that `import llmtrain` works in the folder above it, too.
 # The constraints are the tested set; torch comes first so that nothing else chooses its build.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat --editable '.[dev]'
 	@touch $(STAMP)
 
 train: setup

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmtrain.base.checks import did_you_mean
 from llmtrain.base.files import exists
 from llmtrain.base.format import command
 from llmtrain.base.run_files import CHECKPOINTS
@@ -40,7 +41,6 @@ FROM = "--from"  # of a new run, beside Hydra's own flags: the run whose setting
 VALUE_FLAGS = {
     FROM: FROM,
     "--cfg": "--cfg", "-c": "--cfg", "--config-dir": "--config-dir", "-cd": "--config-dir",
-    "--config-name": "--config-name", "-cn": "--config-name", "--config-path": "--config-path", "-cp": "--config-path",
     "--package": "--package", "-p": "--package", "--info": "--info", "-i": "--info",
 }  # fmt: skip
 
@@ -83,6 +83,8 @@ def parse(arguments: Sequence[str]) -> CommandLine:
         raise UsageError(f"{verb}: no such verb{names_hint(verb, list(VERBS))}")
     refuse_spaces(rest)
     flags, targets, overrides = split(verb, rest)
+    for flag in ("--config-dir=", "--cfg=", "--info=", "--package="):
+        take(flags, flag)  # refuses two
     if any(flag.startswith("--package=") for flag in flags) and not any(flag.startswith("--cfg=") for flag in flags):
         raise UsageError(f"--package: only with --cfg job, as in: llmtrain {verb} --cfg job --package optimizer")
     multirun = "-m" in flags or "--multirun" in flags
@@ -131,8 +133,9 @@ def check_targets(verb: str, targets: Sequence[Path], *, only_shows: bool, helps
 def too_many(verb: str, targets: Sequence[Path]) -> str:
     """Name the words beyond the one directory of the verb, and the key that a text belongs to."""
     words = [str(target) for target in targets if not os.path.isdir(target)]  # noqa: PTH112 (False for impossible names)
-    if len(words) > 1 and keys_named(verb, words[0]):
-        return stray(verb, words[0], words[1:])
+    beyond = words if len(words) < len(targets) else words[1:]
+    if len(beyond) > 1 and keys_named(verb, beyond[0]):
+        return stray(verb, beyond[0], beyond[1:])
     text = " ".join(words if 0 < len(words) < len(targets) else map(str, targets[1:]))
     if verb not in TEXT_OF:
         return f"{text}: neither key=value nor a directory that this verb takes; as in: {command(verb, 'RUN_DIR')}"
@@ -189,6 +192,9 @@ def take_flag(verb: str, argument: str, queue: list[str]) -> str:
         if needs_value and not queue:
             raise UsageError(f"{name}: needs a value")
         value = queue.pop(0) if needs_value or (queue and queue[0] in INFO) else "all"
+    allowed = {"--cfg": ("job", "hydra", "all"), "--info": INFO}.get(VALUE_FLAGS[name])
+    if allowed and value not in allowed:
+        raise UsageError(f"{name}={value}: must be one of {', '.join(allowed)}{did_you_mean(value, allowed)}")
     if name == FROM and verb != "train":
         raise UsageError(
             f"{FROM} {value}: only for a new run, as in: llmtrain train {FROM} RUN_DIR loop.max_steps=4000"

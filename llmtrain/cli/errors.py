@@ -1,18 +1,19 @@
 """Messages and exit statuses of errors: the one place that turns an exception into words."""
 
 import errno
+from collections.abc import Sequence
 
 from llmtrain.base.invocation import FAILED, USAGE_ERROR
 from llmtrain.cli.machine_errors import explain_machine
 
 
-def explain(error: BaseException, verb: str) -> tuple[str | None, int]:
+def explain(error: BaseException, verb: str, arguments: Sequence[str] = ()) -> tuple[str | None, int]:
     """Return one message for the user, None for a bug of ours, and the exit status."""
     if isinstance(error, MemoryError | ImportError) and (message := explain_machine(error)) is not None:
         return message, FAILED  # before anything else is imported
     from llmtrain.config.explain import explain_composition
 
-    if (message := explain_composition(error, verb)) is not None:
+    if (message := explain_composition(error, verb, arguments)) is not None:
         return message, USAGE_ERROR
     if type(error).__name__ in ("TrainingFailed", "DataError", "SamplingFailed"):  # by name: their modules import torch
         return str(error), FAILED

@@ -58,7 +58,7 @@ def report_error(error: Exception, arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments
     if debug:
         complain(traceback.format_exc())
-    message, status = explain(error, next((verb for verb in arguments if verb in VERBS), "train"))
+    message, status = explain(error, next((verb for verb in arguments if verb in VERBS), "train"), arguments)
     if message is not None:
         complain(shortened("; ".join([f"llmtrain: {message}", *getattr(error, "__notes__", [])])))
     elif not debug:

@@ -30,8 +30,7 @@ def main(run: Run, invocation: Invocation) -> int:
         )
     if not changed and (done := directory.finished_step()) is not None and is_at_end(stored, done):
         path = directory.path
-        epochs = run.loop.epochs
-        longer = f"loop.max_steps={2 * done}" if epochs is None else f"loop.epochs={2 * epochs:g}"
+        longer = run.loop.times(2)
         print(visible(f"{path}: finished already, at step {done:,}; to train on: "
                       f"llmtrain resume {shlex.quote(str(path))} {longer}"))  # fmt: skip
         return FINISHED

@@ -20,6 +20,7 @@ from llmtrain.config.overrides import search_path
 from llmtrain.config.secret_values import REDACTED, is_secret
 from llmtrain.config.stored_config import ConfigError, escape, flatten
 from llmtrain.config.texts import as_typed
+from llmtrain.config.texts import shown as shown_quoted
 
 VERSION_BASE: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__ < "1.4" else {}
 
@@ -54,17 +55,21 @@ def _fresh_hydra() -> Iterator[None]:
 
 def resolve(config: DictConfig, choices: Mapping[str, Any]) -> dict[str, Any]:
     """A composed config as plain values; ``name`` defaults to the chosen recipe's or model's."""
-    if "name" in config and config["name"] is None:
-        config["name"] = choices.get("experiment") or choices.get("model") or "run"
-    find_model(config)
-    find_tokenizer(config)
     try:
+        if "name" in config and config["name"] is None:
+            config["name"] = choices.get("experiment") or choices.get("model") or "run"
+        find_model(config)
+        find_tokenizer(config)
         plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or str(error).rsplit(" ", 1)[-1]
         raise ConfigError(f"{key}: a value is required; give it as {key}=…") from error
     except InterpolationResolutionError as error:
-        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        key, reason = error.full_key or "", str(error).splitlines()[0]
+        as_written: Any = OmegaConf.to_container(config, resolve=False)
+        written = flatten(as_written).get(key)
+        text = f"; if it is no reference but the text itself: {shown_quoted(key, written)}" if written else ""
+        raise ConfigError(f"{key}={written}: {reason}{text}") from error
     _check_secrets(config, plain)
     return plain
 

@@ -9,6 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llmtrain.base.files import exists
 from llmtrain.config.folders import conf_dir
+from llmtrain.config.overrides import key_of
 from llmtrain.config.suggestions import key_hint, names_hint
 
 PLACES = {  # groups whose option is sometimes given as a file or directory: what is meant, and how that is written
@@ -19,12 +20,12 @@ PLACES = {  # groups whose option is sometimes given as a file or directory: wha
 }
 
 
-def explain_composition(error: BaseException, verb: str) -> str | None:
-    """Return the message for an error of Hydra's or OmegaConf's; None for any other."""
+def explain_composition(error: BaseException, verb: str, arguments: Sequence[str] = ()) -> str | None:
+    """Return the message for an error of Hydra's or OmegaConf's, after these arguments; None for any other."""
     if isinstance(error, MissingConfigException) and error.options is not None:
         return explain_option(error.missing_cfg_file or "", error.options)
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return explain_override(error, verb)
+        return explain_override(error, verb, arguments)
     return None
 
 
@@ -38,12 +39,17 @@ def explain_option(config_file: str, options: Sequence[str]) -> str:
     return f"{group}={option}: no such option{names_hint(option, sorted(options))}"
 
 
-def explain_override(error: BaseException, verb: str) -> str:
+def explain_override(error: BaseException, verb: str, arguments: Sequence[str] = ()) -> str:
     """Return the message for an override that Hydra or OmegaConf refuses."""
     key = find_key(error)
     if key is not None:
-        return f"{key}: no such key{key_hint(key, verb)}"
-    message = str(error).strip().splitlines()[0]
+        value = next((word.partition("=")[2] for word in arguments if "=" in word and key_of(word) == key), "")
+        return f"{key}: no such key{key_hint(key, verb, value)}"
+    message = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if match := re.match(r"Could not delete from config. '(.*)' does not exist", message):
+        return f"~{match[1]}: no such key{key_hint(match[1], verb)}"
+    if match := re.match(r"(\S+) appears more than once in the final defaults list", message):
+        return f"+{match[1]}: the group has an option already; without the +: {match[1]}=OPTION"
     if match := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'$", message):
         key, value = match[1], match[2]
         if key.isidentifier() and (conf_dir() / key).is_dir():

@@ -135,7 +135,7 @@ class RunConfig:
         return self.model.vocab_size
 
     def build_tokenizer(self, config: TokenizerConfig | None = None) -> Tokenizer:
-        """The tokenizer, that of ``config`` in place of the run's if it is given, limited to the ids that the model has rows for.
+        """The tokenizer, or that of ``config``, limited to the ids that the model has rows for.
 
         Published tokenizers may have a few tokens more than their model has rows, as for padding, that no text has.
         """

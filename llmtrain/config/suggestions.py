@@ -55,13 +55,15 @@ def flag_hint(verb: str, name: str, value: str, flags: Sequence[str]) -> str:
     """Suggest, for an unknown flag, the key of the same name without dashes, else the closest flag."""
     word = name.lstrip("-").replace("-", "_")
     same = keys_named(verb, word) if len(word) > 1 else []
+    if not same and (options := options_named(word)):
+        return f"; settings have no dashes: {' or '.join(options)}"
     if not same:
         return names_hint(name, flags)
     value = value if value and "=" not in value and not value.startswith("-") else "…"
     return f"; settings have no dashes: {' or '.join(f'{key}={value}' for key in same)}"
 
 
-def key_hint(key: str, verb: str) -> str:
+def key_hint(key: str, verb: str, value: str = "") -> str:
     """Suggest, for an unknown key, the closest key of the verb's config in any group, else the keys beside it."""
     from llmtrain.config.compose import compose
 
@@ -76,8 +78,11 @@ def key_hint(key: str, verb: str) -> str:
         return f"; the chosen option of {group} has none, others have: {' or '.join(f'{group}={o}' for o in options)}"
     if longer and not same_name:
         return f"; did you mean {' or '.join(longer)}?"
-    if key in PEERS and PEERS[key] in known and not same_name:
-        return f"; did you mean {PEERS[key]}?"
+    peers = same_name if "." not in key else []
+    if "." not in key and not same_name and PEERS.get(key) in known:
+        peers = [PEERS[key]]
+    if peers and value:
+        return f"; did you mean {' or '.join(f'{name}={value}' for name in peers)}?"
     if best == [key]:
         return f"; the chosen option of {group} has none (its keys: --cfg job --package {group})"
     if best:

@@ -32,7 +32,15 @@ PAIRS = {"[": "]", "{": "}", "(": ")"}
 
 def as_typed(verb: str, overrides: Sequence[str], *, multirun: bool = False) -> list[str]:
     """Return ``overrides`` in Hydra's grammar, each with the value that was typed.  Raises :class:`ConfigError`."""
-    return [_override(verb, override, multirun) for override in overrides]
+    return [_override(verb, override, multirun) for override in with_length(overrides)]
+
+
+def with_length(overrides: Sequence[str]) -> list[str]:
+    """Return ``overrides`` in which a length in tokens takes the place of one in steps or epochs that was not given."""
+    values = {key_of(override): override.partition("=")[2] for override in overrides}
+    if values.get("loop.max_tokens", "null") == "null":
+        return list(overrides)
+    return [*overrides, *(f"{key}=null" for key in ("loop.max_steps", "loop.epochs") if key not in values)]
 
 
 def _override(verb: str, override: str, multirun: bool) -> str:
@@ -51,6 +59,8 @@ def _override(verb: str, override: str, multirun: bool) -> str:
     if parsed(f"x={value}") is not None:
         return override
     if any(annotation.startswith(("list", "dict")) for annotation in types_of(verb, key)):
+        if not _balanced(value):
+            raise ConfigError(f"{key}={value}: a bracket or a quote in it is not closed; as in '{key}=[…]'")
         raise ConfigError(
             f"{key}={value}: cannot be read; texts in it that have brackets, commas, colons or quotes must be quoted, "
             f"as in '{key}=[{{pattern:\"a(b|c)\"}}]'"

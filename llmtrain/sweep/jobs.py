@@ -144,9 +144,7 @@ def afterwards(sweep: Path, jobs: Sequence[Job], directories: Sequence[RunDirect
     best = run_at(sweep)
     job = next((job for job, directory in zip(jobs, directories, strict=True) if directory.path == best), None)
     if job is not None:
-        loop = job.run.loop
-        steps, epochs = loop.max_steps or 1, loop.epochs
-        longer = f"loop.max_steps={2 * steps}" if epochs is None else f"loop.epochs={2 * epochs:g}"
+        longer = job.run.loop.times(2)
         yield f"the best job for longer: llmtrain train --from {shlex.quote(str(best))} {longer}"
     yield f"curves: llmtrain report {shlex.quote(str(sweep))}"
 
@@ -181,7 +179,16 @@ def run_process(job: Job, directory: RunDirectory, threads: int | None = None) -
         write_atomically(directory.config, stored_config.dump(job.run))
     plugins = [f"plugins=[{','.join(job.run.plugins)}]"] if job.run.plugins else []
     place = os.path.join(".", directory.path)  # noqa: PTH118 (a Path has no "./", and a name may begin with a dash)
-    command = [sys.executable, "-m", "llmtrain", "resume", place, *plugins, *cache_of(job.run)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "llmtrain",
+        "resume",
+        place,
+        *plugins,
+        *cache_of(job.run),
+    ]  # -P: not a folder named llmtrain
     shared = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     process = subprocess.Popen(
         command, process_group=0, env=os.environ | shared

@@ -18,6 +18,7 @@ class LoopConfig(Option):
     max_steps: int | None
     epochs: float | None
     whole_batches: bool
+    max_tokens: int | None
     max_minutes: float | None
     eval_every: int
     eval_batches: int | None
@@ -29,8 +30,16 @@ class LoopConfig(Option):
     sample_top_k: int
 
     def __post_init__(self) -> None:
-        if self.max_steps is None and self.epochs is None:
-            raise ValueError("max_steps=null and epochs=null: give one of them")
+        if self.max_steps is None and self.epochs is None and self.max_tokens is None:
+            raise ValueError("max_steps=null, epochs=null and max_tokens=null: give one of them")
+        if self.max_tokens is not None and (self.max_steps is not None or self.epochs is not None):
+            other = "max_steps" if self.max_steps is not None else "epochs"
+            raise ValueError(
+                f"max_tokens={self.max_tokens}: {other}={getattr(self, other)} is a length of the run, too; give one, "
+                f"loop.{other}=null or loop.max_tokens=null"
+            )
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens}: must be at least 1")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps={self.max_steps}: must be at least 1")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
@@ -63,6 +72,14 @@ class LoopConfig(Option):
     def sampling(self) -> Sampling:
         """The choice of the next token of a sample."""
         return Sampling(self.sample_temperature, self.sample_top_k, 1.0)
+
+    def times(self, factor: int) -> str:
+        """The override for ``factor`` times the length: ``loop.max_steps=2000``."""
+        if self.max_tokens is not None:
+            return f"loop.max_tokens={factor * self.max_tokens}"
+        if self.epochs is not None:
+            return f"loop.epochs={factor * self.epochs:g}"
+        return f"loop.max_steps={factor * (self.max_steps or 1)}"
 
     def unread(self, run: RunFacts) -> dict[str, str]:
         unread = super().unread(run)

@@ -144,13 +144,15 @@ def measure(
 ) -> TrainingLength:
     """Count the steps of a run over ``sequences``, in the order of ``seed``.
 
-    It ends with ``loop.max_steps`` or with the step that reaches ``loop.epochs``, whichever is first.  That last step
-    is smaller where the passes end within it, unless ``loop.whole_batches``.  ``short``: sequences by which earlier
+    It ends with ``loop.max_steps`` or with the step that reaches ``loop.epochs``, whichever is first, or with the one
+    that reaches ``loop.max_tokens``.  The last step is smaller where the passes end within it, unless
+    ``loop.whole_batches``.  ``short``: sequences by which earlier
     last steps of the run were smaller (``TrainState.short_sequences``), if it had ended before and goes on.
     """
     sizes = BatchSizes(accumulation, sequences, seed, shuffle)
     max_position = None if loop.epochs is None else loop.end_position(len(sequences)) + short
-    last = sizes.last_stretch(Place(), max_steps=loop.max_steps, max_position=max_position)
+    last = sizes.last_stretch(Place(), max_steps=loop.max_steps, max_position=max_position,
+                              max_tokens=loop.max_tokens)  # fmt: skip
     steps = last.begin.step + last.steps
     beyond = 0 if max_position is None else last.begin.position + last.steps * last.batch_size - max_position
     return TrainingLength(sizes, steps, 0 if loop.whole_batches else max(beyond, 0))

@@ -55,7 +55,7 @@ def test_a_secret_is_refused_where_it_would_be_stored(
 ) -> None:
     for name, value in {"MY_API_KEY": "hush", "PGPASS": "hush", "NAME_OF_IT": "MY_API_KEY"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="a secret, and config.yaml would hold it") as raised:
+    with pytest.raises(ConfigError, match=r"a secret, and config.yaml would hold it") as raised:
         compose("train", ["+metrics.api_key=hush", f"{key}={reference}"])
     assert "hush" not in str(raised.value)
 

@@ -51,7 +51,7 @@ LINES: dict[str, tuple[tuple[str, ...], int]] = {  # of each verb a command line
 WORDS = (
     "", " ", "=", "==", "-", "--", "---", "-m", "-sc", "-s", "-h", "-c", "-c=job", "--cfg", "--cfg=all", "--info",
     "--info=x", "-V", "--version", "--debug", "--run", "-r", "--resolve", "--package", "--package=optimizer", "-p",
-    "--config-dir", "--config-dir=nowhere", "--config-name", "--config-name=plan", "--config-path=.", "--lr", "1e-3",
+    "--config-dir", "--config-dir=nowhere", "--config-name=plan", "--lr", "1e-3",
     "--model", "gpt2", "--help=", "--experimental-rerun=a", "~", "~~", "+", "++", "~data", "~optimizer.lr", "~name",
     "+x=1", "++optimizer.lr=1", "+optimizer.lr=1", "a@b=c", "@=1", "model@x=tiny", "/model=tiny", "a/b=c", "a.b.c=1",
     "=value", "key=", ".", "..", "/", "run", "text.txt", "a b.txt", "nowhere", "stray", "5", "[", "]", "{", "}", "${",
@@ -304,6 +304,8 @@ def main() -> int:
                       f"\n  {ascii(case.outcome.output[-1500:]) if not arguments.only else case.outcome.output}",
                       flush=True)  # fmt: skip
             wrong += bool(case.problems)
+            if (done := sum(counts.values())) % 500 == 0:
+                print(f"{done:,} command lines, {time.monotonic() - began:.0f} s", flush=True)
     for name, count in sorted(counts.items()):
         print(f"{name:<20}{count:>8,}")
     print(f"{sum(counts.values()):,} command lines, {wrong:,} answered wrongly, {time.monotonic() - began:.0f} s")
