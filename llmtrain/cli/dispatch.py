@@ -20,7 +20,7 @@ from llmtrain.cli.start import OF_A_RUN, requested_allocator
 from llmtrain.config.secret_values import hide
 
 if TYPE_CHECKING:
-    from llmtrain.run.resume import StoredRun
+    from llmtrain.run.stored_run import StoredRun
     from llmtrain.sweep.jobs import Job
 
 
@@ -37,9 +37,9 @@ def dispatch(line: CommandLine) -> int:
         return FINISHED
     if line.verb == "resume":
         from llmtrain.config.compose import register_stored
-        from llmtrain.run import resume
+        from llmtrain.run.stored_run import StoredRun
 
-        stored = resume.StoredRun(line.targets[0], line.step)
+        stored = StoredRun(line.targets[0], line.step)
         register_stored(stored.composable())
     if line.origin is not None:
         from llmtrain.config.compose import register_stored

@@ -5,8 +5,9 @@ import shlex
 from llmtrain.base.format import visible
 from llmtrain.base.invocation import FINISHED, INTERRUPTED, Invocation
 from llmtrain.run.changes import changes, check_changes
-from llmtrain.run.resume import StoredRun, find_origin
+from llmtrain.run.resume import find_origin
 from llmtrain.run.run import Run
+from llmtrain.run.stored_run import StoredRun
 
 
 def main(run: Run, invocation: Invocation) -> int:

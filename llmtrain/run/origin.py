@@ -7,7 +7,7 @@ from typing import Any
 
 from llmtrain.base.run_files import CONFIG, MANIFEST, SUMMARY
 from llmtrain.config.compose import compose
-from llmtrain.run.resume import StoredRun
+from llmtrain.run.stored_run import StoredRun
 
 
 def settings_of(place: Path) -> dict[str, Any]:

@@ -4,17 +4,15 @@ Planning writes nothing, so a refused resume leaves the run untouched.
 """
 
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from llmtrain.base.files import write_atomically
 from llmtrain.base.process import cache_folder
-from llmtrain.base.run_files import CONFIG, STATE, TOKENIZER
+from llmtrain.base.run_files import STATE
 from llmtrain.base.stored_files import open_regular
 from llmtrain.base.tensor_files import CheckpointError
 from llmtrain.checkpoint.directory import step_of
@@ -22,105 +20,26 @@ from llmtrain.checkpoint.format import copy_checkpoint, verify_checkpoint
 from llmtrain.checkpoint.restore import newest_intact
 from llmtrain.config import stored_config
 from llmtrain.config.assemble import Parts, check_data
-from llmtrain.config.older_versions import complete
 from llmtrain.config.run_config import RunConfig
-from llmtrain.data.shards import Shards
 from llmtrain.lint import Case, Finding, lint, lint_changes
 from llmtrain.metrics import Row, drop_rows, read_metrics
 from llmtrain.run.changes import (
-    MOVABLE,
     Change,
     changes,
     check_changes,
     check_length,
     rates,
-    refuse_change,
     since_older_version,
 )
 from llmtrain.run.directory import RunDirectory
 from llmtrain.run.environment import difference_of_machine
-from llmtrain.run.places import find_places
-from llmtrain.run.tokenizer_copy import stored_tokenizer, write_copy
+from llmtrain.run.stored_run import StoredRun
+from llmtrain.run.tokenizer_copy import write_copy
 from llmtrain.tokenizer import Tokenizer, TokenizerConfig
 from llmtrain.train.state import TrainState, restore_state
 
-OUTPUT_DIR = "runs"  # as in conf/train.yaml
 # Options of an optimizer that do not change the form of its state.
 STATELESS = ("optimizer.lr", "optimizer.weight_decay", "optimizer.layer_decay")
-
-
-# --- the stored run ----------------------------------------------------------------------------------------------
-
-
-class StoredRun:
-    """A stored run: its directory, and the config for a resume from ``step`` (None: the newest checkpoint).
-
-    The config is read and completed once.  Raises ValueError for a directory that is no run, and for a
-    damaged config.
-    """
-
-    def __init__(self, run_dir: Path, step: int | None = None) -> None:
-        self.directory = RunDirectory.open(run_dir)
-        self.step = step
-        self.config_path = self.directory.config_at(step)
-        if self.config_path != self.directory.config:
-            verify_checkpoint(self.config_path.parent, only=self.config_path.name)
-        self.raw = find_places(stored_config.load(self.config_path), run_dir)
-
-    @cached_property
-    def completed(self) -> dict[str, Any]:
-        """The config, with today's defaults for keys that an older version did not write.
-
-        It may name classes of a plugin; the user names the plugin again at a resume.
-        """
-        return complete(stored_config.untrusted(self.raw))
-
-    def composable(self) -> dict[str, Any]:
-        """The config to compose a resume from.
-
-        Without the run's directory, which may have been moved; a branch is made where the run lies now.
-        """
-        return self.completed | {"run_dir": None, "output_dir": self.output_dir}
-
-    @property
-    def output_dir(self) -> str:
-        """The folder that a branch is made in: that of the run's date, or the default.
-
-        Not the stored one, since a config from elsewhere does not decide where anything is written.
-        """
-        day = self.directory.path.absolute().parent
-        return str(day.parent) if re.fullmatch(r"\d{4}-\d\d-\d\d", day.name) else OUTPUT_DIR
-
-    def completed_at(self, checkpoint: Path) -> Mapping[str, Any]:
-        """The completed config of ``checkpoint``: older than the run's if a resume was killed before it saved."""
-        config = stored_config.load(checkpoint / CONFIG)
-        if config == stored_config.load(self.config_path):
-            return self.completed
-        return complete(stored_config.untrusted(find_places(config, self.directory.path)))
-
-    def tokenizer(self, run: RunConfig) -> TokenizerConfig:
-        """The tokenizer of ``run``, a resume with its changes: the run's own copy, or one that the user names.
-
-        Raises ValueError where that is another one, or the copy is damaged.
-        """
-        changed = [key for key, _, _ in changes(self.completed, run) if key in ("tokenizer.path", "tokenizer.encoding")]
-        return stored_tokenizer(run.tokenizer, self.directory.path, named=bool(changed))
-
-    def check_places(self, run: RunConfig) -> None:
-        """Raise ValueError if the user has named another tokenizer, or weights, than those that the run started with.
-
-        Those of adapters are compared later, with the fingerprint in the checkpoint.
-        """
-        moved = {key: (old, new) for key, old, new in changes(self.completed, run) if key in MOVABLE}
-        self.tokenizer(run)
-        has_copy = os.path.lexists(self.directory.path / TOKENIZER)
-        for key in ("tokenizer.path", "tokenizer.encoding"):  # without a copy the data's fingerprint has to tell
-            if key in moved and not has_copy and isinstance(run.data, Shards):
-                refuse_change(key, *moved[key])
-        if "weights.path" in moved and not run.lora.adapts:
-            recorded = (self.directory.read_environment() or {}).get("weights")
-            if not recorded or run.weights.fingerprint() != recorded:
-                refuse_change("weights.path", *moved["weights.path"])
 
 
 # --- the origin --------------------------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ from llmtrain.lint import Case, lint, refuse
 from llmtrain.metrics.jsonl import drop_rows
 from llmtrain.run.directory import RunDirectory
 from llmtrain.run.environment import describe_environment
-from llmtrain.run.resume import ResumePlan, StoredRun, make_child, plan_resume
+from llmtrain.run.resume import ResumePlan, make_child, plan_resume
 from llmtrain.run.session import RunResult, execute
+from llmtrain.run.stored_run import StoredRun
 from llmtrain.run.tokenizer_copy import write_copy
 from llmtrain.train.state import TrainState
 

@@ -23,8 +23,9 @@ from llmtrain.objective.causal import CausalUnit
 from llmtrain.run.changes import changes
 from llmtrain.run.directory import RunDirectory
 from llmtrain.run.environment import describe_environment
-from llmtrain.run.resume import Carryover, StoredRun, make_child, plan_resume
+from llmtrain.run.resume import Carryover, make_child, plan_resume
 from llmtrain.run.session import execute, has_optimizer_of
+from llmtrain.run.stored_run import StoredRun
 from llmtrain.train.loop import TrainingFailed
 from tests.helpers.cli import TINY, assert_same_end, rows
 
