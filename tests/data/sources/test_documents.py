@@ -77,7 +77,7 @@ def test_a_file_that_expands_a_thousand_times_is_read_in_small_blocks(tmp_path: 
     tracemalloc.start()
     try:
         assert sum(map(len, read_text(path))) == 1 << 26
-        assert tracemalloc.get_traced_memory()[1] < 40 << 20
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
     finally:
         tracemalloc.stop()
 

@@ -245,8 +245,6 @@ def test_a_cell_of_parquet_that_fills_the_memory_is_refused(tmp_path: Path, monk
     with pytest.raises(ValueError, match=r"a\.parquet: column text in rows 1 to 6: a cell has more than 20,000 bytes"):
         read(path)
     monkeypatch.undo()
-    bomb = write(tmp_path / "b.parquet", [{"text": "a" * (1 << 28)}])
-    with pytest.raises(
-        ValueError, match=r"b\.parquet: column text: [\d,]+ bytes stand for 268,4[\d,]+, which is no text"
-    ):
+    bomb = write(tmp_path / "b.parquet", [{"text": "a" * (1 << 26)}])
+    with pytest.raises(ValueError, match=r"b\.parquet: column text: a cell has more than 33,554,432 bytes"):
         read(bomb)
