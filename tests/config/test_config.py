@@ -166,3 +166,9 @@ def test_a_secret_of_the_environment_is_not_stored_elsewhere(monkeypatch: pytest
 
 def test_a_flat_config_has_dotted_keys() -> None:
     assert stored_config.flatten({"a": {"b": 1, "c": {"d": 2}}, "e": []}) == {"a.b": 1, "a.c.d": 2, "e": []}
+
+
+@pytest.mark.parametrize("value", ["[[0.9],0.95]", "[{a:1},0.95]"])
+def test_a_list_of_numbers_holds_numbers_alone(value: str) -> None:
+    with pytest.raises(ValueError, match=r"optimizer\.betas"):
+        Run.compose("model=tiny", f"optimizer.betas={value}")

@@ -13,12 +13,22 @@ from tests.faults.fuzz_run_dirs import Case
 from tests.faults.run_mutations import MUTATIONS, OUTSIDE
 from tests.helpers.launcher import Launcher
 
-CASES = 120
+CASES = 100
 
 
 def test_run_directories_changed_at_random() -> None:
     """In a process of its own, which has no threads and may fork."""
-    command = [sys.executable, fuzz_run_dirs.__file__, "--quick", "--cases", str(CASES), "--seed", "3"]
+    command = [
+        sys.executable,
+        fuzz_run_dirs.__file__,
+        "--quick",
+        "--cases",
+        str(CASES),
+        "--seed",
+        "3",
+        "--workers",
+        "2",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{CASES} run directories, 0 answered wrongly" in done.stdout
