@@ -106,7 +106,7 @@ def test_the_known_devices_are_listed(capfd: pytest.CaptureFixture[str]) -> None
     [
         ("device=h100-80", "device=h100-80: not a known device; did you mean h100-80gb?"),
         ("chart=plan.svg", "chart=plan.svg: must be a .png file"),
-        ("json=nowhere/plan.json", "json=nowhere/plan.json: there is no folder"),
+        ("json=nowhere/plan.json", "json=nowhere/plan.json: there is no directory"),
         ("price_per_hour=-1", "price_per_hour=-1.0: must not be negative"),
         ("watts=0", "watts=0.0: must be positive"),
         ("pobe=false", "did you mean probe?"),

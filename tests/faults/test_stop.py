@@ -93,6 +93,7 @@ def test_each_signal_at_each_moment_saves_and_resumes_exactly(
         ((signal.SIGINT, signal.SIGTERM), 128 + signal.SIGTERM),
         ((signal.SIGUSR1, signal.SIGUSR2), 128 + signal.SIGUSR2),
         ((signal.SIGUSR1, signal.SIGTERM), 75),  # a warning, and what it warned of
+        ((signal.SIGHUP, signal.SIGTERM), 75),  # of a terminal that is closed
         ((signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM), 128 + signal.SIGUSR2),
     ],
 )

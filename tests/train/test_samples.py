@@ -32,8 +32,8 @@ def test_a_diverged_model_is_not_sampled_from(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("sample_temperature=nan", "sample_temperature=nan: must be a number"),
-        ("sample_temperature=inf", "sample_temperature=inf: must be a number"),
+        ("sample_temperature=nan", r"sample_temperature=nan: must be 0 \(greedy\) or more, and finite"),
+        ("sample_temperature=inf", r"sample_temperature=inf: must be 0 \(greedy\) or more, and finite"),
         ("sample_prompt=\udcff\udcfe", r"sample_prompt=\\udcff\\udcfe: holds bytes that are not UTF-8"),
     ],
 )
