@@ -78,10 +78,9 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, PreTraine
 
 def encode(source: str, tokenizer: Tokenizer, row: ChatRow, **settings: Any) -> tuple[list[int], list[int]]:
     template = JinjaTemplate(source, tokenizer)
-    ids, targets = ConversationEncoder(tokenizer, template)(
-        template.render(row.messages, variables=row.variables, **settings)
-    )
-    return ids.tolist(), (targets != IGNORE).astype(int).tolist()
+    parts = template.render(row.messages, variables=row.variables, **settings)
+    encoded = ConversationEncoder(tokenizer, template)(parts)
+    return encoded.ids.tolist(), (encoded.targets != IGNORE).astype(int).tolist()
 
 
 def text(source: str, messages: list[dict[str, Any]], **settings: Any) -> str:
