@@ -30,7 +30,8 @@ def test_mfu_counts_attention_within_each_example(tmp_path: Path, monkeypatch: p
     Path("rows.json").write_text(json.dumps(texts))
     options = (
         *TINY[:2], *TINY[3:], "data=instruction", "data.path=rows.json", "data.template=plain", f"data.pack={pack}",
-        "data.validation_fraction=0", "data.sequence_length=64", "objective=instruction", "precision=fp32", "loop.max_steps=2",
+        "data.validation_fraction=0", "data.sequence_length=64", "objective=instruction", "precision=fp32",
+        "loop.max_steps=2",
     )  # fmt: skip
     monkeypatch.setattr("llmtrain.run.session.peak_flops", lambda device, dtype: 1e6)
     assert main(["train", *options, "run_dir=run"]) == 0
