@@ -36,7 +36,7 @@ def _gpu(
 
 # Dense rates with fp32 accumulation; the makers' data sheets often show those with sparsity, twice as high.
 GPUS = {gpu.name: gpu for gpu in (
-    # NVIDIA Tesla T4 data sheet, 2019; V100 data sheet, 2020
+    # NVIDIA Tesla T4 data sheet, 2019; V100 data sheet, 2020 (PCIe: 112 and 14 TFLOP/s at 1370 MHz, 250 W)
     _gpu("T4", "t4-16gb", "NVIDIA T4", 14.6, 320, 70, fp16=65, fp32=8.1),
     _gpu("V100 16GB", "v100-16gb", "NVIDIA V100 SXM2 16 GB", 15.8, 900, 300, fp16=125, fp32=15.7),
     _gpu("V100 32GB", "v100-32gb", "NVIDIA V100 SXM2 32 GB", 31.7, 900, 300, fp16=125, fp32=15.7),
@@ -47,7 +47,7 @@ GPUS = {gpu.name: gpu for gpu in (
     _gpu("A100 80GB", "a100-80gb", "NVIDIA A100 SXM 80 GB", 79.1, 2039, 400, bf16=312, tf32=156, fp32=19.5),
     _gpu("A100 PCIE 40GB", "a100pcie-40gb", "NVIDIA A100 PCIe 40 GB", 39.4, 1555, 250, bf16=312, tf32=156, fp32=19.5),
     _gpu("A100 PCIE 80GB", "a100pcie-80gb", "NVIDIA A100 PCIe 80 GB", 79.1, 1935, 300, bf16=312, tf32=156, fp32=19.5),
-    # NVIDIA A10G as Amazon's G5 instances have it
+    # NVIDIA A10G as Amazon's G5 instances have it: 300 W by nvidia-smi; tensor cores at half the rate of an A10's
     _gpu("A10G", "a10g-24gb", "NVIDIA A10G", 22.1, 600, 300, bf16=70, tf32=35, fp32=35),
     # NVIDIA Ampere GA102 and Ada architecture white papers, 2021 and 2022
     _gpu("RTX 3090", "rtx3090-24gb", "NVIDIA RTX 3090", 23.6, 936, 350, bf16=71, tf32=35.6, fp32=35.6),

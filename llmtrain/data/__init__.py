@@ -13,6 +13,7 @@ from typing import ClassVar
 from llmtrain.base.options import Option
 from llmtrain.data.batch import IGNORE as IGNORE
 from llmtrain.data.batch import Batch as Batch
+from llmtrain.data.batch import Collate as Collate
 from llmtrain.data.batch import padded as padded
 from llmtrain.data.cache.token_reader import DataError as DataError
 from llmtrain.data.sequences import Rows as Rows

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.base.options import Option
-from llmtrain.data import IGNORE, Batch, Rows
-from llmtrain.data.batch import Collate
+from llmtrain.data import IGNORE, Batch, Collate, Rows
 from llmtrain.model import LanguageModel
 
 MODEL = "model."  # prefix of the model's own parameters in a unit

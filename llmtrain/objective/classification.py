@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.base.checks import positive
-from llmtrain.data import IGNORE, Batch, Rows
-from llmtrain.data.batch import Collate
+from llmtrain.data import IGNORE, Batch, Collate, Rows
 from llmtrain.model import LanguageModel
 from llmtrain.objective import Objective, TrainingUnit
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.base.device import device_name
-from llmtrain.base.format import count, rate
+from llmtrain.base.format import count, rate, significant
 from llmtrain.base.options import option_name
 from llmtrain.config.assemble import Parts
 from llmtrain.config.run_config import RunConfig
@@ -56,7 +56,7 @@ def header(
     else:
         yield "batch", f"{batch} sequences of {corpus.train.mean_length:.0f} tokens on average a step{split}"
     more = f"{'more ' if state.step else ''}step{'s' * (steps_left != 1)}"
-    length = f"{steps_left:,} {more}, {count(tokens)} tokens, {epochs:.2f} epochs, {flops:.2e} FLOPs"
+    length = f"{steps_left:,} {more}, {count(tokens)} tokens, {significant(epochs)} epochs, {flops:.2e} FLOPs"
     yield "length", length + (f", from step {state.step:,} to {end.step:,}" if state.step else "")
     warmup = run.schedule.warmup(parts.max_steps)
     warming = f", {warmup} warm-up steps" if warmup else ""

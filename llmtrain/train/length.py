@@ -132,7 +132,8 @@ class TrainingLength:
     @cached_property
     def largest_batch(self) -> int:
         """Sequences of the largest step."""
-        return max(stretch.batch_size for stretch in self.sizes.stretches(Place(), max_steps=self.max_steps))
+        found = max(stretch.batch_size for stretch in self.sizes.stretches(Place(), max_steps=self.max_steps))
+        return found - self.missing if self.max_steps == 1 else found
 
     def at_least(self, steps: int) -> "TrainingLength":
         """The same run with ``steps`` steps or more."""

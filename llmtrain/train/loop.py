@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from llmtrain.base.tensor_files import CheckpointError
 from llmtrain.checkpoint.directory import step_of
@@ -152,7 +153,9 @@ class Loop:
         timer.start()
         batch = self.loader.next()
         timer.mark("data")
-        loss = self.step.gradients(batch)
+        is_smaller = self.length.missing_at(state.step) > 0  # not compiled for one step
+        with self.step.unit.eager() if is_smaller else nullcontext():
+            loss = self.step.gradients(batch)
         clip = self.clipping(self.step.weights, state.step)
         judged = self.recovery.judge(loss.total, clip.norm)
         timer.mark("optimizer")

@@ -106,6 +106,12 @@ def test_epochs_and_max_steps_whichever_ends_first() -> None:
     assert (both.max_steps, both.missing) == (3, 0)
 
 
+def test_one_smaller_step_is_its_own_largest() -> None:
+    run = Run.compose(*TINY, "loop.epochs=1", "loop.max_steps=null", "accumulation.batch_size=8")
+    assert run.length(examples(3)).largest_batch == 3
+    assert run.length(examples(11)).largest_batch == 8
+
+
 def labelled(folder: Path, number: int = 50) -> tuple[str, ...]:
     """A file of short texts with labels, and the overrides that train on it."""
     path = folder / "texts.jsonl"
