@@ -1,11 +1,11 @@
 """Settings of a new run that are those of an earlier one: ``llmtrain train --from RUN_DIR``."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from llmtrain.base.run_files import CONFIG, MANIFEST, SUMMARY
+from llmtrain.base.run_files import CONFIG, MANIFEST, SUMMARY, TOKENIZER
+from llmtrain.base.run_records import read_summary
 from llmtrain.config.compose import compose
 from llmtrain.run.stored_run import StoredRun
 
@@ -13,13 +13,17 @@ from llmtrain.run.stored_run import StoredRun
 def settings_of(place: Path) -> dict[str, Any]:
     """The config of the run at ``place``, a checkpoint of it, or the best job of a sweep, for a new run.
 
-    A new run has its own directory; where runs and caches are kept is not taken over.  Raises ValueError for a place
-    that holds no run.
+    A new run has its own directory; where runs and caches are kept is not taken over.  Its tokenizer is read from the
+    first place, or, where that is gone, from the run's copy.  Raises ValueError for a place that holds no run.
     """
-    settings = StoredRun(run_at(place)).completed
-    own = compose("train", [])
-    data = {**settings["data"], **({"cache_dir": own["data"]["cache_dir"]} if "cache_dir" in settings["data"] else {})}
-    return settings | {"run_dir": None, "output_dir": own["output_dir"], "data": data}
+    stored = StoredRun(run_at(place))
+    settings = stored.completed | {"run_dir": None, "output_dir": compose("train", [])["output_dir"]}
+    tokenizer = settings["tokenizer"]
+    copy = stored.directory.path / TOKENIZER
+    if isinstance(tokenizer, dict) and isinstance(path := tokenizer.get("path"), str):
+        if not os.path.lexists(path) and os.path.lexists(copy):
+            settings["tokenizer"] = tokenizer | {"path": str(copy)}
+    return settings
 
 
 def run_at(place: Path) -> Path:
@@ -34,8 +38,7 @@ def run_at(place: Path) -> Path:
 def best_loss(summary: Path) -> float | None:
     """The lowest validation loss of a finished run; None where there is none."""
     try:
-        values = json.loads(summary.read_text(encoding="utf-8"))
+        values = read_summary(summary)
     except (OSError, ValueError):
         return None
-    loss = values.get("best_val_loss") if isinstance(values, dict) and values.get("exit_reason") == "finished" else None
-    return loss if isinstance(loss, float) else None
+    return values.get("best_val_loss") if values.get("exit_reason") == "finished" else None
