@@ -33,7 +33,7 @@ MODULES = {
 }  # fmt: skip
 
 HYDRA = {"cli", "config"}
-PROCESSES = {"kernels", "run", "sweep"}  # a compiler, git for environment.json, the jobs of a sweep
+PROCESSES = {"data", "kernels", "run", "sweep"}  # chat templates, a compiler, git for environment.json, jobs of a sweep
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy"}
 UNSAFE_CALLS = {
     "eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "torch.save", "torch.jit.load",
