@@ -64,12 +64,18 @@ def resolve(config: DictConfig, choices: Mapping[str, Any]) -> dict[str, Any]:
         key = getattr(error, "full_key", None) or str(error).rsplit(" ", 1)[-1]
         raise ConfigError(f"{key}: a value is required; give it as {key}=…") from error
     except InterpolationResolutionError as error:
-        key, reason = error.full_key, str(error).splitlines()[0]
-        written = flatten(OmegaConf.to_container(config, resolve=False)).get(key or "")
+        key, reason = error.full_key or "", str(error).splitlines()[0]
+        written = as_written(config).get(key)
         text = f"; if it is no reference but the text itself: {shown_quoted(key, written)}" if written else ""
         raise ConfigError(f"{key}={written}: {reason}{text}") from error
     _check_secrets(config, plain)
     return plain
+
+
+def as_written(config: DictConfig) -> dict[str, Any]:
+    """The values of a composed config by their dotted keys, references as they were written."""
+    values: Any = OmegaConf.to_container(config, resolve=False)
+    return flatten(values)
 
 
 def _check_secrets(config: DictConfig, plain: Mapping[str, Any]) -> None:
@@ -79,7 +85,7 @@ def _check_secrets(config: DictConfig, plain: Mapping[str, Any]) -> None:
     """
     values = flatten(plain)
     secrets = [value for key, value in values.items() if is_secret(key) and isinstance(value, str) and value]
-    for key, written in flatten(OmegaConf.to_container(config, resolve=False)).items():
+    for key, written in as_written(config).items():
         for item in written if isinstance(written, list) else [written]:
             if not isinstance(item, str) or is_secret(key):
                 continue
