@@ -102,7 +102,7 @@ def parse(arguments: Sequence[str]) -> CommandLine:
     overrides, notes = without_repeated(overrides)
     return CommandLine(
         verb, flags, targets, overrides, ["llmtrain", *arguments], helps, multirun and not helps,
-        step, sweep_dir and Path(sweep_dir.strip("'\"")), origin and Path(origin), notes,
+        step, Path(sweep_dir.strip("'\"")) if sweep_dir else None, Path(origin) if origin else None, notes,
     )  # fmt: skip
 
 
