@@ -28,7 +28,7 @@ def will_make(*paths: Path) -> None:
 
 @contextmanager
 def removed_if_refused() -> Iterator[None]:
-    """Remove what :func:`will_make` has recorded if the block ends with a user's mistake: ValueError, or an impossible name.
+    """Remove what :func:`will_make` has recorded if the block ends with a mistake of the user: ValueError, a bad name.
 
     A process that has opened a file still reads it as it was.
     """
