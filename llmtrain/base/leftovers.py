@@ -1,5 +1,6 @@
 """Files that a refused command must not leave behind: those of the data cache that it has made itself."""
 
+import errno
 import logging
 import shutil
 import time
@@ -27,15 +28,16 @@ def will_make(*paths: Path) -> None:
 
 @contextmanager
 def removed_if_refused() -> Iterator[None]:
-    """Remove what :func:`will_make` has recorded if the block ends with ValueError, a user's mistake.
+    """Remove what :func:`will_make` has recorded if the block ends with a mistake of the user: ValueError, a bad name.
 
     A process that has opened a file still reads it as it was.
     """
     token = _made.set({})
     try:
         yield
-    except ValueError:
-        if made := _made.get():
+    except (ValueError, OSError) as error:
+        is_mistake = isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG
+        if is_mistake and (made := _made.get()):
             _remove(made)
         raise
     finally:

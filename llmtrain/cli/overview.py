@@ -22,6 +22,7 @@ Flags
   -m, --multirun     run a sweep: every combination of comma-separated values, each in a process of its own
   --cfg job          show the composed config and do nothing
   --info             show the sources of the config
+  --from RUN_DIR     train: begin with the settings of an earlier run, or of a sweep's best job
   --config-dir DIR   add a folder of your own with config groups, as in DIR/model/mine.yaml
   --debug            show the traceback of an error
   llmtrain VERB --help lists a verb's groups with their options, and every key with its value and meaning.

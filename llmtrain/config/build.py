@@ -33,6 +33,8 @@ def build(node: Mapping[str, Any], base: type[T], *, path: str = "", plugins: Se
     ``node`` is plain and resolved.  ``path`` is the dotted key of the node, for messages.  Targets outside of this
     package and of ``plugins`` are refused, and so is anything that is not a dataclass defined there.
     """
+    if not isinstance(plugins, list | tuple):
+        raise ConfigError(f"plugins={plugins}: must be a list, in brackets: 'plugins=[{plugins}]'")
     cls: Any = _find_class(node.get("_target_"), base, path, plugins)
     hints = get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls) if field.init]

@@ -66,12 +66,17 @@ def resolve(config: DictConfig, choices: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"{key}: a value is required; give it as {key}=…") from error
     except InterpolationResolutionError as error:
         key, reason = error.full_key or "", str(error).splitlines()[0]
-        as_written: Any = OmegaConf.to_container(config, resolve=False)
-        written = flatten(as_written).get(key)
+        written = as_written(config).get(key)
         text = f"; if it is no reference but the text itself: {shown_quoted(key, written)}" if written else ""
         raise ConfigError(f"{key}={written}: {reason}{text}") from error
     _check_secrets(config, plain)
     return plain
+
+
+def as_written(config: DictConfig) -> dict[str, Any]:
+    """The values of a composed config by their dotted keys, references as they were written."""
+    values: Any = OmegaConf.to_container(config, resolve=False)
+    return flatten(values)
 
 
 def _check_secrets(config: DictConfig, plain: Mapping[str, Any]) -> None:
@@ -81,8 +86,7 @@ def _check_secrets(config: DictConfig, plain: Mapping[str, Any]) -> None:
     """
     values = flatten(plain)
     secrets = [value for key, value in values.items() if is_secret(key) and isinstance(value, str) and value]
-    as_written: Any = OmegaConf.to_container(config, resolve=False)
-    for key, written in flatten(as_written).items():
+    for key, written in as_written(config).items():
         for item in written if isinstance(written, list) else [written]:
             if not isinstance(item, str) or is_secret(key):
                 continue

@@ -20,9 +20,9 @@ def settings_of(place: Path) -> dict[str, Any]:
     settings = stored.completed | {"run_dir": None, "output_dir": compose("train", [])["output_dir"]}
     tokenizer = settings["tokenizer"]
     copy = stored.directory.path / TOKENIZER
-    if isinstance(tokenizer, dict) and isinstance(path := tokenizer.get("path"), str):
-        if not os.path.lexists(path) and os.path.lexists(copy):
-            settings["tokenizer"] = tokenizer | {"path": str(copy)}
+    path = tokenizer.get("path") if isinstance(tokenizer, dict) else None
+    if isinstance(path, str) and not os.path.lexists(path) and os.path.lexists(copy):
+        settings["tokenizer"] = tokenizer | {"path": str(copy)}
     return settings
 
 

@@ -101,6 +101,7 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         (["train", "name=${nothing}"], "if it is no reference but the text itself: "),
         (["train", "optimizer.betas=[0.9"], "a bracket or a quote in it is not closed"),
         (["train", "loop.max_steps=1e3", "loop.max_tokens=1e6"], "give one, loop.max_steps=null"),
+        (["generate", "run", "plugins=inf"], "must be a list, in brackets: 'plugins=[inf]'"),
         (["train", "--from", "nowhere"], "nowhere: no such run directory"),
         (["report", "--from", "x"], "only for a new run, as in: llmtrain train --from"),
         (["train", *QUICK, "output_dir=text (1).txt/x"], "is a file; name a directory"),

@@ -11,7 +11,8 @@ from llmtrain import Run
 from llmtrain.cli.help import commented
 from llmtrain.config import stored_config
 from llmtrain.config.build import build
-from llmtrain.config.stored_config import REDACTED, ConfigError
+from llmtrain.config.secret_values import REDACTED, redact, redact_arguments
+from llmtrain.config.stored_config import ConfigError
 from llmtrain.optimizer.adamw import AdamW
 from llmtrain.schedule import Schedule
 
@@ -147,11 +148,11 @@ def test_interpolations_in_a_stored_config_are_text(tmp_path: Path, monkeypatch:
 
 def test_secrets_are_not_stored() -> None:
     values = {"metrics": {"api_key": "hush", "log_every": 1, "password": None}, "token": "t", "sample_tokens": 5}
-    redacted = stored_config.redact(values)
+    redacted = redact(values)
     assert redacted["metrics"] == {"api_key": REDACTED, "log_every": 1, "password": None}
     assert redacted["token"] == REDACTED
     assert redacted["sample_tokens"] == 5
-    assert stored_config.redact_arguments(["train", "metrics.api_key=hush", "a=b"]) == [
+    assert redact_arguments(["train", "metrics.api_key=hush", "a=b"]) == [
         "train",
         f"metrics.api_key={REDACTED}",
         "a=b",
