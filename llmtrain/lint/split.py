@@ -22,13 +22,15 @@ UNLIKE = 0.25
 def share_of_validation(case: Case) -> Iterator[Finding]:
     """A share of the tokens far from ``data.validation_fraction``."""
     data, validation = case.run.data, case.corpus.validation
-    fraction = getattr(data, "validation_fraction", 0)
-    if not isinstance(validation, Stream) or not fraction or "validation_fraction" in data.unread(case.facts):
+    fraction, split = getattr(data, "validation_fraction", 0), getattr(data, "split", None)
+    if not isinstance(validation, Stream) or not fraction or split is None:  # without a choice nothing can be done
+        return
+    if "validation_fraction" in data.unread(case.facts):
         return
     share = validation.tokens / (validation.tokens + case.corpus.train.tokens)
     if not 1 / MOST_OFF < share / fraction < MOST_OFF:
         remedy = "documents are of very different sizes, or equal; data.validation_path=PATH names text for validation"
-        if getattr(data, "split", None) is Split.documents:
+        if split is Split.documents:
             remedy = "documents are of very different sizes; data.split=tokens meets the share"
         yield warning(
             "data.validation_fraction",

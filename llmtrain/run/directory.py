@@ -171,18 +171,17 @@ class RunDirectory:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Lock the run.  Raises ValueError if another process does; the lock dies with its process."""
-        descriptor, is_locked = self._locked()
+        descriptor = self._locked()
         try:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
             yield
         finally:
-            if not is_locked:
-                os.ftruncate(descriptor, 0)
+            os.ftruncate(descriptor, 0)
             os.close(descriptor)
 
-    def _locked(self) -> tuple[int, bool]:
-        """Open the lock and take it; False where the file system has no locks.
+    def _locked(self) -> int:
+        """Open the lock and take it, where the file system has locks.
 
         A lock with another name too, as in a copy of hard links, is made anew.
         """
@@ -190,8 +189,7 @@ class RunDirectory:
         while True:
             descriptor = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
             try:
-                is_locked = lock(descriptor, wait=False)
-                if not is_locked:
+                if not lock(descriptor, wait=False):
                     self._check_alone(descriptor)
             except BlockingIOError:
                 holder = _holder(descriptor)
@@ -205,7 +203,7 @@ class RunDirectory:
                 raise
             links = os.fstat(descriptor).st_nlink
             if links == 1:
-                return descriptor, is_locked
+                return descriptor
             os.close(descriptor)  # 0: another process has replaced it
             if links > 1:
                 path.unlink(missing_ok=True)

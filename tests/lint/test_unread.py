@@ -121,6 +121,11 @@ def test_validation_fraction_has_no_effect_beside_validation_files(tmp_path: Pat
     assert "val.bin is the validation data" in find(*named, fraction)["data.validation_fraction"].message
 
 
+def write_text(path: Path) -> Path:
+    path.write_text("".join(f"line {number} of {path.name}\n" for number in range(2_000)), encoding="utf-8")
+    return path
+
+
 def test_every_line_of_every_rule_has_a_case(tmp_path: Path) -> None:
     """So that none is a typing error."""
     write(tmp_path / "tokens" / "train.bin", 200_000)
@@ -129,6 +134,9 @@ def test_every_line_of_every_rule_has_a_case(tmp_path: Path) -> None:
     cases = [case_of(*unread, override) for unread, override, _, _ in CASES]
     cases += [case_of(*shards), case_of(*shards, f"data.validation_path={validation}")]
     cases += [case_of(*shards, "data.validation_fraction=0"), case_of("data=shards", f"data.path={validation}")]
+    text = write_text(tmp_path / "text.txt")
+    cases += [case_of("data=text", f"data.path={text}", f"data.validation_path={write_text(tmp_path / 'more.txt')}")]
+    cases += [case_of("data=text", f"data.path={text}"), case_of("lora=lora", "weights=checkpoint", "weights.path=x")]
     cases += [case_of("precision=fp16", "precision.growth_interval=9")]
     cases += [case_of("activation_checkpointing=selective", "activation_checkpointing.by=block")]
     codes = {between_groups.__code__, *(rule.__code__ for rule in option_rules())}
@@ -206,7 +214,7 @@ def test_overrides_are_found_on_a_command_line() -> None:
                "optimizer.lr=1e-4,1e-3", "loop.sample_prompt=a=b", "~lora", "--debug"]  # fmt: skip
     overrides = overrides_of(command)
     assert overrides == ["model=tiny", "+plugins=[x]", "optimizer.lr=1e-4,1e-3", "loop.sample_prompt=a=b",
-                         "hydra.searchpath=[file:///mine]"]  # fmt: skip
+                         "hydra.searchpath=['file:///mine']"]  # fmt: skip
     case = case_of()
     given = dataclasses.replace(case, overrides=overrides).given
     assert given["plugins"] == "[x]"
@@ -215,6 +223,6 @@ def test_overrides_are_found_on_a_command_line() -> None:
 
 def test_lint_knows_the_overrides_given_to_compose(tmp_path: Path) -> None:
     run = Run.compose(*QUIET, "loop.eval_every=0", "loop.eval_batches=3", config_dir=tmp_path)
-    assert run.overrides[-1] == f"hydra.searchpath=[file://{tmp_path}]"
+    assert run.overrides[-1] == f"hydra.searchpath=['file://{tmp_path}']"
     assert [finding.key for finding in lint(Case.of(run, parts_of(run), run.overrides))] == ["loop.eval_batches"]
     assert lint(Case.of(run, parts_of(run), ())) == []

@@ -15,7 +15,7 @@ class Split(Enum):
     """The rule that sets text aside for validation."""
 
     tokens = "a share of the tokens: whole documents, chosen by their content; of large documents the end"
-    documents = "every so-manieth document; if there are too few, the last of the tokens"
+    documents = "every n-th document; if there are too few, the last of the tokens"
 
 
 def split_documents(lengths: np.ndarray, hashes: np.ndarray, sources: np.ndarray, fraction: float) -> np.ndarray:
