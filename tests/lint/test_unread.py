@@ -136,7 +136,10 @@ def test_every_line_of_every_rule_has_a_case(tmp_path: Path) -> None:
     cases += [case_of(*shards, "data.validation_fraction=0"), case_of("data=shards", f"data.path={validation}")]
     text = write_text(tmp_path / "text.txt")
     cases += [case_of("data=text", f"data.path={text}", f"data.validation_path={write_text(tmp_path / 'more.txt')}")]
-    cases += [case_of("data=text", f"data.path={text}"), case_of("lora=lora", "weights=checkpoint", "weights.path=x")]
+    trained = ("weights=checkpoint", "weights.path=x")
+    cases += [case_of("data=text", f"data.path={text}")]
+    adapting = Run.compose(*QUIET, "lora=lora", *trained)
+    cases += [dataclasses.replace(case_of(*trained), run=adapting)]
     cases += [case_of("precision=fp16", "precision.growth_interval=9")]
     cases += [case_of("activation_checkpointing=selective", "activation_checkpointing.by=block")]
     codes = {between_groups.__code__, *(rule.__code__ for rule in option_rules())}
