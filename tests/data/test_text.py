@@ -159,7 +159,7 @@ def test_one_document_is_split_by_position(tmp_path: Path, common: dict[str, Any
     assert corpus.validation is not None
     assert (len(corpus.train), len(corpus.validation)) == (18, 2)
     assert corpus.train.tokens + corpus.validation.tokens == 5147  # both parts are ended
-    assert corpus.split == "10.0% of the tokens; of 1 document the end of 1: a.txt 10.0%"
+    assert corpus.split == "10.0% of the tokens: the end of a.txt"
     validation = byte.decode(corpus.validation.gather(np.arange(2))[0].ravel().tolist())
     assert path.read_text()[corpus.train.tokens - 1 :].startswith(validation)
 

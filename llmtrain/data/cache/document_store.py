@@ -119,6 +119,8 @@ class DocumentStore:
         unused = [name for name, share in zip(names, shares, strict=True) if not share] if len(names) <= NAMES else []
         nothing = f"; nothing of {', '.join(unused)}" if unused else ""
         share = percent(held_out.sum() / lengths.sum())
+        if len(lengths) == 1:
+            return f"{share} of the tokens: the end of {names[0]}"
         number = f"of {len(lengths):,} document{'s' * (len(lengths) != 1)} {' and '.join(parts)}"
         return f"{share} of the tokens; {number}: {shown}{rest}{nothing}"
 
