@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.config.exported_text import TURNS, describe_difference, expected_ids
+from llmtrain.data.labelled import LabelledText
 from llmtrain.run.load import LoadedModel
 from llmtrain.verify.logits import ExportMismatch, quiet_loading
 
@@ -17,7 +18,7 @@ def check_texts(folder: Path, trained: LoadedModel) -> str:
         import transformers
 
         theirs: Any = transformers.AutoTokenizer.from_pretrained(str(folder))
-        has_conversations = False
+        has_conversations, is_classified = False, isinstance(trained.run.data, LabelledText)  # whose data cut texts off
         for expected in expected_ids(trained.run, trained.tokenizer):
             if expected.messages:
                 has_conversations = True
@@ -25,7 +26,7 @@ def check_texts(folder: Path, trained: LoadedModel) -> str:
                     expected.messages, add_generation_prompt=expected.asks, return_dict=True
                 )["input_ids"]
             else:
-                found = theirs(expected.text, truncation=True)["input_ids"]
+                found = theirs(expected.text, truncation=is_classified)["input_ids"]
             if found != expected.ids:
                 said = describe_difference(expected.ids, found, trained.tokenizer)
                 raise ExportMismatch(f"{expected.what} becomes other tokens in transformers: {said}")

@@ -340,10 +340,10 @@ def test_help_of_resume_shows_the_values_of_the_run(tmp_path: Path) -> None:
 
 
 def test_the_spam_recipe_finds_its_data_from_any_folder(tmp_path: Path) -> None:
-    """``experiment=spam`` from a folder that has nothing but a base."""
+    """``experiment=spam`` from a folder that has nothing but a base, whose tokenizer it takes."""
     llmtrain("train", *QUICK, "run_dir=base", cwd=tmp_path)
     done = llmtrain(
-        "train", "experiment=spam", "weights=checkpoint", "weights.path=base", "tokenizer=byte", "lora=none",
+        "train", "experiment=spam", "weights=checkpoint", "weights.path=base", "lora=none",
         "data.sequence_length=64", "loop.epochs=null", "loop.max_steps=2", "loop.eval_every=0", "run_dir=spam",
         cwd=tmp_path,
     )  # fmt: skip

@@ -79,7 +79,7 @@ def test_a_run_on_damaged_shards_is_refused(tmp_path: Path, corpus: Path, refuse
 
 def test_a_damaged_cache_is_made_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *QUICK, "run_dir=one"]) == 0
-    (shard,) = (tmp_path / "cache").glob("*/train-00000.bin")
+    shard = max((tmp_path / "cache").glob("*/train-00000.bin"), key=os.path.getsize)  # validation text has an entry too
     flip(shard, 77)
     damaged = shard.read_bytes()
     assert main(["train", *QUICK, "run_dir=other"]) == 0
@@ -155,7 +155,7 @@ def test_tokenising_on_a_full_disk_ends_with_a_message(tmp_path: Path) -> None:
     assert message == (
         "llmtrain: data.cache_dir=cache: File too large; name a writable place with room: data.cache_dir=DIR"
     )
-    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert not (tmp_path / "cache").exists()
     assert not (tmp_path / "runs").exists()
     assert main(["train", *QUICK, *TEXT]) == 0
 

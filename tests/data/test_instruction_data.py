@@ -103,7 +103,9 @@ def test_system_is_put_before_each_conversation(tmp_path: Path, byte: Tokenizer)
 
 def test_a_users_template_is_used(tmp_path: Path, byte: Tokenizer) -> None:
     form = "'Q: {prompt} A: {response}'"
-    assert build(tmp_path, [ALPACA], byte, template=form) == [("Q: Add.\n\n2 and 3 A: 5", f"5{END}")]
+    assert build(tmp_path, [ALPACA], byte, template=form) == [("Q: Add.\n\n2 and 3 A: 5", f" 5{END}")]
+    apart = build(tmp_path, [ALPACA], byte, template=form, split_at_responses=True)
+    assert apart == [("Q: Add.\n\n2 and 3 A: 5", f"5{END}")]
 
 
 def test_long_examples_are_cut_or_left_out_and_counted(tmp_path: Path, byte: Tokenizer) -> None:

@@ -86,7 +86,7 @@ def test_columns_and_labels_may_be_named(tmp_path: Path, byte: Tokenizer) -> Non
     keys = {"validation_fraction": 0, "text_column": "say", "label_column": "v"}
     corpus = labelled(tmp_path, path, **keys).build(byte)
     assert corpus.labels == ("9", "10", "True")  # numbers by their value
-    ordered = labelled(tmp_path, path, labels="[true,'10','9','7']", **keys).build(byte)
+    ordered = labelled(tmp_path, path, labels="[True,'10','9','7']", **keys).build(byte)
     assert ordered.labels == ("True", "10", "9", "7")
     assert [target for _, target in texts(ordered.train, byte)] == [1, 2, 0]
     assert ordered.label_counts == (1, 1, 1, 0)

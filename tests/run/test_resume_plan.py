@@ -98,7 +98,7 @@ def test_changed_settings_reset_their_part_of_the_state_alone(run_dir: Path) -> 
     }
     for name, (other, expected) in others.items():
         carryover = Carryover.between(complete(stored_config.load(path / CONFIG)), other)
-        state = carryover.restore(path, assemble(other, CPU))
+        state = carryover.restore(path, assemble(other, CPU), other)
         found = {key: getattr(state, key) for key in kept}
         assert found == kept | expected, name
         assert carryover.reset is None
@@ -108,7 +108,7 @@ def test_an_optimizer_of_another_kind_keeps_its_own_state(run_dir: Path) -> None
     run = dataclasses.replace(stored(run_dir), optimizer=Run.compose(*TINY, "optimizer=lion").optimizer)
     parts = assemble(run, CPU)
     carryover = Carryover.between(complete(stored_config.load(run_dir / CONFIG)), run)
-    state = carryover.restore(checkpoint(run_dir, 3), parts)
+    state = carryover.restore(checkpoint(run_dir, 3), parts, run)
     assert (state.step, carryover.reset) == (3, ("AdamW", "Lion"))
     assert all(not value.any() for entry in parts.optimizer.state.values() for value in entry.values())
     weights = read_tensors(checkpoint(run_dir, 3) / MODEL)
@@ -129,7 +129,8 @@ def test_a_rollback_stops_at_another_optimizers_state(run_dir: Path) -> None:
     run = dataclasses.replace(stored(run_dir), optimizer=other.optimizer, recovery=other.recovery, loop=other.loop)
     directory = RunDirectory.open(run_dir)
     with run.runtime.session() as device, directory.lock():
-        plan, parts, state = run.restore(plan_resume(run, StoredRun(run_dir), branching=False), device, ())
+        source = StoredRun(run_dir)
+        plan, parts, state = run.restore(source, plan_resume(run, source, branching=False), device, ())
         directory.config.write_text(stored_config.dump(run))
         parts.unit.__class__ = Poisoned
         with pytest.raises(TrainingFailed, match="found no checkpoint old enough once"):
@@ -151,8 +152,10 @@ def test_changes_are_of_keys_that_are_read() -> None:
 def branch(run: Run, parent: RunDirectory, step: int, child: RunDirectory) -> None:
     """Make the child and train no step: what a kill right after its creation leaves."""
     with run.runtime.session() as device:
-        plan, _, _ = run.restore(plan_resume(run, StoredRun(parent.path, step), branching=True), device, ())
-        make_child(child, plan, describe_environment(device, []), stored_config.dump(run))
+        source = StoredRun(parent.path, step)
+        plan, parts, _ = run.restore(source, plan_resume(run, source, branching=True), device, ())
+        environment = describe_environment(device, [])
+        make_child(child, plan, environment, stored_config.dump(run), source.tokenizer(run), parts.tokenizer)
 
 
 def test_a_branch_killed_at_its_start_is_resumable(run_dir: Path, tmp_path: Path) -> None:
@@ -179,10 +182,11 @@ def test_a_branch_that_cannot_be_made_leaves_nothing(run_dir: Path, tmp_path: Pa
     parent.metrics.unlink()
     run = stored(run_dir)
     with run.runtime.session() as device:
-        plan, _, _ = run.restore(plan_resume(run, StoredRun(parent.path, 2), branching=True), device, ())
+        source = StoredRun(parent.path, 2)
+        plan, parts, _ = run.restore(source, plan_resume(run, source, branching=True), device, ())
         (checkpoint(run_dir, 2) / MODEL).unlink()  # the parent is at work, and removes what it needs no more
-        with pytest.raises(FileNotFoundError):
-            make_child(child, plan, {}, stored_config.dump(run))
+        with pytest.raises(CheckpointError, match=f"{MODEL}: missing"):
+            make_child(child, plan, {}, stored_config.dump(run), source.tokenizer(run), parts.tokenizer)
     assert not child.path.exists()
 
 

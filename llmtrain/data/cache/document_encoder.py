@@ -43,7 +43,8 @@ def encode_documents(
 
     Results keep the order of the documents within each split, for any number of threads (None: one per core).  At most
     two jobs per thread are in memory, each of about ``PIECE`` characters (``LONGEST_WHOLE`` where documents cannot be
-    cut).  Raises :class:`DataError`, naming the document, if one cannot be encoded.
+    cut).  Raises :class:`DataError`, naming the document, if one cannot be encoded, and ValueError if one has a token
+    for which the model has no row.
     """
     dtype = dtype_of(tokenizer.vocab_size)
     prefix = np.array(tokenizer.prefix, dtype)
@@ -72,14 +73,12 @@ def encode_documents(
                     ends.append((length, piece.source))
             return EncodedText(job.is_validation, np.concatenate(arrays), len(ends), tuple(ends))
         except BaseException as error:  # a native tokenizer may raise something other than an Exception
-            what = (
-                str(error)
-                if isinstance(error, DataError | ValueError)
-                else f"{type(error).__name__}: {error}".rstrip(": ")
-            )
+            # a ValueError says what would work, as for a token without a row; the tokenizer's own failures do not
+            is_mistake = isinstance(error, ValueError) and not isinstance(error, UnicodeError)
+            what = str(error) if is_mistake else f"{type(error).__name__}: {error}".rstrip(": ")
             document, piece = at
             origin = f" ({piece.origin})" if piece.origin else ""
-            kind = ValueError if isinstance(error, ValueError) else DataError
+            kind = ValueError if is_mistake else DataError
             raise kind(f"document {document:,}{origin} cannot be encoded: {what}") from error
 
     yield from map_in_order(encode, _make_jobs(_rejoin(pieces, tokenizer), validation_fraction), num_threads)

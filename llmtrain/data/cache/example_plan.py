@@ -98,9 +98,11 @@ def _split(data: ExampleFormat[Any], plan: ExamplePlan, hashes: np.ndarray) -> N
     if data.validation_path is None and fraction > 0:
         plan.purposes[set_aside(hashes, plan.labels, fraction)] = VALIDATION
         if not (plan.purposes == VALIDATION).any():
+            different = len(np.unique(hashes))
+            equal = "" if different == len(hashes) else f", {different:,} of them different,"
             raise ValueError(
-                f"data.validation_fraction={fraction}: {len(hashes):,} {data.noun}s, {len(np.unique(hashes)):,} of "
-                "them different, make none for validation; take a larger fraction, or 0 for no validation"
+                f"data.validation_fraction={fraction}: {len(hashes):,} {data.noun}s{equal} make none for validation; "
+                "take a larger fraction, or 0 for no validation"
             )
     if data.undersamples():
         train = np.flatnonzero(plan.purposes == TRAIN)

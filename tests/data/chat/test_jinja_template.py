@@ -73,7 +73,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, PreTraine
     folder = tmp_path_factory.mktemp("tokenizer")
     theirs = PreTrainedTokenizerFast(tokenizer_object=library, eos_token=special[0])
     theirs.save_pretrained(folder)
-    return HuggingFace(path=str(folder), end_of_text=None).build(), theirs
+    return HuggingFace(path=str(folder), end_of_text=None, version=2).build(), theirs
 
 
 def encode(source: str, tokenizer: Tokenizer, row: ChatRow, **settings: Any) -> tuple[list[int], list[int]]:
