@@ -35,7 +35,7 @@ HELP = {"-h", "--help", "-sc"}
 EXAMPLES = {"key", "group", "file", "halving", "stored"}  # no keys and options of ours, but in examples
 ARGUMENTS = {"step", "checkpoint.step"}  # of `resume`, beside the keys
 PEERS_FILES = {"train.py", "pretrain.py"}
-FILE_ENDINGS = {"jsonl", "json", "yaml", "py"}
+FILE_ENDINGS = {"jsonl", "json", "yaml", "py", "model"}
 SHRUNK = ("train", "plan", "generate")  # the verbs that a marker's overrides are added to
 
 

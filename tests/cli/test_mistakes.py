@@ -104,7 +104,7 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         (["generate", "run", "plugins=inf"], "must be a list, in brackets: 'plugins=[inf]'"),
         (["train", "--from", "nowhere"], "nowhere: no such run directory"),
         (["report", "--from", "x"], "only for a new run, as in: llmtrain train --from"),
-        (["train", *QUICK, "output_dir=text (1).txt/x"], "is a file; name a directory"),
+        (["train", *QUICK, "output_dir=text (1).txt/x"], "text (1).txt is not a directory; name another place"),
         (["train", *QUICK, "run_dir=" + "x" * 300], "longer than 255 bytes"),
     ],
 )
