@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from llmtrain import Run
-from llmtrain.cli.arguments import VERBS, split
+from llmtrain.cli.arguments import FROM, VERBS, split
 from llmtrain.cli.main import main
 from tests.helpers.cli import TINY, llmtrain
 from tests.test_imports import LAYERS
@@ -35,7 +35,7 @@ HELP = {"-h", "--help", "-sc"}
 EXAMPLES = {"key", "group", "file", "halving", "stored"}  # no keys and options of ours, but in examples
 ARGUMENTS = {"step", "checkpoint.step"}  # of `resume`, beside the keys
 PEERS_FILES = {"train.py", "pretrain.py"}
-FILE_ENDINGS = {"jsonl", "json", "yaml", "py"}
+FILE_ENDINGS = {"jsonl", "json", "yaml", "py", "model"}
 SHRUNK = ("train", "plan", "generate")  # the verbs that a marker's overrides are added to
 
 
@@ -126,9 +126,11 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def provide_run(words: list[str], stored: Path) -> None:
     """Put a run where the command expects one and no earlier command of the page has made it."""
     verb, *rest = words
-    if verb in ("train", "plan") or HELP & set(rest):
+    if verb == "plan" or HELP & set(rest):
         return
-    for target in split(verb, rest)[1]:
+    flags, targets, _ = split(verb, rest)
+    origins = [Path(flag.removeprefix(f"{FROM}=")) for flag in flags if flag.startswith(f"{FROM}=")]
+    for target in [*targets, *origins]:
         run_dir = Path(*target.parts[: target.parts.index("checkpoints")]) if "checkpoints" in target.parts else target
         if not run_dir.exists():
             shutil.copytree(stored, run_dir)

@@ -16,7 +16,8 @@ from rich.text import Text
 from llmtrain.base.format import visible, width
 from llmtrain.config.compose import folders, options
 
-COMMENTED = re.compile(r"(?P<key>\w+):.*?(?:\s#\s*(?P<comment>.*))?")  # a key, its value and the comment behind it
+# A key, at the top or one level below it, its value and the comment behind it.
+COMMENTED = re.compile(r"(?P<below>  )?(?P<key>\w+):.*?(?:\s#\s*(?P<comment>.*))?")
 RESUME = "resume"  # its config is the run's own
 ON_RESUME = [
     "Continue a run exactly where it stopped: llmtrain resume runs/2026-11-21/gpt124m-k3v9",
@@ -72,7 +73,7 @@ def parts(
         yield Text(visible(f"  {line}"), style="dim")
     if groups and verb != RESUME:
         yield groups_table({**{group: choices[group] for group in groups}, "experiment": recipe})
-    plain = {key: value for key, value in settings(composed).items() if key not in groups}
+    plain = settings({key: value for key, value in composed.items() if key not in groups})
     comments = {**(commented(searched, "train") if groups else {}), **commented(searched, verb)}
     yield keys_table("settings", "", plain, comments)
     for group in groups:
@@ -95,8 +96,14 @@ def option_help(folders: Sequence[Path], group: str, option: str, node: Mapping[
 
 
 def settings(node: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys that can be set."""
-    return {key: value for key, value in node.items() if key != "_target_"}
+    """Return the keys that can be set; those of a node with a class of its own as ``node.key``."""
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping) and "_target_" in value:
+            found |= {f"{key}.{name}": below for name, below in settings(value).items()}
+        elif key != "_target_":
+            found[str(key)] = value
+    return found
 
 
 def groups_table(chosen: Mapping[str, Any]) -> Table:
@@ -152,13 +159,18 @@ def comments_of(folders: Sequence[Path], group: str, option: str, node: Mapping[
 
 
 def commented(folders: Sequence[Path], name: str) -> dict[str, str]:
-    """Collect the comment behind each key of a file, with its continuation on the lines below."""
+    """Collect the comment behind each key of a file, with its continuation on the lines below.
+
+    A key one level below another is named with it, as in ``weights.path``.
+    """
     found: dict[str, str] = {}
     key = None
+    node = ""
     for line in read(folders, name):
         if match := COMMENTED.fullmatch(line):
-            key = match["key"] if match["comment"] else None
-            found |= {match["key"]: match["comment"]} if match["comment"] else {}
+            node = node if match["below"] else match["key"]
+            key = (f"{node}.{match['key']}" if match["below"] else node) if match["comment"] else None
+            found |= {key: match["comment"]} if key else {}
         elif key and (more := re.match(r"\s+#\s*(.*)", line)):
             found[key] += f" {more[1]}"
         else:

@@ -4,13 +4,14 @@ import re
 import shlex
 from collections.abc import Sequence
 
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from llmtrain.base.files import exists
 from llmtrain.config.folders import conf_dir
 from llmtrain.config.overrides import key_of
 from llmtrain.config.suggestions import key_hint, names_hint
+from llmtrain.config.texts import parsed, shown
 
 PLACES = {  # groups whose option is sometimes given as a file or directory: what is meant, and how that is written
     "data": ("to train on a file", "data=text data.path="),
@@ -45,6 +46,8 @@ def explain_override(error: BaseException, verb: str, arguments: Sequence[str] =
     if key is not None:
         value = next((word.partition("=")[2] for word in arguments if "=" in word and key_of(word) == key), "")
         return f"{key}: no such key{key_hint(key, verb, value)}"
+    if isinstance(error, OverrideParseException):
+        return explain_grammar(error.override)
     message = (str(error).strip() or type(error).__name__).splitlines()[0]
     if match := re.match(r"Could not delete from config. '(.*)' does not exist", message):
         return f"~{match[1]}: no such key{key_hint(match[1], verb)}"
@@ -59,6 +62,14 @@ def explain_override(error: BaseException, verb: str, arguments: Sequence[str] =
             f"own, a sweep: -m; if it is one text with a comma: '{key}=\"{value}\"'"
         )
     return message
+
+
+def explain_grammar(override: str) -> str:
+    """Return the message for an override that is outside of Hydra's grammar."""
+    key, _, value = override.partition("=")
+    if parsed(f"x={value}") is not None:
+        return f"{override}: {key!r} is no key; key=value, as in optimizer.lr=1e-3"
+    return f"{override}: cannot be read; a text with such characters is written in quotes: {shown(key, value)}"
 
 
 def find_key(error: BaseException | None) -> str | None:

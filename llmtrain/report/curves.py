@@ -44,11 +44,14 @@ STYLE: list[Any] = [
 ]
 
 
-def draw_run(run_dir: Path) -> Path:
-    """Write ``run_dir/loss.png``: training and validation loss, and below them the learning rate."""
+def draw_run(run_dir: Path, output: str | None = None) -> Path:
+    """Write ``run_dir/loss.png``: training and validation loss, and below them the learning rate.
+
+    ``output``: another place, which the setting of this name gives.
+    """
     summary = summarise(run_dir)
     train, validation = _read(run_dir)
-    path = run_dir / LOSS_PLOT
+    path = run_dir / LOSS_PLOT if output is None else Path(output)
     with style.context(STYLE):
         figure = Figure(figsize=(8 + 4.2 * bool(summary.confusion), 5.4), layout="constrained")
         curves: Figure | SubFigure = figure
@@ -87,7 +90,7 @@ def draw_run(run_dir: Path) -> Path:
         rate_axes.yaxis.set_major_locator(MaxNLocator(3))
         _count_axis(rate_axes, "step")
         curves.align_ylabels()
-        write_png(figure, path)
+        write_png(figure, path, key=None if output is None else "output")
     return path
 
 

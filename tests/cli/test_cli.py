@@ -91,7 +91,7 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
             ["train", "model=tiny", "data.sequence_length=4096"],
             "data.sequence_length=64, or a longer model.context_length",
         ),
-        (["train", "model.vocab_size=10", *QUICK], "model.vocab_size=10: the tokenizer has 257 ids"),
+        (["train", "model.vocab_size=10", *QUICK], "model.vocab_size=10: tokenizer=byte has 257 ids"),
         (["train", "schedule.min_lr=1"], "schedule.min_lr=1.0: above the peak"),
         (
             ["train", "optimizer.rules=[{pattern:nothing,lr_multiplier:2}]", *QUICK],

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+import yaml
 
-from llmtrain.cli.help import ON_RESUME, commented, written
+from llmtrain.cli.help import ON_RESUME, commented, settings, written
 from llmtrain.cli.main import main
 from llmtrain.run.changes import FIXED
 
@@ -14,8 +14,8 @@ CONF = Path(__file__).parents[2] / "conf"
 
 @pytest.mark.parametrize("verb", ["train", "plan", "generate", "chat", "predict", "export", "verify", "report"])
 def test_every_key_of_every_verb_is_described(verb: str) -> None:
-    node = OmegaConf.load(CONF / f"{verb}.yaml")
-    assert not [key for key in node if key not in commented([CONF], verb) and key not in ("_target_", "defaults")]
+    node = yaml.safe_load((CONF / f"{verb}.yaml").read_text(encoding="utf-8"))
+    assert not [key for key in settings(node) if key not in commented([CONF], verb) and key != "defaults"]
 
 
 def test_comments_of_keys_are_read_from_yaml(tmp_path: Path) -> None:
@@ -24,6 +24,21 @@ def test_comments_of_keys_are_read_from_yaml(tmp_path: Path) -> None:
     )
     assert commented([tmp_path], "a") == {"a": "one and more", "d": "a dict"}
     assert commented([tmp_path], "missing") == {}
+
+
+def test_keys_of_a_node_are_named_with_it(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("a:\n  _target_: x\n  b: 1  # one\n  c: 2\n  # not of a key\nd: 3  # another\n")
+    assert commented([tmp_path], "a") == {"a.b": "one", "d": "another"}
+    assert settings(yaml.safe_load((tmp_path / "a.yaml").read_text())) == {"a.b": 1, "a.c": 2, "d": 3}
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat", "predict", "export", "verify"])
+def test_help_lists_the_present_places_of_moved_files(verb: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    output = capfd.readouterr().out
+    assert "weights.path=null" in output
+    assert "tokenizer.path=null" in output
+    assert "_target_" not in output
 
 
 @pytest.mark.parametrize(

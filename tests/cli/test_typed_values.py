@@ -53,6 +53,11 @@ def test_a_name_that_no_file_has_yet_is_taken_as_typed(name: str) -> None:
     assert read_by_hydra("train", f"output_dir={name}") == name
 
 
+@pytest.mark.parametrize("pattern", ["six/[e-f]*", "'six/[e-f]*'", "six/[!a]*", "six/?.txt", "**/[ab]*.txt"])
+def test_a_pattern_of_files_is_taken_as_typed(pattern: str) -> None:
+    assert read_by_hydra("train", f"data.path={pattern}") == pattern.strip("'")
+
+
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_a_prompt_is_taken_as_typed(prompt: str) -> None:
     assert read_by_hydra("generate", f"prompt={prompt}") == prompt

@@ -12,7 +12,6 @@ from llmtrain.base.run_files import CONFIG, MODEL, OPTIMIZER
 from llmtrain.base.tensor_files import read_tensors
 from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.checkpoint.format import read_state, write_checkpoint
-from llmtrain.cli.arguments import quoted
 from llmtrain.cli.main import main
 from llmtrain.config import stored_config
 from llmtrain.config.assemble import assemble
@@ -78,7 +77,7 @@ def test_generate_writes_as_many_samples_as_asked(run_dir: Path, capfd: pytest.C
     "text", ["plain", "a, b", "It's", "[x]", "{y: 1}", "back\\slash", "end\\", 'say "hi"', "it\\'s", "a=b", " spaces "]
 )
 def test_free_text_reaches_the_program_as_typed(text: str) -> None:
-    run = Run.compose(*TINY, quoted(f"loop.sample_prompt={text}"))
+    run = Run.compose(*TINY, f"loop.sample_prompt={text}")
     assert run.loop.sample_prompt == text
 
 

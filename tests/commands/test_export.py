@@ -20,7 +20,7 @@ from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.cli.main import main
 from llmtrain.commands import export
 from llmtrain.commands.export import DType, Export, Format
-from llmtrain.run.load import load_model
+from llmtrain.run.load import MovedFiles, load_model
 from tests.helpers.cli import TINY
 from tests.helpers.tokenizers import pieces as pieces
 
@@ -267,8 +267,9 @@ def test_a_classifier_without_counterpart_in_transformers_is_refused(
         assert isinstance(model, LanguageModel)
         model.config = replace(model.config, normalised_head=True, fused_qkv=True, num_kv_heads=4)
         Path("out").mkdir()
+        settings = Export("elsewhere", Format.huggingface, None, 5.0, MovedFiles(None), MovedFiles(None), [])
         with pytest.raises(ValueError, match="objective=classification: baichuan has no classifier in transformers"):
-            export.write_model(Export("elsewhere", Format.huggingface, None, 5.0, None, []), trained, Path("out"))
+            export.write_model(settings, trained, Path("out"))
 
 
 # --- what it was taught -------------------------------------------------------------------------------------------

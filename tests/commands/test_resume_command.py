@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,7 @@ def test_a_branch_leaves_its_parent_unchanged(whole: Path, run: Path, capfd: pyt
         assert main(["resume", "run", "step=4", "optimizer.lr=1e-3", "name=slower", "output_dir=runs"]) == 0
     assert snapshot(run) == before
     (child,) = Path("runs").glob("*/slower-*")
-    assert f"run        {child}" in capfd.readouterr().out
+    assert re.search(rf"(?m)^run +{child}, a branch of run at step 4$", capfd.readouterr().out)
     for name in (*(path.name for path in checkpoint(run, 4).iterdir()),):
         assert (checkpoint(child, 4) / name).samefile(checkpoint(run, 4) / name)
     assert numbers(child, 4) == numbers(whole, 4)

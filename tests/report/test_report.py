@@ -374,6 +374,23 @@ def test_report_compares_runs_named_one_by_one(tmp_path: Path, capsys: pytest.Ca
     assert "mine.png" in capsys.readouterr().out
 
 
+def test_the_output_of_one_run_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, output = make_run(tmp_path / "a"), tmp_path / "mine.png"
+    assert main(Report(output=str(output), plot=True), Invocation([run], [])) == 0
+    assert output.read_bytes() == (run / "loss.png").read_bytes()
+    assert f"curves: {run / 'loss.png'}, {output}" in capsys.readouterr().out
+
+
+def test_an_output_that_would_not_be_drawn_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=r"^output=mine\.png: with plot=false nothing is drawn"):
+        Report(output="mine.png", plot=False)
+    pending = make_run(tmp_path / "a", losses=(), exit_reason=None)
+    with pytest.raises(ValueError, match=r"^output=.*mine\.png: no run has begun"):
+        main(Report(output=str(tmp_path / "mine.png"), plot=True), Invocation([pending], []))
+    assert not (tmp_path / "mine.png").exists()
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     ("output", "message"),
     [

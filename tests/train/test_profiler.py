@@ -97,16 +97,17 @@ def test_verify_writes_no_profile(tmp_path: Path) -> None:
 
 
 def test_a_profile_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
-    """A file stands where its folder should be."""
+    """A file stands where the folder of these steps should be."""
     folder = tmp_path / "run"
     run = Run.compose(*TINY, "loop.max_steps=9", "runtime.profile=true", f"run_dir={folder}")
     directory = run.create_directory()
     run.describe(directory, torch.device("cpu"), [])
-    (folder / "profile").write_text("in the way")
+    (folder / "profile").mkdir()
+    (folder / "profile" / "step-00000005").write_text("in the way")
     result = run.resume(RunDirectory.open(folder))
     assert result.summary["step"] == 9
     assert result.summary["profile"] is None
     (event,) = (row for row in rows(folder) if row.get("event") == "profile")
     assert event["path"] is None
-    assert os.strerror(errno.EEXIST) in event["message"]
+    assert os.strerror(errno.ENOTDIR) in event["message"]
     assert not list(folder.glob(".tmp-profile*"))
