@@ -29,6 +29,7 @@ os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM
 from tests.faults.confinement import Outcome, differences, prepare, run_confined, snapshot
 from tests.faults.run_mutations import MUTATIONS, OUTSIDE, forge
 
+PROGRESS = 250  # cases between two lines about how far it is
 STATUSES = (0, 1, 2, 75)
 SECONDS = 60.0  # for a case
 TINY = (
@@ -288,9 +289,14 @@ def main() -> int:
                       f"\n  {case.outcome.output if arguments.only else ascii(case.outcome.output[-1500:])}",
                       flush=True)  # fmt: skip
             wrong += bool(case.problems)
+            if (done := counts.total()) % PROGRESS == 0:
+                print(
+                    f"{done:,} run directories, {wrong:,} answered wrongly, {time.monotonic() - began:.0f} s",
+                    flush=True,
+                )
     for name, count in sorted(counts.items()):
         print(f"{name:<20}{count:>8,}")
-    print(f"{sum(counts.values()):,} run directories, {wrong:,} answered wrongly, {time.monotonic() - began:.0f} s")
+    print(f"{counts.total():,} run directories, {wrong:,} answered wrongly, {time.monotonic() - began:.0f} s")
     return int(wrong > 0)
 
 
