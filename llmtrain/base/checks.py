@@ -4,6 +4,7 @@ Comparisons are written so that NaN fails them.  ``None``, a value that the user
 """
 
 import difflib
+import glob
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -70,6 +71,15 @@ def did_you_mean(value: str, names: Iterable[str], *, cutoff: float = 0.5) -> st
 def where(path: str) -> str:
     """Return the end of a message about a missing file: the working directory, if ``path`` is relative."""
     return "" if Path(path).expanduser().is_absolute() else f" in {Path.cwd()}"
+
+
+def check_input(key: str, path: str) -> None:
+    """Raise ValueError, naming the setting ``key``, if ``path`` is not there; but for a .txt it may be a pattern."""
+    is_text, file = Path(path).suffix == ".txt", Path(path).expanduser()
+    if is_text and file.is_dir():
+        raise ValueError(f"{key}={path}: a folder; name a file")
+    if not file.exists() and (is_text or not glob.has_magic(path)):
+        raise ValueError(f"{key}={path}: no such file{'' if is_text else ' or folder'}{where(path)}")
 
 
 @contextmanager

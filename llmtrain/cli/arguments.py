@@ -48,6 +48,9 @@ INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")  
 
 TEXT_OF = {"generate": "prompt", "predict": "text", "export": "to"}  # verbs that take a text, and its key
 
+OF_A_FILE = ("generate", "predict")  # verbs that take a file of texts
+ROWS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".gz", ".zst")  # the endings of such files
+
 OF_A_MODEL = ("resume", "generate", "chat", "predict", "export", "verify")  # earlier versions: base= for weights.path=
 
 # Settings of Hydra's that a command may change.  Others would make directories beside the run's, or run several jobs
@@ -139,9 +142,12 @@ def too_many(verb: str, targets: Sequence[Path]) -> str:
     text = " ".join(words if 0 < len(words) < len(targets) else map(str, targets[1:]))
     if verb not in TEXT_OF:
         return f"{text}: neither key=value nor a directory that this verb takes; as in: {command(verb, 'RUN_DIR')}"
-    key = TEXT_OF[verb]
-    written = shlex.quote(text) if re.search(r'["$`!\\]', text) or key == "to" else f'"{text}"'
-    what = "the directory to write" if key == "to" else f"a {key}"
+    is_file = verb in OF_A_FILE and len(beyond) < 2 and Path(text).suffix in ROWS
+    key = "file" if is_file else TEXT_OF[verb]
+    written = (
+        shlex.quote(text) if re.search(r'["$`!\\]', text) or key != TEXT_OF.get(verb) or key == "to" else f'"{text}"'
+    )
+    what = {"to": "the directory to write", "file": "a file of texts"}.get(key, f"a {key}")
     return f"{text}: not key=value; for {what}: {key}={written}, as in: llmtrain {verb} RUN_DIR {key}={written}"
 
 

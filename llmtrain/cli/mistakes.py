@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llmtrain.base.files import exists
 from llmtrain.base.run_files import CONFIG
-from llmtrain.config.suggestions import keys_named, options_named
+from llmtrain.config.suggestions import RECIPE, REMEDIES, TRAINING, keys_named, options_named, remedy
 
 NAME = re.compile(r"[A-Za-z_][\w./]*")
 
@@ -52,6 +52,8 @@ def refuse_spaces(words: Sequence[str]) -> None:
 def stray(verb: str, word: str, others: Sequence[str]) -> str:
     """Return the message for a word of a verb that takes no directory: neither key=value nor a flag."""
     value = others[0] if others else ""
+    if word in REMEDIES and verb in TRAINING:
+        return f"{' '.join(filter(None, (word, value)))}: = is missing, and there is no such key{remedy(word, value)}"
     if keys := keys_named(verb, word):
         examples = " or ".join(f"{key}={written(value) if value else '…'}" for key in keys)
         return f"{' '.join(filter(None, (word, value)))}: = is missing; {examples}"
@@ -62,6 +64,8 @@ def stray(verb: str, word: str, others: Sequence[str]) -> str:
         return (
             f"{word}: a run; to continue it: llmtrain resume {shown}; a new run like it: llmtrain train --from {shown}"
         )
+    if Path(word).suffix in (".yaml", ".yml"):
+        return f"{word}: neither key=value nor a flag; {RECIPE}"
     if exists(word):
         return f"{word}: neither key=value nor a flag; to train on it: data=text data.path={written(word)}"
     return f"{word}: neither key=value nor group=option nor a flag"

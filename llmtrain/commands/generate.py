@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtrain.base.checks import unicode_text
+from llmtrain.base.checks import check_input, unicode_text
 from llmtrain.base.format import visible
 from llmtrain.base.invocation import Invocation
 from llmtrain.base.outputs import check_output, is_stdout, is_stream, open_output
@@ -19,6 +19,7 @@ from llmtrain.inference.generate import generate, stream_text, without_first_spa
 from llmtrain.run.load import LoadedModel
 from llmtrain.run.text_generation import GenerationSettings, check_generates, encoder_of, template_of
 
+NO_PROMPT = "\n"  # the default of ``prompt``
 AS_IT_IS, AS_TAUGHT = "none", "run"  # values of ``template``
 
 
@@ -36,6 +37,10 @@ class Generate(GenerationSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         unicode_text(prompt=self.prompt)
+        if self.file is not None:
+            if self.prompt != NO_PROMPT:
+                raise ValueError(f"prompt={self.prompt!r} and file={self.file}: give one of them, not both")
+            check_input("file", self.file)
         if self.num_samples < 1:
             raise ValueError(f"num_samples={self.num_samples}: must be at least 1")
         if self.output is not None:
@@ -115,7 +120,7 @@ def write_rows(writer: Writer, settings: Generate) -> None:
 def read_prompts(file: str, column: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The prompts of ``file``, a line each of a .txt, a row each of anything else, with the other columns."""
     if Path(file).suffix == ".txt":
-        for line in "".join(read_text(Path(file))).splitlines():
+        for line in "".join(read_text(Path(file).expanduser())).splitlines():
             if line.strip():
                 yield line, {}
         return

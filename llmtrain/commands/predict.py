@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmtrain.base.checks import positive, unicode_text, where
+from llmtrain.base.checks import check_input, positive, unicode_text
 from llmtrain.base.format import percent, visible
 from llmtrain.base.invocation import FINISHED, Invocation
 from llmtrain.base.outputs import check_output, is_stdout, is_stream, open_output
@@ -56,6 +56,8 @@ class Predict(InferenceSettings):
             raise ValueError('text=null and file=null: give one of them, as in text="…" or file=messages.csv')
         if self.text is not None and self.file is not None:
             raise ValueError(f"text={self.text!r} and file={self.file}: give one of them, not both")
+        if self.file is not None:
+            check_input("file", self.file)
         if self.output is not None:
             if self.file is None:
                 raise ValueError(f"output={self.output}: is for file=…; the classes of one text are printed")
@@ -181,10 +183,8 @@ class FileReader:
         if Path(file).suffix != ".txt":
             yield from (record for path in find_records(file, "file") for record in self.records.read(path))
             return
-        if not Path(file).is_file():
-            raise ValueError(f"file={file}: no such file{where(file)}")
         lines, number = "", 0
-        for block in chain(read_text(Path(file)), [None]):
+        for block in chain(read_text(Path(file).expanduser()), [None]):
             *whole, lines = (lines + block).split("\n") if block is not None else [lines, ""]
             for line in whole:
                 number += 1

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from llmtrain.base.checks import did_you_mean
 from llmtrain.config.folders import conf_dir
 from llmtrain.config.stored_config import ConfigError, escape
+from llmtrain.config.suggestions import remedy
 
 T = TypeVar("T")
 ALIASES = {"gpu": "cuda"}  # a common name of a value -> its name here
@@ -76,7 +77,8 @@ def _check_keys(node: Mapping[str, Any], known: Sequence[str], dotted: str) -> N
     for key in node:
         if key not in known:
             names = [name for name in known if name != "_target_"]
-            raise ConfigError(f"{dotted}{key}: no such key{suggest(str(key), names, dotted)}")
+            hint = remedy(str(key), str(node[key])) if not dotted and "loop" in known else ""
+            raise ConfigError(f"{dotted}{key}: no such key{hint or suggest(str(key), names, dotted)}")
 
 
 @contextmanager
@@ -173,6 +175,6 @@ def _wanted(key: str, hint: Any, value: Any) -> str | None:
 
 def suggest(key: str, known: Sequence[str], dotted: str = "") -> str:
     """The end of a message about an unknown key: the nearest known name, or all of them."""
-    if nearest := difflib.get_close_matches(key, known, n=1, cutoff=0.5):
+    if nearest := difflib.get_close_matches(key, known, n=1, cutoff=0.6):
         return f"; did you mean {dotted}{nearest[0]}?"
     return f"; there are: {', '.join(known)}" if known else ""

@@ -24,6 +24,11 @@ from llmtrain.config.texts import shown as shown_quoted
 
 VERSION_BASE: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__ < "1.4" else {}
 
+REQUIRED = {  # keys without a default, and what to say where they are not given
+    "to": "name the directory to write, as in: llmtrain export RUN to=my-model",
+    "data.path": "a value is required: a file or a folder, as in data.path=my-text",
+}
+
 OmegaConf.register_new_resolver("sample", sample, replace=True)
 
 
@@ -63,7 +68,7 @@ def resolve(config: DictConfig, choices: Mapping[str, Any]) -> dict[str, Any]:
         plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or str(error).rsplit(" ", 1)[-1]
-        raise ConfigError(f"{key}: a value is required; give it as {key}=…") from error
+        raise ConfigError(f"{key}: {REQUIRED.get(key, f'a value is required; give it as {key}=…')}") from error
     except InterpolationResolutionError as error:
         key, reason = error.full_key or "", str(error).splitlines()[0]
         written = as_written(config).get(key)

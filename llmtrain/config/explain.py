@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from llmtrain.base.files import exists
 from llmtrain.config.folders import conf_dir
 from llmtrain.config.overrides import key_of
-from llmtrain.config.suggestions import key_hint, names_hint
+from llmtrain.config.suggestions import RECIPE, key_hint, names_hint
 from llmtrain.config.texts import parsed, shown
 
 PLACES = {  # groups whose option is sometimes given as a file or directory: what is meant, and how that is written
@@ -19,6 +19,9 @@ PLACES = {  # groups whose option is sometimes given as a file or directory: wha
     "weights": ("for published weights", "weights=huggingface weights.path="),
     "tokenizer": ("for a tokenizer's directory", "tokenizer=huggingface tokenizer.path="),
 }
+
+# Values that turn a setting on or off, and the options that do; true: the option of the group's own name.
+SWITCHES = {"true": ("on", "true"), "false": ("off", "none"), "null": ("none", "off")}
 
 
 def explain_composition(error: BaseException, verb: str, arguments: Sequence[str] = ()) -> str | None:
@@ -37,7 +40,12 @@ def explain_option(config_file: str, options: Sequence[str]) -> str:
     if group in PLACES and is_path:
         what, remedy = PLACES[group]
         return f"{group}={option}: no such option; {what}: {remedy}{shlex.quote(option)}"
-    return f"{group}={option}: no such option{names_hint(option, sorted(options))}"
+    if group == "experiment" and is_path:
+        return f"{group}={option}: no such option; {RECIPE}"
+    switch = SWITCHES.get("true" if option.isdecimal() else option.lower(), ())
+    meant = [name for name in (group if name == "true" else name for name in switch) if name in options]
+    hint = f"; did you mean {meant[0]}? there are: {', '.join(sorted(options))}" if meant else ""
+    return f"{group}={option}: no such option{hint or names_hint(option, sorted(options))}"
 
 
 def explain_override(error: BaseException, verb: str, arguments: Sequence[str] = ()) -> str:

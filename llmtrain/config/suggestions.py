@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Sequence
+from shlex import quote
 from typing import Any
 
 from llmtrain.base.checks import did_you_mean
@@ -16,8 +17,7 @@ PEERS = {
     "num_tokens": "loop.max_tokens", "train_tokens": "loop.max_tokens", "bs": "accumulation.batch_size",
     "train_batch_size": "accumulation.batch_size", "global_batch_size": "accumulation.batch_size",
     "per_device_train_batch_size": "accumulation.micro_batch_size",
-    "gradient_accumulation_steps": "accumulation.batch_size", "grad_accum": "accumulation.batch_size",
-    "block_size": "data.sequence_length", "seq_len": "data.sequence_length", "seq_length": "data.sequence_length",
+    "seq_len": "data.sequence_length", "seq_length": "data.sequence_length",
     "max_seq_length": "data.sequence_length", "max_length": "data.sequence_length", "dataset": "data.path",
     "train_file": "data.path", "data_dir": "data.path", "n_layer": "model.num_layers", "n_layers": "model.num_layers",
     "n_head": "model.num_heads", "n_heads": "model.num_heads", "n_embd": "model.hidden_size",
@@ -29,6 +29,45 @@ PEERS = {
     "optim": "optimizer", "lr_scheduler_type": "schedule", "scheduler": "schedule", "gradient_checkpointing":
     "activation_checkpointing", "resume_from_checkpoint": "weights.path", "run_name": "name",
 }  # fmt: skip
+
+RECIPE = "a recipe of yours lies in a folder: --config-dir DIR experiment=NAME reads DIR/experiment/NAME.yaml"
+_BATCH = (
+    "accumulation.batch_size is the number of sequences of an optimizer step, accumulation.micro_batch_size how many "
+    "of them go through at once"
+)
+# Names of other programs that no key of ours has the same values as: what to say instead.
+REMEDIES = {
+    "gradient_accumulation_steps": _BATCH, "gradient_accumulation": _BATCH, "accumulation_steps": _BATCH,
+    "grad_accum_steps": _BATCH, "grad_accum": _BATCH,
+    "block_size": "data.sequence_length={value} for the sequences that are trained on; model.context_length={value} "
+    "for the longest that the model reads",
+    "wandb": "metrics=tensorboard writes curves beside metrics.jsonl; nothing is sent to Weights & Biases",
+    "config": RECIPE, "config_file": RECIPE, "config_path": RECIPE, "config_name": RECIPE,
+}  # fmt: skip
+NO = ("false", "no", "off", "0", "null", "none")
+TRAINING = ("train", "resume", "plan")  # verbs whose configs have the groups of a run
+
+
+def remedy(word: str, value: str) -> str:
+    """Return what to say of a word that is no key of a run's config, but known from other programs, or an option."""
+    if word in REMEDIES:
+        return f"; {REMEDIES[word].format(value=value or '…')}"
+    named = options_named(word)
+    if not named:
+        return ""
+    if value.lower() not in NO:
+        return f"; did you mean {' or '.join(named)}?"
+    groups = " and ".join(option.partition("=")[0] for option in named)
+    return f"; it is an option of {groups}: choose another, as in {option_beside(named[0])}"
+
+
+def option_beside(choice: str) -> str:
+    """Return another option of the group than that of ``group=option``, the default one if there is one."""
+    from llmtrain.config.folders import conf_dir
+
+    group, _, option = choice.partition("=")
+    names = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml") if path.stem != option)
+    return f"{group}={next((name for name in ('none', 'auto') if name in names), ' or '.join(names[:1]))}"
 
 
 def keys_named(verb: str, word: str) -> list[str]:
@@ -54,13 +93,17 @@ def options_named(word: str) -> list[str]:
 def flag_hint(verb: str, name: str, value: str, flags: Sequence[str]) -> str:
     """Suggest, for an unknown flag, the key of the same name without dashes, else the closest flag."""
     word = name.lstrip("-").replace("-", "_")
+    if word in REMEDIES and verb in TRAINING:
+        return remedy(word, value)
     same = keys_named(verb, word) if len(word) > 1 else []
     if not same and (options := options_named(word)):
         return f"; settings have no dashes: {' or '.join(options)}"
     if not same:
         return names_hint(name, flags)
-    value = value if value and "=" not in value and not value.startswith("-") else "…"
-    return f"; settings have no dashes: {' or '.join(f'{key}={value}' for key in same)}"
+    is_value = value and "=" not in value and not value.startswith("-")
+    return (
+        f"; settings have no dashes: {' or '.join(quote(f'{key}={value}') if is_value else f'{key}=…' for key in same)}"
+    )
 
 
 def key_hint(key: str, verb: str, value: str = "") -> str:
@@ -70,6 +113,8 @@ def key_hint(key: str, verb: str, value: str = "") -> str:
     known = flatten(compose("train" if verb == "resume" else verb, ["to=x"] * (verb == "export")))
     last = key.rsplit(".", 1)[-1]
     same_name = [name for name in known if name.rsplit(".", 1)[-1] == last]
+    if "." not in key and not same_name and verb in TRAINING and (hint := remedy(key, value)):
+        return hint
     siblings = [name for name in known if name.rsplit(".", 1)[0] == key.rsplit(".", 1)[0]] if "." in key else []
     longer = [name for name in siblings if name.rsplit(".", 1)[-1].startswith(f"{last}_")]
     best = same_name or difflib.get_close_matches(key, siblings, n=1) or difflib.get_close_matches(key, known, n=1)

@@ -79,7 +79,11 @@ def _option(group: str, value: str) -> str:
         else:
             remedy = f"a run of each is a sweep: -m {group}={','.join(map(str, override._value))}"
         raise ConfigError(f"{group}={value}: a run has one option of this group; {remedy}")
-    return value
+    if not override.is_sweep_override():
+        return value if isinstance(override._value, str | list | QuotedString) else quote(value)
+    if SWEEP_FUNCTION.fullmatch(value):
+        return value
+    return ",".join(_option(group, choice.strip()) for choice in _choices(value) or [])
 
 
 def _text(verb: str, key: str, value: str, multirun: bool) -> str:

@@ -106,6 +106,8 @@ def run_sweep(jobs: Sequence[Job], sweep_dir: Path | None, overrides: Sequence[s
     sweep = sweep_dir or Path(first.output_dir) / "sweeps" / f"{slug(first.name)}-{short_hash(*sorted(overrides))}"
     check_output_directory("output_dir" if sweep_dir is None else "hydra.sweep.dir", str(sweep))
     console = Console(highlight=False)
+    if len(jobs) == 1:
+        console.print(Text("nothing varies, so there is one job; to vary a key: optimizer.lr=1e-3,1e-4"))
     statuses = []
     directories = [job.directory(sweep, varied_overrides(job, jobs)) for job in jobs]
     for number, (job, directory) in enumerate(zip(jobs, directories, strict=True), start=1):

@@ -18,6 +18,7 @@ from llmtrain.lint.unread import between_groups
 from llmtrain.report.runs import RunSummary
 from llmtrain.report.table import Comparison
 from llmtrain.run.origin import run_at
+from llmtrain.sweep.jobs import Job
 from tests.helpers.cli import TINY, llmtrain
 
 QUICK = (*TINY, "loop.max_steps=1", "checkpoint.every_steps=0", "data.sequence_length=8")
@@ -108,6 +109,36 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         (["generate", "run", "plugins=inf"], "must be a list, in brackets: 'plugins=[inf]'"),
         (["train", "--from", "nowhere"], "nowhere: no such run directory"),
         (["report", "--from", "x"], "only for a new run, as in: llmtrain train --from"),
+        (["train", "lora=true"], "lora=true: no such option; did you mean lora? there are: dora, lora, none, rslora"),
+        (["train", "lora=8"], "lora=8: no such option; did you mean lora? there are: dora, lora, none, rslora"),
+        (["train", "lora=dorra"], "lora=dorra: no such option; did you mean dora?"),
+        (["train", "recovery=nothing"], "recovery=nothing: no such option; there are: off, on"),
+        (["train", "lora=false"], "lora=false: no such option; did you mean none?"),
+        (["train", "recovery=true"], "recovery=true: no such option; did you mean on?"),
+        (["train", "precision=1"], "precision=1: no such option; there are: auto, bf16"),
+        (["train", "-m", "precision=1,fp32"], "precision=1: no such option"),
+        (["train", "gradient_accumulation_steps=2"], "accumulation.micro_batch_size how many of them go through at"),
+        (["train", "--gradient-accumulation-steps", "2"], "accumulation.batch_size is the number of sequences"),
+        (["train", "grad_accum", "2"], "grad_accum 2: = is missing, and there is no such key; accumulation.batch_size"),
+        (["train", "block_size=32"], "data.sequence_length=32 for the sequences that are trained on; model.context_le"),
+        (["train", "fp16=true"], "fp16: no such key; did you mean precision=fp16?"),
+        (["train", "bf16=True"], "did you mean precision=bf16?"),
+        (["train", "+tf32=true"], "did you mean precision=tf32?"),
+        (["train", "fp32=false"], "it is an option of precision: choose another, as in precision=auto"),
+        (["train", "wandb=true"], "wandb: no such key; metrics=tensorboard writes curves"),
+        (["train", "config=my.yaml"], "--config-dir DIR experiment=NAME reads DIR/experiment/NAME.yaml"),
+        (["train", "--config", "my.yaml"], "--config: no such flag; a recipe of yours lies in a folder: --config-dir"),
+        (["train", "my.yaml"], "my.yaml: neither key=value nor a flag; a recipe of yours lies in a folder"),
+        (["train", "experiment=my.yaml"], "no such option; a recipe of yours lies in a folder"),
+        (["train", "+foo=1"], "foo: no such key; there are: "),
+        (["generate", "r", "--prompt", "Once upon a time"], "settings have no dashes: 'prompt=Once upon a time'"),
+        (["generate", "r", "prompt=hi", "file=nope.txt"], "prompt='hi' and file=nope.txt: give one of them, not both"),
+        (["generate", "r", "file=nope.txt"], "file=nope.txt: no such file in"),
+        (["predict", "r", "file=nope.csv"], "file=nope.csv: no such file or folder in"),
+        (["predict", "r", "nope.csv"], "for a file of texts: file=nope.csv, as in: llmtrain predict RUN_DIR file=nop"),
+        (["predict", "r", "I like it."], 'for a text: text="I like it."'),
+        (["export", "r"], "to: name the directory to write, as in: llmtrain export RUN to=my-model"),
+        (["train", "data=text"], "data.path: a value is required: a file or a folder, as in data.path=my-text"),
         (["train", *QUICK, "output_dir=text (1).txt/x"], "text (1).txt is not a directory; name another place"),
         (["train", *QUICK, "run_dir=" + "x" * 300], "longer than 255 bytes"),
     ],
@@ -134,6 +165,22 @@ def test_a_refused_run_leaves_no_cache(failing: Failing, tmp_path: Path, mistake
     (tmp_path / "there").mkdir()
     failing("train", *QUICK, *mistake)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_recipe_of_ones_own_is_read_from_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nloop: {max_steps: 3}\n")
+    assert compose("train", ["experiment=mine"], tmp_path)["loop"]["max_steps"] == 3
+
+
+def test_a_sweep_of_nothing_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = Job.check(compose("train", QUICK), [])
+    assert main(["train", *QUICK, f"run_dir={job.directory(Path('sweep'), []).path}"]) == 0
+    assert main(["train", "-m", *QUICK, "hydra.sweep.dir=sweep"]) == 0  # the job is finished already
+    assert "nothing varies, so there is one job; to vary a key: optimizer.lr=1e-3,1e-4" in capfd.readouterr().out
 
 
 def test_a_key_that_is_given_twice_is_reported(

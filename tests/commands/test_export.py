@@ -434,7 +434,7 @@ def test_a_qwen_with_another_tokenizer_is_exported_or_warned_of(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "to: a value is required"),
+        ([], "to: name the directory to write, as in: llmtrain export RUN to=my-model"),
         (["to=full"], "to=full: not empty, and nothing is overwritten; name a new directory"),
         (["to=file"], "to=file: something that is not a directory has this name"),
         (["to=link"], "to=link: something that is not a directory has this name"),

@@ -88,7 +88,7 @@ def find_files(
     if literal.exists():
         found = [literal]
     elif glob.has_magic(path):
-        found = [Path(name) for name in glob.glob(str(literal), recursive=True)]  # noqa: PTH207 - takes any path
+        found = _matches(literal)
         if not found:
             raise ValueError(f"{key}={path}: no file matches{where(path)}")
     else:
@@ -107,6 +107,15 @@ def find_files(
     if not files:
         raise nothing_found(path, wanted, key, left_out)
     return sorted(files)
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """The paths that match ``pattern``; where none does, with a folder that is there taken as it is written."""
+    folder = next((parent for parent in pattern.parents if parent.is_dir()), Path())
+    for text in (str(pattern), str(Path(glob.escape(str(folder))) / pattern.relative_to(folder))):
+        if found := glob.glob(text, recursive=True):  # noqa: PTH207 - takes any path
+            return [Path(name) for name in found]
+    return []
 
 
 def nothing_found(path: str, wanted: str, key: str, left_out: LeftOut) -> ValueError:

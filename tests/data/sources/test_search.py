@@ -13,6 +13,10 @@ def found(folder: Path, left_out: LeftOut | None = None, **options: bool) -> lis
     return [str(file.relative_to(folder)) for file in files]
 
 
+def found_by(pattern: Path) -> list[str]:
+    return [file.name for file in find_files(str(pattern), lambda file: True, "text")]
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     folder, other = tmp_path / "folder", tmp_path / "other"
@@ -28,6 +32,17 @@ def test_links_to_folders_and_files_are_followed(folder: Path) -> None:
     left_out = LeftOut()
     assert found(folder, left_out) == ["a.txt", "e.txt", "link/c.txt", "link/deep/d.txt", "sub/b.txt"]
     assert found(folder, follows_links=False) == ["a.txt", "e.txt", "sub/b.txt"]
+
+
+def test_a_folder_with_brackets_is_taken_as_it_is_written(folder: Path) -> None:
+    (folder / "sub").rename(folder / "sub [draft]")
+    assert found_by(folder / "sub [draft]" / "*.txt") == ["b.txt"]
+    assert found_by(folder / "sub [[]draft]" / "[b].txt") == ["b.txt"]
+    (folder / "sub d").mkdir()
+    (folder / "sub d" / "c.txt").write_text("text")
+    assert found_by(folder / "sub [draft]" / "*.txt") == ["c.txt"]  # what a pattern matches comes first
+    with pytest.raises(ValueError, match=r"no file matches"):
+        found_by(folder / "sub [draft]" / "*.md")
 
 
 def test_cycles_and_second_ways_to_a_file_are_noticed(folder: Path) -> None:
