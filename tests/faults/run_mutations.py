@@ -75,7 +75,7 @@ def stretch(run: Path, chance: random.Random) -> None:
 def remove(run: Path, chance: random.Random) -> None:
     """A file, or a folder."""
     path = chance.choice((files_of(run, chance), *sorted((run / "checkpoints").glob("step-*")), run / "tokenizer"))
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def replace_by(run: Path, chance: random.Random) -> None:
