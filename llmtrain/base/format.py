@@ -29,6 +29,11 @@ def count(value: float) -> str:
     return _scaled(value, ("", "k", "M", "B", "T"))
 
 
+def counted(number: int, noun: str) -> str:
+    """Format a whole number of things with their name: 1 step, 1,000 steps."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def size(num_bytes: float) -> str:
     """Format bytes in decimal units, as vendors and ``ls --si`` do: 512 B, 1.49 GB."""
     return _scaled(num_bytes, (" B", " kB", " MB", " GB", " TB", " PB"))

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from llmtrain.base.format import counted
+
 
 @dataclass(frozen=True)
 class RunFacts:
@@ -19,7 +21,7 @@ class RunFacts:
     @property
     def end(self) -> str:
         """The end of the run, as a clause of a message."""
-        return f"the run ends after {self.steps:,} steps"
+        return f"the run ends after {counted(self.steps, 'step')}"
 
     @property
     def tenth(self) -> int:

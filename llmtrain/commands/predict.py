@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtrain.base.checks import check_input, positive, unicode_text
-from llmtrain.base.format import percent, visible
+from llmtrain.base.format import counted, percent, visible
 from llmtrain.base.invocation import FINISHED, Invocation
 from llmtrain.base.outputs import check_output, is_stdout, is_stream, open_output
 from llmtrain.data import padded
@@ -163,7 +163,7 @@ def predict_file(predictor: Predictor, settings: Predict) -> None:
                     scores.add(truth, decided)
                 unknown.update(set(truth or ()) - set(predictor.labels))
                 total += 1
-    print(f"{total:,} texts{reader.skipped()}{_written(settings.output)}", file=sys.stderr)
+    print(f"{counted(total, 'text')}{reader.skipped()}{_written(settings.output)}", file=sys.stderr)
     if unknown:
         names = ", ".join(f"{visible(name)} ({number:,})" for name, number in unknown.most_common(8))
         print(f"not scored, as the model has no such label: {names}", file=sys.stderr)
@@ -207,7 +207,7 @@ class FileReader:
         return list(self.data.read(record).labels)
 
     def skipped(self) -> str:
-        return f", {self.records.blank:,} empty lines skipped" if self.records.blank else ""
+        return f", {counted(self.records.blank, 'empty line')} skipped" if self.records.blank else ""
 
 
 def _written(output: str | None) -> str:

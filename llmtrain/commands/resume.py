@@ -1,10 +1,11 @@
 """``llmtrain resume RUN_DIR``: continue a run exactly where it stopped, or branch from one of its checkpoints."""
 
 import shlex
+from collections.abc import Sequence
 
 from llmtrain.base.format import visible
 from llmtrain.base.invocation import FINISHED, INTERRUPTED, Invocation
-from llmtrain.run.changes import changes, check_changes
+from llmtrain.run.changes import Change, changes, check_changes
 from llmtrain.run.resume import find_origin
 from llmtrain.run.run import Run
 from llmtrain.run.stored_run import StoredRun
@@ -29,7 +30,8 @@ def main(run: Run, invocation: Invocation) -> int:
             f"output_dir={run.output_dir}: this run continues in {directory.path}; to branch into another directory: "
             "run_dir=DIR, or an older checkpoint: step=N"
         )
-    if not changed and (done := directory.finished_step()) is not None and is_at_end(stored, done):
+    done = directory.finished_step()
+    if done is not None and changes_nothing(changed, done) and is_at_end(stored, done):
         path = directory.path
         longer = run.loop.times(2)
         print(visible(f"{path}: finished already, at step {done:,}; to train on: "
@@ -37,6 +39,11 @@ def main(run: Run, invocation: Invocation) -> int:
         return FINISHED
     result = run.resume(stored, command=invocation.command)
     return FINISHED if result.exit_reason == "finished" else INTERRUPTED
+
+
+def changes_nothing(changed: Sequence[Change], done: int) -> bool:
+    """True if a run that has done so many steps has none left: at most its end is named in other words."""
+    return all((key, now) in (("loop.max_steps", done), ("loop.epochs", None)) for key, _, now in changed)
 
 
 def is_at_end(stored: StoredRun, finished: int) -> bool:

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtrain.base.checks import positive
-from llmtrain.base.format import size, visible
+from llmtrain.base.format import counted, size, visible
 from llmtrain.base.invocation import FAILED, FINISHED, Invocation
 from llmtrain.base.run_files import CONFIG, MANIFEST
 from llmtrain.base.runtime import Device
@@ -26,6 +26,7 @@ from llmtrain.base.tensor_files import CheckpointError
 from llmtrain.checkpoint.directory import find_checkpoints, step_of
 from llmtrain.checkpoint.format import read_state, verify_checkpoint
 from llmtrain.config import stored_config
+from llmtrain.config.assemble import MOVED_BASE, adding_remedy
 from llmtrain.config.older_versions import complete
 from llmtrain.metrics import read_metrics
 from llmtrain.run.directory import RunDirectory
@@ -110,7 +111,7 @@ def replay_and_compare(console: Console, settings: Verify, directory: RunDirecto
         end = min(end, start + settings.replay_steps)
     logged = [step for step in logged_at(directory) if start < step <= step_of(last)]
     if end != step_of(last) and not any(step <= end for step in logged):
-        steps = f"the {end - start:,} steps to be replayed"
+        steps = f"the {counted(end - start, 'step')} to be replayed"
         if settings.replay_steps is not None and end == start + settings.replay_steps:
             steps = f"replay_steps={settings.replay_steps}"
         enough = f", or replay_steps={min(logged) - start}" if logged else ""
@@ -126,7 +127,10 @@ def replay_and_compare(console: Console, settings: Verify, directory: RunDirecto
     run = Run.from_config(move(values, base, settings.tokenizer.path))
     run = dataclasses.replace(run, runtime=dataclasses.replace(run.runtime, device=settings.device))
     run.runtime.torch_device()  # an error in these settings is not an error of the run
-    console.print(f"\nreplaying {end - start:,} steps from {f'step {start:,}' if first else 'the start'}")
+    if run.lora.adapts:
+        with adding_remedy(MOVED_BASE):
+            run.weights.fingerprint()
+    console.print(f"\nreplaying {counted(end - start, 'step')} from {f'step {start:,}' if first else 'the start'}")
     with tempfile.TemporaryDirectory(prefix="llmtrain-verify-") as scratch, Progress(console=console) as progress:
         task = progress.add_task("", total=end - start, visible=console.is_terminal)
         try:

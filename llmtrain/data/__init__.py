@@ -18,6 +18,7 @@ from llmtrain.data.batch import padded as padded
 from llmtrain.data.cache.token_reader import DataError as DataError
 from llmtrain.data.sequences import Rows as Rows
 from llmtrain.data.sequences import Sequences
+from llmtrain.data.sources.search import LeftOut
 from llmtrain.tokenizer import Tokenizer
 
 
@@ -32,7 +33,8 @@ class Corpus:
     labels: tuple[str, ...] = ()  # names of the classes, in data for classification
     class_weights: tuple[float, ...] = ()  # the weight of an example of each class; (): all the same
     label_counts: tuple[int, ...] = ()  # training examples of each class
-    notes: tuple[str, ...] = ()  # messages about text that was left out or cut
+    notes: tuple[str, ...] = ()  # messages about text that was cut, and rows left out
+    left_out: tuple[LeftOut, ...] = ()  # the files that are not read
     split: str = ""  # one line for the run's header: the text that validates; "": nothing is known of it
 
 

@@ -1,7 +1,7 @@
 """Base of the options whose data are examples: from files of records to a :class:`Corpus`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmtrain.base.format import percent
@@ -49,8 +49,7 @@ class ExampleData(CachedData, ExampleFormat[T]):
         new = [FORMAT, *key, self.new_settings()]
         entry = find_or_make(self.cache, new, open_entry, fill, f"{self.noun}s of {self.path}", verify=verify)
         fingerprint = entry.folder.name if entry.index.is_new else name_of([EARLIER_FORMAT, *key])
-        found = [note for part in left_out for note in part.notes()]
-        return self._corpus(entry, [*found, *self.remarks(tokenizer)], fingerprint)
+        return replace(self._corpus(entry, self.remarks(tokenizer), fingerprint), left_out=tuple(left_out))
 
     def _find_files(self, left_out: Sequence[LeftOut]) -> tuple[list[Path], list[Path]]:
         train = find_records(self.path, "data.path", left_out[0])

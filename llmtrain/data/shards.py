@@ -54,8 +54,7 @@ class Shards(CachedData):
             name=f"shards {self.path}, {len(train)} file{'s' * (len(train) != 1)}",
             fingerprint=fingerprint_of(tokens, len(train)),
         )
-        notes = tuple(note for part in left_out for note in part.notes())
-        return replace(corpus, notes=notes, split=_describe(validation, corpus))
+        return replace(corpus, left_out=tuple(left_out), split=_describe(validation, corpus))
 
     def unread(self, run: RunFacts) -> dict[str, str]:
         if self.validation_path is not None:

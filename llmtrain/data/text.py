@@ -60,7 +60,7 @@ class Text(TextData):
             f"text {self.path}",
             *documents,
             validation=self._documents(validation, account, verify=verify) if validation else None,
-            remarks=tuple(note for part in left_out for note in part.notes()),
+            left_out=tuple(left_out),
             notes=account.notes,
         )
 

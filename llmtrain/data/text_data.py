@@ -40,7 +40,7 @@ class TextData(CachedData):
             name=f"{source.name}, {documents:,} document{'s' * (documents != 1)}",
             fingerprint=entry.folder.name,
         )
-        return replace(corpus, split=entry.index.split, notes=(*source.remarks, *entry.index.notes))
+        return replace(corpus, split=entry.index.split, notes=tuple(entry.index.notes), left_out=source.left_out)
 
 
 def make_corpus(

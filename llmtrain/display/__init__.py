@@ -17,6 +17,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from llmtrain.base.files import AppendedFile
+from llmtrain.base.format import visible
 from llmtrain.base.run_files import LOG
 from llmtrain.display import lines
 from llmtrain.display.progress import Progress
@@ -65,6 +66,11 @@ class Display(AbstractContextManager["Display"], ABC):
 
     def warn(self, text: str) -> None:
         self._emit(lines.warning(text))
+
+    def note(self, text: str) -> None:
+        """Show a line that asks for nothing; "": nothing."""
+        if text:
+            self._emit(Text(visible(text)))
 
     def summary(self, summary: Row) -> None:
         """Show the end of the run, from the keys of ``summary.json``."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llmtrain.base.format import percent
+from llmtrain.base.format import counted, percent
 from llmtrain.base.options import option_name
 from llmtrain.config.build import build
 from llmtrain.config.compose import compose
@@ -67,14 +67,14 @@ def schedule(case: Case) -> Iterator[Finding]:
         if highest <= NEXT_TO_NOTHING * intended:
             yield error(
                 key,
-                f"{key}={value}: the run ends after {steps:,} steps, within the warm-up, with a learning rate of at "
-                f"most {highest:.2g} instead of {intended:g}: it would learn next to nothing; {key}={better}, or more "
-                "loop.max_steps",
+                f"{key}={value}: the run ends after {counted(steps, 'step')}, within the warm-up, with a learning "
+                f"rate of at most {highest:.2g} instead of {intended:g}: it would learn next to nothing; "
+                f"{key}={better}, or more loop.max_steps",
             )
         else:
             yield warning(
                 key,
-                f"{key}={value}: the warm-up takes all {steps:,} steps of the run: the learning rate reaches "
+                f"{key}={value}: the warm-up takes all {counted(steps, 'step')} of the run: the learning rate reaches "
                 f"{highest:.2g} of {intended:g} and never decays; {key}={better}, or more loop.max_steps",
             )
     elif highest == 0:

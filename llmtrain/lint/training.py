@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from llmtrain.base.format import counted
 from llmtrain.base.options import option_name
 from llmtrain.config.build import naming
 from llmtrain.lint.case import Case, Finding, error, warning
@@ -67,8 +68,8 @@ def clipping_too_late(case: Case) -> Iterator[Finding]:
     if start >= case.max_steps:
         yield warning(
             "clipping.start_step",
-            f"clipping.start_step={start}: the run ends after {case.max_steps:,} steps, so that no gradient is ever "
-            "clipped; clipping.start_step=0, or clipping=none if that is meant",
+            f"clipping.start_step={start}: the run ends after {counted(case.max_steps, 'step')}, so that no gradient "
+            "is ever clipped; clipping.start_step=0, or clipping=none if that is meant",
         )
 
 

@@ -1,10 +1,13 @@
 """The places that a stored config names, as they are now.
 
 A run moves, or is used from another folder: relative paths are then looked for in the folder that the run was started
-in, and the user may name the present place of its base or tokenizer.
+in, its base and its data also where they lie to the run as before, and the user may name the present place of its base
+or tokenizer.
 """
 
 import glob
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,11 +25,15 @@ READ = {
 }
 
 
+DATE = re.compile(r"\d{4}-\d\d-\d\d")  # the folder of a day's runs in output_dir
+MOVES_ALONG = ("data", "weights", "lora")  # fingerprints tell that they are the same
+
+
 def find_places(stored: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The stored config of the run or checkpoint in ``folder``, its relative paths as they are found from here.
 
     A path that does not exist from the working directory, and does from the folder that the run was started in, becomes
-    absolute.
+    absolute; so does one that was moved together with the run.
     """
     values = dict(stored)
     first: Path | None = None
@@ -34,12 +41,32 @@ def find_places(stored: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         node = stored.get(group)
         for key in keys:
             path = node.get(key) if isinstance(node, Mapping) else None
-            if not isinstance(path, str) or not path or Path(path).expanduser().is_absolute() or _is_there(path):
+            if not isinstance(path, str) or not path or _is_there(path):
                 continue
             first = first or _first_directory(folder)
-            if first is not None and _is_there(str(first / path)):
-                values[group] = {**values[group], key: str(first / path)}
+            if first is None:
+                continue
+            places = [str(first / Path(path).expanduser())]
+            if group in MOVES_ALONG and (beside := _beside(stored, folder, first, path)) is not None:
+                places.append(beside)
+            if (found := next(filter(_is_there, places), None)) is not None:
+                values[group] = {**values[group], key: found}
     return values
+
+
+def _beside(stored: Mapping[str, Any], folder: Path, first: Path, path: str) -> str | None:
+    """The place that lies to the run in ``folder`` as ``path`` lay to it where it was made, started in ``first``."""
+    run_dir = run_of(folder)
+    if run_dir is None:
+        return None
+    now = run_dir.absolute()
+    made, output_dir = stored.get("run_dir"), stored.get("output_dir")
+    if made is None and isinstance(output_dir, str) and DATE.fullmatch(now.parent.name):
+        made = str(Path(output_dir, now.parent.name, now.name))
+    if not isinstance(made, str):
+        return None
+    before = first / Path(made).expanduser()
+    return os.path.normpath(now / os.path.relpath(first / Path(path).expanduser(), before))
 
 
 def _is_there(path: str) -> bool:

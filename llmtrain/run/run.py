@@ -87,7 +87,7 @@ class Run(RunConfig):
                 write_copy(run_directory.path, self.tokenizer, parts.tokenizer)
             if plan.changes:
                 output_dir = stored.raw.get("output_dir", self.output_dir)
-                run = replace(self, run_dir=stored.raw.get("run_dir"), output_dir=output_dir)
+                run = replace(self, run_dir=stored.raw.get("run_dir"), output_dir=output_dir, **stored.as_written(self))
                 write_atomically(run_directory.config, stored_config.dump(run))
             return execute(self, parts, run_directory, state, plan.findings, plan)
 

@@ -22,6 +22,7 @@ from llmtrain.config import stored_config
 from llmtrain.config.assemble import Parts
 from llmtrain.config.run_config import RunConfig
 from llmtrain.data.loader import TrainingStream
+from llmtrain.data.sources.search import LeftOut
 from llmtrain.display import Display, PlainDisplay, open_display
 from llmtrain.lint import Finding
 from llmtrain.metrics import Metrics
@@ -85,10 +86,14 @@ def execute(
         )  # fmt: skip
         stop.show = display.notify
         parent = None if resumed is None or resumed.parent is None else resumed.parent.path
-        display.header(list(header(run, parts, directory.path, state, peak, parent)))
+        again = resumed is not None  # also in a sweep: what the data are was said before
+        display.header(list(header(run, parts, directory.path, state, peak, parent, brief=again)))
+        show_left_out(parts.corpus.left_out, display, brief=again)
+        left_out = [("data", note) for part in parts.corpus.left_out for note in part.notes()]
         notes = [("data", note) for note in parts.corpus.notes] + [(f.key, f.message) for f in findings]
-        for key, message in [*thread_notes(run, parts), *notes]:
+        for _, message in (notes := [*thread_notes(run, parts), *notes]):
             display.warn(message)
+        for key, message in [*left_out, *notes]:
             metrics.row({"event": "warning", "step": start, "key": key, "message": message})
         display.start(start, parts.max_steps)
         step = make_step(run, parts, state, log)
@@ -114,6 +119,18 @@ def execute(
         finally:
             conclude(run, loop, directory, reason)
     return RunResult(directory.path, summarise(run, loop, reason), parts.unit.model)
+
+
+def show_left_out(left_out: Sequence[LeftOut], display: Display, *, brief: bool) -> None:
+    """Show what is not read of the data: a warning only where it may be text; ``brief``: in a line."""
+    for part in left_out:
+        if brief:
+            display.note(part.brief())
+            continue
+        for message in part.notes(like_text=True):
+            display.warn(message)
+        for message in part.notes(like_text=False):
+            display.note(message)
 
 
 def thread_notes(run: RunConfig, parts: Parts) -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from llmtrain.config.run_config import RunConfig
 from llmtrain.data.shards import Shards
 from llmtrain.run.changes import MOVABLE, changes, refuse_change
 from llmtrain.run.directory import RunDirectory
-from llmtrain.run.places import find_places
+from llmtrain.run.places import READ, find_places
 from llmtrain.run.tokenizer_copy import stored_tokenizer
 from llmtrain.tokenizer import TokenizerConfig
 
@@ -35,7 +36,8 @@ class StoredRun:
         self.config_path = self.directory.config_at(step)
         if self.config_path != self.directory.config:
             verify_checkpoint(self.config_path.parent, only=self.config_path.name)
-        self.raw = find_places(stored_config.load(self.config_path), run_dir)
+        self.written = stored_config.load(self.config_path)
+        self.raw = find_places(self.written, run_dir)
 
     @cached_property
     def completed(self) -> dict[str, Any]:
@@ -75,6 +77,20 @@ class StoredRun:
         """
         changed = [key for key, _, _ in changes(self.completed, run) if key in ("tokenizer.path", "tokenizer.encoding")]
         return stored_tokenizer(run.tokenizer, self.directory.path, named=bool(changed))
+
+    def as_written(self, run: RunConfig) -> dict[str, Any]:
+        """The options of ``run`` whose files were found elsewhere than the config says, with the places that it says.
+
+        So that a run which moves again is looked for as before.
+        """
+        options: dict[str, Any] = {}
+        for group, keys in READ.items():
+            for key in keys:
+                written, found = ((config.get(group) or {}).get(key) for config in (self.written, self.raw))
+                option = options.get(group, getattr(run, group))
+                if written != found and getattr(option, key, None) == found:
+                    options[group] = replace(option, **{key: written})
+        return options
 
     def check_places(self, run: RunConfig) -> None:
         """Raise ValueError if the user has named another tokenizer, or weights, than those that the run started with.

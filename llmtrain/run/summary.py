@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.base.device import device_name
-from llmtrain.base.format import count, rate, significant
+from llmtrain.base.format import count, counted, rate, significant
 from llmtrain.base.options import option_name
 from llmtrain.config.assemble import Parts
 from llmtrain.config.run_config import RunConfig
@@ -20,11 +20,19 @@ from llmtrain.train.state import TrainState
 
 
 def header(
-    run: RunConfig, parts: Parts, path: Path, state: TrainState, peak_flops: float, parent: Path | None = None
+    run: RunConfig,
+    parts: Parts,
+    path: Path,
+    state: TrainState,
+    peak_flops: float,
+    parent: Path | None = None,
+    *,
+    brief: bool = False,
 ) -> Iterator[tuple[str, str]]:
     """The rows at the start of a run: model, data, length, device.
 
-    ``peak_flops`` is in FLOP/s, ``parent`` the run that this one branches from, if any.
+    ``peak_flops`` is in FLOP/s, ``parent`` the run that this one branches from, if any; ``brief`` leaves out the
+    sources of the validation text.
     """
     unit, corpus = parts.unit, parts.corpus
     model = unit.model
@@ -46,7 +54,7 @@ def header(
         yield "trained", f"{trained:,} of {whole:,} parameters ({trained / whole:.2%}){_adapters(run.lora)}"
     yield "data", corpus.description
     if corpus.split:
-        yield "validation", corpus.split
+        yield "validation", corpus.split.partition("; from ")[0] if brief else corpus.split
     if template := getattr(run.data, "template", None):
         yield "template", describe(template, parts.tokenizer)
     epochs = (end.position - state.position) / len(corpus.train)
@@ -59,7 +67,7 @@ def header(
     length = f"{steps_left:,} {more}, {count(tokens)} tokens, {significant(epochs)} epochs, {flops:.2e} FLOPs"
     yield "length", length + (f", from step {state.step:,} to {end.step:,}" if state.step else "")
     warmup = run.schedule.warmup(parts.max_steps)
-    warming = f", {warmup} warm-up steps" if warmup else ""
+    warming = f", {counted(warmup, 'warm-up step')}" if warmup else ""
     rate_and_schedule = f"learning rate {run.optimizer.lr:g}; schedule {option_name(run.schedule)}{warming}"
     yield "optimizer", f"{option_name(run.optimizer)}, {rate_and_schedule}"
     yield "device", f"{device_name(parts.device)}, {parts.precision.name}, {rate(peak_flops, 'FLOP/s')} at most"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from llmtrain.base.checks import unicode_text
-from llmtrain.base.format import visible
+from llmtrain.base.format import counted, visible
 from llmtrain.base.options import Option, RunFacts
 from llmtrain.inference.generate import Sampling
 from llmtrain.tokenizer import Tokenizer
@@ -87,7 +87,7 @@ class LoopConfig(Option):
             ends = f"loop.max_steps={self.max_steps} ends the run first, after {run.epochs:.3g} epochs"
             unread["epochs"] = f"{ends}; loop.max_steps=null"
         if self.epochs is not None and self.max_steps is not None and run.steps < self.max_steps:
-            ends = f"loop.epochs={self.epochs:g} ends the run first, after {run.steps:,} steps"
+            ends = f"loop.epochs={self.epochs:g} ends the run first, after {counted(run.steps, 'step')}"
             unread["max_steps"] = f"{ends}; loop.epochs=null"
         if self.whole_batches and self.epochs is None:
             unread["whole_batches"] = "is about the end of loop.epochs, which is null; loop.epochs=1"

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
+from llmtrain.base.format import counted
 from llmtrain.base.tensor_files import CheckpointError
 from llmtrain.checkpoint.directory import step_of
 from llmtrain.checkpoint.format import remove_checkpoint
@@ -246,7 +247,8 @@ class Loop:
             elif isinstance(action, Rollback):
                 queue.extend(self._roll_back(action))
             elif isinstance(action, RateReduction):
-                message = f"the learning rate is multiplied by {action.factor:g} for {action.steps:,} steps"
+                steps = counted(action.steps, "step")
+                message = f"the learning rate is multiplied by {action.factor:g} for {steps}"
                 self.log.event("lower_rate", self.state.step, message=message, factor=action.factor, steps=action.steps)
             elif isinstance(action, Failure):
                 raise TrainingFailed(

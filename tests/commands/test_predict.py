@@ -103,7 +103,7 @@ def test_predict_takes_a_text_a_line(work: Path, capfd: pytest.CaptureFixture[st
     output = capfd.readouterr()
     found = [json.loads(line) for line in output.out.splitlines()]
     assert [(row["text"], row["predicted"]) for row in found] == [("aaa bab 1", "fruit"), ("xxx yxy, 2", "tool")]
-    assert "2 texts, 1 empty lines skipped" in output.err
+    assert "2 texts, 1 empty line skipped" in output.err
     assert "accuracy" not in output.err
 
 

@@ -362,7 +362,24 @@ def test_a_finished_run_whose_last_checkpoints_are_gone_trains_on(
     assert "finished already" not in capfd.readouterr().out
     assert_same_end(whole, run)
     assert main(["resume", "run"]) == 0
-    assert f"finished already, at step {STEPS}" in capfd.readouterr().out
+    for end in ((), (f"loop.max_steps={STEPS}",), ("loop.epochs=null", f"loop.max_steps={STEPS}")):
+        assert main(["resume", "run", *end]) == 0
+        assert f"finished already, at step {STEPS}" in capfd.readouterr().out
+
+
+def test_a_finished_run_has_no_steps_left_where_its_end_is_named_in_other_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("A line of text.\n" * 100)
+    data = ("data=text", "data.path=text.txt", "loop.max_steps=null", "loop.epochs=0.1")
+    assert main(["train", *TINY, *data, "run_dir=run"]) == 0
+    steps = json.loads(Path("run/summary.json").read_text())["step"]
+    before = Path("run/config.yaml").read_text()
+    capfd.readouterr()
+    assert main(["resume", "run", f"loop.max_steps={steps}"]) == 0
+    assert capfd.readouterr().out.startswith(f"run: finished already, at step {steps}; to train on: ")
+    assert Path("run/config.yaml").read_text() == before
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_a_recorded_loss_that_is_not_reproduced_is_named(good: Path, tmp_path: P
 def test_replay_steps_limits_the_replay(good: Path, tmp_path: Path) -> None:
     copy_of(good, tmp_path)
     partly = llmtrain("verify", "run", "replay_steps=1", cwd=tmp_path).stdout
-    assert "replaying 1 steps from step 6" in partly
+    assert "replaying 1 step from step 6" in partly
     assert "tensors not" in partly
     assert "replaying" not in llmtrain("verify", "run", "replay_steps=0", cwd=tmp_path).stdout
     one = llmtrain("verify", "run/checkpoints/step-00000009", cwd=tmp_path).stdout

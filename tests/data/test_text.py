@@ -72,11 +72,14 @@ def test_a_folder_is_read_in_order_of_its_file_names(folder: Path, common: dict[
     assert text_of(corpus, byte) == "first<|endoftext|>second<|endoftext|>a text<|endoftext|>third<|endoftext|>fourth"
     assert "5 documents, 33 tokens" in corpus.description
     assert corpus.validation is None
-    assert corpus.notes == (
+    left_out, _ = corpus.left_out
+    assert left_out.notes() == [
         f"data.path={folder}: left out, hidden: 1 (0 B): .hidden",
         f"data.path={folder}: left out, empty: 1 (0 B): empty.txt",
         f"data.path={folder}: left out, binary, not text: 1 (3 B): f.bin",
-    )
+    ]
+    assert left_out.notes(like_text=True) == []
+    assert left_out.brief() == f"data.path={folder}: left out: 1 hidden; 1 empty; 1 binary, not text"
 
 
 def test_plain_reads_what_older_versions_read(folder: Path, common: dict[str, Any], byte: Tokenizer) -> None:

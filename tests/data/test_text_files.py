@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def test_files_of_any_ending_are_read_and_the_others_named(tmp_path: Path, byte:
         (folder / name).write_bytes(content)
     documents, corpus = read(folder, byte)
     assert documents == ["code", "html", "bare", "log", "zst", '{\n"not": "rows"}']
-    text = "\n".join(corpus.notes)
+    text = "\n".join([*corpus.notes, *corpus.left_out[0].notes()])
     for part in (
         "neither UTF-8 nor UTF-16 text: 1 (5 B): i.pdf", "binary, not text: 1 (5 B): h.png",
         "damaged or cut: Not a gzipped file (b'no'): 1 (7 B): j.gz",
@@ -107,6 +108,44 @@ def test_files_of_any_ending_are_read_and_the_others_named(tmp_path: Path, byte:
         f"1 files without a text (nothing but white space): {folder / 'k.txt'}",
     ):  # fmt: skip
         assert part in text, text
+
+
+def test_a_text_file_of_a_folder_that_is_no_text_is_left_out(tmp_path: Path, byte: Tokenizer) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    large = ("ü€🙂 line\n" * (1 << 18)).encode()  # more than is looked at from the beginning
+    middle, end = len(large) * 7 // 8, len(large) - 100
+    contents = {
+        "a.txt": b"text", "b.txt": b"%PDF" * 50 + b"\0", "c.md": b"gr\xfc\xdfe", "d.text.gz": gzip.compress(b"a\0"),
+        "e.md": large[:middle] + bytes(end - middle) + large[end:],
+    }  # fmt: skip
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    for _ in range(2):  # the second time from what is remembered
+        documents, corpus = read(folder, byte)
+        assert documents == ["text"]
+        binary, encoding = corpus.left_out[0].notes(like_text=True)
+        assert "left out, binary, not text, though its name says so: 3 (" in binary
+        assert binary.endswith("): b.txt, d.text.gz, e.md")
+        assert "neither UTF-8 nor UTF-16 text: 1 (5 B): c.md" in encoding
+    assert "b.txt: byte 200 is NUL: a binary file (or UTF-16), not UTF-8 text; name a file of text" in refused(
+        folder / "b.txt", byte
+    )
+    assert "remove it, or name them with a glob" in refused(folder / "*.txt", byte)
+
+
+def test_damage_that_no_sample_shows_is_refused_with_a_remedy(tmp_path: Path, byte: Tokenizer) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    large = bytearray(("ü€🙂 line\n" * (1 << 18)).encode())
+    (folder / "a.txt").write_bytes(large)
+    corpus = read(folder, byte)[1]
+    assert not corpus.left_out[0].reasons
+    large[-10:-5] = bytes(5)
+    (folder / "a.txt").write_bytes(large)
+    message = refused(folder, byte)
+    assert f"a.txt: byte {len(large) - 10} is NUL" in message
+    assert "remove it, or name them with a glob" in message
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
@@ -145,6 +184,11 @@ def test_each_of_six_files_gives_its_share(tmp_path: Path, byte: Tokenizer) -> N
     corpus = read(folder, byte, validation_fraction=0.1)[1]
     assert corpus.validation is not None
     assert corpus.validation.tokens / (corpus.validation.tokens + corpus.train.tokens) == pytest.approx(0.1, abs=0.003)
-    assert "of 6 documents the end of 6: 2.txt 10.0%, 0.txt" in corpus.split
+    assert "of the tokens: the end of 6 of 6 documents; from 2.txt 10.0%, 0.txt" in corpus.split
+    for number in range(40):
+        (folder / f"small{number}.txt").write_text(f"line of file {number}.\n" * 20)
+    mixed = read(folder, byte, validation_fraction=0.1)[1].split
+    assert re.match(r"10\.0% of the tokens: \d of 46 documents, and the end of \d more; from 2\.txt 10\.0%, ", mixed)
+    assert re.search(r", … \(\d+ sources\)$", mixed)
     text = byte.decode(corpus.validation.gather(np.arange(len(corpus.validation))).inputs.ravel().tolist())
     assert all(part.startswith("line of file") for part in text.split("<|endoftext|>"))  # cut at lines

@@ -182,6 +182,33 @@ def test_a_moved_base_is_named_with_weights_path(
     assert "holds a whole model, no adapters" in refused(capsys, "generate", "elsewhere", "weights.path=other")
 
 
+def test_a_base_that_was_moved_together_with_its_run_is_found(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = Path(shutil.copytree(trained, tmp_path / "first"))
+    monkeypatch.chdir(first)
+    Path("runs").mkdir()
+    shutil.move("run", "runs/base")
+    lora = ("weights=checkpoint", "weights.path=runs/base", "lora=lora", "lora.rank=2", "run_dir=runs/spam")
+    assert main(["train", *(argument for argument in SMALL if argument != "run_dir=run"), *lora]) == 0
+    shutil.move("runs", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "moved/spam", "max_tokens=1"]) == 0
+    assert main(["generate", "moved/spam/checkpoints/step-00000001", "max_tokens=1"]) == 0
+    assert main(["verify", "moved/spam"]) == 0
+    assert main(["resume", "moved/spam", "loop.max_steps=3"]) == 0
+    shutil.copytree("moved", "again")
+    shutil.move("moved", "gone")
+    assert main(["generate", "again/spam", "max_tokens=1"]) == 0
+    shutil.move("gone", "moved")
+    shutil.copytree("moved/spam", "alone/spam")
+    for verb in (("generate", "alone/spam"), ("verify", "alone/spam")):
+        assert "base: no such directory" in (message := refused(capsys, *verb))
+        assert "name their place: weights.path=DIR" in message
+    assert main(["resume", "moved/base", "loop.max_steps=3"]) == 0
+    assert "not the weights that the adapters were trained on" in refused(capsys, "generate", "moved/spam")
+
+
 def test_weights_that_were_trained_whole_move_too(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

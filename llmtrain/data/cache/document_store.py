@@ -108,21 +108,21 @@ class DocumentStore:
     def _describe(self, lengths: np.ndarray, held_out: np.ndarray, sources: np.ndarray) -> str:
         names = _shorten(list(self._numbers))
         whole, cut = int((held_out == lengths).sum()), int(((held_out > 0) & (held_out < lengths)).sum())
-        parts = [f"{whole:,} whole"] * (whole > 0) + [f"the end of {cut:,}"] * (cut > 0)
-        if not parts:
+        if not whole + cut:
             return ""
         of_source = np.bincount(sources, held_out, len(names))
         shares = of_source / np.bincount(sources, lengths, len(names))
         largest = np.argsort(-of_source, kind="stable")[: (of_source > 0).sum()].tolist()
         shown = ", ".join(f"{names[number]} {percent(shares[number])}" for number in largest[:NAMES])
-        rest = f", … ({len(largest):,} of {len(names):,} sources)" if len(largest) > NAMES else ""
+        rest = f", … ({len(largest):,} sources)" if len(largest) > NAMES else ""
         unused = [name for name, share in zip(names, shares, strict=True) if not share] if len(names) <= NAMES else []
         nothing = f"; nothing of {', '.join(unused)}" if unused else ""
         share = percent(held_out.sum() / lengths.sum())
         if len(lengths) == 1:
             return f"{share} of the tokens: the end of {names[0]}"
-        number = f"of {len(lengths):,} document{'s' * (len(lengths) != 1)} {' and '.join(parts)}"
-        return f"{share} of the tokens; {number}: {shown}{rest}{nothing}"
+        number = f"{whole:,}" if whole else f"the end of {cut:,}"
+        more = f", and the end of {cut:,} more" if whole and cut else ""
+        return f"{share} of the tokens: {number} of {len(lengths):,} documents{more}; from {shown}{rest}{nothing}"
 
 
 def _shorten(names: list[str]) -> list[str]:

@@ -19,6 +19,7 @@ from llmtrain.data.cache.token_file import TokenFile
 from llmtrain.data.cache.token_reader import TokenSlice
 from llmtrain.data.order.document_split import Split
 from llmtrain.data.sources.documents import DocumentPiece
+from llmtrain.data.sources.search import LeftOut
 from llmtrain.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class DocumentSource:
     content: str  # changes whenever the documents do
     pieces: Callable[[], Iterator[DocumentPiece]]  # of the documents, in order; raises ValueError if unreadable
     validation: Documents | None = None  # those that validate; None: a share of the others
-    remarks: tuple[str, ...] = ()  # messages for the user about what was found
+    left_out: tuple[LeftOut, ...] = ()  # the files that are not read
     notes: Callable[[], list[str]] = list  # messages about what was read, after all pieces
 
 

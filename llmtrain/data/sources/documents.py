@@ -7,6 +7,7 @@ import lzma
 import stat
 import zlib
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -17,12 +18,17 @@ from llmtrain.tokenizer import CUTS
 PIECE = 1 << 20  # characters of a document that are encoded at once
 LONGEST_PIECE = 2 * PIECE  # of a document without a place to cut
 BLOCK = 1 << 20  # bytes read at once
+SAMPLES, SAMPLE = 16, 1 << 14  # places of a large file that are looked at, and bytes of each
+FIRST_BLOCKS = 2  # that are looked at
 COMPRESSED_BLOCK = 1 << 9  # bytes of zstd decompressed at once: four of them can stand for 128 KB
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 # A zstd file is read with a window, kept in memory, that suits its size: a small file has no use for a large one.
 SMALLEST_WINDOW, LARGEST_WINDOW = 1 << 27, 1 << 31
 WINDOW_PER_BYTE = 64
+BINARY = "binary, not text"
+OTHER_ENCODING = "neither UTF-8 nor UTF-16 text"
 XZ_MEMORY = 1 << 28  # bytes; xz -9 needs a quarter of it
+CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of a UTF-8 character, after its first
 # The encodings that a file's first bytes name; those of four bytes first, since one of them begins like one of two.
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -30,6 +36,14 @@ BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+
+
+class NotText(ValueError):
+    """A file that is binary, or in an encoding that is not known."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason  # in words that are the same for many files
 
 
 class DocumentPiece(NamedTuple):
@@ -97,8 +111,8 @@ def read_text(path: Path) -> Iterator[str]:
     """Yield the text of a UTF-8 file in blocks, decompressed if its name ends in one of ``COMPRESSIONS``.
 
     A file that begins with the byte order mark of UTF-16 or UTF-32 is decoded as such.  Raises ValueError, naming the
-    file, if it is missing, unreadable, damaged, binary or in another encoding (with the offset of the byte in the
-    decompressed file).
+    file, if it is missing, unreadable or damaged, and :class:`NotText` if it is binary or in another encoding (with the
+    offset of the byte in the decompressed file).
     """
     blocks = _read_bytes(path)
     block = next(blocks)
@@ -109,22 +123,46 @@ def read_text(path: Path) -> Iterator[str]:
     position = 0
     while True:
         if encoding == "utf-8" and (nul := block.find(0)) >= 0:
-            raise ValueError(f"{path}: byte {position + nul} is NUL: a binary file (or UTF-16), not UTF-8 text")
+            raise NotText(
+                f"{path}: byte {position + nul} is NUL: a binary file (or UTF-16), not UTF-8 text; name a file of "
+                "text, or convert it, for instance with iconv -f UTF-16 -t UTF-8", BINARY,
+            )  # fmt: skip
         start = position - len(decoder.getstate()[0])  # position of the bytes decoded now
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            raise ValueError(
+            raise NotText(
                 f"{path}: byte {start + error.start} is not {encoding.upper()} ({error.reason}); convert the file, for "
-                "instance with iconv -t UTF-8"
-            ) from error
+                "instance with iconv -t UTF-8", OTHER_ENCODING,
+            ) from error  # fmt: skip
         if encoding != "utf-8" and "\0" in text:
-            raise ValueError(f"{path}: a NUL character before byte {position + len(block)}: a binary file, not text")
+            message = f"{path}: a NUL character before byte {position + len(block)}: a binary file; name a file of text"
+            raise NotText(message, BINARY)
         yield text.removeprefix("\ufeff") if position == 0 else text  # a byte order mark is not text
         if not block:
             return
         position += len(block)
         block = next(blocks, b"")
+
+
+def sample_text(path: Path) -> None:
+    """Raise as :func:`read_text` for what the beginning of a file shows, and places all over a large one."""
+    for _ in islice(read_text(path), FIRST_BLOCKS):
+        pass
+    if path.suffix.lower() in COMPRESSIONS or (size := path.stat().st_size) <= FIRST_BLOCKS * BLOCK:
+        return
+    with path.open("rb") as file:
+        if file.read(4).startswith(tuple(BYTE_ORDER_MARKS)):
+            return
+        for place in range(FIRST_BLOCKS * BLOCK, size - SAMPLE, max((size - FIRST_BLOCKS * BLOCK) // SAMPLES, 1)):
+            file.seek(place)
+            sample = file.read(SAMPLE)
+            if 0 in sample:
+                raise NotText(f"{path}: NUL after byte {place}", BINARY)
+            try:  # without the rest of a character that has begun before, and with one that ends after it
+                codecs.getincrementaldecoder("utf-8")().decode(sample.lstrip(CONTINUATION_BYTES))
+            except UnicodeDecodeError as error:
+                raise NotText(f"{path}: not UTF-8 after byte {place}", OTHER_ENCODING) from error
 
 
 def _read_bytes(path: Path) -> Iterator[bytes]:

@@ -78,7 +78,7 @@ class RecordReader:
         """Messages for the user about what was skipped, or read in a way that may not be meant."""
         notes = []
         if self.blank:
-            notes.append(f"{self.blank:,} empty lines were skipped")
+            notes.append(f"{self.blank:,} empty line{'s were' if self.blank != 1 else ' was'} skipped")
         if self.stray_quotes:
             rows = "row of a .tsv file has" if self.stray_quotes == 1 else "rows of .tsv files have"
             notes.append(

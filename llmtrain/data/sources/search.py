@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llmtrain.base.checks import where
 from llmtrain.base.format import size as bytes_shown
-from llmtrain.data.sources.documents import COMPRESSIONS
+from llmtrain.data.sources.documents import BINARY, COMPRESSIONS
 
 NAMES = 3  # of the files left out for one reason, that a message shows
 ENDINGS = 6
@@ -20,6 +20,8 @@ EMPTY = "empty"
 NO_FILE = "no regular file (a pipe, a device, or a link to nothing)"
 UNREADABLE = "a folder that cannot be read"
 CYCLE = "a link to a file or folder that is read already"
+NO_ROW = "without a row"
+NO_TEXT = (HIDDEN, EMPTY, CYCLE, NO_ROW, BINARY)  # the reasons that leave out nothing like text
 
 
 @dataclass
@@ -52,13 +54,22 @@ class LeftOut:
         if len(found.names) < NAMES:
             found.names.append(str(file.relative_to(folder) if file.is_relative_to(folder) else file))
 
-    def notes(self) -> list[str]:
-        """A message for each reason: number and size of the files, their endings, the first names."""
+    def notes(self, *, like_text: bool | None = None) -> list[str]:
+        """A message for each reason: number and size of the files, their endings, the first names.
+
+        ``like_text``: of the reasons alone that leave out what may be text, or of the others.
+        """
         return [
             f"{self.key}={self.path}: left out, {reason}: {found.files:,} ({bytes_shown(found.bytes)}"
             f"{_endings(found.endings)}): {', '.join(found.names)}{', …' if found.files > len(found.names) else ''}"
             for reason, found in self.reasons.items()
+            if like_text in (None, reason not in NO_TEXT)
         ]
+
+    def brief(self) -> str:
+        """All of it in a short line; "" if nothing is left out."""
+        counts = "; ".join(f"{found.files:,} {reason}" for reason, found in self.reasons.items())
+        return f"{self.key}={self.path}: left out: {counts}" if counts else ""
 
 
 def _endings(endings: Counter[str]) -> str:

@@ -7,12 +7,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llmtrain.base.checks import did_you_mean
-from llmtrain.data.sources.documents import COMPRESSIONS, DocumentPiece, cut_document, read_text, split_documents
+from llmtrain.data.sources.documents import (
+    BINARY,
+    COMPRESSIONS,
+    DocumentPiece,
+    NotText,
+    cut_document,
+    read_text,
+    sample_text,
+    split_documents,
+)
 from llmtrain.data.sources.files import Stamp, remember, stamp
 from llmtrain.data.sources.records import FORMATS, RecordReader, record_suffix
-from llmtrain.data.sources.search import EMPTY, LeftOut, find_files, nothing_found
+from llmtrain.data.sources.search import EMPTY, NO_ROW, LeftOut, find_files, nothing_found
 
-TEXT_SUFFIXES = (".txt", ".md", ".text")  # of files that are text by their name: one that is not is an error
+TEXT_SUFFIXES = (".txt", ".md", ".text")  # of files that are text by their name
 TEXT_COLUMNS = ("text", "content")  # names of the column of texts, where the user names none
 CONVERSATIONS = ("messages", "conversations", "instruction", "prompt")  # columns of rows for data=instruction
 WANTED = "text that can be read"
@@ -53,14 +62,17 @@ def find_text_files(
 ) -> list[TextFile]:
     """The files that ``path``, the value of ``key``, names and that can be read: as text, or as rows with ``column``.
 
-    A file of a folder that is not text is added to ``left_out``; ``memo`` remembers what was learnt of files whose
-    ending does not tell.  Raises ValueError, with the reason, for a file that is named itself and cannot be read, and
-    for rows of which the column is not clear.
+    A file of a folder that is not text is added to ``left_out``: by all of its bytes if its ending does not tell, which
+    ``memo`` remembers, and by samples if it should be text.  Raises ValueError, with the reason, for a file that is
+    named itself and cannot be read, and for rows of which the column is not clear.
     """
     found = find_files(path, lambda _: True, WANTED, key, left_out)
-    by_ending = [file for file in found if _is_rows(file) or _is_named_text(file) or file in left_out.named]
-    others = sorted(set(found).difference(by_ending))
+    unknown = [file for file in found if not _is_rows(file) and file not in left_out.named]
+    by_name = [file for file in unknown if _is_named_text(file)]
+    others = sorted(set(unknown).difference(by_name))
     reasons = dict(zip(others, remember(memo, others, _reason_not_text, verify=verify), strict=True))
+    samples = memo.with_stem(f"{memo.stem}-samples")
+    reasons |= zip(by_name, remember(samples, by_name, _reason_not_text_by_samples, verify=verify), strict=True)
     files = []
     for file in found:
         if file not in left_out.named and not file.stat().st_size:
@@ -97,8 +109,13 @@ def read_documents(
 def _read(file: TextFile, separator: str, account: ReadingAccount) -> Iterator[DocumentPiece]:
     name = str(file.path)
     if file.column is None:
-        for piece in split_documents(read_text(file.path), separator, name):
-            yield piece._replace(source=name)
+        try:
+            for piece in split_documents(read_text(file.path), separator, name):
+                yield piece._replace(source=name)
+        except NotText as error:
+            raise ValueError(
+                f"{error}; to train on other files without it, remove it, or name them with a glob"
+            ) from error
         return
     for record in account.records.read(file.path):
         account.columns.update(record.values)
@@ -120,7 +137,7 @@ def _file_of_rows(file: Path, column: str | None, left_out: LeftOut) -> list[Tex
             return [TextFile(file, None)]
         raise
     if first is None:
-        left_out.add("without a row", file)
+        left_out.add(NO_ROW, file)
         return []
     if column is not None:
         first.value(column, "data.text_column")
@@ -153,11 +170,21 @@ def _reason_not_text(file: Path) -> str:
     try:
         for _ in read_text(file):
             pass
+    except NotText as error:
+        return error.reason
     except ValueError as error:
-        reason = str(error).removeprefix(f"{file}: ")
-        if "NUL" in reason:
-            return "binary, not text"
-        return "neither UTF-8 nor UTF-16 text" if " is not UTF-" in reason else reason
+        return str(error).removeprefix(f"{file}: ")
+    return ""
+
+
+def _reason_not_text_by_samples(file: Path) -> str:
+    """The same for a file that is text by its name; "" also if it cannot be read, which is an error."""
+    try:
+        sample_text(file)
+    except NotText as error:
+        return f"{error.reason}, though its name says so" if error.reason == BINARY else error.reason
+    except ValueError:
+        return ""
     return ""
 
 
