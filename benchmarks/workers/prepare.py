@@ -19,8 +19,10 @@ def measure(task: Task) -> dict[str, Any]:
     import torch
 
     from llmtrain import Run
-    from llmtrain.base.device import available_memory, device_name, physical_cores
+    from llmtrain.base.device import available_memory, device_name
+    from llmtrain.base.threads import physical_cores
     from llmtrain.data.cache.document_encoder import encode_documents
+    from llmtrain.data.order.document_split import Split
     from llmtrain.data.python_stdlib import PythonStdlib
     from llmtrain.model.gpt import GPTConfig
     from llmtrain.model.layers.padded_vocabulary import padded_size
@@ -30,7 +32,7 @@ def measure(task: Task) -> dict[str, Any]:
     threads = task.threads or physical_cores()
     torch.set_num_threads(threads)
     folder = Path(task.tokens).parent
-    source = PythonStdlib(1, 0.0, False, str(folder / "cache")).source()
+    source = PythonStdlib(1, 0.0, False, str(folder / "cache"), Split.tokens).source()
     if not Path(task.text).exists():
         text = SEPARATOR.join(piece.text for piece in source.pieces())
         Path(task.text).write_text(text, encoding="utf-8")

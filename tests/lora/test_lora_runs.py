@@ -66,8 +66,8 @@ def test_verify_takes_a_base_that_was_moved(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "base")
     run = Run.compose(*adapting(tmp_path / "base", tmp_path / "runs", "lora=lora")).train().run_dir
     (tmp_path / "base").rename(tmp_path / "elsewhere")
-    failed = llmtrain("verify", str(run), cwd=tmp_path, check=1)
-    assert "weights.path=DIR" in failed.stdout
+    failed = llmtrain("verify", str(run), cwd=tmp_path, check=2)
+    assert "weights.path=DIR" in failed.stderr
     assert "bit for bit" in llmtrain("verify", str(run), "weights.path=elsewhere", cwd=tmp_path).stdout
 
 
