@@ -48,11 +48,12 @@ def draw_run(folder: Path) -> None:
         f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; cd {shlex.quote(str(folder))}; {COMMAND}; sleep 5"
     )
     tmux("new-session", "-d", "-x", str(WIDTH), "-y", str(HEIGHT), program)
-    picture = screen = ""
-    while "finished at" not in screen:
+    picture = plain = ""
+    while "finished at" not in plain:
         time.sleep(0.5)
         screen = tmux("capture-pane", "-e", "-p")  # fails if the run does, as the terminal ends with it
-        step = re.search(r"\s(\d+)/840  [\d.]+%", re.sub(r"\x1b\[[\d;]*m", "", screen))
+        plain = re.sub(r"\x1b\[[\d;]*m", "", screen)
+        step = re.search(r"\s(\d+)/840  [\d.]+%", plain)
         if step and 640 <= int(step[1]) < 830:
             picture = screen
     tmux("kill-server")
