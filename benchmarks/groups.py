@@ -21,7 +21,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Group:
-    """What is compared with one another."""
+    """Measurements that are compared with one another."""
 
     name: str
     rows: list[Row]

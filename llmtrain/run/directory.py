@@ -209,7 +209,7 @@ class RunDirectory:
                 path.unlink(missing_ok=True)
 
     def _check_alone(self, descriptor: int) -> None:
-        """Where there are no locks: raise ValueError if the process whose number the file holds is still there."""
+        """Raise ValueError if the process whose number is in the file is still there; for systems without locks."""
         holder = _holder(descriptor)
         if holder and int(holder) != os.getpid() and Path(f"/proc/{holder}").exists():
             raise ValueError(

@@ -7,25 +7,25 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from llmtrain.base.checks import needing_package
-from llmtrain.tokenizer import UNUSED, Tokenizer, TokenizerConfig
+from llmtrain.tokenizer import UNUSED, Tokenizer
 from llmtrain.tokenizer.as_transformers import (
     add_tokens,
     added_token,
     as_transformers,
-    check_version,
     ids_around,
     post_processor,
 )
-from llmtrain.tokenizer.directory import TokenizerDirectory, beside, locate_file, parse_object, read_bytes, read_file
+from llmtrain.tokenizer.directory import TokenizerDirectory, parse_object, read_file
 from llmtrain.tokenizer.hidden_names import HiddenNames, hidden_name
+from llmtrain.tokenizer.in_directory import TokenizerInDirectory
 from llmtrain.tokenizer.marked_text import MarkedEncoder
 from llmtrain.tokenizer.safe_cuts import adds_space_first, cuts_of
 from llmtrain.tokenizer.token_bytes import TokenDecoder, flatten
@@ -41,33 +41,17 @@ SAMPLE = "It's 12,345 o'clock — été,\tÑandú,\r\n\n  你好。 🙂\u00a0_x
 
 
 @dataclass(frozen=True)
-class HuggingFace(TokenizerConfig):
+class HuggingFace(TokenizerInDirectory):
     """The path of a ``tokenizer.json``, or of a directory that holds one."""
 
-    path: str
-    end_of_text: str | None
-    version: int
-
-    def __post_init__(self) -> None:
-        check_version(self.version)
-
-    def files(self) -> dict[str, bytes]:
-        file = self._locate()
-        return {FILE: read_bytes(file), **beside(file)}
-
-    def at(self, folder: Path) -> "HuggingFace":
-        return replace(self, path=str(folder))
-
-    def _locate(self) -> Path:
-        return locate_file(
-            self.path,
-            FILE,
-            "transformers writes one: AutoTokenizer.from_pretrained(…).save_pretrained(…); a tokenizer.model is for "
-            "tokenizer=sentencepiece",
-        )
+    file_name: ClassVar[str] = FILE
+    if_missing: ClassVar[str] = (
+        "transformers writes one: AutoTokenizer.from_pretrained(…).save_pretrained(…); a tokenizer.model is for "
+        "tokenizer=sentencepiece"
+    )
 
     def build(self) -> "HuggingFaceTokenizer":
-        file = self._locate()
+        file = self.locate()
         missing = "the tokenizers package is not installed; pip install 'llmtrain[huggingface]'"
         with needing_package(f"tokenizer=huggingface: {missing}"):
             import tokenizers  # noqa: F401

@@ -3,18 +3,19 @@
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from llmtrain.base.checks import needing_package
-from llmtrain.tokenizer import UNUSED, Tokenizer, TokenizerConfig
-from llmtrain.tokenizer.as_transformers import check_version, prepend_scheme
-from llmtrain.tokenizer.directory import TokenizerDirectory, beside, locate_file, read_bytes
+from llmtrain.tokenizer import UNUSED, Tokenizer
+from llmtrain.tokenizer.as_transformers import prepend_scheme
+from llmtrain.tokenizer.directory import TokenizerDirectory, read_bytes
+from llmtrain.tokenizer.in_directory import TokenizerInDirectory
 from llmtrain.tokenizer.marked_text import MarkedEncoder, MarkedIds, segment_encoder
 from llmtrain.tokenizer.safe_cuts import cuts_of_pieces
 from llmtrain.tokenizer.sentencepiece_model import Algorithm, Piece, PieceKind, SentencePieceModel, parse_spans
@@ -37,28 +38,14 @@ ANCHOR = "a"  # a word of its own before white space
 
 
 @dataclass(frozen=True)
-class SentencePiece(TokenizerConfig):
+class SentencePiece(TokenizerInDirectory):
     """The path of a ``.model`` file, or of a directory that holds ``tokenizer.model``."""
 
-    path: str
-    end_of_text: str | None
-    version: int
-
-    def __post_init__(self) -> None:
-        check_version(self.version)
-
-    def files(self) -> dict[str, bytes]:
-        file = self._locate()
-        return {FILE: read_bytes(file), **beside(file)}
-
-    def at(self, folder: Path) -> "SentencePiece":
-        return replace(self, path=str(folder))
-
-    def _locate(self) -> Path:
-        return locate_file(self.path, FILE, "a tokenizer.json is for tokenizer=huggingface")
+    file_name: ClassVar[str] = FILE
+    if_missing: ClassVar[str] = "a tokenizer.json is for tokenizer=huggingface"
 
     def build(self) -> "SentencePieceTokenizer":
-        file = self._locate()
+        file = self.locate()
         missing = "the sentencepiece package is not installed; pip install 'llmtrain[sentencepiece]'"
         with needing_package(f"tokenizer=sentencepiece: {missing}"):
             import sentencepiece  # noqa: F401

@@ -49,7 +49,7 @@ class Outcome:
 
     @property
     def crashed(self) -> bool:
-        """Whether it ended by a traceback, a signal or a bug that the program itself found."""
+        """True if it ended by a traceback, a signal or a bug that the program itself found."""
         return self.status is not None and (self.status < 0 or "Traceback (most recent call last)" in self.output)
 
 

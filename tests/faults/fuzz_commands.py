@@ -8,8 +8,6 @@ outside of the folder, and with exit status 2 nothing written at all.  Every cas
 (:mod:`tests.faults.confinement`).  The same seed makes the same cases.
 """
 
-import argparse
-import multiprocessing
 import os
 import random
 import shlex
@@ -20,14 +18,15 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2]))  # for the helpers of the other tests
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")  # before torch
 
 from tests.faults.confinement import Outcome, differences, prepare, run_confined, snapshot
+from tests.faults.fuzzing import PROGRESS, STATUSES, arguments_of, in_parallel
 
-STATUSES = (0, 1, 2, 75)
 SECONDS = 60.0  # for a case; some train for a few steps
 QUICK = (
     "model=tiny", "tokenizer=byte", "data=text", "data.path=text.txt", "data.sequence_length=16",
@@ -243,7 +242,7 @@ def attempt(case: Case, folder: Path, world: Path) -> Case:
     return replace(case, outcome=outcome, problems=tuple(problems))
 
 
-def attempts(grammar: Grammar, numbers: Sequence[int], scratch: Path) -> Iterator[Case]:
+def attempts(grammar: Grammar, scratch: Path, numbers: Sequence[int]) -> Iterator[Case]:
     """Run the cases of these numbers, one after the other, in a folder below ``scratch``."""
     folder = make_world(scratch / f"world-{os.getpid()}")
     world = Path(shutil.copytree(folder, f"{folder}-untouched", symlinks=True))
@@ -251,43 +250,9 @@ def attempts(grammar: Grammar, numbers: Sequence[int], scratch: Path) -> Iterato
         yield attempt(grammar.case(number), folder, world)
 
 
-def _worker(
-    grammar: Grammar, numbers: Sequence[int], scratch: Path, results: "multiprocessing.Queue[Case | None]"
-) -> None:
-    for case in attempts(grammar, numbers, scratch):
-        results.put(case)
-    results.put(None)
-
-
-def in_parallel(grammar: Grammar, numbers: Sequence[int], scratch: Path, workers: int) -> Iterator[Case]:
-    """Run the cases in several processes; they come in any order."""
-    if workers == 1:
-        yield from attempts(grammar, numbers, scratch)
-        return
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    processes = [context.Process(target=_worker, args=(grammar, numbers[part::workers], scratch, results))
-                 for part in range(workers)]  # fmt: skip
-    for process in processes:
-        process.start()
-    running = workers
-    while running:
-        case = results.get()
-        running -= case is None
-        if case is not None:
-            yield case
-    for process in processes:
-        process.join()
-
-
 def main() -> int:
     """Run the cases; returns 1 if the answer to any was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    parser.add_argument("--workers", type=int, default=1, help="processes at once")
-    parser.add_argument("--only", type=int, nargs="*", help="numbers of cases to run again")
+    parser = arguments_of(__doc__)
     parser.add_argument("--show", action="store_true", help="print every command and its answer")
     parser.add_argument("--cheap", action="store_true", help="leave out lines that would train")
     arguments = parser.parse_args()
@@ -299,7 +264,7 @@ def main() -> int:
     counts: Counter[str] = Counter()
     wrong = 0
     with tempfile.TemporaryDirectory(prefix="llmtrain-fuzz-") as scratch:
-        for case in in_parallel(grammar, numbers, Path(scratch), arguments.workers):
+        for case in in_parallel(partial(attempts, grammar, Path(scratch)), numbers, arguments.workers):
             assert case.outcome is not None
             counts[f"exit status {case.outcome.status}"] += 1
             if case.problems or arguments.only or arguments.show:
@@ -307,11 +272,11 @@ def main() -> int:
                       f"\n  {ascii(case.outcome.output[-1500:]) if not arguments.only else case.outcome.output}",
                       flush=True)  # fmt: skip
             wrong += bool(case.problems)
-            if (done := sum(counts.values())) % 250 == 0:
+            if (done := counts.total()) % PROGRESS == 0:
                 print(f"{done:,} command lines, {time.monotonic() - began:.0f} s", flush=True)
     for name, count in sorted(counts.items()):
         print(f"{name:<20}{count:>8,}")
-    print(f"{sum(counts.values()):,} command lines, {wrong:,} answered wrongly, {time.monotonic() - began:.0f} s")
+    print(f"{counts.total():,} command lines, {wrong:,} answered wrongly, {time.monotonic() - began:.0f} s")
     return int(wrong > 0)
 
 

@@ -9,9 +9,7 @@ folder, with exit status 2 nothing left behind, and no damaged checkpoint that p
 a process of its own, confined (:mod:`tests.faults.confinement`).  The same seed makes the same cases.
 """
 
-import argparse
 import importlib
-import multiprocessing
 import os
 import random
 import shutil
@@ -21,16 +19,16 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2]))  # for the helpers of the other tests
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")  # before torch
 
 from tests.faults.confinement import Outcome, differences, prepare, run_confined, snapshot
+from tests.faults.fuzzing import PROGRESS, STATUSES, arguments_of, in_parallel
 from tests.faults.run_mutations import MUTATIONS, OUTSIDE, forge
 
-PROGRESS = 250  # cases between two lines about how far it is
-STATUSES = (0, 1, 2, 75)
 SECONDS = 60.0  # for a case
 TINY = (
     "model=tiny", "model.hidden_size=8", "model.num_layers=1", "data.sequence_length=16", "runtime.num_threads=1",
@@ -191,7 +189,7 @@ def attempt(case: Case, folder: Path, world: Path) -> Case:
 
 
 def is_left_behind(path: str) -> bool:
-    """Whether a change is none of those that a refused command may make: the lock of the run, leftovers swept."""
+    """Return True unless a refused command may make this change: to the lock of the run, or to leftovers."""
     name = Path(path).name
     return path != "work/run/.lock" and not any(part.startswith(".tmp-") for part in Path(path).parts) and (
         not path.startswith(("cache", "home", "tmp")) and name != "checkpoints"
@@ -219,7 +217,7 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def is_used(verb: Sequence[str], checkpoint: Path, run: Path) -> bool:
-    """Whether a verb that succeeded has vouched for a checkpoint, or used it."""
+    """Return True if a verb that succeeded has vouched for a checkpoint, or used it."""
     if verb[0] == "verify":
         return len(verb) < 2 or verb[1] == "run" or Path(verb[1]).name == checkpoint.name
     if verb[0] in ("generate", "chat", "predict", "export", "train") and "--from" not in verb:
@@ -228,49 +226,15 @@ def is_used(verb: Sequence[str], checkpoint: Path, run: Path) -> bool:
     return False
 
 
-def attempts(worlds: dict[str, Path], cases: Sequence[Case], scratch: Path) -> Iterator[Case]:
+def attempts(worlds: dict[str, Path], scratch: Path, cases: Sequence[Case]) -> Iterator[Case]:
     """Run the cases, one after the other, in a folder below ``scratch``."""
     for case in cases:
         yield attempt(case, scratch / f"case-{os.getpid()}", worlds[case.run])
 
 
-def _worker(
-    worlds: dict[str, Path], cases: Sequence[Case], scratch: Path, results: "multiprocessing.Queue[Case | None]"
-) -> None:
-    for case in attempts(worlds, cases, scratch):
-        results.put(case)
-    results.put(None)
-
-
-def in_parallel(worlds: dict[str, Path], cases: Sequence[Case], scratch: Path, workers: int) -> Iterator[Case]:
-    """Run the cases in several processes; they come in any order."""
-    if workers == 1:
-        yield from attempts(worlds, cases, scratch)
-        return
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    processes = [context.Process(target=_worker, args=(worlds, cases[part::workers], scratch, results))
-                 for part in range(workers)]  # fmt: skip
-    for process in processes:
-        process.start()
-    running = workers
-    while running:
-        case = results.get()
-        running -= case is None
-        if case is not None:
-            yield case
-    for process in processes:
-        process.join()
-
-
 def main() -> int:
     """Run the cases; returns 1 if the answer to any was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    parser.add_argument("--workers", type=int, default=1, help="processes at once")
-    parser.add_argument("--only", type=int, nargs="*", help="numbers of cases to run again")
+    parser = arguments_of(__doc__)
     parser.add_argument("--quick", action="store_true", help="only the verbs that take a tenth of a second")
     arguments = parser.parse_args()
     began = time.monotonic()
@@ -281,7 +245,7 @@ def main() -> int:
     wrong = 0
     with tempfile.TemporaryDirectory(prefix="llmtrain-fuzz-") as scratch:
         worlds = make_worlds(Path(scratch))
-        for case in in_parallel(worlds, cases, Path(scratch), arguments.workers):
+        for case in in_parallel(partial(attempts, worlds, Path(scratch)), cases, arguments.workers):
             assert case.outcome is not None
             counts[f"exit status {case.outcome.status}"] += 1
             if case.problems or arguments.only:

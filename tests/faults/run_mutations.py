@@ -1,4 +1,4 @@
-"""What the fuzzer of run directories does to one: each mutation is a function of the run's folder and of chance."""
+"""The mutations of the fuzzer of run directories: each one is a function of the run's folder and of chance."""
 
 import hashlib
 import json

@@ -189,7 +189,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _is_new(path: Path, seen: set[tuple[int, int]]) -> bool:
-    """Whether ``path`` is not among ``seen``, to which it is added."""
+    """Add ``path`` to ``seen``; return True if it was not there."""
     identity = _identity(path)
     is_new = identity not in seen
     seen.add(identity)
