@@ -138,7 +138,10 @@ def _compare_rows(replayed: ReplayResult, recorded: list[dict[str, Any]]) -> Com
     for row in replayed.rows:
         stored = rows.get(row["step"])
         for key in COMPARED_KEYS if stored is not None else ():
-            before, now = stored[key], row[key]  # type: ignore[index]
+            before, now = (stored or {}).get(key), row[key]
+            if before is None:
+                group.add(f"step {row['step']}", False, math.inf, f"{key} {now!r}, none recorded")
+                continue
             equal = before == now or (before != before and now != now)
             shown = f"{key} {now!r}, recorded {before!r}"
             group.add(f"step {row['step']}", equal, _relative(now - before, before), shown)

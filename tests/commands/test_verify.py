@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -87,15 +89,28 @@ def test_changed_data_are_named(good: Path, tmp_path: Path) -> None:
     assert "data: not what this run was started on" in llmtrain("verify", "run", cwd=tmp_path, check=1).stdout
 
 
-def test_a_recorded_loss_that_is_not_reproduced_is_named(good: Path, tmp_path: Path) -> None:
-    copy_of(good, tmp_path)
-    path = tmp_path / "run" / "metrics.jsonl"
+def change_row(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the metrics row of step 9."""
+    path = run / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
         if row["step"] == 9 and "loss" in row:
-            row["loss"] += 1e-6
+            change(row)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_recorded_loss_that_is_not_reproduced_is_named(good: Path, tmp_path: Path) -> None:
+    copy_of(good, tmp_path)
+    change_row(tmp_path / "run", lambda row: row.update(loss=row["loss"] + 1e-6))
     assert "failed: step 9: loss" in llmtrain("verify", "run", cwd=tmp_path, check=1).stdout
+
+
+def test_a_row_without_its_rate_is_named(good: Path, tmp_path: Path) -> None:
+    copy_of(good, tmp_path)
+    change_row(tmp_path / "run", lambda row: row.pop("learning_rate"))
+    stdout = llmtrain("verify", "run", cwd=tmp_path, check=1).stdout
+    assert "failed: step 9: learning_rate" in stdout
+    assert "none recorded" in stdout
 
 
 def test_replay_steps_limits_the_replay(good: Path, tmp_path: Path) -> None:

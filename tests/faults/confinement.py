@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from llmtrain.base.run_files import LOCK
+
 MEMORY_FILES = 2 << 30  # bytes that one file may have
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # system calls of Landlock, on x86-64 and arm64
@@ -211,10 +213,9 @@ def snapshot(folder: Path) -> Snapshot:
             for entry in entries:
                 about = entry.stat(follow_symlinks=False)
                 is_folder = stat.S_ISDIR(about.st_mode)
-                # The time of a folder changes with the files in it, which are here themselves.
-                found[entry.path] = (about.st_mode, 0, 0) if is_folder else (
-                    about.st_mode, about.st_size, about.st_mtime_ns
-                )  # fmt: skip
+                # The time of a folder changes with the files in it, which are here themselves; that of a lock by use.
+                changed = 0 if is_folder or entry.name == LOCK else about.st_mtime_ns
+                found[entry.path] = (about.st_mode, 0 if is_folder else about.st_size, changed)
                 if is_folder:
                     stack.append(Path(entry.path))
     return found
