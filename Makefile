@@ -1,26 +1,37 @@
 # make train     set everything up and train the laptop recipe on text that ships with Python
 # make test      set everything up and run the tests
+# make setup     set everything up, the extras too
 # make torture   hundreds of kills, full disks and flipped bits at random moments: docs/faults.md; some ten minutes
 # make fuzz      thousands of random command lines and damaged run directories: docs/faults.md; minutes
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CORE := $(VENV)/.core
 STAMP := $(VENV)/.installed
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # a package may hold files for a later Python
 
 .PHONY: setup train test check bench torture fuzz clean
 
 setup: $(STAMP)
 
-# editable_mode=compat puts this folder on Python's path, so that `import llmtrain` works in the folder above it, too.
-# The constraints are the tested set; torch comes first so that nothing else chooses its build.
-$(STAMP): pyproject.toml constraints.txt
+# Training needs a part of what the tests need.  The constraints are the tested set; torch comes first so that nothing
+# else chooses its build.  pip would compile Python's files on one core.  editable_mode=compat puts this folder on
+# Python's path, so that `import llmtrain` works in the folder above it, too.
+$(CORE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat --editable '.[dev]'
+	$(INSTALL) torch
+	$(INSTALL) --config-settings editable_mode=compat --editable .
+	@$(COMPILE)
+	@touch $(CORE)
+
+$(STAMP): $(CORE)
+	$(INSTALL) --config-settings editable_mode=compat --editable '.[dev]'
+	@$(COMPILE)
 	@touch $(STAMP)
 
-train: setup
+train: $(CORE)
 	$(BIN)/llmtrain train experiment=laptop
 	@echo 'llmtrain is $(BIN)/llmtrain; "source $(BIN)/activate" puts it on the path'
 
