@@ -1,0 +1,1 @@
+"""The first half hour on a GPU, and counts of its work without one."""
