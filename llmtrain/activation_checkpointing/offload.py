@@ -3,15 +3,18 @@
 On a GPU all copies go through one separate stream.  In forward the computing stream waits for the copy of a tensor a
 few tensors later, and only then frees its memory: the host, which runs ahead, cannot make the device hold more.  The
 tensors saved last are still on the device when backward begins.  From then on the tensors that backward needs next are
-prefetched, in the order of the previous backward pass.  The host never waits for the device; torch caches pinned memory
-and reuses it once its copies are complete.
+prefetched, in the order of the previous backward pass.  The host never waits for the device.
+
+The host memory of a tensor that is no longer needed is used again at once (``HostPool``).  That is safe without an
+event: only copies read and write it, all of them are queued on the one stream, and that stream keeps their order, so a
+new tensor is copied in after the old one has been copied out.
 
 On a CPU copies are made at once, which saves nothing and lets tests run everything else.
 """
 
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +22,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.graph import saved_tensors_hooks
 
+from llmtrain.activation_checkpointing.host_pool import HostPool, Piece
+from llmtrain.base.host_memory import registration_for
 from llmtrain.model import LanguageModel
 
 MIN_BYTES = 1 << 20  # smaller tensors do not repay the launch of a copy
@@ -73,12 +78,22 @@ class Storage:
         self.number = number  # in the order of saving
         self.source: Tensor | None = source  # bytes on the device; None once freed
         self.fetched: tuple[Tensor, Any] | None = None  # copy on the device, and the event of that copy
-        side = forward.offloader.side
+        self.num_bytes = source.nbytes
+        side, host = forward.offloader.side, forward.offloader.host
+        self.pieces: list[Piece] = host.take(source.nbytes)
+        weakref.finalize(self, host.give, self.pieces).atexit = False
         side.wait_stream(forward.offloader.computing())
-        self.host = torch.empty(source.shape, dtype=torch.uint8, pin_memory=forward.offloader.has_streams)
         with forward.offloader.api.stream(side):
-            self.host.copy_(source, non_blocking=True)
+            for piece, part in self._parts(source):
+                piece.copy_(part, non_blocking=True)
         self.copied = side.record_event()
+
+    def _parts(self, data: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pieces on the host, each with its part of ``data`` on the device."""
+        start = 0
+        for piece in self.forward.offloader.host.tensors(self.pieces, self.num_bytes):
+            yield piece, data[start : start + piece.nbytes]
+            start += piece.nbytes
 
     def free(self) -> None:
         """Free the device memory, for use by later kernels."""
@@ -92,10 +107,11 @@ class Storage:
         offloader = self.forward.offloader
         # Allocated by the computing stream, so that its memory returns to that stream; the copy waits for earlier uses
         # of this memory on that stream.
-        target = torch.empty(self.host.shape, dtype=torch.uint8, device=offloader.device)
+        target = torch.empty(self.num_bytes, dtype=torch.uint8, device=offloader.device)
         offloader.side.wait_stream(offloader.computing())
         with offloader.api.stream(offloader.side):
-            target.copy_(self.host, non_blocking=True)
+            for piece, part in self._parts(target):
+                part.copy_(piece, non_blocking=True)
         self.fetched = (target, offloader.side.record_event())
 
     def use(self) -> Tensor:
@@ -116,6 +132,13 @@ class Storage:
         # memory.
         if self.fetched is not None:
             self.forward.offloader.computing().wait_event(self.fetched[1])
+
+
+def _close(host: HostPool, side: Any) -> None:
+    """Give the host memory back, after the last copy."""
+    if isinstance(side, torch.cuda.Stream):
+        side.synchronize()
+    host.close()
 
 
 class OffloadedTensor:
@@ -174,12 +197,13 @@ class ForwardPass:
 class Offloader:
     """Moves saved tensors of ``device`` to the host and back."""
 
-    def __init__(self, device: torch.device, min_bytes: int = MIN_BYTES) -> None:
+    def __init__(self, device: torch.device, min_bytes: int = MIN_BYTES, host: HostPool | None = None) -> None:
         self.device = device
         self.min_bytes = min_bytes
-        self.has_streams = device.type == "cuda"
-        self.api: Any = torch.cuda if self.has_streams else torch.cpu
-        self.side: Any = torch.cuda.Stream(device) if self.has_streams else torch.cpu.Stream()
+        self.api: Any = torch.cuda if device.type == "cuda" else torch.cpu
+        self.side: Any = torch.cuda.Stream(device) if device.type == "cuda" else torch.cpu.Stream()
+        self.host = HostPool(registration_for(device)) if host is None else host
+        weakref.finalize(self, _close, self.host, self.side).atexit = False
         self.forward = ForwardPass(self)
         self.parameters: set[int] = set()
         self.plan: dict[int, list[int]] = {}  # numbers of the storages that backward uses next, by number
@@ -194,6 +218,7 @@ class Offloader:
         if order:
             self.plan = {number: order[i + 1 : i + 1 + IN_FLIGHT] for i, number in enumerate(order)}
             self.planned = len(self.forward.storages)
+        self.forward.recent.clear()  # of a pass without backward: it would be freed by the garbage collector alone
         self.parameters = {parameter.untyped_storage()._cdata for parameter in parameters}
         self.forward = ForwardPass(self)
 
