@@ -129,6 +129,34 @@ def test_a_part_compiled_within_a_block_is_recomputed() -> None:
         torch.testing.assert_close(block.linear.weight.grad, expected, atol=1e-5, rtol=1e-5)
 
 
+class Overwriting(nn.Module):
+    """A block that writes into the result of a product, and into a view of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, cache: object | None = None) -> Tensor:
+        hidden = torch.tanh(self.first(x).mul_(2.0))
+        out = self.second(hidden)
+        out[:, 3:].add_(1.0)
+        return torch.sin(out) + x
+
+
+@pytest.mark.parametrize("host", [False, True])
+def test_a_kept_result_that_is_written_to_is_computed_again(host: bool) -> None:
+    """torch's contexts would raise an error here."""
+    block = Overwriting()
+    x = torch.randn(5, 8, requires_grad=True)
+    block(x).sum().backward()
+    expected = [parameter.grad for parameter in block.parameters()]
+    recompute_cheap(block, Offloader(CPU, min_bytes=1) if host else None)
+    for _ in range(2):
+        block.zero_grad()
+        block(x).sum().backward()
+        assert all(torch.equal(p.grad, grad) for p, grad in zip(block.parameters(), expected, strict=True))
+
+
 # --- what is kept ------------------------------------------------------------------------------------------------
 
 
