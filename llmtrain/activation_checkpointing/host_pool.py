@@ -3,7 +3,7 @@
 import logging
 from bisect import insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -36,9 +36,15 @@ class HostPool:
     blocks are divided in another way, and none is made unless more bytes are in use than ever before.
     """
 
-    def __init__(self, registration: Registration | None, min_piece: int = MIN_PIECE) -> None:
+    def __init__(
+        self,
+        registration: Registration | None,
+        min_piece: int = MIN_PIECE,
+        memory: Callable[[int, Registration | None], HostMemory] = HostMemory,
+    ) -> None:
         self.registration = registration
         self.min_piece = min_piece
+        self.memory = memory
         self.blocks: list[HostMemory] = []
         self.free: list[Piece] = []  # sorted, neighbours joined
         self._returned: deque[Piece] = deque()
@@ -111,7 +117,7 @@ class HostPool:
 
     def _new_block(self, num_bytes: int) -> Piece:
         try:
-            block = HostMemory(num_bytes, self.registration)
+            block = self.memory(num_bytes, self.registration)
         except OSError as error:
             raise torch.OutOfMemoryError(
                 f"activation_checkpointing.offload=true: {num_bytes:,} more bytes of host memory: {error.strerror}"

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.graph import saved_tensors_hooks
 
 from llmtrain.activation_checkpointing.host_pool import HostPool, Piece
-from llmtrain.base.host_memory import registration_for
+from llmtrain.base.host_memory import HostMemory, Registration, registration_for
 from llmtrain.model import LanguageModel
 
 MIN_BYTES = 1 << 20  # smaller tensors do not repay the launch of a copy
@@ -34,19 +34,19 @@ CASTS = {"ToCopyBackward0", "TBackward0", "TransposeBackward0", "ViewBackward0",
 def offload(model: LanguageModel) -> "Offloader | None":
     """Offload the tensors that ``model`` saves for backward, from the token ids to the hidden states, to host memory.
 
-    Parameters stay on the device.  A model of fake tensors, used to plan a step, is not changed (None is returned).
+    Parameters stay on the device.  A model on meta, whose sizes alone are asked for, is not changed (None is returned).
     Raises ValueError if ``model`` is on a CPU.
     """
     parameter = next(model.parameters())
-    if is_fake(parameter):
-        return None
     device = parameter.device
+    if device.type == "meta":
+        return None
     if device.type != "cuda":
         raise ValueError(
             f"offload=true: what backward needs is in host memory already, with the model on {device}, and there is "
             "nothing to gain; take offload=false"
         )
-    offloader = Offloader(device)
+    offloader = Offloader(device, is_traced=is_fake(parameter))
     attach(model, offloader)
     return offloader
 
@@ -194,15 +194,28 @@ class ForwardPass:
                 storage.fetch()
 
 
-class Offloader:
-    """Moves saved tensors of ``device`` to the host and back."""
+class TracedMemory(HostMemory):
+    """Host memory in the trace of a step, which counts it: a tensor without data."""
 
-    def __init__(self, device: torch.device, min_bytes: int = MIN_BYTES, host: HostPool | None = None) -> None:
+    def __init__(self, num_bytes: int, registration: Registration | None = None) -> None:
+        super().__init__(0)
+        self.data = torch.empty(num_bytes, dtype=torch.uint8)
+
+
+class Offloader:
+    """Moves saved tensors of ``device`` to the host and back; ``is_traced``: they have no data."""
+
+    def __init__(
+        self, device: torch.device, min_bytes: int = MIN_BYTES, host: HostPool | None = None, *, is_traced: bool = False
+    ) -> None:
         self.device = device
         self.min_bytes = min_bytes
-        self.api: Any = torch.cuda if device.type == "cuda" else torch.cpu
-        self.side: Any = torch.cuda.Stream(device) if device.type == "cuda" else torch.cpu.Stream()
-        self.host = HostPool(registration_for(device)) if host is None else host
+        on_gpu = device.type == "cuda" and not is_traced
+        self.api: Any = torch.cuda if on_gpu else torch.cpu
+        self.side: Any = torch.cuda.Stream(device) if on_gpu else torch.cpu.Stream()
+        if host is None:
+            host = HostPool(None, memory=TracedMemory) if is_traced else HostPool(registration_for(device))
+        self.host = host
         weakref.finalize(self, _close, self.host, self.side).atexit = False
         self.forward = ForwardPass(self)
         self.parameters: set[int] = set()

@@ -10,18 +10,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
-from llmtrain.activation_checkpointing import ActivationCheckpointing, host_pool
+from llmtrain.activation_checkpointing import ActivationCheckpointing
 from llmtrain.activation_checkpointing.full import Full
 from llmtrain.activation_checkpointing.host_pool import HostPool, Piece
 from llmtrain.activation_checkpointing.none import KeepAll
-from llmtrain.activation_checkpointing.offload import Offloader, attach
+from llmtrain.activation_checkpointing.offload import Offloader, TracedMemory, attach, offload
 from llmtrain.activation_checkpointing.recompute import recompute
 from llmtrain.activation_checkpointing.selective import By, Selective
 from llmtrain.activation_checkpointing.selective_ops import recompute_cheap
-from llmtrain.base.host_memory import ALIGNMENT, aligned
+from llmtrain.base.host_memory import ALIGNMENT, HostMemory, aligned
 from llmtrain.model import LanguageModel
 from llmtrain.model.gpt import GPTConfig, Initialisation
+from llmtrain.plan.trace import fake_tensors
 from llmtrain.train.out_of_memory import is_out_of_memory
 from tests.helpers.cli import TINY, llmtrain, only_run, rows
 from tests.helpers.host_memory import Registry
@@ -380,6 +382,28 @@ def test_host_memory_is_made_in_the_first_step_and_used_by_all_others() -> None:
     assert pool.registry.pinned == {}
 
 
+@pytest.mark.parametrize("way", ["nothing_recomputed", "full", "operation"])
+def test_a_traced_step_takes_the_host_memory_of_a_real_one(way: str) -> None:
+    real = RecordingPool()
+    model = make()
+    offloaded(model, way, real)
+    step(model, IDS)
+    traced = HostPool(None, min_piece=1, memory=TracedMemory)
+    with fake_tensors():
+        model = make()
+        offloaded(model, way, traced)
+        step(model, torch.zeros_like(IDS))
+    assert traced.num_bytes == real.num_bytes > 0
+    assert all(is_fake(block.data) for block in traced.blocks)
+
+
+def test_a_model_without_memory_is_left_as_it_is() -> None:
+    """Its sizes alone are asked for, as a plan does."""
+    with torch.device("meta"):
+        model = nn.Linear(2, 2)
+    assert offload(model) is None  # type: ignore[arg-type]
+
+
 def step(model: LanguageModel, *batches: Tensor) -> None:
     for batch in batches:
         model(batch).logsumexp(-1).sum().backward()
@@ -449,13 +473,12 @@ def test_host_memory_that_is_not_pinned_is_used_and_reported_once(caplog: pytest
     assert "activation_checkpointing.offload=true: host memory could not be pinned (CUDA: out of memory)" in message
 
 
-def test_a_lack_of_host_memory_is_one_that_halves_the_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_memory(num_bytes: int, registration: object) -> None:
+def test_a_lack_of_host_memory_is_one_that_halves_the_micro_batch() -> None:
+    def no_memory(num_bytes: int, registration: object) -> HostMemory:
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(host_pool, "HostMemory", no_memory)
     with pytest.raises(torch.OutOfMemoryError, match="128 more bytes of host memory: Cannot allocate memory") as error:
-        HostPool(None).take(100)
+        HostPool(None, memory=no_memory).take(100)
     assert is_out_of_memory(error.value)
 
 
