@@ -3,15 +3,18 @@
 On a GPU all copies go through one separate stream.  In forward the computing stream waits for the copy of a tensor a
 few tensors later, and only then frees its memory: the host, which runs ahead, cannot make the device hold more.  The
 tensors saved last are still on the device when backward begins.  From then on the tensors that backward needs next are
-prefetched, in the order of the previous backward pass.  The host never waits for the device; torch caches pinned memory
-and reuses it once its copies are complete.
+prefetched, in the order of the previous backward pass.  The host never waits for the device.
+
+The host memory of a tensor that is no longer needed is used again at once (``HostPool``).  That is safe without an
+event: only copies read and write it, all of them are queued on the one stream, and that stream keeps their order, so a
+new tensor is copied in after the old one has been copied out.
 
 On a CPU copies are made at once, which saves nothing and lets tests run everything else.
 """
 
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +22,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.graph import saved_tensors_hooks
 
+from llmtrain.activation_checkpointing.host_pool import HostPool, Piece
+from llmtrain.base.host_memory import HostMemory, Registration, registration_for
 from llmtrain.model import LanguageModel
 
 MIN_BYTES = 1 << 20  # smaller tensors do not repay the launch of a copy
@@ -29,19 +34,19 @@ CASTS = {"ToCopyBackward0", "TBackward0", "TransposeBackward0", "ViewBackward0",
 def offload(model: LanguageModel) -> "Offloader | None":
     """Offload the tensors that ``model`` saves for backward, from the token ids to the hidden states, to host memory.
 
-    Parameters stay on the device.  A model of fake tensors, used to plan a step, is not changed (None is returned).
+    Parameters stay on the device.  A model on meta, whose sizes alone are asked for, is not changed (None is returned).
     Raises ValueError if ``model`` is on a CPU.
     """
     parameter = next(model.parameters())
-    if is_fake(parameter):
-        return None
     device = parameter.device
+    if device.type == "meta":
+        return None
     if device.type != "cuda":
         raise ValueError(
             f"offload=true: what backward needs is in host memory already, with the model on {device}, and there is "
             "nothing to gain; take offload=false"
         )
-    offloader = Offloader(device)
+    offloader = Offloader(device, is_traced=is_fake(parameter))
     attach(model, offloader)
     return offloader
 
@@ -73,12 +78,22 @@ class Storage:
         self.number = number  # in the order of saving
         self.source: Tensor | None = source  # bytes on the device; None once freed
         self.fetched: tuple[Tensor, Any] | None = None  # copy on the device, and the event of that copy
-        side = forward.offloader.side
+        self.num_bytes = source.nbytes
+        side, host = forward.offloader.side, forward.offloader.host
+        self.pieces: list[Piece] = host.take(source.nbytes)
+        weakref.finalize(self, host.give, self.pieces).atexit = False
         side.wait_stream(forward.offloader.computing())
-        self.host = torch.empty(source.shape, dtype=torch.uint8, pin_memory=forward.offloader.has_streams)
         with forward.offloader.api.stream(side):
-            self.host.copy_(source, non_blocking=True)
+            for piece, part in self._parts(source):
+                piece.copy_(part, non_blocking=True)
         self.copied = side.record_event()
+
+    def _parts(self, data: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pieces on the host, each with its part of ``data`` on the device."""
+        start = 0
+        for piece in self.forward.offloader.host.tensors(self.pieces, self.num_bytes):
+            yield piece, data[start : start + piece.nbytes]
+            start += piece.nbytes
 
     def free(self) -> None:
         """Free the device memory, for use by later kernels."""
@@ -92,10 +107,11 @@ class Storage:
         offloader = self.forward.offloader
         # Allocated by the computing stream, so that its memory returns to that stream; the copy waits for earlier uses
         # of this memory on that stream.
-        target = torch.empty(self.host.shape, dtype=torch.uint8, device=offloader.device)
+        target = torch.empty(self.num_bytes, dtype=torch.uint8, device=offloader.device)
         offloader.side.wait_stream(offloader.computing())
         with offloader.api.stream(offloader.side):
-            target.copy_(self.host, non_blocking=True)
+            for piece, part in self._parts(target):
+                part.copy_(piece, non_blocking=True)
         self.fetched = (target, offloader.side.record_event())
 
     def use(self) -> Tensor:
@@ -116,6 +132,13 @@ class Storage:
         # memory.
         if self.fetched is not None:
             self.forward.offloader.computing().wait_event(self.fetched[1])
+
+
+def _close(host: HostPool, side: Any) -> None:
+    """Give the host memory back, after the last copy."""
+    if isinstance(side, torch.cuda.Stream):
+        side.synchronize()
+    host.close()
 
 
 class OffloadedTensor:
@@ -171,15 +194,29 @@ class ForwardPass:
                 storage.fetch()
 
 
-class Offloader:
-    """Moves saved tensors of ``device`` to the host and back."""
+class TracedMemory(HostMemory):
+    """Host memory in the trace of a step, which counts it: a tensor without data."""
 
-    def __init__(self, device: torch.device, min_bytes: int = MIN_BYTES) -> None:
+    def __init__(self, num_bytes: int, registration: Registration | None = None) -> None:
+        super().__init__(0)
+        self.data = torch.empty(num_bytes, dtype=torch.uint8)
+
+
+class Offloader:
+    """Moves saved tensors of ``device`` to the host and back; ``is_traced``: they have no data."""
+
+    def __init__(
+        self, device: torch.device, min_bytes: int = MIN_BYTES, host: HostPool | None = None, *, is_traced: bool = False
+    ) -> None:
         self.device = device
         self.min_bytes = min_bytes
-        self.has_streams = device.type == "cuda"
-        self.api: Any = torch.cuda if self.has_streams else torch.cpu
-        self.side: Any = torch.cuda.Stream(device) if self.has_streams else torch.cpu.Stream()
+        on_gpu = device.type == "cuda" and not is_traced
+        self.api: Any = torch.cuda if on_gpu else torch.cpu
+        self.side: Any = torch.cuda.Stream(device) if on_gpu else torch.cpu.Stream()
+        if host is None:
+            host = HostPool(None, memory=TracedMemory) if is_traced else HostPool(registration_for(device))
+        self.host = host
+        weakref.finalize(self, _close, self.host, self.side).atexit = False
         self.forward = ForwardPass(self)
         self.parameters: set[int] = set()
         self.plan: dict[int, list[int]] = {}  # numbers of the storages that backward uses next, by number
@@ -194,6 +231,7 @@ class Offloader:
         if order:
             self.plan = {number: order[i + 1 : i + 1 + IN_FLIGHT] for i, number in enumerate(order)}
             self.planned = len(self.forward.storages)
+        self.forward.recent.clear()  # of a pass without backward: it would be freed by the garbage collector alone
         self.parameters = {parameter.untyped_storage()._cdata for parameter in parameters}
         self.forward = ForwardPass(self)
 

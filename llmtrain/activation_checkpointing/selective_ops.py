@@ -10,8 +10,8 @@ the last one of a block, which backward never reads, and would not offload any; 
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,20 +68,30 @@ def is_kept(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> b
     An operation that draws random numbers is recomputed: if the recomputation skipped it, later operations would draw
     different numbers.  So is one that writes into an argument, as compiled code does.
     """
-    if not isinstance(operation, OpOverload) or operation.name().partition(".")[0] not in KEPT_NAMES:
-        return False
-    if operation._schema.is_mutable:
-        return False
-    position = _position_of_dropout(operation)
-    if position is None:
-        return True
-    return not (args[position] if position < len(args) else kwargs.get("dropout_p", 0.0))
+    rule = rule_of(operation)
+    if not rule.is_kept or rule.dropout is None:
+        return rule.is_kept
+    return not (args[rule.dropout] if rule.dropout < len(args) else kwargs.get("dropout_p", 0.0))
 
 
-@lru_cache
-def _position_of_dropout(operation: OpOverload) -> int | None:
-    names = [argument.name for argument in operation._schema.arguments]
-    return names.index("dropout_p") if "dropout_p" in names else None
+class Rule(NamedTuple):
+    """The treatment of an operation."""
+
+    is_kept: bool
+    dropout: int | None = None  # position of the argument that must be 0, else the result is not kept
+    written: tuple[tuple[int, str], ...] = ()  # positions and names of the arguments that it writes into
+
+
+@cache  # asked twice for each operation of a step
+def rule_of(operation: Any) -> Rule:
+    """The rule for ``operation``, of whatever kind."""
+    if not isinstance(operation, OpOverload):
+        return Rule(is_kept=False)
+    arguments = operation._schema.arguments
+    written = [(i, each.name) for i, each in enumerate(arguments) if each.alias_info and each.alias_info.is_write]
+    is_kept = operation.name().partition(".")[0] in KEPT_NAMES and not operation._schema.is_mutable
+    names = [each.name for each in arguments]
+    return Rule(is_kept, names.index("dropout_p") if "dropout_p" in names else None, tuple(written))
 
 
 class Results:
@@ -91,6 +101,7 @@ class Results:
         self.offloader = offloader
         self.unneeded = unneeded
         self.kept: list[Any] = []  # None: to be recomputed
+        self.places: dict[int, int] = {}  # numbers of the results by their storage
 
     def keep(self, result: Any) -> None:
         """Add the next result, unless backward does not need it."""
@@ -102,7 +113,13 @@ class Results:
         result, self.kept[number] = self.kept[number], None
         return compute() if result is None else tree_map_only((Tensor, OffloadedTensor), self._unpack, result)
 
+    def forget(self, tensor: Any) -> None:
+        """Have a result recomputed that is about to be written to: it would come back with other values."""
+        if isinstance(tensor, Tensor) and (number := self.places.get(tensor.untyped_storage()._cdata)) is not None:
+            self.kept[number] = None
+
     def _pack(self, tensor: Tensor) -> Tensor | OffloadedTensor:
+        self.places[tensor.untyped_storage()._cdata] = len(self.kept)
         tensor = tensor.detach()  # otherwise there is a reference cycle with the graph
         return tensor if self.offloader is None else self.offloader.pack(tensor)
 
@@ -127,6 +144,8 @@ class SaveMode(ResultsMode):
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        for position, name in rule_of(operation).written:
+            self.results.forget(args[position] if position < len(args) else kwargs.get(name))
         result = operation(*args, **kwargs)
         if is_kept(operation, args, kwargs):
             self.results.keep(result)

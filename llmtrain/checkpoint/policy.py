@@ -50,6 +50,11 @@ class Checkpoint(Option):
         by_steps = self.every_steps > 0 and step % self.every_steps == 0
         return by_steps or 0 < 60 * self.every_minutes <= seconds
 
+    def copies_between(self, first: int, last: int) -> bool:
+        """Return whether a run from step ``first`` to step ``last`` may write a checkpoint while training continues."""
+        by_steps = self.every_steps > 0 and (first // self.every_steps + 1) * self.every_steps < last
+        return self.asynchronous and (by_steps or self.every_minutes > 0)
+
     def is_due_ahead(self, trained: float, cost: float) -> bool:
         """Return whether to save before an evaluation, ``trained`` seconds of training after a save that took ``cost``.
 

@@ -18,22 +18,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from llmtrain.base.device import available_memory
 from llmtrain.base.format import size
+from llmtrain.base.host_memory import Registration, registration_for
 from llmtrain.base.run_files import CHECKPOINTS
 from llmtrain.base.tensor_files import CheckpointError
 from llmtrain.checkpoint.directory import find_checkpoints, step_of
 from llmtrain.checkpoint.format import confirm_checkpoint, remove_checkpoint, verify_checkpoint, write_checkpoint
 from llmtrain.checkpoint.policy import Checkpoint
 from llmtrain.checkpoint.restore import newest_intact
+from llmtrain.checkpoint.snapshot import Snapshot, Tensors, layouts_of
 from llmtrain.metrics import ValidationScore
 
 NICENESS = 10  # of the writing thread: it takes the time that the training threads leave
-COPY_BYTES = 1 << 24  # copied at once on a CPU
+SPARE_BYTES = 1 << 30  # of host memory that a copy leaves to others, or a quarter of the copy if that is less
 
 
 class RunDirectoryGone(Exception):
@@ -52,70 +52,7 @@ class SaveResult:
     copied: bool = False  # True: written from a copy; the next update waits for the copy alone
     removed: list[int] = field(default_factory=list)  # steps whose checkpoints were removed after it
     damaged: list[str] = field(default_factory=list)  # messages about damaged older checkpoints
-
-
-class Snapshot:
-    """Host copies of tensors at one moment.  The buffers are reused by the next save."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.copies: dict[str, dict[str, Tensor]] = {}
-        self._pairs: list[tuple[Tensor, Tensor]] = []  # copy, source
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._event: torch.cuda.Event | None = None
-        self._copied = threading.Event()
-        self._copied.set()
-
-    def begin(self, **groups: dict[str, Tensor]) -> None:
-        """Start to copy the tensors, which must not change until :meth:`before_change` has returned."""
-        before, self.copies, self._pairs = self.copies, {}, []
-        for group, tensors in groups.items():
-            buffers = before.get(group, {})
-            self.copies[group] = {name: self._buffer(buffers.get(name), tensor) for name, tensor in tensors.items()}
-            self._pairs += [(self.copies[group][name], tensor.detach()) for name, tensor in tensors.items()]
-        if self._stream is None:
-            self._copied.clear()
-            return
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
-            for copy, source in self._pairs:
-                copy.copy_(source, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(self._stream)
-
-    def _buffer(self, old: Tensor | None, source: Tensor) -> Tensor:
-        if old is not None and (old.shape, old.dtype) == (source.shape, source.dtype):
-            return old
-        return torch.empty(source.shape, dtype=source.dtype, pin_memory=self._stream is not None)
-
-    def finish(self) -> None:
-        """In the writing thread: copy, or wait until the device has copied."""
-        try:
-            if self._event is not None:
-                self._event.synchronize()
-            else:
-                for copy, source in self._pairs:
-                    _copy(copy, source)
-        finally:
-            self._pairs = []
-            self._copied.set()
-
-    def before_change(self) -> None:
-        """In the training thread, before the update: wait for the copy; on a GPU only the stream waits."""
-        if self._event is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._event)
-        elif not self._copied.is_set():
-            self._copied.wait()
-
-
-def _copy(target: Tensor, source: Tensor) -> None:
-    """Copy on one thread and without Python's lock; torch would start threads that compete with training's."""
-    if not source.is_contiguous():
-        target.copy_(source)
-        return
-    left, right = (tensor.reshape(-1).view(torch.uint8).numpy() for tensor in (target, source))
-    for start in range(0, len(right), COPY_BYTES):
-        np.copyto(left[start : start + COPY_BYTES], right[start : start + COPY_BYTES])
+    notice: str | None = None  # about a copy that is not made as it should be
 
 
 class Saver(AbstractContextManager["Saver"]):
@@ -123,7 +60,8 @@ class Saver(AbstractContextManager["Saver"]):
     under way.
 
     ``config_text`` is the run's ``config.yaml``, which each checkpoint holds.  ``can_restore`` returns whether a
-    checkpoint's optimizer state is of the kind of optimizer that the run has now.
+    checkpoint's optimizer state is of the kind of optimizer that the run has now.  ``registration`` pins the memory
+    that copies are made in; None: CUDA's where ``device`` is a GPU.
     """
 
     def __init__(
@@ -134,6 +72,7 @@ class Saver(AbstractContextManager["Saver"]):
         *,
         config_text: str,
         can_restore: Callable[[Path], bool] = lambda checkpoint: True,
+        registration: Registration | None = None,
     ) -> None:
         self.policy = policy
         self.run_dir = run_dir
@@ -144,8 +83,10 @@ class Saver(AbstractContextManager["Saver"]):
         self.is_behind = policy.asynchronous  # True: training continues while a checkpoint is written
         self._config_text = config_text
         self._can_restore = can_restore
-        self._snapshot = Snapshot(device)
+        self._snapshot = Snapshot(device, registration or registration_for(device))
+        self._is_refusal_reported = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_lower_priority)
+        self._prepared: Future[None] | None = None  # the making of the memory for copies
         self._future: Future[None] | None = None
         self._saved: SaveResult | None = None  # of the save that is under way
         self._begun = 0.0
@@ -159,21 +100,36 @@ class Saver(AbstractContextManager["Saver"]):
         fitting = [path for path in self.checkpoints() if self._can_restore(path)]
         return newest_intact(fitting, at_most=at_most, known=self.intact)
 
+    def prepare(self, model: Tensors, optimizer: Tensors, *, is_copied: bool) -> str | None:
+        """Make ready for copies of these tensors; return a message if host memory has no room for them.
+
+        In that case training waits while a checkpoint is written.  ``is_copied``: some save will be written from a
+        copy.  Memory for it that has to be pinned, which takes a second for 1 to 3 GB, is made now, in the thread.
+        """
+        layouts = layouts_of({"model": model, "optimizer": optimizer})
+        message = self.check_memory(sum(layout.num_bytes for layout in layouts.values()))
+        if self.is_behind and is_copied and self._snapshot.registration is not None:
+            self._prepared = self._pool.submit(self._snapshot.make, layouts)
+        return message
+
     def check_memory(self, num_bytes: int) -> str | None:
         """Switch to waiting if host memory has no room for a copy of ``num_bytes``; return the message about it."""
         available = available_memory()
-        if not self.is_behind or available is None or available > 1.25 * num_bytes:
+        if not self.is_behind or available is None or available > num_bytes + min(num_bytes // 4, SPARE_BYTES):
             return None
+        return self._stop_copying(num_bytes, f"{size(available)} are free")
+
+    def _stop_copying(self, num_bytes: int, reason: str) -> str:
         self.is_behind = False
         return (
-            f"checkpoint.asynchronous=true: a copy for it takes {size(num_bytes)} of host memory and {size(available)} "
-            "are free; training waits while a checkpoint is written, as with checkpoint.asynchronous=false"
+            f"checkpoint.asynchronous=true: a copy for it takes {size(num_bytes)} of host memory, and {reason}; "
+            "training waits while a checkpoint is written, as with checkpoint.asynchronous=false"
         )
 
     def begin(
         self,
-        model: dict[str, Tensor],
-        optimizer: dict[str, Tensor],
+        model: Tensors,
+        optimizer: Tensors,
         state: dict[str, Any],
         scores: Mapping[int, ValidationScore],
         *,
@@ -189,9 +145,8 @@ class Saver(AbstractContextManager["Saver"]):
         path = self.run_dir / CHECKPOINTS / f"step-{state['step']:08d}"
         self._saved = saved = SaveResult(state["step"], path)
         scores = dict(scores)
-        saved.copied = self.is_behind and copied
+        saved.copied = copied and self._copy(saved, model, optimizer)
         if saved.copied:
-            self._snapshot.begin(model=model, optimizer=optimizer)
 
             def work() -> None:
                 self._snapshot.finish()
@@ -207,6 +162,27 @@ class Saver(AbstractContextManager["Saver"]):
             saved.held_seconds = time.perf_counter() - self._begun
         else:
             self._wait()
+
+    def _copy(self, saved: SaveResult, model: Tensors, optimizer: Tensors) -> bool:
+        """Start a copy of the tensors; return False if saves are written without one."""
+        if not self.is_behind:
+            return False
+        try:
+            if self._prepared is not None:
+                self._prepared.result()
+            self._snapshot.begin(model=model, optimizer=optimizer)
+        except OSError as error:
+            self._snapshot.close()
+            taken = sum(tensor.nbytes for tensor in (*model.values(), *optimizer.values()))
+            saved.notice = self._stop_copying(taken, f"the system has none left ({error.strerror})")
+            return False
+        if (reason := self._snapshot.refusal) is not None and not self._is_refusal_reported:
+            self._is_refusal_reported = True
+            saved.notice = (
+                f"checkpoint.asynchronous=true: the host memory for a copy could not be pinned ({reason}); the copy is "
+                "slower, and an update waits for it; free host memory, or raise the limit of locked memory (ulimit -l)"
+            )
+        return True
 
     def before_update(self) -> None:
         """Wait as far as needed; call it before weights or optimizer state change."""
@@ -248,8 +224,9 @@ class Saver(AbstractContextManager["Saver"]):
             )
 
     def close(self) -> None:
-        """Wait for the end of the save under way."""
+        """Wait for the end of the save under way, and give the memory for copies back."""
         self._pool.shutdown(wait=True)
+        self._snapshot.close()
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -259,8 +236,8 @@ class Saver(AbstractContextManager["Saver"]):
     def _write(
         self,
         saved: SaveResult,
-        model: dict[str, Tensor],
-        optimizer: dict[str, Tensor],
+        model: Tensors,
+        optimizer: Tensors,
         state: dict[str, Any],
         scores: Mapping[int, ValidationScore],
     ) -> None:

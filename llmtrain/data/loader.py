@@ -1,12 +1,13 @@
-"""Training batches, made in advance by a thread."""
+"""Batches for training and for evaluations, made in advance by a thread."""
 
 import logging
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -23,45 +24,17 @@ PATIENCE_SECONDS = 60.0  # until the log warns that a caller waits for a batch
 CLOSE_SECONDS = 10.0  # that closing waits for a blocked thread
 
 
-class Loader(AbstractContextManager["Loader"]):
-    """The batches of the optimizer steps from ``step`` on, each on ``device``.
-
-    A batch follows from ``(seed, position, step, tokens)`` alone: a loader opened with the values that a run had
-    when it stopped gives the batches that the run would have had.
-
-    Args:
-        sequences: the training data; visited epoch after epoch.
-        collate: makes a batch of some sequences, their positions and the seed; pure, so that batches can be repeated.
-        seed, shuffle: the order, see :meth:`llmtrain.data.sequences.Sequences.order`.
-        batch_size: sequences of a step, from the step's number and the tokens trained on before it.
-        position: the number of sequences visited before.
-        step: the number of the first batch's step.
-        tokens: the number of tokens trained on before.
+class BatchThread(ABC):
+    """A thread that makes batches ahead of their use, each on ``device``.  A subclass knows which.
 
     On a GPU a batch is copied from pinned memory on a separate stream.  The stream that takes the batch waits for the
     copy; the host waits only until the batch is made.
     """
 
-    def __init__(
-        self,
-        sequences: Sequences,
-        collate: Collate,
-        *,
-        seed: int,
-        shuffle: bool,
-        batch_size: Callable[[int, int], int],
-        device: torch.device,
-        position: int,
-        step: int,
-        tokens: int,
-    ) -> None:
-        self._sequences, self._collate = sequences, collate
-        self._seed, self._shuffle = seed, shuffle
-        self._batch_size = batch_size
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._position, self._step, self._tokens = position, step, tokens
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._ready: deque[tuple[Batch, torch.cuda.Event | None]] = deque()
+        self._ready: deque[tuple[Batch | None, torch.cuda.Event | None]] = deque()  # None: there are no more
         self._error: BaseException | None = None
         self._closed = False
         self._changed = threading.Condition()  # guards the three above
@@ -69,8 +42,12 @@ class Loader(AbstractContextManager["Loader"]):
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
         self._thread.start()
 
-    def next(self) -> Batch:
-        """The batch of the next step.
+    @abstractmethod
+    def make(self) -> Batch | None:
+        """In the thread: make the next batch, on the CPU; None after the last one."""
+
+    def take(self) -> Batch | None:
+        """The next batch; None after the last one.
 
         Raises :class:`llmtrain.data.DataError`, which names the place, if the thread could not make it; the batches
         made before are returned first.
@@ -90,7 +67,7 @@ class Loader(AbstractContextManager["Loader"]):
                     told += PATIENCE_SECONDS
             batch, copied = self._ready.popleft()
             self._changed.notify_all()
-        if copied is not None:
+        if batch is not None and copied is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(copied)
             for tensor in batch.tensors.values():
@@ -111,6 +88,9 @@ class Loader(AbstractContextManager["Loader"]):
         if self._thread.is_alive():
             log.warning("left behind: the loader thread, %s, which is blocked", self._making)
 
+    def __enter__(self) -> Self:
+        return self
+
     def __exit__(self, *error: object) -> None:
         self.close()
 
@@ -119,11 +99,14 @@ class Loader(AbstractContextManager["Loader"]):
     def _work(self) -> None:
         try:
             while self._wait_for_room():
-                made = self._make()
+                batch = self.make()
+                made = (None, None) if batch is None else self._move(batch)
                 with self._changed:
                     if not self._closed:
                         self._ready.append(made)
                     self._changed.notify_all()
+                if batch is None:
+                    return
         except BaseException as error:
             with self._changed:
                 self._error = self._explain(error)
@@ -144,18 +127,8 @@ class Loader(AbstractContextManager["Loader"]):
             self._changed.wait_for(lambda: self._closed or len(self._ready) < PREFETCH)
             return not self._closed
 
-    def _make(self) -> tuple[Batch, torch.cuda.Event | None]:
-        self._making = f"step {self._step:,}, from sequence {self._position:,} of the order on"
-        size = self._batch_size(self._step, self._tokens)
-        self._making = (
-            f"step {self._step:,}, sequences {self._position:,} to {self._position + size - 1:,} of the order"
-        )
-        positions = np.arange(self._position, self._position + size)
-        rows = self._sequences.gather(self._sequences.order(positions, self._seed, self._shuffle))
-        batch = replace(self._collate(rows, positions, self._seed), spans=rows.spans)
-        self._position += size
-        self._step += 1
-        self._tokens += batch.tokens
+    def _move(self, batch: Batch) -> tuple[Batch, torch.cuda.Event | None]:
+        """Start the copy of a batch to the device."""
         if self._stream is None:
             return batch, None
         with torch.cuda.stream(self._stream):  # also sets the device of this thread
@@ -167,6 +140,95 @@ class Loader(AbstractContextManager["Loader"]):
     def _copy(self, tensor: Tensor) -> Tensor:
         # torch keeps the pinned memory until the end of the copy, and then reuses it
         return tensor.pin_memory().to(self._device, non_blocking=True)
+
+
+class Loader(BatchThread):
+    """The batches of the optimizer steps from ``step`` on.
+
+    A batch follows from ``(seed, position, step, tokens)`` alone: a loader opened with the values that a run had
+    when it stopped gives the batches that the run would have had.
+
+    Args:
+        sequences: the training data; visited epoch after epoch.
+        collate: makes a batch of some sequences, their positions and the seed; pure, so that batches can be repeated.
+        seed, shuffle: the order, see :meth:`llmtrain.data.sequences.Sequences.order`.
+        batch_size: sequences of a step, from the step's number and the tokens trained on before it.
+        position: the number of sequences visited before.
+        step: the number of the first batch's step.
+        tokens: the number of tokens trained on before.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        collate: Collate,
+        *,
+        seed: int,
+        shuffle: bool,
+        batch_size: Callable[[int, int], int],
+        device: torch.device,
+        position: int,
+        step: int,
+        tokens: int,
+    ) -> None:
+        self._sequences, self._collate = sequences, collate
+        self._seed, self._shuffle = seed, shuffle
+        self._batch_size = batch_size
+        self._position, self._step, self._tokens = position, step, tokens
+        super().__init__(device)
+
+    def next(self) -> Batch:
+        """The batch of the next step; raises as :meth:`take`."""
+        batch = self.take()
+        assert batch is not None
+        return batch
+
+    def make(self) -> Batch:
+        self._making = f"step {self._step:,}, from sequence {self._position:,} of the order on"
+        size = self._batch_size(self._step, self._tokens)
+        self._making = (
+            f"step {self._step:,}, sequences {self._position:,} to {self._position + size - 1:,} of the order"
+        )
+        positions = np.arange(self._position, self._position + size)
+        rows = self._sequences.gather(self._sequences.order(positions, self._seed, self._shuffle))
+        batch = replace(self._collate(rows, positions, self._seed), spans=rows.spans)
+        self._position += size
+        self._step += 1
+        self._tokens += batch.tokens
+        return batch
+
+
+class EvaluationLoader(BatchThread):
+    """The sequences ``numbers``, in their order and ``batch_size`` at a time; the last batch may be smaller.
+
+    The position of a sequence is its number.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        numbers: np.ndarray,
+        collate: Collate,
+        *,
+        seed: int,
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
+        self._sequences, self._collate, self._seed = sequences, collate, seed
+        self._parts = iter([numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)])
+        self._made = 0
+        super().__init__(device)
+
+    def __iter__(self) -> Iterator[Batch]:
+        while (batch := self.take()) is not None:
+            yield batch
+
+    def make(self) -> Batch | None:
+        if (part := next(self._parts, None)) is None:
+            return None
+        self._made += 1
+        self._making = f"evaluation, batch {self._made:,}"
+        return self._collate(self._sequences.gather(part), part, self._seed)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.data.batch import Collate
+from llmtrain.data.loader import EvaluationLoader
 from llmtrain.data.sequences import Sequences
 from llmtrain.objective import TrainingUnit, weighted
 from llmtrain.precision import Precision
@@ -39,32 +40,37 @@ def evaluate(
     """Evaluate the first ``max_sequences`` of ``sequences`` (None: all), without dropout.
 
     The sequences, their order and their batches of ``batch_size`` are the same every time; the position of a sequence
-    is its number.  No random number is drawn from a global generator.  Returns None if ``stop()`` became true.
+    is its number.  A thread makes the batches ahead, and the host waits for the device at the end alone.  No random
+    number is drawn from a global generator.  Returns None if ``stop()`` became true.
     """
     end = len(sequences) if max_sequences is None else min(len(sequences), max_sequences)
     numbers = sequences.alike(np.arange(end))
+    loader = EvaluationLoader(sequences, numbers, collate, seed=seed, batch_size=batch_size, device=device)
     totals: dict[str, Tensor] = {}
     targets: dict[str, float] = {}
     counted: Tensor | None = None
     was_training = unit.training
     unit.eval()
     try:
-        with precision.autocast():  # around all batches: the weights are cast once
-            for start in range(0, end, batch_size):
+        with loader, precision.autocast():  # around all batches: the weights are cast once
+            for batch in loader:
                 if stop():
                     return None
-                part = numbers[start : start + batch_size]
-                batch = collate(sequences.gather(part), part, seed).to(device)
                 with (
-                    nullcontext() if len(part) == batch_size else unit.eager()
+                    nullcontext() if batch.sequences == batch_size else unit.eager()
                 ):  # the last batch may be smaller: not compiled for that
                     sums, counts = unit.score(batch)
                 for name, total in sums.items():
-                    totals[name] = totals.get(name, torch.zeros((), dtype=torch.float64, device=device)) + total
+                    if name not in totals:
+                        totals[name] = torch.zeros((), dtype=torch.float64, device=device)
+                    totals[name] += total
                     targets[name] = targets.get(name, 0) + batch.counts[name]
                 if counts is not None:
                     counted = counts if counted is None else counted + counts
     finally:
         unit.train(was_training)
-    losses = {name: total.item() / (targets[name] or 1) for name, total in totals.items()}
-    return EvalResult(weighted(losses, unit.loss_weights) if losses else 0.0, losses, counted)
+    if not totals:
+        return EvalResult(0.0)
+    read = torch.stack(list(totals.values())).tolist()  # here the host waits
+    losses = {name: total / (targets[name] or 1) for name, total in zip(totals, read, strict=True)}
+    return EvalResult(weighted(losses, unit.loss_weights), losses, None if counted is None else counted.cpu())

@@ -66,17 +66,17 @@ class ClassifierUnit(TrainingUnit):
         """
         logits, classes = self._logits_and_classes(batch)
         loss = {self.loss: self._loss(logits, classes)}
-        valid = classes != IGNORE
-        logits, classes = logits[valid], classes[valid]
+        valid = classes != IGNORE  # not used as an index: the host would wait for the number of rows
         number = logits.shape[1]
         if not self.multi_label:
-            pairs = classes * number + logits.argmax(1)
-            return loss, torch.bincount(pairs, minlength=number * number).view(number, number)
-        truth, guess = bits(classes, number).bool(), logits > 0
-        counts = [truth & guess, ~truth & guess, truth & ~guess, ~truth & ~guess]
-        right = (truth == guess).all(1).sum()
-        last = torch.stack([right, right.new_tensor(len(truth)), right.new_tensor(0), right.new_tensor(0)])
-        return loss, torch.cat([torch.stack([count.sum(0) for count in counts], 1), last[None]])
+            pairs = torch.where(valid, classes * number + logits.argmax(1), number * number)
+            counts = pairs.new_zeros(number * number + 1).scatter_add_(0, pairs, torch.ones_like(pairs))
+            return loss, counts[:-1].view(number, number)
+        truth, guess, rows = bits(classes, number).bool(), logits > 0, valid[:, None]
+        cells = [truth & guess & rows, ~truth & guess & rows, truth & ~guess & rows, ~truth & ~guess & rows]
+        right = (truth == guess).all(1) & valid
+        last = torch.stack([right.sum(), valid.sum(), *right.new_zeros(2, dtype=torch.int64)])
+        return loss, torch.cat([torch.stack([cell.sum(0) for cell in cells], 1), last[None]])
 
     def probabilities(self, inputs: Tensor, last: Tensor) -> Tensor:
         """Probabilities of classes ``(batch, classes)``, fp32, at the tokens ``last`` ``(batch,)`` of ``inputs``."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from llmtrain.checkpoint.model_state import saved_tensors
+from llmtrain.checkpoint.snapshot import Layout
 from llmtrain.config.assemble import outline
 from llmtrain.plan.blueprint import Blueprint
 from llmtrain.plan.extrapolation import IrregularBlocks, extrapolate
@@ -80,12 +81,9 @@ def estimate(blueprint: Blueprint, *, gpu: bool, copied: bool = False) -> Memory
             best, at, where = total, row, phase
     parts = {category.name: int(at[category]) for category in Category}
     copy = 0
-    if copied:
-        weights = parts["weights"]
-        if blueprint.settings.lora.adapts:  # only the trained ones
-            unit = outline(blueprint.settings, blueprint.vocab_size, blueprint.labels)
-            weights = sum(tensor.nbytes for tensor in saved_tensors(unit).values())
-        copy = weights + parts["optimizer"]
+    if copied:  # with adapters of the trained weights alone, and without the padding of the vocabulary
+        unit = outline(blueprint.settings, blueprint.vocab_size, blueprint.labels)
+        copy = Layout.of(saved_tensors(unit)).num_bytes + parts["optimizer"]
     if gpu:
         parts["libraries"] = GPU_WORKSPACE
         outside = GPU_CONTEXT + round(GPU_SLACK * best)

@@ -16,6 +16,7 @@ from llmtrain.base.device import available_memory, peak_flops, peak_memory
 from llmtrain.base.files import AppendedFile, write_atomically
 from llmtrain.base.run_files import CONFIG
 from llmtrain.base.threads import busy_reason, default_threads
+from llmtrain.checkpoint.model_state import saved_tensors
 from llmtrain.checkpoint.optimizer_state import state_tensors
 from llmtrain.checkpoint.writer import RunDirectoryGone, Saver
 from llmtrain.config import stored_config
@@ -101,7 +102,8 @@ def execute(
             metrics.row(row)
             display.event(row)
         saver = stack.enter_context(make_saver(run, directory, parts))
-        if warning := saver.check_memory(parts.checkpoint_bytes()):
+        tensors = saved_tensors(parts.unit), state_tensors(parts.optimizer)
+        if warning := saver.prepare(*tensors, is_copied=run.checkpoint.copies_between(start, parts.max_steps)):
             display.warn(warning)
         loop = make_loop(run, parts, directory, state, step, log, saver, stop=lambda: stop.signal_name)
         stack.enter_context(contextlib.closing(loop))

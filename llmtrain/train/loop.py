@@ -343,6 +343,8 @@ class Loop:
             return
         for message in saved.damaged:
             self.log.event("damaged", saved.step, message=message)
+        if saved.notice is not None:
+            self.log.event("slow_save", saved.step, message=saved.notice)
         self.save_error, self.save_cost = saved.error, saved.seconds
         if saved.error is None:
             path = str(saved.path.relative_to(self.log.run_dir))

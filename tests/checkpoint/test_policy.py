@@ -31,6 +31,17 @@ def test_a_save_is_due_by_steps_or_minutes() -> None:
     assert not policy().is_due(50, 1e9)
 
 
+def test_a_run_may_copy_for_saves_before_its_end() -> None:
+    by_steps = policy(every_steps=50)
+    assert by_steps.copies_between(0, 51)
+    assert not by_steps.copies_between(0, 50)  # the last one is waited for
+    assert not by_steps.copies_between(50, 100)
+    assert by_steps.copies_between(50, 101)
+    assert policy(every_minutes=5).copies_between(0, 10)
+    assert not policy().copies_between(0, 1000)
+    assert not policy(every_steps=50, every_minutes=5, asynchronous=False).copies_between(0, 1000)
+
+
 def test_a_save_is_due_ahead_of_an_evaluation() -> None:
     default = policy()
     assert default.is_due_ahead(0.0, 0.0)  # the first one
