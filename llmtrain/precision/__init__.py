@@ -76,6 +76,7 @@ class Precision:
         self.matmul = matmul
         self.scaler = scaler
         self.notice = ""  # a message for the start of a run
+        self.is_compiled = False  # the layers that :meth:`apply` has changed run compiled
 
     def apply(self, blocks: torch.nn.Module) -> None:
         """Change in place how the layers in ``blocks`` compute while gradients are recorded; names and weights stay.

@@ -1,30 +1,15 @@
-"""Norms in autocast's dtype against float64, and products that share a cast against products that cast by themselves."""
-
-from collections import Counter
-from typing import Any
+"""Norms in autocast's dtype against float64, and products that share a cast against products that cast alone."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmtrain.model.layers.norms import LayerNorm, RMSNorm, lower_norms, share
+from tests.helpers.operations import Operations
 
 LOW = torch.bfloat16
 HALF_STEP = 2**-9  # of bf16, relative
-
-
-class Operations(TorchDispatchMode):
-    """A counter of operations by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[str(function).split(".")[1]] += 1
-        return function(*args, **(kwargs or {}))
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
