@@ -108,6 +108,8 @@ def build_unit(
     has_data = device.type != "meta" and not torch._guards.detect_fake_mode()
     # 1. the model, allocated once on the device and initialised there
     model = run.model.create(vocab_size, device, generator, num_layers)
+    if run.precision.has_low_residual:
+        model.lower_residual()
     # 2. weights from elsewhere
     if has_data and (load_weights or run.lora.adapts):
         with contextlib.nullcontext() if load_weights else adding_remedy(MOVED_BASE):

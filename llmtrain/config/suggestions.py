@@ -119,7 +119,7 @@ def key_hint(key: str, verb: str, value: str = "") -> str:
     longer = [name for name in siblings if name.rsplit(".", 1)[-1].startswith(f"{last}_")]
     best = same_name or difflib.get_close_matches(key, siblings, n=1) or difflib.get_close_matches(key, known, n=1)
     group, _, name = key.partition(".")
-    if name and group in known and not same_name and (options := options_with(group, name)):
+    if name and group in known and same_name in ([], [key]) and (options := options_with(group, name)):
         return f"; the chosen option of {group} has none, others have: {' or '.join(f'{group}={o}' for o in options)}"
     if longer and not same_name:
         return f"; did you mean {' or '.join(longer)}?"

@@ -11,9 +11,11 @@ from llmtrain.lora.merge import adapters
 from llmtrain.optimizer.groups import GroupedOptimizer
 from llmtrain.precision.auto import has_native_bf16
 from llmtrain.precision.bf16 import BF16
+from llmtrain.precision.fp8 import FP8
 from llmtrain.precision.fp16 import FP16
 
 LAPTOP = 50_000_000  # the most parameters that a CPU trains in minutes
+FP8_PAYS_FROM = 800_000_000  # parameters
 LONG_RUN = 1000  # steps from which on a run should write checkpoints before its end
 
 
@@ -79,16 +81,36 @@ def slow_arithmetic(case: Case) -> Iterator[Finding]:
     if device is None:
         return
     if isinstance(precision, BF16) and not has_native_bf16(device):
+        name, remedy = (device.type, "auto") if device.type == "cpu" else ("GPU", "fp16")
         yield warning(
             "precision",
-            f"precision=bf16: this {device.type} does not compute in bf16 but emulates it, which is slower than fp32 "
-            "and less exact; precision=auto",
+            f"precision=bf16: this {name} does not compute in bf16 but emulates it, which is slower than fp32 "
+            f"and less exact; precision={remedy}",
         )
+    elif isinstance(precision, FP8):
+        yield from _slow_fp8(case)
     elif isinstance(precision, FP16) and device.type == "cpu":
         yield warning(
             "precision",
             "precision=fp16: made for GPUs that have no bf16; on a CPU precision=auto is as fast, and does not lose "
             "steps to fp16's narrow range; precision=auto",
+        )
+
+
+def _slow_fp8(case: Case) -> Iterator[Finding]:
+    """8-bit products whose gain is less than the work of rounding to 8 bits."""
+    parameters = case.unit.model.num_parameters()
+    if case.run.runtime.compile is False:
+        yield warning(
+            "runtime.compile",
+            "runtime.compile=false: with precision=fp8 every rounding to 8 bits is some ten kernels of its own, which "
+            "take longer than the products save; runtime.compile=true, or precision=bf16",
+        )
+    elif parameters < FP8_PAYS_FROM:
+        yield warning(
+            "precision",
+            f"precision=fp8: the model has {parameters / 1e6:.0f} million parameters, and the products of less than "
+            "about 1 billion save no more time than rounding to 8 bits takes; precision=bf16",
         )
 
 

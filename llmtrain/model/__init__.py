@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llmtrain.base.options import Option
 from llmtrain.model.layers.kv_cache import KVCache
+from llmtrain.model.layers.norms import autocast_dtype, lower_norms
 from llmtrain.model.layers.skip_init import SkipInitMode
 
 MAX_VARIANTS = 64  # of a compiled block: one for each shape, with and without gradients
@@ -35,6 +36,7 @@ class LanguageModel(nn.Module, ABC):
     compiled_blocks: Sequence[Callable[..., Tensor]] | None = None  # run in place of ``blocks`` where there is no cache
     logit_bias: Tensor | None  # a buffer, see :attr:`head_bias`
     logit_softcap: float | None  # logits are capped smoothly to within this: cap * tanh(logits / cap)
+    has_low_residual = False  # see :meth:`lower_residual`
 
     @abstractmethod
     def hidden(self, ids: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
@@ -54,6 +56,16 @@ class LanguageModel(nn.Module, ABC):
     def head_bias(self) -> Tensor | None:
         """The output layer's bias ``(padded_vocab_size,)``: ``-inf`` for the padding; None where nothing is padded."""
         return self.logit_bias
+
+    def lower_residual(self) -> None:
+        """Compute the residual stream and the norms in autocast's dtype from now on; without autocast as before."""
+        self.has_low_residual = True
+        lower_norms(self.modules())
+
+    def residual_stream(self, embedded: Tensor) -> Tensor:
+        """Return the input of the first block: the embeddings ``(batch, sequence, hidden)`` in the stream's dtype."""
+        low = autocast_dtype(embedded) if self.has_low_residual else None
+        return embedded if low is None else embedded.to(low)
 
     def compile_blocks(self) -> None:
         """Run the blocks compiled from now on, except with a cache and within :meth:`eager`.

@@ -15,6 +15,7 @@ from llmtrain.kernels.dropout import Dropout
 from llmtrain.model import LanguageModel, ModelConfig, nearest_divisor
 from llmtrain.model.layers.attention import AttentionMask, Kernel, attend, attention_mask, kernel_for, segment_starts
 from llmtrain.model.layers.kv_cache import KVCache, LayerCache
+from llmtrain.model.layers.norms import LayerNorm
 from llmtrain.model.layers.padded_vocabulary import hide_padding, logit_bias, padded_size
 
 
@@ -87,13 +88,13 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``, the residual stream in fp32."""
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``, the residual stream in the dtype of ``x``."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden_size)
+        self.attention_norm = LayerNorm(config.hidden_size)
         self.attention = Attention(config)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size)
+        self.mlp_norm = LayerNorm(config.hidden_size)
         self.mlp = MLP(config)
         self.dropout = Dropout(config.dropout)
 
@@ -117,7 +118,7 @@ class GPT(LanguageModel):
         self.position_embedding = nn.Embedding(config.context_length, config.hidden_size)
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.final_norm = nn.LayerNorm(config.hidden_size)
+        self.final_norm = LayerNorm(config.hidden_size)
         if not config.tie_embeddings:
             self.head = nn.Linear(config.hidden_size, self.padded_vocab_size, bias=False)
         self.register_buffer("logit_bias", None, persistent=False)
@@ -134,7 +135,8 @@ class GPT(LanguageModel):
         head_size = self.config.hidden_size // self.config.num_heads
         kernel = kernel_for(ids, head_size, dropout) if cache is None else Kernel.sdpa
         mask = attention_mask(length, past, ids.device, starts=starts, kernel=kernel)
-        x = self.dropout(self.token_embedding(ids) + self.position_embedding(positions))
+        embedded = self.token_embedding(ids) + self.position_embedding(positions)
+        x = self.dropout(self.residual_stream(embedded))
         if cache is None:
             for block in self.callable_blocks:
                 x = block(x, None, mask)

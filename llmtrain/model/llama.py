@@ -25,6 +25,7 @@ from llmtrain.model.layers.attention import (
     segment_starts,
 )
 from llmtrain.model.layers.kv_cache import KVCache, LayerCache
+from llmtrain.model.layers.norms import RMSNorm, share
 from llmtrain.model.layers.padded_vocabulary import hide_padding, logit_bias, padded_size
 from llmtrain.model.layers.rotary import Rotary, Rotation, Scaling, make_rotation, rotate
 
@@ -133,19 +134,6 @@ class LlamaConfig(ModelConfig):
         return Llama(self, vocab_size)
 
 
-class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension, in fp32 at least (Zhang & Sennrich 2019)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
-
-
 class Attention(nn.Module):
     """Causal self-attention whose keys and values may have fewer heads than the queries."""
 
@@ -170,8 +158,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cache: LayerCache | None, mask: AttentionMask, rotation: Rotation | None) -> Tensor:
         """``x`` and the result: ``(batch, sequence, hidden)``."""
-        separate = not self.is_fused
-        parts = (self.query(x), self.key(x), self.value(x)) if separate else self.qkv(x).split(self.sizes, dim=-1)
+        if self.is_fused:
+            parts = self.qkv(x).split(self.sizes, dim=-1)
+        else:
+            for_query, for_key, for_value = share(x, 3)
+            parts = self.query(for_query), self.key(for_key), self.value(for_value)
         query, key, value = (part.unflatten(-1, (-1, self.head_size)) for part in parts)  # (batch, sequence, heads, …)
         if self.has_norms:
             query, key = self.query_norm(query), self.key_norm(key)
@@ -194,11 +185,12 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        for_gate, for_up = share(x, 2)
+        return self.down(F.silu(self.gate(for_gate)) * self.up(for_up))
 
 
 class Block(nn.Module):
-    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``, the residual stream in fp32."""
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``, the residual stream in the dtype of ``x``."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -260,7 +252,7 @@ class Llama(LanguageModel):
         starts = None if segments is None else segment_starts(segments)
         rotation = self._rotation(length, past, ids.device, starts)
         masks = self._masks(ids, cache, starts)
-        x = self.dropout(self.token_embedding(ids))
+        x = self.dropout(self.residual_stream(self.token_embedding(ids)))
         if cache is None:
             for layer, block in enumerate(self.callable_blocks):
                 x = block(x, None, masks[self.config.window(layer)], rotation)

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -11,8 +12,20 @@ from llmtrain.base.options import Option
 from llmtrain.base.stored_files import COUNT, NUMBER, check_kinds, refuse
 
 
+class Residual(Enum):
+    """The type of the residual stream and the norms; a norm computes its statistics in fp32 in both."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 class PrecisionConfig(Option, ABC):
     """Contract of ``precision=...``."""
+
+    @property
+    def has_low_residual(self) -> bool:
+        """True if the residual stream and the norms have the dtype of matrix products."""
+        return False
 
     @abstractmethod
     def build(self, device: torch.device) -> "Precision":
@@ -63,6 +76,7 @@ class Precision:
         self.matmul = matmul
         self.scaler = scaler
         self.notice = ""  # a message for the start of a run
+        self.is_compiled = False  # the layers that :meth:`apply` has changed run compiled
 
     def apply(self, blocks: torch.nn.Module) -> None:
         """Change in place how the layers in ``blocks`` compute while gradients are recorded; names and weights stay.
@@ -81,13 +95,25 @@ class Precision:
             torch.set_float32_matmul_precision(before)
 
     def autocast(self) -> AbstractContextManager:
-        """Context: matrix products in ``dtype``; layer norms, softmax, the residual stream and the loss in fp32.
+        """Context: matrix products in ``dtype``; norms, softmax, the residual stream and the loss in fp32.
 
-        One exception: :func:`llmtrain.kernels.dropout.attend_with_dropout`, on a CPU.
+        Two exceptions: :func:`llmtrain.kernels.dropout.attend_with_dropout`, on a CPU, and
+        :attr:`PrecisionConfig.has_low_residual`.
         """
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+    @contextmanager
+    def constant_weights(self, passes: int) -> Iterator[None]:
+        """Context of ``passes`` forward and backward passes without an update: each weight is cast once for all.
+
+        autocast keeps casts until its outermost context ends.  That is this one, and it is disabled: backward, which
+        runs outside of :meth:`autocast`, computes as it does without it.
+        """
+        shares = passes > 1 and self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=False) if shares else nullcontext():
+            yield
 
     def scale(self, loss: Tensor) -> Tensor:
         return loss if self.scaler is None else loss * self.scaler.scale

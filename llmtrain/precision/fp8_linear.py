@@ -12,8 +12,9 @@ recipes are torchao's:
 docs/decisions.md compares this with torchao.
 """
 
+from collections.abc import Callable
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,41 +70,68 @@ def multiply(
     return out if bias is None or fused is not None else out + bias.to(dtype)
 
 
+class Weight8(NamedTuple):
+    """A weight ``(outputs, inputs)`` as the operands of the two products that read it, and their scales."""
+
+    forward: Tensor  # (outputs, inputs)
+    forward_scale: Tensor
+    backward: Tensor  # (inputs, outputs)
+    backward_scale: Tensor
+
+
+def quantise_weight(weight: Tensor, recipe: Recipe) -> Weight8:
+    """Quantise ``weight`` for forward and backward; with one scale a tensor the second is a view of the first."""
+    scale = find_scale(weight, E4M3, recipe)
+    numbers = quantise(weight, scale, E4M3)
+    if recipe is Recipe.tensorwise:
+        return Weight8(numbers, scale, numbers.t(), scale)
+    return Weight8(numbers, scale, *_by_row(weight.t()))
+
+
+def quantise_into(low: Weight8, weight: Tensor, recipe: Recipe) -> None:
+    """Quantise ``weight`` into the memory of ``low``."""
+    for tensor, value in zip(low, quantise_weight(weight, recipe), strict=True):
+        tensor.copy_(value)
+
+
 class LinearFunction(torch.autograd.Function):
-    """``x @ weight.T + bias``, with all three matrix products of forward and backward in 8 bits."""
+    """``x @ weight.T + bias``, with all three matrix products of forward and backward in 8 bits.
+
+    ``weight`` is read as ``low``; its own values are not.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe) -> Tensor:
-        scale_x, scale_w = find_scale(x, E4M3, recipe), find_scale(weight, E4M3, recipe)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, *low: Tensor) -> Tensor:
+        w = Weight8(*low)
+        scale_x = find_scale(x, E4M3, recipe)
         x8 = quantise(x, scale_x, E4M3)
-        ctx.recipe, ctx.dtype = recipe, x.dtype
+        ctx.recipe, ctx.dtype, ctx.weight_dtype = recipe, x.dtype, weight.dtype
         # with row scales the transpose has other scales; with one scale the 8-bit x, a byte a number, is enough
-        ctx.save_for_backward(x8 if recipe is Recipe.tensorwise else x, scale_x, weight, scale_w)
-        return multiply(x8, scale_x, quantise(weight, scale_w, E4M3), scale_w, x.dtype, fast=True, bias=bias)
+        ctx.save_for_backward(x8 if recipe is Recipe.tensorwise else x, scale_x, w.backward, w.backward_scale)
+        return multiply(x8, scale_x, w.forward, w.forward_scale, x.dtype, fast=True, bias=bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = gradients
-        x, scale_x, weight, scale_w = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        x, scale_x, w, scale_w = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_x = grad_weight = None
         if ctx.recipe is Recipe.tensorwise:
             scale_g = find_scale(g, E5M2, ctx.recipe)
             g8 = quantise(g, scale_g, E5M2)
             if needs_x:
-                weight8 = quantise(weight.t(), scale_w, E4M3)
-                grad_x = multiply(g8, scale_g, weight8, scale_w, ctx.dtype, fast=False)
+                grad_x = multiply(g8, scale_g, w, scale_w, ctx.dtype, fast=False)
             if needs_weight:
                 grad_weight = multiply(
-                    g8.t().contiguous(), scale_g, x.t().contiguous(), scale_x, weight.dtype, fast=False
+                    g8.t().contiguous(), scale_g, x.t().contiguous(), scale_x, ctx.weight_dtype, fast=False
                 )
         else:
             if needs_x:
-                grad_x = multiply(*_by_row(g), *_by_row(weight.t()), ctx.dtype, fast=False)
+                grad_x = multiply(*_by_row(g), w, scale_w, ctx.dtype, fast=False)
             if needs_weight:
-                grad_weight = multiply(*_by_row(g.t()), *_by_row(x.t()), weight.dtype, fast=False)
+                grad_weight = multiply(*_by_row(g.t()), *_by_row(x.t()), ctx.weight_dtype, fast=False)
         grad_bias = g.sum(0, dtype=torch.float32) if needs_bias else None
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, grad_weight, grad_bias, *(None,) * (1 + len(Weight8._fields))
 
 
 def _by_row(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,13 +143,40 @@ class Fp8Linear(nn.Linear):
     """Layer that shares the fp32 parameters of ``linear`` and multiplies in 8 bits while gradients are recorded.
 
     Without gradients (evaluation, generation) it is an ordinary layer: the weights are evaluated as they are saved.
+    The weight is quantised for every product, or with :attr:`is_held` only when :meth:`hold` is called.
     """
+
+    weight8_forward: Tensor
+    weight8_forward_scale: Tensor
+    weight8_backward: Tensor
+    weight8_backward_scale: Tensor
 
     def __init__(self, linear: nn.Linear, recipe: Recipe) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.recipe = recipe
+        self.is_held = False
+        # always in the same memory, which a CUDA graph reads; no part of checkpoints
+        for name, rows, columns in ("forward", *self.weight.shape), ("backward", *self.weight.shape[::-1]):
+            shape = () if recipe is Recipe.tensorwise else (rows, 1)
+            low = torch.empty(rows, columns, dtype=E4M3, device=self.weight.device)
+            self.register_buffer(f"weight8_{name}", low, persistent=False)
+            scale = torch.empty(shape, dtype=torch.float32, device=self.weight.device)
+            self.register_buffer(f"weight8_{name}_scale", scale, persistent=False)
         self.train(linear.training)
+
+    @property
+    def weight8(self) -> Weight8:
+        """The weight as :meth:`hold` has quantised it."""
+        return Weight8(
+            self.weight8_forward, self.weight8_forward_scale, self.weight8_backward, self.weight8_backward_scale
+        )
+
+    @torch.no_grad()
+    def hold(self, quantise_into: Callable[[Weight8, Tensor, Recipe], None] = quantise_into) -> None:
+        """Quantise the weight for all products until :attr:`is_held` is False; it must not change before."""
+        quantise_into(self.weight8, self.weight, self.recipe)
+        self.is_held = True
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -134,8 +189,13 @@ class Fp8Linear(nn.Linear):
         if padding:
             rows = F.pad(rows, (0, 0, 0, padding))
         with torch.autocast(device, enabled=False):
-            y = LinearFunction.apply(rows, self.weight, self.bias, self.recipe)
+            low = self.weight8 if self.is_held else self._quantised()
+            y = LinearFunction.apply(rows, self.weight, self.bias, self.recipe, *low)
         return (y[:count] if padding else y).view(*x.shape[:-1], self.out_features)
+
+    @torch.no_grad()
+    def _quantised(self) -> Weight8:
+        return Weight8(*(tensor.contiguous() for tensor in quantise_weight(self.weight, self.recipe)))
 
 
 def convert(blocks: nn.Module, recipe: Recipe) -> tuple[int, dict[str, str]]:

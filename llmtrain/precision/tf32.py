@@ -14,7 +14,10 @@ class TF32(PrecisionConfig):
 
     def build(self, device: torch.device) -> Precision:
         if not _has_tf32(device):
-            raise ValueError(f"tf32 needs an NVIDIA GPU, Ampere or later, not {device}; take precision=fp32 or bf16")
+            place = "an AMD GPU (ROCm)" if device.type == "cuda" and torch.version.hip else device
+            raise ValueError(
+                f"precision=tf32: needs an NVIDIA GPU, Ampere or later, not {place}; take precision=fp32 or bf16"
+            )
         return Precision("tf32", device, matmul="high")
 
     def inference(self, device: torch.device) -> Precision:
@@ -23,4 +26,6 @@ class TF32(PrecisionConfig):
 
 
 def _has_tf32(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    # torch gives AMD's GPUs compute capabilities too
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -55,6 +55,7 @@ def compile_unit(
         unit.compile_whole()
     else:
         unit.compile_blocks()
+    rehearsal.step.precision.is_compiled = True
     try:
         rehearsal(micro_batch_size, evaluates=settings.evaluates)
     except Exception as error:  # the compilers below have errors of many classes, with no common one
@@ -62,6 +63,7 @@ def compile_unit(
             pass  # the first step will run out of memory as well, and halve the micro-batch
         elif is_automatic:
             unit.undo_compilation()
+            rehearsal.step.precision.is_compiled = False
             message = f"torch.compile failed ({summary_line(error)}); training is slower without"
             return {"event": "not_compiled", "step": state.step, "message": message}
         else:

@@ -1,6 +1,7 @@
 """One optimizer step: gradients of a batch, micro-batch by micro-batch, and the update."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,9 +76,13 @@ class Step:
 
     def accumulate(self, batch: Batch, micro_batch_size: int) -> StepLoss:
         """Run forward and backward of ``batch`` in parts of ``micro_batch_size`` sequences."""
+        with self.precision.constant_weights(passes=math.ceil(batch.sequences / micro_batch_size)):
+            return self._accumulate(batch.split(micro_batch_size))
+
+    def _accumulate(self, micro_batches: Iterator[Batch]) -> StepLoss:
         total: Tensor | None = None
         parts: dict[str, Tensor] = {}
-        for micro_batch in batch.split(micro_batch_size):
+        for micro_batch in micro_batches:
             with self.precision.autocast():
                 loss, losses = mean_losses(self.unit, micro_batch)
             self.timer.mark("forward")

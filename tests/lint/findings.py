@@ -28,13 +28,13 @@ def with_corpus(**changes: Sequences | None) -> Callable[[Parts], Parts]:
     return lambda parts: dataclasses.replace(parts, corpus=dataclasses.replace(parts.corpus, **changes))
 
 
-def find_in(*overrides: str) -> dict[str, Finding]:
-    """The findings of a run of any size by key: nothing of the model is allocated."""
+def find_in(*overrides: str, device: str = "cpu") -> dict[str, Finding]:
+    """The findings of a run of any size by key: nothing of the model is allocated, nor anything on ``device``."""
     run = Run.compose(*overrides)
     tokenizer = run.tokenizer.build()
     corpus = run.data.build(tokenizer)
     unit = outline(run, run.vocab_size(tokenizer), corpus.labels)
     length = run.length(corpus.train)
     optimizer = run.optimizer.build(unit)
-    case = Case(run, tokenizer, corpus, unit, length, torch.device("cpu"), optimizer, run.overrides)
+    case = Case(run, tokenizer, corpus, unit, length, torch.device(device), optimizer, run.overrides)
     return {finding.key: finding for finding in lint(case)}

@@ -87,6 +87,27 @@ def test_arithmetic_that_the_device_emulates_is_reported() -> None:
     assert find("precision=fp32") == {}
 
 
+@pytest.mark.parametrize(("capability", "warns"), [((7, 5), True), ((8, 0), False)])
+def test_bf16_that_a_gpu_emulates_is_reported(
+    capability: tuple[int, int], warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    found = find_in(*QUIET, "precision=bf16", device="cuda")
+    assert set(found) == ({"precision"} if warns else set())
+    if warns:
+        assert "this GPU does not compute in bf16 but emulates it" in found["precision"].message
+        assert found["precision"].message.endswith("precision=fp16")
+
+
+def test_fp8_that_does_not_pay_is_reported() -> None:
+    small = find_in(*QUIET, "precision=fp8", device="cuda")["precision"].message
+    assert "the products of less than about 1 billion save no more time than rounding to 8 bits takes" in small
+    large = ("model=gpt1558m", "loop.max_steps=20", "precision=fp8")
+    assert "precision" not in find_in(*large, device="cuda")
+    eager = find_in(*large, "runtime.compile=false", device="cuda")["runtime.compile"].message
+    assert eager.endswith("runtime.compile=true, or precision=bf16")
+
+
 def test_a_long_run_without_saves_is_reported() -> None:
     long = ("loop.max_steps=1000", "loop.eval_every=0", "loop.sample_every=0", "accumulation.batch_size=4")
     message = find(*long, "checkpoint.every_steps=0")["checkpoint.every_steps"].message

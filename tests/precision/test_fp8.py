@@ -4,6 +4,7 @@ A number in e4m3 has 3 bits behind the leading one, in e5m2 2: rounding changes 
 or, below the smallest normal number (2^-6, 2^-14 times the scale), by half a subnormal step (2^-10, 2^-17 times it).
 """
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,13 @@ from llmtrain.activation_checkpointing.full import Full
 from llmtrain.activation_checkpointing.selective import By, Selective
 from llmtrain.model import LanguageModel
 from llmtrain.model.gpt import GPTConfig, Initialisation
+from llmtrain.precision import Residual, fp8_linear
 from llmtrain.precision.fp8 import FP8, FP8Precision
 from llmtrain.precision.fp8_linear import E4M3, E5M2, Fp8Linear, Recipe, convert, find_scale, quantise
+from llmtrain.train.step import Step
+from tests.helpers.batches import batch_of
 from tests.helpers.cli import TINY, llmtrain
+from tests.helpers.units import as_unit
 
 CPU = torch.device("cpu")
 RELATIVE = {E4M3: 2**-4, E5M2: 2**-3}
@@ -186,10 +191,11 @@ def test_frozen_parts_get_no_gradient(recipe: Recipe) -> None:
 
 def test_backward_keeps_a_byte_a_number() -> None:
     layer = Fp8Linear(nn.Linear(64, 64), Recipe.tensorwise)
-    saved = []
+    layer.hold()
+    held, saved = {buffer.data_ptr() for buffer in layer.buffers()}, []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(torch.randn(32, 64))
-    assert sorted(t.nbytes for t in saved if t is not layer.weight) == [4, 4, 32 * 64]
+    assert sorted(t.nbytes for t in saved if t.data_ptr() not in held) == [4, 32 * 64]
 
 
 @pytest.mark.parametrize("recipe", Recipe)
@@ -199,6 +205,66 @@ def test_the_rows_are_filled_up_to_a_multiple_of_16(recipe: Recipe) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
         assert layer(torch.randn(5, 7, 64)).shape == (5, 7, 32)
     assert (48, 64) in shapes
+
+
+@pytest.mark.parametrize("recipe", Recipe)
+def test_a_held_weight_gives_the_bits_of_one_quantised_anew(recipe: Recipe) -> None:
+    layer, found = Fp8Linear(nn.Linear(48, 32), recipe), []
+    x = torch.randn(16, 48, requires_grad=True)
+    for held in (False, True):
+        if held:
+            layer.hold()
+        y = layer(x)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (x, layer.weight, layer.bias))))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert list(layer.state_dict()) == ["weight", "bias"]
+
+
+def train_step(model: LanguageModel, precision: FP8Precision, micro_batch_size: int, *, fused: bool) -> Step:
+    optimizer = torch.optim.AdamW(model.parameters(), 0.05, fused=fused)
+    optimizer.param_groups[0]["lr_multiplier"] = 1.0
+    return Step(as_unit(model), optimizer, precision, micro_batch_size)
+
+
+@pytest.mark.parametrize("fused", [False, True])  # a fused optimizer leaves the weights' version counters as they are
+def test_each_step_multiplies_by_the_weights_of_the_last_update(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, found, recipe = [], [], Recipe.rowwise  # a CPU takes 50 ms for a product of tensorwise
+    quantised: list[torch.Size] = []
+    quantise_weight = fp8_linear.quantise_weight
+
+    def count(weight: Tensor, recipe: Recipe) -> fp8_linear.Weight8:
+        quantised.append(weight.shape)
+        return quantise_weight(weight, recipe)
+
+    monkeypatch.setattr(fp8_linear, "quantise_weight", count)
+    for holds in (True, False):
+        model, precision = make(32), FP8Precision(CPU, recipe)
+        precision.apply(model.blocks)
+        if not holds:
+            precision.layers = []
+        before = len(quantised)
+        step = train_step(model, precision, 2, fused=fused)
+        losses = []
+        for _ in range(2):
+            losses.append(step.gradients(batch_of(IDS, IDS)).total)
+            step.update(0.05, torch.zeros(()))
+        with torch.no_grad():  # as a roll-back does
+            for parameter in model.parameters():
+                parameter.mul_(0.5)
+        losses.append(step.gradients(batch_of(IDS, IDS)).total)
+        found.append((*losses, *(p.grad for p in model.parameters())))
+        counts.append(len(quantised) - before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert counts == [3 * 8, 2 * 3 * 8]  # 3 steps, 8 layers, 2 micro-batches
+
+
+def test_an_interrupted_step_releases_the_weights() -> None:
+    model, precision = make(32), FP8Precision(CPU, Recipe.tensorwise)
+    precision.apply(model.blocks)
+    with contextlib.suppress(MemoryError), precision.constant_weights(1):
+        assert all(layer.is_held for layer in precision.layers)
+        raise MemoryError
+    assert not any(layer.is_held for layer in precision.layers)
 
 
 # --- the model ---------------------------------------------------------------------------------------------------
@@ -298,7 +364,7 @@ def test_an_unknown_recipe_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_fp8_run_generates_in_bf16_or_fp32() -> None:
-    assert FP8(Recipe.tensorwise).inference(CPU).name in ("bf16", "fp32")
+    assert FP8(Recipe.tensorwise, Residual.fp32).inference(CPU).name in ("bf16", "fp32")
 
 
 def has_fp8() -> bool:
