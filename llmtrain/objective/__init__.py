@@ -52,6 +52,14 @@ class TrainingUnit(nn.Module, ABC):
         """The losses, as by a call, and a tensor of counts that an evaluation adds up over batches; None: no counts."""
         return self(batch), None
 
+    def sequence_losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The sum of each loss over each sequence of ``batch`` alone, by name: ``(sequences,)``.
+
+        This default calls the unit once a sequence; one that knows its losses by row does better.
+        """
+        alone = [self(batch.rows(number, number + 1)) for number in range(batch.sequences)]
+        return {name: torch.stack([losses[name] for losses in alone]) for name in alone[0]}
+
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         if not self._graphed:
             return super().__call__(batch)

@@ -23,13 +23,18 @@ class CausalUnit(TrainingUnit):
         self.chunking = Chunking(chunk_tokens)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        tensors = batch.tensors
-        hidden = self.model.hidden(tensors["inputs"], segments=tensors.get("segments"))
-        total = linear_cross_entropy(
-            hidden.flatten(0, 1), self.model.head_weight, self.model.head_bias, tensors["targets"].flatten(),
-            self.options, self.chunking,
-        )  # fmt: skip
-        return {self.loss: total}
+        hidden = self.model.hidden(batch.tensors["inputs"], segments=batch.tensors.get("segments"))
+        return {self.loss: self._loss(hidden.flatten(0, 1), batch.tensors["targets"].flatten())}
+
+    def sequence_losses(self, batch: Batch) -> dict[str, Tensor]:
+        hidden = self.model.hidden(batch.tensors["inputs"], segments=batch.tensors.get("segments"))
+        rows = zip(hidden, batch.tensors["targets"], strict=True)
+        return {self.loss: torch.stack([self._loss(*row) for row in rows])}
+
+    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return linear_cross_entropy(
+            hidden, self.model.head_weight, self.model.head_bias, targets, self.options, self.chunking
+        )
 
     def plan_for(self, device_type: str) -> None:
         self.chunking = replace(self.chunking, planned_for=device_type)

@@ -58,6 +58,10 @@ class ClassifierUnit(TrainingUnit):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         return {self.loss: self._loss(*self._logits_and_classes(batch))}
 
+    def sequence_losses(self, batch: Batch) -> dict[str, Tensor]:
+        rows = zip(*(part.split(1) for part in self._logits_and_classes(batch)), strict=True)
+        return {self.loss: torch.stack([self._loss(*row) for row in rows])}
+
     def score(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """The loss, and ``(classes, classes)`` counts: rows are true classes, columns the predicted ones.
 

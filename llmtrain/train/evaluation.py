@@ -169,7 +169,9 @@ class Evaluator:
         self.samples_file.append(json.dumps(row, ensure_ascii=False) + "\n")
         self.log.display.sample(step, config.sample_prompt, text)
 
-    def worst_sequences(self, stream: TrainingStream, position: int, count: int) -> list[dict[str, Any]]:
+    def worst_sequences(
+        self, stream: TrainingStream, position: int, count: int, micro_batch_size: int
+    ) -> list[dict[str, Any]]:
         """The sequences of a skipped step with the largest losses: ``count`` from ``position`` on were trained on."""
         if not self.worst:
             return []
@@ -178,6 +180,7 @@ class Evaluator:
             return find_worst_sequences(
                 self.unit, self.tokenizer, stream, position, stream.sequences_at(position, count), self.worst,
                 name_target=(lambda target: self.objective.name_target(target, labels)) if labels else None,
+                micro_batch_size=micro_batch_size,
             )  # fmt: skip
 
     # --- results ----------------------------------------------------------------------------------------------------

@@ -226,7 +226,8 @@ class Loop:
         """Report a skipped step with the reason and its worst sequences."""
         worst = []
         if not verdict.scaler_overflow:
-            worst = self.evaluator.worst_sequences(self.stream, record.position, record.batch_size)
+            size = self.step.micro_batch_size
+            worst = self.evaluator.worst_sequences(self.stream, record.position, record.batch_size, size)
         values = {key: record.values[key] for key in ("loss", "grad_norm")}
         self.log.event(
             "refused", record.step, position=record.position, **values, reason=verdict.reason, examples=worst

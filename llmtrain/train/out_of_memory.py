@@ -1,5 +1,6 @@
 """Out-of-memory errors, and retries with smaller batches."""
 
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -7,12 +8,27 @@ import torch
 
 T = TypeVar("T")
 
+# Only torch's own allocator raises OutOfMemoryError.  The libraries below it take memory of their own (handles,
+# workspaces, code, pinned host memory), and their errors differ in the text alone.  Triton's "out of resource" is
+# another matter: a kernel that asks for more shared memory than the GPU has, whatever the batch.
+TEXTS = re.compile(
+    r"\b(?:CUDA|HIP|XPU|MPS|Triton)\b[^\n]{0,24}\bout of memory\b"  # torch, the runtime, the driver, Triton
+    r"|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY|hipErrorOutOfMemory"
+    r"|_STATUS_ALLOC_FAILED\b"  # cuBLAS, cuDNN before 9, cuSOLVER, cuSPARSE, hipBLAS
+    r"|CUDNN_STATUS_INTERNAL_ERROR_(?:HOST|DEVICE)_ALLOCATION_FAILED"
+    r"|miopenStatusAllocFailed|rocblas_status_memory_error"
+    # without memory for a handle these two libraries give the reason of a missing driver
+    r"|(?:CUBLAS_STATUS_NOT_INITIALIZED|CUSOLVER_STATUS_INTERNAL_ERROR),? when calling `(?:cublas|cusolverDn)Create"
+    r"|DefaultCPUAllocator: (?:can't allocate|not enough) memory",
+    re.IGNORECASE,
+)
+
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether ``error`` says that the device or the host had no memory for a tensor."""
+    """Return whether ``error`` says that the device or the host had no memory for a tensor, a workspace or a kernel."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and TEXTS.search(str(error)) is not None
 
 
 def halve_on_out_of_memory(

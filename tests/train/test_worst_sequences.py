@@ -52,10 +52,12 @@ class BytesUnit(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.model = Bytes()
+        self.sizes: list[int] = []  # sequences of each call
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def sequence_losses(self, batch: Batch) -> dict[str, Tensor]:
         logits, targets = self.model(batch.tensors["inputs"]), batch.tensors["targets"]
-        return {"next_token": F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")}
+        self.sizes.append(len(targets))
+        return {"next_token": F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(1)}
 
     def eager(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -75,7 +77,7 @@ def sequences_of(*texts: str) -> Sequences:
 
 def find(sequences: Sequences, count: int, indices: list[int] | None = None) -> list[dict]:
     numbers = np.arange(len(sequences)) if indices is None else np.array(indices)
-    return find_worst_sequences(BytesUnit(), BYTE, stream_of(sequences), 0, numbers, count)
+    return find_worst_sequences(BytesUnit(), BYTE, stream_of(sequences), 0, numbers, count, micro_batch_size=2)
 
 
 def planted(at: int, what: str) -> str:
@@ -126,7 +128,8 @@ def test_worst_sequences_can_be_logged() -> None:
 def test_excerpts_are_short_at_any_length(length: int) -> None:
     data = np.full(2 * length + 1, ord("a"), np.uint16)
     data[length + 1 + length // 2] = ord("z")  # a target of the second sequence
-    found = find_worst_sequences(BytesUnit(), BYTE, stream_of(Stream([data], length)), 0, np.array([0, 1]), 1)
+    stream = stream_of(Stream([data], length))
+    found = find_worst_sequences(BytesUnit(), BYTE, stream, 0, np.array([0, 1]), 1, micro_batch_size=4)
     assert found[0]["sequence"] == 1
     assert "z" in found[0]["text"]
     assert len(found[0]["text"]) <= 67  # 64 targets, the input before them, two marks
@@ -139,7 +142,8 @@ def test_excerpts_of_long_words_are_cut() -> None:
     model = GPTConfig(1, 32, 2, 64, None, 0.0, True, True, None, Initialisation.gpt2).create(
         gpt2.vocab_size, CPU, torch.Generator().manual_seed(0)
     )
-    (found,) = find_worst_sequences(as_unit(model), gpt2, stream_of(Stream([ids], 64)), 0, np.array([0]), 1)
+    stream = stream_of(Stream([ids], 64))
+    (found,) = find_worst_sequences(as_unit(model), gpt2, stream, 0, np.array([0]), 1, micro_batch_size=1)
     assert len(found["text"]) == 300
     assert found["text"].startswith("… internationally internationally")
 
@@ -174,7 +178,7 @@ def test_a_real_model_is_evaluated_without_dropout_and_left_as_it_was() -> None:
     sequences = sequences_of(*TEXTS)
     model = real_model(0.5).train()
     random = torch.get_rng_state()
-    found = find_worst_sequences(as_unit(model), BYTE, stream_of(sequences), 0, np.arange(5), 5)
+    found = find_worst_sequences(as_unit(model), BYTE, stream_of(sequences), 0, np.arange(5), 5, micro_batch_size=3)
     assert torch.equal(torch.get_rng_state(), random)
     assert model.training
     assert all(p.grad is None for p in model.parameters())
@@ -188,10 +192,46 @@ def test_a_real_model_is_evaluated_without_dropout_and_left_as_it_was() -> None:
 
 def test_the_mode_is_restored_after_an_error() -> None:
     class Failing(BytesUnit):
-        def forward(self, batch: Batch) -> dict[str, Tensor]:
-            raise RuntimeError("out of memory")
+        def sequence_losses(self, batch: Batch) -> dict[str, Tensor]:
+            raise RuntimeError("an illegal memory access was encountered")
 
     unit = Failing().train()
-    with pytest.raises(RuntimeError, match="out of memory"):
-        find_worst_sequences(unit, BYTE, stream_of(sequences_of(*TEXTS)), 0, np.arange(5), 1)
+    with pytest.raises(RuntimeError, match="illegal"):
+        find_worst_sequences(unit, BYTE, stream_of(sequences_of(*TEXTS)), 0, np.arange(5), 1, micro_batch_size=2)
     assert unit.training
+
+
+def test_whole_micro_batches_go_through_the_unit() -> None:
+    unit = BytesUnit()
+    find_worst_sequences(unit, BYTE, stream_of(sequences_of(*TEXTS * 4)), 0, np.arange(20), 1, micro_batch_size=8)
+    assert unit.sizes == [8, 8, 4, 8]  # the batch, and the eight parts of the worst sequence
+
+
+def test_fewer_sequences_at_once_where_memory_runs_out() -> None:
+    class Hungry(BytesUnit):
+        def sequence_losses(self, batch: Batch) -> dict[str, Tensor]:
+            if batch.sequences > 2:
+                raise torch.OutOfMemoryError("no room")
+            return super().sequence_losses(batch)
+
+    sequences = sequences_of(*TEXTS)
+    found = find_worst_sequences(Hungry(), BYTE, stream_of(sequences), 0, np.arange(5), 4, micro_batch_size=5)
+    assert json.dumps(found) == json.dumps(find(sequences, 4))
+
+
+def test_padding_changes_no_loss() -> None:
+    """Sequences of different lengths in one micro-batch, in float64: as one by one."""
+    lengths = [3, 64, 200, 17]
+
+    class Padded(Stream):
+        def gather(self, indices: np.ndarray) -> Rows:
+            inputs, targets, *_ = super().gather(indices)
+            for row, number in enumerate(indices):
+                inputs[row, lengths[number] :], targets[row, lengths[number] :] = 0, IGNORE
+            return Rows(inputs, targets, lengths=np.array(lengths)[indices])
+
+    data = np.frombuffer((" " + "".join(TEXTS[:4])).encode(), np.uint8).astype(np.uint16)
+    stream, unit = stream_of(Padded([data], LENGTH)), as_unit(real_model(0.0).double())
+    one, four = (find_worst_sequences(unit, BYTE, stream, 0, np.arange(4), 4, micro_batch_size=size) for size in (1, 4))
+    assert [each["loss"] for each in four] == pytest.approx([each["loss"] for each in one], rel=1e-12)
+    assert [{**each, "loss": 0} for each in four] == [{**each, "loss": 0} for each in one]
