@@ -31,6 +31,9 @@ class CausalUnit(TrainingUnit):
         )  # fmt: skip
         return {self.loss: total}
 
+    def compile_loss(self) -> None:
+        self.chunking = replace(self.chunking, is_compiled=True)
+
     def plan_for(self, device_type: str) -> None:
         self.chunking = replace(self.chunking, planned_for=device_type)
 
