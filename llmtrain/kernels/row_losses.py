@@ -129,9 +129,7 @@ def compile_for_any_rows() -> Callable[..., Tensor]:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
     # A row is never split over several kernels, however few there are at first, and no variants are timed: the results
     # are the same in every process, and there is no copy of the logits to time them on.
-    return torch.compile(
-        _losses_or_blocks, fullgraph=True, options={"split_reductions": False, "deterministic": True}
-    )
+    return torch.compile(_losses_or_blocks, fullgraph=True, options={"split_reductions": False, "deterministic": True})
 
 
 def _losses_or_blocks(logits: Tensor, bias: Tensor | None, targets: Tensor, work: RowWork) -> Tensor:

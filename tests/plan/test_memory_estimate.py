@@ -113,7 +113,10 @@ def test_an_uncompiled_loss_on_a_gpu_takes_blocks_in_fp32_too() -> None:
     vocabulary = 50304
     overrides = ("model=tiny", "model.context_length=1024", "precision=bf16")
     compiled, plain = (
-        max(int(rows[:, Category.logits].max()) for _, rows in phases(blueprint(*overrides, more, vocab_size=50257), True))
+        max(
+            int(rows[:, Category.logits].max())
+            for _, rows in phases(blueprint(*overrides, more, vocab_size=50257), True)
+        )
         for more in ("runtime.compile=auto", "runtime.compile=false")
     )
     rows = (1 << 28) // (4 * vocabulary)
