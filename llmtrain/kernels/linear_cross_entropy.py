@@ -14,25 +14,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmtrain.base.constants import IGNORE
+from llmtrain.kernels.row_losses import Options, RowWork, exact_dtype, row_losses
 
 CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # of a chunk's logits; more only takes memory
-ROWS_BYTES = 1 << 23  # of fp32 logits that a CPU works on at once: what its second-level cache about holds
-
-
-@dataclass(frozen=True)
-class Options:
-    """Additions to the plain cross-entropy."""
-
-    softcap: float | None = None  # logits are cap * tanh(logits / cap)
-    z_loss: float = 0.0  # weight of the squared log of the softmax denominator: PaLM, section 5
+COMPILED_VOCABULARY = 4096  # with fewer classes the loss takes too small a part of a step to compile anything for it
+# The gradient of the logits is written in their dtype, in fp16 times this, a power of two: without it all below 3e-8
+# would be 0, and most classes of a large vocabulary have such probabilities.  Nothing overflows: the logits' gradient
+# is about 1 at most, and its products are in fp32.  The loss scale comes later, and knows nothing of it.
+FP16_FACTOR = 1024.0
 
 
 @dataclass(frozen=True)
 class Chunking:
-    """The size of the pieces that the loss is computed in."""
+    """The pieces that the loss is computed in."""
 
     tokens: int | None = None  # whose logits are computed at once; None: chosen by the device
-    planned_for: str | None = None  # for tracing without data: cut as on this type of device, wherever the tensors are
+    planned_for: str | None = None  # for tracing without data: as on this type of device, wherever the tensors are
+    is_compiled: bool = False  # on a GPU, with a large vocabulary: the rows of a chunk in one kernel
 
 
 def linear_cross_entropy(
@@ -49,20 +47,13 @@ def linear_cross_entropy(
     is_differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    chunk_tokens = chunking.tokens or default_chunk(weight.shape[0], dtype, chunking.planned_for or device)
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(
-            hidden, weight, bias, targets, options, chunk_tokens, chunking.planned_for, dtype, is_differentiated
-        )
+        return _LinearCrossEntropy.apply(hidden, weight, bias, targets, options, chunking, dtype, is_differentiated)
 
 
 def default_chunk(vocabulary: int, dtype: torch.dtype, device: str) -> int:
-    """The number of tokens, a power of 2, whose logits fit into ``CHUNK_BYTES``.
-
-    A GPU also holds the chunk in fp32; a CPU converts it in smaller parts.
-    """
-    itemsize = dtype.itemsize if device == "cpu" else dtype.itemsize + 4
-    fitting = CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (itemsize * vocabulary)
+    """The number of tokens, a power of 2, whose logits fit into ``CHUNK_BYTES``."""
+    fitting = CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (dtype.itemsize * vocabulary)
     return 1 << max(fitting.bit_length() - 1, 4)
 
 
@@ -75,42 +66,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         options: Options,
-        chunk_tokens: int,
-        planned_for: str | None,
+        chunking: Chunking,
         dtype: torch.dtype,
         is_differentiated: bool,
     ) -> Tensor:
-        exact = torch.promote_types(dtype, torch.float32)  # float64 only for float64
-        low, low_weight = hidden.to(dtype), weight.to(dtype)
         for_hidden, for_weight = ctx.needs_input_grad[:2] if is_differentiated else (False, False)
-        is_target = targets != IGNORE
-        classes = torch.where(is_target, targets, 0)[:, None]
-        # A token without a loss adds nothing to the gradients: a factor of 0 costs less here than on the logits.
-        low_targets = low * is_target[:, None] if for_weight else low
-        hidden_grad = torch.empty_like(low) if for_hidden else None
-        weight_grad: Tensor | None = None
-        total = torch.zeros((), dtype=exact, device=hidden.device)
-        # One buffer for the logits of all chunks: malloc might not reuse the memory of a freed chunk for the next.
-        buffer = torch.empty((min(chunk_tokens, len(low)), len(weight)), dtype=dtype, device=low.device)
-        for start in range(0, len(hidden), chunk_tokens):
-            chunk = slice(start, start + chunk_tokens)
-            # On a CPU addmm would first fill all logits with the bias, which is one more pass over memory.
-            in_product = bias if options.softcap is None and hidden.is_cuda else None
-            later = bias if in_product is None else None
-            logits = _linear(low[chunk], low_weight, in_product, buffer[: len(low[chunk])])
-            differentiate = for_hidden or for_weight
-            losses = _losses(logits, later, classes[chunk], options, exact, planned_for, differentiate=differentiate)
-            total += torch.where(is_target[chunk], losses, 0.0).sum()
-            if hidden_grad is not None:
-                torch.mm(logits, low_weight, out=hidden_grad[chunk])
-            if start + chunk_tokens >= len(hidden):
-                del low_weight  # memory of the step peaks here
-            if for_weight:
-                weight_grad = _plus_product(weight_grad, logits.t(), low_targets[chunk], exact)
-        if hidden_grad is not None:
-            hidden_grad *= is_target[:, None]
-        ctx.hidden_grad, ctx.weight_grad = hidden_grad, weight_grad
-        ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
+        if torch.compiler.is_compiling():
+            total, hidden_grad, weight_grad = torch.ops.llmtrain.linear_cross_entropy(
+                hidden, weight, bias, targets, options.softcap, options.z_loss, chunking.tokens, chunking.is_compiled,
+                dtype, for_hidden, for_weight,
+            )  # fmt: skip
+        else:
+            total, hidden_grad, weight_grad = sum_and_gradients(
+                hidden, weight, bias, targets, options, chunking, dtype, for_hidden, for_weight
+            )
+        ctx.hidden_grad, ctx.weight_grad = hidden_grad if for_hidden else None, weight_grad if for_weight else None
+        ctx.hidden_dtype, ctx.weight_dtype, ctx.factor = hidden.dtype, weight.dtype, gradient_factor(dtype)
         return total
 
     @staticmethod
@@ -118,11 +89,70 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.hidden_grad, ctx.weight_grad
         ctx.hidden_grad = ctx.weight_grad = None
+        if ctx.factor != 1.0:
+            grad = grad / ctx.factor
         if hidden_grad is not None:
-            hidden_grad = (hidden_grad * grad).to(ctx.hidden_dtype)
+            hidden_grad = hidden_grad.mul_(grad).to(ctx.hidden_dtype)
         if weight_grad is not None:
             weight_grad = weight_grad.to(grad.dtype).mul_(grad).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, None, None, None, None, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None, None, None
+
+
+def gradient_factor(dtype: torch.dtype) -> float:
+    """The power of two that the gradients of logits of ``dtype`` are multiplied by."""
+    return FP16_FACTOR if dtype == torch.float16 else 1.0
+
+
+def sum_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    options: Options,
+    chunking: Chunking,
+    dtype: torch.dtype,
+    for_hidden: bool,
+    for_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Compute the loss, and its gradients times :func:`gradient_factor` where they are asked for."""
+    exact, device = exact_dtype(dtype), chunking.planned_for or hidden.device.type
+    low, low_weight = hidden.to(dtype), weight.to(dtype)
+    is_compiled = chunking.is_compiled and device == "cuda" and len(weight) >= COMPILED_VOCABULARY
+    work = RowWork(
+        options, for_hidden or for_weight, gradient_factor(dtype), device, is_compiled,
+        is_traced=chunking.planned_for is not None,
+    )  # fmt: skip
+    # A bias within the product is one pass over memory less, except on a CPU, where it is one more.
+    in_product = bias if options.softcap is None and device != "cpu" and not is_compiled else None
+    later = bias if in_product is None else None
+    is_target = targets != IGNORE
+    # On a CPU rows of logits without a target have a gradient: a factor of 0 costs less here.
+    low_targets = low * is_target[:, None] if for_weight and device == "cpu" else low
+    hidden_grad = low.new_empty(low.shape, dtype=_hidden_grad_dtype(dtype, device)) if for_hidden else None
+    weight_grad: Tensor | None = None
+    total = torch.zeros((), dtype=exact, device=hidden.device)
+    chunk_tokens = chunking.tokens or default_chunk(len(weight), dtype, device)
+    # One buffer for the logits of all chunks: malloc might not reuse the memory of a freed chunk for the next.
+    buffer = torch.empty((min(chunk_tokens, len(low)), len(weight)), dtype=dtype, device=low.device)
+    for start in range(0, len(hidden), chunk_tokens):
+        chunk = slice(start, start + chunk_tokens)
+        logits = _linear(low[chunk], low_weight, in_product, buffer[: len(low[chunk])])
+        losses = row_losses(logits, later, targets[chunk], work)
+        total += torch.where(is_target[chunk], losses, 0.0).sum()
+        if hidden_grad is not None:
+            _product(logits, low_weight, hidden_grad.dtype, device, out=hidden_grad[chunk])
+        if start + chunk_tokens >= len(hidden):
+            del low_weight  # memory of the step peaks here
+        if for_weight:
+            weight_grad = _plus_product(weight_grad, logits.t(), low_targets[chunk], exact, work)
+    if hidden_grad is not None and device == "cpu":
+        hidden_grad *= is_target[:, None]
+    return total, hidden_grad, weight_grad
+
+
+def _hidden_grad_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """fp32 where it costs nothing: on a GPU; and in fp16, which the factor could overflow."""
+    return dtype if device == "cpu" and gradient_factor(dtype) == 1.0 else exact_dtype(dtype)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -131,60 +161,89 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tens
     return torch.addmm(bias.to(x.dtype), x, weight.t(), out=out)
 
 
-def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, exact: torch.dtype) -> Tensor:
-    """Compute ``total + left @ right`` in ``exact``; with ``total`` None the product may keep its dtype."""
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype, device: str, out: Tensor | None = None) -> Tensor:
+    """Compute ``left @ right`` in ``dtype``, the operands' own or one of more bits."""
+    if dtype == left.dtype:
+        return torch.mm(left, right, out=out)
+    if device != "cpu":
+        return torch.mm(left, right, out_dtype=dtype, out=out)
+    return torch.mm(left.to(dtype), right.to(dtype), out=out)
+
+
+def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, exact: torch.dtype, work: RowWork) -> Tensor:
+    """Compute ``total + left @ right`` in ``exact``, in the place of ``total``; None: 0."""
+    if left.dtype == torch.bfloat16 and work.device == "cpu":  # a product in bf16 is several times as fast as in fp32
+        product = torch.mm(left, right)
+        return product if total is None else total.to(exact).add_(product)
+    if total is None:
+        return _product(left, right, exact, work.device)
     if left.dtype == exact:
-        return torch.mm(left, right) if total is None else total.addmm_(left, right)
-    if left.is_cuda:
-        if total is None:
-            return torch.mm(left, right, out_dtype=exact)
-        return torch.addmm(total, left, right, out_dtype=exact)
-    product = torch.mm(left, right)
-    return product if total is None else total.to(exact).add_(product)
+        return total.addmm_(left, right)
+    if work.device == "cpu":
+        return total.add_(_product(left, right, exact, work.device))
+    if work.is_traced:  # the operation below takes no memory, and torch 2.11 cannot trace it
+        return total
+    return torch.addmm(total, left, right, out_dtype=exact, out=total)
 
 
-def _losses(
-    logits: Tensor,
+# --- for torch ------------------------------------------------------------------------------------------------------
+#
+# One operation, where the whole unit is compiled: the compiler would compute the logits of several chunks at once, and
+# would copy them instead of writing over them.
+
+torch.library.define(
+    "llmtrain::linear_cross_entropy",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float? softcap, float z_loss, int? chunk_tokens,"
+    " bool is_compiled, ScalarType dtype, bool for_hidden, bool for_weight) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.register_fake("llmtrain::linear_cross_entropy")
+def _results(
+    hidden: Tensor,
+    weight: Tensor,
     bias: Tensor | None,
-    classes: Tensor,
-    options: Options,
-    exact: torch.dtype,
-    planned_for: str | None,
-    *,
-    differentiate: bool,
-) -> Tensor:
-    """The cross-entropy of each row of ``logits``, whose place the gradient takes if ``differentiate``.
-
-    Traced for a plan, only the first of the blocks of rows is computed: the others come and go in the same way.
-    """
-    rows = len(logits)
-    if (planned_for or logits.device.type) == "cpu":
-        rows = max(ROWS_BYTES // (exact.itemsize * logits.shape[1]), 1)
-    parts = list(zip(logits.split(rows), classes.split(rows), strict=True))
-    done = parts if planned_for is None else parts[:1]
-    losses = [_losses_of_rows(*part, bias, options, exact, differentiate) for part in done]
-    losses += [torch.empty(len(part), dtype=exact, device=part.device) for part, _ in parts[len(done) :]]
-    return torch.cat(losses)
+    targets: Tensor,
+    softcap: float | None,
+    z_loss: float,
+    chunk_tokens: int | None,
+    is_compiled: bool,
+    dtype: torch.dtype,
+    for_hidden: bool,
+    for_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    exact = exact_dtype(dtype)
+    hidden_dtype = _hidden_grad_dtype(dtype, hidden.device.type)
+    return (
+        hidden.new_empty((), dtype=exact),
+        hidden.new_empty(hidden.shape if for_hidden else (0,), dtype=hidden_dtype),
+        hidden.new_empty(weight.shape if for_weight else (0,), dtype=exact),
+    )
 
 
-def _losses_of_rows(
-    raw: Tensor, classes: Tensor, bias: Tensor | None, options: Options, exact: torch.dtype, differentiate: bool
-) -> Tensor:
-    logits, slope = raw, None
-    if options.softcap is not None:
-        saturation = torch.tanh(raw.to(exact) / options.softcap)
-        logits, slope = options.softcap * saturation, 1 - saturation.square()
-    if bias is not None:
-        logits += bias
-    log_probabilities = torch.log_softmax(logits, -1, dtype=exact)
-    of_target = log_probabilities.gather(1, classes)
-    if differentiate:
-        log_sum = logits.gather(1, classes) - of_target
-        gradient = log_probabilities.exp_()
-        if options.z_loss:
-            gradient *= 1 + 2 * options.z_loss * log_sum
-        gradient.scatter_(1, classes, gradient.gather(1, classes) - 1)
-        if slope is not None:
-            gradient *= slope
-        raw.copy_(gradient)
-    return -of_target[:, 0]
+@torch.library.impl("llmtrain::linear_cross_entropy", ("cpu", "cuda"))
+def _operation(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    softcap: float | None,
+    z_loss: float,
+    chunk_tokens: int | None,
+    is_compiled: bool,
+    dtype: torch.dtype,
+    for_hidden: bool,
+    for_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`sum_and_gradients`; a gradient that is not asked for is empty."""
+    chunking = Chunking(chunk_tokens, is_compiled=is_compiled)
+    total, hidden_grad, weight_grad = sum_and_gradients(
+        hidden, weight, bias, targets, Options(softcap, z_loss), chunking, dtype, for_hidden, for_weight
+    )
+    none = hidden.new_empty((0,), dtype=total.dtype)
+    return (
+        total,
+        none.to(_hidden_grad_dtype(dtype, hidden.device.type)) if hidden_grad is None else hidden_grad,
+        none.clone() if weight_grad is None else weight_grad.to(total.dtype),
+    )

@@ -127,8 +127,11 @@ class TrainingUnit(nn.Module, ABC):
         self._graphed = True
         self.compile(dynamic=False, mode="reduce-overhead")
 
+    def compile_loss(self) -> None:
+        """On a GPU compute the loss with a compiled kernel from now on, where it can be compiled."""
+
     def undo_compilation(self) -> None:
-        """Run uncompiled from now on."""
+        """Run the model uncompiled from now on."""
         self.model.compiled_blocks = None
         self._graphed, self._compiled_call_impl = False, None
 

@@ -36,6 +36,9 @@ class CausalUnit(TrainingUnit):
             hidden, self.model.head_weight, self.model.head_bias, targets, self.options, self.chunking
         )
 
+    def compile_loss(self) -> None:
+        self.chunking = replace(self.chunking, is_compiled=True)
+
     def plan_for(self, device_type: str) -> None:
         self.chunking = replace(self.chunking, planned_for=device_type)
 

@@ -61,5 +61,7 @@ class Blueprint:
             precision=self.precision, num_layers=num_layers,
         )  # fmt: skip
         unit.plan_for(planned_for)
+        if self.settings.runtime.compile is not False:
+            unit.compile_loss()
         unit.train()
         return Step(unit, self.settings.optimizer.build(unit), self.precision, self.micro_batch_size, timer=timer)

@@ -269,6 +269,8 @@ def tune(run: RunConfig, parts: Parts, step: Step, state: TrainState, peak_flops
 
     Choices restored from a checkpoint are kept.
     """
+    if run.runtime.compile is not False:  # in short runs as well: the kernel takes seconds to compile
+        parts.unit.compile_loss()
     rehearsal = Rehearsal(step, run.objective, parts.device, run.data.sequence_length, run.data.packs)
     events = []
     if run.accumulation.is_probed and state.micro_batch_size is None:

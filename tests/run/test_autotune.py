@@ -12,6 +12,7 @@ from llmtrain import Run
 from llmtrain.config.assemble import Parts, assemble
 from llmtrain.data import Rows
 from llmtrain.metrics import read_metrics
+from llmtrain.objective.causal import CausalUnit
 from llmtrain.run.autotune import largest_that_fits
 from llmtrain.run.session import fits, tune
 from llmtrain.train.compilation import compiling_pays
@@ -71,6 +72,14 @@ def assembled(*overrides: str) -> tuple[Run, Parts]:
 
 def step_of(parts: Parts) -> Step:
     return Step(parts.unit, parts.optimizer, parts.precision, 4)
+
+
+@pytest.mark.parametrize(("setting", "is_compiled"), [("auto", True), ("false", False)])
+def test_the_loss_is_compiled_where_there_is_a_gpu_unless_compiling_is_off(setting: str, is_compiled: bool) -> None:
+    run, parts = assembled(f"runtime.compile={setting}")
+    tune(run, parts, step_of(parts), TrainState(), 1e12)
+    assert isinstance(parts.unit, CausalUnit)
+    assert parts.unit.chunking.is_compiled == is_compiled
 
 
 def test_a_rehearsal_leaves_nothing_behind() -> None:
