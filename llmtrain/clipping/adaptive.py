@@ -47,7 +47,7 @@ class AdaptiveClipping(MeasuredClipping):
         coefficients = (limits / unit_norms(tensors)).clamp(max=1.0)  # a gradient of 0 gives inf, so 1
         sizes = [len(tensor) if tensor.dim() > 1 else 1 for tensor in tensors]
         for gradient, of_units in zip(tensors, coefficients.split(sizes), strict=True):
-            gradient.mul_(of_units.view(-1, *[1] * (gradient.dim() - 1)) if gradient.dim() > 1 else of_units[0])
+            gradient.mul_(of_units.view(-1, *[1] * (gradient.dim() - 1)) if gradient.dim() > 1 else of_units.view(()))
         return (coefficients < 1).any(), None
 
 

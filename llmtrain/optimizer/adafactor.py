@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.base.checks import non_negative, positive
-from llmtrain.optimizer import Trainable, divide_gradients
+from llmtrain.optimizer import Trainable, divide_gradients, undone_if
 from llmtrain.optimizer.groups import GroupedOptimizer, parameter_groups
 
 
@@ -101,9 +101,9 @@ class DeviceAdafactor(torch.optim.Adafactor):
             update = average("variance", gradient.square()).clone()
         update.clamp_(min=eps1 * eps1).rsqrt_().mul_(gradient)
         excess = torch.linalg.vector_norm(update).double() / (update.numel() ** 0.5 * group["d"])
-        new = parameter * (1 - group["lr"] * group["weight_decay"])
-        new.addcmul_(update, (rate / excess.clamp(min=1)).to(new.dtype), value=-1)
-        parameter.copy_(new if skipped is None else torch.where(skipped, parameter, new))
+        with undone_if(skipped, parameter):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.addcmul_(update, (rate / excess.clamp(min=1)).to(parameter.dtype), value=-1)
 
 
 def initial_state(parameter: nn.Parameter) -> dict[str, Tensor]:

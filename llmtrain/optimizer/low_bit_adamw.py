@@ -102,7 +102,7 @@ class CompactAdamWOptimizer(torch.optim.Optimizer):
         # a plan's tensors have no data, and no kernel runs on them
         self.is_to_compile = device.type == "cuda" and torch._guards.detect_fake_mode() is None
         names = [name for group in self.param_groups for name in group["names"]]
-        seeds = torch.tensor([name_seed(name) for name in names], dtype=torch.int32, device=device)
+        seeds = torch.tensor([name_seed(name) for name in names], dtype=torch.int32).to(device)
         self.name_seeds = dict(zip(names, seeds.unbind(), strict=True))
         for parameter in parameters:
             step = torch.zeros((), device=parameter.device)
@@ -141,7 +141,7 @@ class CompactAdamWOptimizer(torch.optim.Optimizer):
             _, largest = max(named, key=lambda pair: pair[1].numel())
             self._compile(largest, numbers[0], constants)
         if self.update is not self._update and divisor is None:
-            divisor = torch.ones_like(count[0])  # it changes no bit, and another form need not be compiled
+            divisor = torch.ones((), device=count.device)  # it changes no bit, and another form need not be compiled
         for row, (_, parameter) in zip(numbers, named, strict=True):
             for begin, weights, gradient, *stretch in self._stretches(parameter):
                 update = self.update if weights.shape[1] == BLOCK else self._update
@@ -150,7 +150,7 @@ class CompactAdamWOptimizer(torch.optim.Optimizer):
     def _stretches(self, parameter: Tensor) -> Iterator[tuple[Any, ...]]:
         kept = [value for key, value in self.state[parameter].items() if key != "step"]
         assert parameter.grad is not None
-        return stretches(self.chunk, parameter, parameter.grad, *kept)
+        return stretches(self.chunk, parameter.detach(), parameter.grad, *kept)
 
     def _compile(self, parameter: Tensor, row: Tensor, constants: tuple[float, ...]) -> None:
         """Compile the update, for any number of blocks, by one of ``parameter`` that is skipped; report a failure."""
@@ -189,12 +189,33 @@ class CompactAdamWOptimizer(torch.optim.Optimizer):
         beta2: float,
         eps: float,
     ) -> None:
-        """Update one stretch: ``parameter`` and ``gradient`` (blocks, numbers), and its entries of the state.
+        """Update one stretch: ``parameter`` and ``gradient`` (blocks, numbers), and its entries of the state."""
+        values = self.new_values(parameter, gradient, kept, row, divisor, begin, beta1, beta2, eps)
+        for old, new in zip((parameter, *kept), values, strict=True):
+            if skipped is None:
+                old.copy_(new)
+            else:
+                torch.where(skipped, old, new.to(old.dtype), out=old)
+
+    def new_values(
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        kept: list[Tensor],
+        row: Tensor,
+        divisor: Tensor | None,
+        begin: int,
+        beta1: float,
+        beta2: float,
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        """Compute the parameter and the entries of the state after the step.
 
         ``row`` has the bits of the step's rate, root of the second bias correction, decay and seed; ``begin`` is the
         number of the stretch's first element.
         """
-        rate, root, decay = row[:3].view(torch.float32).unbind()
+        *floats, seed = row.unbind()
+        rate, root, decay = (number.view(torch.float32) for number in floats)
         gradient = gradient.float()
         if divisor is not None:
             gradient = gradient / divisor
@@ -204,11 +225,8 @@ class CompactAdamWOptimizer(torch.optim.Optimizer):
         denominator = exp_avg_sq.sqrt().div(root).add(eps)
         wide = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
         new = wide * decay - exp_avg / denominator * rate
-        first, second = (numbers.view_as(gradient) for numbers in noise(row[3], gradient.numel(), begin))
-        for old, value in zip(
-            (parameter, *kept), (new, *self.moments.write(exp_avg, exp_avg_sq, (first, second))), strict=True
-        ):
-            old.copy_(value if skipped is None else torch.where(skipped, old, value.to(old.dtype)))
+        first, second = (numbers.view_as(gradient) for numbers in noise(seed, gradient.numel(), begin))
+        return new, *self.moments.write(exp_avg, exp_avg_sq, (first, second))
 
 
 def bias_correction(beta: float, count: Tensor) -> Tensor:
@@ -230,9 +248,9 @@ def stretches(chunk: int, parameter: Tensor, *others: Tensor) -> Iterator[tuple[
             continue
         width = min(BLOCK, end - begin)
         views = [
-            tensor.reshape(-1)[begin:end].view(-1, width)
+            tensor.reshape(-1).narrow(0, begin, end - begin).view(-1, width)
             if tensor.numel() == size
-            else tensor[begin // BLOCK : -(-end // BLOCK)]
+            else tensor.narrow(0, begin // BLOCK, -(-(end - begin) // BLOCK))
             for tensor in (parameter, *others)
         ]
         yield begin, *views

@@ -16,7 +16,6 @@ from llmtrain.optimizer.adam import build_adam
 from llmtrain.optimizer.composite import CompositeOptimizer
 from llmtrain.optimizer.groups import GroupedOptimizer, Member, check_betas, parameter_groups
 
-
 # of a group, that torch's function takes
 KEYS = ("lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn")
 
