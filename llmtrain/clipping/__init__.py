@@ -1,4 +1,4 @@
-"""Gradient clipping, in place and on the device; the host never waits for it."""
+"""Gradient clipping on the device; the host never waits for it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,8 +13,9 @@ class ClipResult(NamedTuple):
     """Measurements of one clipping: 0-dimensional tensors on the gradients' device."""
 
     norm: Tensor  # fp32, global L2 norm of all gradients before clipping
-    largest: Tensor  # fp32, largest absolute value of a single gradient element before clipping
+    largest: Tensor | None  # fp32, largest absolute value of a single gradient element before clipping
     clipped: Tensor  # bool, whether any gradient was changed
+    divisor: Tensor | None = None  # fp32, of all gradients in the update; None: they are clipped already
 
 
 class Clipping(Option, ABC):
@@ -23,10 +24,14 @@ class Clipping(Option, ABC):
     start_step: int  # steps before this one (0-based) are measured, not clipped
 
     @abstractmethod
-    def __call__(self, parameters: Sequence[tuple[str, nn.Parameter]], step: int) -> ClipResult:
-        """Clip the gradients of the named ``parameters`` in place; parameters without a gradient are ignored.
+    def __call__(
+        self, parameters: Sequence[tuple[str, nn.Parameter]], step: int, *, largest: bool = True
+    ) -> ClipResult:
+        """Clip the gradients of the named ``parameters``; parameters without a gradient are ignored.
 
-        A gradient that is not finite gives a norm that is not finite; the loop then refuses the step.
+        They are clipped in place, or by the ``divisor`` of the result, which the update must apply.  Without
+        ``largest`` the largest element, another pass over the gradients, need not be measured.  A gradient that is not
+        finite gives a norm that is not finite; the loop then refuses the step.
         """
 
     def check_parameters(self, names: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,17 @@ class Gradients:
     tensors: list[Tensor]
     norms: list[Tensor]  # 0-dimensional, L2, one for each tensor
     norm: Tensor  # 0-dimensional, L2, of all tensors together
-    largest: Tensor  # 0-dimensional, largest absolute value of an element
+
+    @cached_property
+    def largest(self) -> Tensor:
+        """The largest absolute value of an element, 0-dimensional; measured at first use."""
+        if not self.tensors:
+            return self.norm
+        return torch.stack((_largest_foreach if self.tensors[0].is_cuda else _largest_each)(self.tensors)).amax()
+
+    def result(self, clipped: Tensor, divisor: Tensor | None, *, largest: bool) -> ClipResult:
+        """The result of clipping these gradients."""
+        return ClipResult(self.norm.float(), self.largest.float() if largest else None, clipped, divisor)
 
 
 @dataclass(frozen=True)
@@ -33,15 +44,23 @@ class MeasuredClipping(Clipping):
         non_negative(start_step=self.start_step)
 
     @torch.no_grad()
-    def __call__(self, parameters: Sequence[tuple[str, nn.Parameter]], step: int) -> ClipResult:
+    def __call__(
+        self, parameters: Sequence[tuple[str, nn.Parameter]], step: int, *, largest: bool = True
+    ) -> ClipResult:
         gradients = measure(parameters)
-        clip = step >= self.start_step and gradients.tensors
-        clipped = self.clip(gradients) if clip else torch.zeros_like(gradients.norm, dtype=torch.bool)
-        return ClipResult(gradients.norm.float(), gradients.largest.float(), clipped)
+        if largest:
+            _ = gradients.largest  # before clipping
+        if step < self.start_step or not gradients.tensors:
+            return gradients.result(torch.zeros_like(gradients.norm, dtype=torch.bool), None, largest=largest)
+        clipped, divisor = self.clip(gradients)
+        return gradients.result(clipped, divisor, largest=largest)
 
     @abstractmethod
-    def clip(self, gradients: Gradients) -> Tensor:
-        """Clip the gradients in place; return whether any changed, a 0-dimensional boolean on their device."""
+    def clip(self, gradients: Gradients) -> tuple[Tensor, Tensor | None]:
+        """Clip the gradients; return whether any changed, and the divisor if the update clips them.
+
+        Both are 0-dimensional tensors on the gradients' device, a boolean and fp32.
+        """
 
 
 def measure(parameters: Sequence[tuple[str, nn.Parameter]]) -> Gradients:
@@ -51,34 +70,36 @@ def measure(parameters: Sequence[tuple[str, nn.Parameter]]) -> Gradients:
     tensors = [parameter.grad for parameter in with_gradient if parameter.grad is not None]
     if not tensors:
         zero = torch.zeros((), device=parameters[0][1].device if parameters else None)
-        return Gradients(names, with_gradient, tensors, [], zero, zero)
-    norms, largest = (_measure_foreach if tensors[0].is_cuda else _measure_each)(tensors)
-    return Gradients(
-        names, with_gradient, tensors, norms, torch.linalg.vector_norm(torch.stack(norms)), torch.stack(largest).amax()
-    )
+        return Gradients(names, with_gradient, tensors, [], zero)
+    norms = (_norms_foreach if tensors[0].is_cuda else _norms_each)(tensors)
+    return Gradients(names, with_gradient, tensors, norms, torch.linalg.vector_norm(torch.stack(norms)))
 
 
-def _measure_foreach(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """L2 norm and largest absolute value of each tensor, all tensors in one kernel."""
-    dtype = _at_least_fp32(*tensors)
-    return list(torch._foreach_norm(tensors, 2, dtype=dtype)), list(
-        torch._foreach_norm(tensors, torch.inf, dtype=dtype)
-    )
+def _norms_foreach(tensors: list[Tensor]) -> list[Tensor]:
+    """L2 norm of each tensor, many tensors in one kernel."""
+    return list(torch._foreach_norm(tensors, 2, dtype=at_least_fp32(*tensors)))
 
 
-def _measure_each(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _norms_each(tensors: list[Tensor]) -> list[Tensor]:
     """The same on the CPU, where torch sums a whole tensor in too few fp32 accumulators.
 
     Its norm of a 50304 × 768 gradient is 0.3% too small.  Norms of rows first are right to 1e-6, and faster.
     """
-    dtype = _at_least_fp32(*tensors)
-    norms, largest = [], []
-    for tensor in tensors:
-        norms.append(torch.linalg.vector_norm(torch.linalg.vector_norm(tensor, dim=-1, dtype=dtype)))
-        low, high = torch.aminmax(tensor)
-        largest.append(torch.maximum(-low, high).to(dtype))
-    return norms, largest
+    dtype = at_least_fp32(*tensors)
+    return [torch.linalg.vector_norm(torch.linalg.vector_norm(tensor, dim=-1, dtype=dtype)) for tensor in tensors]
 
 
-def _at_least_fp32(*tensors: Tensor) -> torch.dtype:
+def _largest_foreach(tensors: list[Tensor]) -> list[Tensor]:
+    """Largest absolute value of each tensor, many tensors in one kernel."""
+    return list(torch._foreach_norm(tensors, torch.inf, dtype=at_least_fp32(*tensors)))
+
+
+def _largest_each(tensors: list[Tensor]) -> list[Tensor]:
+    """The same on the CPU, where a norm is slower."""
+    extremes = [torch.aminmax(tensor) for tensor in tensors]
+    return [torch.maximum(-low, high).to(at_least_fp32(*tensors)) for low, high in extremes]
+
+
+def at_least_fp32(*tensors: Tensor) -> torch.dtype:
+    """The type in which to sum over ``tensors``."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

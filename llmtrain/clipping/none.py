@@ -17,7 +17,8 @@ class NoClipping(Clipping):
     start_step = 0
 
     @torch.no_grad()
-    def __call__(self, parameters: Sequence[tuple[str, nn.Parameter]], step: int) -> ClipResult:
+    def __call__(
+        self, parameters: Sequence[tuple[str, nn.Parameter]], step: int, *, largest: bool = True
+    ) -> ClipResult:
         gradients = measure(parameters)
-        clipped = torch.zeros_like(gradients.norm, dtype=torch.bool)
-        return ClipResult(gradients.norm.float(), gradients.largest.float(), clipped)
+        return gradients.result(torch.zeros_like(gradients.norm, dtype=torch.bool), None, largest=largest)

@@ -19,11 +19,12 @@ class NormClipping(MeasuredClipping):
         super().__post_init__()
         positive(max_norm=self.max_norm)
 
-    def clip(self, gradients: Gradients) -> Tensor:
+    def clip(self, gradients: Gradients) -> tuple[Tensor, Tensor | None]:
         exceeds = gradients.norm > self.max_norm
-        if exceeds.device.type == "cpu" and not exceeds:  # saves a pass over all gradients
-            return exceeds
-        # a factor of exactly 1 changes no bit, and the host need not wait to learn which factor it is
-        coefficient = torch.where(exceeds, self.max_norm / gradients.norm, 1.0)
-        torch._foreach_mul_(gradients.tensors, coefficient)
-        return exceeds
+        if exceeds.device.type != "cpu":
+            # The update divides while it reads the gradients, which saves a pass over them.  A divisor of exactly 1
+            # changes no bit, and the host need not wait to learn which divisor it is.
+            return exceeds, (gradients.norm / self.max_norm).clamp(min=1.0).float()
+        if exceeds:
+            torch._foreach_mul_(gradients.tensors, self.max_norm / gradients.norm)
+        return exceeds, None

@@ -33,11 +33,11 @@ class PerParameterClipping(MeasuredClipping):
         for key in self.thresholds:
             pattern_matches("thresholds", key, names)
 
-    def clip(self, gradients: Gradients) -> Tensor:
+    def clip(self, gradients: Gradients) -> tuple[Tensor, None]:
         excesses = list(torch._foreach_div(gradients.norms, [self.threshold(name) for name in gradients.names]))
         torch._foreach_clamp_min_(excesses, 1.0)  # division by exactly 1 changes no bit
         torch._foreach_div_(gradients.tensors, excesses)
-        return (torch.stack(excesses) > 1).any()
+        return (torch.stack(excesses) > 1).any(), None
 
     def threshold(self, name: str) -> float:
         """The largest norm allowed for the gradient of the parameter ``name``."""

@@ -19,7 +19,8 @@ class ValueClipping(MeasuredClipping):
         super().__post_init__()
         positive(max_value=self.max_value)
 
-    def clip(self, gradients: Gradients) -> Tensor:
+    def clip(self, gradients: Gradients) -> tuple[Tensor, None]:
+        clipped = gradients.largest > self.max_value
         torch._foreach_clamp_min_(gradients.tensors, -self.max_value)
         torch._foreach_clamp_max_(gradients.tensors, self.max_value)
-        return gradients.largest > self.max_value
+        return clipped, None

@@ -1,7 +1,8 @@
 """Optimizers: each option describes one and builds it over a model's parameters."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -43,21 +44,43 @@ class OptimizerConfig(Option, ABC):
         """Build the optimizer over the trainable parameters of ``unit``, on the device they are on."""
 
 
-def update(optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
+def update(optimizer: torch.optim.Optimizer, found_inf: Tensor, divisor: Tensor | None = None) -> None:
     """Update the parameters, unless ``found_inf`` says that the gradients are not finite.
 
     ``found_inf`` is a 0-dimensional fp32 tensor on the parameters' device: 1.0 refuses the step, which then changes
-    neither weights nor state, and 0.0 allows it.
+    neither weights nor state, and 0.0 allows it.  ``divisor``, another one: all gradients are divided by it.  The
+    gradients are of no use afterwards.
 
-    Optimizers that heed torch's ``found_inf`` attribute decide on the device (the fused Adam, AdamW and SGD; our
-    Lion and the AdamW of few bits).  For the others (Muon, Adafactor, unfused ones) the host waits once to read
+    Optimizers that follow torch's convention, the attributes ``found_inf`` and ``grad_scale``, decide and divide on the
+    device: every option on a GPU.  For others (on a CPU: Adafactor; unfused ones of torch's) the host reads
     ``found_inf``.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        optimizer.found_inf, optimizer.grad_scale = found_inf, divisor  # type: ignore[attr-defined]
         try:
             optimizer.step()
         finally:
-            del optimizer.found_inf  # type: ignore[attr-defined]
+            del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
     elif not found_inf.item():
+        divide_gradients([parameter for group in optimizer.param_groups for parameter in group["params"]], divisor)
         optimizer.step()
+
+
+def divide_gradients(parameters: Sequence[Tensor], divisor: Tensor | None) -> None:
+    """Divide the gradients of ``parameters`` by ``divisor`` in place; None: by 1."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if divisor is not None and gradients:
+        torch._foreach_div_(gradients, divisor)
+
+
+@contextmanager
+def undone_if(skipped: Tensor | None, *tensors: Tensor) -> Iterator[None]:
+    """Context: give ``tensors`` their present values again at its end if the 0-dimensional ``skipped`` is True.
+
+    The host does not learn which; None: never.
+    """
+    before = [] if skipped is None else [tensor.detach().clone() for tensor in tensors]
+    yield
+    for tensor, old in zip(tensors, before, strict=False):
+        assert skipped is not None
+        torch.where(skipped, old, tensor, out=tensor)

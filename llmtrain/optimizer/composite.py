@@ -15,7 +15,7 @@ class CompositeOptimizer(torch.optim.Optimizer):
     part, and all parts keep their state in the one dictionary ``state``.
     """
 
-    # each part refuses a step, on the device if it can
+    # each part skips a step, on the device if it can
     _step_supports_amp_scaling = True
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
@@ -33,10 +33,10 @@ class CompositeOptimizer(torch.optim.Optimizer):
             part.state = self.state
 
     def step(self) -> None:  # type: ignore[override]  # no closures
-        """Step every part; the attribute ``found_inf`` refuses the step of all parts."""
+        """Step every part; the attributes ``found_inf`` and ``grad_scale`` are those of all parts."""
         for part in self.parts:
             if hasattr(self, "found_inf"):
-                update(part, self.found_inf)
+                update(part, self.found_inf, getattr(self, "grad_scale", None))
             else:
                 part.step()
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtrain.optimizer import Trainable
+from llmtrain.optimizer import Trainable, divide_gradients
 from llmtrain.optimizer.groups import GroupedOptimizer, check_betas, parameter_groups
 
 
@@ -31,7 +31,7 @@ class LionOptimizer(torch.optim.Optimizer):
     """``c = beta1 * m + (1 - beta1) * g``; ``w -= lr * (sign(c) + weight_decay * w)``; ``m += (1 - beta2) * (g - m)``.
 
     A step can be refused on the device, by torch's convention: while the attribute ``found_inf`` is a tensor of 1.0,
-    :meth:`step` changes only the gradients, which are not used again.
+    :meth:`step` changes only the gradients, which are not used again.  They are divided by the tensor ``grad_scale``.
     """
 
     _step_supports_amp_scaling = True
@@ -49,6 +49,7 @@ class LionOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             parameters: list[Tensor] = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:
+                divide_gradients(parameters, getattr(self, "grad_scale", None))
                 self._update(parameters, group, found_inf)
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:

@@ -7,12 +7,17 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
+from torch import Tensor
+from torch.optim._muon import muon
 
 from llmtrain.base.checks import non_negative, positive
-from llmtrain.optimizer import Trainable
+from llmtrain.optimizer import Trainable, divide_gradients, undone_if
 from llmtrain.optimizer.adam import build_adam
 from llmtrain.optimizer.composite import CompositeOptimizer
 from llmtrain.optimizer.groups import GroupedOptimizer, Member, check_betas, parameter_groups
+
+# of a group, that torch's function takes
+KEYS = ("lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn")
 
 
 class AdjustLR(Enum):
@@ -65,8 +70,8 @@ class Muon(GroupedOptimizer):
             parts.append(build_adam(torch.optim.AdamW, groups, betas=self.betas, eps=self.eps))
         return CompositeOptimizer(parts)
 
-    def _build_muon(self, matrices: list[Member]) -> torch.optim.Muon:
-        optimizer = torch.optim.Muon(
+    def _build_muon(self, matrices: list[Member]) -> torch.optim.Optimizer:
+        optimizer = MuonOptimizer(
             parameter_groups(matrices, self.lr),
             momentum=self.momentum,
             nesterov=self.nesterov,
@@ -77,6 +82,29 @@ class Muon(GroupedOptimizer):
             buffer = torch.zeros_like(member.parameter, memory_format=torch.preserve_format)
             optimizer.state[member.parameter] = {"momentum_buffer": buffer}
         return optimizer
+
+
+class MuonOptimizer(torch.optim.Muon):
+    """torch's Muon, which also skips a step on the device.
+
+    By torch's convention: while the attribute ``found_inf`` is a tensor of 1.0, :meth:`step` changes neither weights
+    nor state, and gradients are divided by the tensor ``grad_scale``.
+    """
+
+    _step_supports_amp_scaling = True
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]  # no closures
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        skipped = None if found_inf is None else found_inf != 0
+        for group in self.param_groups:
+            divide_gradients(group["params"], getattr(self, "grad_scale", None))
+            keys = {key: group[key] for key in KEYS}
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    buffer = self.state[matrix]["momentum_buffer"]
+                    with undone_if(skipped, matrix, buffer):  # one at a time: no copies of all matrices at once
+                        muon([matrix], [matrix.grad], [buffer], **keys, has_complex=False)
 
 
 def is_hidden_matrix(member: Member) -> bool:

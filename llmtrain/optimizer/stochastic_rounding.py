@@ -26,17 +26,25 @@ def step_seeds(steps: Tensor) -> Tensor:
     return _mix(steps.to(torch.int32) * GOLDEN)
 
 
-def seed_of(step_seed: Tensor, name: str, begin: int) -> Tensor:
-    """Compute the seed for the elements of the parameter ``name`` from ``begin`` on."""
-    offset = zlib.crc32(name.encode()) + begin * GOLDEN
-    return step_seed + ((offset + (1 << 31)) % (1 << 32) - (1 << 31))
+def name_seed(name: str) -> int:
+    """Compute the seed of the parameter ``name``, which is added to that of the step; it fits into int32."""
+    return _wrapped(zlib.crc32(name.encode()))
 
 
-def noise(seed: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return two random int32 vectors (count,), uniform in [0, 2**BITS), on the device of the int32 number ``seed``."""
+def noise(seed: Tensor, count: int, begin: int = 0) -> tuple[Tensor, Tensor]:
+    """Return two random int32 vectors (count,), uniform in [0, 2**BITS), on the device of the int32 number ``seed``.
+
+    They are those of a parameter's elements from ``begin`` on.
+    """
+    if begin:
+        seed = seed + _wrapped(begin * GOLDEN)
     mixed = _mix(torch.arange(count, dtype=torch.int32, device=seed.device) * GOLDEN + seed)
     mask = (1 << BITS) - 1
     return mixed & mask, (mixed >> BITS) & mask
+
+
+def _wrapped(number: int) -> int:
+    return (number + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -157,16 +157,17 @@ class Loop:
         is_smaller = self.length.missing_at(state.step) > 0  # not compiled for one step
         with self.step.unit.eager() if is_smaller else nullcontext():
             loss = self.step.gradients(batch)
-        clip = self.clipping(self.step.weights, state.step)
+        clip = self.clipping(self.step.weights, state.step, largest=self._is_logged(state.step + 1))
         judged = self.recovery.judge(loss.total, clip.norm)
         timer.mark("optimizer")
         self.saver.before_update()
         timer.mark("other")  # waiting for the copy of a checkpoint
-        self.step.update(learning_rate, judged["refused"])
+        self.step.update(learning_rate, judged["refused"], clip.divisor)
         timer.mark("optimizer")
         timer.finish()
 
-        scalars = {"loss": loss.total, "grad_norm": clip.norm, "grad_max": clip.largest, "clipped": clip.clipped}
+        scalars = {"loss": loss.total, "grad_norm": clip.norm, "clipped": clip.clipped}
+        scalars |= {} if clip.largest is None else {"grad_max": clip.largest}
         losses = tuple(loss.parts) if len(loss.parts) > 1 else ()
         scalars |= {f"{name}_loss": loss.parts[name] for name in losses} | judged
         if (scaler := self.step.precision.scaler) is not None:
@@ -206,9 +207,13 @@ class Loop:
                 self.state.refused_steps += 1
                 self._report_skipped(record, verdict)
             self.last_loss = record.values["loss"]
-            if record.step == 1 or record.step % self.log.log_every == 0 or record.step == self.max_steps:
+            if self._is_logged(record.step):
                 self._account_time()
                 self.log.step_row(record)
+
+    def _is_logged(self, step: int) -> bool:
+        """Return whether the metrics have a row of ``step`` (1-based)."""
+        return step == 1 or step % self.log.log_every == 0 or step == self.max_steps
 
     def _account_time(self) -> None:
         self.state.train_seconds += self.log.account()

@@ -40,8 +40,7 @@ class StepLoss:
 class Step:
     """The gradients and the update of one optimizer step; the same for training, its rehearsal and its plan.
 
-    The host only launches work here: it never waits for the device, except for an optimizer that cannot decide there
-    whether to skip a step (see :func:`llmtrain.optimizer.update`).
+    The host only launches work here: it never waits for the device.
     """
 
     def __init__(
@@ -102,12 +101,13 @@ class Step:
         self.micro_batch_size = size
         self.on_halved(size, message)
 
-    def update(self, learning_rate: float, skipped: Tensor) -> None:
+    def update(self, learning_rate: float, skipped: Tensor, divisor: Tensor | None = None) -> None:
         """Update the weights unless ``skipped`` (0-dimensional, 1.0: skip) says otherwise, and drop the gradients.
 
-        ``learning_rate`` is multiplied by the ``lr_multiplier`` of each parameter group.
+        ``learning_rate`` is multiplied by the ``lr_multiplier`` of each parameter group; gradients are divided by
+        ``divisor``, as clipping asks for.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_multiplier"]
-        update(self.optimizer, skipped)
+        update(self.optimizer, skipped, divisor)
         self.optimizer.zero_grad(set_to_none=True)

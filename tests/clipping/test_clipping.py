@@ -93,7 +93,7 @@ def test_the_norm_is_measured_before_clipping(parameters, option):
     measured = make_clipping(option)(parameters, step=0)
     assert measured.norm.item() == pytest.approx(everything.norm().item(), rel=1e-6)
     assert measured.largest.item() == pytest.approx(everything.abs().max().item(), rel=1e-7)
-    assert [(t.shape, t.dtype) for t in measured] == [((), torch.float32), ((), torch.float32), ((), torch.bool)]
+    assert [(t.shape, t.dtype) for t in measured[:3]] == [((), torch.float32), ((), torch.float32), ((), torch.bool)]
     assert all(p.grad is None for name, p in parameters if name == "unused.weight")
 
 
@@ -186,7 +186,7 @@ def test_a_nonfinite_gradient_makes_the_norm_nonfinite(parameters, option, bad):
 def test_the_norm_is_zero_without_any_gradient(option):
     named = [("weight", nn.Parameter(torch.ones(2)))]
     measured = make_clipping(option)(named, step=0)
-    assert [value.item() for value in measured] == [0.0, 0.0, False]
+    assert [value.item() for value in measured[:3]] == [0.0, 0.0, False]
 
 
 def test_adaptive_lets_a_zero_unit_learn_and_leaves_a_zero_gradient(parameters):
