@@ -99,7 +99,7 @@ class CudaRegistration:
         A failure means that CUDA itself has failed, which its next call reports.
         """
         with torch.cuda.device(self.index):
-            torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[attr-defined]
+            torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def registration_for(device: torch.device) -> CudaRegistration | None:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ CHUNK = 1 << 22  # bytes compared at once
 
 
 def write_checkpoint(
-    path: Path, *, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], config: str
+    path: Path, *, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: dict[str, Any], config: str
 ) -> None:
     """Write the checkpoint directory ``path``.  On any error (no space, …) nothing of it remains; OSError."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
@@ -112,7 +113,7 @@ def remove_checkpoint(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def confirm_checkpoint(path: Path, *, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+def confirm_checkpoint(path: Path, *, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
     """Read a checkpoint back and compare it with the tensors that it was written from, byte by byte.
 
     Raises :class:`CheckpointError` naming the file and the tensor.

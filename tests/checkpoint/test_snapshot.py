@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmtrain.base.host_memory import ALIGNMENT
+from llmtrain.base.host_memory import ALIGNMENT, registration_for
 from llmtrain.checkpoint.snapshot import Layout, Snapshot, layouts_of
 from tests.helpers.host_memory import Registry
 
@@ -173,3 +173,35 @@ def test_without_pinned_memory_the_writing_thread_copies(order: list[str]) -> No
     assert equal(snapshot.copies["model"], model)
     snapshot.before_change()
     assert order[3:] == []
+
+
+@pytest.mark.gpu
+def test_a_save_on_a_gpu_waits_for_nothing_and_holds_the_bytes_of_its_beginning() -> None:
+    model = {name: tensor.to(GPU) for name, tensor in (tensors() | {"large": torch.randn(4096, 1024)}).items()}
+    snapshot = Snapshot(GPU, registration_for(GPU))
+    snapshot.make(layouts_of({"model": model}))
+    assert snapshot.refusal is None
+    for _ in range(2):
+        expected = {name: tensor.cpu() for name, tensor in model.items()}
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            snapshot.begin(model=model)
+            snapshot.before_change()
+            model["large"].normal_()  # as the next update would
+            model["w"].zero_()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        snapshot.finish()
+        assert equal(snapshot.copies["model"], expected)
+    snapshot.close()
+
+
+@pytest.mark.gpu
+def test_the_memory_of_a_save_on_a_gpu_is_not_torchs() -> None:
+    before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
+    model = {"w": torch.zeros(5 * 2**20, device=GPU)}  # 20 MiB; torch's block would be 32
+    snapshot = Snapshot(GPU, registration_for(GPU))
+    snapshot.begin(model=model)
+    snapshot.finish()
+    assert torch.cuda.host_memory_stats()["allocated_bytes.current"] == before
+    assert {size for _, size in memory_of(snapshot, "model")} == {20 * 2**20}

@@ -1,6 +1,7 @@
 """An evaluation: batches made ahead, the same losses to the bit, and one moment at which the host waits."""
 
 import threading
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -224,3 +225,19 @@ def test_an_evaluation_of_no_sequences_has_no_loss() -> None:
 def test_the_loader_of_an_evaluation_ends_after_the_last_batch() -> None:
     with EvaluationLoader(SEQUENCES, np.arange(7), CAUSAL.collate, seed=0, batch_size=3, device=CPU) as loader:
         assert [batch.sequences for batch in loader] == [3, 3, 1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [1, 5, 25])
+def test_an_evaluation_on_a_gpu_waits_for_it_once(size: int) -> None:
+    unit, device = causal().to("cuda"), torch.device("cuda")
+    run(unit, CAUSAL, SEQUENCES, size, device=device)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            result = run(unit, CAUSAL, SEQUENCES, size, device=device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([each for each in found if "synchronizing" in str(each.message)]) == 1
+    assert result.loss == pytest.approx(run(unit.to("cpu"), CAUSAL, SEQUENCES, size).loss, rel=1e-3)
