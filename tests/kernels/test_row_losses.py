@@ -1,7 +1,7 @@
 """Losses of rows of logits: both forms equal to torch's in float64, and a way out where nothing can be compiled."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,10 +12,12 @@ from llmtrain.kernels import row_losses
 from llmtrain.kernels.row_losses import IGNORE, CompiledForm, Options, RowWork, compiled_form, losses_at_once
 
 ROWS, VOCABULARY, PADDED = 24, 120, 128
+PLAIN = Options()
+Form = Callable[[Tensor, Tensor | None, Tensor, RowWork], Tensor | None]
 OPTIONS = [Options(), Options(softcap=5.0), Options(z_loss=1e-2), Options(softcap=5.0, z_loss=1e-2)]
 
 
-def work_of(options: Options = Options(), *, compiled: bool = True, differentiate: bool = True, factor: float = 1.0,
+def work_of(options: Options = PLAIN, *, compiled: bool = True, differentiate: bool = True, factor: float = 1.0,
             device: str = "cuda") -> RowWork:  # fmt: skip
     return RowWork(options, differentiate, factor, device, compiled, is_traced=False)
 
@@ -40,20 +42,19 @@ def reference(logits: Tensor, bias: Tensor | None, targets: Tensor, options: Opt
     return losses.detach(), torch.autograd.grad(losses.sum() + penalty, exact)[0]
 
 
-def losses_and_gradient(form: row_losses.Callable[..., Tensor], *arguments: object) -> tuple[Tensor, Tensor]:
-    logits, bias, targets, work = arguments
-    assert isinstance(logits, Tensor) and isinstance(targets, Tensor)
+def losses_and_gradient(
+    form: Form, logits: Tensor, bias: Tensor | None, targets: Tensor, work: RowWork
+) -> tuple[Tensor, Tensor]:
     written = logits.clone()
     losses = form(written, bias, targets, work)
+    assert losses is not None
     return torch.where(targets == IGNORE, 0.0, losses), written
 
 
 @pytest.mark.parametrize("form", [losses_at_once, row_losses._losses_in_blocks], ids=["at once", "in blocks"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_both_forms_for_a_gpu_equal_torch_in_float64(
-    form: row_losses.Callable[..., Tensor], options: Options, has_bias: bool
-) -> None:
+def test_both_forms_for_a_gpu_equal_torch_in_float64(form: Form, options: Options, has_bias: bool) -> None:
     logits, padding, targets = inputs()
     bias = padding if has_bias else None
     losses, gradient = losses_and_gradient(form, logits, bias, targets, work_of(options))
@@ -77,7 +78,7 @@ def test_low_precision_is_rounded_once(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("form", [losses_at_once, row_losses._losses_in_blocks], ids=["at once", "in blocks"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_factor_saves_small_probabilities_from_fp16(form: row_losses.Callable[..., Tensor], device: str) -> None:
+def test_the_factor_saves_small_probabilities_from_fp16(form: Form, device: str) -> None:
     logits = torch.tensor([[0.0, -10.0, -20.0, -22.0]], dtype=torch.float16)
     expected = logits.double().softmax(1) - torch.eye(4)[:1]
     for factor, is_kept in ((1.0, False), (1024.0, True)):
@@ -90,7 +91,8 @@ def test_the_factor_saves_small_probabilities_from_fp16(form: row_losses.Callabl
 def test_rows_without_any_target_have_no_gradient() -> None:
     logits, bias, targets = inputs(torch.bfloat16)
     losses, gradient = losses_and_gradient(losses_at_once, logits, bias, torch.full_like(targets, IGNORE), work_of())
-    assert not losses.any() and not gradient.any()
+    assert not losses.any()
+    assert not gradient.any()
 
 
 def test_a_certain_class_has_a_loss_that_is_not_rounded_to_zero() -> None:
@@ -130,7 +132,8 @@ def test_one_compilation_serves_any_number_of_rows(fresh_form: CompiledForm, mon
             result = losses_and_gradient(row_losses.row_losses, logits, bias, targets, work_of())
         for ours, expected in zip(result, reference(logits, bias, targets, Options()), strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
-    assert len(graphs) == 1 and not fresh_form.failure
+    assert len(graphs) == 1
+    assert not fresh_form.failure
     logits, bias, targets = inputs()
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # the form that needs little memory
         monkeypatch.setattr(row_losses, "losses_at_once", None)
