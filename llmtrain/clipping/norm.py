@@ -24,7 +24,11 @@ class NormClipping(MeasuredClipping):
         if exceeds.device.type != "cpu":
             # The update divides while it reads the gradients, which saves a pass over them.  A divisor of exactly 1
             # changes no bit, and the host need not wait to learn which divisor it is.
-            return exceeds, (gradients.norm / self.max_norm).clamp(min=1.0).float()
+            return exceeds, self.divisor(gradients.norm)
         if exceeds:
             torch._foreach_mul_(gradients.tensors, self.max_norm / gradients.norm)
         return exceeds, None
+
+    def divisor(self, norm: Tensor) -> Tensor:
+        """The number, at least 1, that brings gradients of the norm ``norm`` to the limit, fp32."""
+        return (norm / self.max_norm).clamp(min=1.0).float()

@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmtrain.clipping.adaptive import AdaptiveClipping
 from llmtrain.clipping.none import NoClipping
 from llmtrain.clipping.norm import NormClipping
 from llmtrain.clipping.per_parameter import PerParameterClipping
 from llmtrain.clipping.value import ValueClipping
+from tests.helpers.gpu_without_data import allow_gpu_tensors
 from tests.helpers.options import make_option, option_names
 
 SHAPES = {"embedding.weight": (20, 8), "mlp.weight": (6, 8), "mlp.bias": (6,), "conv.weight": (4, 3, 5), "scale": ()}
@@ -125,6 +127,33 @@ def test_a_norm_that_is_exactly_the_limit_is_not_clipped():
     measured = NormClipping(max_norm=5.0, start_step=0)([("w", parameter)], step=0)
     assert measured.clipped.item() is False
     assert parameter.grad.tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_the_largest_element_is_measured_on_demand(parameters, option):
+    measured = make_clipping(option)(parameters, step=0, largest=False)
+    assert measured.largest is None
+    assert bool(measured.clipped) == (option != "none")
+
+
+@pytest.mark.parametrize("max_norm", [0.3, 100.0])
+def test_the_update_on_a_gpu_divides_by_the_excess_of_the_norm(parameters, max_norm):
+    """The divisor has the value by which gradients are divided on a CPU, exactly 1 within the limit."""
+    allow_gpu_tensors()
+    before = gradients(parameters)
+    clipping = NormClipping(max_norm=max_norm, start_step=0)
+    norm = clipping(parameters, 0).norm
+    ratios = [before[name] / g for name, g in gradients(parameters).items()]
+    divisor = clipping.divisor(norm)
+    assert all(torch.allclose(ratio, divisor, rtol=1e-6) for ratio in ratios)
+    assert (divisor.item() == 1) == (max_norm == 100.0)
+    assert not clipping.divisor(torch.tensor(math.nan)).isfinite()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        weight = nn.Parameter(torch.zeros(3, device="cuda"))
+        weight.grad = torch.ones(3, device="cuda")
+        result = clipping([("w", weight)], 0)
+    assert result.divisor is not None
+    assert (result.divisor.device.type, result.divisor.dtype, result.divisor.shape) == ("cuda", torch.float32, ())
 
 
 @pytest.mark.parametrize("max_norm", [0.3, 1.0, 100.0])
@@ -263,5 +292,6 @@ def test_clipping_on_a_gpu_gives_the_same_without_waiting(parameters, option):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert measured.norm.item() == pytest.approx(norm.item(), rel=1e-6)
-    result = {name: g.cpu().double() for name, g in gradients(parameters).items()}
+    divisor = 1.0 if measured.divisor is None else measured.divisor.item()
+    result = {name: g.cpu().double() / divisor for name, g in gradients(parameters).items()}
     torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-9)

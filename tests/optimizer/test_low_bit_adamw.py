@@ -180,15 +180,44 @@ def test_the_update_can_be_compiled(compact):
     optimizers = [compact(fp32_embeddings=True) if compact is OPTIONS["8bit"] else compact() for _ in range(2)]
     built = [optimizer.build(model) for optimizer, model in zip(optimizers, (eager, compiled), strict=True)]
     part = built[1].parts[0]
-    part.update = torch.compile(part.update, dynamic=False)
+    part.is_to_compile = True  # as on a GPU
     for model, optimizer in zip((eager, compiled), built, strict=True):
         for step in range(3):
             model.set_gradients(step)
             for group in optimizer.param_groups:
                 group["lr"] = 0.01 / (step + 1)  # is no reason to compile again
             optimizer.step()
+    assert part.update != part._update
     for (name, one), other in zip(eager.named_parameters(), compiled.named_parameters(), strict=True):
         torch.testing.assert_close(one, other[1], rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_an_update_that_cannot_be_compiled_is_eager_and_reported_once(compact, monkeypatch, caplog):
+    def fail(function, **keys):
+        def call(*args):
+            raise RuntimeError("Failed to find C compiler.\nmore")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", fail)
+    eager, fallen_back = Model(), Model()
+    plain, optimizer = compact().build(eager), compact().build(fallen_back)
+    optimizer.parts[0].is_to_compile = True
+    train(eager, plain, 2)
+    train(fallen_back, optimizer, 2)
+    assert all(torch.equal(one, other) for one, other in zip(eager.parameters(), fallen_back.parameters(), strict=True))
+    assert [record.getMessage() for record in caplog.records] == [
+        "the optimizer's update is not compiled (RuntimeError: Failed to find C compiler.); its steps are slower without"
+    ]
+
+
+def test_stretches_change_no_bit(compact):
+    whole, split = Model(rows=3), Model(rows=3)
+    optimizers = [compact().build(whole), compact().build(split)]
+    optimizers[1].parts[0].chunk = 512
+    for model, optimizer in zip((whole, split), optimizers, strict=True):
+        train(model, optimizer, 3)
+    assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), split.parameters(), strict=True))
 
 
 @pytest.mark.slow

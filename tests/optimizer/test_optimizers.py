@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from llmtrain.optimizer import update
+from llmtrain.optimizer.adafactor import DeviceAdafactor, initial_state
+
 STEPS = 5
 
 
@@ -57,6 +60,28 @@ def test_optimizers_equal_torch_in_float64(options, new_model, name):
         reference.step()
     for (key, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-12, msg=key)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
+def test_adafactor_on_a_device_equals_torchs(new_model, dtype, tolerance):
+    """The form without copies to the host, on a CPU; the second step is skipped."""
+    ours, theirs = new_model(dtype=dtype), new_model(dtype=dtype)
+    keys = {"lr": 0.02, "weight_decay": 0.1, "d": 1.5}
+    optimizer = DeviceAdafactor([p for p in ours.parameters()], **keys)
+    for p in ours.parameters():
+        optimizer.state[p] = initial_state(p)
+    reference = torch.optim.Adafactor(theirs.parameters(), **keys)
+    for step in range(4):
+        ours.set_gradients(step)
+        update(optimizer, torch.tensor(float(step == 1)))
+        if step != 1:
+            theirs.set_gradients(step)
+            reference.step()
+    for (key, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance / 10, msg=key)
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        for key, value in reference.state[other].items():
+            torch.testing.assert_close(optimizer.state[mine][key], value, rtol=tolerance, atol=1e-12, msg=key)
 
 
 def test_muon_equals_torch_muon_beside_adamw(options, new_model):
