@@ -57,7 +57,7 @@ CASES = {
     "full checkpointing, compiled": "activation_checkpointing=full runtime.compile=true",
     "selective checkpointing": "activation_checkpointing=selective",
     "selective checkpointing, compiled": "activation_checkpointing=selective runtime.compile=true",
-    "ramp": "accumulation=ramp accumulation.micro_batch_size=8",
+    "ramp": "accumulation=ramp accumulation.stages=[{start:0,batch_size:4},{start:6,batch_size:8}]",
     "llama": "", "llama, compiled": "runtime.compile=true",
     "llama, selective checkpointing, compiled": "activation_checkpointing=selective runtime.compile=true",
     "profile": "runtime.profile=true loop.max_steps=10",
@@ -73,6 +73,8 @@ def cases(setup: Setup) -> list[Case]:
     made = [train("data and first step", *COMMON, *gpt, "loop.max_steps=2", needs_gpu=False)]
     for name, text in CASES.items():
         sizes = llama if name.startswith("llama") else gpt
+        if "accumulation=ramp" in text:
+            sizes = tuple(one for one in sizes if not one.startswith("accumulation.batch_size"))
         more = [small(one) for one in text.split()] if setup.rehearses else text.split()
         needs_gpu = any(key in text for key in GPU_ONLY)
         limit = 150 if "compile=true" in text else 75
