@@ -32,10 +32,10 @@ class Part:
 
 
 PARTS = {
-    "checks": Part(checks.cases, 330),
-    "options": Part(options.cases, 390, jobs=4),
+    "checks": Part(checks.cases, 300),
+    "options": Part(options.cases, 360, jobs=6),
     "speed": Part(speed.cases, 510),
-    "runs": Part(runs.cases, 270),
+    "runs": Part(runs.cases, 330),
 }  # 25 minutes
 
 
@@ -67,12 +67,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = Results(arguments.results, machine, rehearses=arguments.rehearse)
     good = True
     for name in arguments.parts or PARTS:
-        cases = [case for case in PARTS[name].cases(setup)
-                 if not arguments.only or any(text in case.name for text in arguments.only)]  # fmt: skip
+        begun = time.monotonic()
+        try:
+            cases = PARTS[name].cases(setup)
+        except (ValueError, OSError) as error:  # what the part has to prepare
+            results.begin(name)
+            results.add(name, [{"case": name, "status": "failed", "said": str(error).splitlines()[-8:]}], 0.0)
+            print(f"{name}: cannot be prepared: {error}", file=sys.stderr)
+            good = False
+            continue
+        cases = [case for case in cases if not arguments.only or any(text in case.name for text in arguments.only)]
         if arguments.list:
             print("\n".join(f"{name}: {case.name}: {' '.join(case.command)}" for case in cases))
             continue
-        good &= run_part(name, cases, setup, results, arguments.seconds or PARTS[name].seconds)
+        end = begun + (arguments.seconds or PARTS[name].seconds)
+        good &= run_part(name, cases, setup, results, begun, end)
     return 0 if good else 1
 
 
@@ -85,14 +94,13 @@ def describe_machine() -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_part(name: str, cases: list[Case], setup: Setup, results: Results, seconds: float) -> bool:
-    """Run the cases until the budget is spent; return whether all rows are good."""
-    begun = time.monotonic()
+def run_part(name: str, cases: list[Case], setup: Setup, results: Results, begun: float, end: float) -> bool:
+    """Run the cases until ``end``, of the monotonic clock; return whether all rows are good."""
     results.begin(name)
     seen: list[Row] = []
 
     def attempt(case: Case) -> list[Row]:
-        left = seconds - (time.monotonic() - begun)
+        left = end - time.monotonic()
         if left < LEAST_SECONDS:
             return [{"case": case.name, "status": "left out", "said": ["the part's time is spent"]}]
         return run_case(case, setup, left)
@@ -103,7 +111,7 @@ def run_part(name: str, cases: list[Case], setup: Setup, results: Results, secon
         results.add(name, rows, spent)
         for row in rows:
             said = row.get("problem") or (row.get("said") or [""])[-1]
-            print(f"[{name}, {spent:.0f} of {seconds:.0f} s] {row['case']}: {row['status']} {said}", flush=True)
+            print(f"[{name}, {spent:.0f} of {end - begun:.0f} s] {row['case']}: {row['status']} {said}", flush=True)
 
     jobs = PARTS[name].jobs
     beside = [case for case in cases if not case.alone]

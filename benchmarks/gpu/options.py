@@ -78,7 +78,8 @@ def cases(setup: Setup) -> list[Case]:
         more = [small(one) for one in text.split()] if setup.rehearses else text.split()
         needs_gpu = any(key in text for key in GPU_ONLY)
         limit = 150 if "compile=true" in text else 75
-        made.append(train(name, *COMMON, *sizes, *more, seconds=limit, needs_gpu=needs_gpu, alone=False))
+        made.append(train(name, *COMMON, *sizes, *more, seconds=limit, needs_gpu=needs_gpu, alone=False,
+                          environment={"TORCHINDUCTOR_COMPILE_THREADS": "4"}))  # fmt: skip
     return made
 
 

@@ -27,12 +27,12 @@ def cases(setup: Setup) -> list[Case]:
     large = TINY if setup.rehearses else ("model=gpt774m", *batch(8))
     return [
         worker("decoding", "decoding", *small, seconds=75, needs_gpu=False),
-        worker("signals", "signals", *small, seconds=75, needs_gpu=False),
+        worker("signals", "signals", *small, seconds=120, needs_gpu=False),
         train("real out of memory", *whole, *COMMON, *NO_SAVES, "loop.max_steps=2", seconds=90, read=read_halving),
         train("accumulation=auto", *model, *COMMON, *NO_SAVES, "loop.max_steps=2", *auto, seconds=90, needs_gpu=False),
-        *(case for name, of in PLANNED.items() for case in planned(name, *of, setup)),
         train("checkpoint stall", *large, *COMMON, "loop.max_steps=18", "checkpoint.every_steps=6",
               "checkpoint.keep_last=1", seconds=120, needs_gpu=False, read=read_stall),
+        *(case for name, of in PLANNED.items() for case in planned(name, *of, setup)),
     ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The script of the first half hour: whatever a case does becomes a row, and the budget holds."""
 
 import re
+import time
 import tomllib
 from pathlib import Path
 
@@ -79,12 +80,12 @@ def test_metrics_of_a_run_complete_its_row(tmp_path: Path) -> None:
 def test_budget_of_a_part_ends_it_and_its_rows_are_written(setup: Setup, tmp_path: Path) -> None:
     results = Results(tmp_path / "results", dict(MACHINE), rehearses=True)
     cases = [python("pass"), python("1/0")]
-    assert not script.run_part("checks", cases, setup, results, 60)
+    assert not script.run_part("checks", cases, setup, results, time.monotonic(), time.monotonic() + 60)
     text = results.path.with_suffix(".md").read_text()
     assert "1 of 2 rows are good" in text
     assert "ZeroDivisionError" in text
     again = Results(tmp_path / "results", dict(MACHINE), rehearses=True)
-    assert script.run_part("options", cases, setup, again, 0)  # no time: left out
+    assert script.run_part("options", cases, setup, again, time.monotonic(), time.monotonic())  # no time: left out
     assert {row["status"] for row in again.content["parts"]["options"]["rows"]} == {"left out"}
     assert len(again.content["parts"]["checks"]["rows"]) == 2  # of the earlier call
 
