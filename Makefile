@@ -1,6 +1,7 @@
 # make train     set everything up and train the laptop recipe on text that ships with Python
 # make test      set everything up and run the tests
 # make setup     set everything up, the extras too
+# make gpu       the first half hour on a GPU: benchmarks/gpu/README.md; 25 minutes at most
 # make torture   hundreds of kills, full disks and flipped bits at random moments: docs/faults.md; some ten minutes
 # make fuzz      thousands of random command lines and damaged run directories: docs/faults.md; minutes
 PYTHON ?= python3
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # a package may hold files for a later Python
 
-.PHONY: setup train test check bench torture fuzz clean
+.PHONY: setup train test check bench gpu torture fuzz clean
 
 setup: $(STAMP)
 
@@ -46,6 +47,10 @@ check: setup
 # BENCH="--nanogpt DIR --modes fp32 bf16" for more: benchmarks/README.md; some ten minutes on two cores
 bench: setup
 	$(BIN)/python -m benchmarks $(BENCH)
+
+# GPU="options --only graphs", GPU="--rehearse" where there is none
+gpu: setup
+	$(BIN)/python -m benchmarks.gpu $(GPU)
 
 # TORTURE="--kills 500 --seed 1" for another one
 torture: setup

@@ -1,7 +1,8 @@
-"""Fixtures that every part uses: nothing of the user's machine is touched, GPU tests skip without a GPU."""
+"""Fixtures that every part uses: nothing of the user's machine is touched; a GPU is only for ``pytest -m gpu``."""
 
 import gc
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,21 @@ import torch
 TEXT = Path(__file__).parent.parent / "data"
 CORES = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 2)  # what tests may use at most
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from this process and its subprocesses, unless tests marked gpu are asked for.
+
+    Tests that compare bits, or a CPU's kernels, then hold on every machine.  torch has not looked for a GPU yet.
+    """
+    if not wants_gpu(config.option.markexpr):
+        for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+            os.environ[name] = ""
+
+
+def wants_gpu(markers: str) -> bool:
+    """Return whether the expression of ``-m`` selects tests marked gpu."""
+    return re.search(r"(?<!not )\bgpu\b", markers) is not None
 
 
 @pytest.fixture(scope="session", autouse=True)

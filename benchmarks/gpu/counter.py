@@ -82,6 +82,7 @@ class LaunchCounter(TorchDispatchMode):
         super().__init__()
         self.work = Work()
         self.region = False  # within a compiled function
+        self.is_finite: bool | None = True  # None: the next answer is that to "is the step to be refused?"
         self.fused = 0  # operations of the compiled function that need no library
 
     def take(self) -> Work:
@@ -97,8 +98,7 @@ class LaunchCounter(TorchDispatchMode):
             kwargs["device"] = torch.device("cuda", 0)
         name = function._schema.name.split("::")[-1]
         if function is aten._local_scalar_dense.default:  # .item(): there is no data to read
-            self.work.waits[name] += 1
-            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].dtype.is_floating_point else 1)
+            return self.answer(args[0])
         result = function(*args, **kwargs)
         if function.namespace in ("prim", "profiler") or name in FREE or function.is_view:
             return result
@@ -109,6 +109,15 @@ class LaunchCounter(TorchDispatchMode):
         else:
             self.work.add(name, *traffic(function, name, args, kwargs, result))
         return result
+
+    def answer(self, tensor: Tensor) -> bool | int | float:
+        """The value of a tensor without data."""
+        if tensor.device.type == "cuda":
+            self.work.waits["item"] += 1
+            if self.is_finite is None:
+                self.is_finite = True
+                return 0.0
+        return {torch.bool: True}.get(tensor.dtype, 1.0 if tensor.dtype.is_floating_point else 1)
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``function``, counted as if compiled."""

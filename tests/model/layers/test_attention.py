@@ -124,7 +124,7 @@ def test_flex_attention_is_for_gpus() -> None:
     assert kernel_for(torch.zeros(1, 8, dtype=torch.long), 64, 0.0) is Kernel.sdpa
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks_on_a_gpu_give_what_a_mask_gives(dtype: torch.dtype, biased: bool) -> None:
