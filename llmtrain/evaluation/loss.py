@@ -58,7 +58,7 @@ def evaluate(
                 with (
                     nullcontext() if len(part) == batch_size else unit.eager()
                 ):  # the last batch may be smaller: not compiled for that
-                    sums, counts = unit.score(batch)
+                    sums, counts = unit.score(unit.fit_shape(batch))
                 for name, total in sums.items():
                     totals[name] = totals.get(name, torch.zeros((), dtype=torch.float64, device=device)) + total
                     targets[name] = targets.get(name, 0) + batch.counts[name]

@@ -136,8 +136,7 @@ class GPT(LanguageModel):
         mask = attention_mask(length, past, ids.device, starts=starts, kernel=kernel)
         x = self.dropout(self.token_embedding(ids) + self.position_embedding(positions))
         if cache is None:
-            for block in self.callable_blocks:
-                x = block(x, None, mask)
+            x = self.run_blocks(x, [(None, mask)] * self.num_layers)
         else:
             for layer, block in enumerate(self.blocks):
                 x = block(x, cache.layer(layer), mask)

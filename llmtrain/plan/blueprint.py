@@ -62,4 +62,7 @@ class Blueprint:
         )  # fmt: skip
         unit.plan_for(planned_for)
         unit.train()
-        return Step(unit, self.settings.optimizer.build(unit), self.precision, self.micro_batch_size, timer=timer)
+        return Step(
+            unit, self.settings.optimizer.build(unit), self.precision, self.micro_batch_size, timer=timer,
+            keeps_gradients=self.settings.runtime.cuda_graphs,
+        )  # fmt: skip

@@ -14,8 +14,6 @@ from llmtrain.data import Rows
 from llmtrain.metrics import read_metrics
 from llmtrain.run.autotune import largest_that_fits
 from llmtrain.run.session import fits, tune
-from llmtrain.train.compilation import compiling_pays
-from llmtrain.train.rehearsal import Rehearsal
 from llmtrain.train.state import TrainState
 from llmtrain.train.step import Step
 from tests.helpers.cli import llmtrain
@@ -73,19 +71,6 @@ def step_of(parts: Parts) -> Step:
     return Step(parts.unit, parts.optimizer, parts.precision, 4)
 
 
-def test_a_rehearsal_leaves_nothing_behind() -> None:
-    run, parts = assembled("model.dropout=0.1")
-    parts.unit.eval()
-    before = torch.get_rng_state()
-    weights = {name: tensor.clone() for name, tensor in parts.unit.state_dict().items()}
-    step = step_of(parts)
-    Rehearsal(step, run.objective, parts.device, run.data.sequence_length)(3, evaluates=True)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(parameter.grad is None for parameter in parts.unit.parameters())
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in parts.unit.state_dict().items())
-    assert not parts.unit.training
-
-
 def test_auto_takes_all_at_once_where_there_is_room(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     same = ("loop.max_steps=2", "loop.eval_every=0", "runtime.num_threads=1")
@@ -124,13 +109,6 @@ def test_auto_does_not_compile_a_short_run() -> None:
     assert state.compiled is False
     assert parts.unit.model.compiled_blocks is None
     assert events == []
-
-
-def test_compiling_pays_on_a_gpu_for_a_long_run() -> None:
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert compiling_pays(gpu, 241.0)  # ten minutes at 40% of the device's rate
-    assert not compiling_pays(gpu, 239.0)
-    assert not compiling_pays(cpu, 1e6)
 
 
 @needs_compiler
