@@ -111,6 +111,24 @@ def test_auto_does_not_compile_a_short_run() -> None:
     assert events == []
 
 
+@pytest.mark.gpu
+def test_a_size_found_on_a_gpu_fits_and_the_peak_is_that_of_the_run(tmp_path: Path) -> None:
+    total, limit = torch.cuda.get_device_properties(0).total_memory, 3 << 30
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(limit / total)
+    try:
+        run_dir = tmp_path / "run"
+        Run.compose(*TINY, "model=laptop_gpt2", "precision=bf16", "accumulation=auto", "accumulation.batch_size=2048",
+                    "loop.max_steps=3", "loop.eval_every=3", f"run_dir={run_dir}").train()  # fmt: skip
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    (event,) = of_run(run_dir, "micro_batch")
+    assert 1 < event["micro_batch_size"] < 2048
+    assert not of_run(run_dir, "out_of_memory")
+    peaks = [row["memory_bytes"] for row in read_metrics(run_dir / "metrics.jsonl") if "memory_bytes" in row]
+    assert max(peaks) < limit
+
+
 @needs_compiler
 @pytest.mark.slow
 def test_resume_keeps_the_decision_to_compile() -> None:
