@@ -23,11 +23,12 @@ class MemoryLimit(TorchDispatchMode):
         for tensor in tree_iter((args, kwargs)):
             if isinstance(tensor, Tensor):  # from before the context: not counted, also if the result shares its memory
                 self._add(tensor.untyped_storage(), 0)
+        before = self.live
         result = function(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 self._add(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
-        if self.live > self.limit:
+        if self.live > max(self.limit, before):  # an operation that takes no memory runs in a full device as well
             raise torch.OutOfMemoryError(f"CUDA out of memory. {self.live} bytes of {self.limit}")
         self.peak = max(self.peak, self.live)
         return result
