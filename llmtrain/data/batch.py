@@ -5,12 +5,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmtrain.base.constants import IGNORE as IGNORE
 from llmtrain.data.sequences import Rows
 
 PADDING_MULTIPLE = 64  # rows are padded to multiples of it: few shapes, for the kernels and for torch.compile
+SHORTEST_COMPILED = 32  # tokens of the shortest rows that code is compiled for
 SHORT_MULTIPLE = 8  # short rows are padded to multiples of this, or they would be mostly padding
 
 
@@ -18,6 +20,16 @@ def padded(length: int, longest: int) -> int:
     """The padded length of rows of at most ``length`` tokens; ``longest`` is the limit."""
     multiple = SHORT_MULTIPLE if length <= PADDING_MULTIPLE else PADDING_MULTIPLE
     return min(-(-length // multiple) * multiple, longest)
+
+
+def widened(length: int, longest: int) -> int:
+    """The length that compiled code runs rows of ``length`` tokens at: the next power of 2, or three quarters of it.
+
+    Ten lengths up to 1,024 where :func:`padded` has 23, for a tenth more tokens on average.
+    """
+    power = max(1 << (length - 1).bit_length(), SHORTEST_COMPILED)
+    three_quarters = 3 * power // 4
+    return min(three_quarters if length <= three_quarters and power > PADDING_MULTIPLE else power, longest)
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,15 @@ class Batch:
                 part = part[:, : padded(max(lengths[name], default=1), tensor.shape[1])]
             tensors[name] = part
         return replace(self, tensors=tensors, lengths=lengths)
+
+    def widen(self, longest: int) -> "Batch":
+        """The same rows padded to one of few lengths, for code that is compiled for each; at most ``longest``."""
+        tensors = dict(self.tensors)
+        for name in self.lengths:
+            missing = widened(tensors[name].shape[1], longest) - tensors[name].shape[1]
+            if missing > 0:
+                tensors[name] = F.pad(tensors[name], (0, missing), value=IGNORE if name == "targets" else 0)
+        return replace(self, tensors=tensors)
 
     def split(self, size: int) -> Iterator["Batch"]:
         """Parts of ``size`` sequences each, in order; the last may be smaller."""

@@ -59,7 +59,7 @@ def evaluate(
                 with (
                     nullcontext() if batch.sequences == batch_size else unit.eager()
                 ):  # the last batch may be smaller: not compiled for that
-                    sums, counts = unit.score(batch)
+                    sums, counts = unit.score(unit.fit_shape(batch))
                 for name, total in sums.items():
                     if name not in totals:
                         totals[name] = torch.zeros((), dtype=torch.float64, device=device)

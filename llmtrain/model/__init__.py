@@ -32,8 +32,10 @@ class LanguageModel(nn.Module, ABC):
     padded_vocab_size: int
     context_length: int
     num_layers: int
-    blocks: nn.ModuleList  # alike, one after the other; compiled, and recomputed in backward, one at a time
-    compiled_blocks: Sequence[Callable[..., Tensor]] | None = None  # run in place of ``blocks`` where there is no cache
+    blocks: nn.ModuleList  # alike, one after the other; recomputed in backward one at a time
+    # run in place of ``blocks`` where there is no cache, once they have been compiled: one by one, or in one graph
+    compiled_blocks: Sequence[Callable[..., Tensor]] | None = None
+    compiled_stack: Callable[[Tensor, Sequence[tuple[Any, ...]]], Tensor] | None = None
     logit_bias: Tensor | None  # a buffer, see :attr:`head_bias`
     logit_softcap: float | None  # logits are capped smoothly to within this: cap * tanh(logits / cap)
     has_low_residual = False  # see :meth:`lower_residual`
@@ -67,27 +69,50 @@ class LanguageModel(nn.Module, ABC):
         low = autocast_dtype(embedded) if self.has_low_residual else None
         return embedded if low is None else embedded.to(low)
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, *, as_one: bool = False) -> None:
         """Run the blocks compiled from now on, except with a cache and within :meth:`eager`.
 
-        One compilation serves all: they are alike, so that the time does not depend on the depth.
+        One compilation serves all: they are alike, so that the time does not depend on the depth.  With ``as_one`` they
+        are compiled into one graph, whose kernels reach from a block into the next, in a time that grows with the
+        depth; running it raises an error of torch's if a block cannot be traced as a whole.
         """
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
-        self.compiled_blocks = [torch.compile(block, dynamic=False) for block in self.blocks]
+        allow_variants()
+        if as_one:
+            self.compiled_stack = torch.compile(self._run_uncompiled, dynamic=False, fullgraph=True)
+        else:
+            self.compiled_blocks = [torch.compile(block, dynamic=False) for block in self.blocks]
+
+    def undo_compilation(self) -> None:
+        """Run the blocks uncompiled from now on."""
+        self.compiled_blocks = self.compiled_stack = None
 
     @contextmanager
     def eager(self) -> Iterator[None]:
         """Run the blocks uncompiled within the context."""
-        compiled, self.compiled_blocks = self.compiled_blocks, None
+        compiled = self.compiled_blocks, self.compiled_stack
+        self.undo_compilation()
         try:
             yield
         finally:
-            self.compiled_blocks = compiled
+            self.compiled_blocks, self.compiled_stack = compiled
 
-    @property
-    def callable_blocks(self) -> Sequence[Callable[..., Tensor]]:
-        """The blocks as :meth:`hidden` calls them without a cache: compiled where they have been."""
-        return self.blocks if self.compiled_blocks is None else self.compiled_blocks  # type: ignore[return-value]
+    def run_blocks(self, x: Tensor, arguments: Sequence[tuple[Any, ...]]) -> Tensor:
+        """Run the blocks on ``x`` ``(batch, sequence, hidden)``, compiled where they have been; for :meth:`hidden`.
+
+        ``arguments`` of each block: those after ``x``, without a cache.
+        """
+        if self.compiled_stack is not None:
+            return self.compiled_stack(x, arguments)
+        if self.compiled_blocks is None:
+            return self._run_uncompiled(x, arguments)
+        for block, more in zip(self.compiled_blocks, arguments, strict=True):
+            x = block(x, *more)
+        return x
+
+    def _run_uncompiled(self, x: Tensor, arguments: Sequence[tuple[Any, ...]]) -> Tensor:
+        for block, more in zip(self.blocks, arguments, strict=True):
+            x = block(x, *more)
+        return x
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
         """Logits ``(batch, sequence, padded_vocab_size)`` for the token after each of ``ids`` ``(batch, sequence)``.
@@ -199,6 +224,11 @@ class ModelConfig(Option, ABC):
         if device.type != "meta":
             model.initialise(generator)
         return model
+
+
+def allow_variants() -> None:
+    """Have torch's compiler make a variant for each of the few shapes, where it would give up after eight."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
 
 
 def nearest_divisor(number: int, wanted: int) -> int:

@@ -138,8 +138,7 @@ class GPT(LanguageModel):
         embedded = self.token_embedding(ids) + self.position_embedding(positions)
         x = self.dropout(self.residual_stream(embedded))
         if cache is None:
-            for block in self.callable_blocks:
-                x = block(x, None, mask)
+            x = self.run_blocks(x, [(None, mask)] * self.num_layers)
         else:
             for layer, block in enumerate(self.blocks):
                 x = block(x, cache.layer(layer), mask)

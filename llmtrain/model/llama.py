@@ -254,8 +254,8 @@ class Llama(LanguageModel):
         masks = self._masks(ids, cache, starts)
         x = self.dropout(self.residual_stream(self.token_embedding(ids)))
         if cache is None:
-            for layer, block in enumerate(self.callable_blocks):
-                x = block(x, None, masks[self.config.window(layer)], rotation)
+            windows = map(self.config.window, range(self.num_layers))
+            x = self.run_blocks(x, [(None, masks[window], rotation) for window in windows])
         else:
             for layer, block in enumerate(self.blocks):
                 x = block(x, cache.layer(layer), masks[self.config.window(layer)], rotation)

@@ -9,7 +9,7 @@ plan all call that unit and nothing else.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llmtrain.base.options import Option
 from llmtrain.data import IGNORE, Batch, Collate, Rows
-from llmtrain.model import LanguageModel
+from llmtrain.model import LanguageModel, allow_variants
 
 MODEL = "model."  # prefix of the model's own parameters in a unit
 
@@ -40,6 +40,7 @@ class TrainingUnit(nn.Module, ABC):
         self.model = model
         self.has_base = False
         self._graphed = False
+        self._longest: int | None = None  # tokens of a row at most, where rows are padded for the compiler
 
     @abstractmethod
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -118,13 +119,18 @@ class TrainingUnit(nn.Module, ABC):
 
     # --- transformations --------------------------------------------------------------------------------------------
 
-    def compile_blocks(self) -> None:
-        """Compile the model's blocks from now on, one compilation for all of them: they are alike."""
-        self.model.compile_blocks()
+    def compile_blocks(self, *, as_one: bool = False, longest: int | None = None) -> None:
+        """Compile the model's blocks, see :meth:`LanguageModel.compile_blocks`.
 
-    def compile_whole(self) -> None:
+        ``longest``: tokens of a row at most, for data whose rows are of different lengths; None: all have the same.
+        """
+        self.model.compile_blocks(as_one=as_one)
+        self._longest = longest
+
+    def compile_whole(self, *, longest: int | None = None) -> None:
         """Compile the whole unit and launch its kernels as CUDA graphs, one for each shape."""
-        self._graphed = True
+        allow_variants()
+        self._graphed, self._longest = True, longest
         self.compile(dynamic=False, mode="reduce-overhead")
 
     def compile_loss(self) -> None:
@@ -132,17 +138,28 @@ class TrainingUnit(nn.Module, ABC):
 
     def undo_compilation(self) -> None:
         """Run the model uncompiled from now on."""
-        self.model.compiled_blocks = None
-        self._graphed, self._compiled_call_impl = False, None
+        self.model.undo_compilation()
+        self._graphed, self._compiled_call_impl, self._longest = False, None, None
 
     @contextmanager
     def eager(self) -> Iterator[None]:
         """Run uncompiled within the context, for batches with shapes that come once."""
-        with ExitStack() as stack:
-            stack.enter_context(self.model.eager())
-            if self._graphed:
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            yield
+        before = self._graphed, self._compiled_call_impl, self._longest
+        self._graphed, self._compiled_call_impl, self._longest = False, None, None
+        try:
+            with self.model.eager():
+                yield
+        finally:
+            self._graphed, self._compiled_call_impl, self._longest = before
+
+    def forget_graphs(self) -> None:
+        """Drop the CUDA graphs and their memory, for batches of another shape; a failed recording is not reused."""
+        if self._graphed:
+            torch.compiler.reset()
+
+    def fit_shape(self, batch: Batch) -> Batch:
+        """Pad the rows of ``batch`` to one of few lengths if the unit is compiled, once for each shape."""
+        return batch if self._longest is None else batch.widen(self._longest)
 
     def plan_for(self, device_type: str) -> None:
         """Split work as on a device of that type, wherever the tensors are: for tracing a step without data."""

@@ -64,4 +64,7 @@ class Blueprint:
         if self.settings.runtime.compile is not False:
             unit.compile_loss()
         unit.train()
-        return Step(unit, self.settings.optimizer.build(unit), self.precision, self.micro_batch_size, timer=timer)
+        return Step(
+            unit, self.settings.optimizer.build(unit), self.precision, self.micro_batch_size, timer=timer,
+            keeps_gradients=self.settings.runtime.cuda_graphs,
+        )  # fmt: skip

@@ -267,7 +267,7 @@ def _record_step(
         else:
             step.optimizer.step()
     recorder.limit = None
-    step.optimizer.zero_grad(set_to_none=True)
+    step.drop_gradients()
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -51,7 +51,8 @@ def fit_micro_batch(
     """
     start = time.perf_counter()
     is_gpu = rehearsal.device.type == "cuda"
-    found = largest_that_fits(batch_size, partial(fits_on_gpu, rehearsal) if is_gpu else fits_on_host)
+    fits = partial(fits_on_device, rehearsal, batch_size, spare_bytes(rehearsal.device)) if is_gpu else fits_on_host
+    found = largest_that_fits(batch_size, fits)
     if found is None:
         raise ValueError(
             "accumulation=auto: not even one sequence at a time fits into memory; `llmtrain plan` with the same "
@@ -66,19 +67,25 @@ def fit_micro_batch(
             "message": f"{message} ({how} in {duration(seconds)})"}  # fmt: skip
 
 
-def fits_on_gpu(rehearsal: Rehearsal, batch_size: int) -> bool:
-    """Try a micro-batch of ``batch_size`` sequences; return whether the GPU has memory for it."""
-    device = rehearsal.device
+def spare_bytes(device: torch.device) -> int:
+    """The memory of a GPU that is kept free while sizes are tried."""
+    return int(SPARE * torch.cuda.get_device_properties(device).total_memory)
+
+
+def fits_on_device(rehearsal: Rehearsal, batch_size: int, spare: int, micro_batch_size: int) -> bool:
+    """Try a step of ``batch_size`` sequences in such micro-batches; return whether the device has memory for it.
+
+    ``spare`` bytes are taken meanwhile.
+    """
     try:
-        spare = torch.empty(
-            int(SPARE * torch.cuda.get_device_properties(device).total_memory), dtype=torch.uint8, device=device
-        )
-        rehearsal(batch_size)
-        del spare
+        taken = torch.empty(spare, dtype=torch.uint8, device=rehearsal.device)
+        rehearsal(micro_batch_size, batch_size)
+        del taken
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         return False
     finally:
-        torch.cuda.empty_cache()
+        if rehearsal.device.type == "cuda":
+            torch.cuda.empty_cache()
     return True

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from llmtrain.activation_checkpointing.none import KeepAll
 from llmtrain.base.device import available_memory, peak_flops, peak_memory
 from llmtrain.base.files import AppendedFile, write_atomically
 from llmtrain.base.run_files import CONFIG
@@ -208,7 +209,8 @@ def make_profiler(run: RunConfig, parts: Parts, directory: RunDirectory, state: 
 def make_step(run: RunConfig, parts: Parts, state: TrainState, log: RunLog) -> Step:
     """The step, with the size of micro-batch that the state holds, if any."""
     size = state.micro_batch_of(run.accumulation.micro_batch_size)
-    return Step(parts.unit, parts.optimizer, parts.precision, size, timer=log.timer)
+    graphs = run.runtime.cuda_graphs
+    return Step(parts.unit, parts.optimizer, parts.precision, size, timer=log.timer, keeps_gradients=graphs)
 
 
 def make_saver(run: RunConfig, directory: RunDirectory, parts: Parts) -> Saver:
@@ -271,7 +273,10 @@ def tune(run: RunConfig, parts: Parts, step: Step, state: TrainState, peak_flops
     """
     if run.runtime.compile is not False:  # in short runs as well: the kernel takes seconds to compile
         parts.unit.compile_loss()
-    rehearsal = Rehearsal(step, run.objective, parts.device, run.data.sequence_length, run.data.packs)
+    evaluates = run.loop.eval_every > 0 and parts.corpus.validation is not None
+    rehearsal = Rehearsal(
+        step, run.objective, run.clipping, parts.device, run.data.sequence_length, run.data.packs, evaluates
+    )
     events = []
     if run.accumulation.is_probed and state.micro_batch_size is None:
         fits_on_host = partial(fits, run, parts)
@@ -280,9 +285,14 @@ def tune(run: RunConfig, parts: Parts, step: Step, state: TrainState, peak_flops
     batch = parts.length.batch_size_at(state.step, state.tokens)
     tokens = parts.length.place_from(Place(state.step, state.position, state.tokens)).tokens - state.tokens
     flops = tokens * parts.unit.flops_per_token(parts.corpus.train.attended_length)
-    evaluates = run.loop.eval_every > 0 and parts.corpus.validation is not None
-    settings = CompileSettings(run.runtime.compile, run.runtime.cuda_graphs, evaluates, flops / peak_flops)
-    compiled = compile_unit(rehearsal, settings, state, min(step.micro_batch_size, batch))
+    settings = CompileSettings(
+        run.runtime.compile, run.runtime.cuda_graphs, flops / peak_flops,
+        pads=parts.corpus.train.mean_length < run.data.sequence_length,
+        recomputes=not isinstance(run.activation_checkpointing, KeepAll),
+    )  # fmt: skip
+    compiled = compile_unit(rehearsal, settings, state, min(step.micro_batch_size, batch), batch)
+    if parts.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(parts.device)  # the run's peak, not that of trials, which may have failed
     if reason := slow_attention_reason(parts.device, parts.precision.dtype):
         message = f"torch's kernel: {reason}; training is slower with it on this CPU"
         events.append({"event": "attention", "step": state.step, "message": message})

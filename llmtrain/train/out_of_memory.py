@@ -25,10 +25,18 @@ TEXTS = re.compile(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether ``error`` says that the device or the host had no memory for a tensor, a workspace or a kernel."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and TEXTS.search(str(error)) is not None
+    """Return whether ``error`` says that the device or the host had no memory for a tensor, a workspace or a kernel.
+
+    So does one that was raised because of such an error, as the end of a CUDA graph's recording is.
+    """
+    chained: BaseException | None = error
+    while chained is not None:
+        if isinstance(chained, torch.OutOfMemoryError):
+            return True
+        if isinstance(chained, RuntimeError) and TEXTS.search(str(chained)):
+            return True
+        chained = chained.__cause__ or chained.__context__
+    return False
 
 
 def halve_on_out_of_memory(

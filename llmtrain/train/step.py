@@ -41,6 +41,10 @@ class Step:
     """The gradients and the update of one optimizer step; the same for training, its rehearsal and its plan.
 
     The host only launches work here: it never waits for the device.
+
+    ``keeps_gradients`` is for CUDA graphs.  What a graph returns lies in memory that its next run overwrites
+    (torch/_inductor/cudagraph_trees.py), so ``p.grad`` must exist before a graph runs: then autograd adds to it in
+    place.  The tensors are made here and zeroed after each step.  Otherwise gradients are freed, which saves memory.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Step:
         *,
         timer: Timer | None = None,
         on_halved: Callable[[int, str], None] = lambda size, message: None,
+        keeps_gradients: bool = False,
     ) -> None:
         self.unit = unit
         self.optimizer = optimizer
@@ -60,6 +65,10 @@ class Step:
         self.timer: Timer = timer or NoTimer()
         self.on_halved = on_halved  # called with the new size and the error's message
         self.weights = unit.trained_weights()
+        self.keeps_gradients = keeps_gradients
+        if keeps_gradients:
+            for _, weight in self.weights:
+                weight.grad = torch.zeros_like(weight)
 
     def gradients(self, batch: Batch) -> StepLoss:
         """Run forward and backward of every micro-batch, in smaller ones when memory runs out; unscale the gradients.
@@ -83,7 +92,7 @@ class Step:
         parts: dict[str, Tensor] = {}
         for micro_batch in micro_batches:
             with self.precision.autocast():
-                loss, losses = mean_losses(self.unit, micro_batch)
+                loss, losses = mean_losses(self.unit, self.unit.fit_shape(micro_batch))
             self.timer.mark("forward")
             self.precision.scale(loss).backward()
             self.timer.mark("backward")
@@ -96,7 +105,8 @@ class Step:
 
     def _halve(self, size: int, message: str) -> None:
         """Drop the gradients and halve the micro-batch, for this step, which starts again, and all that follow."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.drop_gradients()
+        self.unit.forget_graphs()
         self.timer.mark("other")
         self.micro_batch_size = size
         self.on_halved(size, message)
@@ -110,4 +120,11 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_multiplier"]
         update(self.optimizer, skipped, divisor)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """Free the gradients, or zero them where they are kept."""
+        if self.keeps_gradients:
+            torch._foreach_zero_([weight.grad for _, weight in self.weights if weight.grad is not None])
+        else:
+            self.optimizer.zero_grad(set_to_none=True)

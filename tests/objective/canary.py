@@ -38,9 +38,7 @@ class Encoder(LanguageModel):
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
         x = self.token_embedding(ids) + self.position_embedding(torch.arange(ids.shape[1], device=ids.device))
-        for block in self.callable_blocks:
-            x = block(x)
-        return x
+        return self.run_blocks(x, [()] * self.num_layers)
 
     @property
     def head_weight(self) -> Tensor:

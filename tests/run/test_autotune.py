@@ -15,8 +15,6 @@ from llmtrain.metrics import read_metrics
 from llmtrain.objective.causal import CausalUnit
 from llmtrain.run.autotune import largest_that_fits
 from llmtrain.run.session import fits, tune
-from llmtrain.train.compilation import compiling_pays
-from llmtrain.train.rehearsal import Rehearsal
 from llmtrain.train.state import TrainState
 from llmtrain.train.step import Step
 from tests.helpers.cli import llmtrain
@@ -82,19 +80,6 @@ def test_the_loss_is_compiled_where_there_is_a_gpu_unless_compiling_is_off(setti
     assert parts.unit.chunking.is_compiled == is_compiled
 
 
-def test_a_rehearsal_leaves_nothing_behind() -> None:
-    run, parts = assembled("model.dropout=0.1")
-    parts.unit.eval()
-    before = torch.get_rng_state()
-    weights = {name: tensor.clone() for name, tensor in parts.unit.state_dict().items()}
-    step = step_of(parts)
-    Rehearsal(step, run.objective, parts.device, run.data.sequence_length)(3, evaluates=True)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(parameter.grad is None for parameter in parts.unit.parameters())
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in parts.unit.state_dict().items())
-    assert not parts.unit.training
-
-
 def test_auto_takes_all_at_once_where_there_is_room(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     same = ("loop.max_steps=2", "loop.eval_every=0", "runtime.num_threads=1")
@@ -135,11 +120,22 @@ def test_auto_does_not_compile_a_short_run() -> None:
     assert events == []
 
 
-def test_compiling_pays_on_a_gpu_for_a_long_run() -> None:
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert compiling_pays(gpu, 241.0)  # ten minutes at 40% of the device's rate
-    assert not compiling_pays(gpu, 239.0)
-    assert not compiling_pays(cpu, 1e6)
+@pytest.mark.gpu
+def test_a_size_found_on_a_gpu_fits_and_the_peak_is_that_of_the_run(tmp_path: Path) -> None:
+    total, limit = torch.cuda.get_device_properties(0).total_memory, 3 << 30
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(limit / total)
+    try:
+        run_dir = tmp_path / "run"
+        Run.compose(*TINY, "model=laptop_gpt2", "precision=bf16", "accumulation=auto", "accumulation.batch_size=2048",
+                    "loop.max_steps=3", "loop.eval_every=3", f"run_dir={run_dir}").train()  # fmt: skip
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    (event,) = of_run(run_dir, "micro_batch")
+    assert 1 < event["micro_batch_size"] < 2048
+    assert not of_run(run_dir, "out_of_memory")
+    peaks = [row["memory_bytes"] for row in read_metrics(run_dir / "metrics.jsonl") if "memory_bytes" in row]
+    assert max(peaks) < limit
 
 
 @needs_compiler

@@ -89,6 +89,13 @@ def test_other_texts_are_not_taken_for_a_lack_of_memory(text: str) -> None:
     assert not is_out_of_memory(RuntimeError(text))
 
 
+def test_an_error_that_follows_from_a_lack_of_memory_is_one() -> None:
+    follows = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    assert not is_out_of_memory(follows)
+    follows.__context__ = torch.OutOfMemoryError("CUDA out of memory")
+    assert is_out_of_memory(follows)
+
+
 def test_torchs_error_without_memory_on_a_cpu_is_recognised() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
