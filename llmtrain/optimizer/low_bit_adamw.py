@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.base.checks import non_negative
+from llmtrain.base.device import device_type
 from llmtrain.optimizer import Trainable
 from llmtrain.optimizer.adam import build_adam
 from llmtrain.optimizer.adamw import AdamW
@@ -168,7 +169,7 @@ def stretches(parameter: Tensor, *others: Tensor) -> Iterator[tuple[Any, ...]]:
     with one number for each block are (blocks,).
     """
     size = parameter.numel()
-    chunk = CHUNK_ON_CPU if parameter.device.type == "cpu" else CHUNK
+    chunk = CHUNK_ON_CPU if device_type(parameter) == "cpu" else CHUNK
     edges = [*range(0, size - size % BLOCK, chunk), size - size % BLOCK, size]
     for begin, end in pairwise(edges):
         if begin == end:

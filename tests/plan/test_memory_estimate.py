@@ -30,13 +30,13 @@ def blueprint(*overrides: str, vocab_size: int = 257) -> Blueprint:
 
 def largest(trace_of: Blueprint, layers: int | None = None) -> dict[str, int]:
     """The categories at the peak of a full trace."""
-    rows = max((rows for rows in trace_step(trace_of, CPU, layers).timeline()), key=lambda rows: rows.sum(axis=1).max())
+    rows = max((rows for rows in trace_step(trace_of, layers).timeline()), key=lambda rows: rows.sum(axis=1).max())
     return {category.name: int(rows[rows.sum(axis=1).argmax()][category]) for category in Category}
 
 
 def test_weights_gradients_and_state_of_adamw() -> None:
     # 257 bytes are padded to 320 rows: 35,744 parameters + 63 * 32, and 320 values that hide the padding
-    trace = trace_step(blueprint(*SMALL), CPU)
+    trace = trace_step(blueprint(*SMALL))
     update = next(rows for span, rows in zip(trace.spans, trace.timeline(), strict=True) if span.phase is Phase.update)
     parameters = 35_744 + 63 * 32
     assert update[:, Category.weights].max() == 4 * (parameters + 320)
@@ -45,7 +45,7 @@ def test_weights_gradients_and_state_of_adamw() -> None:
 
 
 def test_lion_has_half_of_the_state_and_a_temporary_update() -> None:
-    trace = trace_step(blueprint(*SMALL, "optimizer=lion"), CPU)
+    trace = trace_step(blueprint(*SMALL, "optimizer=lion"))
     update = trace.timeline()[-1]
     assert update[:, Category.optimizer].max() == 4 * (35_744 + 63 * 32)
     # the update is a temporary, and what the gradients become
@@ -109,7 +109,7 @@ def test_the_loss_is_cut_as_on_the_device_planned_for() -> None:
 
 
 def phases(blueprint: Blueprint, gpu: bool) -> list[tuple[Phase, np.ndarray]]:
-    trace = trace_step(blueprint, CPU, planned_for="cuda" if gpu else "cpu")
+    trace = trace_step(blueprint, planned_for="cuda" if gpu else "cpu")
     return [(span.phase, rows) for span, rows in zip(trace.spans, trace.timeline(), strict=True)]
 
 
@@ -179,7 +179,7 @@ def test_the_estimate_is_what_malloc_gives_a_real_step(overrides: tuple[str, ...
 
     measured()  # makes what the libraries keep for good
     taken = statistics.median(measured() for _ in range(3))
-    trace = trace_step(Blueprint(run, run.vocab_size(parts.tokenizer), run.precision.build(CPU), size), CPU)
+    trace = trace_step(Blueprint(run, run.vocab_size(parts.tokenizer), run.precision.build(CPU), size))
     rows = [rows for span, rows in zip(trace.spans, trace.timeline(), strict=True) if span.phase in (
         Phase.forward, Phase.backward)]  # fmt: skip
     held = trace.timeline()[0].sum(axis=1).max()
