@@ -107,13 +107,12 @@ def _restart() -> None:
 
 def prepare_program() -> None:
     """Set up a Python program that trains with :class:`Run`, as the command does; call it before importing torch."""
-    allocator = Allocator.auto.resolve("auto")
-    if allocator is Allocator.tuned:
+    if Allocator.auto.resolve("auto") is Allocator.tuned:
         restart_with_tunables()
-    prepare_process(allocator)
+    prepare_process()
 
 
-def prepare_process(allocator: Allocator = Allocator.tuned) -> None:
+def prepare_process(allocator: Allocator = Allocator.auto) -> None:
     """Set up memory, garbage collection and threads; call it before importing torch.
 
     On a CPU, freshly mapped memory costs a page fault every 4 KiB, a third of a training step and more.  So a tuned
@@ -134,7 +133,7 @@ def prepare_process(allocator: Allocator = Allocator.tuned) -> None:
     if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would write into the display
-    if allocator is Allocator.tuned and is_glibc():
+    if allocator.resolve("auto") is Allocator.tuned and is_glibc():
         import ctypes
 
         mallopt = ctypes.CDLL(None).mallopt  # parameters: malloc.h
