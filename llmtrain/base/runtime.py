@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from llmtrain.base.device import missing_cuda_reason
 from llmtrain.base.options import Option
@@ -93,21 +93,20 @@ class Runtime(Option):
 
         device = self.torch_device()
         threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-        fills = torch.utils.deterministic.fill_uninitialized_memory
+        filling: Any = torch.utils.deterministic  # torch replaces its module by one with this property
+        fills = filling.fill_uninitialized_memory
         torch.set_num_threads(self.num_threads or recorded_threads or default_threads())
         if self.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS creates its first handle
             torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = (
-                False  # every tensor; nothing here reads one unwritten
-            )
+            filling.fill_uninitialized_memory = False  # every tensor; nothing here reads one unwritten
         try:
             with ExitStack() as stack:
                 if device.type == "cuda":  # for what takes the current one: streams, events, kernels of Triton
                     stack.enter_context(torch.cuda.device(device))
                 yield device
         finally:
-            torch.utils.deterministic.fill_uninitialized_memory = fills
+            filling.fill_uninitialized_memory = fills
             torch.set_num_threads(threads)
             if torch.are_deterministic_algorithms_enabled() != deterministic:  # setting it imports torch's compiler
                 torch.use_deterministic_algorithms(deterministic)
