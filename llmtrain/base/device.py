@@ -6,10 +6,12 @@ import functools
 import platform
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtrain.base.gpus import find_gpu
+from llmtrain.base.process import nvidia_gpus
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +32,49 @@ def device_name(device: torch.device) -> str:
         name = models[0] if models else name
     threads = torch.get_num_threads()
     return f"CPU, {name}, {threads} thread{'s' * (threads != 1)}"
+
+
+def missing_cuda_reason() -> str | None:
+    """Say that torch cannot use the NVIDIA GPU of this machine, and the reason; None where there is none to be used."""
+    import torch
+
+    if torch.cuda.is_available() or not nvidia_gpus():
+        return None
+    if torch.version.cuda is None:
+        return (
+            f"this machine has an NVIDIA GPU, but torch {torch.__version__} was installed without CUDA; a build of "
+            "torch with CUDA would use it"
+        )
+    return (
+        f"this machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it, as with a driver that is older "
+        f"than its CUDA {torch.version.cuda}; nvidia-smi shows the driver's"
+    )
+
+
+def unused_gpu_reason() -> str | None:
+    """Say that a run which takes the best device trains on the CPU though there is a GPU; None where there is none."""
+    import torch
+
+    if reason := missing_cuda_reason():
+        return f"training on the CPU: {reason}"
+    if torch.backends.mps.is_available():
+        return "training on the CPU: torch sees an Apple GPU (mps), which this program does not use"
+    if torch.xpu.is_available():
+        return "training on the CPU: torch sees an Intel GPU (xpu), which this program does not use"
+    return None
+
+
+def device_type(tensor: torch.Tensor) -> str:
+    """Return the type of the device that ``tensor`` is on, or stands for.
+
+    A plan traces a step on tensors without data, on a CPU whatever the device planned for; their ``fake_mode`` has the
+    type of that device as ``planned_for``.
+    """
+    import torch
+
+    if torch.compiler.is_compiling():  # the compiler has a mode of its own
+        return tensor.device.type
+    return getattr(getattr(tensor, "fake_mode", None), "planned_for", None) or tensor.device.type
 
 
 def peak_memory(device: torch.device) -> int:
@@ -65,19 +110,30 @@ def available_memory() -> int | None:
     return min(found) if found else None
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s that 100% MFU stands for.
+@dataclass(frozen=True)
+class PeakRate:
+    """The FLOP/s that 100% MFU stands for, and their source."""
 
-    For bf16 and fp16 on a GPU it is the data sheet's; where there is none, and for other types, it is measured.
+    flops: float
+    source: str  # the reason for the number, where it is not the data sheet's of the run's own precision
+
+
+def peak_rate(device: torch.device, precision: str, dtype: torch.dtype) -> PeakRate:
+    """Return the rate of dense matrix products of the run: on a GPU of the table its data sheet's for ``precision``.
+
+    Elsewhere products in ``dtype`` are measured, within some tens of milliseconds.  fp8 on a GPU that the table lacks
+    is measured in bf16, the ``dtype`` beside its 8-bit products.
     """
     import torch
 
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-    if device.type == "cuda" and dtype in names:
+    source = ""
+    if device.type == "cuda":
         gpu = find_gpu(torch.cuda.get_device_name(device))
-        if gpu is not None and names[dtype] in gpu.flops:
-            return gpu.flops[names[dtype]]
-    return _measured_flops(device, dtype, torch.get_num_threads(), torch.get_float32_matmul_precision())
+        if gpu is not None and precision in gpu.flops:
+            return PeakRate(gpu.flops[precision], source)
+        source = "measured in bf16" if precision == "fp8" else "measured"
+    flops = _measured_flops(device, dtype, torch.get_num_threads(), torch.get_float32_matmul_precision())
+    return PeakRate(flops, source)
 
 
 @functools.cache

@@ -6,12 +6,13 @@ Importing this module does not import torch.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from enum import Enum
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from llmtrain.base.device import missing_cuda_reason
 from llmtrain.base.options import Option
 from llmtrain.base.process import Allocator
 from llmtrain.base.threads import default_threads
@@ -20,19 +21,25 @@ if TYPE_CHECKING:
     import torch
 
 
-class Device(Enum):
-    """The device to train on."""
+DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+OTHER_GPUS = {"mps": "an Apple GPU", "xpu": "an Intel GPU"}
 
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
+
+def check_device(device: str) -> None:
+    """Raise ValueError unless ``device`` is auto, cpu, cuda or cuda:N."""
+    if DEVICE.fullmatch(device):
+        return
+    if kind := OTHER_GPUS.get(device.partition(":")[0]):
+        raise ValueError(f"device={device}: {kind} is not supported; take cpu, or auto for the best device that is")
+    hint = "; did you mean cuda?" if device in ("gpu", "nvidia", "hip", "rocm") else ""
+    raise ValueError(f"device={device}: must be one of auto, cpu, cuda, or cuda:1 for the second GPU{hint}")
 
 
 @dataclass(frozen=True)
 class Runtime(Option):
     """The ``runtime`` group."""
 
-    device: Device
+    device: str  # as check_device takes it
     seed: int
     deterministic: bool
     compile: bool | str
@@ -42,6 +49,7 @@ class Runtime(Option):
     allocator: Allocator  # in force before this is built: see llmtrain.cli.start
 
     def __post_init__(self) -> None:
+        check_device(self.device)
         if self.num_threads is not None and self.num_threads < 1:
             raise ValueError(f"num_threads={self.num_threads}: must be at least 1, or null for one per physical core")
         if not 0 <= self.seed < 2**63:
@@ -52,22 +60,31 @@ class Runtime(Option):
             raise ValueError(f"cuda_graphs=true: needs compile=true, not compile={str(self.compile).lower()}")
 
     @classmethod
-    def for_inference(cls, device: Device) -> Self:
+    def for_inference(cls, device: str) -> Self:
         """Build the settings of a program that does not train."""
-        return cls(device, 0, False, False, False, False, None, Allocator.tuned)
+        return cls(device, 0, False, False, False, False, None, Allocator.auto)
 
     def torch_device(self) -> torch.device:
-        """Return the device.  Raises ValueError if this machine does not have it."""
+        """Return the device, a GPU with its number.  Raises ValueError if this machine does not have it."""
         import torch
 
-        if self.device is Device.cuda and not torch.cuda.is_available():
-            raise ValueError("device=cuda: torch sees no CUDA device here; take runtime.device=cpu or auto")
-        use_cuda = self.device is not Device.cpu and torch.cuda.is_available()
-        return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
+        if self.device == "cpu" or (self.device == "auto" and not torch.cuda.is_available()):
+            return torch.device("cpu")
+        if not torch.cuda.is_available():
+            reason = missing_cuda_reason() or "torch sees no CUDA device here"
+            raise ValueError(f"device={self.device}: {reason}; take cpu or auto")
+        _, _, number = self.device.partition(":")
+        count = torch.cuda.device_count()
+        if number and int(number) >= count:
+            there = "one GPU, cuda:0" if count == 1 else f"{count} GPUs, cuda:0 to cuda:{count - 1}"
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            limit = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
+            raise ValueError(f"device={self.device}: torch sees {there}{limit}; take one of these")
+        return torch.device("cuda", int(number) if number else torch.cuda.current_device())
 
     @contextmanager
     def session(self, recorded_threads: int | None = None) -> Iterator[torch.device]:
-        """Set threads and determinism for the duration of a run; yields the device.
+        """Set threads, determinism and the current GPU for the duration of a run; yields the device.
 
         ``recorded_threads``: of the run that continues, which keeps their number unless ``num_threads`` is given: the
         sums of a step depend on it in their last bits.
@@ -76,13 +93,20 @@ class Runtime(Option):
 
         device = self.torch_device()
         threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+        filling: Any = torch.utils.deterministic  # torch replaces its module by one with this property
+        fills = filling.fill_uninitialized_memory
         torch.set_num_threads(self.num_threads or recorded_threads or default_threads())
         if self.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS creates its first handle
             torch.use_deterministic_algorithms(True)
+            filling.fill_uninitialized_memory = False  # every tensor; nothing here reads one unwritten
         try:
-            yield device
+            with ExitStack() as stack:
+                if device.type == "cuda":  # for what takes the current one: streams, events, kernels of Triton
+                    stack.enter_context(torch.cuda.device(device))
+                yield device
         finally:
+            filling.fill_uninitialized_memory = fills
             torch.set_num_threads(threads)
             if torch.are_deterministic_algorithms_enabled() != deterministic:  # setting it imports torch's compiler
                 torch.use_deterministic_algorithms(deterministic)

@@ -132,12 +132,14 @@ def execute(line: CommandLine, values: dict[str, Any], stored: "StoredRun | None
 
 def allocator_of(line: CommandLine, values: dict[str, Any]) -> Allocator:
     """Return the allocator of the config.  Raises :class:`UsageError` if the program was started with another one."""
-    runtime = values.get("runtime")
+    runtime, device = values.get("runtime"), str(values.get("device"))
     if line.verb in OF_A_RUN and runtime is None:
-        return requested_allocator(line.verb, [str(target) for target in line.targets])
-    chosen = runtime.get("allocator") if isinstance(runtime, dict) else None
+        return requested_allocator(line.verb, [*map(str, line.targets), f"device={device}"])
+    if not isinstance(runtime, dict):  # a verb that does not train
+        return Allocator.auto.resolve(device)
+    chosen = str(runtime.get("allocator"))
     if chosen != Allocator.system.value:
-        return Allocator.tuned
+        return Allocator.named(chosen).resolve(str(runtime.get("device")))
     if has_own_tunables():
         raise UsageError("runtime.allocator=system: comes from a file that is read after malloc is set up; give it on "
                          "the command line")  # fmt: skip

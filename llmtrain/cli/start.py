@@ -34,19 +34,26 @@ def split_verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def requested_allocator(verb: str, arguments: Sequence[str]) -> Allocator:
-    """Find ``runtime.allocator`` on the command line, else in the stored config of a target; default: tuned."""
-    matches = [re.fullmatch(r"\+{0,2}runtime\.allocator=['\"]?(\w+)['\"]?", argument) for argument in arguments]
+    """Find ``runtime.allocator`` on the command line, else in the stored config of a target; tuned or system."""
+    device = _requested("device", verb, arguments) or "auto"
+    return Allocator.named(_requested("allocator", verb, arguments)).resolve(device)
+
+
+def _requested(key: str, verb: str, arguments: Sequence[str]) -> str | None:
+    """Find the value of ``key`` of the group ``runtime``; ``verify`` has a ``device`` of its own."""
+    name = key if (verb, key) == ("verify", "device") else rf"\+{{0,2}}runtime\.{key}"
+    matches = [re.fullmatch(rf"{name}=['\"]?([\w:]+)['\"]?", argument) for argument in arguments]
     values = [match[1] for match in matches if match]
-    if not values and verb in OF_A_RUN:
-        values = [value for argument in arguments if (value := _stored_allocator(Path(argument) / CONFIG))]
-    return Allocator.system if values and values[-1] == Allocator.system.value else Allocator.tuned
+    if not values and verb in OF_A_RUN and name != key:
+        values = [value for argument in arguments if (value := _stored(key, Path(argument) / CONFIG))]
+    return values[-1] if values else None
 
 
-def _stored_allocator(config: Path) -> str | None:
+def _stored(key: str, config: Path) -> str | None:
     """Find the value in a stored config without a YAML parser: a run writes two spaces and one key a line."""
     try:
         text = read_text_file(config)
     except (OSError, ValueError):
         return None
-    found = re.search(r"^runtime:\n(?:[ #].*\n|\n)*?  allocator: *['\"]?(\w+)", text, re.MULTILINE)
+    found = re.search(rf"^runtime:\n(?:[ #].*\n|\n)*?  {key}: *['\"]?([\w:]+)", text, re.MULTILINE)
     return found[1] if found else None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.base.checks import non_negative
+from llmtrain.base.device import device_type
 from llmtrain.clipping import Clipping, ClipResult
 
 
@@ -27,7 +28,9 @@ class Gradients:
         """The largest absolute value of an element, 0-dimensional; measured at first use."""
         if not self.tensors:
             return self.norm
-        return torch.stack((_largest_foreach if self.tensors[0].is_cuda else _largest_each)(self.tensors)).amax()
+        return torch.stack(
+            (_largest_each if device_type(self.tensors[0]) == "cpu" else _largest_foreach)(self.tensors)
+        ).amax()
 
     def result(self, clipped: Tensor, divisor: Tensor | None, *, largest: bool) -> ClipResult:
         """The result of clipping these gradients."""
@@ -71,7 +74,7 @@ def measure(parameters: Sequence[tuple[str, nn.Parameter]]) -> Gradients:
     if not tensors:
         zero = torch.zeros((), device=parameters[0][1].device if parameters else None)
         return Gradients(names, with_gradient, tensors, [], zero)
-    norms = (_norms_foreach if tensors[0].is_cuda else _norms_each)(tensors)
+    norms = (_norms_each if device_type(tensors[0]) == "cpu" else _norms_foreach)(tensors)
     return Gradients(names, with_gradient, tensors, norms, torch.linalg.vector_norm(torch.stack(norms)))
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.base.checks import positive
+from llmtrain.base.device import device_type
 from llmtrain.clipping.base import Gradients, MeasuredClipping
 
 
@@ -21,7 +22,7 @@ class NormClipping(MeasuredClipping):
 
     def clip(self, gradients: Gradients) -> tuple[Tensor, Tensor | None]:
         exceeds = gradients.norm > self.max_norm
-        if exceeds.device.type != "cpu":
+        if device_type(exceeds) != "cpu":
             # The update divides while it reads the gradients, which saves a pass over them.  A divisor of exactly 1
             # changes no bit, and the host need not wait to learn which divisor it is.
             return exceeds, self.divisor(gradients.norm)

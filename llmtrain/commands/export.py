@@ -19,7 +19,7 @@ from llmtrain.base.checks import positive
 from llmtrain.base.format import significant, size
 from llmtrain.base.invocation import FAILED, FINISHED, Invocation
 from llmtrain.base.outputs import check_output_directory, naming
-from llmtrain.base.runtime import Device, Runtime
+from llmtrain.base.runtime import Runtime
 from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.config.assemble import build_unit
 from llmtrain.config.exported_text import encoder_of_data, template_of_data, text_files, written_differently
@@ -104,7 +104,7 @@ def main(settings: Export, invocation: Invocation) -> int:
     temporary = to.with_name(f".tmp-{to.name}-{os.getpid()}")
     # On the CPU, which computes in fp32.
     loaded = load_model(
-        checkpoint, Runtime.for_inference(Device.cpu), base=settings.weights.path,
+        checkpoint, Runtime.for_inference("cpu"), base=settings.weights.path,
         tokenizer_path=settings.tokenizer.path, plugins=settings.plugins,
     )  # fmt: skip
     try:

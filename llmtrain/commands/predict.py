@@ -48,6 +48,7 @@ class Predict(InferenceSettings):
     batch_size: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         unicode_text(text=self.text)
         positive(batch_size=self.batch_size)
         if not 0 < self.threshold < 1:

@@ -21,7 +21,7 @@ from llmtrain.base.checks import positive
 from llmtrain.base.format import counted, size, visible
 from llmtrain.base.invocation import FAILED, FINISHED, Invocation
 from llmtrain.base.run_files import CONFIG, MANIFEST
-from llmtrain.base.runtime import Device
+from llmtrain.base.runtime import check_device
 from llmtrain.base.tensor_files import CheckpointError
 from llmtrain.checkpoint.directory import find_checkpoints, step_of
 from llmtrain.checkpoint.format import read_state, verify_checkpoint
@@ -42,12 +42,13 @@ class Verify:
 
     replay_steps: int | None
     tolerance: float
-    device: Device
+    device: str
     weights: MovedFiles
     tokenizer: MovedFiles
     plugins: list[str]
 
     def __post_init__(self) -> None:
+        check_device(self.device)
         if self.replay_steps is not None and self.replay_steps < 0:
             raise ValueError(f"replay_steps={self.replay_steps}: must be 0 (files alone) or more, or null for all")
         positive(tolerance=self.tolerance)

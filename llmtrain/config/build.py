@@ -25,7 +25,6 @@ from llmtrain.config.stored_config import ConfigError, escape
 from llmtrain.config.suggestions import remedy
 
 T = TypeVar("T")
-ALIASES = {"gpu": "cuda"}  # a common name of a value -> its name here
 
 
 def build(node: Mapping[str, Any], base: type[T], *, path: str = "", plugins: Sequence[str] = ()) -> T:
@@ -166,7 +165,7 @@ def _wanted(key: str, hint: Any, value: Any) -> str | None:
         words = f"must be a list, in brackets: '{key}=[{','.join(items)}]'"
     elif isinstance(kind, type) and issubclass(kind, Enum):
         names = [item.name for item in kind]
-        words = f"must be one of {', '.join(names)}{did_you_mean(ALIASES.get(str(value), str(value)), names)}"
+        words = f"must be one of {', '.join(names)}{did_you_mean(str(value), names)}"
     else:
         words = {bool: "must be true or false", int: "must be a whole number", str: "must be a text",
                  float: "must be a number, as in 0.1 or 3e-4"}.get(kind, "")  # fmt: skip

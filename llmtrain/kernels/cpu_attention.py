@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
+from llmtrain.base.device import device_type
 from llmtrain.kernels.build import load
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -95,7 +96,7 @@ def is_available() -> bool:
 
 def supports(tensor: Tensor) -> bool:
     """Return whether the kernel can compute attention of queries ``tensor`` ``(batch, heads, sequence, head_size)``."""
-    return tensor.device.type == "cpu" and _dtype(tensor) == torch.bfloat16 and supports_head_size(tensor.shape[-1])
+    return device_type(tensor) == "cpu" and _dtype(tensor) == torch.bfloat16 and supports_head_size(tensor.shape[-1])
 
 
 def supports_head_size(head_size: int) -> bool:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmtrain.base.device import device_type
+
 LEVELS = 1 << 16  # values of 16 bits: a rate is a multiple of 1 / LEVELS
 
 
@@ -36,7 +38,7 @@ class Dropout(nn.Module):
 
 def is_drawn_here(x: Tensor) -> bool:
     """Return whether :func:`draw_kept`, and not torch's kernels, draws the random numbers for ``x``."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return device_type(x) == "cpu" and not torch.compiler.is_compiling()
 
 
 def draw_kept(shape: torch.Size, rate: float) -> tuple[Tensor, float]:

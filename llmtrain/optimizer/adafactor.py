@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.base.checks import non_negative, positive
+from llmtrain.base.device import device_type
 from llmtrain.optimizer import Trainable, divide_gradients, undone_if
 from llmtrain.optimizer.groups import GroupedOptimizer, parameter_groups
 
@@ -36,7 +37,7 @@ class Adafactor(GroupedOptimizer):
     def build(self, unit: Trainable) -> torch.optim.Optimizer:
         members = self.members(unit)
         # torch's reads norms on the host, which costs nothing on a CPU
-        on_host = all(member.parameter.device.type == "cpu" for member in members)
+        on_host = all(device_type(member.parameter) == "cpu" for member in members)
         optimizer = (torch.optim.Adafactor if on_host else DeviceAdafactor)(
             parameter_groups(members, self.lr),
             beta2_decay=self.beta2_decay,

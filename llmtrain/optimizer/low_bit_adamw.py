@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.base.checks import non_negative
+from llmtrain.base.device import device_type
 from llmtrain.base.trusted_files import prepare_compiler_cache
 from llmtrain.optimizer import Trainable
 from llmtrain.optimizer.adam import build_adam
@@ -98,7 +99,7 @@ class CompactAdamWOptimizer(torch.optim.Optimizer):
         self.update: Callable[..., None] = self._update
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         device = parameters[0].device
-        self.chunk = CHUNK_ON_CPU if device.type == "cpu" else CHUNK
+        self.chunk = CHUNK_ON_CPU if device_type(parameters[0]) == "cpu" else CHUNK
         # a plan's tensors have no data, and no kernel runs on them
         self.is_to_compile = device.type == "cuda" and torch._guards.detect_fake_mode() is None
         names = [name for group in self.param_groups for name in group["names"]]

@@ -14,7 +14,10 @@ from llmtrain.train.step import Step, Timer
 
 @dataclass(frozen=True)
 class Blueprint:
-    """The settings that determine one optimizer step; ``precision`` is the arithmetic of the device planned for."""
+    """The settings that determine one optimizer step.
+
+    ``precision`` is the arithmetic of the device planned for, on the device that the step is traced on.
+    """
 
     settings: RunConfig
     vocab_size: int
@@ -49,13 +52,12 @@ class Blueprint:
         """Blocks of the model; None where its config has no such key."""
         return getattr(self.settings.model, "num_layers", None)
 
-    def build(
-        self, device: torch.device, num_layers: int | None = None, *, planned_for: str, timer: Timer | None = None
-    ) -> Step:
-        """Build the step on ``device``, with ``num_layers`` blocks (None: all); within a fake mode.
+    def build(self, num_layers: int | None = None, *, planned_for: str, timer: Timer | None = None) -> Step:
+        """Build the step on the device of the precision, with ``num_layers`` blocks (None: all); within a fake mode.
 
-        Work is split as on devices of the type ``planned_for``, whatever ``device`` is.
+        Work is split as on devices of the type ``planned_for``.
         """
+        device = self.precision.device
         unit = build_unit(
             self.settings, self.vocab_size, self.labels, device, torch.Generator(device), load_weights=False,
             precision=self.precision, num_layers=num_layers,

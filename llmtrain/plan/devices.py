@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from llmtrain.base.device import available_memory, device_name, measure_matmul_flops, peak_flops
+from llmtrain.base.device import available_memory, device_name, measure_matmul_flops, peak_rate
 from llmtrain.base.gpus import GPUS, Gpu, find_gpu
 from llmtrain.base.options import option_name
 from llmtrain.kernels.cpu_attention import is_available
 from llmtrain.precision import Precision, PrecisionConfig
+from llmtrain.precision.fp8 import FP8, FP8Precision
 
 # The share of a GPU's dense peak that whole training steps reach, for an estimate without a measurement: PaLM and
 # nanoGPT report 46% and 38 to 50% for the matrix units; the share is higher where the peak is low.
@@ -78,27 +79,27 @@ def present_device(device: torch.device, precision: Precision) -> DeviceSpec:
         return DeviceSpec("cpu", title, available_memory(), flops, None, None, is_gpu=False)
     free, _ = torch.cuda.mem_get_info(device)
     known = find_gpu(title)
-    flops = {precision.name: peak_flops(device, precision.dtype)}
+    flops = {} if known is None else dict(known.flops)
+    flops.setdefault(precision.name, peak_rate(device, precision.name, precision.dtype).flops)
     bandwidth, watts = (known.bandwidth, known.watts) if known else (None, None)
     return DeviceSpec("cuda", title, free, flops, bandwidth, watts)
 
 
-def arithmetic(config: PrecisionConfig, spec: DeviceSpec | None) -> Precision:
-    """Choose the arithmetic of a run on ``spec`` (None: this machine's CPU), for tensors on a CPU.
+def arithmetic(config: PrecisionConfig, spec: DeviceSpec) -> Precision:
+    """Choose the arithmetic of a run on ``spec``, for the tensors on a CPU that a plan traces on every machine.
 
-    An arithmetic that the CPU lacks is replaced by one whose tensors have the same size.
+    TensorFloat-32, which a CPU lacks, is replaced by fp32, whose tensors have the same size.
     """
     cpu = torch.device("cpu")
+    if not spec.is_gpu:
+        return config.build(cpu)
+    if isinstance(config, FP8):
+        return FP8Precision(cpu, config.recipe)
     name = option_name(config)
-    if spec is not None and spec.is_gpu and name == "auto":
+    if name == "auto":
         has_bf16 = "bf16" in spec.flops
         return Precision("bf16", cpu, torch.bfloat16) if has_bf16 else Precision("fp32", cpu)
-    try:
-        return config.build(cpu)
-    except ValueError:
-        if spec is None or not spec.is_gpu:
-            raise
-        return Precision(name, cpu, torch.bfloat16 if name.startswith("fp8") else torch.float32)
+    return Precision("tf32", cpu) if name == "tf32" else config.build(cpu)
 
 
 def quick_flops(precision: Precision) -> float:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from llmtrain.checkpoint.model_state import saved_tensors
 from llmtrain.checkpoint.snapshot import Layout
@@ -105,19 +104,16 @@ Phases = list[tuple[Phase, np.ndarray]]  # live bytes, (operations, categories)
 
 def _trace(blueprint: Blueprint, gpu: bool) -> tuple[Phases, int]:
     """Return the live bytes of each phase, and the peak on the host of a GPU."""
-    device, layers = torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu"), blueprint.num_layers
-    kind = "cuda" if gpu else "cpu"
+    layers, kind = blueprint.num_layers, "cuda" if gpu else "cpu"
     if layers is not None:
         for period in (blueprint.period, 2 * blueprint.period):
             if 3 * period >= layers:  # as much work as the whole model
                 break
             try:
-                small, large = (
-                    trace_step(blueprint, device, number, planned_for=kind) for number in (period, 2 * period)
-                )
+                small, large = (trace_step(blueprint, number, planned_for=kind) for number in (period, 2 * period))
                 return extrapolate(small, large, (period, 2 * period), layers)
             except (IrregularBlocks, ValueError):  # such as a rule of the optimizer that names a block
                 continue
-    trace = trace_step(blueprint, device, planned_for=kind)
+    trace = trace_step(blueprint, planned_for=kind)
     phases = [(span.phase, rows) for span, rows in zip(trace.spans, trace.timeline(), strict=True)]
     return phases, trace.host_bytes

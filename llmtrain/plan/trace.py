@@ -3,6 +3,11 @@
 The step is the run's own code on :class:`FakeTensorMode` tensors, which have shapes, types and a device but no
 memory.  So everything that a model, an objective or a precision does is traced and not assumed: chunked losses,
 recomputation and copies to the host.  The workspace of a kernel while it runs is not traced.
+
+The tensors are on the CPU on every machine, so that a GPU's plan is the same beside the GPU as without one: torch
+without CUDA differentiates no tensors on a GPU, nor does it know the attention kernels there.  Code of ours that asks
+:func:`llmtrain.base.device.device_type` takes the branch of the device planned for; operations of torch's that keep
+more on a CPU are replaced (:class:`GpuOperations`).
 """
 
 import weakref
@@ -14,8 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -174,11 +181,47 @@ class TraceError(RuntimeError):
     """An operation of the step needs data; the message names it."""
 
 
+class StandInMode(FakeTensorMode):
+    """Tensors without data that stand for those on another type of device."""
+
+    planned_for: str | None = None  # for device_type
+
+
+class GpuOperations(TorchFunctionMode):
+    """Operations that keep as much for backward on CPU tensors as a GPU's kernels do.
+
+    A CPU keeps the steps of a norm, a mask of dropout in the tensor's type, and of attention with dropout all scores.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in (F.rms_norm, torch.rms_norm):
+            return _layer_norm(*args, **kwargs)
+        if function in (F.dropout, torch.dropout):
+            return _native_dropout(*args, **kwargs)
+        if function is F.scaled_dot_product_attention:
+            return function(*args, **(kwargs | {"dropout_p": 0.0}))
+        return function(*args, **kwargs)
+
+
+def _layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """Keep what the fused RMSNorm keeps: its input, and a number for each row (here two)."""
+    return F.layer_norm(x, list(shape), weight, None, 1e-5 if eps is None else eps)
+
+
+def _native_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Keep a boolean mask."""
+    return torch.native_dropout(x, p, training)[0] if training and p else x
+
+
 @contextmanager
-def fake_tensors(recorder: Recorder | None = None) -> Iterator[None]:
-    """Make tensors without data within the context."""
+def fake_tensors(recorder: Recorder | None = None, planned_for: str | None = None) -> Iterator[None]:
+    """Make tensors without data within the context; ``planned_for``: the type of device that they stand for."""
     with ExitStack() as stack:
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        mode = stack.enter_context(StandInMode(allow_non_fake_inputs=True))
+        mode.planned_for = planned_for
+        if planned_for == "cuda":
+            stack.enter_context(GpuOperations())
         if recorder is not None:
             stack.enter_context(recorder)
         # in this thread: the recorder does not see autograd's threads for a GPU
@@ -186,19 +229,18 @@ def fake_tensors(recorder: Recorder | None = None) -> Iterator[None]:
         yield
 
 
-def trace_step(
-    blueprint: Blueprint, device: torch.device, num_layers: int | None = None, *, planned_for: str | None = None
-) -> Trace:
+def trace_step(blueprint: Blueprint, num_layers: int | None = None, *, planned_for: str | None = None) -> Trace:
     """Record an optimizer step of ``num_layers`` blocks (None: all).  An evaluation takes less memory than training.
 
-    At most two micro-batches are traced: from the second one on the gradients exist.  ``planned_for``: the type of
-    the device planned for, if not that of ``device``.  Raises :class:`TraceError`, and ValueError as building the parts
-    does.
+    At most two micro-batches are traced: from the second one on the gradients exist.  ``planned_for``: the type of the
+    device that the tensors stand for; None: that of the blueprint's precision, which they are on.  Raises
+    :class:`TraceError`, and ValueError as building the parts does.
     """
+    device = blueprint.precision.device
     recorder = Recorder(device)
-    with fake_tensors(recorder):
+    with fake_tensors(recorder, planned_for):
         phases = PhaseRecorder(recorder)
-        step = blueprint.build(device, num_layers, planned_for=planned_for or device.type, timer=phases)
+        step = blueprint.build(num_layers, planned_for=planned_for or device.type, timer=phases)
         recorder.spans = [Span(Phase.held, ["held"], [_merged(recorder.spans)])]
         recorder.host_peak = recorder.host_live
         weights = recorder.numbers([*step.unit.parameters(), *step.unit.buffers()])

@@ -154,17 +154,10 @@ def make_forecast(
 
 
 def _device(run: Run, device: torch.device, name: str | None) -> tuple[DeviceSpec, Precision]:
-    """The device ``name`` of the table (None: ``device``), and the arithmetic of the run on it."""
-    if name is not None:
-        spec = find_device(name)
-        precision = arithmetic(run.precision, spec)
-        spec.peak_flops(precision)  # refuses a precision that the device does not have
-        return spec, precision
-    built = run.precision.build(device)
-    spec = present_device(device, built)
+    """The device ``name`` of the table (None: ``device``), and the arithmetic of the run on it, for a trace."""
+    spec = present_device(device, run.precision.build(device)) if name is None else find_device(name)
     precision = arithmetic(run.precision, spec)
-    if built.name != precision.name:  # auto
-        precision = Precision(built.name, torch.device("cpu"), built.dtype)
+    spec.peak_flops(precision)  # refuses a precision that the device does not have
     return spec, precision
 
 

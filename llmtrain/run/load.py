@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from llmtrain.base.run_files import CONFIG, MODEL
-from llmtrain.base.runtime import Device, Runtime
+from llmtrain.base.runtime import Runtime, check_device
 from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.checkpoint.format import read_state, verify_checkpoint
 from llmtrain.checkpoint.model_state import restore_model
@@ -90,8 +90,11 @@ class InferenceSettings:
 
     weights: MovedFiles
     tokenizer: MovedFiles
-    device: Device
+    device: str
     plugins: list[str]
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
 
     def load(self, target: Path) -> contextlib.AbstractContextManager[LoadedModel]:
         """Load the model of a run or checkpoint on the device, for the duration of a context."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from llmtrain.activation_checkpointing.none import KeepAll
-from llmtrain.base.device import available_memory, peak_flops, peak_memory
+from llmtrain.base.device import available_memory, peak_memory, peak_rate, unused_gpu_reason
 from llmtrain.base.files import AppendedFile, write_atomically
 from llmtrain.base.run_files import CONFIG
 from llmtrain.base.threads import busy_reason, default_threads
@@ -81,9 +81,9 @@ def execute(
         stack.enter_context(parts.precision.arithmetic())
         metrics = stack.enter_context(run.metrics.build(directory.path, resume_step=None if resumed is None else start))
         display = stack.enter_context(open_display(directory.path))
-        peak = peak_flops(parts.device, parts.precision.dtype)
+        peak = peak_rate(parts.device, parts.precision.name, parts.precision.dtype)
         log = make_log(
-            run, parts, directory, metrics, display, peak_flops=peak, log_every=run.metrics.log_every,
+            run, parts, directory, metrics, display, peak_flops=peak.flops, log_every=run.metrics.log_every,
             profiler=make_profiler(run, parts, directory, state),
         )  # fmt: skip
         stop.show = display.notify
@@ -93,13 +93,13 @@ def execute(
         show_left_out(parts.corpus.left_out, display, brief=again)
         left_out = [("data", note) for part in parts.corpus.left_out for note in part.notes()]
         notes = [("data", note) for note in parts.corpus.notes] + [(f.key, f.message) for f in findings]
-        for _, message in (notes := [*thread_notes(run, parts), *notes]):
+        for _, message in (notes := [*device_notes(run, parts), *notes]):
             display.warn(message)
         for key, message in [*left_out, *notes]:
             metrics.row({"event": "warning", "step": start, "key": key, "message": message})
         display.start(start, parts.max_steps)
         step = make_step(run, parts, state, log)
-        for row in [*(() if resumed is None else resumed.events()), *tune(run, parts, step, state, peak)]:
+        for row in [*(() if resumed is None else resumed.events()), *tune(run, parts, step, state, peak.flops)]:
             metrics.row(row)
             display.event(row)
         saver = stack.enter_context(make_saver(run, directory, parts))
@@ -136,11 +136,13 @@ def show_left_out(left_out: Sequence[LeftOut], display: Display, *, brief: bool)
             display.note(message)
 
 
-def thread_notes(run: RunConfig, parts: Parts) -> Iterator[tuple[str, str]]:
-    """Remarks on the CPU threads of the run: fewer than there are cores for, or cores that others use."""
+def device_notes(run: RunConfig, parts: Parts) -> Iterator[tuple[str, str]]:
+    """Remarks on a run on a CPU: a GPU that is not used, fewer threads than there are cores for, or busy cores."""
     threads = torch.get_num_threads()
     if parts.device.type != "cpu":
         return
+    if run.runtime.device == "auto" and (reason := unused_gpu_reason()) is not None:
+        yield "runtime.device", reason
     if run.runtime.num_threads is None and threads < (possible := default_threads()):
         yield (
             "runtime.num_threads",
@@ -167,7 +169,8 @@ def quiet_loop(
         display = PlainDisplay(directory.path, io.StringIO())
         log = make_log(run, parts, directory, metrics, display, peak_flops=1.0, log_every=1, profiler=Profiler())
         step = make_step(run, parts, state, log)
-        events = tune(run, parts, step, state, peak_flops(parts.device, parts.precision.dtype))
+        peak = peak_rate(parts.device, parts.precision.name, parts.precision.dtype)
+        events = tune(run, parts, step, state, peak.flops)
         saver = stack.enter_context(make_saver(run, directory, parts))
         loop = make_loop(run, parts, directory, state, step, log, saver, stop=lambda: None)
         stack.enter_context(contextlib.closing(loop))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmtrain.base.device import device_name
+from llmtrain.base.device import PeakRate, device_name
 from llmtrain.base.format import count, counted, rate, significant
 from llmtrain.base.options import option_name
 from llmtrain.config.assemble import Parts
@@ -24,14 +24,14 @@ def header(
     parts: Parts,
     path: Path,
     state: TrainState,
-    peak_flops: float,
+    peak: PeakRate,
     parent: Path | None = None,
     *,
     brief: bool = False,
 ) -> Iterator[tuple[str, str]]:
     """The rows at the start of a run: model, data, length, device.
 
-    ``peak_flops`` is in FLOP/s, ``parent`` the run that this one branches from, if any; ``brief`` leaves out the
+    ``peak`` is the rate of 100% MFU, ``parent`` the run that this one branches from, if any; ``brief`` leaves out the
     sources of the validation text.
     """
     unit, corpus = parts.unit, parts.corpus
@@ -70,7 +70,9 @@ def header(
     warming = f", {counted(warmup, 'warm-up step')}" if warmup else ""
     rate_and_schedule = f"learning rate {run.optimizer.lr:g}; schedule {option_name(run.schedule)}{warming}"
     yield "optimizer", f"{option_name(run.optimizer)}, {rate_and_schedule}"
-    yield "device", f"{device_name(parts.device)}, {parts.precision.name}, {rate(peak_flops, 'FLOP/s')} at most"
+    source = f" ({peak.source})" if peak.source else ""
+    most = f"{rate(peak.flops, 'FLOP/s')} at most{source}"
+    yield "device", f"{device_name(parts.device)}, {parts.precision.name}, {most}"
     if parts.precision.notice:
         yield "precision", parts.precision.notice
 

@@ -25,6 +25,7 @@ class GenerationSettings(InferenceSettings):
     seed: int | None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens}: must be at least 1")
         self.sampling()

@@ -60,7 +60,12 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         (["train", "experiment=spam"], "weights.path: model=auto needs a checkpoint to read; give a run"),
         (["train", "loop.max_steps=1.5"], "loop.max_steps=1.5: must be a whole number; or null"),
         (["train", "runtime.deterministic=maybe"], "runtime.deterministic='maybe': must be true or false"),
-        (["train", "runtime.device=gpu"], "runtime.device='gpu': must be one of auto, cpu, cuda; did you mean cuda?"),
+        (["train", "runtime.device=mps"], "runtime.device=mps: an Apple GPU is not supported; take cpu, or auto"),
+        (["generate", "run", "prompt=a", "device=xpu:0"], "device=xpu:0: an Intel GPU is not supported"),
+        (
+            ["train", "runtime.device=gpu"],
+            "runtime.device=gpu: must be one of auto, cpu, cuda, or cuda:1 for the second GPU; did you mean cuda?",
+        ),
         (["train", "lora=lora", "lora.targets=qkv"], "must be a list, in brackets: 'lora.targets=[qkv]'"),
         (["train", "lora=lora", "lora.targets='qkv, head'"], "must be a list, in brackets: 'lora.targets=[qkv,head]'"),
         (["train", "lora=lora", "lora.targets=qkv,head"], "if it takes a list: 'lora.targets=[qkv,head]'"),
@@ -361,7 +366,7 @@ def test_the_system_allocator_is_stored_and_resumed(tmp_path: Path) -> None:
     assert "allocator: system" in (tmp_path / "run" / "config.yaml").read_text()
     llmtrain("resume", "run", "loop.max_steps=3", cwd=tmp_path)
     refused = llmtrain("train", *QUICK, "runtime.allocator=jemalloc", cwd=tmp_path, check=2).stderr
-    assert "runtime.allocator='jemalloc': must be one of tuned, system" in refused
+    assert "runtime.allocator='jemalloc': must be one of auto, tuned, system" in refused
 
 
 def test_the_system_allocator_from_a_file_is_refused_where_malloc_is_tuned_already(tmp_path: Path) -> None:

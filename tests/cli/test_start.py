@@ -86,3 +86,22 @@ def test_the_allocator_of_a_stored_run_is_its_own_unless_the_command_line_has_an
     (run / "config.yaml").write_text(yaml.safe_dump(stored, sort_keys=False))  # as an older version wrote it
     assert requested_allocator(verb, [str(run)]) is Allocator.tuned
     assert requested_allocator(verb, [str(tmp_path / "nowhere")]) is Allocator.tuned
+
+
+def test_the_allocator_follows_the_device_where_it_is_automatic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmtrain.base.process.takes_gpu", lambda device: device != "cpu")  # a machine with a GPU
+    tuned, system = Allocator.tuned, Allocator.system
+    assert requested_allocator("train", []) is system
+    assert requested_allocator("train", ["runtime.device=cuda:1"]) is system
+    assert requested_allocator("train", ["runtime.device=cpu"]) is tuned
+    assert requested_allocator("train", ["runtime.allocator=tuned"]) is tuned
+    assert requested_allocator("verify", [str(tmp_path), "device=cpu"]) is tuned
+    runtime = {"_target_": "llmtrain.base.runtime.Runtime", "device": "cpu", "seed": 1, "allocator": "auto"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"name": "x", "runtime": runtime}, sort_keys=False))
+    assert requested_allocator("resume", [str(tmp_path)]) is tuned
+    assert requested_allocator("resume", [str(tmp_path), "runtime.device=auto"]) is system
+    runtime |= {"device": "cuda:1", "allocator": "tuned"}  # as older versions stored it
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"name": "x", "runtime": runtime}, sort_keys=False))
+    assert requested_allocator("resume", [str(tmp_path)]) is tuned

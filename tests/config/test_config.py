@@ -92,7 +92,7 @@ def test_the_default_name_is_the_recipes_or_the_models() -> None:
         ("optimizer.lr=abc", "optimizer.lr='abc'"),
         ("loop.max_steps=1.5", "loop.max_steps=1.5"),
         ("loop.max_steps=-3", "loop.max_steps=-3: must be at least 1"),
-        ("runtime.device=tpu", "runtime.device='tpu'"),
+        ("runtime.device=tpu", "runtime.device=tpu"),
         ("data.sequence_length=99999", "data.sequence_length=99999: longer than model.context_length=1024"),
         ("weights=checkpoint", "weights.path: a value is required"),
     ],

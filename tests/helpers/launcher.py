@@ -248,7 +248,7 @@ def warm_up() -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from llmtrain.base.device import peak_flops
+    from llmtrain.base.device import peak_rate
     from llmtrain.config.compose import compose
 
     compose("train", [])
@@ -257,8 +257,8 @@ def warm_up() -> None:
     FigureCanvasAgg(figure).print_png(io.BytesIO())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # with more there would be threads, and a process with threads must not fork
-    for dtype in (torch.bfloat16, torch.float32):
-        peak_flops(torch.device("cpu"), dtype)
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        peak_rate(torch.device("cpu"), name, dtype)
     torch.set_num_threads(threads)
 
 

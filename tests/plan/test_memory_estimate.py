@@ -34,14 +34,14 @@ def blueprint(*overrides: str, vocab_size: int = 257) -> Blueprint:
 
 def largest(trace_of: Blueprint, layers: int | None = None) -> dict[str, int]:
     """The categories at the peak of a full trace, as on a GPU."""
-    timeline = trace_step(trace_of, CPU, layers, planned_for="cuda").timeline()
+    timeline = trace_step(trace_of, layers, planned_for="cuda").timeline()
     rows = max(timeline, key=lambda rows: rows.sum(axis=1).max())
     return {category.name: int(rows[rows.sum(axis=1).argmax()][category]) for category in Category}
 
 
 def test_weights_gradients_and_state_of_adamw() -> None:
     # 257 bytes are padded to 320 rows: 35,744 parameters + 63 * 32, and 320 values that hide the padding
-    trace = trace_step(blueprint(*SMALL), CPU)
+    trace = trace_step(blueprint(*SMALL))
     update = next(rows for span, rows in zip(trace.spans, trace.timeline(), strict=True) if span.phase is Phase.update)
     parameters = 35_744 + 63 * 32
     assert update[:, Category.weights].max() == 4 * (parameters + 320)
@@ -50,7 +50,7 @@ def test_weights_gradients_and_state_of_adamw() -> None:
 
 
 def test_lion_has_half_of_the_state_and_a_temporary_update() -> None:
-    trace = trace_step(blueprint(*SMALL, "optimizer=lion"), CPU)
+    trace = trace_step(blueprint(*SMALL, "optimizer=lion"))
     update = trace.timeline()[-1]
     assert update[:, Category.optimizer].max() == 4 * (35_744 + 63 * 32)
     # the update is a temporary, and what the gradients become
@@ -128,14 +128,14 @@ def test_an_uncompiled_loss_on_a_gpu_takes_blocks_in_fp32_too() -> None:
 
 
 def phases(blueprint: Blueprint, gpu: bool) -> list[tuple[Phase, np.ndarray]]:
-    trace = trace_step(blueprint, CPU, planned_for="cuda" if gpu else "cpu")
+    trace = trace_step(blueprint, planned_for="cuda" if gpu else "cpu")
     return [(span.phase, rows) for span, rows in zip(trace.spans, trace.timeline(), strict=True)]
 
 
 def test_a_copy_for_checkpoints_is_host_memory_of_the_size_that_a_run_takes_for_it() -> None:
     small = blueprint(*SMALL)
     on_cpu, on_gpu = (estimate(small, gpu=gpu, copied=True) for gpu in (False, True))
-    step = small.build(CPU, planned_for="cuda")
+    step = small.build(planned_for="cuda")
     model, optimizer = saved_tensors(step.unit), state_tensors(step.optimizer)
     taken = sum(layout.num_bytes for layout in layouts_of({"model": model, "optimizer": optimizer}).values())
     scalars = sum(tensor.ndim == 0 for tensor in optimizer.values())  # they take as much as the alignment
@@ -200,7 +200,7 @@ def test_the_estimate_is_what_malloc_gives_a_real_step(overrides: tuple[str, ...
 
     measured()  # makes what the libraries keep for good
     taken = statistics.median(measured() for _ in range(3))
-    trace = trace_step(Blueprint(run, run.vocab_size(parts.tokenizer), run.precision.build(CPU), size), CPU)
+    trace = trace_step(Blueprint(run, run.vocab_size(parts.tokenizer), run.precision.build(CPU), size))
     rows = [rows for span, rows in zip(trace.spans, trace.timeline(), strict=True) if span.phase in (
         Phase.forward, Phase.backward)]  # fmt: skip
     held = trace.timeline()[0].sum(axis=1).max()

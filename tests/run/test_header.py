@@ -53,3 +53,17 @@ def test_what_is_left_out_is_a_warning_where_it_may_be_text_and_brief_on_a_resum
     assert [line for line in lines if "left out, " in line] == []
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any(row.get("event") == "warning" and "hidden" in row["message"] for row in rows)
+
+
+def test_a_gpu_that_is_not_used_is_said_in_the_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("llmtrain.run.session.unused_gpu_reason", lambda: "training on the CPU: a reason")
+    options = (*TINY, "loop.max_steps=1", "checkpoint.asynchronous=false")
+    assert main(["train", *options, "run_dir=run"]) == 0
+    assert "warning: training on the CPU: a reason" in capfd.readouterr().out.splitlines()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["message"] for row in rows if row.get("key") == "runtime.device"] == ["training on the CPU: a reason"]
+    assert main(["train", *options, "runtime.device=cpu", "run_dir=other"]) == 0
+    assert "a reason" not in capfd.readouterr().out  # the user has chosen it

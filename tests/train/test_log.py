@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from llmtrain.base.device import PeakRate
 from llmtrain.cli.main import main
 from llmtrain.config.assemble import assemble
 from llmtrain.data import Rows
@@ -33,7 +34,7 @@ def test_mfu_counts_attention_within_each_example(tmp_path: Path, monkeypatch: p
         "data.validation_fraction=0", "data.sequence_length=64", "objective=instruction", "precision=fp32",
         "loop.max_steps=2",
     )  # fmt: skip
-    monkeypatch.setattr("llmtrain.run.session.peak_flops", lambda device, dtype: 1e6)
+    monkeypatch.setattr("llmtrain.run.session.peak_rate", lambda device, name, dtype: PeakRate(1e6, ""))
     assert main(["train", *options, "run_dir=run"]) == 0
     run = Run.compose(*options)
     parts = assemble(run, torch.device("cpu"))

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from llmtrain.base.device import device_type
 from llmtrain.base.trusted_files import prepare_compiler_cache
 from llmtrain.kernels import cpu_attention
 from llmtrain.kernels.dropout import attend_with_dropout, is_drawn_here
@@ -116,10 +117,11 @@ def kernel_for(ids: Tensor, head_size: int, dropout: float) -> Kernel:
     """
     if dropout or torch.compiler.is_compiling():
         return Kernel.sdpa
-    if ids.device.type == "cpu":
+    device = device_type(ids)
+    if device == "cpu":
         has_own = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
         return Kernel.own if has_own and cpu_attention.supports_head_size(head_size) else Kernel.sdpa
-    if ids.device.type != "cuda" or head_size < MIN_HEAD_SIZE:
+    if device != "cuda" or head_size < MIN_HEAD_SIZE:
         return Kernel.sdpa
     return Kernel.flex if is_fake(ids) or importlib.util.find_spec("triton") is not None else Kernel.sdpa
 
@@ -171,7 +173,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, dropo
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
     is_written_out = dropout > 0 and is_drawn_here(query)
-    can_share = query.device.type == "cpu" or (mask is None and _has_flash(query.dtype))
+    can_share = device_type(query) == "cpu" or (mask is None and _has_flash(query.dtype))
     is_shared = repeats > 1 and can_share and not is_written_out
     if repeats > 1 and not is_shared:
         key, value = (heads.repeat_interleave(repeats, dim=1) for heads in (key, value))
