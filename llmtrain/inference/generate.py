@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmtrain.inference.decoding import Decoder, graph_recorder, log
 from llmtrain.model import LanguageModel
+
+NOT_FINITE = -1  # in place of a token that cannot be chosen
 
 
 class SamplingFailed(RuntimeError):
@@ -32,28 +35,49 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1 (off)")
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> int:
-        """Choose a token id from ``logits`` ``(vocabulary,)``.
+        """Choose a token id from ``logits`` ``(vocabulary,)``; the host reads one number of the device.
 
         Temperature, then top-k, then top-p (nucleus sampling, Holtzman et al. 2020) over what is left.  Raises
         :class:`SamplingFailed` for logits that are not numbers.
         """
-        likeliest = int(logits.argmax())
-        if not torch.isfinite(logits[likeliest]):  # argmax and max find a nan before any number
-            raise SamplingFailed("the model's output is not finite, so that no token can be chosen: training diverged")
+        likeliest = logits.argmax()
+        is_finite = logits.take(likeliest).isfinite()  # argmax finds a nan before any number
         if self.temperature == 0:
-            return likeliest
+            return self._read(torch.where(is_finite, likeliest, NOT_FINITE))
+        before = generator.get_state() if self.temperature < 1 else None
         logits = logits.float() / self.temperature
-        if not torch.isfinite(logits[likeliest]):  # a temperature next to 0
-            return likeliest
+        is_drawn = logits.take(likeliest).isfinite()  # else: a temperature next to 0
         if 0 < self.top_k < logits.numel():
             threshold = logits.topk(self.top_k).values[-1]
             logits = logits.masked_fill(logits < threshold, -torch.inf)
         if self.top_p < 1:
             ordered, order = logits.sort(descending=True)
             probabilities = ordered.softmax(0)
-            before = probabilities.cumsum(0) - probabilities  # always keeps the most likely token
-            logits = logits.index_fill(0, order[before >= self.top_p], -torch.inf)
-        return int(torch.multinomial(logits.softmax(0), 1, generator=generator))
+            preceding = probabilities.cumsum(0) - probabilities  # always keeps the most likely token
+            logits = logits.scatter(0, order, ordered.masked_fill(preceding >= self.top_p, -torch.inf))
+        drawn = draw(logits.softmax(0), generator)
+        # a choice without a draw is read as a number below NOT_FINITE
+        result = torch.where(is_drawn, drawn, NOT_FINITE - 1 - likeliest)
+        token = self._read(torch.where(is_finite, result, NOT_FINITE))
+        if token >= 0:
+            return token
+        if before is not None:
+            generator.set_state(before)
+        return NOT_FINITE - 1 - token
+
+    @staticmethod
+    def _read(token: Tensor) -> int:
+        """Read a token from the device."""
+        number = int(token)
+        if number == NOT_FINITE:
+            raise SamplingFailed("the model's output is not finite, so that no token can be chosen: training diverged")
+        return number
+
+
+def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw an index from ``probabilities`` ``(n,)``, 0-dimensional: as torch.multinomial, without its two checks on the
+    host."""
+    return (probabilities / torch.empty_like(probabilities).exponential_(1, generator=generator)).argmax()
 
 
 @torch.no_grad()
@@ -67,28 +91,29 @@ def generate(
     dtype: torch.dtype,
     end_of_text: int,
     stops: Collection[int] = (),
+    report: Callable[[str], None] = log.warning,
 ) -> Iterator[int]:
     """Yield up to ``max_tokens`` ids that continue ``prompt``; ``end_of_text`` and ``stops`` end it, unyielded.
 
     ``dtype`` is that of the cache of keys and values.  Enter the precision's autocast around the whole iteration, so
     that the weights are cast once.  All random numbers come from ``generator``.  When the model's context is full, its
-    last half is read again and generation continues from there, so the length is not limited.
+    last half is read again and generation continues from there, so the length is not limited.  ``report`` is called
+    with a message if generation is slower than it should be.
     """
-    device = next(model.parameters()).device
+    recorder = graph_recorder(next(model.parameters()).device, max_tokens)
     ids = list(prompt) or [end_of_text]
     was_training = model.training
     model.eval()
     try:
-        cache = None
+        decoder = None
         for _ in range(max_tokens):
-            if cache is None or cache.length + 1 > cache.capacity:
-                keep = model.context_length if cache is None else max(model.context_length // 2, 1)
+            if decoder is None or decoder.is_full:
+                keep = model.context_length if decoder is None else max(model.context_length // 2, 1)
                 unread = ids[-keep:]
-                cache = model.new_cache(1, dtype)
+                decoder = Decoder(model, dtype, recorder=recorder, report=report)
             else:
                 unread = ids[-1:]
-            hidden = model.hidden(torch.tensor([unread], device=device), cache)[0, -1]
-            token = sampling.choose(model.logits(hidden)[: model.vocab_size], generator)
+            token = sampling.choose(decoder.read(unread), generator)
             if token == end_of_text or token in stops:
                 return
             ids.append(token)

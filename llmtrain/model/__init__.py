@@ -139,6 +139,13 @@ class LanguageModel(nn.Module, ABC):
     def new_cache(self, batch_size: int, dtype: torch.dtype) -> KVCache:
         """An empty key-value cache for ``context_length`` tokens."""
 
+    def can_fix_shapes(self, length: int) -> bool:
+        """Return whether a forward pass takes positions and mask from :attr:`KVCache.fixed`, up to ``length`` tokens.
+
+        Then a GPU repeats the pass of one token without the host's work for each of its kernels.
+        """
+        return False
+
     def layer_index(self, name: str) -> int:
         """Depth of the parameter ``name``: 0 embeddings, i + 1 block i, ``num_layers + 1`` final norm and head."""
         if match := re.match(r"blocks\.(\d+)\.", name):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llmtrain.kernels.dropout import Dropout
 from llmtrain.model import LanguageModel, ModelConfig, nearest_divisor
 from llmtrain.model.layers.attention import AttentionMask, Kernel, attend, attention_mask, kernel_for, segment_starts
+from llmtrain.model.layers.flex import HeadShape
 from llmtrain.model.layers.kv_cache import KVCache, LayerCache
 from llmtrain.model.layers.norms import LayerNorm
 from llmtrain.model.layers.padded_vocabulary import hide_padding, logit_bias, padded_size
@@ -127,14 +128,16 @@ class GPT(LanguageModel):
     def hidden(self, ids: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
         assert cache is None or segments is None
         length, past = ids.shape[1], 0 if cache is None else cache.length
-        positions = torch.arange(past, past + length, device=ids.device)
+        positions = torch.arange(length, device=ids.device) if cache is None else cache.positions(length, ids.device)
         starts = None if segments is None else segment_starts(segments)
         if starts is not None:
             positions = positions - starts
         dropout = self.config.dropout if self.training else 0.0
         head_size = self.config.hidden_size // self.config.num_heads
         kernel = kernel_for(ids, head_size, dropout) if cache is None else Kernel.sdpa
-        mask = attention_mask(length, past, ids.device, starts=starts, kernel=kernel)
+        heads = HeadShape(self.config.num_heads, self.config.num_heads, head_size, self.token_embedding.weight.dtype)
+        fixed = None if cache is None else cache.fixed
+        mask = attention_mask(length, past, ids.device, starts=starts, kernel=kernel, heads=heads, fixed=fixed)
         embedded = self.token_embedding(ids) + self.position_embedding(positions)
         x = self.dropout(self.residual_stream(embedded))
         if cache is None:
@@ -183,6 +186,9 @@ class GPT(LanguageModel):
         device = self.token_embedding.weight.device
         head_size = c.hidden_size // c.num_heads
         return KVCache(c.num_layers, batch_size, c.num_heads, c.context_length, head_size, device=device, dtype=dtype)
+
+    def can_fix_shapes(self, length: int) -> bool:
+        return True
 
     def parameters_by_part(self) -> dict[str, int]:
         hidden = self.config.hidden_size

@@ -24,6 +24,7 @@ from llmtrain.model.layers.attention import (
     kernel_for,
     segment_starts,
 )
+from llmtrain.model.layers.flex import HeadShape
 from llmtrain.model.layers.kv_cache import KVCache, LayerCache
 from llmtrain.model.layers.norms import RMSNorm, share
 from llmtrain.model.layers.padded_vocabulary import hide_padding, logit_bias, padded_size
@@ -250,7 +251,8 @@ class Llama(LanguageModel):
         assert cache is None or segments is None
         length, past = ids.shape[1], 0 if cache is None else cache.length
         starts = None if segments is None else segment_starts(segments)
-        rotation = self._rotation(length, past, ids.device, starts)
+        positions = torch.arange(length, device=ids.device) if cache is None else cache.positions(length, ids.device)
+        rotation = self._rotation(positions, past + length, starts)
         masks = self._masks(ids, cache, starts)
         x = self.dropout(self.residual_stream(self.token_embedding(ids)))
         if cache is None:
@@ -262,16 +264,14 @@ class Llama(LanguageModel):
             cache.advance(length)
         return self.final_norm(x)
 
-    def _rotation(self, length: int, past: int, device: torch.device, starts: Tensor | None) -> Rotation | None:
-        """The rotation of the tokens of a forward pass; None with ALiBi."""
+    def _rotation(self, positions: Tensor, end: int, starts: Tensor | None) -> Rotation | None:
+        """The rotation of the tokens at ``positions`` of a sequence of ``end`` tokens; None with ALiBi."""
         if self.rotary is None:
             return None
-        positions = torch.arange(past, past + length, device=device)[None]
-        if starts is not None:
-            positions = positions - starts
+        positions = positions[None] if starts is None else positions - starts
         frequencies = self.positions.value
-        if self.rotary.changes_at(past + length):
-            frequencies = self.rotary.frequencies(device, past + length)
+        if self.rotary.changes_at(end):
+            frequencies = self.rotary.frequencies(positions.device, end)
         return make_rotation(positions, frequencies, self.rotary.magnitude)
 
     def _masks(self, ids: Tensor, cache: KVCache | None, starts: Tensor | None) -> dict[int | None, AttentionMask]:
@@ -280,10 +280,16 @@ class Llama(LanguageModel):
         dropout = self.config.dropout if self.training else 0.0
         kernel = kernel_for(ids, self.config.size_of_head, dropout) if cache is None else Kernel.sdpa
         slopes = self.positions.value if self.rotary is None else None
+        c = self.config
+        heads = HeadShape(c.num_heads, c.num_kv_heads, c.size_of_head, self.token_embedding.weight.dtype)
+        fixed = None if cache is None else cache.fixed
         return {
-            window: attention_mask(length, past, ids.device, starts=starts, window=window, slopes=slopes, kernel=kernel)
+            window: attention_mask(
+                length, past, ids.device, starts=starts, window=window, slopes=slopes, kernel=kernel, heads=heads,
+                fixed=fixed,
+            )
             for window in {self.config.window(layer) for layer in range(self.num_layers)}
-        }
+        }  # fmt: skip
 
     @property
     def head_weight(self) -> Tensor:
@@ -328,6 +334,9 @@ class Llama(LanguageModel):
         return KVCache(
             c.num_layers, batch_size, c.num_kv_heads, c.context_length, c.size_of_head, device=device, dtype=dtype
         )
+
+    def can_fix_shapes(self, length: int) -> bool:
+        return self.rotary is None or not self.rotary.changes_at(length)
 
     def parameters_by_part(self) -> dict[str, int]:
         parts = {

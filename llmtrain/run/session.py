@@ -31,6 +31,7 @@ from llmtrain.metrics import Metrics
 from llmtrain.metrics.local import Local
 from llmtrain.model import LanguageModel
 from llmtrain.model.layers.attention import slow_attention_reason
+from llmtrain.model.layers.sdpa_order import training_order
 from llmtrain.plan.blueprint import Blueprint
 from llmtrain.plan.memory import estimate
 from llmtrain.run.autotune import fit_micro_batch
@@ -79,6 +80,7 @@ def execute(
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         stack.enter_context(parts.precision.arithmetic())
+        stack.enter_context(training_order(parts.device))
         metrics = stack.enter_context(run.metrics.build(directory.path, resume_step=None if resumed is None else start))
         display = stack.enter_context(open_display(directory.path))
         peak = peak_rate(parts.device, parts.precision.name, parts.precision.dtype)
@@ -165,6 +167,7 @@ def quiet_loop(
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(parts.precision.arithmetic())
+        stack.enter_context(training_order(parts.device))
         metrics = stack.enter_context(Local(log_every=1).build(directory.path, resume_step=None))
         display = PlainDisplay(directory.path, io.StringIO())
         log = make_log(run, parts, directory, metrics, display, peak_flops=1.0, log_every=1, profiler=Profiler())
@@ -281,6 +284,8 @@ def tune(run: RunConfig, parts: Parts, step: Step, state: TrainState, peak_flops
         step, run.objective, run.clipping, parts.device, run.data.sequence_length, run.data.packs, evaluates
     )
     events = []
+    if parts.device.type == "cuda":
+        rehearsal.evaluate()  # FlexAttention is tried at its first use: before anything is compiled or measured
     if run.accumulation.is_probed and state.micro_batch_size is None:
         fits_on_host = partial(fits, run, parts)
         events.append(fit_micro_batch(rehearsal, run.accumulation.micro_batch_size, state, fits_on_host))
@@ -297,8 +302,7 @@ def tune(run: RunConfig, parts: Parts, step: Step, state: TrainState, peak_flops
     if parts.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(parts.device)  # the run's peak, not that of trials, which may have failed
     if reason := slow_attention_reason(parts.device, parts.precision.dtype):
-        message = f"torch's kernel: {reason}; training is slower with it on this CPU"
-        events.append({"event": "attention", "step": state.step, "message": message})
+        events.append({"event": "attention", "step": state.step, "message": reason})
     return [*events, *([] if compiled is None else [compiled])]
 
 

@@ -151,6 +151,7 @@ class Evaluator:
                 generator=torch.Generator(self.log.device).manual_seed(self.seed + step),
                 dtype=self.precision.dtype,
                 end_of_text=self.tokenizer.end_of_text,
+                report=lambda message: self.log.event("decoding", step, message=message),
             )
             with self.precision.autocast():
                 text = self.tokenizer.decode(list(ids))

@@ -70,6 +70,17 @@ class Rehearsal:
         with torch.no_grad(), self.step.precision.autocast():
             self.step.unit.score(self.step.unit.fit_shape(batch))
 
+    def evaluate(self) -> None:
+        """Run a sequence without gradients."""
+        batch = made_up_batch(self.objective, 1, self.sequence_length, is_packed=self.is_packed).to(self.device)
+        unit, was_training = self.step.unit, self.step.unit.training
+        with _random_state_kept(self.device), torch.no_grad(), self.step.precision.autocast():
+            try:
+                unit.eval()
+                unit(batch)
+            finally:
+                unit.train(was_training)
+
 
 @contextmanager
 def _random_state_kept(device: torch.device) -> Iterator[None]:

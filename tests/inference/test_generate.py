@@ -73,6 +73,40 @@ def frequencies(sampling: Sampling, logits: torch.Tensor, draws: int = 4000) -> 
     return torch.bincount(chosen, minlength=logits.numel()) / draws
 
 
+def choice_by_torch(sampling: Sampling, logits: torch.Tensor, generator: torch.Generator) -> int:
+    """The same choice, step by step on the host, by torch.multinomial."""
+    likeliest = int(logits.argmax())
+    if sampling.temperature == 0:
+        return likeliest
+    logits = logits.float() / sampling.temperature
+    if not torch.isfinite(logits[likeliest]):
+        return likeliest
+    if 0 < sampling.top_k < logits.numel():
+        logits[logits < logits.topk(sampling.top_k).values[-1]] = -torch.inf
+    if sampling.top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        probabilities = ordered.softmax(0)
+        logits[order[probabilities.cumsum(0) - probabilities >= sampling.top_p]] = -torch.inf
+    return int(torch.multinomial(logits.softmax(0), 1, generator=generator))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(0.0, 0, 1.0), Sampling(1.0, 0, 1.0), Sampling(0.8, 12, 1.0), Sampling(1.3, 0, 0.9),
+        Sampling(0.7, 30, 0.5), Sampling(2e-38, 5, 0.9),  # overflows for some of the logits
+    ],
+)  # fmt: skip
+def test_ids_and_random_numbers_are_those_of_torchs_multinomial(sampling: Sampling, dtype: torch.dtype) -> None:
+    ours, theirs = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    draw = torch.Generator().manual_seed(2)
+    for scale in (1, 3, 8) * 30:
+        logits = (scale * torch.randn(97, generator=draw)).to(dtype)
+        assert sampling.choose(logits.clone(), ours) == choice_by_torch(sampling, logits, theirs)
+    assert torch.equal(ours.get_state(), theirs.get_state())
+
+
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -3.0])
 
 

@@ -5,25 +5,30 @@ The keys that it sees are therefore neighbours, and the index of the first one d
 is made once a forward pass (:func:`attention_mask`) and passed to every block.
 """
 
-import importlib.util
-from collections.abc import Callable
 from enum import Enum
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from llmtrain.base.device import device_type
-from llmtrain.base.trusted_files import prepare_compiler_cache
 from llmtrain.kernels import cpu_attention
 from llmtrain.kernels.dropout import attend_with_dropout, is_drawn_here
+from llmtrain.model.layers.flex import (
+    MIN_HEAD_SIZE,
+    BlockwiseMask,
+    HeadShape,
+    attend_to_blocks,
+    block_mask,
+    flex_failure,
+    flex_notice,
+    missing_requirement,
+)
+from llmtrain.model.layers.kv_cache import FixedShape
 
-BLOCK = 128  # queries, and keys, of a block that FlexAttention computes or skips
-MIN_HEAD_SIZE = 16  # supported by FlexAttention's kernels
+ALIGNMENT = 16  # keys: the rows of a mask on a GPU begin at multiples
 
 
 class Kernel(Enum):
@@ -32,13 +37,6 @@ class Kernel(Enum):
     sdpa = "sdpa"  # torch.nn.functional.scaled_dot_product_attention
     flex = "flex"  # FlexAttention
     own = "own"  # llmtrain.kernels.cpu_attention
-
-
-class BlockwiseMask(NamedTuple):
-    """The mask for FlexAttention, which lists the blocks with a visible pair, and ALiBi's slopes."""
-
-    blocks: BlockMask
-    slopes: Tensor | None  # (heads,)
 
 
 class FirstKeys(NamedTuple):
@@ -78,35 +76,50 @@ def attention_mask(
     window: int | None = None,
     slopes: Tensor | None = None,
     kernel: Kernel = Kernel.sdpa,
+    heads: HeadShape | None = None,
+    fixed: FixedShape | None = None,
 ) -> AttentionMask:
     """Make the mask of ``new`` tokens behind ``past`` cached ones, for a layer of any number of heads.
 
     ``starts``: from :func:`segment_starts`.  ``window``: a query sees its own key and ``window - 1`` before it.
     ``slopes`` ``(heads,)``: ALiBi, ``slope * (key - query)`` is added to the scores (Press et al. 2021,
-    https://arxiv.org/abs/2108.12409).  ``kernel``: the implementation, from :func:`kernel_for`.
+    https://arxiv.org/abs/2108.12409).  ``kernel``: the implementation, from :func:`kernel_for`; ``heads``: to
+    try FlexAttention with, the first time.  ``fixed``: of a cache with shapes that do not change, in place of ``past``.
     """
-    if window is not None and past + new <= window:
+    seen = past + new if fixed is None else fixed.seen
+    if window is not None and seen <= window:
         window = None
-    if starts is None and window is None and slopes is None and (past == 0 or new == 1):
+    if fixed is None and starts is None and window is None and slopes is None and (past == 0 or new == 1):
         return None
-    queries = torch.arange(past, past + new, device=device)
+    queries = torch.arange(past, past + new, device=device) if fixed is None else fixed.position
     first = torch.zeros_like(queries)[None] if starts is None else starts  # key that each query sees
     if window is not None:
         first = torch.maximum(first, queries - (window - 1))
     if kernel is Kernel.own and slopes is None:
         return FirstKeys(first.to(torch.int32))
     if kernel is Kernel.flex:
-        if is_fake(first):
+        if is_fake(first) and not (torch.cuda.is_available() and missing_requirement()):
             return None  # a plan: attention without a mask takes the same memory
-        return BlockwiseMask(block_mask(first), slopes)
-    keys = torch.arange(past + new, device=device)
-    mask = ((keys <= queries[:, None]) & (keys >= first[..., None])).unsqueeze(1)  # (batch or 1, 1, new, past + new)
-    if slopes is None:
+        if not is_fake(first) and (heads is None or not flex_failure(heads, device, is_biased=slopes is not None)):
+            return BlockwiseMask(block_mask(first), slopes)
+    return mask_of_pairs(queries, first, seen, slopes, for_gpu=device.type == "cuda")
+
+
+def mask_of_pairs(queries: Tensor, first: Tensor, seen: int, slopes: Tensor | None, *, for_gpu: bool) -> Tensor:
+    """The mask ``(batch or 1, heads or 1, queries, seen)``: boolean, or to be added to the scores.
+
+    Of a boolean mask, or of one whose rows are not aligned, a GPU's kernels make another in every layer, and keep each
+    for the backward pass.
+    """
+    device = queries.device
+    keys = torch.arange(-(-seen // ALIGNMENT) * ALIGNMENT if for_gpu else seen, device=device)
+    mask = ((keys <= queries[:, None]) & (keys >= first[..., None])).unsqueeze(1)
+    if slopes is None and not for_gpu:
         return mask
-    bias = slopes[:, None, None] * (keys - queries[:, None])
+    bias = torch.zeros((), device=device) if slopes is None else slopes[:, None, None] * (keys - queries[:, None])
     if torch.is_autocast_enabled(device.type):  # converted once, not in every layer
         bias = bias.to(torch.get_autocast_dtype(device.type))
-    return bias.masked_fill(~mask, -torch.inf)
+    return torch.where(mask, bias, -torch.inf)[..., :seen]
 
 
 def kernel_for(ids: Tensor, head_size: int, dropout: float) -> Kernel:
@@ -123,36 +136,7 @@ def kernel_for(ids: Tensor, head_size: int, dropout: float) -> Kernel:
         return Kernel.own if has_own and cpu_attention.supports_head_size(head_size) else Kernel.sdpa
     if device != "cuda" or head_size < MIN_HEAD_SIZE:
         return Kernel.sdpa
-    return Kernel.flex if is_fake(ids) or importlib.util.find_spec("triton") is not None else Kernel.sdpa
-
-
-def block_mask(first: Tensor) -> BlockMask:
-    """Make FlexAttention's mask for queries that see the keys from ``first`` ``(batch, sequence)`` to their own.
-
-    ``first`` never falls along a row, so the first query of a block sees furthest back and the last one least: the
-    blocks follow without a mask of ``(sequence, sequence)``.
-    """
-    length = first.shape[1]
-    index = torch.arange(-(-length // BLOCK), device=first.device)
-    least = first[:, ::BLOCK, None]  # (batch, blocks, 1): of each block of queries
-    most = first[:, ((index + 1) * BLOCK - 1).clamp(max=length - 1), None]
-    past, seen = index < index[:, None], index <= index[:, None]
-    whole = (index[:, None] + 1) * BLOCK <= length
-    inner = past & whole & (index * BLOCK >= most)  # every query sees every key
-    outer = seen & ((index + 1) * BLOCK > least) & ~inner
-
-    def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (key >= first[batch, query])
-
-    return BlockMask.from_kv_blocks(
-        *_numbers(outer), *_numbers(inner), BLOCK_SIZE=BLOCK, mask_mod=is_visible, seq_lengths=(length, length)
-    )
-
-
-def _numbers(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """The number of key blocks of each query block, and their indices before the others; one head for all."""
-    blocks = blocks.unsqueeze(1).to(torch.int32)
-    return blocks.sum(-1, dtype=torch.int32), blocks.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    return Kernel.flex
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, dropout: float = 0.0) -> Tensor:
@@ -163,9 +147,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, dropo
     """
     repeats = query.shape[1] // key.shape[1]
     if isinstance(mask, BlockwiseMask):
-        flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
-        bias = None if mask.slopes is None else _distance_bias(mask.slopes)
-        return flex(query, key, value, score_mod=bias, block_mask=mask.blocks, enable_gqa=repeats > 1)
+        return attend_to_blocks(query, key, value, mask)
     if isinstance(mask, FirstKeys):
         return cpu_attention.attend(query, key, value, mask.numbers)
     if mask is None and query.shape[2] == key.shape[2] and not dropout and cpu_attention.supports(query):
@@ -173,8 +155,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, dropo
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
     is_written_out = dropout > 0 and is_drawn_here(query)
-    can_share = device_type(query) == "cpu" or (mask is None and _has_flash(query.dtype))
+    can_share = device_type(query) == "cpu" or (mask is None and has_flash(query, dropout))
     is_shared = repeats > 1 and can_share and not is_written_out
+    if repeats > 1 and not can_share and query.shape[2] == 1:
+        return attend_as_rows(query, key, value, mask)
     if repeats > 1 and not is_shared:
         key, value = (heads.repeat_interleave(repeats, dim=1) for heads in (key, value))
     if is_written_out:
@@ -185,31 +169,52 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, dropo
     )  # fmt: skip
 
 
-def _has_flash(dtype: torch.dtype) -> bool:
-    """Return whether a GPU has flash attention, the only kernel whose key heads can serve several query heads."""
-    if dtype not in (torch.float16, torch.bfloat16):
+def attend_as_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Compute attention of one query token, the query heads that share a key head as rows of one matrix.
+
+    So every kernel shares key heads, and none is copied.
+    """
+    batch, heads, _, size = query.shape
+    groups = key.shape[1]
+    if mask is not None and mask.shape[1] > 1:
+        mask = mask.view(mask.shape[0], groups, heads // groups, mask.shape[3])
+    rows = query.reshape(batch, groups, heads // groups, size)
+    return F.scaled_dot_product_attention(rows, key, value, attn_mask=mask).reshape(batch, heads, 1, size)
+
+
+def has_flash(query: Tensor, dropout: float) -> bool:
+    """Return whether flash attention computes ``query`` on this GPU; without a GPU at work: on one of today.
+
+    It and cuDNN's are the only kernels of torch 2.11 whose key heads can serve several query heads.
+    """
+    return _has_flash(query.dtype, query.shape[-1], dropout > 0, query.requires_grad)
+
+
+def _has_flash(dtype: torch.dtype, head_size: int, has_dropout: bool, has_gradient: bool) -> bool:
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_initialized() else (9, 0)
+    return flash_supports(capability, dtype, head_size, has_dropout=has_dropout, has_gradient=has_gradient)
+
+
+def flash_supports(
+    capability: tuple[int, int], dtype: torch.dtype, head_size: int, *, has_dropout: bool, has_gradient: bool
+) -> bool:
+    """Return whether flash attention supports a card and a head size: ``can_use_flash_attention`` in torch's source."""
+    if dtype not in (torch.float16, torch.bfloat16) or not (8, 0) <= capability <= (12, 1) or head_size > 256:
         return False
-    return not torch.cuda.is_initialized() or torch.cuda.get_device_capability() >= (8, 0)
+    has_little_shared_memory = (8, 6) <= capability <= (8, 9) or capability >= (12, 0)
+    if has_gradient and has_little_shared_memory:
+        return head_size <= 192 or (head_size > 224 and not has_dropout)
+    return True
 
 
 def slow_attention_reason(device: torch.device, dtype: torch.dtype) -> str:
-    """The reason why a faster attention is not available, or an empty string."""
-    return cpu_attention.find_kernel()[1] if device.type == "cpu" and dtype == torch.bfloat16 else ""
+    """The reason why a faster attention is not available, or an empty string; on a GPU of the passes so far."""
+    if device.type == "cuda":
+        return flex_notice()
+    reason = cpu_attention.find_kernel()[1] if device.type == "cpu" and dtype == torch.bfloat16 else ""
+    return f"torch's kernel: {reason}; training is slower with it on this CPU" if reason else ""
 
 
 # As torch.compiler.assume_constant_result does, which would import the compiler; that takes a second.
 _has_flash._dynamo_marked_constant = True  # type: ignore[attr-defined]
 cpu_attention.is_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@cache
-def _compiled_flex() -> Any:
-    prepare_compiler_cache()
-    return torch.compile(flex_attention)  # uncompiled, it makes the matrix of all scores
-
-
-def _distance_bias(slopes: Tensor) -> Callable[..., Tensor]:
-    def bias(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return score + slopes[head] * (key - query)
-
-    return bias

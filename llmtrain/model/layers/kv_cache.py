@@ -8,6 +8,18 @@ from torch import Tensor
 FIRST_TOKENS = 256  # capacity of the first allocation
 
 
+@dataclass(frozen=True)
+class FixedShape:
+    """The shapes and addresses of a forward pass that reads one token: the same for many tokens in a row.
+
+    So the pass can be recorded once and repeated.  The place of the token is not a number of the program but on the
+    device, and a mask hides the keys behind it.
+    """
+
+    position: Tensor  # (1,), int64: the index of the token
+    seen: int  # keys, those that are not written yet included
+
+
 class KVCache:
     """Keys and values of the tokens so far: a pair of buffers for each layer, which grow up to ``length``.
 
@@ -30,13 +42,40 @@ class KVCache:
         self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(layers)]
         self.length = 0  # tokens held
         self.capacity = length
+        self.fixed: FixedShape | None = None
 
     def layer(self, index: int) -> "LayerCache":
         return LayerCache(self, index)
 
+    def positions(self, new: int, device: torch.device) -> Tensor:
+        """The positions ``(new,)`` of the tokens that a forward pass reads."""
+        if self.fixed is not None:
+            return self.fixed.position
+        return torch.arange(self.length, self.length + new, device=device)
+
     def advance(self, tokens: int) -> None:
-        """Count ``tokens`` new tokens, after all layers have been updated."""
-        self.length += tokens
+        """Count ``tokens`` new tokens, after all layers have been updated; with fixed shapes the caller counts."""
+        if self.fixed is None:
+            self.length += tokens
+
+    def fix(self, fixed: FixedShape | None) -> None:
+        """Fix the shapes of the passes that follow; None: passes of any number of tokens again."""
+        self.fixed = fixed
+        if fixed is not None:
+            for buffers in (self.keys, self.values):
+                for index in range(len(buffers)):
+                    self.make_room(buffers, index, fixed.seen)
+                    buffers[index][:, :, self.length : fixed.seen] = 0  # a hidden value times 0 has to be 0
+
+    def make_room(self, buffers: list[Tensor], index: int, tokens: int) -> None:
+        """Let the buffer of a layer have room for ``tokens`` tokens."""
+        held = buffers[index]
+        batch, heads, room, head_size = held.shape
+        if tokens > room:
+            room = min(max(2 * room, tokens, FIRST_TOKENS), self.capacity)
+            grown = held.new_empty((batch, heads, room, head_size))
+            grown[:, :, : self.length] = held[:, :, : self.length]
+            buffers[index] = grown
 
 
 @dataclass(frozen=True)
@@ -51,14 +90,13 @@ class LayerCache:
         return self._add(self.cache.keys, keys), self._add(self.cache.values, values)
 
     def _add(self, buffers: list[Tensor], new: Tensor) -> Tensor:
-        held, room = self.cache.length, buffers[self.index].shape[2]
+        if (fixed := self.cache.fixed) is not None:
+            buffer = buffers[self.index]
+            buffer.index_copy_(2, fixed.position, new.to(buffer.dtype))
+            return buffer[:, :, : fixed.seen]
+        held = self.cache.length
         end = held + new.shape[2]
         assert end <= self.cache.capacity
-        if end > room:
-            batch, heads, _, head_size = new.shape
-            room = min(max(2 * room, end, FIRST_TOKENS), self.cache.capacity)
-            grown = buffers[self.index].new_empty((batch, heads, room, head_size))
-            grown[:, :, :held] = buffers[self.index][:, :, :held]
-            buffers[self.index] = grown
+        self.cache.make_room(buffers, self.index, end)
         buffers[self.index][:, :, held:end] = new
         return buffers[self.index][:, :, :end]

@@ -7,16 +7,18 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from llmtrain.kernels import cpu_attention
 from llmtrain.model.layers.attention import (
-    BlockwiseMask,
     FirstKeys,
     Kernel,
     alibi_slopes,
     attend,
+    attend_as_rows,
     attention_mask,
-    block_mask,
+    flash_supports,
     kernel_for,
+    mask_of_pairs,
     segment_starts,
 )
+from llmtrain.model.layers.flex import BlockwiseMask, block_mask
 
 CPU = torch.device("cpu")
 SEGMENTS = torch.tensor([[1] * 5 + [2] * 3 + [3] + [0] * 3, [1] * 12, [4] * 4 + [9] * 8], dtype=torch.int32)
@@ -77,6 +79,50 @@ def test_queries_behind_cached_keys_see_the_keys_before_them(new: int, window: i
     torch.testing.assert_close(attend(query, key, value, seen).double(), reference, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_gpus_mask_hides_the_same_keys_and_is_aligned(biased: bool) -> None:
+    query, key, value = heads(4, 12, 0), heads(4, 12, 1), heads(4, 12, 2)
+    queries, starts, slopes = torch.arange(12), segment_starts(SEGMENTS), alibi_slopes(4) if biased else None
+    mask = mask_of_pairs(queries, starts, 12, slopes, for_gpu=True)
+    assert mask.dtype == torch.float32
+    assert mask.shape == (3, 4 if biased else 1, 12, 12)
+    assert all(stride % 16 == 0 for stride in mask.stride()[:-1])
+    reference = expected(query, key, value, SEGMENTS, None, slopes)
+    torch.testing.assert_close(attend(query, key, value, mask).double(), reference, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("window", [None, 4])
+def test_heads_that_share_a_key_are_rows_of_one_matrix(window: int | None, biased: bool) -> None:
+    query, key, value = heads(4, 1, 0), heads(2, 12, 1), heads(2, 12, 2)
+    slopes = alibi_slopes(4) if biased else None
+    mask = attention_mask(1, 11, CPU, window=window, slopes=slopes)
+    assert mask is None or isinstance(mask, Tensor)
+    reference = expected(query, key, value, None, window, slopes)
+    torch.testing.assert_close(attend_as_rows(query, key, value, mask).double(), reference, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_size", "dropout", "gradient", "supported"),
+    [
+        ((8, 0), torch.bfloat16, 256, True, True, True),  # A100
+        ((9, 0), torch.float16, 128, False, True, True),
+        ((9, 0), torch.float32, 64, False, True, False),
+        ((9, 0), torch.bfloat16, 264, False, False, False),
+        ((7, 5), torch.float16, 64, False, True, False),  # T4
+        ((8, 9), torch.bfloat16, 192, True, True, True),  # L4, RTX 4090
+        ((8, 9), torch.bfloat16, 224, False, True, False),
+        ((8, 9), torch.bfloat16, 224, False, False, True),
+        ((8, 6), torch.bfloat16, 256, False, True, True),
+        ((12, 0), torch.bfloat16, 256, True, True, False),  # RTX 5090
+    ],
+)
+def test_flash_attention_is_for_half_precision_and_cards_that_have_it(
+    capability: tuple[int, int], dtype: torch.dtype, head_size: int, dropout: bool, gradient: bool, supported: bool
+) -> None:
+    assert flash_supports(capability, dtype, head_size, has_dropout=dropout, has_gradient=gradient) is supported
+
+
 def test_slopes_of_a_power_of_two_and_of_baichuan() -> None:
     assert alibi_slopes(8).tolist() == [2.0**-k for k in range(1, 9)]
     slopes = alibi_slopes(40)  # 32, then 8 of those for 64
@@ -107,9 +153,7 @@ def test_blocks_are_those_that_torch_finds_pair_by_pair(length: int, window: int
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("biased", [False, True])
 def test_flex_attention_is_told_the_same_as_a_mask_tells(biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "llmtrain.model.layers.attention._compiled_flex", lambda: flex_attention
-    )  # compiling takes long
+    monkeypatch.setattr("llmtrain.model.layers.flex._compiled_flex", lambda: flex_attention)  # compiling takes long
     query, key, value = heads(4, 200, 0, 16), heads(2, 200, 1, 16), heads(2, 200, 2, 16)
     segments = torch.arange(200).div(70, rounding_mode="floor").expand(3, -1)
     starts, slopes = segment_starts(segments), alibi_slopes(4) if biased else None
