@@ -55,7 +55,7 @@ def test_a_norm_on_a_gpu_keeps_its_input_alone() -> None:
     bf16 = Precision("bf16", torch.device("cpu"), torch.bfloat16)
     on_cpu, on_gpu = (activations("model=llama_tiny", precision=bf16, gpu=gpu) for gpu in (False, True))
     layers, elements = 2, 8 * 64 * 32
-    assert on_cpu - on_gpu > 0.9 * (2 * layers + 1) * 4 * elements
+    assert on_cpu - on_gpu > 0.85 * (2 * layers + 1) * 4 * elements
 
 
 def test_fp8_keeps_inputs_of_a_byte_a_number() -> None:
