@@ -220,12 +220,6 @@ def test_a_held_weight_gives_the_bits_of_one_quantised_anew(recipe: Recipe) -> N
     assert list(layer.state_dict()) == ["weight", "bias"]
 
 
-def train_step(model: LanguageModel, precision: FP8Precision, micro_batch_size: int, *, fused: bool) -> Step:
-    optimizer = torch.optim.AdamW(model.parameters(), 0.05, fused=fused)
-    optimizer.param_groups[0]["lr_multiplier"] = 1.0
-    return Step(as_unit(model), optimizer, precision, micro_batch_size)
-
-
 @pytest.mark.parametrize("fused", [False, True])  # a fused optimizer leaves the weights' version counters as they are
 def test_each_step_multiplies_by_the_weights_of_the_last_update(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     counts, found, recipe = [], [], Recipe.rowwise  # a CPU takes 50 ms for a product of tensorwise
@@ -243,7 +237,9 @@ def test_each_step_multiplies_by_the_weights_of_the_last_update(fused: bool, mon
         if not holds:
             precision.layers = []
         before = len(quantised)
-        step = train_step(model, precision, 2, fused=fused)
+        optimizer = torch.optim.AdamW(model.parameters(), 0.05, fused=fused)
+        optimizer.param_groups[0]["lr_multiplier"] = 1.0
+        step = Step(as_unit(model), optimizer, precision, 2)
         losses = []
         for _ in range(2):
             losses.append(step.gradients(batch_of(IDS, IDS)).total)
