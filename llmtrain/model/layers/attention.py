@@ -102,7 +102,7 @@ def attention_mask(
             return None  # a plan: attention without a mask takes the same memory
         if not is_fake(first) and (heads is None or not flex_failure(heads, device, is_biased=slopes is not None)):
             return BlockwiseMask(block_mask(first), slopes)
-    return mask_of_pairs(queries, first, seen, slopes, for_gpu=device.type == "cuda")
+    return mask_of_pairs(queries, first, seen, slopes, for_gpu=device_type(first) == "cuda")
 
 
 def mask_of_pairs(queries: Tensor, first: Tensor, seen: int, slopes: Tensor | None, *, for_gpu: bool) -> Tensor:
