@@ -67,7 +67,7 @@ def test_adafactor_on_a_device_equals_torchs(new_model, dtype, tolerance):
     """The form without copies to the host, on a CPU; the second step is skipped."""
     ours, theirs = new_model(dtype=dtype), new_model(dtype=dtype)
     keys = {"lr": 0.02, "weight_decay": 0.1, "d": 1.5}
-    optimizer = DeviceAdafactor([p for p in ours.parameters()], **keys)
+    optimizer = DeviceAdafactor(list(ours.parameters()), **keys)
     for p in ours.parameters():
         optimizer.state[p] = initial_state(p)
     reference = torch.optim.Adafactor(theirs.parameters(), **keys)
