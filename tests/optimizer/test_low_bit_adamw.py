@@ -206,10 +206,8 @@ def test_an_update_that_cannot_be_compiled_is_eager_and_reported_once(compact, m
     train(eager, plain, 2)
     train(fallen_back, optimizer, 2)
     assert all(torch.equal(one, other) for one, other in zip(eager.parameters(), fallen_back.parameters(), strict=True))
-    assert [record.getMessage() for record in caplog.records] == [
-        "the optimizer's update is not compiled (RuntimeError: Failed to find C compiler.); "
-        "its steps are slower without"
-    ]
+    (record,) = caplog.records
+    assert "update is not compiled (RuntimeError: Failed to find C compiler.);" in record.getMessage()
 
 
 def test_stretches_change_no_bit(compact):
