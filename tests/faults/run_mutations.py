@@ -199,7 +199,7 @@ def lead_out(run: Path, chance: random.Random) -> None:
         try:
             config = yaml.safe_load(path.read_text(encoding="utf-8"))
             (config[group] if group else config)[name] = str(run.parents[1] / OUTSIDE)
-        except (ValueError, KeyError, TypeError, yaml.YAMLError):
+        except (ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError):
             continue
         path.write_text(yaml.safe_dump(config, sort_keys=False))
 
