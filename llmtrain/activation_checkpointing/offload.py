@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.graph import saved_tensors_hooks
 
 from llmtrain.activation_checkpointing.host_pool import HostPool, Piece
+from llmtrain.base.device import device_type
 from llmtrain.base.host_memory import HostMemory, Registration, registration_for
 from llmtrain.model import LanguageModel
 
@@ -41,7 +42,7 @@ def offload(model: LanguageModel) -> "Offloader | None":
     device = parameter.device
     if device.type == "meta":
         return None
-    if device.type != "cuda":
+    if device_type(parameter) != "cuda":
         raise ValueError(
             f"offload=true: what backward needs is in host memory already, with the model on {device}, and there is "
             "nothing to gain; take offload=false"
@@ -147,12 +148,12 @@ class OffloadedTensor:
     def __init__(self, storage: Storage, tensor: Tensor) -> None:
         self.storage = storage
         self.dtype = tensor.dtype
-        self.place = (tensor.storage_offset(), tensor.shape, tensor.stride())
+        self.place = (tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def restore(self) -> Tensor:
         data = self.storage.use()
         with torch.no_grad():
-            return torch.empty(0, dtype=self.dtype, device=data.device).set_(data.untyped_storage(), *self.place)
+            return data.view(self.dtype).as_strided(*self.place)
 
 
 class ForwardPass:
@@ -171,9 +172,8 @@ class ForwardPass:
         for known, storage in self.recent:
             if known == key:
                 return storage
-        data = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-        with torch.no_grad():
-            data.set_(tensor.untyped_storage())
+        elements = tensor.untyped_storage().nbytes() // tensor.itemsize
+        data = tensor.detach().as_strided((elements,), (1,), 0).view(torch.uint8)
         storage = Storage(self, len(self.storages), data)
         self.storages.append(weakref.ref(storage))
         self.recent.append((key, storage))
@@ -195,11 +195,11 @@ class ForwardPass:
 
 
 class TracedMemory(HostMemory):
-    """Host memory in the trace of a step, which counts it: a tensor without data."""
+    """Host memory in the trace of a step: a tensor without data, on meta, as those of the device are on a CPU."""
 
     def __init__(self, num_bytes: int, registration: Registration | None = None) -> None:
         super().__init__(0)
-        self.data = torch.empty(num_bytes, dtype=torch.uint8)
+        self.data = torch.empty(num_bytes, dtype=torch.uint8, device="meta")
 
 
 class Offloader:
@@ -246,8 +246,8 @@ class Offloader:
         if tensor.device != self.device or tensor.layout is not torch.strided:
             return tensor
         size = tensor.untyped_storage().nbytes()
-        # a small part of a large storage, such as one token's, would fetch all of it
-        if size < self.min_bytes or 4 * tensor.nbytes < size or self.is_weight(tensor):
+        # a small part of a large storage, such as one token's, would fetch all of it; 16: views of every type divide it
+        if size % 16 or size < self.min_bytes or 4 * tensor.nbytes < size or self.is_weight(tensor):
             return tensor
         return OffloadedTensor(self.forward.save(tensor), tensor)
 

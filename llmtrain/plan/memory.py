@@ -105,7 +105,9 @@ Phases = list[tuple[Phase, np.ndarray]]  # live bytes, (operations, categories)
 def _trace(blueprint: Blueprint, gpu: bool) -> tuple[Phases, int]:
     """Return the live bytes of each phase, and the peak on the host of a GPU."""
     layers, kind = blueprint.num_layers, "cuda" if gpu else "cpu"
-    if layers is not None:
+    # Of tensors that wait on the host the last few are still on the device: a small model has no others.
+    offloads = getattr(blueprint.settings.activation_checkpointing, "offload", False)
+    if layers is not None and not offloads:
         for period in (blueprint.period, 2 * blueprint.period):
             if 3 * period >= layers:  # as much work as the whole model
                 break

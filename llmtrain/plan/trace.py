@@ -139,10 +139,8 @@ class Recorder(TorchDispatchMode):
         """Begin a part of the step."""
         self.spans.append(Span(phase, [f"begin {phase.name}"], [[]]))
 
-    def add(self, tensor: Tensor) -> int | None:
-        """Record the tensor's storage unless it is known; return its number, None for one without memory."""
-        if tensor.device.type == "meta":
-            return None
+    def add(self, tensor: Tensor) -> int:
+        """Record the tensor's storage unless it is known; return its number."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._ids:
@@ -173,8 +171,7 @@ class Recorder(TorchDispatchMode):
 
     def numbers(self, tensors: Iterable[Tensor]) -> set[int]:
         """The storages of ``tensors`` on the device."""
-        found = {self.add(tensor) for tensor in tensors}
-        return {number for number in found if number is not None}
+        return {self.add(tensor) for tensor in tensors}
 
 
 class TraceError(RuntimeError):

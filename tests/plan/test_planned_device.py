@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llmtrain import Run
+from llmtrain.activation_checkpointing.offload import IN_FLIGHT
 from llmtrain.base.device import device_type
 from llmtrain.base.gpus import GPUS
 from llmtrain.cli.main import main
@@ -70,7 +71,7 @@ def test_fp8_keeps_inputs_of_a_byte_a_number() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         trace_step(Blueprint(run, 257, chosen, 8), planned_for="cuda")
-    assert sizes[torch.float8_e4m3fn] == 2 * 4  # the four linear layers of each of two blocks
+    assert sizes[torch.float8_e4m3fn] == 2 * 2 * 4  # input and weight of the four linear layers of each of two blocks
 
 
 def test_tensors_without_data_stand_for_those_of_the_device_planned_for() -> None:
@@ -91,3 +92,15 @@ def test_the_trace_on_cpu_tensors_equals_the_one_on_a_gpus(overrides: tuple[str,
         rows = trace_step(blueprint, planned_for="cuda").timeline()
         peaks.append(max(int(row.sum(axis=1).max()) for row in rows))
     assert peaks[0] == pytest.approx(peaks[1], rel=0.03)
+
+
+def test_offloaded_tensors_wait_on_the_host_all_but_the_last_few() -> None:
+    layers = 12
+    overrides = (*SMALL, "model=tiny", f"model.num_layers={layers}", "activation_checkpointing=full",
+                 "accumulation.batch_size=512", "accumulation.micro_batch_size=512")  # fmt: skip
+    runs = [Run.compose(*overrides, f"activation_checkpointing.offload={offload}") for offload in ("false", "true")]
+    fp32 = Precision("fp32", torch.device("cpu"))
+    kept, moved = (estimate(Blueprint(run, 257, fp32, 512), gpu=True, copied=False) for run in runs)
+    held = 512 * 64 * 32 * 4  # bytes, of a block's input
+    assert moved.host == pytest.approx((layers + 1) * held, rel=0.01)  # the final norm's input too
+    assert kept.parts["activations"] - moved.parts["activations"] > 0.9 * (layers - IN_FLIGHT) * held
