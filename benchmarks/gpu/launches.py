@@ -12,9 +12,11 @@ reading the step's numbers back are left out.  The second step is counted; the f
 import argparse
 import datetime
 import json
+import multiprocessing
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +48,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file that gets the rows, and a table .md beside it")
     arguments = parser.parse_args()
     checkout = arguments.checkout.resolve()
-    sys.path.insert(0, str(checkout))
     name = arguments.name or commit_of(checkout)
     cases = {" ".join(arguments.overrides): arguments.overrides} if arguments.overrides else CASES
+    # a process for each case: what is compiled once in a process would be counted in the first alone
+    processes = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1)
     for case in cases if arguments.overrides else arguments.cases:
-        row = {"case": case, "commit": name, "overrides": list(cases[case])} | count(cases[case])
+        figures_of_case = processes.submit(count, checkout, cases[case]).result()
+        row = {"case": case, "commit": name, "overrides": list(cases[case])} | figures_of_case
         print(show([row]), flush=True)
         if arguments.output is not None:
             record(arguments.output, row)
@@ -64,8 +68,10 @@ def commit_of(checkout: Path) -> str:
     return f"{commit or 'unknown'}{'+' if changed.stdout.strip() else ''}"
 
 
-def count(overrides: Any) -> dict[str, Any]:
-    """The figures of the second training step."""
+def count(checkout: Path, overrides: Any) -> dict[str, Any]:
+    """The figures of the second training step with the package of ``checkout``."""
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
     from benchmarks.gpu.counter import counting
 
     with counting() as counter:
@@ -93,18 +99,23 @@ def make_loop(overrides: Any, counter: Any) -> Any:
     precision = run.precision.build(device)
     vocab_size = run.vocab_size(run.build_tokenizer())
     unit = build_unit(run, vocab_size, (), device, torch.Generator(), load_weights=False, precision=precision)
-    unit.plan_for("cuda")
+    getattr(unit, "compile_loss", lambda: None)()  # earlier checkouts have none
     unit.train()
     timer = PhaseTimer(counter)
     loop = Loop.__new__(Loop)
-    loop.step = Step(unit, run.optimizer.build(unit), precision, run.accumulation.micro_batch_size, timer=timer)
+    optimizer = run.optimizer.build(unit)
+    for part in getattr(optimizer, "parts", ()):
+        if hasattr(part, "is_to_compile"):
+            part.is_to_compile = True  # as for tensors with data
+    loop.step = Step(unit, optimizer, precision, run.accumulation.micro_batch_size, timer=timer)
     loop.clipping, loop.recovery = run.clipping, run.recovery.build(device)
     loop.state = MagicMock(step=run.clipping.start_step if hasattr(run.clipping, "start_step") else 0, position=0)
     loop.state.tokens = loop.state.short_sequences = 0
+    loop.max_steps = 1000
     loop.length = MagicMock(missing_at=lambda step: 0)
     loop.learning_rate = lambda step: 1e-4
     loop.saver, loop.readback = MagicMock(), MagicMock()
-    loop.log = MagicMock(timer=timer, device=device)
+    loop.log = MagicMock(timer=timer, device=device, log_every=10)
     batch = made_up_batch(run.objective, run.accumulation.batch_size_at(0, 0), run.data.sequence_length,
                           is_packed=run.data.packs)  # fmt: skip
     batch = batch.map(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype, device=device))

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.gpu.counter import LaunchCounter, counting
-from benchmarks.gpu.launches import commit_of, count, record
+from benchmarks.gpu.launches import ROOT, commit_of, count, record
 
 MIB = 1 << 20
 
@@ -83,13 +83,13 @@ def test_compiled_function_is_one_launch_besides_its_products(counter: LaunchCou
 
 
 def test_optimizer_that_waits_for_the_device_is_counted_too() -> None:
-    muon = count(("model=tiny", "tokenizer=byte", "data.sequence_length=64", "precision=bf16", "optimizer=muon"))
+    muon = count(ROOT, ("model=tiny", "tokenizer=byte", "data.sequence_length=64", "precision=bf16", "optimizer=muon"))
     assert muon["update"]["launches"] > 100
 
 
 def test_step_is_counted_by_phase_and_recorded(tmp_path) -> None:
     tiny = ("model=tiny", "tokenizer=byte", "data.sequence_length=64", "precision=bf16")
-    one, two = count(tiny), count((*tiny, "accumulation.micro_batch_size=4"))
+    one, two = count(ROOT, tiny), count(ROOT, (*tiny, "accumulation.micro_batch_size=4"))
     assert one["update"]["operations"]["_fused_adamw_"][0] == 2  # with weight decay, and without
     assert two["backward"]["launches"] > 2 * one["backward"]["launches"]  # gradients are added up
     assert two["update"] == one["update"]
