@@ -30,7 +30,7 @@ def decode(name: str, overrides: tuple[str, ...], folder: Path) -> None:
     import torch
 
     from llmtrain import Run
-    from llmtrain.base.runtime import Device, Runtime
+    from llmtrain.base.runtime import Runtime
     from llmtrain.checkpoint.directory import locate_checkpoint
     from llmtrain.inference.generate import Sampling, generate
     from llmtrain.run.load import load_model
@@ -39,7 +39,7 @@ def decode(name: str, overrides: tuple[str, ...], folder: Path) -> None:
         *overrides, "data=python_docs", "loop.max_steps=1", "loop.eval_every=0", "loop.sample_every=0",
         "accumulation.batch_size=1", "accumulation.micro_batch_size=1", f"run_dir='{folder}'",
     ).train()  # fmt: skip
-    with load_model(locate_checkpoint(folder), Runtime.for_inference(Device("auto"))) as trained:
+    with load_model(locate_checkpoint(folder), Runtime.for_inference("auto")) as trained:
 
         def text() -> float:
             generator = torch.Generator(trained.device).manual_seed(1)

@@ -84,7 +84,7 @@ def quantise_weight(weight: Tensor, recipe: Recipe) -> Weight8:
     scale = find_scale(weight, E4M3, recipe)
     numbers = quantise(weight, scale, E4M3)
     if recipe is Recipe.tensorwise:
-        return Weight8(numbers, scale, numbers.t(), scale)
+        return Weight8(numbers, scale, numbers.t(), scale.clone())  # torch's compiler takes no tensor twice
     return Weight8(numbers, scale, *_by_row(weight.t()))
 
 

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from llmtrain import Run
-from llmtrain.base.runtime import Device, Runtime
+from llmtrain.base.runtime import Runtime
 from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.cli.main import main
 from llmtrain.commands import export
@@ -70,7 +70,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def difference(run: Path, folder: Path, *, dtype: torch.dtype = torch.float32) -> float:
     """Of the logits of a run's model and of what transformers makes of an exported directory, and of greedy texts."""
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with load_model(locate_checkpoint(run), Runtime.for_inference(Device.cpu)) as trained, torch.no_grad():
+    with load_model(locate_checkpoint(run), Runtime.for_inference("cpu")) as trained, torch.no_grad():
         ids = torch.from_numpy(trained.tokenizer.encode("So it goes, and goes").astype(np.int64))[None]
         model = trained.model
         export.merge(model, has_output=trained.unit.uses_output_layer)
@@ -148,7 +148,7 @@ def test_exported_adapters_give_the_same_logits_in_peft(
     named = json.loads(Path("out/adapter_config.json").read_text())["base_model_name_or_path"]
     base = transformers.AutoModelForCausalLM.from_pretrained(named, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, "out").eval()
-    with load_model(locate_checkpoint(runs / name), Runtime.for_inference(Device.cpu)) as trained:
+    with load_model(locate_checkpoint(runs / name), Runtime.for_inference("cpu")) as trained:
         ids = torch.arange(40)[None]
         with torch.no_grad():
             ours = trained.model(ids)[..., : trained.model.vocab_size]
@@ -199,7 +199,7 @@ def classes_of(run: Path, texts: list[str]) -> torch.Tensor:
     """Probabilities as ``llmtrain predict`` has them."""
     from llmtrain.commands.predict import Predictor
 
-    with load_model(locate_checkpoint(run), Runtime.for_inference(Device.cpu)) as trained:
+    with load_model(locate_checkpoint(run), Runtime.for_inference("cpu")) as trained:
         return Predictor.of(trained, 0.5, run).probabilities(texts)
 
 
@@ -262,7 +262,7 @@ def test_a_classifier_without_counterpart_in_transformers_is_refused(
     from llmtrain.model import LanguageModel
 
     run = train_classifier(bases / "llama")
-    with load_model(locate_checkpoint(run), Runtime.for_inference(Device.cpu)) as trained:
+    with load_model(locate_checkpoint(run), Runtime.for_inference("cpu")) as trained:
         model: Any = trained.model
         assert isinstance(model, LanguageModel)
         model.config = replace(model.config, normalised_head=True, fused_qkv=True, num_kv_heads=4)
@@ -291,7 +291,7 @@ def test_an_export_holds_the_chat_template(template: str, bases: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained("out")
     asked = [{"role": "user", "content": "Say 7."}]
     theirs = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
-    with load_model(locate_checkpoint(Path("run")), Runtime.for_inference(Device.cpu)) as trained:
+    with load_model(locate_checkpoint(Path("run")), Runtime.for_inference("cpu")) as trained:
         encoder = ConversationEncoder(trained.tokenizer)
         parts = template_of(trained, None, None).render([Message("user", "Say 7.")], add_generation_prompt=True)
         assert encoder.prompt(parts) == theirs

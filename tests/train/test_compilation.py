@@ -14,6 +14,7 @@ from llmtrain.model import LanguageModel
 from llmtrain.model.gpt import GPTConfig, Initialisation
 from llmtrain.objective import TrainingUnit
 from llmtrain.objective.causal import Causal
+from llmtrain.precision import Precision
 from llmtrain.train.compilation import CompileSettings, compile_unit, compiles_as_one, compiling_pays
 from llmtrain.train.state import TrainState
 
@@ -49,7 +50,7 @@ class Recorded:
     device, sequence_length = GPU, 96
 
     def __init__(self, unit: TrainingUnit, *failures: Exception | None) -> None:
-        self.step = SimpleNamespace(unit=unit)
+        self.step = SimpleNamespace(unit=unit, precision=Precision("fp32", CPU))
         self.failures = list(failures)
         self.runs: list[tuple[bool, bool, int]] = []  # one graph, block by block, repetitions
 
