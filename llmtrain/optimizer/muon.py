@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim._muon import muon
 
 from llmtrain.base.checks import non_negative, positive
+from llmtrain.base.device import device_type
 from llmtrain.optimizer import Trainable, divide_gradients, undone_if
 from llmtrain.optimizer.adam import build_adam
 from llmtrain.optimizer.composite import CompositeOptimizer
@@ -97,6 +98,10 @@ class MuonOptimizer(torch.optim.Muon):
     def step(self) -> None:  # type: ignore[override]  # no closures
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         skipped = None if found_inf is None else found_inf != 0
+        if skipped is not None and device_type(skipped) == "cpu":  # read at no cost; undoing takes copies
+            if skipped:
+                return
+            skipped = None
         for group in self.param_groups:
             divide_gradients(group["params"], getattr(self, "grad_scale", None))
             keys = {key: group[key] for key in KEYS}
