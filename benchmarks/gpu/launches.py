@@ -47,6 +47,10 @@ def main() -> None:
     parser.add_argument("--name", help="of the checkout in the table; default: its commit")
     parser.add_argument("--output", type=Path, help="JSON file that gets the rows, and a table .md beside it")
     arguments = parser.parse_args()
+    import torch
+
+    if torch.backends.cuda.is_built() and not torch.cuda.is_available():
+        parser.error("torch is built with CUDA, and there is no GPU: a build of torch for CPUs is needed, or a GPU")
     checkout = arguments.checkout.resolve()
     name = arguments.name or commit_of(checkout)
     cases = {" ".join(arguments.overrides): arguments.overrides} if arguments.overrides else CASES

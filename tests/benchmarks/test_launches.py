@@ -6,8 +6,14 @@ from torch.nn import functional as F
 
 from benchmarks.gpu.counter import LaunchCounter, counting
 from benchmarks.gpu.launches import ROOT, commit_of, count, record
+from tests.helpers.gpu_without_data import skip_without_driver
 
 MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _tensors_of_a_gpu() -> None:
+    skip_without_driver()
 
 
 @pytest.fixture

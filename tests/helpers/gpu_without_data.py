@@ -23,9 +23,16 @@ c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, &guard);
 """
 
 
+def skip_without_driver() -> None:
+    """Skip the test where torch is built with CUDA and there is no GPU: it then refuses even tensors without data."""
+    if torch.backends.cuda.is_built() and not torch.cuda.is_available():
+        pytest.skip("torch is built with CUDA, and there is no GPU: needs a build for CPUs, or a GPU")
+
+
 @functools.cache
 def allow_gpu_tensors() -> None:
     """Make operations on fake tensors of a GPU possible in this process; skip the test where there is no compiler."""
+    skip_without_driver()
     if torch.backends.cuda.is_built():
         return
     if shutil.which("g++") is None:
