@@ -17,6 +17,7 @@ from llmtrain.plan.memory import estimate
 from llmtrain.plan.trace import fake_tensors, trace_step
 from llmtrain.precision import Precision
 from tests.helpers.cli import TINY
+from tests.helpers.gpu_without_data import skip_without_driver
 from tests.helpers.pretended_gpu import pretend_gpu
 
 SMALL = ("tokenizer=byte", "data.sequence_length=64", "accumulation.batch_size=8", "accumulation.micro_batch_size=8")
@@ -26,6 +27,7 @@ SMALL = ("tokenizer=byte", "data.sequence_length=64", "accumulation.batch_size=8
 def test_a_plan_beside_the_gpu_equals_the_one_by_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:
+    skip_without_driver()
     monkeypatch.chdir(tmp_path)
     command = ("plan", *TINY, *options, "probe=false", "loop.max_steps=5")
     assert main([*command, "device=h200-141gb", "json=named.json"]) == 0
