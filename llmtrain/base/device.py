@@ -77,6 +77,15 @@ def device_type(tensor: torch.Tensor) -> str:
     return getattr(getattr(tensor, "fake_mode", None), "planned_for", None) or tensor.device.type
 
 
+def has_native_bf16(device: torch.device) -> bool:
+    """Return True if ``device`` multiplies bf16 in hardware (on a CPU: AVX512-BF16 or AMX, not emulation)."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def peak_memory(device: torch.device) -> int:
     """Return the most bytes held so far: allocated on a GPU, resident in this process on a CPU."""
     import resource

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from llmtrain.base.device import has_native_bf16
 from llmtrain.base.format import counted
 from llmtrain.base.options import option_name
 from llmtrain.config.build import naming
@@ -9,7 +10,6 @@ from llmtrain.lint.case import Case, Finding, error, warning
 from llmtrain.lora.low_rank import LowRankAdaptation
 from llmtrain.lora.merge import adapters
 from llmtrain.optimizer.groups import GroupedOptimizer
-from llmtrain.precision.auto import has_native_bf16
 from llmtrain.precision.bf16 import BF16
 from llmtrain.precision.fp8 import FP8
 from llmtrain.precision.fp16 import FP16

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llmtrain.base.device import has_native_bf16
 from llmtrain.base.gpus import find_gpu
 from llmtrain.precision import Precision, PrecisionConfig, Residual
 from llmtrain.precision.bf16 import BF16
@@ -29,13 +30,6 @@ class Auto(PrecisionConfig):
             notices.append("precision.residual=bf16 has no effect on a device without bf16")
         precision.notice = "; ".join(notices)
         return precision
-
-
-def has_native_bf16(device: torch.device) -> bool:
-    """Return True if ``device`` multiplies bf16 in hardware (on a CPU: AVX512-BF16 or AMX, not emulation)."""
-    if device.type == "cuda":
-        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def fp16_notice(device: torch.device) -> str:

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from llmtrain import Run
+from llmtrain.base.device import has_native_bf16
 from llmtrain.config.assemble import Parts
 from llmtrain.lint import Case, lint
 from llmtrain.lint.rates import adamw_rate
-from llmtrain.precision.auto import has_native_bf16
 from tests.lint.findings import QUIET, find, find_in, parts_of
 
 ROOT = Path(__file__).parents[2]

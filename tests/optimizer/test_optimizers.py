@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmtrain.optimizer import update
+from llmtrain.optimizer import muon, update
 from llmtrain.optimizer.adafactor import DeviceAdafactor, initial_state
 
 STEPS = 5
@@ -84,24 +84,42 @@ def test_adafactor_on_a_device_equals_torchs(new_model, dtype, tolerance):
             torch.testing.assert_close(optimizer.state[mine][key], value, rtol=tolerance, atol=1e-12, msg=key)
 
 
-def test_muon_equals_torch_muon_beside_adamw(options, new_model):
+@pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original"])
+def test_muon_equals_torch_muon_beside_adamw(options, new_model, monkeypatch, adjust_lr_fn):
+    """In bf16, as torch always multiplies."""
+    monkeypatch.setattr(muon, "has_native_bf16", lambda device: True)
     ours, theirs = new_model(), new_model()
-    train(ours, options["muon"]().build(ours), [0.01] * STEPS)
+    train(ours, options["muon"](adjust_lr_fn=muon.AdjustLR(adjust_lr_fn)).build(ours), [0.01] * STEPS)
     named = [(name, p) for name, p in theirs.named_parameters() if "unused" not in name]
     matrices = [p for name, p in named if name.startswith("blocks") and p.dim() == 2]
     vectors = [p for _, p in named if p.dim() < 2]
-    muon = torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    matrix_optimizer = torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn=adjust_lr_fn)
     groups = [{"params": [theirs.embedding.weight]}, {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=0.002, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     for step in range(STEPS):
         theirs.set_gradients(step)
-        muon.step()
+        matrix_optimizer.step()
         adamw.step()
     for (key, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         if key.startswith("blocks") and mine.dim() == 2:
             assert torch.equal(mine, other), key
         else:  # the rate lr * (adamw_lr / lr) is adamw_lr up to rounding
             torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-8, msg=key)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
+def test_orthogonalisation_equals_its_formula_in_float64(monkeypatch, shape):
+    """Of singular values s the iteration makes p(p(…p(s / norm))), p(s) = a s + b s^3 + c s^5; in fp32."""
+    monkeypatch.setattr(muon, "has_native_bf16", lambda device: False)
+    matrix = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    a, b, c = 3.4445, -4.7750, 2.0315
+    left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
+    sizes = sizes / sizes.norm()
+    for _ in range(5):
+        sizes = a * sizes + b * sizes**3 + c * sizes**5
+    ours = muon.orthogonalise(matrix.float(), (a, b, c), 5, 1e-7)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), left @ sizes.diag() @ right, rtol=0, atol=2e-5)
 
 
 def test_an_update_of_muon_is_nearly_orthogonal(options, new_model, weights_of):

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llmtrain.base.device import has_native_bf16
 from llmtrain.model import LanguageModel
 from llmtrain.model.gpt import GPTConfig, Initialisation
 from llmtrain.precision import LossScaler, Precision, Residual
-from llmtrain.precision.auto import Auto, has_native_bf16
+from llmtrain.precision.auto import Auto
 from llmtrain.precision.bf16 import BF16
 from llmtrain.precision.fp8 import FP8
 from llmtrain.precision.fp8_linear import Recipe
