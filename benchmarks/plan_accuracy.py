@@ -138,7 +138,7 @@ def count_flops(overrides: list[str], _: int) -> dict[str, Any]:
     blueprint = Blueprint(composed, vocabulary, composed.precision.build(cpu), 1)
     length = composed.data.sequence_length
     with fake_tensors():
-        step = blueprint.build(planned_for="cpu")
+        step = blueprint.build()
         batch = made_up_batch(composed.objective, 1, length, is_packed=composed.data.packs).map(torch.zeros_like)
         # the counter knows the two products of attention, and not the CPU's fused kernel
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

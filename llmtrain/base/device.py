@@ -77,6 +77,11 @@ def device_type(tensor: torch.Tensor) -> str:
     return getattr(getattr(tensor, "fake_mode", None), "planned_for", None) or tensor.device.type
 
 
+def has_no_data(tensor: torch.Tensor) -> bool:
+    """Return True for a tensor on which a plan traces a step: it has a shape, and no values."""
+    return getattr(tensor, "fake_mode", None) is not None
+
+
 def has_native_bf16(device: torch.device) -> bool:
     """Return True if ``device`` multiplies bf16 in hardware (on a CPU: AVX512-BF16 or AMX, not emulation)."""
     import torch

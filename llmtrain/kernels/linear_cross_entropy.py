@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmtrain.base.constants import IGNORE
+from llmtrain.base.device import device_type, has_no_data
 from llmtrain.kernels.row_losses import Options, RowWork, exact_dtype, row_losses
 
 CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # of a chunk's logits; more only takes memory
@@ -29,7 +30,6 @@ class Chunking:
     """The pieces that the loss is computed in."""
 
     tokens: int | None = None  # whose logits are computed at once; None: chosen by the device
-    planned_for: str | None = None  # for tracing without data: as on this type of device, wherever the tensors are
     is_compiled: bool = False  # on a GPU, with a large vocabulary: the rows of a chunk in one kernel
 
 
@@ -115,13 +115,12 @@ def sum_and_gradients(
     for_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Compute the loss, and its gradients times :func:`gradient_factor` where they are asked for."""
-    exact, device = exact_dtype(dtype), chunking.planned_for or hidden.device.type
+    exact, device = exact_dtype(dtype), device_type(hidden)
     low, low_weight = hidden.to(dtype), weight.to(dtype)
     is_compiled = chunking.is_compiled and device == "cuda" and len(weight) >= COMPILED_VOCABULARY
     work = RowWork(
-        options, for_hidden or for_weight, gradient_factor(dtype), device, is_compiled,
-        is_traced=chunking.planned_for is not None,
-    )  # fmt: skip
+        options, for_hidden or for_weight, gradient_factor(dtype), device, is_compiled, is_traced=has_no_data(hidden)
+    )
     # A bias within the product is one pass over memory less, except on a CPU, where it is one more.
     in_product = bias if options.softcap is None and device != "cpu" and not is_compiled else None
     later = bias if in_product is None else None

@@ -161,9 +161,6 @@ class TrainingUnit(nn.Module, ABC):
         """Pad the rows of ``batch`` to one of few lengths if the unit is compiled, once for each shape."""
         return batch if self._longest is None else batch.widen(self._longest)
 
-    def plan_for(self, device_type: str) -> None:
-        """Split work as on a device of that type, wherever the tensors are: for tracing a step without data."""
-
 
 def mean_losses(unit: TrainingUnit, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The share of ``batch`` in the step's loss, and in each loss by name: sums divided by the step's counts.

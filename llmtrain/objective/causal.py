@@ -39,9 +39,6 @@ class CausalUnit(TrainingUnit):
     def compile_loss(self) -> None:
         self.chunking = replace(self.chunking, is_compiled=True)
 
-    def plan_for(self, device_type: str) -> None:
-        self.chunking = replace(self.chunking, planned_for=device_type)
-
 
 @dataclass(frozen=True)
 class Causal(Objective):

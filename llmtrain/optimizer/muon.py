@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.base.checks import non_negative, positive
-from llmtrain.base.device import device_type, has_native_bf16
+from llmtrain.base.device import device_type, has_native_bf16, has_no_data
 from llmtrain.optimizer import Trainable, divide_gradients, undone_if
 from llmtrain.optimizer.adam import build_adam
 from llmtrain.optimizer.composite import CompositeOptimizer
@@ -144,10 +144,9 @@ def orthogonalise(matrix: Tensor, coefficients: Sequence[float], steps: int, eps
 
 
 def _fast_dtype(matrix: Tensor) -> torch.dtype:
-    """The dtype of fast products on the device of ``matrix``; of a device that is planned for: bf16 on every GPU."""
-    kind = device_type(matrix)
-    is_here = kind == matrix.device.type and kind in ("cpu", "cuda")
-    return torch.bfloat16 if not is_here or has_native_bf16(matrix.device) else torch.float32
+    """The dtype of fast products on the device of ``matrix``; bf16 on a GPU that is planned for."""
+    is_planned_gpu = has_no_data(matrix) and device_type(matrix) == "cuda"
+    return torch.bfloat16 if is_planned_gpu or has_native_bf16(matrix.device) else torch.float32
 
 
 def is_hidden_matrix(member: Member) -> bool:

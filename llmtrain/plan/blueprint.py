@@ -52,17 +52,13 @@ class Blueprint:
         """Blocks of the model; None where its config has no such key."""
         return getattr(self.settings.model, "num_layers", None)
 
-    def build(self, num_layers: int | None = None, *, planned_for: str, timer: Timer | None = None) -> Step:
-        """Build the step on the device of the precision, with ``num_layers`` blocks (None: all); within a fake mode.
-
-        Work is split as on devices of the type ``planned_for``.
-        """
+    def build(self, num_layers: int | None = None, *, timer: Timer | None = None) -> Step:
+        """Build the step on the device of the precision, with ``num_layers`` blocks (None: all); within a fake mode."""
         device = self.precision.device
         unit = build_unit(
             self.settings, self.vocab_size, self.labels, device, torch.Generator(device), load_weights=False,
             precision=self.precision, num_layers=num_layers,
         )  # fmt: skip
-        unit.plan_for(planned_for)
         if self.settings.runtime.compile is not False:
             unit.compile_loss()
         unit.train()

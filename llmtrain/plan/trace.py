@@ -237,7 +237,7 @@ def trace_step(blueprint: Blueprint, num_layers: int | None = None, *, planned_f
     recorder = Recorder(device)
     with fake_tensors(recorder, planned_for):
         phases = PhaseRecorder(recorder)
-        step = blueprint.build(num_layers, planned_for=planned_for or device.type, timer=phases)
+        step = blueprint.build(num_layers, timer=phases)
         recorder.spans = [Span(Phase.held, ["held"], [_merged(recorder.spans)])]
         recorder.host_peak = recorder.host_live
         weights = recorder.numbers([*step.unit.parameters(), *step.unit.buffers()])

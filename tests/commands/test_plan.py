@@ -157,7 +157,7 @@ def test_flops_are_those_of_torchs_counter() -> None:
     cpu = torch.device("cpu")
     blueprint = Blueprint(run, 50257, run.precision.build(cpu), 1)
     with fake_tensors():
-        step = blueprint.build(planned_for="cpu")
+        step = blueprint.build()
         batch = made_up_batch(run.objective, 1, 1024, is_packed=False).map(torch.zeros_like)  # without data too
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             step.accumulate(batch, 1)

@@ -15,7 +15,6 @@ from llmtrain.kernels.linear_cross_entropy import (
     IGNORE,
     Chunking,
     Options,
-    RowWork,
     default_chunk,
     linear_cross_entropy,
 )
@@ -74,12 +73,12 @@ def test_the_way_of_a_gpu_equals_the_plain_form_in_float64(
 ) -> None:
     """On the tensors of a CPU, with the form that is compiled there as it stands."""
     monkeypatch.setattr(module, "COMPILED_VOCABULARY", 2)
-    monkeypatch.setattr(module, "RowWork", lambda *work, is_traced: RowWork(*work, is_traced=False))
+    monkeypatch.setattr(module, "device_type", lambda tensor: "cuda")
     monkeypatch.setattr(row_losses, "compiled_form", lambda: row_losses.losses_at_once)
     hidden, weight, bias, targets = inputs()
     if targets_are == "none":
         targets.fill_(IGNORE)
-    chunking = Chunking(16, planned_for="cuda", is_compiled=is_compiled)
+    chunking = Chunking(16, is_compiled=is_compiled)
     loss = linear_cross_entropy(hidden, weight, bias, targets, options, chunking)
     ours = torch.autograd.grad(0.37 * loss, (hidden, weight))
     cross_entropy, z_loss = plain(hidden, weight, bias, targets, options)

@@ -135,7 +135,7 @@ def phases(blueprint: Blueprint, gpu: bool) -> list[tuple[Phase, np.ndarray]]:
 def test_a_copy_for_checkpoints_is_host_memory_of_the_size_that_a_run_takes_for_it() -> None:
     small = blueprint(*SMALL)
     on_cpu, on_gpu = (estimate(small, gpu=gpu, copied=True) for gpu in (False, True))
-    step = small.build(planned_for="cuda")
+    step = small.build()
     model, optimizer = saved_tensors(step.unit), state_tensors(step.optimizer)
     taken = sum(layout.num_bytes for layout in layouts_of({"model": model, "optimizer": optimizer}).values())
     scalars = sum(tensor.ndim == 0 for tensor in optimizer.values())  # they take as much as the alignment

@@ -122,7 +122,7 @@ def loop_of(step_class: type[Step], precision: Precision, *overrides: str) -> It
         with pytest.MonkeyPatch.context() as building:
             # torch for CPUs has no generator of a GPU; the values of the weights do not matter
             building.setattr(torch, "Generator", lambda device: generator)
-            built = Blueprint(run, 257, precision, 4).build(planned_for=GPU.type)
+            built = Blueprint(run, 257, precision, 4).build()
         step = step_class(built.unit, built.optimizer, precision, 2)
         batch: Any = made_up_batch(run.objective, 4, 16, is_packed=False)
         batch = batch.map(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype, device=GPU))
@@ -194,8 +194,8 @@ def test_forward_and_backward_pass_read_no_number(precision: str) -> None:
         arithmetic = run.precision.build(CPU)
     except ValueError as error:
         pytest.skip(str(error))
-    with fake_tensors(), Synchronisations(CPU) as counter:
-        step = Blueprint(run, 257, arithmetic, 4, micro_batch=2).build(planned_for=GPU.type)
+    with fake_tensors(planned_for=GPU.type), Synchronisations(CPU) as counter:
+        step = Blueprint(run, 257, arithmetic, 4, micro_batch=2).build()
         batch = made_up_batch(run.objective, 4, 16, is_packed=False)
         step.gradients(batch.map(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype)))
     assert counter.operations > 200
