@@ -14,7 +14,7 @@ LAYERS = [
     "lint plan report",
     "config",
     "train",
-    "checkpoint display evaluation inference weights",
+    "checkpoint display distributed evaluation inference weights",
     "accumulation activation_checkpointing clipping data hf kernels lora metrics model objective optimizer precision "
     "recovery schedule tokenizer",
     "base",

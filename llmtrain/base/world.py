@@ -1,0 +1,70 @@
+"""The processes that train a run together, as the parts of a run see them.
+
+Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class World(ABC):
+    """The ranks of a run: ``rank`` of ``size``, and agreements among them.
+
+    Every rank calls the methods in the same order.  :meth:`sum` is queued on the device, the host does not wait; the
+    others are about values on the host, which waits for all ranks.
+    """
+
+    rank: int
+    size: int
+    host: str  # name of this rank's machine
+
+    @property
+    def is_first(self) -> bool:
+        """True for rank 0, which alone makes the run directory, writes logs and shows a display."""
+        return self.rank == 0
+
+    @abstractmethod
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Replace ``tensor`` by its sum over all ranks, the same bits on each; returns it."""
+
+    @abstractmethod
+    def any(self, flag: bool) -> bool:
+        """True on every rank if ``flag`` is true on one."""
+
+    @abstractmethod
+    def share(self, value: Any) -> Any:
+        """The ``value`` of rank 0, as JSON can hold it, on every rank."""
+
+    @abstractmethod
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, as JSON can hold them, in their order, on every rank."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+
+
+class Alone(World):
+    """One process: agreements cost nothing."""
+
+    rank, size, host = 0, 1, ""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def share(self, value: Any) -> Any:
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def barrier(self) -> None:
+        pass

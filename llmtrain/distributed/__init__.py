@@ -1,0 +1,1 @@
+"""Training with several processes, the ranks of a run, on torch.distributed."""

@@ -1,0 +1,84 @@
+"""The contract between a training step and the way in which ranks share its unit."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from llmtrain.base.world import Alone, World
+from llmtrain.data import Batch
+from llmtrain.objective import TrainingUnit
+from llmtrain.optimizer import Trainable
+
+
+@dataclass(frozen=True)
+class Place:
+    """The part of a whole tensor that this rank holds: a box."""
+
+    offset: tuple[int, ...]  # of its first element in the whole
+    whole: tuple[int, ...]  # shape of the whole tensor
+    is_owner: bool  # True: this rank writes it, of those that hold the same elements
+
+
+class Parallel:
+    """One process that trains a unit alone; the base of the ways in which several ranks share one.
+
+    The optimizer, the clipping and the checkpoints see :meth:`weights`: plain tensors, of which this rank may hold a
+    part.  Losses are sums over the rank's part of a batch divided by the counts of the whole step, and gradients are
+    summed over the ranks, so that a step is the same on any number of them.
+    """
+
+    def __init__(self, unit: TrainingUnit, world: World | None = None) -> None:
+        self.unit = unit
+        self.world: World = world or Alone()
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's number among those that train on different sequences."""
+        return 0
+
+    @property
+    def data_size(self) -> int:
+        """The number of ranks that train on different sequences."""
+        return 1
+
+    @property
+    def trainable(self) -> Trainable:
+        """The view that an optimizer is built over: names and this rank's part of every parameter."""
+        return self.unit
+
+    def weights(self) -> list[tuple[str, nn.Parameter]]:
+        """The trained parameters as this rank holds them, by the names that they have in checkpoints."""
+        return self.unit.trained_weights()
+
+    def places(self) -> Mapping[str, Place]:
+        """The boxes of the parameters that this rank holds a part of, by name; those not named it holds as a whole."""
+        return {}
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The sums of the losses of this rank's ``batch``, for :func:`backward`; see :class:`TrainingUnit`."""
+        return self.unit(batch)
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add the gradients of ``loss`` to those of the step; after the last call they are summed over the ranks.
+
+        Every rank makes equally many calls of :meth:`forward` and this in a step.
+        """
+        loss.backward()
+
+    def prepare(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """Context of a micro-batch's forward and backward pass; ``is_last``: of the step."""
+        return nullcontext()
+
+    def drop_gradients(self) -> None:
+        """Free all gradients."""
+        self.unit.zero_grad(set_to_none=True)
+
+    def sum_of_squares(self, squares: Tensor, names: Sequence[str]) -> Tensor:
+        """Sum ``squares`` ``(parameters,)``, of the elements that this rank holds of each, over the whole tensors."""
+        return squares
+
+    def scoring(self) -> AbstractContextManager[None]:
+        """Context of an evaluation's calls of ``unit.score``, of which every rank makes equally many."""
+        return nullcontext()
