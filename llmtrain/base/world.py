@@ -6,10 +6,13 @@ Importing this module does not import torch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 class World(ABC):
@@ -44,9 +47,27 @@ class World(ABC):
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, as JSON can hold them, in their order, on every rank."""
 
-    @abstractmethod
     def barrier(self) -> None:
         """Wait until every rank is here."""
+        self.any(False)
+
+    def separate(self) -> World:
+        """The same ranks with a connection of its own, for another thread, whose calls come in another order."""
+        return self
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Do ``work`` on rank 0; its result, as JSON can hold it, and a ValueError of it, are those of every rank."""
+        outcome: list[Any] = []
+        error: ValueError | None = None
+        if self.is_first:
+            try:
+                outcome = [work()]
+            except ValueError as caught:
+                error, outcome = caught, [None, str(caught)]
+        outcome = self.share(outcome)
+        if len(outcome) > 1:
+            raise error or ValueError(outcome[1])
+        return outcome[0]
 
 
 class Alone(World):
@@ -66,5 +87,5 @@ class Alone(World):
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
-    def barrier(self) -> None:
-        pass
+    def first(self, work: Callable[[], T]) -> T:
+        return work()
