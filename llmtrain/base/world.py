@@ -24,6 +24,7 @@ class World(ABC):
 
     rank: int
     size: int
+    local_size: int  # ranks on this rank's machine
     host: str  # name of this rank's machine
 
     @property
@@ -73,7 +74,7 @@ class World(ABC):
 class Alone(World):
     """One process: agreements cost nothing."""
 
-    rank, size, host = 0, 1, ""
+    rank, size, local_size, host = 0, 1, 1, ""
 
     def sum(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -89,3 +90,6 @@ class Alone(World):
 
     def first(self, work: Callable[[], T]) -> T:
         return work()
+
+
+ALONE = Alone()

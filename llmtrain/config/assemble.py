@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from llmtrain.base.format import size
-from llmtrain.base.world import Alone, World
+from llmtrain.base.world import ALONE, World
 from llmtrain.checkpoint.model_state import saved_tensors
 from llmtrain.checkpoint.optimizer_state import state_tensors
 from llmtrain.config.build import naming
@@ -62,11 +62,11 @@ def assemble(
     tokenizer: TokenizerConfig | None = None,
     from_start: bool = True,
     verify_data: bool = False,
-    world: World | None = None,
+    world: World = ALONE,
 ) -> Parts:
     """Build everything that training needs, on ``device``; writes nothing but the data cache.
 
-    ``world``: the ranks that share the unit; None: this process alone.
+    ``world``: the ranks that share the unit.
 
     ``tokenizer``: the copy of a stored run's tokenizer, in place of the config's.
     Without ``from_start`` a checkpoint is restored later, and only weights that no checkpoint holds are loaded.
@@ -83,7 +83,7 @@ def assemble(
         run, vocab_size, corpus.labels, device, generator, load_weights=from_start, class_weights=corpus.class_weights,
         precision=precision,
     )  # fmt: skip
-    parallel = share_unit(run.distributed, unit, world or Alone(), device)
+    parallel = share_unit(run.distributed, unit, world, device)
     with naming("optimizer"):
         optimizer = run.optimizer.build(parallel.trainable)
     with naming("clipping"):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmtrain.base.world import Alone, World
+from llmtrain.base.world import ALONE, World
 from llmtrain.data.batch import Collate
 from llmtrain.data.loader import EvaluationLoader
 from llmtrain.data.sequences import Sequences
@@ -37,7 +37,7 @@ def evaluate(
     device: torch.device,
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
-    world: World | None = None,
+    world: World = ALONE,
     casts_once: bool = True,
 ) -> EvalResult | None:
     """Evaluate the first ``max_sequences`` of ``sequences`` (None: all), without dropout.
@@ -50,7 +50,6 @@ def evaluate(
     must give them the same answers.  ``casts_once``: weights are cast for all passes, and not for each, as those that
     are gathered for a pass have to be.
     """
-    world = world or Alone()
     end = len(sequences) if max_sequences is None else min(len(sequences), max_sequences)
     numbers = sequences.alike(np.arange(end))
     passes = -(-len(numbers[:: world.size]) // batch_size)  # of rank 0, which has the most

@@ -302,7 +302,15 @@ def tune(run: RunConfig, parts: Parts, step: Step, state: TrainState, peak_flops
     if parts.device.type == "cuda":
         rehearsal.evaluate()  # FlexAttention is tried at its first use: before anything is compiled or measured
     if run.accumulation.is_probed and state.micro_batch_size is None:
-        fits_on_host = partial(fits, run, parts)
+        if parts.parallel.world.size > 1 and parts.device.type == "cuda":
+            raise ValueError(
+                "accumulation=auto: sizes are tried until memory runs out, which several processes cannot do together; "
+                "find the size with one, then name it: accumulation.micro_batch_size=N"
+            )
+
+        def fits_on_host(size: int) -> bool:
+            return not parts.parallel.world.any(not fits(run, parts, size))
+
         events.append(fit_micro_batch(rehearsal, run.accumulation.micro_batch_size, state, fits_on_host))
         step.micro_batch_size = state.micro_batch_of(run.accumulation.micro_batch_size)
     batch = parts.length.batch_size_at(state.step, state.tokens)
