@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -47,6 +49,16 @@ class World(ABC):
     @abstractmethod
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, as JSON can hold them, in their order, on every rank."""
+
+    def mark(self, phase: str, step: int) -> None:
+        """Record the phase of this rank, by a name of :class:`llmtrain.distributed.phases.Phase`; costs nothing."""
+
+    def begin(self, run_dir: Path) -> None:
+        """Take the run's directory into use: for the logs of ranks, and for whoever watches them."""
+
+    def saving(self) -> AbstractContextManager[None]:
+        """Context of writing a checkpoint, in which this process is not killed for the failure of another."""
+        return nullcontext()
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

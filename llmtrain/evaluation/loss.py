@@ -79,7 +79,7 @@ def evaluate(
                 for name, total in sums.items():
                     totals[name] += total
                     targets[name] += batch.counts[name]
-                if counted is not None:
+                if counts is not None and counted is not None:
                     counted = counted + counts
     finally:
         unit.train(was_training)

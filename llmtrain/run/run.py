@@ -53,6 +53,7 @@ class Run(RunConfig):
             refuse(findings)
             directory = RunDirectory(Path(world.first(lambda: str(self.create_directory().path))))
             with locked_by_first(directory, world):
+                world.begin(directory.path)
                 if world.is_first:
                     self.describe(directory, device, command, world.size)
                     write_copy(directory.path, self.tokenizer, parts.tokenizer)
@@ -82,6 +83,7 @@ class Run(RunConfig):
             raise ValueError(f"step={step}: not the newest checkpoint of {run_directory.path}; branch from it instead")
         run_directory.check_places()
         with self.ranks(run_directory) as (world, device), locked_by_first(run_directory, world):
+            world.begin(run_directory.path)
             for folder in (run_directory.path, run_directory.checkpoints) if world.is_first else ():
                 sweep_leftovers(folder)
             world.barrier()
@@ -124,6 +126,7 @@ class Run(RunConfig):
             world.first(lambda: check_space(self, parts))
             child = RunDirectory(Path(world.first(lambda: str(self.create_directory().path))))
             with locked_by_first(child, world):
+                world.begin(child.path)
                 now = describe_environment(device, redact_arguments(command), world.size)
                 plan = plan.on_machine(environment, now)
                 now |= {key: environment[key] for key in ("weights",) if environment and key in environment}

@@ -161,8 +161,10 @@ class Loop:
         state, timer = self.state, self.log.timer
         learning_rate = self.learning_rate(state.step) * self.recovery.rate_factor(state.step)
         timer.start()
+        self.world.mark("data", state.step)
         batch = self.loader.next()
         timer.mark("data")
+        self.world.mark("compute", state.step)
         sequences = self.length.batch_size_at(state.step, state.tokens)  # of all ranks
         is_smaller = self.length.missing_at(state.step) > 0  # not compiled for one step
         if self.world.size > 1:
@@ -172,6 +174,7 @@ class Loop:
         clip = self.clipping(self.step.weights, state.step, largest=self._is_logged(state.step + 1))
         judged = self.recovery.judge(loss.total, clip.norm)
         timer.mark("optimizer")
+        self.world.mark("update", state.step)
         self.saver.before_update()
         timer.mark("other")  # waiting for the copy of a checkpoint
         self.step.update(learning_rate, judged["refused"], clip.divisor)
@@ -349,6 +352,7 @@ class Loop:
 
         ``copied``: training continues meanwhile.
         """
+        self.world.mark("save", self.state.step)
         self._drain()
         self.agreement.saves = False
         self.collect_save(wait=True)
@@ -410,6 +414,7 @@ class Loop:
         """Evaluate and sample if due.  A checkpoint is written first where much training could be lost."""
         if not self._is_evaluation_due() or self.stop_reason():
             return
+        self.world.mark("evaluate", self.state.step)
         self._drain()
         trained = self.state.train_seconds - self.trained_at_save
         if self.state.step > 0 and self.world.share(self.saver.policy.is_due_ahead(trained, self.save_cost)):
