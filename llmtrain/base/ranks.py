@@ -101,7 +101,7 @@ def refuse_several_processes() -> None:
 
 
 def _is_of_srun(launcher: Launcher, variables: Mapping[str, str]) -> bool:
-    """Return whether variables are no sign of ``launcher``: those of a SLURM script, and what ``srun --mpi=pmi2`` sets."""
+    """Return whether variables of ``launcher`` are none of its signs: of a SLURM script, of ``srun --mpi=pmi2``."""
     if launcher.name == "srun":
         return is_script(variables)
     return launcher.rank == "PMI_RANK" and "SLURM_PROCID" in variables and launcher.local_rank not in variables
@@ -152,8 +152,10 @@ def _meeting_point(launcher: Launcher, one_machine: bool, variables: Mapping[str
     if not address and one_machine:
         address = "127.0.0.1"
     if not address:
-        raise ValueError(f"MASTER_ADDR: not set, and {launcher.name} does not name the machine of rank 0; export "
-                         "MASTER_ADDR=HOST MASTER_PORT=29500 to all ranks (Open MPI: mpirun -x MASTER_ADDR=HOST)")  # fmt: skip
+        raise ValueError(
+            f"MASTER_ADDR: not set, and {launcher.name} does not name the machine of rank 0; export MASTER_ADDR=HOST "
+            "MASTER_PORT=29500 to all ranks (Open MPI: mpirun -x MASTER_ADDR=HOST)"
+        )
     named = variables.get("MASTER_PORT", "").strip()
     if named:
         if not named.isdecimal() or not 0 < int(named) < 65536:
