@@ -50,10 +50,10 @@ class World(ABC):
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, as JSON can hold them, in their order, on every rank."""
 
-    def mark(self, phase: str, step: int) -> None:
+    def mark(self, phase: str, step: int) -> None:  # noqa: B027 (nobody may watch)
         """Record the phase of this rank, by a name of :class:`llmtrain.distributed.phases.Phase`; costs nothing."""
 
-    def begin(self, run_dir: Path) -> None:
+    def begin(self, run_dir: Path) -> None:  # noqa: B027
         """Take the run's directory into use: for the logs of ranks, and for whoever watches them."""
 
     def saving(self) -> AbstractContextManager[None]:
