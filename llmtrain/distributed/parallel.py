@@ -35,11 +35,6 @@ class Parallel:
         return 1
 
     @property
-    def casts_once(self) -> bool:
-        """True if weights that autocast has cast stay valid from one forward pass to the next."""
-        return True
-
-    @property
     def trainable(self) -> Trainable:
         """The view that an optimizer is built over: names and this rank's part of every parameter."""
         return self.unit

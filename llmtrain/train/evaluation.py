@@ -84,11 +84,14 @@ class Evaluator:
 
     def run(self, state: TrainState, *, at_end: bool, micro_batch_size: int, stop: Stop) -> None:
         """Evaluate and sample if due; stop when ``stop`` gives a reason."""
-        with self.precision.autocast() if self.parallel.casts_once else nullcontext():
+        with self.precision.autocast() if self.parallel.keeps_casts else nullcontext():
             if self.evaluates(state.step, at_end=at_end):
                 self.evaluate(state, min(micro_batch_size, self.batch_size), stop)
             if self.samples(state.step, at_end=at_end) and not stop():
-                self.sample(state.step)
+                with self.parallel.whole_weights():
+                    if self.parallel.world.is_first:
+                        self.sample(state.step)
+                self.sampled_step = state.step
 
     def evaluate(self, state: TrainState, micro_batch_size: int, stop: Stop) -> None:
         """Evaluate the validation data, and training data if configured; write the losses into metrics and state."""
@@ -138,11 +141,12 @@ class Evaluator:
                 self.unit, sequences, self.objective.collator(self.corpus.class_weights), batch_size=size,
                 max_sequences=max_sequences,
                 precision=self.precision, device=self.log.device, seed=self.seed, stop=lambda: stop() is not None,
-                world=self.parallel.world, casts_once=self.parallel.casts_once,
+                world=self.parallel.world, casts_once=self.parallel.keeps_casts,
             )  # fmt: skip
 
         if self.parallel.world.size > 1:  # a rank cannot begin again alone
-            return with_size(micro_batch_size)
+            with self.parallel.scoring():
+                return with_size(micro_batch_size)
         return halve_on_out_of_memory(with_size, micro_batch_size)
 
     def sample(self, step: int) -> None:

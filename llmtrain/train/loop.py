@@ -171,7 +171,7 @@ class Loop:
             seed_step(self.stream.seed, state.step, self.world.rank)
         with self.step.unit.eager() if is_smaller else nullcontext():
             loss = self.step.gradients(batch, self.agreement.flags(saves=self._is_save_due_by_clock()))
-        clip = self.clipping(self.step.weights, state.step, largest=self._is_logged(state.step + 1))
+        clip = self.step.clip(self.clipping, state.step, largest=self._is_logged(state.step + 1))
         judged = self.recovery.judge(loss.total, clip.norm)
         timer.mark("optimizer")
         self.world.mark("update", state.step)
