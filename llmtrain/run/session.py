@@ -15,9 +15,11 @@ import torch
 from llmtrain.activation_checkpointing.none import KeepAll
 from llmtrain.base.device import available_memory, peak_memory, peak_rate, unused_gpu_reason
 from llmtrain.base.files import AppendedFile, write_atomically
+from llmtrain.base.places import Places
 from llmtrain.base.run_files import CONFIG
 from llmtrain.base.threads import busy_reason, default_threads
-from llmtrain.checkpoint.model_state import saved_tensors
+from llmtrain.base.world import World
+from llmtrain.checkpoint.model_state import NO_PLACES, saved_tensors
 from llmtrain.checkpoint.optimizer_state import state_tensors
 from llmtrain.checkpoint.writer import RunDirectoryGone, Saver
 from llmtrain.config import stored_config
@@ -219,11 +221,21 @@ def make_step(run: RunConfig, parts: Parts, state: TrainState, log: RunLog) -> S
     return Step(parts.unit, parts.optimizer, parts.precision, size, timer=log.timer, keeps_gradients=graphs)
 
 
-def make_saver(run: RunConfig, directory: RunDirectory, parts: Parts) -> Saver:
-    """The writer of the run's checkpoints; ``config.yaml`` has been written."""
+def make_saver(
+    run: RunConfig,
+    directory: RunDirectory,
+    parts: Parts,
+    *,
+    world: World | None = None,
+    places: Places = NO_PLACES,
+) -> Saver:
+    """The writer of the run's checkpoints; ``config.yaml`` has been written.
+
+    ``world`` and ``places``: the ranks that save together, and the parts that this one holds, see :class:`Saver`.
+    """
     return Saver(
         run.checkpoint, directory.path, parts.device, config_text=directory.config.read_text(encoding="utf-8"),
-        can_restore=partial(has_optimizer_of, run=run),
+        can_restore=partial(has_optimizer_of, run=run), world=world, places=places,
     )  # fmt: skip
 
 
