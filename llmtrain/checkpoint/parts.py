@@ -63,10 +63,12 @@ def model_parts(tensors: Tensors, places: Places, *, is_first: bool) -> list[Par
     """
     parts = []
     for name, tensor in tensors.items():
-        if name in places:
-            parts += [_without_padding(part, place) for part, place in placed(name, tensor, places_of(places[name]))]
-        else:
+        if name not in places:
             parts.append(_whole(name, tensor, is_owner=is_first))
+        elif 0 in (whole := places_of(places[name])[0].whole):
+            parts.append(_whole(name, tensor.new_empty(whole), is_owner=is_first))
+        else:
+            parts += [_without_padding(part, place) for part, place in placed(name, tensor, places_of(places[name]))]
     return parts
 
 
@@ -84,7 +86,10 @@ def state_parts(tensors: Tensors, model: Tensors, places: Places, *, is_first: b
             parts.append(_whole(entry, tensor, is_owner=is_first))
             continue
         found, own = places_of(places[name]), model[name].shape
-        if tensor.shape == own:
+        if 0 in found[0].whole:
+            whole = tensor.new_empty(found[0].whole) if tensor.dim() else tensor
+            parts.append(_whole(entry, whole, is_owner=is_first))
+        elif tensor.shape == own:
             parts += [part for part, _ in placed(entry, tensor, found)]
         elif tensor.dim() == 0:
             parts.append(_whole(entry, tensor, is_owner=_owns_first_element(found, tuple(own))))
@@ -121,7 +126,8 @@ def placed(name: str, tensor: Tensor, places: Sequence[Place]) -> list[tuple[Par
     tensor, start, parts = tensor.detach(), 0, []
     for place in places:
         view = tensor
-        if place.shape is not None:
+        if len(places) > 1:
+            assert place.shape is not None, (name, place)
             view = tensor[start : start + place.shape[0]]
             start += place.shape[0]
         box = Box(place.offset, tuple(view.shape))
@@ -130,7 +136,7 @@ def placed(name: str, tensor: Tensor, places: Sequence[Place]) -> list[tuple[Par
         assert len(place.whole) == len(ends), (name, place, box)
         assert not box.numel or all(map(int.__le__, ends, place.whole)), (name, place, box)
         parts.append((Part(name, view, place.offset, place.whole, place.is_owner), place))
-    assert places[0].shape is None or start == len(tensor), (name, places)
+    assert len(places) == 1 or start == len(tensor), (name, places)
     return parts
 
 

@@ -60,10 +60,10 @@ def read_state_parts(checkpoint: Path, weights: Mapping[str, Tensor], places: Pl
                 tensors[entry] = stored.read(entry)
                 continue
             own, whole = tuple(weights[name].shape), places_of(places[name])[0].whole
-            if found.shape == whole:
-                tensors[entry] = _read_part(stored, entry, own, places)
-            elif not found.shape or own == whole:
+            if not found.shape or own == whole:
                 tensors[entry] = stored.read(entry)
+            elif found.shape == whole:
+                tensors[entry] = _read_part(stored, entry, own, places)
             else:
                 raise CheckpointError(
                     f"{stored.path}: {entry} has the shape {list(found.shape)}, {name} {list(whole)}; state of another "
