@@ -29,6 +29,7 @@ class Agreement:
         """Call ``work()`` on every rank; return the results of all, as JSON holds them, in the order of ranks.
 
         If it fails on one rank, every rank raises an error of that kind, with the first such rank and its message.
+        RuntimeError if a rank does not answer.
         """
         if self.world.size == 1:
             return [work()]
@@ -37,7 +38,11 @@ class Agreement:
             value = work()
         except Exception as failure:  # raised below, on every rank
             error = failure
-        answers = self.world.gather({"value": value, "error": error and _describe(error), "host": self.world.host})
+        answer = {"value": value, "error": error and _describe(error), "host": self.world.host}
+        try:
+            answers = self.world.gather(answer)
+        except Exception as lost:  # no error of the disk, after which a run goes on
+            raise RuntimeError(f"the ranks did not agree on a save, one may have ended: {lost}") from (error or lost)
         for rank, answer in enumerate(answers):
             if answer["error"] is not None:
                 kind, message = answer["error"]

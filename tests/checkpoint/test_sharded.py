@@ -1,4 +1,4 @@
-"""Checkpoints that several ranks write together: whole or absent, each element once, and read by any number of ranks."""
+"""Checkpoints that several ranks write together: whole or absent, each element once, read by any number of ranks."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ from tests.checkpoint.divisions import (
     state_of,
     whole_model,
 )
-from tests.helpers.worlds import on_ranks
+from tests.helpers.worlds import ThreadWorld, on_ranks
 
 WRITTEN = [
     ("rows", 1), ("rows", 2), ("rows", 3), ("rows", 4), ("grid", 4), ("replicas", 4), ("strips", 2), ("copies", 2),
@@ -156,7 +156,7 @@ def test_single_numbers_are_written_once(tmp_path: Path) -> None:
 def test_state_that_cannot_be_divided_is_refused_before_training(tmp_path: Path) -> None:
     places = {"w": Place((0, 0), (7, 5), True)}
     with (
-        saver_of(tmp_path, World_of_two(), places) as saver,
+        saver_of(tmp_path, ThreadWorld.of(2)[0], places) as saver,
         pytest.raises(ValueError, match=r"w/scales: has the shape"),
     ):
         saver.prepare({"w": torch.zeros(4, 5)}, {"w/scales": torch.zeros(3)}, is_copied=True)
@@ -202,12 +202,6 @@ def test_state_of_another_shape_than_its_parameter_is_not_divided(tmp_path: Path
 # --- agreement ------------------------------------------------------------------------------------------------------
 
 
-def World_of_two() -> World:  # noqa: N802 - a world whose agreements are not reached
-    from tests.helpers.worlds import ThreadWorld
-
-    return ThreadWorld.of(2)[0]
-
-
 @pytest.mark.parametrize(("offset", "message"), [((2, 0), "overlap"), ((4, 0), "30 of its 35 elements are in the")])
 def test_places_that_do_not_fill_a_tensor_fail_the_save_on_all(
     tmp_path: Path, offset: tuple[int, int], message: str
@@ -247,30 +241,31 @@ def test_an_error_of_one_rank_fails_the_save_on_all_and_the_next_one_works(tmp_p
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
-def test_the_kind_of_an_error_is_the_same_on_all_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("is_gone", "kind", "message"),
+    [
+        (True, RunDirectoryGone, "rank 1: .*the run directory was removed"),
+        (False, CheckpointError, "rank 1: .*must be on a file system that the machines of all ranks share"),
+    ],
+)
+def test_the_kind_of_an_error_is_the_same_on_all_ranks(
+    tmp_path: Path, is_gone: bool, kind: type[Exception], message: str
+) -> None:
     def on_rank(world: World) -> SaveResult | None:
         places = {"w": Place((3 * world.rank, 0), (6, 5), True)}
         folder = tmp_path / f"of-rank-{world.rank}"  # two machines without a shared file system
         folder.mkdir()
         with saver_of(folder, world, places) as saver:
-            if gone and world.rank == 1:
+            if is_gone and world.rank == 1:
                 folder.rename(tmp_path / "elsewhere")
             saver.begin({"w": torch.zeros(3, 5)}, {}, {"step": 1}, {})
             return saver.collect(wait=True)
 
-    for gone, kind, message in (
-        (True, RunDirectoryGone, "rank 1: .*the run directory was removed"),
-        (False, CheckpointError, "rank 1: .*must be on a file system that the machines of all ranks share"),
-    ):
-        for saved in on_ranks(2, on_rank):
-            assert saved is not None
-            with pytest.raises(kind, match=message):
-                raise saved.error  # type: ignore[misc]
-        assert not list(tmp_path.rglob("checkpoints/*"))
-        for folder in tmp_path.iterdir():
-            for inner in folder.iterdir():
-                inner.rmdir()
-            folder.rmdir()
+    for saved in on_ranks(2, on_rank):
+        assert saved is not None
+        with pytest.raises(kind, match=message):
+            raise saved.error  # type: ignore[misc]
+    assert not list(tmp_path.rglob("checkpoints/*"))
 
 
 def test_ranks_that_save_different_steps_are_refused(tmp_path: Path) -> None:
