@@ -82,6 +82,13 @@ class TrainingUnit(nn.Module, ABC):
         """The state dict under the names that checkpoints have; vocabulary padding is left out."""
         return {name.removeprefix(MODEL): tensor for name, tensor in self.state_dict().items()}
 
+    def saved_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """The buffers that checkpoints hold, by the names that they have there."""
+        for prefix, module in self.named_modules():
+            for name, buffer in module.named_buffers(prefix, recurse=False):
+                if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                    yield name.removeprefix(MODEL), buffer
+
     def load_weights(self, tensors: Mapping[str, Tensor], *, strict: bool) -> None:
         """The inverse of :meth:`weights_state`; without ``strict`` tensors may be missing."""
         heads = self.heads
