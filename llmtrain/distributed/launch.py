@@ -60,7 +60,6 @@ class Outcome:
     """The end of all ranks."""
 
     status: int
-    run_directory: Path | None
     cause: RankEnd | None = None  # of a failure
 
 
@@ -90,7 +89,7 @@ def supervise(
             outcome = supervisor.run(command, signals)
             if outcome.status != FAILED or outcome.cause is None or signals.received or attempt == restarts:
                 return outcome.status
-            command = supervisor.next_command(command, outcome, resume_command, attempt + 1, restarts)
+            command = supervisor.next_command(command, resume_command, attempt + 1, restarts)
     return outcome.status
 
 
@@ -102,6 +101,7 @@ class Supervisor:
         self.environment = environment
         self.patience = patience
         self.has_own_threads = has_own_threads
+        self.run_directory: Path | None = None  # as rank 0 has told it, in any of the starts
 
     def run(self, command: Sequence[str], signals: Signals) -> Outcome:
         """Run ``command`` as all ranks to their end."""
@@ -174,28 +174,28 @@ class Supervisor:
 
     def judge(self, ranks: Sequence[RankProcess], ends: list[RankEnd], signals: Signals) -> Outcome:
         """Find the status of the job; report the cause of a failure."""
-        directory = next((each for rank in ranks if (each := rank.run_directory()) is not None), None)
+        directories = [each for rank in ranks if (each := rank.run_directory()) is not None]
+        directory = self.run_directory = directories[0] if directories else self.run_directory
         statuses = [end.status for end in ends]
         if not any(statuses):
-            return Outcome(FINISHED, directory)
+            return Outcome(FINISHED)
         normal = [status for status in statuses if status >= 0]
         is_stop = bool(signals.received) or not any(end.is_by_supervisor and end.status == INTERRUPTED for end in ends)
         if normal and set(normal) == {INTERRUPTED} and is_stop:
-            return Outcome(INTERRUPTED, directory)
+            return Outcome(INTERRUPTED)
         cause = find_cause(ends)
         if cause is None:
             say(f"llmtrain: the ranks ended with different exit statuses: {', '.join(map(str, statuses))}")
-            return Outcome(FAILED, directory)
+            return Outcome(FAILED)
         if cause.signal in signals.received:
-            return Outcome(128 + signals.received[0], directory)
+            return Outcome(128 + signals.received[0])
         for line in describe(cause, ends, directory):
             say(line)
-        return Outcome(USAGE_ERROR if cause.status == USAGE_ERROR else FAILED, directory, cause)
+        return Outcome(USAGE_ERROR if cause.status == USAGE_ERROR else FAILED, cause)
 
     def next_command(
         self,
         command: Sequence[str],
-        outcome: Outcome,
         resume_command: Callable[[Path], Sequence[str]] | None,
         attempt: int,
         restarts: int,
@@ -205,7 +205,7 @@ class Supervisor:
         A directory that was made but has no config yet, as after a kill at the start, is moved aside: the command would
         refuse it.
         """
-        directory = outcome.run_directory
+        directory = self.run_directory
         label = f"llmtrain: restart {attempt} of {restarts}"
         if directory is not None and resume_command is not None and (directory / CONFIG).is_file():
             say(f"{label}: {self.processes} processes resume {directory}")
@@ -214,6 +214,7 @@ class Supervisor:
             aside = free_name(directory)
             with contextlib.suppress(OSError):
                 directory.rename(aside)
+                self.run_directory = None
                 say(f"{label}: {self.processes} processes start anew; what the failed start left is in {aside}")
                 return command
         say(f"{label}: {self.processes} processes start anew")
