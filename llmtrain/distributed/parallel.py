@@ -1,6 +1,6 @@
 """The contract between a training step and the way in which ranks share its unit."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
@@ -47,6 +47,11 @@ class Parallel:
     def weights(self) -> list[tuple[str, nn.Parameter]]:
         """The trained parameters as this rank holds them, by the names that they have in checkpoints."""
         return self.unit.trained_weights()
+
+    def held(self) -> Mapping[str, Tensor]:
+        """This rank's parts of the parameters that :meth:`places` names, trained or not."""
+        places = self.places()
+        return {name: weight for name, weight in self.trainable.named_weights() if name in places} if places else {}
 
     def places(self) -> Places:
         """The boxes of the parameters that this rank holds a part of, by name; those not named it holds as a whole."""

@@ -106,10 +106,12 @@ class TrainingUnit(nn.Module, ABC):
 
     def count_parameters(self) -> tuple[int, int]:
         """The numbers of trained and of all parameters, with adapters and without vocabulary padding."""
-        sizes = {name: math.prod(tensor.shape) for name, tensor in self.weights_state().items()}
-        named = dict(self.named_weights())  # shared ones once
-        trained = sum(sizes[name] for name, parameter in named.items() if parameter.requires_grad)
-        return trained, sum(sizes[name] for name in named)
+        padding = self.model.padded_vocab_size - self.model.vocab_size
+        sizes = {
+            name: math.prod(parameter.shape[1:]) * (len(parameter) - padding * (name in self.model.padded_weights))
+            for name, parameter in self.named_weights()
+        }  # shared ones once
+        return sum(sizes[name] for name, _ in self.trained_weights()), sum(sizes.values())
 
     @property
     def num_layers(self) -> int:

@@ -9,7 +9,7 @@ from llmtrain.base.format import counted
 from llmtrain.base.tensor_files import CheckpointError
 from llmtrain.checkpoint.directory import step_of
 from llmtrain.checkpoint.format import remove_checkpoint
-from llmtrain.checkpoint.model_state import saved_tensors
+from llmtrain.checkpoint.model_state import saved_tensors, stored_places
 from llmtrain.checkpoint.optimizer_state import state_tensors
 from llmtrain.checkpoint.writer import RunDirectoryGone, Saver, SaveResult
 from llmtrain.clipping import Clipping
@@ -300,7 +300,10 @@ class Loop:
         if path is None:
             return self.recovery.rolled_back(None, None)
         now = self.state
-        self.state = state = restore_state(path, self.step.unit, self.step.optimizer)
+        unit, parallel = self.step.unit, self.step.parallel
+        self.state = state = restore_state(
+            path, unit, self.step.optimizer, weights=parallel.held(), places=stored_places(unit, parallel.places())
+        )
         assert state.step <= action.before_step
         state.restore_rng(self.log.device)
         self.step.precision.load_state_dict(state.scaler)
@@ -353,7 +356,9 @@ class Loop:
         if self.state.step not in (self.saved_step, self.tried_step):
             self.capture_state()
             scores = self.evaluator.validation_scores
-            model, optimizer = saved_tensors(self.step.unit), state_tensors(self.step.optimizer)
+            parallel = self.step.parallel
+            model = saved_tensors(self.step.unit, parallel.held(), parallel.places())
+            optimizer = state_tensors(self.step.optimizer)
             self.saver.begin(model, optimizer, self.state.to_json(), scores, copied=copied)
             self.saved_step = self.tried_step = self.state.step
             self.trained_at_save = self.state.train_seconds
