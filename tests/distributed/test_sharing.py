@@ -122,6 +122,17 @@ def test_one_process_gets_its_flags_back() -> None:
     assert step.gradients(make_batch(2, 0), given).flags is given
 
 
+def sum_copies(world: World) -> list[Any]:
+    """The sums of losses of ranks that have the same sequences, as those of a tensor-parallel group do."""
+    losses, summed = Parallel(make_unit("gpt"), world).sum_losses(torch.tensor([2.0, 3.0]), torch.ones(1))
+    assert summed is not None
+    return [losses.tolist(), summed.tolist()]
+
+
+def test_losses_of_ranks_with_the_same_sequences_count_once(two: Ranks) -> None:
+    assert two.run(sum_copies) == [[[2.0, 3.0], [2.0]]] * 2
+
+
 def not_finite(world: World, mode: str, clipping: str) -> list[bool]:
     """Whether norm and largest element tell of a NaN in the last row of a gradient: on one rank, if sharded."""
     parallel = share(make_unit("gpt"), world, mode)
