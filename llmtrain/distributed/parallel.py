@@ -14,11 +14,13 @@ from llmtrain.optimizer import Trainable
 
 @dataclass(frozen=True)
 class Place:
-    """The part of a whole tensor that this rank holds: a box."""
+    """A part of a whole tensor that this rank holds: a box, the rank's own tensor or a part of it."""
 
     offset: tuple[int, ...]  # of its first element in the whole
     whole: tuple[int, ...]  # shape of the whole tensor
     is_owner: bool  # True: this rank writes it, of those that hold the same elements
+    start: tuple[int, ...] | None = None  # of its first element in the rank's tensor; None: (0, …)
+    shape: tuple[int, ...] | None = None  # of the box; None: all of the rank's tensor from ``start`` on
 
 
 class Parallel:
@@ -52,8 +54,12 @@ class Parallel:
         """The trained parameters as this rank holds them, by the names that they have in checkpoints."""
         return self.unit.trained_weights()
 
-    def places(self) -> Mapping[str, Place]:
-        """The boxes of the parameters that this rank holds a part of, by name; those not named it holds as a whole."""
+    def places(self) -> Mapping[str, Sequence[Place]]:
+        """The boxes of the parameters that this rank holds a part of, by name; those not named it holds as a whole.
+
+        A rank's tensor consists of one box or several: of a matrix for queries, keys and values it may hold three.
+        Vocabulary padding is in no box.
+        """
         return {}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

@@ -1,0 +1,133 @@
+"""Training under tensor parallelism beside one process, on every rank of a test's job."""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from llmtrain.activation_checkpointing import ActivationCheckpointing
+from llmtrain.base.world import World
+from llmtrain.data import Batch
+from llmtrain.distributed.parallel import Parallel
+from llmtrain.distributed.tensor import TensorParallel
+from llmtrain.distributed.tensor_group import TensorGroup
+from llmtrain.distributed.unit_cut import UnitCut
+from llmtrain.objective import TrainingUnit
+from llmtrain.objective.causal import Causal
+from tests.helpers.adapted import make, seeded, stir
+from tests.helpers.batches import batch_of
+from tests.helpers.options import make_option
+
+VOCABULARY, LENGTH, ROWS = 101, 14, 6  # padded to 128 inside
+SIZES = {"num_layers": 2, "num_heads": 4, "context_length": 32, "dropout": 0.0, "vocab_size": VOCABULARY}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "tiny": SIZES | {"hidden_size": 32, "initialisation": "torch"},  # biases that are not 0
+    "llama_tiny": SIZES | {"hidden_size": 32, "num_kv_heads": 4, "intermediate_size": 48, "initial_std": 0.2},
+}
+LR = 1e-3
+
+
+def make_unit(
+    family: str = "tiny", lora: str = "", targets: tuple[str, ...] = ("all-linear",), z_loss: float = 0.0,
+    recomputed: str = "", dtype: str = "float32", **keys: Any,
+) -> TrainingUnit:  # fmt: skip
+    """A unit with the same random weights on every rank."""
+    config = make_option("model", family, FAMILIES[family] | keys)
+    model = config.create(VOCABULARY, torch.device("cpu"), seeded())
+    unit = Causal(z_loss=z_loss, chunk_tokens=16).build(model, (), seeded())
+    if lora:
+        make(lora, targets=list(targets)).apply(model, seeded(4))
+    stir(model)
+    with torch.no_grad():
+        for name, weight in unit.named_weights():
+            if not name.startswith("blocks.") and len(weight) > VOCABULARY and "position" not in name:
+                weight[VOCABULARY:] = 0.0  # padding
+    if recomputed:
+        values = {"full": {"offload": False}, "selective": {"offload": False, "by": "operation", "every": 1}}
+        option: ActivationCheckpointing = make_option("activation_checkpointing", recomputed, {}, **values[recomputed])
+        option.apply(model)
+    return unit.to(getattr(torch, dtype))
+
+
+def make_batch(*, packed: bool = False, seed: int = 0) -> Batch:
+    """Rows with different numbers of targets."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs, targets = (torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=generator) for _ in range(2))
+    for row in range(ROWS):
+        targets[row, : 3 * row % LENGTH] = -100
+    segments = (torch.arange(LENGTH) // 5 + 1).expand(ROWS, LENGTH).contiguous() if packed else None
+    return batch_of(inputs, targets, segments)
+
+
+def make_parallel(world: World, unit: TrainingUnit, *, sequence_parallel: bool = False) -> TensorParallel:
+    """``unit`` cut over all ranks."""
+    group = init_device_mesh("cpu", (world.size,), mesh_dim_names=("tensor",)).get_group()
+    cut = UnitCut(unit, TensorGroup(group), sequence_parallel=sequence_parallel)
+    return TensorParallel(Parallel(unit, world), cut)
+
+
+def gradients(parallel: Parallel, batch: Batch, micro_batch_size: int) -> float:
+    """Run the passes of a step; return its loss."""
+    parts = list(batch.split(micro_batch_size))
+    loss = 0.0
+    for number, part in enumerate(parts, 1):
+        with parallel.prepare(is_last=number == len(parts)):
+            losses = parallel.forward(part)
+            total = sum(losses[name] / batch.counts[name] for name in losses)
+            assert isinstance(total, Tensor)
+            parallel.backward(total, is_last=number == len(parts))
+        loss += total.item()
+    return loss
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference, relative to the largest element; NaN counts as infinite."""
+    value = ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12)).item()
+    return math.inf if math.isnan(value) else value
+
+
+def squares(parallel: Parallel) -> float:
+    """The squared norm of all gradients."""
+    named = [(name, weight.grad) for name, weight in parallel.weights() if weight.grad is not None]
+    own = torch.stack([gradient.square().sum() for _, gradient in named])
+    return parallel.sum_of_squares(own, [name for name, _ in named]).sum().item()
+
+
+def compare(
+    world: World, keys: dict[str, Any], packed: bool = False, sequence_parallel: bool = False, micro: int = ROWS
+) -> dict[str, float]:
+    """Compare three steps of AdamW with those of one process; return the worst relative differences."""
+    unit = make_unit(**keys)
+    alone = Parallel(copy.deepcopy(unit))
+    if keys.get("recomputed"):  # a copied block would compute with the weights of the original
+        alone = Parallel(make_unit(**keys))
+    shared = make_parallel(world, unit, sequence_parallel=sequence_parallel)
+    optimizers = [
+        torch.optim.AdamW([weight for _, weight in each.weights()], lr=LR, eps=1e-5, fused=True)
+        for each in (shared, alone)
+    ]
+    worst = dict.fromkeys(("loss", "gradient", "norm", "weight"), 0.0)
+
+    def record(key: str, value: float) -> None:
+        worst[key] = max(worst[key], value)
+
+    assert shared.cut.cuts, "nothing was cut"
+    for step in range(3):
+        batch = make_batch(packed=packed, seed=step)
+        ours, theirs = gradients(shared, batch, micro), gradients(alone, batch, ROWS)
+        record("loss", abs(ours - theirs) / abs(theirs))
+        record("norm", abs(squares(shared) ** 0.5 / squares(alone) ** 0.5 - 1))
+        references = dict(alone.weights())
+        for name, weight in shared.weights():
+            assert (weight.grad is None) == (references[name].grad is None), name
+            if step == 0 and weight.grad is not None:
+                record("gradient", difference(shared.cut.whole(name, weight.grad), references[name].grad))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, weight in shared.weights():
+        record("weight", difference(shared.cut.whole(name, weight.detach()), references[name].detach()))
+    return worst
