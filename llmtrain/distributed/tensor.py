@@ -1,7 +1,7 @@
 """Tensor parallelism: ranks that share the work of every layer, and train on the same sequences."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,15 @@ class TensorParallel(Parallel):
         # a power of two mostly, so that the sum of equal parts is exact
         held = torch.tensor([1.0 if cut else 1.0 / self.cut.ranks.size for cut in is_cut], dtype=squares.dtype)
         return self.cut.ranks.sum(squares * held.to(squares.device, non_blocking=True))
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Context in which one rank alone may call the model; every rank enters and leaves it at the same place.
+
+        In it each rank has the whole unit, in memory beside its parts.
+        """
+        with self.cut.suspended():
+            yield
 
     def scoring(self) -> AbstractContextManager[None]:
         return self.inner.scoring()

@@ -24,6 +24,7 @@ class TensorGroup:
         self.group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+        self.is_suspended = False  # True: this process has the whole unit, and the functions below change nothing
         self.length = 0  # of the sequences that are split over the ranks now, see :func:`split_sequence`
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -49,12 +50,12 @@ class TensorGroup:
 
 def copy_in(x: Tensor, ranks: TensorGroup) -> Tensor:
     """Return ``x``, equal on all ranks, for layers whose work is shared: its gradients are summed over the ranks."""
-    return _CopyIn.apply(x, ranks)
+    return x if ranks.is_suspended else _CopyIn.apply(x, ranks)
 
 
 def sum_out(x: Tensor, ranks: TensorGroup) -> Tensor:
     """Return the sum of the ranks' ``x``, equal on all of them."""
-    return _SumOut.apply(x, ranks)
+    return x if ranks.is_suspended else _SumOut.apply(x, ranks)
 
 
 def split_sequence(x: Tensor, ranks: TensorGroup) -> Tensor:
@@ -64,27 +65,27 @@ def split_sequence(x: Tensor, ranks: TensorGroup) -> Tensor:
     :func:`join_sequence` leave the padding out again.
     """
     ranks.length = x.shape[1]
-    return _Split.apply(x, ranks)
+    return x if ranks.is_suspended else _Split.apply(x, ranks)
 
 
 def join_sequence(x: Tensor, ranks: TensorGroup) -> Tensor:
     """Return all positions, equal on all ranks: the opposite of :func:`split_sequence`."""
-    return _Join.apply(x, ranks, ranks.length)
+    return x if ranks.is_suspended else _Join.apply(x, ranks, ranks.length)
 
 
 def gather_sequence(x: Tensor, ranks: TensorGroup) -> Tensor:
     """Return all positions for layers whose work is shared: their gradients are summed over the ranks."""
-    return _Gather.apply(x, ranks, ranks.length)
+    return x if ranks.is_suspended else _Gather.apply(x, ranks, ranks.length)
 
 
 def sum_to_split(x: Tensor, ranks: TensorGroup) -> Tensor:
     """Return this rank's positions of the sum of the ranks' ``x`` ``(batch, sequence, hidden)``."""
-    return _SumToSplit.apply(x, ranks)
+    return x if ranks.is_suspended else _SumToSplit.apply(x, ranks)
 
 
 def join_channels(x: Tensor, ranks: TensorGroup, sizes: Sequence[int]) -> Tensor:
     """Return the channels of all ranks, in order; ``sizes``: their numbers of channels, the last dimension of ``x``."""
-    return _JoinChannels.apply(x, ranks, tuple(sizes))
+    return x if ranks.is_suspended else _JoinChannels.apply(x, ranks, tuple(sizes))
 
 
 def _own_positions(x: Tensor, ranks: TensorGroup) -> Tensor:

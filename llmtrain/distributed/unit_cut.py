@@ -1,10 +1,12 @@
-"""The cut of a training unit for tensor parallelism: parameters become a rank's parts, hooks pass tensors between ranks.
+"""The cut of a training unit for tensor parallelism: parameters become parts, hooks pass tensors between ranks.
 
-Parameters stay plain tensors with their names, so that adapters, compiled blocks, recomputation, optimizers and clipping
-work as in one process.  (With parameters that are DTensors every operation would pass through their dispatcher, and an
-optimizer would need a second, local view.)
+Parameters stay plain tensors with their names, so that adapters, compiled blocks, recomputation, optimizers and
+clipping work as in one process.  (With parameters that are DTensors every operation would pass through their
+dispatcher, and an optimizer would need a second, local view.)
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any
@@ -28,6 +30,7 @@ from llmtrain.distributed.vocabulary import VocabularyPart
 from llmtrain.lora.layers import LoraEmbedding
 from llmtrain.model import LanguageModel
 from llmtrain.model.gpt import GPT
+from llmtrain.model.layers.padded_vocabulary import logit_bias
 from llmtrain.model.llama import Llama
 from llmtrain.objective import TrainingUnit
 from llmtrain.precision.fp8_linear import Fp8Linear
@@ -81,12 +84,12 @@ class UnitCut:
         self.cuts: dict[str, Cut] = {}  # of the parameters of which a rank holds a part
         self.partial: set[str] = set()  # parameters that all hold, with gradients that are to be summed over the ranks
         self._names = {id(parameter): name for name, parameter in unit.named_weights()}
-        plan = find_plan(unit.model)
+        self.plan = plan = find_plan(unit.model)
         with torch.no_grad():
             for block in unit.model.blocks:
                 self._cut_block(block, plan)
             self._cut_vocabulary()
-        plan.keep_heads(ranks)
+        plan.set_heads(ranks.rank, ranks.size)
         if sequence_parallel:
             self._split_stream(unit.model.get_submodule(plan.first), unit.model.get_submodule(plan.last))
 
@@ -125,7 +128,8 @@ class UnitCut:
         if self.sequence_parallel:
             self._sum_gradients(layer, "bias")
         layer.in_features = inputs // self.ranks.size  # type: ignore[assignment]
-        layer.__class__ = _cut_class(type(layer), has_bias=False)
+        kind: Any = type(layer)
+        layer.__class__ = _cut_class(kind, _LaterBias)
         layer.tensor_ranks = self.ranks  # type: ignore[assignment]
         layer.register_forward_hook(partial(_sum_outputs, sum_to_split if self.sequence_parallel else sum_out))
 
@@ -150,8 +154,9 @@ class UnitCut:
             self._sum_gradients(head, "lora_A")
         if model.logit_bias is not None:
             model.logit_bias = model.logit_bias[first:end].clone()
+        self.share = VocabularyPart(self.ranks, bounds)
         if self.unit.uses_output_layer:
-            self.unit.share_vocabulary(VocabularyPart(self.ranks, bounds))
+            self.unit.share_vocabulary(self.share)
         own_logits = model.logits
         sizes = [end - begin for begin, end in pairwise(bounds)]
 
@@ -168,16 +173,18 @@ class UnitCut:
             self._cut(embedding, "lora_A", 1, bounded_ranges(bounds, model.vocab_size))
             for key in ("lora_B", "lora_magnitude"):
                 self._sum_gradients(embedding, key)
-            embedding.__class__ = _cut_class(type(embedding), has_bias=True)
+            embedding.__class__ = _cut_class(type(embedding), _PartOfInputs)
             embedding.tensor_ranks = self.ranks  # type: ignore[assignment]
 
         forward = embedding.forward
 
         def look_up(ids: Tensor) -> Tensor:
+            if self.ranks.is_suspended:
+                return forward(ids)
             is_own = (ids >= first) & (ids < end)
             return sum_out(forward(torch.where(is_own, ids - first, 0)) * is_own[..., None], self.ranks)
 
-        embedding.forward = look_up  # type: ignore[method-assign]
+        embedding.forward = look_up
 
     # --- parameters -------------------------------------------------------------------------------------------------
 
@@ -198,6 +205,35 @@ class UnitCut:
             if parameter is not None and key in (None, own):
                 self.partial.add(self._names[id(parameter)])
 
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Context in which every rank has the whole unit and can call it alone, without gradients.
+
+        All ranks enter and leave it together.  The whole takes memory beside the parts.
+        """
+        model, ranks = self.unit.model, self.ranks
+        parameters = {name: parameter for name, parameter in self.unit.named_weights() if name in self.cuts}
+        parts = {name: parameter.data for name, parameter in parameters.items()}
+        bias, shares = model.logit_bias, self.unit.uses_output_layer
+        for name, parameter in parameters.items():
+            parameter.data = self.whole(name, parameter.data)
+        try:
+            ranks.is_suspended = True
+            model.logit_bias = logit_bias(model.vocab_size, next(model.parameters()).device)
+            self.plan.set_heads(0, 1)
+            if shares:
+                self.unit.share_vocabulary(None)
+            with torch.no_grad():
+                yield
+        finally:
+            ranks.is_suspended = False
+            model.logit_bias = bias
+            self.plan.set_heads(ranks.rank, ranks.size)
+            if shares:
+                self.unit.share_vocabulary(self.share)
+            for name, parameter in parameters.items():
+                parameter.data = parts[name]
+
     def whole(self, name: str, part: Tensor) -> Tensor:
         """Gather the whole of a tensor cut as the parameter ``name`` is, such as its gradient, on all ranks."""
         cut = self.cuts.get(name)
@@ -215,9 +251,9 @@ def _change_first(change: Any, ranks: TensorGroup, module: nn.Module, inputs: tu
 
 
 def _sum_outputs(leave: Any, module: Any, inputs: tuple[Any, ...], y: Tensor) -> Tensor:
-    y = leave(y, module.tensor_ranks)
-    bias = module._parameters["bias"]
-    return y if bias is None else y + bias.to(y.dtype)
+    ranks, bias = module.tensor_ranks, module._parameters["bias"]
+    y = leave(y, ranks)
+    return y if bias is None or ranks.is_suspended else y + bias.to(y.dtype)
 
 
 class _PartOfInputs:
@@ -227,19 +263,18 @@ class _PartOfInputs:
 
     @torch.no_grad()
     def norm(self, dtype: torch.dtype | None = None) -> Tensor:
-        squares = super().norm(dtype).square()  # type: ignore[misc]
-        return self.tensor_ranks.sum(squares).sqrt()
+        norm: Tensor = super().norm(dtype)  # type: ignore[misc]
+        return norm if self.tensor_ranks.is_suspended else self.tensor_ranks.sum(norm.square()).sqrt()
 
 
 class _LaterBias(_PartOfInputs):
     """The same with a bias that is added after the sum: the layer's own forward pass finds none."""
 
     @property
-    def bias(self) -> None:
-        return None
+    def bias(self) -> nn.Parameter | None:
+        return self._parameters["bias"] if self.tensor_ranks.is_suspended else None  # type: ignore[attr-defined]
 
 
 @cache
-def _cut_class(kind: type[nn.Module], *, has_bias: bool) -> type[nn.Module]:
-    base = _PartOfInputs if has_bias else _LaterBias
+def _cut_class(kind: Any, base: Any) -> Any:
     return type(f"Cut{kind.__name__}", (base, kind), {})

@@ -6,6 +6,7 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 import math
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -149,7 +150,7 @@ class GPT(LanguageModel):
 
     def _heads(self) -> HeadShape:
         """The heads of every layer in this process."""
-        attention = self.blocks[0].attention
+        attention: Any = self.blocks[0].attention
         dtype = self.token_embedding.weight.dtype
         return HeadShape(attention.num_heads, attention.num_heads, attention.head_size, dtype)
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -298,7 +299,7 @@ class Llama(LanguageModel):
 
     def _heads(self) -> HeadShape:
         """The heads of every layer in this process."""
-        attention = self.blocks[0].attention
+        attention: Any = self.blocks[0].attention
         dtype = self.token_embedding.weight.dtype
         return HeadShape(attention.num_heads, attention.num_kv_heads, attention.head_size, dtype)
 

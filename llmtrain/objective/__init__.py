@@ -137,10 +137,10 @@ class TrainingUnit(nn.Module, ABC):
     def compile_loss(self) -> None:
         """On a GPU compute the loss with a compiled kernel from now on, where it can be compiled."""
 
-    def share_vocabulary(self, share: VocabularyShare) -> None:
+    def share_vocabulary(self, share: VocabularyShare | None) -> None:
         """Compute the losses together with the processes of ``share`` from now on: the model holds rows of its head.
 
-        Called if the unit uses the output layer.  Raises ValueError if that is not supported.
+        None: alone again.  Called if the unit uses the output layer.  Raises ValueError if that is not supported.
         """
         raise ValueError(
             f"objective: {type(self).__name__} does not compute its losses from a part of the vocabulary, as tensor "

@@ -41,7 +41,7 @@ class CausalUnit(TrainingUnit):
     def compile_loss(self) -> None:
         self.chunking = replace(self.chunking, is_compiled=True)
 
-    def share_vocabulary(self, share: VocabularyShare) -> None:
+    def share_vocabulary(self, share: VocabularyShare | None) -> None:
         self.share = share
 
 

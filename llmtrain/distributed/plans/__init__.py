@@ -9,8 +9,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from llmtrain.distributed.tensor_group import TensorGroup
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -22,7 +20,7 @@ class Plan:
     stream_norms: tuple[str, ...]  # applied to the residual stream
     head_norms: tuple[str, ...]  # applied to heads, with the same weights for all of them
     counts: Mapping[str, int]  # of the keys of ``model`` that the number of ranks has to divide
-    keep_heads: Callable[[TensorGroup], None]  # leave the modules the heads of this rank alone
+    set_heads: Callable[[int, int], None]  # tell the modules that they have the heads of a rank, of so many
     first: str = "dropout"  # the module of the model behind the embeddings: its input is the residual stream
     last: str = "final_norm"  # its output is the residual stream's
 

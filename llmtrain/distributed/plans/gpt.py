@@ -1,7 +1,8 @@
 """The cut of GPT-2."""
 
+from typing import Any
+
 from llmtrain.distributed.plans import Plan
-from llmtrain.distributed.tensor_group import TensorGroup
 from llmtrain.model.gpt import GPT
 
 
@@ -9,9 +10,10 @@ def plan(model: GPT) -> Plan:
     """Cut the matrix of queries, keys and values by heads in each of its three sections, the network by channels."""
     hidden = model.config.hidden_size
 
-    def keep_heads(ranks: TensorGroup) -> None:
+    def set_heads(rank: int, ranks: int) -> None:
         for block in model.blocks:
-            block.attention.num_heads = model.config.num_heads // ranks.size
+            attention: Any = block.attention
+            attention.num_heads = model.config.num_heads // ranks
 
     return Plan(
         shared=("attention", "mlp"),
@@ -20,5 +22,5 @@ def plan(model: GPT) -> Plan:
         stream_norms=("attention_norm", "mlp_norm"),
         head_norms=(),
         counts={"num_heads": model.config.num_heads},
-        keep_heads=keep_heads,
+        set_heads=set_heads,
     )

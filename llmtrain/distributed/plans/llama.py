@@ -1,30 +1,33 @@
 """The cut of Llama and its relatives."""
 
+from typing import Any
+
 from llmtrain.distributed.plans import Plan
-from llmtrain.distributed.tensor_group import TensorGroup
+from llmtrain.model.layers.attention import alibi_slopes
 from llmtrain.model.llama import Llama
 
 
 def plan(model: Llama) -> Plan:
     """Cut attention by heads, a rank has the key heads of its query heads, and the network by channels."""
     config = model.config
-    queries, keys, values = model.blocks[0].attention.sizes
-    if config.fused_qkv:
-        attention = {"attention.qkv": (queries, keys, values)}
-    else:
-        attention = {"attention.query": (queries,), "attention.key": (keys,), "attention.value": (values,)}
+    queries, keys = config.num_heads * config.size_of_head, config.num_kv_heads * config.size_of_head
+    layers: dict[str, tuple[int, ...]] = {"attention.qkv": (queries, keys, keys)}
+    if not config.fused_qkv:
+        layers = {"attention.query": (queries,), "attention.key": (keys,), "attention.value": (keys,)}
     channels = (config.intermediate_size,)
 
-    def keep_heads(ranks: TensorGroup) -> None:
-        heads = config.num_heads // ranks.size
+    def set_heads(rank: int, ranks: int) -> None:
+        heads = config.num_heads // ranks
         for block in model.blocks:
-            block.attention.num_heads, block.attention.num_kv_heads = heads, config.num_kv_heads // ranks.size
+            attention: Any = block.attention
+            attention.num_heads, attention.num_kv_heads = heads, config.num_kv_heads // ranks
         if model.rotary is None:  # ALiBi: a slope for each head
-            model.positions.value = model.positions.value[ranks.rank * heads : (ranks.rank + 1) * heads].clone()
+            slopes = alibi_slopes(config.num_heads)[rank * heads : (rank + 1) * heads]
+            model.positions.value = slopes.to(model.positions.value.device)
 
     return Plan(
         shared=("attention", "mlp"),
-        by_outputs=attention | {"mlp.gate": channels, "mlp.up": channels},
+        by_outputs=layers | {"mlp.gate": channels, "mlp.up": channels},
         by_inputs=("attention.projection", "mlp.down"),
         stream_norms=("attention_norm", "mlp_norm"),
         head_norms=("attention.query_norm", "attention.key_norm") if config.qk_norm else (),
@@ -32,5 +35,5 @@ def plan(model: Llama) -> Plan:
             "num_kv_heads": config.num_kv_heads, "num_heads": config.num_heads,
             "intermediate_size": config.intermediate_size,
         },
-        keep_heads=keep_heads,
+        set_heads=set_heads,
     )  # fmt: skip
