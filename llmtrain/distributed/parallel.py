@@ -1,26 +1,15 @@
 """The contract between a training step and the way in which ranks share its unit."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from llmtrain.base.places import Places
 from llmtrain.base.world import Alone, World
 from llmtrain.data import Batch
 from llmtrain.objective import TrainingUnit
 from llmtrain.optimizer import Trainable
-
-
-@dataclass(frozen=True)
-class Place:
-    """A part of a whole tensor that this rank holds: a box, the rank's own tensor or a part of it."""
-
-    offset: tuple[int, ...]  # of its first element in the whole
-    whole: tuple[int, ...]  # shape of the whole tensor
-    is_owner: bool  # True: this rank writes it, of those that hold the same elements
-    start: tuple[int, ...] | None = None  # of its first element in the rank's tensor; None: (0, …)
-    shape: tuple[int, ...] | None = None  # of the box; None: all of the rank's tensor from ``start`` on
 
 
 class Parallel:
@@ -54,12 +43,8 @@ class Parallel:
         """The trained parameters as this rank holds them, by the names that they have in checkpoints."""
         return self.unit.trained_weights()
 
-    def places(self) -> Mapping[str, Sequence[Place]]:
-        """The boxes of the parameters that this rank holds a part of, by name; those not named it holds as a whole.
-
-        A rank's tensor consists of one box or several: of a matrix for queries, keys and values it may hold three.
-        Vocabulary padding is in no box.
-        """
+    def places(self) -> Places:
+        """The boxes of the parameters that this rank holds a part of, by name; those not named it holds as a whole."""
         return {}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
