@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from llmtrain.distributed.parallel import Place
+from llmtrain.base.places import Place, Shape
 
 Range = tuple[int, int]  # begin and end
 
@@ -18,7 +18,7 @@ class Cut:
 
     dim: int
     ranges: tuple[tuple[Range, ...], ...]  # of each rank, in the whole, in the order in which the rank holds them
-    shape: tuple[int, ...]  # of the whole
+    shape: Shape  # of the whole
     visible: int  # length of the dimension without vocabulary padding, which comes last
 
     def part(self, whole: Tensor, rank: int) -> Tensor:
@@ -38,20 +38,31 @@ class Cut:
                 start += end - begin
         return whole
 
-    def places(self, rank: int, *, is_owner: bool) -> tuple[Place, ...]:
-        """The boxes of the part of ``rank``, without vocabulary padding."""
-        whole = _with(self.shape, self.dim, self.visible)
-        zeros = (0,) * len(self.shape)
+    def length(self, rank: int) -> int:
+        """The length of the part of ``rank`` along the dimension."""
+        return sum(end - begin for begin, end in self.ranges[rank])
+
+    def places(self, rank: int, held: Place, shape: Shape) -> Place | tuple[Place, ...]:
+        """The boxes, in the whole, of a tensor of ``shape`` that has the place ``held`` in the part of ``rank``."""
+        stored = None if self.visible == self.shape[self.dim] else with_size(self.shape, self.dim, self.visible)
+        low, high = held.offset[self.dim], held.offset[self.dim] + shape[self.dim]
         places, start = [], 0
         for begin, end in self.ranges[rank]:
-            if (length := min(end, self.visible) - begin) > 0:
-                offset, first = _with(zeros, self.dim, begin), _with(zeros, self.dim, start)
-                places.append(Place(offset, whole, is_owner, first, _with(self.shape, self.dim, length)))
+            first, last = max(low, start), min(high, start + end - begin)
+            if first < last:
+                offset = with_size(held.offset, self.dim, begin + first - start)
+                size = with_size(shape, self.dim, last - first)
+                places.append(Place(offset, self.shape, held.is_owner, size, stored))
             start += end - begin
-        return tuple(places)
+        if len(places) > 1:
+            return tuple(places)
+        if not places:  # nothing of it
+            return Place(with_size(held.offset, self.dim, self.ranges[rank][0][0]), self.shape, False, None, stored)
+        return replace(places[0], shape=None)
 
 
-def _with(sizes: tuple[int, ...], dim: int, value: int) -> tuple[int, ...]:
+def with_size(sizes: Shape, dim: int, value: int) -> Shape:
+    """Return ``sizes`` with ``value`` for the dimension ``dim``."""
     return (*sizes[:dim], value, *sizes[dim + 1 :])
 
 
@@ -75,37 +86,3 @@ def even_bounds(size: int, ranks: int) -> tuple[int, ...]:
 def bounded_ranges(bounds: Sequence[int], size: int) -> tuple[tuple[Range, ...], ...]:
     """The ranges between ``bounds`` of a dimension that ends at ``size``."""
     return tuple(((min(begin, size), min(end, size)),) for begin, end in pairwise(bounds))
-
-
-def box_within(outer: Sequence[Place], inner: Sequence[Place], local_shape: tuple[int, ...]) -> tuple[Place, ...]:
-    """The boxes in the whole of what ``inner`` holds of a tensor of ``local_shape``, which has the boxes ``outer``."""
-    places = []
-    for out in outer:
-        out_start, out_shape = _extent(out, local_shape)
-        for held in inner:
-            held_start = held.start or (0,) * len(local_shape)
-            held_shape = held.shape or tuple(
-                whole - offset for whole, offset in zip(held.whole, held.offset, strict=True)
-            )
-            # both as intervals of the tensor of ``local_shape``
-            begin = tuple(map(max, out_start, held.offset))
-            end = tuple(
-                min(a + n, b + m) for a, n, b, m in zip(out_start, out_shape, held.offset, held_shape, strict=True)
-            )
-            if all(b < e for b, e in zip(begin, end, strict=True)):
-                places.append(
-                    replace(
-                        out,
-                        offset=tuple(o + b - s for o, b, s in zip(out.offset, begin, out_start, strict=True)),
-                        is_owner=out.is_owner and held.is_owner,
-                        start=tuple(s + b - o for s, b, o in zip(held_start, begin, held.offset, strict=True)),
-                        shape=tuple(e - b for b, e in zip(begin, end, strict=True)),
-                    )
-                )
-    return tuple(places)
-
-
-def _extent(place: Place, local_shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Start and shape of a box in the rank's tensor."""
-    start = place.start or (0,) * len(local_shape)
-    return start, place.shape or tuple(size - s for size, s in zip(local_shape, start, strict=True))

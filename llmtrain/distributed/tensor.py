@@ -1,16 +1,67 @@
 """Tensor parallelism: ranks that share the work of every layer, and train on the same sequences."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from llmtrain.base.places import Place, Places, Shape, places_of
 from llmtrain.data import Batch
-from llmtrain.distributed.cut import box_within
-from llmtrain.distributed.parallel import Parallel, Place
+from llmtrain.distributed.cut import with_size
+from llmtrain.distributed.parallel import Parallel
 from llmtrain.distributed.unit_cut import UnitCut
 from llmtrain.optimizer import Trainable
+
+
+class TensorShards:
+    """The view of an optimizer of a cut unit: ``inner``, of this rank's parts, and their places in whole parameters."""
+
+    def __init__(self, inner: Trainable, cut: UnitCut, places: Places) -> None:
+        self.inner = inner
+        self.cut = cut
+        self._places = places
+
+    @property
+    def num_layers(self) -> int:
+        return self.inner.num_layers
+
+    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.inner.named_weights()
+
+    def layer_index(self, name: str) -> int:
+        return self.inner.layer_index(name)
+
+    def whole_shape(self, name: str) -> Shape:
+        """Shape of the whole parameter."""
+        return self._first_box(name).whole
+
+    def first_element(self, name: str) -> int:
+        """Number, in the whole parameter, of the first element of this rank's part."""
+        box, number = self._first_box(name), 0
+        for begin, size in zip(box.offset, box.whole, strict=True):
+            number = number * size + begin
+        return number
+
+    def gather(self, name: str, part: Tensor) -> Tensor:
+        """Put together the whole tensor from each rank's ``part``, which lies as the parameter; all ranks call this."""
+        if hasattr(self.inner, "gather"):
+            part = self.inner.gather(name, part)
+        return self.cut.whole(name, part)
+
+    def own_part(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's part of ``whole``: the inverse of :meth:`gather`."""
+        if name in self.cut.cuts:
+            whole = self.cut.cuts[name].part(whole, self.cut.ranks.rank)
+        part: Tensor = self.inner.own_part(name, whole) if hasattr(self.inner, "own_part") else whole
+        return part
+
+    def _first_box(self, name: str) -> Place:
+        if name in self._places:
+            return places_of(self._places[name])[0]
+        shape = tuple(dict(self.named_weights())[name].shape)
+        return Place((0,) * len(shape), shape, is_owner=False)
 
 
 class TensorParallel(Parallel):
@@ -35,24 +86,24 @@ class TensorParallel(Parallel):
         return self.inner.data_size
 
     @property
-    def trainable(self) -> Trainable:
-        return self.inner.trainable
+    def trainable(self) -> TensorShards:
+        return TensorShards(self.inner.trainable, self.cut, self.places())
 
     def weights(self) -> list[tuple[str, nn.Parameter]]:
         return self.inner.weights()
 
-    def places(self) -> Mapping[str, Sequence[Place]]:
-        held, rank = self.inner.places(), self.cut.ranks.rank
-        places: dict[str, Sequence[Place]] = {}
-        for name, cut in self.cut.cuts.items():
-            own = cut.places(rank, is_owner=name in held or self.data_rank == 0)
-            local = list(cut.shape)
-            local[cut.dim] = sum(end - begin for begin, end in cut.ranges[rank])
-            places[name] = box_within(own, held[name], tuple(local)) if name in held else own
-        for name in held.keys() - places.keys():  # the same on all ranks of the group: one of them writes it
-            places[name] = [
-                Place(box.offset, box.whole, box.is_owner and rank == 0, box.start, box.shape) for box in held[name]
-            ]
+    def places(self) -> Places:
+        held, rank, cuts = self.inner.places(), self.cut.ranks.rank, self.cut.cuts
+        places: dict[str, Place | Sequence[Place]] = {}
+        for name, weight in self.inner.trainable.named_weights():
+            if name in cuts:
+                part = with_size(cuts[name].shape, cuts[name].dim, cuts[name].length(rank))
+                own = held.get(name, Place((0,) * len(part), part, self.data_rank == 0))
+                assert isinstance(own, Place)
+                places[name] = cuts[name].places(rank, own, tuple(weight.shape))
+            elif name in held:  # the same on all ranks of the group: one of them writes it
+                of_others = [replace(box, is_owner=box.is_owner and rank == 0) for box in places_of(held[name])]
+                places[name] = of_others if len(of_others) > 1 else of_others[0]
         return places
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtrain.distributed.cut import Cut, bounded_ranges, even_bounds, even_ranges
+from llmtrain.distributed.cut import Cut, bounded_ranges, even_bounds, even_ranges, with_size
 from llmtrain.distributed.plans import Plan, gpt, llama
 from llmtrain.distributed.tensor_group import (
     TensorGroup,
@@ -239,8 +239,8 @@ class UnitCut:
         cut = self.cuts.get(name)
         if cut is None:
             return part
-        lengths = [sum(end - begin for begin, end in ranges) for ranges in cut.ranges]
-        padded = part.new_zeros((*cut.shape[: cut.dim], max(lengths), *cut.shape[cut.dim + 1 :]))
+        lengths = [cut.length(rank) for rank in range(self.ranks.size)]
+        padded = part.new_zeros(with_size(cut.shape, cut.dim, max(lengths)))
         padded.narrow(cut.dim, 0, part.shape[cut.dim]).copy_(part)
         gathered = self.ranks.gather(padded)
         return cut.join([one.narrow(cut.dim, 0, length) for one, length in zip(gathered, lengths, strict=True)])

@@ -9,12 +9,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from llmtrain.activation_checkpointing import ActivationCheckpointing
+from llmtrain.base.places import places_of
 from llmtrain.base.world import World
 from llmtrain.data import Batch
 from llmtrain.distributed.parallel import Parallel
 from llmtrain.distributed.tensor import TensorParallel
 from llmtrain.distributed.tensor_group import TensorGroup
 from llmtrain.distributed.unit_cut import UnitCut
+from llmtrain.inference.generate import Sampling
+from llmtrain.inference.generate import generate as generate_ids
 from llmtrain.objective import TrainingUnit
 from llmtrain.objective.causal import Causal
 from tests.helpers.adapted import make, seeded, stir
@@ -28,6 +31,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama_tiny": SIZES | {"hidden_size": 32, "num_kv_heads": 4, "intermediate_size": 48, "initial_std": 0.2},
 }
 LR = 1e-3
+EPS = 1e-4  # gradients that are 0 but for rounding, of keys' biases, would else decide about updates
 
 
 def make_unit(
@@ -106,7 +110,7 @@ def compare(
         alone = Parallel(make_unit(**keys))
     shared = make_parallel(world, unit, sequence_parallel=sequence_parallel)
     optimizers = [
-        torch.optim.AdamW([weight for _, weight in each.weights()], lr=LR, eps=1e-5, fused=True)
+        torch.optim.AdamW([weight for _, weight in each.weights()], lr=LR, eps=EPS, fused=True)
         for each in (shared, alone)
     ]
     worst = dict.fromkeys(("loss", "gradient", "norm", "weight"), 0.0)
@@ -131,3 +135,83 @@ def compare(
     for name, weight in shared.weights():
         record("weight", difference(shared.cut.whole(name, weight.detach()), references[name].detach()))
     return worst
+
+
+def boxes(world: World, keys: dict[str, Any]) -> dict[str, Any]:
+    """Put the parameters together from the boxes that the ranks own; return the names that differ from one process's.
+
+    Elements that no rank owns, or more than one, make a difference.
+    """
+    unit = make_unit(**keys)
+    expected = {name: tensor.clone() for name, tensor in unit.weights_state().items()}
+    parallel = make_parallel(world, unit)
+    places, names = parallel.places(), {name for name, _ in unit.named_weights()}
+    wrong, several = [], 0
+    for name, weight in parallel.trainable.named_weights():
+        if name not in places:
+            if not torch.equal(weight, expected[name]):
+                wrong.append(name)
+            continue
+        found = places_of(places[name])
+        several += len(found) > 1
+        sums = torch.zeros(2, *expected[name].shape)
+        start = 0
+        for place in found:
+            length = len(weight) if place.shape is None else place.shape[0]
+            part = weight.detach()[start : start + length]
+            start += length
+            stored = place.stored or place.whole
+            for dim, (offset, size) in enumerate(zip(place.offset, stored, strict=True)):
+                part = part.narrow(dim, 0, max(min(part.shape[dim], size - offset), 0))
+            assert stored == tuple(expected[name].shape), name
+            if place.is_owner and part.numel():
+                inside = tuple(slice(o, o + n) for o, n in zip(place.offset, part.shape, strict=True))
+                sums[0][inside] += part
+                sums[1][inside] += 1
+        assert start == len(weight), name
+        world.sum(sums)
+        if not (torch.equal(sums[0], expected[name]) and bool((sums[1] == 1).all())):
+            wrong.append(name)
+    shards = parallel.trainable
+    whole = dict(make_unit(**keys).named_weights())
+    for name, weight in shards.named_weights():
+        gathered = shards.gather(name, weight.detach())
+        if not torch.equal(gathered, whole[name].detach()) or shards.whole_shape(name) != tuple(gathered.shape):
+            wrong.append(f"{name} (gathered)")
+        if not torch.equal(shards.own_part(name, gathered), weight.detach()):
+            wrong.append(f"{name} (own part)")
+    return {"wrong": wrong, "cut": len(places), "several": several, "names": len(names)}
+
+
+def generate(world: World, keys: dict[str, Any], sequence_parallel: bool) -> list[list[int]]:
+    """Sample tokens in one process, on all ranks in lockstep, and on one rank with whole weights."""
+    unit = make_unit(**keys).eval()
+    prompt = [3, 5, 7]
+
+    def sample() -> list[int]:
+        ids = generate_ids(
+            unit.model, prompt, max_tokens=8, sampling=Sampling(0.8, 20, 1.0), generator=seeded(1),
+            dtype=torch.float32, end_of_text=VOCABULARY,
+        )  # fmt: skip
+        return list(ids)
+
+    alone = sample()
+    parallel = make_parallel(world, unit, sequence_parallel=sequence_parallel)
+    together = sample()
+    with parallel.whole_weights():
+        first = sample() if world.is_first else alone
+    again = sample()
+    return [alone, together, first, again]
+
+
+def scores(world: World, keys: dict[str, Any], sequence_parallel: bool) -> float:
+    """Compare the scores of an evaluation and the losses by sequence with those of one process."""
+    unit, batch = make_unit(**keys).eval(), make_batch(packed=True)
+    with torch.no_grad():
+        expected, rows = unit.score(batch)[0]["next_token"], unit.sequence_losses(batch)["next_token"]
+        parallel = make_parallel(world, unit, sequence_parallel=sequence_parallel)
+        with parallel.scoring():
+            ours, our_rows = unit.score(batch)[0]["next_token"], unit.sequence_losses(batch)["next_token"]
+        with parallel.whole_weights():
+            whole = unit.score(batch)[0]["next_token"]
+    return max(difference(ours, expected), difference(our_rows, rows), difference(whole, expected))

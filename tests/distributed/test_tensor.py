@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.tensor_cases import compare
+from tests.distributed.tensor_cases import boxes, compare, generate, scores
 from tests.helpers.ranks import Ranks
 
 TOLERANCE = 1e-5
@@ -39,8 +39,51 @@ def two() -> Iterator[Ranks]:
         yield ranks
 
 
+def check(ranks: Ranks, *arguments: Any, tolerance: float = TOLERANCE) -> None:
+    for worst in ranks.run(compare, *arguments):
+        assert max(worst.values()) < tolerance, worst
+
+
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence parallel"])
 @pytest.mark.parametrize("unit", UNITS)
 def test_steps_are_those_of_one_process(two: Ranks, unit: str, sequence_parallel: bool) -> None:
-    for worst in two.run(compare, UNITS[unit], False, sequence_parallel):
-        assert max(worst.values()) < TOLERANCE, worst
+    check(two, UNITS[unit], False, sequence_parallel)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence parallel"])
+@pytest.mark.parametrize("unit", ["gpt tied", "llama grouped queries"])
+def test_packed_segments_in_micro_batches_are_those_of_one_process(
+    two: Ranks, unit: str, sequence_parallel: bool
+) -> None:
+    check(two, UNITS[unit], True, sequence_parallel, 4)
+
+
+@pytest.mark.parametrize("unit", ["gpt softcap z-loss", "llama all biases", "dora llama"])
+def test_steps_in_float64_are_the_same_but_for_rounding(two: Ranks, unit: str) -> None:
+    check(two, UNITS[unit] | {"dtype": "float64"}, True, True, 2, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("unit", ["gpt tied", "llama fused qkv", "llama alibi, normalised head", "dora llama"])
+def test_boxes_of_the_ranks_make_the_whole_once(two: Ranks, unit: str) -> None:
+    for found in two.run(boxes, UNITS[unit]):
+        assert found["wrong"] == []
+        assert 0 < found["cut"] < found["names"]
+        assert found["several"] == (
+            4 if unit in ("gpt tied", "llama fused qkv") else 0
+        )  # weight and bias of two blocks
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence parallel"])
+@pytest.mark.parametrize("unit", ["gpt tied", "llama grouped queries", "llama alibi, normalised head", "dora llama"])
+def test_sampled_text_is_that_of_one_process(two: Ranks, unit: str, sequence_parallel: bool) -> None:
+    for alone, together, first, again in two.run(generate, UNITS[unit], sequence_parallel):
+        assert len(alone) == 8
+        assert together == alone
+        assert first == alone
+        assert again == alone
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence parallel"])
+def test_evaluation_is_that_of_one_process(two: Ranks, sequence_parallel: bool) -> None:
+    for unit in ("gpt softcap z-loss", "llama grouped queries"):
+        assert max(two.run(scores, UNITS[unit], sequence_parallel)) < TOLERANCE
