@@ -215,3 +215,74 @@ def scores(world: World, keys: dict[str, Any], sequence_parallel: bool) -> float
         with parallel.whole_weights():
             whole = unit.score(batch)[0]["next_token"]
     return max(difference(ours, expected), difference(our_rows, rows), difference(whole, expected))
+
+
+def low_precision(world: World, keys: dict[str, Any], sequence_parallel: bool) -> dict[str, float]:
+    """Compare gradients in bf16 with those in fp32 of one process: the errors of one process and of the ranks."""
+    unit, batch = make_unit(**keys), make_batch(packed=True)
+    exact, alone = Parallel(make_unit(**keys)), Parallel(make_unit(**keys))
+    gradients(exact, batch, ROWS)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = gradients(alone, batch, ROWS)
+    shared = make_parallel(world, unit, sequence_parallel=sequence_parallel)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = gradients(shared, batch, ROWS)
+    errors = {"loss": abs(ours / theirs - 1)}
+    of_alone, reference = dict(alone.weights()), dict(exact.weights())
+    pairs = []
+    for name, weight in shared.weights():
+        right = reference[name].grad
+        assert right is not None
+        size = right.norm()
+        found = [shared.cut.whole(name, weight.grad), of_alone[name].grad]
+        pairs.append([((gradient - right).norm() / size).item() for gradient in found])
+    errors["shared"], errors["alone"] = torch.tensor(pairs).mean(0).tolist()
+    return errors
+
+
+def drop(world: World, keys: dict[str, Any], sequence_parallel: bool) -> dict[str, Any]:
+    """Train a step with dropout, and the random numbers that the step is meant to draw; return facts about it."""
+    unit, batch = make_unit(**keys), make_batch()
+    parallel = make_parallel(world, unit, sequence_parallel=sequence_parallel)
+    torch.manual_seed(5)
+    loss = gradients(parallel, batch, 3)
+    sums = {name: weight.grad.double().sum().item() for name, weight in parallel.weights() if weight.grad is not None}
+    replicated = {name: total for name, total in sums.items() if name not in parallel.cut.cuts}
+    unit.eval()
+    return {"loss": loss, "replicated": replicated, "plain": gradients(parallel, batch, 3)}
+
+
+def classify(world: World) -> dict[str, float]:
+    """Compare a classifier, whose head reads hidden states, with one process."""
+    units = []
+    for _ in range(2):
+        config = make_option("model", "llama_tiny", FAMILIES["llama_tiny"])
+        model = config.create(VOCABULARY, torch.device("cpu"), seeded())
+        objective = make_option("objective", "classification", {}, train="all", multi_label=False)
+        units.append(objective.build(model, ("a", "b", "c"), seeded()))
+        stir(units[-1])
+    batch = make_batch()
+    targets = torch.full((ROWS, LENGTH), -100)
+    targets[:, LENGTH - 2] = torch.arange(ROWS) % 3
+    batch = batch_of(batch.tensors["inputs"], targets, objective=objective)
+    alone, shared = Parallel(units[0]), make_parallel(world, units[1], sequence_parallel=True)
+    ours, theirs = gradients(shared, batch, 2), gradients(alone, batch, ROWS)
+    references = dict(alone.weights())
+    worst = 0.0
+    for name, weight in shared.weights():
+        if weight.grad is not None:
+            worst = max(worst, difference(shared.cut.whole(name, weight.grad), references[name].grad))
+    return {"loss": abs(ours / theirs - 1), "gradient": worst}
+
+
+def compiled(world: World, keys: dict[str, Any], sequence_parallel: bool) -> dict[str, float]:
+    """Compare gradients of compiled blocks with those of the same blocks uncompiled."""
+    unit, batch = make_unit(**keys), make_batch(packed=True)
+    shared = make_parallel(world, unit, sequence_parallel=sequence_parallel)
+    theirs = gradients(shared, batch, ROWS)
+    expected = {name: weight.grad.clone() for name, weight in shared.weights() if weight.grad is not None}
+    shared.drop_gradients()
+    unit.compile_blocks()
+    ours = gradients(shared, batch, ROWS)
+    worst = max(difference(weight.grad, expected[name]) for name, weight in shared.weights() if name in expected)
+    return {"loss": abs(ours / theirs - 1), "gradient": worst}

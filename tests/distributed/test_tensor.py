@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.tensor_cases import boxes, compare, generate, scores
+from tests.distributed.tensor_cases import boxes, classify, compare, compiled, drop, generate, low_precision, scores
 from tests.helpers.ranks import Ranks
 
 TOLERANCE = 1e-5
@@ -87,3 +87,50 @@ def test_sampled_text_is_that_of_one_process(two: Ranks, unit: str, sequence_par
 def test_evaluation_is_that_of_one_process(two: Ranks, sequence_parallel: bool) -> None:
     for unit in ("gpt softcap z-loss", "llama grouped queries"):
         assert max(two.run(scores, UNITS[unit], sequence_parallel)) < TOLERANCE
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence parallel"])
+def test_errors_in_bf16_are_those_of_one_process(two: Ranks, sequence_parallel: bool) -> None:
+    for errors in two.run(low_precision, UNITS["llama grouped queries"], sequence_parallel):
+        assert errors["loss"] < 2e-3
+        assert errors["shared"] < 1.2 * errors["alone"], errors
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence parallel"])
+def test_ranks_agree_with_dropout(two: Ranks, sequence_parallel: bool) -> None:
+    first, second = two.run(drop, UNITS["gpt tied"] | {"dropout": 0.2, "recomputed": "full"}, sequence_parallel)
+    assert first == second
+    assert first["loss"] != first["plain"]
+
+
+def test_classifier_is_that_of_one_process(two: Ranks) -> None:
+    for worst in two.run(classify):
+        assert max(worst.values()) < TOLERANCE, worst
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence parallel"])
+def test_compiled_blocks_compute_the_same(two: Ranks, sequence_parallel: bool) -> None:
+    for worst in two.run(compiled, UNITS["gpt tied"], sequence_parallel, timeout_seconds=500):
+        assert max(worst.values()) < TOLERANCE, worst
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence parallel"])
+def test_four_ranks_are_one_process(sequence_parallel: bool) -> None:
+    with Ranks(4) as four:
+        for unit in ("gpt tied", "llama alibi, normalised head", "lora"):
+            check(four, UNITS[unit], True, sequence_parallel, 4)
+        check(four, UNITS["dora llama"] | {"num_kv_heads": 4, "fused_qkv": True}, True, sequence_parallel, 4)
+
+
+@pytest.mark.slow
+def test_three_ranks_share_a_vocabulary_that_three_does_not_divide() -> None:
+    with Ranks(3) as three:
+        for unit in ("gpt tied", "lora"):
+            keys = UNITS[unit] | {"num_heads": 6, "hidden_size": 36}
+            check(three, keys, True, True, 4)
+            for found in three.run(boxes, keys):
+                assert found["wrong"] == []
+            for alone, together, *_ in three.run(generate, keys, False):
+                assert together == alone
