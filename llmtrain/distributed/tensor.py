@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from llmtrain.data import Batch
 from llmtrain.distributed.cut import with_size
 from llmtrain.distributed.parallel import Parallel
 from llmtrain.distributed.unit_cut import UnitCut
-from llmtrain.optimizer import Trainable
+from llmtrain.optimizer import ShardedTrainable, Trainable
 
 
 class TensorShards:
@@ -46,7 +47,7 @@ class TensorShards:
 
     def gather(self, name: str, part: Tensor) -> Tensor:
         """Put together the whole tensor from each rank's ``part``, which lies as the parameter; all ranks call this."""
-        if hasattr(self.inner, "gather"):
+        if isinstance(self.inner, ShardedTrainable):
             part = self.inner.gather(name, part)
         return self.cut.whole(name, part)
 
@@ -54,8 +55,7 @@ class TensorShards:
         """This rank's part of ``whole``: the inverse of :meth:`gather`."""
         if name in self.cut.cuts:
             whole = self.cut.cuts[name].part(whole, self.cut.ranks.rank)
-        part: Tensor = self.inner.own_part(name, whole) if hasattr(self.inner, "own_part") else whole
-        return part
+        return self.inner.own_part(name, whole) if isinstance(self.inner, ShardedTrainable) else whole
 
     def _first_box(self, name: str) -> Place:
         if name in self._places:
@@ -71,11 +71,14 @@ class TensorParallel(Parallel):
     there is one group.  It has been made over ``cut.unit`` after the cut, so that it sees this rank's parts.
     """
 
+    holds_parts: ClassVar[bool] = True
+
     def __init__(self, inner: Parallel, cut: UnitCut) -> None:
         super().__init__(inner.unit, inner.world)
         assert inner.unit is cut.unit
         self.inner = inner
         self.cut = cut
+        self.keeps_casts = inner.keeps_casts  # type: ignore[misc]
 
     @property
     def data_rank(self) -> int:
@@ -140,13 +143,16 @@ class TensorParallel(Parallel):
         held = torch.tensor([1.0 if cut else 1.0 / self.cut.ranks.size for cut in is_cut], dtype=squares.dtype)
         return self.cut.ranks.sum(squares * held.to(squares.device, non_blocking=True))
 
+    def largest(self, value: Tensor) -> Tensor:
+        return self.cut.ranks.gather(self.inner.largest(value)).amax()  # NaN if one of them is
+
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
         """Context in which one rank alone may call the model; every rank enters and leaves it at the same place.
 
         In it each rank has the whole unit, in memory beside its parts.
         """
-        with self.cut.suspended():
+        with self.inner.whole_weights(), self.cut.suspended():
             yield
 
     def scoring(self) -> AbstractContextManager[None]:

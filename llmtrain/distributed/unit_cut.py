@@ -5,7 +5,7 @@ clipping work as in one process.  (With parameters that are DTensors every opera
 dispatcher, and an optimizer would need a second, local view.)
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from itertools import pairwise
@@ -129,9 +129,9 @@ class UnitCut:
             self._sum_gradients(layer, "bias")
         layer.in_features = inputs // self.ranks.size  # type: ignore[assignment]
         kind: Any = type(layer)
-        layer.__class__ = _cut_class(kind, _LaterBias)
+        layer.__class__ = _cut_class(kind, _CutByInputs)
         layer.tensor_ranks = self.ranks  # type: ignore[assignment]
-        layer.register_forward_hook(partial(_sum_outputs, sum_to_split if self.sequence_parallel else sum_out))
+        layer.sum_outputs = sum_to_split if self.sequence_parallel else sum_out  # type: ignore[assignment]
 
     def _split_stream(self, first: nn.Module, last: nn.Module) -> None:
         first.register_forward_pre_hook(partial(_change_first, split_sequence, self.ranks))
@@ -250,12 +250,6 @@ def _change_first(change: Any, ranks: TensorGroup, module: nn.Module, inputs: tu
     return change(inputs[0], ranks), *inputs[1:]
 
 
-def _sum_outputs(leave: Any, module: Any, inputs: tuple[Any, ...], y: Tensor) -> Tensor:
-    ranks, bias = module.tensor_ranks, module._parameters["bias"]
-    y = leave(y, ranks)
-    return y if bias is None or ranks.is_suspended else y + bias.to(y.dtype)
-
-
 class _PartOfInputs:
     """Base of a layer with a part of its inputs: outputs, and the squares in DoRA's norm, are sums over the ranks."""
 
@@ -267,12 +261,24 @@ class _PartOfInputs:
         return norm if self.tensor_ranks.is_suspended else self.tensor_ranks.sum(norm.square()).sqrt()
 
 
-class _LaterBias(_PartOfInputs):
-    """The same with a bias that is added after the sum: the layer's own forward pass finds none."""
+class _CutByInputs(_PartOfInputs):
+    """Base of a linear layer with a part of its inputs: the bias is added after the sum."""
+
+    sum_outputs: Callable[[Tensor, TensorGroup], Tensor]
+    hides_bias = False  # True: within the layer's own pass
 
     @property
     def bias(self) -> nn.Parameter | None:
-        return self._parameters["bias"] if self.tensor_ranks.is_suspended else None  # type: ignore[attr-defined]
+        return None if self.hides_bias else self._parameters["bias"]  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.tensor_ranks.is_suspended:
+            return super().forward(x)  # type: ignore[misc]
+        self.hides_bias = True
+        y = self.sum_outputs(super().forward(x), self.tensor_ranks)  # type: ignore[misc]
+        self.hides_bias = False
+        bias = self.bias
+        return y if bias is None else y + bias.to(y.dtype)
 
 
 @cache

@@ -8,7 +8,7 @@ plan all call that unit and nothing else.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -173,12 +173,17 @@ class TrainingUnit(nn.Module, ABC):
         return batch if self._longest is None else batch.widen(self._longest)
 
 
-def mean_losses(unit: TrainingUnit, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def mean_losses(
+    unit: TrainingUnit, batch: Batch, forward: Callable[[Batch], dict[str, Tensor]] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The share of ``batch`` in the step's loss, and in each loss by name: sums divided by the step's counts.
 
-    The shares of a step, however it is split, add up to the mean over its valid targets; without any, to 0.
+    The shares of a step, however it is split, add up to the mean over its valid targets; without any, to 0.  A filler
+    has shares of 0.  ``forward`` is called in place of ``unit``, where ranks share it.
     """
-    parts = {name: total / (batch.counts[name] or 1) for name, total in unit(batch).items()}
+    parts = {name: total / (batch.counts[name] or 1) for name, total in (forward or unit)(batch).items()}
+    if batch.is_filler:
+        parts = {name: 0 * part for name, part in parts.items()}
     return weighted(parts, unit.loss_weights), parts
 
 
