@@ -12,6 +12,7 @@ from llmtrain.activation_checkpointing import ActivationCheckpointing
 from llmtrain.base.places import places_of
 from llmtrain.base.world import World
 from llmtrain.data import Batch
+from llmtrain.distributed.data_parallel import Replicated, Sharded
 from llmtrain.distributed.parallel import Parallel
 from llmtrain.distributed.tensor import TensorParallel
 from llmtrain.distributed.tensor_group import TensorGroup
@@ -20,6 +21,7 @@ from llmtrain.inference.generate import Sampling
 from llmtrain.inference.generate import generate as generate_ids
 from llmtrain.objective import TrainingUnit
 from llmtrain.objective.causal import Causal
+from tests.distributed import sharing
 from tests.helpers.adapted import make, seeded, stir
 from tests.helpers.batches import batch_of
 from tests.helpers.options import make_option
@@ -66,11 +68,29 @@ def make_batch(*, packed: bool = False, seed: int = 0) -> Batch:
     return batch_of(inputs, targets, segments)
 
 
-def make_parallel(world: World, unit: TrainingUnit, *, sequence_parallel: bool = False) -> TensorParallel:
-    """``unit`` cut over all ranks."""
-    group = init_device_mesh("cpu", (world.size,), mesh_dim_names=("tensor",)).get_group()
-    cut = UnitCut(unit, TensorGroup(group), sequence_parallel=sequence_parallel)
-    return TensorParallel(Parallel(unit, world), cut)
+MESHES: dict[str, dict[str, int]] = {  # -1: the rest of the world
+    "tensor": {"tensor": -1},
+    "ddp": {"replicate": -1, "tensor": 2},
+    "fsdp": {"shard": -1, "tensor": 2},
+    "hsdp": {"replicate": 2, "shard": -1, "tensor": 2},
+}
+
+
+def make_parallel(
+    world: World, unit: TrainingUnit, *, sequence_parallel: bool = False, mode: str = "tensor"
+) -> TensorParallel:
+    """``unit`` cut over the ranks of tensor groups, which share it by ``mode``."""
+    degrees = MESHES[mode]
+    known = math.prod(size for size in degrees.values() if size > 0)
+    shape = tuple(size if size > 0 else world.size // known for size in degrees.values())
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=tuple(degrees))
+    cut = UnitCut(unit, TensorGroup(mesh.get_group("tensor")), sequence_parallel=sequence_parallel)
+    inner = Parallel(unit, world)
+    if mode == "ddp":
+        inner = Replicated(unit, world, mesh["replicate"])
+    elif mode != "tensor":
+        inner = Sharded(unit, world, mesh["shard"] if mode == "fsdp" else mesh["replicate", "shard"])
+    return TensorParallel(inner, cut)
 
 
 def gradients(parallel: Parallel, batch: Batch, micro_batch_size: int) -> float:
@@ -286,3 +306,35 @@ def compiled(world: World, keys: dict[str, Any], sequence_parallel: bool) -> dic
     ours = gradients(shared, batch, ROWS)
     worst = max(difference(weight.grad, expected[name]) for name, weight in shared.weights() if name in expected)
     return {"loss": abs(ours / theirs - 1), "gradient": worst}
+
+
+def train(world: World, keys: dict[str, Any], mode: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Compare three steps, by the step of the program, with those of one process; then text of one rank alone."""
+    setting = sharing.Setting(**values)
+    keys = keys | {"recomputed": values.get("recomputation", "")}
+    alone = Parallel(make_unit(**keys))
+    expected = sharing.run(alone, setting)
+    parallel = make_parallel(world, make_unit(**keys), sequence_parallel=True, mode=mode)
+    found = sharing.run(parallel, setting)
+    numbers: dict[str, Any] = {
+        name: max(abs(a - b) / max(abs(b), 1e-8) for a, b in zip(ours, theirs, strict=True))
+        for name, ours, theirs in (
+            ("loss", found.losses, expected.losses), ("norm", found.norms, expected.norms),
+            ("largest", found.largest, expected.largest),
+        )
+    }  # fmt: skip
+    assert found.clipped == expected.clipped
+    for key, ours, theirs in (
+        ("gradients", found.gradients, expected.gradients), ("weights", found.weights, expected.weights)
+    ):  # fmt: skip
+        whole = {name: parallel.trainable.gather(name, part.contiguous()) for name, part in ours.items()}
+        numbers[key] = sharing.worst(whole, theirs)
+    batch = make_batch(packed=True)
+    with torch.no_grad():
+        theirs = alone.unit.eval()(batch)["next_token"]
+        with parallel.whole_weights():
+            ours = parallel.unit.eval()(batch)["next_token"] if world.rank == world.size - 1 else theirs
+        numbers["whole"] = difference(ours, theirs)
+    own = [*found.losses, *found.norms, *found.largest]
+    numbers["same"] = all(other == own for other in world.gather(own))
+    return numbers

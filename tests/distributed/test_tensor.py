@@ -5,7 +5,17 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.tensor_cases import boxes, classify, compare, compiled, drop, generate, low_precision, scores
+from tests.distributed.tensor_cases import (
+    boxes,
+    classify,
+    compare,
+    compiled,
+    drop,
+    generate,
+    low_precision,
+    scores,
+    train,
+)
 from tests.helpers.ranks import Ranks
 
 TOLERANCE = 1e-5
@@ -109,10 +119,32 @@ def test_classifier_is_that_of_one_process(two: Ranks) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence parallel"])
-def test_compiled_blocks_compute_the_same(two: Ranks, sequence_parallel: bool) -> None:
-    for worst in two.run(compiled, UNITS["gpt tied"], sequence_parallel, timeout_seconds=500):
+def test_compiled_blocks_compute_the_same(two: Ranks) -> None:
+    keys = GPT | {"num_layers": 1, "qkv_bias": True}
+    for worst in two.run(compiled, keys, True, timeout_seconds=500):
         assert max(worst.values()) < TOLERANCE, worst
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "lion", "sgd", "adamw"])
+def test_optimizers_and_clippings_work_on_parts(two: Ranks, optimizer: str) -> None:
+    settings = {"optimizer": optimizer, "clipping": "per_parameter" if optimizer == "sgd" else "norm"}
+    for found in two.run(train, UNITS["llama fused qkv"] | {"qkv_bias": False}, "tensor", settings):
+        assert found.pop("same"), found
+        assert max(found.values()) < TOLERANCE, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "hsdp"])
+def test_tensor_groups_share_a_unit_in_other_ways(mode: str) -> None:
+    with Ranks(8 if mode == "hsdp" else 4) as ranks:
+        for unit, settings in (
+            ("gpt untied", {}),
+            ("llama fused qkv", {"optimizer": "muon"}),
+            ("lora llama", {"recomputation": "full"}),
+        ):
+            for found in ranks.run(train, UNITS[unit] | {"qkv_bias": False}, mode, settings):
+                assert found.pop("same"), (unit, found)
+                assert max(found.values()) < TOLERANCE, (unit, found)
 
 
 @pytest.mark.slow
