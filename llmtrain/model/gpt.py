@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.kernels.dropout import Dropout
-from llmtrain.model import LanguageModel, ModelConfig, nearest_divisor
+from llmtrain.model import LanguageModel, ModelConfig, head_matrix, nearest_divisor
 from llmtrain.model.layers.attention import AttentionMask, Kernel, attend, attention_mask, kernel_for, segment_starts
 from llmtrain.model.layers.flex import HeadShape
 from llmtrain.model.layers.kv_cache import KVCache, LayerCache
@@ -156,7 +156,7 @@ class GPT(LanguageModel):
 
     @property
     def head_weight(self) -> Tensor:
-        return self.token_embedding.weight if self.config.tie_embeddings else self.head.weight
+        return self.token_embedding.weight if self.config.tie_embeddings else head_matrix(self.head)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:

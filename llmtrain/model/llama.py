@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.kernels.dropout import Dropout
-from llmtrain.model import LanguageModel, ModelConfig, nearest_divisor
+from llmtrain.model import LanguageModel, ModelConfig, head_matrix, nearest_divisor
 from llmtrain.model.layers.attention import (
     AttentionMask,
     Kernel,
@@ -310,7 +310,7 @@ class Llama(LanguageModel):
     @property
     def _matrix(self) -> Tensor:
         """The stored matrix of the output layer."""
-        return self.token_embedding.weight if self.config.tie_embeddings else self.head.weight
+        return self.token_embedding.weight if self.config.tie_embeddings else head_matrix(self.head)
 
     def logits(self, hidden: Tensor) -> Tensor:
         if not self.config.normalised_head:
