@@ -1,6 +1,6 @@
 """Data parallelism: ranks that train one unit on different sequences, each with the whole unit or a shard of it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
-from llmtrain.base.places import Place
+from llmtrain.base.places import Places
 from llmtrain.base.world import World
 from llmtrain.data import Batch
 from llmtrain.distributed.local_shards import LocalShards
@@ -127,7 +127,7 @@ class Sharded(DataParallel):
     def weights(self) -> list[tuple[str, nn.Parameter]]:
         return self.shards.trained()
 
-    def places(self) -> Mapping[str, Place]:
+    def places(self) -> Places:
         return self.shards.places()
 
     @contextmanager
