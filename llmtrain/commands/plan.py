@@ -1,7 +1,6 @@
 """``llmtrain plan``: the size, memory, time and costs of a run, without training it."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from llmtrain.config.overrides import overrides_of
 from llmtrain.display import lines
 from llmtrain.lint import Case, lint
 from llmtrain.objective import TrainingUnit
-from llmtrain.plan.chart import bar, draw
+from llmtrain.plan.chart import draw
 from llmtrain.plan.devices import find_device
+from llmtrain.plan.tables import bars, table
 from llmtrain.plan.trace import Phase
 from llmtrain.run.forecast import Forecast, ForecastOptions, PlannedRun, make_forecast
 from llmtrain.run.run import Run
@@ -96,15 +96,6 @@ def main(plan: Plan, invocation: Invocation) -> int:
 
 
 # --- printing --------------------------------------------------------------------------------------------------------
-
-
-def table(title: str) -> Table:
-    """A borderless table: name, number, remark."""
-    result = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
-    result.add_column()
-    result.add_column(justify="right", overflow="fold")
-    result.add_column(style="dim")
-    return result
 
 
 def known_devices() -> Table:
@@ -186,17 +177,6 @@ def show(console: Console, planned: PlannedRun, forecast: Forecast, *, named: bo
     if forecast.note:
         console.print(Text(forecast.note), soft_wrap=True)
     verdict(console, forecast, named=named)
-
-
-def bars(title: str, values: Mapping[str, float], shown: Any) -> Table:
-    """A table of numbers with bars beside them."""
-    rows = table(title)
-    most, total = max(values.values(), default=0), sum(values.values())
-    for name, value in values.items():
-        if value:
-            rows.add_row(name, shown(value), bar(value / most))
-    rows.add_row(Text("total", style="bold"), Text(shown(total), style="bold"), "")
-    return rows
 
 
 def totals(forecast: Forecast) -> Table:

@@ -1,12 +1,13 @@
 """The mesh of a cluster plan: how many ranks share what, and the groups in which they communicate."""
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from llmtrain.plan.shape import Shape
 
 REST = -1  # as a degree: what the other degrees leave of the devices
-MAX_TENSOR = 64  # ranks; more never pays within a host
+KEYS = ("replicate", "shard", "tensor", "pipeline")
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,7 @@ class Mesh:
     @property
     def degrees(self) -> dict[str, int]:
         """The degrees by the names of their keys."""
-        return {
-            "replicate": self.replicate, "shard": self.shard, "tensor": self.tensor, "pipeline": self.pipeline
-        }  # fmt: skip
+        return {name: getattr(self, name) for name in KEYS}
 
     @property
     def devices(self) -> int:
@@ -68,11 +67,10 @@ class Mesh:
         """The ranks that hold the stages one after the other."""
         return Group(self.pipeline, self.tensor * self.shard * self.replicate)
 
-    @property
-    def overrides(self) -> tuple[str, ...]:
-        """The mesh as overrides of the group ``distributed``."""
-        option = self.option
-        return (f"distributed={option}", *(f"distributed.{name}={value}" for name, value in self.degrees.items()))
+    def overrides(self, degrees: Collection[str] = KEYS) -> tuple[str, ...]:
+        """The mesh as overrides of the group ``distributed``, which has the keys ``degrees``."""
+        named = (f"distributed.{name}={value}" for name, value in self.degrees.items() if name in degrees)
+        return (f"distributed={self.option}", *named)
 
     @property
     def option(self) -> str:
@@ -85,7 +83,7 @@ class Mesh:
             return "hsdp" if self.replicate > 1 else "fsdp"
         return "ddp" if self.replicate > 1 else "none"
 
-    def check(self, shape: Shape, sequences: int, micro_batch: int) -> None:
+    def check(self, shape: Shape, sequences: int) -> None:
         """Raise ValueError unless a model of ``shape`` and steps of ``sequences`` can be divided over the mesh."""
         if self.tensor > 1:
             _divides("tensor", self.tensor, shape.num_kv_heads, "key and value heads of the model")
@@ -95,12 +93,11 @@ class Mesh:
                 f"distributed.pipeline={self.pipeline}: the model has {shape.num_layers} blocks; "
                 f"take at most {shape.num_layers} stages"
             )
-        if sequences % (self.data * micro_batch):
-            at_once = self.data * micro_batch
-            nearest = max(1, round(sequences / at_once)) * at_once
+        if sequences % self.data:
+            nearest = max(1, round(sequences / self.data)) * self.data
             raise ValueError(
-                f"accumulation.batch_size={sequences}: not divisible by {at_once}, the {self.data} ranks that train on "
-                f"different sequences times micro-batches of {micro_batch}; take {nearest}, or another mesh"
+                f"accumulation.batch_size={sequences}: not divisible by the {self.data} ranks that train on different "
+                f"sequences; take {nearest}, or another mesh"
             )
 
 
@@ -119,26 +116,31 @@ def mesh_of(devices: int, degrees: Mapping[str, int]) -> Mesh:
     if left or given.devices != devices:
         shown = " × ".join(f"{name} {value}" for name, value in degrees.items() if value != 1)
         remedy = f"take devices={given.devices}" if not left else f"take a multiple of {given.devices}"
+        if not left and given.devices == 1:
+            remedy = "take distributed=fsdp, or distributed=auto for the fastest mesh"
         raise ValueError(f"devices={devices}: not the product of the mesh's degrees, {shown or 'all 1'}; {remedy}")
     return given
 
 
-def possible_meshes(devices: int, shape: Shape, sequences: int, micro_batch: int, gpus_per_host: int) -> Iterator[Mesh]:
+def possible_meshes(
+    devices: int, shape: Shape, sequences: int, gpus_per_host: int, degrees: Collection[str] = KEYS
+) -> Iterator[Mesh]:
     """Yield the meshes of ``devices`` ranks that a model and a batch can be divided over.
 
-    Tensor parallelism stays within a host.
+    ``degrees``: those that may be more than 1.  Tensor parallelism stays within a host.
     """
-    for tensor in divisors(devices):
-        if tensor > min(gpus_per_host, MAX_TENSOR):
+    choices = [divisors(devices) if name in degrees else [1] for name in ("tensor", "pipeline", "shard")]
+    for tensor, pipeline, shard in itertools.product(*choices):
+        if devices % (tensor * pipeline * shard) or tensor > gpus_per_host:
             continue
-        for pipeline in divisors(devices // tensor):
-            for shard in divisors(devices // tensor // pipeline):
-                mesh = Mesh(devices // tensor // pipeline // shard, shard, tensor, pipeline)
-                try:
-                    mesh.check(shape, sequences, micro_batch)
-                except ValueError:
-                    continue
-                yield mesh
+        mesh = Mesh(devices // (tensor * pipeline * shard), shard, tensor, pipeline)
+        if mesh.replicate > 1 and "replicate" not in degrees:
+            continue
+        try:
+            mesh.check(shape, sequences)
+        except ValueError:
+            continue
+        yield mesh
 
 
 def divisors(number: int) -> list[int]:

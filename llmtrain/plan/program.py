@@ -18,8 +18,10 @@ class Program:
     """The types in which a program keeps and exchanges numbers, in bytes, and its order of work."""
 
     weight_bytes: float = 4  # of a parameter between two steps
-    state_bytes: float = 8  # of optimizer state a parameter
-    gather_bytes: float = 2  # of a parameter as ranks exchange it and products read it
+    state_bytes: float = 8  # of optimizer state a parameter of a block
+    outer_state_bytes: float | None = None  # of one outside of the blocks; None: the same
+    gather_bytes: float = 2  # of a parameter as ranks exchange it
+    cast_bytes: float = 0  # of a parameter as products read it, where it is a copy
     reduce_bytes: float = 4  # of a gradient as ranks exchange it
     gradient_bytes: float = 4  # of a gradient as the optimizer sees it
     residual_bytes: float = 2  # of an element of the stream between the blocks

@@ -37,6 +37,7 @@ def _of_stage(shape: Shape, mesh: Mesh, work: Work, program: Program, stage: int
     block = shape.block_matrix_parameters / mesh.tensor + shape.block_vectors
     held = layers * block + outer  # parameters, of all ranks that share them
     own = held / mesh.shard
+    outer_state = program.state_bytes if program.outer_state_bytes is None else program.outer_state_bytes
     adds_up = work.micro_batches > 1 and not program.reduces_every_micro_batch and mesh.shard > 1
     # FSDP2 adds up whole gradients in the type of their exchange (``to_accumulated_grad_if_needed`` in torch).
     gradients = held * program.reduce_bytes if adds_up else own * program.gradient_bytes
@@ -47,6 +48,9 @@ def _of_stage(shape: Shape, mesh: Mesh, work: Work, program: Program, stage: int
         at_once = min(GATHERED_BLOCKS, layers) if program.reshards else layers
         gathered = (at_once * block + outer) * program.gather_bytes
         gathered += block * (program.gather_bytes + program.reduce_bytes)  # a gradient, and as it is sent
+    # Casts live as long as the weights that they are of: where those are not gathered again, for the whole step; else
+    # products keep them for backward, unless the block is computed again.
+    casts = held if mesh.shard == 1 else min(layers, 1 + layers * _share_kept(program)) * block + outer
     in_flight = min(work.micro_batches, program.in_flight or mesh.pipeline - stage)
     kept = kept_bytes(shape, program) / mesh.tensor * work.tokens
     working = working_bytes(shape, program) / mesh.tensor * work.tokens
@@ -56,14 +60,21 @@ def _of_stage(shape: Shape, mesh: Mesh, work: Work, program: Program, stage: int
         logits = min(work.tokens, program.logit_chunk or work.tokens) * rows * program.logit_bytes
     parts = {
         "weights": own * program.weight_bytes,
-        "optimizer": own * program.state_bytes,
+        "optimizer": (layers * block * program.state_bytes + outer * outer_state) / mesh.shard,
         "gradients": gradients,
         "gathered": gathered,
+        "casts": casts * program.cast_bytes,
         "activations": in_flight * layers * kept,
         "logits": logits,
         "temporary": max(0.0, working - logits),  # a block computed again; the logits have been freed by then
     }
     return RankMemory({name: round(value) for name, value in parts.items()})
+
+
+def _share_kept(program: Program) -> float:
+    """The share of the blocks that are not computed again."""
+    is_kept = program.recomputation is Recomputation.none
+    return 1.0 if is_kept else 1.0 - program.recomputed_share
 
 
 def outer_on_rank(shape: Shape, mesh: Mesh, program: Program, *, is_first: bool, is_last: bool) -> float:

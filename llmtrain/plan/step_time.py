@@ -15,10 +15,11 @@ from llmtrain.plan.rates import ATTENTION_BACKWARD, RATES, Rates
 from llmtrain.plan.shape import Shape
 
 ACTIVATION_BYTES = 2  # of an element between two products: bf16
-# Reads and writes of the operations between the products of a block in its forward pass, in tensors of the size named:
-# two norms and two additions (2 and 2 + 1 each, of which a compiled block joins one addition with the norm behind it),
-# rotation of queries and keys, and the activation.
-HIDDEN_PASSES = 8
+# Reads and writes of the operations between the products of a block in its forward pass, in tensors of the size named.
+# Two norms read the stream between the blocks and write their result; two additions read the stream and a result, and
+# write the stream; one of the two is joined with the norm behind it.  Then rotation of queries and keys, and the
+# activation.
+STREAM_PASSES, HIDDEN_PASSES = 5, 3
 ROTATION_PASSES = 2
 GATED_PASSES, PLAIN_PASSES = 3, 2
 BACKWARD_PASSES = 2  # of the backward pass, relative to forward
@@ -148,7 +149,12 @@ def block_seconds(shape: Shape, tensor: int, work: Work, program: Program, engin
     ]
     # A query sees half of the keys on average, and the kernels leave out the rest.
     attention = 2 * work.tokens * work.sequence_length * shape.query_size / tensor / (engine.attention * power)
-    moved = elementwise_bytes(shape) / tensor * work.tokens * (1.0 if program.is_compiled else rates.eager_traffic)
+    moved = (
+        elementwise_bytes(shape, program.residual_bytes)
+        / tensor
+        * work.tokens
+        * (1.0 if program.is_compiled else rates.eager_traffic)
+    )
     between = moved / (engine.bandwidth * rates.bandwidth_share)
     forward = sum(products) + attention + between
     again = {
@@ -179,11 +185,12 @@ def product_seconds(rows: int, inputs: int, outputs: int, rate: float, rates: Ra
     return 2 * rows * inputs * outputs / (rate * share)
 
 
-def elementwise_bytes(shape: Shape) -> float:
+def elementwise_bytes(shape: Shape, residual_bytes: float) -> float:
     """Bytes that the operations between the products of a block read and write for a token, forward."""
+    stream = STREAM_PASSES * shape.hidden_size * residual_bytes
     inner = (GATED_PASSES if shape.is_gated else PLAIN_PASSES) * shape.intermediate_size
     rotated = ROTATION_PASSES * (shape.query_size + shape.key_size)
-    return ACTIVATION_BYTES * (HIDDEN_PASSES * shape.hidden_size + rotated + inner)
+    return stream + ACTIVATION_BYTES * (HIDDEN_PASSES * shape.hidden_size + rotated + inner)
 
 
 def gather_seconds(parameters: int, mesh: Mesh, program: Program, links: Links) -> float:

@@ -46,7 +46,8 @@ def test_the_computation_of_a_block_by_hand() -> None:
     products = 2 * 8192 * 218_103_808 / 800e12
     attention = 2 * 8192 * 8192 * 4096 / 350e12  # half of the keys: 4 · s² · hidden / 2
     between = 8192 * 2 * (8 * 4096 + 2 * (4096 + 1024) + 3 * 14336) / 3.35e12
-    assert elementwise_bytes(LLAMA_8B) == 2 * (32768 + 10240 + 43008)
+    assert elementwise_bytes(LLAMA_8B, 2) == 2 * (32768 + 10240 + 43008)
+    assert elementwise_bytes(LLAMA_8B, 4) == 2 * (32768 + 10240 + 43008) + 2 * 5 * 4096
     assert seconds.forward == pytest.approx(products + attention + between)
     assert seconds.backward == pytest.approx(2 * products + 2.5 * attention + 2 * between)
     assert seconds.again == 0
