@@ -9,11 +9,14 @@ from pathlib import Path
 import torch
 
 from llmtrain.base.format import size
+from llmtrain.base.world import ALONE, World
 from llmtrain.checkpoint.model_state import saved_tensors
 from llmtrain.checkpoint.optimizer_state import state_tensors
 from llmtrain.config.build import naming
 from llmtrain.config.run_config import RunConfig
 from llmtrain.data import Corpus
+from llmtrain.distributed.parallel import Parallel
+from llmtrain.distributed.share import share_unit
 from llmtrain.lora.low_rank import LowRankAdaptation
 from llmtrain.objective import TrainingUnit
 from llmtrain.precision import Precision
@@ -39,6 +42,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     precision: Precision
     length: TrainingLength
+    parallel: Parallel  # the way in which ranks share the unit; one process trains it alone
 
     @property
     def max_steps(self) -> int:
@@ -58,8 +62,11 @@ def assemble(
     tokenizer: TokenizerConfig | None = None,
     from_start: bool = True,
     verify_data: bool = False,
+    world: World = ALONE,
 ) -> Parts:
     """Build everything that training needs, on ``device``; writes nothing but the data cache.
+
+    ``world``: the ranks that share the unit.
 
     ``tokenizer``: the copy of a stored run's tokenizer, in place of the config's.
     Without ``from_start`` a checkpoint is restored later, and only weights that no checkpoint holds are loaded.
@@ -76,15 +83,16 @@ def assemble(
         run, vocab_size, corpus.labels, device, generator, load_weights=from_start, class_weights=corpus.class_weights,
         precision=precision,
     )  # fmt: skip
+    parallel = share_unit(run.distributed, unit, world, device)
     with naming("optimizer"):
-        optimizer = run.optimizer.build(unit)
+        optimizer = run.optimizer.build(parallel.trainable)
     with naming("clipping"):
         run.clipping.check_parameters([name for name, _ in unit.trained_weights()])
     if run.runtime.compile is True and (reason := why_not_compile(device)):
         raise ValueError(f"runtime.compile=true: {reason}; take auto or false")
     if run.runtime.cuda_graphs and device.type != "cuda":
         raise ValueError("runtime.cuda_graphs=true: there is no GPU here; take false")
-    return Parts(device, built, corpus, unit, optimizer, precision, run.length(corpus.train))
+    return Parts(device, built, corpus, unit, optimizer, precision, run.length(corpus.train), parallel)
 
 
 def build_unit(

@@ -1,24 +1,15 @@
 """The contract between a training step and the way in which ranks share its unit."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from llmtrain.base.places import Places
 from llmtrain.base.world import Alone, World
 from llmtrain.data import Batch
 from llmtrain.objective import TrainingUnit
 from llmtrain.optimizer import Trainable
-
-
-@dataclass(frozen=True)
-class Place:
-    """The part of a whole tensor that this rank holds: a box."""
-
-    offset: tuple[int, ...]  # of its first element in the whole
-    whole: tuple[int, ...]  # shape of the whole tensor
-    is_owner: bool  # True: this rank writes it, of those that hold the same elements
 
 
 class Parallel:
@@ -52,7 +43,7 @@ class Parallel:
         """The trained parameters as this rank holds them, by the names that they have in checkpoints."""
         return self.unit.trained_weights()
 
-    def places(self) -> Mapping[str, Place]:
+    def places(self) -> Places:
         """The boxes of the parameters that this rank holds a part of, by name; those not named it holds as a whole."""
         return {}
 

@@ -9,19 +9,14 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+from llmtrain.base.streams import write_to_stderr
+
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # sent by a scheduler ahead of its SIGTERM: SLURM's --signal=USR1@300
 HANGUP = signal.SIGHUP  # the terminal is gone: sent by its shell and again by the kernel, before or after a SIGTERM
 
 
 AGAIN = "exits at once and loses the steps since the last checkpoint"
-
-
-def write_to_stderr(text: str) -> None:
-    """Write a line without a buffer or a lock, as a signal handler may."""
-    with contextlib.suppress(OSError):  # closed
-        after_echo = "\n" if os.isatty(2) else ""  # of ^C
-        os.write(2, f"{after_echo}{text}\n".encode())
 
 
 class StopRequest:

@@ -1,0 +1,30 @@
+"""The parts of tensors that ranks hold: what a rank trains, and what checkpoints are written from and read into.
+
+Importing this module does not import torch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """The part of a whole tensor that this rank holds: a box."""
+
+    offset: Shape  # of its first element in the whole
+    whole: Shape  # shape of the whole tensor
+    is_owner: bool  # True: this rank writes it, of those that hold the same elements
+    shape: Shape | None = None  # of the part, where a rank holds several of one tensor; None: all that it holds
+    stored: Shape | None = None  # shape of the whole in a model's file, without padding at its ends; None: ``whole``
+
+
+# By the name of a parameter.  Several places: the rank's tensor has the parts one after the other along its first
+# dimension, each with its ``shape``.
+Places = Mapping[str, Place | Sequence[Place]]
+
+
+def places_of(found: Place | Sequence[Place]) -> Sequence[Place]:
+    """The places of one name as a sequence."""
+    return (found,) if isinstance(found, Place) else found
