@@ -68,9 +68,15 @@ class MeshPlan:
     changes: tuple[str, ...] = ()  # overrides besides those of the mesh
 
     @property
+    def whole(self) -> dict[str, int]:
+        """Everything that a device must have free, by part, as for one device."""
+        outside = GPU_CONTEXT + round(GPU_SLACK * self.memory.peak)
+        return {**self.memory.parts, "libraries": GPU_WORKSPACE, "CUDA context, gaps": outside}
+
+    @property
     def needed(self) -> int:
-        """Bytes that a device must have: tensors, workspace, CUDA's context and gaps."""
-        return round(self.memory.peak * (1 + GPU_SLACK)) + GPU_WORKSPACE + GPU_CONTEXT
+        """Bytes that a device must have free."""
+        return sum(self.whole.values())
 
     @property
     def fits(self) -> bool:
