@@ -146,8 +146,8 @@ def program_of(blueprint: Blueprint, shape: Shape, *, reshards: bool) -> Program
             f"lora={option_name(settings.lora)}: a plan for several devices does not know adapters; take lora=none, or "
             "plan it for one device"
         )
-    in_blocks, outside = state_bytes(blueprint, shape)
     recomputation, share = recomputation_of(settings)
+    in_blocks, outside = state_bytes(blueprint, shape)
     chunk = getattr(settings.objective, "chunk_tokens", None)
     is_low = precision.name in ("bf16", "fp16", "fp8")
     return Program(
@@ -169,17 +169,17 @@ def program_of(blueprint: Blueprint, shape: Shape, *, reshards: bool) -> Program
 def state_bytes(blueprint: Blueprint, shape: Shape) -> tuple[float, float]:
     """Return the bytes of optimizer state a parameter, in the blocks and outside of them.
 
-    The optimizers of a model of one block and of one of two blocks are built on tensors without data.
+    The optimizers of two small models, one of which has twice the blocks, are built on tensors without data.
     """
-    found = []
+    found, few = [], blueprint.period
     with fake_tensors():
-        for num_layers in (1, 2):
+        for num_layers in (few, 2 * few):
             step = blueprint.build(num_layers)
             weights = {id(parameter) for parameter in step.unit.parameters()}
             state = tensors_in(step.optimizer.state.values())
             found.append(sum(tensor.nbytes for tensor in state if id(tensor) not in weights))
-    block = found[1] - found[0]
-    return block / shape.block_parameters, max(0, found[0] - block) / shape.outer_parameters
+    blocks = found[1] - found[0]
+    return blocks / few / shape.block_parameters, max(0, found[0] - blocks) / shape.outer_parameters
 
 
 def recomputation_of(settings: RunConfig) -> tuple[Recomputation, float]:
