@@ -15,7 +15,8 @@ def explain(error: BaseException, verb: str, arguments: Sequence[str] = ()) -> t
 
     if (message := explain_composition(error, verb, arguments)) is not None:
         return message, USAGE_ERROR
-    if type(error).__name__ in ("TrainingFailed", "DataError", "SamplingFailed"):  # by name: their modules import torch
+    # by name: their modules import torch
+    if type(error).__name__ in ("TrainingFailed", "DataError", "SamplingFailed", "RankOutOfMemory"):
         return str(error), FAILED
     if type(error).__name__ == "OutOfMemoryError":
         remedy = "a smaller accumulation.micro_batch_size keeps the batch and needs less memory"

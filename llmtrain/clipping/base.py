@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llmtrain.base.checks import non_negative
 from llmtrain.base.device import device_type
-from llmtrain.clipping import Clipping, ClipResult
+from llmtrain.clipping import Clipping, ClipResult, Shares
 
 
 @dataclass(frozen=True)
@@ -20,17 +20,22 @@ class Gradients:
     names: list[str]
     parameters: list[nn.Parameter]
     tensors: list[Tensor]
-    norms: list[Tensor]  # 0-dimensional, L2, one for each tensor
+    norms: list[Tensor]  # 0-dimensional, L2, one for each tensor; of the whole tensors
     norm: Tensor  # 0-dimensional, L2, of all tensors together
+    over: Shares | None  # the ranks that hold the other parts of ``parameters`` and ``tensors``; None: these are whole
 
     @cached_property
     def largest(self) -> Tensor:
         """The largest absolute value of an element, 0-dimensional; measured at first use."""
         if not self.tensors:
             return self.norm
-        return torch.stack(
-            (_largest_each if device_type(self.tensors[0]) == "cpu" else _largest_foreach)(self.tensors)
-        ).amax()
+        filled = [tensor for tensor in self.tensors if tensor.numel()]  # a rank may hold no row of a small parameter
+        if filled:
+            each = _largest_each if device_type(filled[0]) == "cpu" else _largest_foreach
+            largest = torch.stack(each(filled)).amax()
+        else:
+            largest = torch.zeros_like(self.norm)
+        return largest if self.over is None else self.over.largest(largest)
 
     def result(self, clipped: Tensor, divisor: Tensor | None, *, largest: bool) -> ClipResult:
         """The result of clipping these gradients."""
@@ -48,9 +53,14 @@ class MeasuredClipping(Clipping):
 
     @torch.no_grad()
     def __call__(
-        self, parameters: Sequence[tuple[str, nn.Parameter]], step: int, *, largest: bool = True
+        self,
+        parameters: Sequence[tuple[str, nn.Parameter]],
+        step: int,
+        *,
+        largest: bool = True,
+        over: Shares | None = None,
     ) -> ClipResult:
-        gradients = measure(parameters)
+        gradients = measure(parameters, over)
         if largest:
             _ = gradients.largest  # before clipping
         if step < self.start_step or not gradients.tensors:
@@ -66,16 +76,24 @@ class MeasuredClipping(Clipping):
         """
 
 
-def measure(parameters: Sequence[tuple[str, nn.Parameter]]) -> Gradients:
-    """Measure the gradients of the named ``parameters`` that have one."""
+def measure(parameters: Sequence[tuple[str, nn.Parameter]], over: Shares | None = None) -> Gradients:
+    """Measure the gradients of the named ``parameters`` that have one; ``over`` as for :class:`Clipping`."""
     names = [name for name, parameter in parameters if parameter.grad is not None]
     with_gradient = [parameter for _, parameter in parameters if parameter.grad is not None]
     tensors = [parameter.grad for parameter in with_gradient if parameter.grad is not None]
     if not tensors:
         zero = torch.zeros((), device=parameters[0][1].device if parameters else None)
-        return Gradients(names, with_gradient, tensors, [], zero)
+        return Gradients(names, with_gradient, tensors, [], zero, over)
     norms = (_norms_each if device_type(tensors[0]) == "cpu" else _norms_foreach)(tensors)
-    return Gradients(names, with_gradient, tensors, norms, torch.linalg.vector_norm(torch.stack(norms)))
+    if over is not None:
+        norms = whole_norms(norms, names, over)
+    return Gradients(names, with_gradient, tensors, norms, torch.linalg.vector_norm(torch.stack(norms)), over)
+
+
+def whole_norms(norms: Sequence[Tensor], names: Sequence[str], over: Shares) -> list[Tensor]:
+    """The norms of whole tensors from those of this rank's parts; summed in float64, where no square overflows."""
+    own = torch.stack(list(norms))
+    return list(over.sum_of_squares(own.double().square(), names).sqrt().to(own.dtype).unbind())
 
 
 def _norms_foreach(tensors: list[Tensor]) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Clipping by the global norm (Pascanu et al. 2013, https://arxiv.org/abs/1211.5063)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from llmtrain.clipping.base import Gradients, MeasuredClipping
 @dataclass(frozen=True)
 class NormClipping(MeasuredClipping):
     """All gradients scaled by ``max_norm / norm`` if their global L2 norm exceeds ``max_norm``."""
+
+    takes_shards: ClassVar[bool] = True
 
     max_norm: float
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ class PerParameterClipping(MeasuredClipping):
     The first pattern in ``thresholds`` that matches a parameter's name (``re.search``) gives its threshold; without a
     match it is ``max_norm``.
     """
+
+    takes_shards: ClassVar[bool] = True
 
     max_norm: float
     thresholds: dict[str, float]

@@ -1,6 +1,7 @@
 """Clipping of each gradient element."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from llmtrain.clipping.base import Gradients, MeasuredClipping
 @dataclass(frozen=True)
 class ValueClipping(MeasuredClipping):
     """A limit on every gradient element, to ``[-max_value, max_value]``."""
+
+    takes_shards: ClassVar[bool] = True
 
     max_value: float
 

@@ -25,6 +25,6 @@ def start_ranks(run: Run, invocation: Invocation) -> int | None:
         return [*PROGRAM, "resume", str(directory), *([f"plugins=[{','.join(run.plugins)}]"] if run.plugins else [])]
 
     return supervise(
-        [*PROGRAM, *invocation.command], processes, restarts=run.distributed.restarts, resume_command=resume,
+        [*PROGRAM, *invocation.command[1:]], processes, restarts=run.distributed.restarts, resume_command=resume,
         has_own_threads=run.runtime.num_threads is not None,
     )  # fmt: skip

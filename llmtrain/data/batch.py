@@ -45,6 +45,8 @@ class Batch:
     tokens: int  # inputs that are not padding
     lengths: Mapping[str, tuple[int, ...]]  # of tensors padded along their second dimension: tokens of each row
     spans: tuple[int, ...] = ()  # of the whole step, as ``tokens``: see :attr:`llmtrain.data.Rows.spans`
+    step_sequences: int = 0  # of the whole step, in the part of a rank; 0: this batch is the whole step
+    is_filler: bool = False  # True: these sequences stand for a part that has none, and their losses count nothing
 
     @property
     def sequences(self) -> int:
@@ -75,8 +77,21 @@ class Batch:
             yield self.rows(begin, begin + size)
 
     def shard(self, rank: int, of: int) -> "Batch":
-        """The part of ``rank`` among ``of`` ranks: consecutive sequences, as evenly as their number allows."""
-        return self.rows(self.sequences * rank // of, self.sequences * (rank + 1) // of)
+        """The part of ``rank`` among ``of`` ranks: consecutive sequences, as evenly as their number allows.
+
+        A rank for which there is none has a :meth:`filler`.
+        """
+        begin, end = self.sequences * rank // of, self.sequences * (rank + 1) // of
+        part = self.rows(begin, end) if begin < end else self.filler()
+        return replace(part, step_sequences=self.step_sequences or self.sequences)
+
+    def filler(self) -> "Batch":
+        """A sequence of this batch whose losses count nothing, for a rank that would have no micro-batch."""
+        return replace(self.rows(0, 1), is_filler=True)
+
+    def largest_part(self, ranks: int) -> int:
+        """The number of sequences of the rank that has the most, where ``ranks`` divide the step."""
+        return -(-self.step_sequences // ranks) if self.step_sequences else self.sequences
 
     def map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         """The same batch with ``move`` applied to each tensor."""

@@ -112,7 +112,8 @@ def describe(cause: RankEnd, ends: Sequence[RankEnd], directory: Path | None) ->
     elif directory is not None:
         text += f"; the run: {directory}"
     yield text
-    if cause.log is not None and (directory is None or directory not in cause.log.parents) and not cause.failure:
+    is_kept = cause.log is not None and directory is not None and directory in cause.log.parents
+    if not is_kept and cause.failure is None and len(cause.last_lines) > 1:
         yield from (f"  {line}" for line in cause.last_lines)
 
 

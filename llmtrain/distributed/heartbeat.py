@@ -24,7 +24,7 @@ from llmtrain.base.format import visible
 from llmtrain.base.invocation import FAILED
 from llmtrain.base.run_files import LOG
 from llmtrain.base.streams import write_to_stderr
-from llmtrain.distributed.phases import Phase, Position, Verdict, judge
+from llmtrain.distributed.phases import Phase, Position, Verdict, find_silence, judge
 from llmtrain.distributed.supervision import Kind, Supervision
 
 CHUNK = 256  # keys in one request
@@ -72,6 +72,7 @@ class Heartbeat:
         self.place: tuple[Phase, int] = (Phase.start, 0)
         self._closed = threading.Event()
         self._is_leaving = False
+        self._first_host = address  # the machine of rank 0, by its own name once it is known
         self._failure: str | None = None
         self._published = threading.Event()  # the failure
         self._rounds = 0  # of the beat, each with an answer from the store
@@ -129,8 +130,10 @@ class Heartbeat:
             watch.publish((Phase.left, self.place[1]), None)
         except RuntimeError as error:  # torch's DistError: the store is gone
             if not self._is_leaving:
-                self._end_without_store(f"rank 0 (host {self.address}) is gone: its store at port {self.port} does not "
-                                        f"answer ({type(error).__name__})")  # fmt: skip
+                self._end_without_store(
+                    f"rank 0 (host {self._first_host}) is gone: its store at port {self.port} does not answer "
+                    f"({type(error).__name__})"
+                )
 
     def _connect(self) -> Any:
         from torch.distributed import PrefixStore, TCPStore
@@ -144,11 +147,14 @@ class Heartbeat:
     def _judge(self, watch: "Watch") -> None:
         failed = watch.failed()
         if failed is not None:
-            self._decide(failed, watch)
+            self._decide(failed, watch, absent=1)
         positions = watch.positions()
-        if (verdict := judge(positions, self.timeout_seconds)) is not None:
-            self._decide(f"{verdict.text}; {self._remedy()}", watch, verdict)
-        warning = judge(positions, self.timeout_seconds / 2)
+        self._first_host = next((each.host for each in positions if each.rank == 0), self._first_host)
+        find = judge if self.rank == 0 else find_silence  # the others know rank 0 alone
+        if (verdict := find(positions, self.timeout_seconds)) is not None:
+            absent = len(verdict.ranks) if verdict.is_silence else 0
+            self._decide(f"{verdict.text}; {self._remedy()}", watch, absent=absent)
+        warning = find(positions, self.timeout_seconds / 2)
         if warning is not None and self._is_new(warning):
             self._report(f"warning: {warning.text}; without progress the run ends after {self.timeout_seconds:g} s "
                          "(distributed.timeout_seconds)")  # fmt: skip
@@ -164,23 +170,25 @@ class Heartbeat:
         self._warned.add(warning.topic)
         return is_new
 
-    def _decide(self, text: str, watch: "Watch", verdict: Verdict | None = None) -> None:
+    def _decide(self, text: str, watch: "Watch", *, absent: int) -> None:
         """End the job: the first rank that decides reports, all others follow its verdict."""
         winner = watch.propose(text)
         if winner == text:
             self._report(text)
-        self._conclude(winner, watch, is_shown=winner == text, missing=verdict)
+        self._conclude(winner, watch, is_shown=winner == text, absent=absent)
 
-    def _conclude(self, text: str, watch: "Watch", *, is_shown: bool = False, missing: Verdict | None = None) -> None:
-        """Write the stacks, tell the supervisor, and end this rank; the one with the store waits for the others."""
+    def _conclude(self, text: str, watch: "Watch", *, is_shown: bool = False, absent: int = 0) -> None:
+        """Write the stacks, tell the supervisor, and end this rank; the one with the store waits for the others.
+
+        ``absent``: ranks that cannot answer.
+        """
         with self._ending:
             self._dump(text)
             kind = Kind.consequence if text.startswith(FAILED_RANK) else Kind.verdict
             if self.supervision is not None:
                 self.supervision.report_failure(text, kind=kind, is_shown=is_shown)
-            silent = len(missing.ranks) if missing is not None and missing.is_silence else 0
             with contextlib.suppress(RuntimeError):
-                watch.acknowledge(self.size - silent, wait_seconds=3 * self.interval + 2 if self.rank == 0 else 0)
+                watch.acknowledge(self.size - absent, wait_seconds=3 * self.interval + 2 if self.rank == 0 else 0)
             _exit()
 
     # --- the thread that watches the first ----------------------------------------------------------------------------
@@ -202,7 +210,7 @@ class Heartbeat:
             limit = self.timeout_seconds if rounds > 0 else max(self.timeout_seconds, CONNECT_SECONDS)
             if now - since > limit + self.interval:
                 self._end_without_store(
-                    f"no answer from rank 0 (host {self.address}) and its store at port {self.port} for "
+                    f"no answer from rank 0 (host {self._first_host}) and its store at port {self.port} for "
                     f"{round(now - since)} s; {self._remedy()}", Kind.verdict,
                 )  # fmt: skip
 

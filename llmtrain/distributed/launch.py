@@ -6,6 +6,7 @@ Importing this module does not import torch.
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -20,9 +21,10 @@ from typing import Any
 from llmtrain.base.format import visible
 from llmtrain.base.invocation import FAILED, FINISHED, INTERRUPTED, USAGE_ERROR
 from llmtrain.base.run_files import CONFIG
-from llmtrain.base.threads import default_threads
 from llmtrain.distributed.cause import RankEnd, describe, find_cause, is_failure, only_consequences
-from llmtrain.distributed.rank_process import LocalRank, RankProcess
+from llmtrain.distributed.hostfile import Host, is_loopback
+from llmtrain.distributed.rank_process import LocalRank, RankProcess, share_threads
+from llmtrain.distributed.remote_rank import SSH, RemoteRank
 from llmtrain.distributed.supervision import FOLDER
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -60,7 +62,6 @@ class Outcome:
     """The end of all ranks."""
 
     status: int
-    run_directory: Path | None
     cause: RankEnd | None = None  # of a failure
 
 
@@ -72,9 +73,14 @@ def supervise(
     resume_command: Callable[[Path], Sequence[str]] | None = None,
     environment: Mapping[str, str] | None = None,
     has_own_threads: bool = False,
+    hosts: Sequence[Host] = (),
+    ssh: str = SSH,
     patience: Patience | None = None,
 ) -> int:
-    """Run ``command`` as the ranks of one job, ``processes`` of them on this machine; returns the exit status.
+    """Run ``command`` as the ranks of one job, ``processes`` of them; returns the exit status.
+
+    They run on this machine, or on ``hosts``, as many on each as it has slots; ``ssh`` is the command that runs a
+    script on ``{host}``.  The directory of this process and the program must be there under the same names.
 
     ``resume_command`` makes the command that continues the run in a directory, or starts it there if it has no
     checkpoint; ``restarts`` times it follows the failure of a rank.  ``environment`` replaces that of this process.
@@ -84,52 +90,71 @@ def supervise(
     user's; 128 + N if signal N stopped the ranks before they could save; else 1.
     """
     base = dict(os.environ if environment is None else environment)
-    supervisor = Supervisor(processes, base, patience or Patience(), has_own_threads)
+    assert not hosts or sum(host.slots for host in hosts) == processes
+    supervisor = Supervisor(hosts or [Host("", processes)], base, patience or Patience(), not has_own_threads, ssh)
     with forwarded_signals() as signals:
         for attempt in range(restarts + 1):
             outcome = supervisor.run(command, signals)
             if outcome.status != FAILED or outcome.cause is None or signals.received or attempt == restarts:
                 return outcome.status
-            command = supervisor.next_command(command, outcome, resume_command, attempt + 1, restarts)
+            command = supervisor.next_command(command, resume_command, attempt + 1, restarts)
     return outcome.status
 
 
 class Supervisor:
     """Starts the ranks of a job, watches them and ends them together."""
 
-    def __init__(self, processes: int, environment: dict[str, str], patience: Patience, has_own_threads: bool) -> None:
-        self.processes = processes
+    def __init__(self, hosts: Sequence[Host], environment: dict[str, str], patience: Patience, shares_threads: bool,
+                 ssh: str) -> None:  # fmt: skip
+        self.hosts = hosts
+        self.processes = sum(host.slots for host in hosts)
         self.environment = environment
         self.patience = patience
-        self.has_own_threads = has_own_threads
+        self.shares_threads = shares_threads
+        self.ssh = ssh
+        self.run_directory: Path | None = None  # as rank 0 has told it, in any of the starts
 
     def run(self, command: Sequence[str], signals: Signals) -> Outcome:
         """Run ``command`` as all ranks to their end."""
         folder = Path(tempfile.mkdtemp(prefix="llmtrain-ranks-"))
         ranks: list[RankProcess] = []
         try:
-            environments = self.environments(folder)
-            for rank, environment in enumerate(environments):
-                ranks.append(LocalRank(rank, command, environment, folder, shows_output=rank == 0))
+            for host, environment in self.places(folder):
+                ranks.append(self.start(len(ranks), host, command, environment, folder))
             return self.watch(ranks, signals)
         finally:
-            for each in ranks:  # after an error of the supervisor's own
-                if each.poll() is None:
-                    each.send_signal(signal.SIGKILL)
+            for rank in ranks:
+                rank.close()
             shutil.rmtree(folder, ignore_errors=True)
 
-    def environments(self, folder: Path) -> list[dict[str, str]]:
-        """The environments of the ranks: torchrun's names, which all programs know."""
+    def start(self, rank: int, host: Host, command: Sequence[str], environment: dict[str, str],
+              folder: Path) -> RankProcess:  # fmt: skip
+        """Start a rank here or on another machine; the output of rank 0 is shown."""
+        if is_here(host):
+            return LocalRank(rank, command, environment, folder, output=None if rank else 1)
+        return RemoteRank(rank, host.name, command, environment, folder, ssh=self.ssh, shows_output=rank == 0,
+                          shares_threads=self.shares_threads)  # fmt: skip
+
+    def places(self, folder: Path) -> Iterator[tuple[Host, dict[str, str]]]:
+        """Yield the host and the environment of each rank: torchrun's names, which all programs know."""
+        is_local = is_here(self.hosts[0])
         shared = self.environment | {
-            "WORLD_SIZE": str(self.processes), "LOCAL_WORLD_SIZE": str(self.processes), "MASTER_ADDR": LOOPBACK,
-            "MASTER_PORT": str(free_port()), FOLDER: str(folder),
+            "WORLD_SIZE": str(self.processes), FOLDER: str(folder),
+            "MASTER_ADDR": self.hosts[0].address if len(self.hosts) > 1 else LOOPBACK,
+            "MASTER_PORT": str(free_port() if is_local else 10_000 + secrets.randbelow(20_000)),
         }  # fmt: skip
-        if not self.has_own_threads and not shared.get("OMP_NUM_THREADS"):
-            shared["OMP_NUM_THREADS"] = str(max(default_threads() // self.processes, 1))
         shared.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that is gone would be a page of stack frames
-        if sys.platform == "linux":
+        if is_local and len(self.hosts) == 1 and sys.platform == "linux":
             shared.setdefault("GLOO_SOCKET_IFNAME", "lo")  # works also where the machine's own name has no address
-        return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(self.processes)]
+        rank = 0
+        for host in self.hosts:
+            for local_rank in range(host.slots):
+                place = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(host.slots)}
+                environment = shared | place
+                if self.shares_threads and is_here(host):
+                    share_threads(environment, host.slots)
+                yield host, environment
+                rank += 1
 
     def watch(self, ranks: Sequence[RankProcess], signals: Signals) -> Outcome:
         """Wait for the end of all ranks; after a failure of one, end the others."""
@@ -174,28 +199,28 @@ class Supervisor:
 
     def judge(self, ranks: Sequence[RankProcess], ends: list[RankEnd], signals: Signals) -> Outcome:
         """Find the status of the job; report the cause of a failure."""
-        directory = next((each for rank in ranks if (each := rank.run_directory()) is not None), None)
+        directories = [each for rank in ranks if (each := rank.run_directory()) is not None]
+        directory = self.run_directory = directories[0] if directories else self.run_directory
         statuses = [end.status for end in ends]
         if not any(statuses):
-            return Outcome(FINISHED, directory)
+            return Outcome(FINISHED)
         normal = [status for status in statuses if status >= 0]
         is_stop = bool(signals.received) or not any(end.is_by_supervisor and end.status == INTERRUPTED for end in ends)
         if normal and set(normal) == {INTERRUPTED} and is_stop:
-            return Outcome(INTERRUPTED, directory)
+            return Outcome(INTERRUPTED)
         cause = find_cause(ends)
         if cause is None:
             say(f"llmtrain: the ranks ended with different exit statuses: {', '.join(map(str, statuses))}")
-            return Outcome(FAILED, directory)
+            return Outcome(FAILED)
         if cause.signal in signals.received:
-            return Outcome(128 + signals.received[0], directory)
+            return Outcome(128 + signals.received[0])
         for line in describe(cause, ends, directory):
             say(line)
-        return Outcome(USAGE_ERROR if cause.status == USAGE_ERROR else FAILED, directory, cause)
+        return Outcome(USAGE_ERROR if cause.status == USAGE_ERROR else FAILED, cause)
 
     def next_command(
         self,
         command: Sequence[str],
-        outcome: Outcome,
         resume_command: Callable[[Path], Sequence[str]] | None,
         attempt: int,
         restarts: int,
@@ -205,7 +230,7 @@ class Supervisor:
         A directory that was made but has no config yet, as after a kill at the start, is moved aside: the command would
         refuse it.
         """
-        directory = outcome.run_directory
+        directory = self.run_directory
         label = f"llmtrain: restart {attempt} of {restarts}"
         if directory is not None and resume_command is not None and (directory / CONFIG).is_file():
             say(f"{label}: {self.processes} processes resume {directory}")
@@ -214,6 +239,7 @@ class Supervisor:
             aside = free_name(directory)
             with contextlib.suppress(OSError):
                 directory.rename(aside)
+                self.run_directory = None
                 say(f"{label}: {self.processes} processes start anew; what the failed start left is in {aside}")
                 return command
         say(f"{label}: {self.processes} processes start anew")
@@ -243,6 +269,11 @@ def forwarded_signals() -> Iterator[Signals]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def is_here(host: Host) -> bool:
+    """Return whether a host is this machine, by its name."""
+    return not host.name or is_loopback(host.name) or host.name == socket.gethostname()
 
 
 def free_port() -> int:

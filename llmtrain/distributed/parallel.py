@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from llmtrain.base.places import Places
@@ -19,6 +21,9 @@ class Parallel:
     part.  Losses are sums over the rank's part of a batch divided by the counts of the whole step, and gradients are
     summed over the ranks, so that a step is the same on any number of them.
     """
+
+    holds_parts: ClassVar[bool] = False  # True: :meth:`weights` of some parameters are parts of them
+    keeps_casts: ClassVar[bool] = True  # False: whole weights do not outlive a pass, so no cast of them can be kept
 
     def __init__(self, unit: TrainingUnit, world: World | None = None) -> None:
         self.unit = unit
@@ -66,9 +71,28 @@ class Parallel:
         """Free all gradients."""
         self.unit.zero_grad(set_to_none=True)
 
+    def sum_losses(self, losses: Tensor, flags: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Sum ``losses`` ``(losses,)`` over the parts of a step, and ``flags`` ``(flags,)`` over all ranks, at once."""
+        if self.world.size == 1:
+            return losses, flags
+        own = losses * (self.data_size / self.world.size)  # of all ranks with the same sequences together: once
+        both = self.world.sum(own if flags is None else torch.cat([own, flags.to(own)]))
+        return both[: len(losses)], None if flags is None else both[len(losses) :]
+
     def sum_of_squares(self, squares: Tensor, names: Sequence[str]) -> Tensor:
         """Sum ``squares`` ``(parameters,)``, of the elements that this rank holds of each, over the whole tensors."""
         return squares
+
+    def largest(self, value: Tensor) -> Tensor:
+        """The largest ``value``, 0-dimensional, of all ranks; NaN if one of them is."""
+        return value
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """Context in which the model of the unit can be called by one rank alone, as for samples of text.
+
+        Every rank enters and leaves it at the same place.
+        """
+        return nullcontext()
 
     def scoring(self) -> AbstractContextManager[None]:
         """Context of an evaluation's calls of ``unit.score``, of which every rank makes equally many."""

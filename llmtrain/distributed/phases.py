@@ -78,13 +78,10 @@ def judge(positions: Sequence[Position], limit: float) -> Verdict | None:
     A rank is behind at a lower step, or at the same step in an earlier phase.  Where all ranks are in one place for so
     long, none is behind, and all are named: a network link, a device or a file system does not answer.
     """
+    silence = find_silence(positions, limit)
+    if silence is not None:
+        return silence
     present = [each for each in positions if each.phase is not Phase.left]
-    silent = [each for each in present if each.silence > limit]
-    if silent:
-        seconds = max(each.silence for each in silent)
-        last = _places(silent)
-        text = f"no heartbeat from {_named(silent)} for {_seconds(seconds)}, last {last}"
-        return Verdict(text + _others(present, silent), tuple(each.rank for each in silent), is_silence=True)
     if not present:
         return None
     least = min(each.key for each in present)
@@ -100,6 +97,17 @@ def judge(positions: Sequence[Position], limit: float) -> Verdict | None:
     has = "has" if len(behind) == 1 else "have"
     text = f"{_named(behind)} {has} been {place} for {_seconds(seconds)}"
     return Verdict(text + _others(present, behind), tuple(each.rank for each in behind))
+
+
+def find_silence(positions: Sequence[Position], limit: float) -> Verdict | None:
+    """Find the ranks without a heartbeat for longer than ``limit`` seconds: stopped, or blocked as a whole."""
+    present = [each for each in positions if each.phase is not Phase.left]
+    silent = [each for each in present if each.silence > limit]
+    if not silent:
+        return None
+    seconds = max(each.silence for each in silent)
+    text = f"no heartbeat from {_named(silent)} for {_seconds(seconds)}, last {_places(silent)}"
+    return Verdict(text + _others(present, silent), tuple(each.rank for each in silent), is_silence=True)
 
 
 def _seconds(seconds: float) -> str:

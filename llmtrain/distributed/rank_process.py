@@ -10,7 +10,9 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from llmtrain.base.threads import default_threads
 from llmtrain.distributed.supervision import Failure, failure_name, log_name, read_run_directory, saving_name
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -44,8 +46,19 @@ class RankProcess(ABC):
         """The run directory, if this rank has told it."""
 
     @abstractmethod
+    def early_log(self) -> Path | None:
+        """The file with the rank's output until it writes one of its own; None: the output is on the terminal."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the rank at once, if it is running."""
+
     def log(self) -> Path | None:
-        """The file with the rank's output; None: it is on the terminal."""
+        """The file with the rank's output: in the run directory, else the early one."""
+        directory, early = self.run_directory(), self.early_log()
+        if directory is not None and early is not None and (own := directory / "ranks" / log_name(self.rank)).is_file():
+            return own
+        return early
 
     def last_lines(self, number: int) -> list[str]:
         """The last lines of its output that are not empty."""
@@ -63,16 +76,20 @@ class LocalRank(RankProcess):
     """A rank on this machine, in a session of its own, which ends with the process that started it."""
 
     def __init__(self, rank: int, command: Sequence[str], environment: Mapping[str, str], folder: Path,
-                 *, shows_output: bool) -> None:  # fmt: skip
-        """Start ``command``; ``shows_output``: on the standard output and error of this process, not in a file."""
+                 *, output: int | None = None) -> None:  # fmt: skip
+        """Start ``command``; its output goes to a file in ``folder``, or with ``output``, 1 or 2, where that of this
+        process goes: 1, both as they are; 2, all of it to standard error."""
         self.rank, self.host, self.folder = rank, socket.gethostname(), folder
-        self._early_log = None if shows_output else folder / log_name(rank)
+        self._early_log = folder / log_name(rank) if output is None else None
+        streams: dict[str, Any] = {}
         with contextlib.ExitStack() as stack:
-            output = None if self._early_log is None else stack.enter_context(self._early_log.open("ab"))
+            if self._early_log is not None:
+                streams = {"stdout": stack.enter_context(self._early_log.open("ab")), "stderr": subprocess.STDOUT}
+            elif output == 2:
+                streams = {"stdout": 2}
             self.process = subprocess.Popen(
-                list(command), env=dict(environment), stdin=subprocess.DEVNULL, stdout=output,
-                stderr=None if output is None else subprocess.STDOUT, start_new_session=True,
-                preexec_fn=end_with_parent(),
+                list(command), env=dict(environment), stdin=subprocess.DEVNULL, start_new_session=True,
+                preexec_fn=end_with_parent(), **streams,
             )  # fmt: skip
 
     def poll(self) -> int | None:
@@ -91,13 +108,13 @@ class LocalRank(RankProcess):
     def run_directory(self) -> Path | None:
         return read_run_directory(self.folder)
 
-    def log(self) -> Path | None:
-        directory = self.run_directory()
-        if directory is not None and self._early_log is not None:
-            own = directory / "ranks" / log_name(self.rank)
-            if own.is_file():
-                return own
+    def early_log(self) -> Path | None:
         return self._early_log
+
+    def close(self) -> None:
+        if self.poll() is None:
+            self.send_signal(signal.SIGKILL)
+        self.process.wait()
 
 
 def end_with_parent() -> Callable[[], None] | None:
@@ -115,3 +132,9 @@ def end_with_parent() -> Callable[[], None] | None:
             os._exit(1)
 
     return set_signal
+
+
+def share_threads(environment: dict[str, str], processes: int) -> None:
+    """Give each of ``processes`` its share of the cores of this machine, unless the user has set the number."""
+    if not environment.get("OMP_NUM_THREADS"):
+        environment["OMP_NUM_THREADS"] = str(max(default_threads() // processes, 1))

@@ -54,10 +54,18 @@ class Failure:
     def read(cls, path: Path) -> "Failure | None":
         """Read a record that a rank left; None if there is none."""
         try:
-            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**values | {"kind": Kind(values["kind"])})
-        except (OSError, ValueError, KeyError, TypeError):
+            return cls.parse(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             return None
+
+    @classmethod
+    def parse(cls, text: str) -> "Failure":
+        """The record in a text as :meth:`text` makes it.  Raises ValueError for another."""
+        try:
+            values: dict[str, Any] = json.loads(text)
+            return cls(**values | {"kind": Kind(values["kind"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"no record of a failure: {text}") from error
 
     def text(self) -> str:
         """The record as JSON."""

@@ -30,6 +30,7 @@ class LanguageModel(nn.Module, ABC):
 
     vocab_size: int
     padded_vocab_size: int
+    padded_weights: tuple[str, ...] = ()  # the parameters whose first dimension is the padded vocabulary
     context_length: int
     num_layers: int
     blocks: nn.ModuleList  # alike, one after the other; recomputed in backward one at a time

@@ -8,7 +8,7 @@ plan all call that unit and nothing else.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -81,6 +81,13 @@ class TrainingUnit(nn.Module, ABC):
     def weights_state(self) -> dict[str, Tensor]:
         """The state dict under the names that checkpoints have; vocabulary padding is left out."""
         return {name.removeprefix(MODEL): tensor for name, tensor in self.state_dict().items()}
+
+    def saved_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """The buffers that checkpoints hold, by the names that they have there."""
+        for prefix, module in self.named_modules():
+            for name, buffer in module.named_buffers(prefix, recurse=False):
+                if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                    yield name.removeprefix(MODEL), buffer
 
     def load_weights(self, tensors: Mapping[str, Tensor], *, strict: bool) -> None:
         """The inverse of :meth:`weights_state`; without ``strict`` tensors may be missing."""
@@ -162,12 +169,17 @@ class TrainingUnit(nn.Module, ABC):
         return batch if self._longest is None else batch.widen(self._longest)
 
 
-def mean_losses(unit: TrainingUnit, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def mean_losses(
+    unit: TrainingUnit, batch: Batch, forward: Callable[[Batch], dict[str, Tensor]] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The share of ``batch`` in the step's loss, and in each loss by name: sums divided by the step's counts.
 
-    The shares of a step, however it is split, add up to the mean over its valid targets; without any, to 0.
+    The shares of a step, however it is split, add up to the mean over its valid targets; without any, to 0.  A filler
+    has shares of 0.  ``forward`` is called in place of ``unit``, where ranks share it.
     """
-    parts = {name: total / (batch.counts[name] or 1) for name, total in unit(batch).items()}
+    parts = {name: total / (batch.counts[name] or 1) for name, total in (forward or unit)(batch).items()}
+    if batch.is_filler:
+        parts = {name: 0 * part for name, part in parts.items()}
     return weighted(parts, unit.loss_weights), parts
 
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,27 @@ class Trainable(Protocol):
         ...
 
 
+@runtime_checkable
+class ShardedTrainable(Trainable, Protocol):
+    """The same view where this rank holds a part of each parameter: a box of it, and a tensor of that shape."""
+
+    def whole_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the whole parameter."""
+        ...
+
+    def first_element(self, name: str) -> int:
+        """Number, in the whole parameter, of the first element of this rank's part."""
+        ...
+
+    def gather(self, name: str, part: Tensor) -> Tensor:
+        """Put together the whole tensor from each rank's ``part``, which lies as the parameter; all ranks call this."""
+        ...
+
+    def own_part(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's part of ``whole``, a view: the inverse of :meth:`gather`."""
+        ...
+
+
 class OptimizerConfig(Option, ABC):
     """Contract of ``optimizer=...``.
 
@@ -36,6 +57,8 @@ class OptimizerConfig(Option, ABC):
     Our options make their state, all zeros, when they are built and not at the first step: what the run needs in
     memory is taken before it starts, and a checkpoint holds the same entries at every step.
     """
+
+    takes_shards: ClassVar[bool] = False  # True: the update is right where a rank holds a part of each parameter
 
     lr: float
 

@@ -14,6 +14,8 @@ from llmtrain.optimizer.groups import GroupedOptimizer, check_betas, has_fused_k
 class Adam(GroupedOptimizer):
     """Adam; ``weight_decay`` is an L2 penalty, added to the gradient before both moments."""
 
+    takes_shards: ClassVar[bool] = True
+
     kind: ClassVar[type[torch.optim.Adam]] = torch.optim.Adam
 
     betas: list[float]

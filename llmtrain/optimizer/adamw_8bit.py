@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ class AdamW8bit(CompactAdamW):
     As in the paper (section 2.3) embeddings keep fp32 moments, unless ``fp32_embeddings`` is false: most of their rows
     have no gradient in most steps, and a few rows have large gradients.
     """
+
+    takes_shards: ClassVar[bool] = False  # the blocks of a shard are not those of the whole
 
     fp32_embeddings: bool
 

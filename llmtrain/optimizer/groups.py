@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from llmtrain.base.checks import fraction, non_negative, pattern, pattern_matches, positive
-from llmtrain.optimizer import OptimizerConfig, Trainable
+from llmtrain.optimizer import OptimizerConfig, ShardedTrainable, Trainable
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Member:
 
     name: str
     parameter: nn.Parameter
+    shape: tuple[int, ...]  # of the whole, where ``parameter`` is this rank's part
+    first_element: int  # number, in the whole, of the first element of ``parameter``
     layer: int  # depth: 0 embeddings, i + 1 block i, num_layers + 1 final norm and heads
     is_in_block: bool
     lr_multiplier: float
@@ -84,7 +86,12 @@ class GroupedOptimizer(OptimizerConfig):
                 weight_decay = weight_decay if rule.weight_decay is None else rule.weight_decay
         if self.layer_decay != 1:
             lr_multiplier *= self.layer_decay ** (num_layers + 1 - layer)
-        return Member(name, parameter, layer, 1 <= layer <= num_layers, lr_multiplier, weight_decay)
+        shape, first_element = tuple(parameter.shape), 0
+        if isinstance(unit, ShardedTrainable):
+            shape, first_element = unit.whole_shape(name), unit.first_element(name)
+        return Member(
+            name, parameter, shape, first_element, layer, 1 <= layer <= num_layers, lr_multiplier, weight_decay
+        )
 
 
 def parameter_groups(members: Iterable[Member], lr: float) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Lion (Chen et al. 2023, https://arxiv.org/abs/2302.06675)."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ class Lion(GroupedOptimizer):
 
     The authors use a rate 3 to 10 times smaller than AdamW's and a decay larger by the same factor (section 5).
     """
+
+    takes_shards: ClassVar[bool] = True
 
     betas: list[float]
 

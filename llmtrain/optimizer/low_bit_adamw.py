@@ -3,7 +3,7 @@
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -61,7 +61,7 @@ class CompactAdamW(AdamW):
 
     def is_compact(self, member: Member) -> bool:
         """Decide if the moments of this parameter are kept in few bits."""
-        return member.parameter.numel() >= self.min_elements and member.parameter.is_contiguous()
+        return math.prod(member.shape) >= self.min_elements and member.parameter.is_contiguous()
 
     def build(self, unit: Trainable) -> torch.optim.Optimizer:
         members = self.members(unit)
@@ -70,7 +70,8 @@ class CompactAdamW(AdamW):
         parts: list[torch.optim.Optimizer] = []
         if compact:
             moments = self.moments([member.parameter for member in compact])
-            parts.append(CompactAdamWOptimizer(parameter_groups(compact, self.lr), self.betas, self.eps, moments))
+            groups, first = parameter_groups(compact, self.lr), {m.name: m.first_element for m in compact}
+            parts.append(CompactAdamWOptimizer(groups, self.betas, self.eps, moments, first))
         if whole:
             parts.append(
                 build_adam(torch.optim.AdamW, parameter_groups(whole, self.lr), betas=self.betas, eps=self.eps)
@@ -93,9 +94,17 @@ class CompactAdamWOptimizer(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True
 
-    def __init__(self, groups: list[dict[str, Any]], betas: list[float], eps: float, moments: Moments) -> None:
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        betas: list[float],
+        eps: float,
+        moments: Moments,
+        first_elements: Mapping[str, int],
+    ) -> None:
         super().__init__(groups, {"betas": tuple(betas), "eps": eps})
         self.moments = moments
+        self.first_elements = first_elements  # by name; a part of a parameter is rounded as in the whole
         self.update: Callable[..., None] = self._update
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         device = parameters[0].device
@@ -143,10 +152,10 @@ class CompactAdamWOptimizer(torch.optim.Optimizer):
             self._compile(largest, numbers[0], constants)
         if self.update is not self._update and divisor is None:
             divisor = torch.ones((), device=count.device)  # it changes no bit, and another form need not be compiled
-        for row, (_, parameter) in zip(numbers, named, strict=True):
+        for row, (name, parameter) in zip(numbers, named, strict=True):
             for begin, weights, gradient, *stretch in self._stretches(parameter):
                 update = self.update if weights.shape[1] == BLOCK else self._update
-                update(weights, gradient, stretch, row, skipped, divisor, begin, *constants)
+                update(weights, gradient, stretch, row, skipped, divisor, self.first_elements[name] + begin, *constants)
 
     def _stretches(self, parameter: Tensor) -> Iterator[tuple[Any, ...]]:
         kept = [value for key, value in self.state[parameter].items() if key != "step"]
@@ -156,6 +165,8 @@ class CompactAdamWOptimizer(torch.optim.Optimizer):
     def _compile(self, parameter: Tensor, row: Tensor, constants: tuple[float, ...]) -> None:
         """Compile the update, for any number of blocks, by one of ``parameter`` that is skipped; report a failure."""
         self.is_to_compile = False
+        if not parameter.numel():  # this rank's parts are empty
+            return
         chunk, self.chunk = self.chunk, COMPILED_CHUNK
         _, *views = next(self._stretches(parameter))
         for view in views:

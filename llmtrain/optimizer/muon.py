@@ -7,14 +7,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from llmtrain.base.checks import non_negative, positive
 from llmtrain.base.device import device_type, has_native_bf16, has_no_data
-from llmtrain.optimizer import Trainable, divide_gradients, undone_if
+from llmtrain.optimizer import ShardedTrainable, Trainable, divide_gradients, undone_if
 from llmtrain.optimizer.adam import build_adam
 from llmtrain.optimizer.composite import CompositeOptimizer
 from llmtrain.optimizer.groups import GroupedOptimizer, Member, check_betas, parameter_groups
@@ -34,6 +34,8 @@ class Muon(GroupedOptimizer):
     ``lr`` is the rate of the two-dimensional parameters of the blocks.  AdamW trains embeddings, head, norms and biases
     at ``adamw_lr``, which follows the same schedule: their groups' ``lr_multiplier`` includes ``adamw_lr / lr``.
     """
+
+    takes_shards: ClassVar[bool] = True
 
     momentum: float
     nesterov: bool
@@ -64,15 +66,17 @@ class Muon(GroupedOptimizer):
                 rest.append(replace(member, lr_multiplier=member.lr_multiplier * self.adamw_lr / self.lr))
         if not matrices:
             raise ValueError("optimizer=muon: no matrix of a block is trainable; optimizer=adamw trains the rest")
-        parts: list[torch.optim.Optimizer] = [self._build_muon(matrices)]
+        shards = unit if isinstance(unit, ShardedTrainable) else None
+        parts: list[torch.optim.Optimizer] = [self._build_muon(matrices, shards)]
         if rest:
             groups = parameter_groups(rest, self.lr)
             parts.append(build_adam(torch.optim.AdamW, groups, betas=self.betas, eps=self.eps))
         return CompositeOptimizer(parts)
 
-    def _build_muon(self, matrices: list[Member]) -> torch.optim.Optimizer:
+    def _build_muon(self, matrices: list[Member], shards: ShardedTrainable | None) -> torch.optim.Optimizer:
         optimizer = MuonOptimizer(
             parameter_groups(matrices, self.lr),
+            shards,
             momentum=self.momentum,
             nesterov=self.nesterov,
             ns_steps=self.ns_steps,
@@ -89,9 +93,16 @@ class MuonOptimizer(torch.optim.Muon):
 
     By torch's convention: while the attribute ``found_inf`` is a tensor of 1.0, :meth:`step` changes neither weights
     nor state, and gradients are divided by the tensor ``grad_scale``.
+
+    With ``shards`` the matrices are this rank's parts, and so is their momentum.  Each update is gathered, made
+    orthogonal as a whole on every rank, and applied to the rank's own part: one exchange a matrix.
     """
 
     _step_supports_amp_scaling = True
+
+    def __init__(self, groups: list[dict[str, Any]], shards: ShardedTrainable | None = None, **keywords: Any) -> None:
+        super().__init__(groups, **keywords)
+        self.shards = shards
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closures
@@ -103,19 +114,33 @@ class MuonOptimizer(torch.optim.Muon):
             skipped = None
         for group in self.param_groups:
             divide_gradients(group["params"], getattr(self, "grad_scale", None))
-            for matrix in group["params"]:
+            for name, matrix in zip(group["names"], group["params"], strict=True):
                 if matrix.grad is not None:
                     buffer = self.state[matrix]["momentum_buffer"]
                     with undone_if(skipped, matrix, buffer):  # one at a time: no copies of all matrices at once
-                        update_matrix(matrix, matrix.grad, buffer, group)
+                        update_matrix(matrix, matrix.grad, buffer, group, self.shards, name)
 
 
-def update_matrix(matrix: Tensor, gradient: Tensor, momentum: Tensor, group: dict[str, Any]) -> None:
-    """Update ``matrix`` ``(rows, columns)`` and its ``momentum`` in place by the keys of its parameter ``group``."""
+def update_matrix(
+    matrix: Tensor,
+    gradient: Tensor,
+    momentum: Tensor,
+    group: dict[str, Any],
+    shards: ShardedTrainable | None = None,
+    name: str = "",
+) -> None:
+    """Update ``matrix`` ``(rows, columns)`` and its ``momentum`` in place by the keys of its parameter ``group``.
+
+    With ``shards`` all three are this rank's parts of the matrix ``name``.
+    """
     momentum.lerp_(gradient, 1 - group["momentum"])
     update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+    if shards is not None:
+        update = shards.gather(name, update.to(_fast_dtype(update)))  # the dtype of the iterations: half the traffic
+    rows, columns = update.shape
     update = orthogonalise(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
-    rows, columns = matrix.shape
+    if shards is not None:
+        update = shards.own_part(name, update)
     scale = (
         math.sqrt(max(1, rows / columns))
         if group["adjust_lr_fn"] == "original"

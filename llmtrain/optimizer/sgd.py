@@ -1,6 +1,7 @@
 """Stochastic gradient descent with momentum (Sutskever et al. 2013, https://proceedings.mlr.press/v28/sutskever13)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -11,6 +12,8 @@ from llmtrain.optimizer.groups import GroupedOptimizer, has_fused_kernel, parame
 @dataclass(frozen=True)
 class SGD(GroupedOptimizer):
     """SGD; ``weight_decay`` is an L2 penalty, added to the gradient."""
+
+    takes_shards: ClassVar[bool] = True
 
     momentum: float
     nesterov: bool

@@ -45,6 +45,7 @@ class CompileSettings:
     ideal_seconds: float  # of the run's matrix products at the device's full rate: for ``auto``
     pads: bool  # rows of the data are of different lengths
     recomputes: bool  # activations are recomputed or moved to the host
+    is_sharded: bool = False  # weights are gathered for a block at a time, between graphs
 
 
 def compile_unit(
@@ -116,7 +117,7 @@ def _run(rehearsal: Rehearsal, micro_batch_size: int, batch_size: int, *, repeat
 
 def compiles_as_one(device: torch.device, num_layers: int, settings: CompileSettings) -> bool:
     """Return whether all blocks are compiled into one graph; not on a CPU, where that takes minutes."""
-    may = device.type == "cuda" and not settings.recomputes and not settings.pads
+    may = device.type == "cuda" and not (settings.recomputes or settings.pads or settings.is_sharded)
     return may and num_layers <= MAX_LAYERS_AS_ONE
 
 

@@ -4,7 +4,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 
 from llmtrain.base.format import counted
 from llmtrain.base.tensor_files import CheckpointError
@@ -295,12 +294,12 @@ class Loop:
         """
         self._drain()
         self.collect_save(wait=True)
-        found, damaged = self.world.first(lambda: self._find_checkpoint(action.before_step))
-        for message in damaged:
-            self.log.event("damaged", self.state.step, message=message)
-        if found is None:
+        path, damaged = self.saver.newest_to_roll_back_to(at_most=action.before_step)
+        for error in damaged:
+            self.log.event("damaged", self.state.step, message=str(error))
+        if path is None:
             return self.recovery.rolled_back(None, None)
-        path, now = Path(found), self.state
+        now = self.state
         self.state = state = restore_state(path, self.step.unit, self.step.optimizer)
         assert state.step <= action.before_step
         state.restore_rng(self.log.device)
@@ -322,11 +321,6 @@ class Loop:
         self.save(copied=False)
         self.collect_save(wait=True)
         return more
-
-    def _find_checkpoint(self, at_most: int) -> tuple[str | None, list[str]]:
-        """The newest checkpoint to roll back to, and messages about damaged ones."""
-        path, damaged = self.saver.newest_to_roll_back_to(at_most=at_most)
-        return None if path is None else str(path), [str(error) for error in damaged]
 
     def _forget_after(self, step: int) -> None:
         """Drop rows, samples and evaluations after ``step``: the steps are done again with other data."""

@@ -8,6 +8,11 @@ import torch
 
 T = TypeVar("T")
 
+
+class RankOutOfMemory(RuntimeError):
+    """Memory ran out on one of several ranks, which cannot repeat the step alone: the others wait for it."""
+
+
 # Only torch's own allocator raises OutOfMemoryError.  The libraries below it take memory of their own (handles,
 # workspaces, code, pinned host memory), and their errors differ in the text alone.  Triton's "out of resource" is
 # another matter: a kernel that asks for more shared memory than the GPU has, whatever the batch.

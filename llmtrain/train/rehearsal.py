@@ -61,13 +61,13 @@ class Rehearsal:
         step.unit.train()
         step.accumulate(batch, micro_batch_size)
         step.precision.unscale([weight for _, weight in step.weights])
-        clip = self.clipping(step.weights, self.clipping.start_step)
+        clip = step.clip(self.clipping, self.clipping.start_step)
         update(step.optimizer, torch.ones((), device=self.device), clip.divisor)
         step.drop_gradients()
 
     def _evaluate(self, batch: Batch) -> None:
         self.step.unit.eval()
-        with torch.no_grad(), self.step.precision.autocast():
+        with torch.no_grad(), self.step.parallel.scoring(), self.step.precision.autocast():
             self.step.unit.score(self.step.unit.fit_shape(batch))
 
     def evaluate(self) -> None:

@@ -1,18 +1,23 @@
 """One optimizer step: gradients of a batch, micro-batch by micro-batch, and the update."""
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import chain, count, islice
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from llmtrain.clipping import Clipping, ClipResult
 from llmtrain.data import Batch
+from llmtrain.distributed.parallel import Parallel
 from llmtrain.objective import TrainingUnit, mean_losses
 from llmtrain.optimizer import update
 from llmtrain.precision import Precision
-from llmtrain.train.out_of_memory import halve_on_out_of_memory
+from llmtrain.train.out_of_memory import RankOutOfMemory, halve_on_out_of_memory, is_out_of_memory
 
 
 class Timer(Protocol):
@@ -35,6 +40,7 @@ class StepLoss:
 
     total: Tensor  # weighted sum of the parts, 0-dimensional
     parts: dict[str, Tensor]  # each loss by name, a mean over its valid targets
+    flags: Tensor | None = None  # the sums over all ranks of those given to :meth:`Step.gradients`
 
 
 class Step:
@@ -57,6 +63,7 @@ class Step:
         timer: Timer | None = None,
         on_halved: Callable[[int, str], None] = lambda size, message: None,
         keeps_gradients: bool = False,
+        parallel: Parallel | None = None,
     ) -> None:
         self.unit = unit
         self.optimizer = optimizer
@@ -64,44 +71,92 @@ class Step:
         self.micro_batch_size = micro_batch_size  # sequences of a forward pass at most; halved when memory runs out
         self.timer: Timer = timer or NoTimer()
         self.on_halved = on_halved  # called with the new size and the error's message
-        self.weights = unit.trained_weights()
+        self.parallel = parallel or Parallel(unit)  # the way in which ranks share the unit
+        self.weights = self.parallel.weights()  # of a sharded unit this rank's part of each
         self.keeps_gradients = keeps_gradients
         if keeps_gradients:
             for _, weight in self.weights:
                 weight.grad = torch.zeros_like(weight)
 
-    def gradients(self, batch: Batch) -> StepLoss:
+    def gradients(self, batch: Batch, flags: Tensor | None = None) -> StepLoss:
         """Run forward and backward of every micro-batch, in smaller ones when memory runs out; unscale the gradients.
 
         Each micro-batch adds (its sums of losses) / (valid targets of the whole step), so any split of the batch gives
-        the gradient of the whole.
+        the gradient of the whole.  With several ranks ``batch`` is the part of this one.  The losses are summed over
+        them, and ``flags`` ``(flags,)``, numbers that the ranks have to agree on, in the same exchange.
+
+        Raises RankOutOfMemory where memory runs out on one of several ranks.
         """
-        loss = halve_on_out_of_memory(
-            lambda size: self.accumulate(batch, size), min(self.micro_batch_size, batch.sequences), self._halve
-        )
+        size = min(self.micro_batch_size, self._largest_part(batch))
+        if self.parallel.world.size == 1:
+            loss = halve_on_out_of_memory(lambda size: self.accumulate(batch, size), size, self._halve)
+            loss.flags = flags
+        else:
+            loss = self._sum(self._accumulate_or_fail(batch, size), flags)
         self.precision.unscale([parameter for _, parameter in self.weights])
         return loss
 
     def accumulate(self, batch: Batch, micro_batch_size: int) -> StepLoss:
-        """Run forward and backward of ``batch`` in parts of ``micro_batch_size`` sequences."""
-        with self.precision.constant_weights(passes=math.ceil(batch.sequences / micro_batch_size)):
-            return self._accumulate(batch.split(micro_batch_size))
+        """Run forward and backward of ``batch`` in parts of ``micro_batch_size`` sequences; the losses are this rank's.
 
-    def _accumulate(self, micro_batches: Iterator[Batch]) -> StepLoss:
+        Every rank runs as many parts as the one with the most sequences.
+        """
+        passes = math.ceil(self._largest_part(batch) / micro_batch_size)
+        parts = islice(chain(batch.split(micro_batch_size), (batch.filler() for _ in count())), passes)
+        with self.precision.constant_weights(passes) if self.parallel.keeps_casts else nullcontext():
+            return self._accumulate(parts, passes)
+
+    def _accumulate(self, micro_batches: Iterator[Batch], passes: int) -> StepLoss:
         total: Tensor | None = None
         parts: dict[str, Tensor] = {}
-        for micro_batch in micro_batches:
-            with self.precision.autocast():
-                loss, losses = mean_losses(self.unit, self.unit.fit_shape(micro_batch))
-            self.timer.mark("forward")
-            self.precision.scale(loss).backward()
-            self.timer.mark("backward")
+        for number, micro_batch in enumerate(micro_batches, 1):
+            is_last = number == passes
+            with self.parallel.prepare(is_last=is_last):
+                # a region for each pass: weights that are gathered for one are not those of the next
+                with self.precision.autocast():
+                    loss, losses = mean_losses(self.unit, self.unit.fit_shape(micro_batch), self.parallel.forward)
+                self.timer.mark("forward")
+                self.parallel.backward(self.precision.scale(loss), is_last=is_last)
+                self.timer.mark("backward")
             loss = loss.detach()
             total = loss if total is None else total + loss
             for name, part in losses.items():
                 parts[name] = part.detach() if name not in parts else parts[name] + part.detach()
         assert total is not None
         return StepLoss(total, parts)
+
+    def _largest_part(self, batch: Batch) -> int:
+        return batch.largest_part(self.parallel.data_size)
+
+    def _accumulate_or_fail(self, batch: Batch, size: int) -> StepLoss:
+        """Accumulate; an error that memory ran out names this rank."""
+        try:
+            return self.accumulate(batch, size)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            world, reason = self.parallel.world, str(error).splitlines()[0]
+        remedy = (
+            f"take accumulation.micro_batch_size={(size + 1) // 2}"
+            if size > 1
+            else "shard over more ranks, or take shorter sequences or a smaller model"
+        )
+        raise RankOutOfMemory(
+            f"accumulation.micro_batch_size={size}: memory ran out on rank {world.rank}"
+            f"{f' ({world.host})' if world.host else ''}: {reason}; {remedy}"
+        )
+
+    def _sum(self, own: StepLoss, flags: Tensor | None) -> StepLoss:
+        """The loss of all ranks' parts, by one exchange."""
+        losses, flags = self.parallel.sum_losses(torch.stack([own.total, *own.parts.values()]), flags)
+        total, *parts = losses.unbind()
+        return StepLoss(total, dict(zip(own.parts, parts, strict=True)), flags)
+
+    def clip(self, clipping: Clipping, step: int, **options: Any) -> ClipResult:
+        """Clip the gradients of step ``step`` (0-based) with the ``options`` of :class:`llmtrain.clipping.Clipping`."""
+        if self.parallel.holds_parts:
+            options["over"] = self.parallel
+        return clipping(self.weights, step, **options)
 
     def _halve(self, size: int, message: str) -> None:
         """Drop the gradients and halve the micro-batch, for this step, which starts again, and all that follow."""
@@ -127,4 +182,10 @@ class Step:
         if self.keeps_gradients:
             torch._foreach_zero_([weight.grad for _, weight in self.weights if weight.grad is not None])
         else:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.parallel.drop_gradients()
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed the generators of dropout for one step of one rank: the same at a resume, and other masks on each rank."""
+    digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -28,7 +28,11 @@ def logit_bias(vocab_size: int, device: torch.device) -> Tensor | None:
 
 
 def hide_padding(module: nn.Module, names: tuple[str, ...], vocab_size: int) -> None:
-    """Hide the padding of the parameters ``names``: ``state_dict()`` removes it, loading adds it as zeros."""
+    """Hide the padding of the parameters ``names``: ``state_dict()`` removes it, loading adds it as zeros.
+
+    ``module.padded_weights`` names them, for those who take the parameters from elsewhere.
+    """
+    module.padded_weights = names  # type: ignore[assignment]
 
     def cut(_: nn.Module, state: dict[str, Tensor], prefix: str, __: Any) -> None:
         for name in names:

@@ -1,0 +1,71 @@
+"""Settings of a run that do not go with several ranks, refused before anything starts."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llmtrain.activation_checkpointing import ActivationCheckpointing
+from llmtrain.base.options import option_name
+from llmtrain.clipping import Clipping
+from llmtrain.lora import Lora
+from llmtrain.optimizer import OptimizerConfig
+from llmtrain.precision import PrecisionConfig
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """The settings of a run that ranks which share it depend on."""
+
+    processes: int
+    is_sharded: bool  # a rank holds a part of each parameter: FSDP, HSDP
+    optimizer: OptimizerConfig
+    clipping: Clipping
+    precision: PrecisionConfig
+    lora: Lora
+    activation_checkpointing: ActivationCheckpointing
+    cuda_graphs: bool
+
+
+def check_parallel(settings: ParallelSettings) -> None:
+    """Raise ValueError for the first setting that does not go with several ranks, naming what does."""
+    for problem in problems(settings):
+        raise ValueError(problem)
+
+
+def problems(settings: ParallelSettings) -> Iterator[str]:
+    """Yield a message for each setting that does not go with the ranks of ``settings``."""
+    if settings.processes > 1 and settings.cuda_graphs:
+        yield (
+            "runtime.cuda_graphs=True: a graph of the whole step cannot hold the exchanges between "
+            f"{settings.processes} processes; take runtime.cuda_graphs=false"
+        )
+    if not settings.is_sharded:
+        return
+    unsharded = "or distributed=ddp, where each rank has whole weights"
+    if not settings.optimizer.takes_shards:
+        name = option_name(settings.optimizer)
+        remedy = {"adamw_8bit": "adamw_bf16", "adafactor": "adamw_bf16, whose state is divided over the ranks"}
+        yield (
+            f"optimizer={name}: needs whole parameters, and with sharding a rank has a part of each; take optimizer="
+            f"{remedy.get(name, 'adamw')}, {unsharded}"
+        )
+    if not settings.clipping.takes_shards:
+        yield (
+            f"clipping={option_name(settings.clipping)}: needs whole parameters, and with sharding a rank has a part "
+            f"of each; take clipping=norm, {unsharded}"
+        )
+    if option_name(settings.precision) == "fp8":
+        yield (
+            "precision=fp8: keeps whole 8-bit weights on each rank, which sharding is to avoid; take precision=bf16, "
+            f"{unsharded}"
+        )
+    quantization = getattr(getattr(settings.lora, "quantization", None), "value", "none")
+    if quantization != "none":
+        yield (
+            f"lora.quantization={quantization}: packed weights cannot be divided by rows; take "
+            f"lora.quantization=none, {unsharded}"
+        )
+    if getattr(settings.activation_checkpointing, "offload", False):
+        yield (
+            "activation_checkpointing.offload=True: would move gathered weights to the host, too; take "
+            f"activation_checkpointing.offload=false, {unsharded}"
+        )

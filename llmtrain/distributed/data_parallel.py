@@ -1,0 +1,200 @@
+"""Data parallelism: ranks that train one unit on different sequences, each with the whole unit or a shard of it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+
+from llmtrain.base.places import Place
+from llmtrain.base.world import World
+from llmtrain.data import Batch
+from llmtrain.distributed.local_shards import LocalShards
+from llmtrain.distributed.parallel import Parallel
+from llmtrain.objective import TrainingUnit
+from llmtrain.optimizer import Trainable
+
+
+class DataParallel(Parallel):
+    """Ranks with different sequences: all of ``mesh``, numbered along its dimensions."""
+
+    def __init__(self, unit: TrainingUnit, world: World, mesh: DeviceMesh) -> None:
+        super().__init__(unit, world)
+        self.mesh = mesh
+
+    @property
+    def data_rank(self) -> int:
+        number = 0
+        coordinate = self.mesh.get_coordinate()
+        assert coordinate is not None
+        for at, size in zip(coordinate, self.mesh.shape, strict=True):
+            number = number * size + at
+        return number
+
+    @property
+    def data_size(self) -> int:
+        return self.mesh.size()
+
+
+class Replicated(DataParallel):
+    """The whole unit on each rank, gradients summed while backward still runs: torch's DistributedDataParallel.
+
+    ``mesh`` has the one dimension ``replicate``.  What is trained must not change afterwards: parameters that get no
+    gradient, or are frozen later, are an error of torch's in the step after.
+    """
+
+    def __init__(self, unit: TrainingUnit, world: World, mesh: DeviceMesh) -> None:
+        super().__init__(unit, world, mesh)
+        # frozen weights in few bits have a parameter without data in their place
+        without_data = [name for name, parameter in unit.named_parameters() if parameter.is_meta]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(unit, without_data)
+        self.ddp = DistributedDataParallel(
+            unit, process_group=mesh.get_group("replicate"), broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        sums: dict[str, Tensor] = self.ddp(batch)
+        return sums
+
+    def prepare(self, *, is_last: bool) -> AbstractContextManager[None]:
+        return nullcontext() if is_last else self.ddp.no_sync()
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        (loss * self.data_size).backward()  # DistributedDataParallel takes the mean over the ranks
+
+
+class Sharded(DataParallel):
+    """A shard of each parameter, of its gradient and its optimizer state on each rank: torch's ``fully_shard`` (FSDP2).
+
+    A parameter is divided along its first dimension.  Whole weights are gathered for a block at a time; the rest of
+    the unit (embeddings, final norm, heads) stays gathered from the forward pass to the end of the backward pass.
+
+    ``mesh`` has the dimension ``shard``, and for HSDP ``replicate`` before it: shards are then divided over the ranks
+    of ``shard``, and their gradients summed over those of ``replicate``, once a step.
+
+    ``reshard_after_forward``: blocks are gathered for backward again; False keeps them, for less traffic and more
+    memory.  ``keeps_whole_gradients``: gradients are summed over the ranks after the last micro-batch alone; until then
+    each rank holds whole ones, in the memory of whole weights.  Otherwise each micro-batch's are scattered at once.
+
+    The parameters may be on ``meta`` when this is built.  They need memory before :attr:`shards` is read.
+    """
+
+    holds_parts: ClassVar[bool] = True
+    keeps_casts: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        unit: TrainingUnit,
+        world: World,
+        mesh: DeviceMesh,
+        *,
+        reshard_after_forward: bool = True,
+        keeps_whole_gradients: bool = False,
+    ) -> None:
+        super().__init__(unit, world, mesh)
+        refuse_packed(unit)
+        self.reshard_after_forward = reshard_after_forward
+        self.keeps_whole_gradients = keeps_whole_gradients
+        for block in unit.model.blocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=False)
+        for name in ("score", "sequence_losses", "_gather_outer"):
+            setattr(unit, name, getattr(unit, name, _nothing))
+            register_fsdp_forward_method(unit, name)
+        self.modules: list[FSDPModule] = [module for module in unit.modules() if isinstance(module, FSDPModule)]
+        for module in self.modules:
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+            module.set_gradient_divide_factor(1.0)
+        self._root: Any = unit
+        self._is_last: bool | None = None  # as :meth:`prepare` has set it
+
+    @cached_property
+    def shards(self) -> LocalShards:
+        """This rank's part of every parameter."""
+        for module in self.modules:
+            module.reshard()
+        return LocalShards(self.unit, self.world)
+
+    @property
+    def trainable(self) -> Trainable:
+        return self.shards
+
+    def weights(self) -> list[tuple[str, nn.Parameter]]:
+        return self.shards.trained()
+
+    def places(self) -> Mapping[str, Place]:
+        return self.shards.places()
+
+    @contextmanager
+    def prepare(self, *, is_last: bool) -> Iterator[None]:
+        if is_last != self._is_last:
+            self._is_last = is_last
+            self._root.set_is_last_backward(is_last)
+            self._root.set_requires_gradient_sync(is_last or not self.keeps_whole_gradients)
+            self._root.set_requires_all_reduce(is_last)
+        yield
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        loss.backward()
+        if is_last:
+            self.shards.take_gradients()
+
+    def drop_gradients(self) -> None:
+        self.shards.drop_gradients()
+
+    def sum_of_squares(self, squares: Tensor, names: Sequence[str]) -> Tensor:
+        return self.shards.sum_of_squares(squares, names)
+
+    def largest(self, value: Tensor) -> Tensor:
+        return self.shards.largest(value)
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        caches = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # it would keep a cast of each block's whole weights
+        try:
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(caches)
+            for module in self.modules:
+                module.reshard()
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Context in which every rank has the whole weights: in it one rank alone may call the model.
+
+        Entering gathers them, on all ranks.  They take the memory of the whole unit beside the shards.
+        """
+        with torch.no_grad():
+            self._root._gather_outer()  # the first pass of all must be the unit's
+        for module in self.modules:
+            module.set_reshard_after_forward(False, recurse=False)
+        handles = [module.unshard(async_op=True) for module in self.modules]
+        for handle in handles:
+            if handle is not None:
+                handle.wait()
+        try:
+            yield
+        finally:
+            for module in self.modules:
+                module.reshard()
+                module.set_reshard_after_forward(self.reshard_after_forward and module is not self._root, recurse=False)
+
+
+def _nothing() -> None:
+    pass
+
+
+def refuse_packed(unit: TrainingUnit) -> None:
+    """Raise ValueError if frozen weights of ``unit`` are packed, in formats that cannot be divided by rows."""
+    packed = [name for name, module in unit.named_modules() if getattr(module, "packed", None) is not None]
+    if packed:
+        raise ValueError(
+            f"lora.quantization: packed weights cannot be divided by rows ({packed[0]} is one of {len(packed)}); take "
+            "lora.quantization=none, or distributed=ddp, where each rank has whole weights"
+        )
