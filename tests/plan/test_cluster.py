@@ -77,7 +77,10 @@ def test_recomputation_is_that_of_the_run(overrides: tuple[str, ...], expected: 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("lora=lora",), "lora=lora: a plan for several devices does not know adapters; take lora=none"),
+        (
+            ("lora=lora", "weights=checkpoint", "weights.path=run"),
+            "lora=lora: a plan for several devices does not know adapters; take lora=none",
+        ),
         (
             ("activation_checkpointing=full", "activation_checkpointing.offload=true"),
             "activation_checkpointing.offload=true: a plan for several devices does not know it",
