@@ -115,8 +115,9 @@ def assemble(
 def check_ranks(run: RunConfig, processes: int) -> None:
     """Raise ValueError for a setting that does not go with so many ranks."""
     if processes > 1:
+        mesh = run.distributed.mesh(processes)
         settings = ParallelSettings(
-            processes, run.distributed.mesh(processes).shard > 1, run.optimizer, run.clipping, run.precision, run.lora,
+            processes, mesh.shard > 1 or mesh.tensor > 1, run.optimizer, run.clipping, run.precision, run.lora,
             run.activation_checkpointing, run.runtime.cuda_graphs,
         )  # fmt: skip
         check_parallel(settings)

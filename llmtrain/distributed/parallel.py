@@ -84,6 +84,15 @@ class Parallel:
         both = self.world.sum(own if flags is None else torch.cat([own, flags.to(own)]))
         return both[: len(losses)], None if flags is None else both[len(losses) :]
 
+    def sum_over_data(self, values: Tensor) -> Tensor:
+        """The sum of ``values`` over the ranks that have different sequences, in their dtype."""
+        own = values.double() * (self.data_size / self.world.size)
+        return (
+            self.world.sum(own).to(values.dtype)
+            if values.is_floating_point()
+            else self.world.sum(own).round().to(values.dtype)
+        )
+
     def sum_of_squares(self, squares: Tensor, names: Sequence[str]) -> Tensor:
         """Sum ``squares`` ``(parameters,)``, of the elements that this rank holds of each, over the whole tensors."""
         return squares
