@@ -1,6 +1,5 @@
 """Ranks that share a unit by DDP, FSDP and HSDP give the numbers of one process."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,18 +9,6 @@ from tests.helpers.ranks import Ranks
 
 RELATIVE = 1e-5
 MODES = ("ddp", "fsdp")
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    with Ranks(2) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    with Ranks(4) as ranks:
-        yield ranks
 
 
 def check(ranks: Ranks, mode: str, options: dict[str, Any] | None = None, **setting: Any) -> None:
@@ -44,15 +31,18 @@ def test_ranks_train_as_one_process(two: Ranks, mode: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "sgd", "lion", "adam", "adamw_bf16"])
-@pytest.mark.parametrize("mode", MODES)
-def test_optimizers_update_as_in_one_process(two: Ranks, mode: str, optimizer: str) -> None:
-    check(two, mode, optimizer=optimizer)
+def test_optimizers_update_shards_as_in_one_process(two: Ranks, optimizer: str) -> None:
+    check(two, "fsdp", optimizer=optimizer)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "sgd"])
+def test_optimizers_update_replicas_as_in_one_process(two: Ranks, optimizer: str) -> None:
+    check(two, "ddp", optimizer=optimizer)
 
 
 @pytest.mark.parametrize("clipping", ["value", "per_parameter", "none"])
-@pytest.mark.parametrize("mode", MODES)
-def test_clipping_is_that_of_whole_gradients(two: Ranks, mode: str, clipping: str) -> None:
-    check(two, mode, clipping=clipping, kind="gpt lora")
+def test_clipping_is_that_of_whole_gradients(two: Ranks, clipping: str) -> None:
+    check(two, "fsdp", clipping=clipping, kind="gpt lora")
 
 
 @pytest.mark.parametrize(

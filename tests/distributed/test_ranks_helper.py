@@ -2,19 +2,12 @@
 
 import os
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 from llmtrain.base.world import World
 from tests.helpers.ranks import RankFailed, Ranks
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    with Ranks(2) as ranks:
-        yield ranks
 
 
 def agree(world: World, number: int) -> list[object]:

@@ -1,6 +1,5 @@
 """The other promises of ranks that share a unit: names, boxes, evaluation, samples, errors, bits."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -30,12 +29,6 @@ from tests.helpers.options import make_option
 from tests.helpers.ranks import Ranks
 
 MODES = ("ddp", "fsdp")
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    with Ranks(2) as ranks:
-        yield ranks
 
 
 # --- names and boxes ------------------------------------------------------------------------------------------------
