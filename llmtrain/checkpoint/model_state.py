@@ -1,6 +1,6 @@
 """The model in a checkpoint: the tensors that are saved, and their restoration."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -26,22 +26,26 @@ def saved_tensors(
     ``places``: of the parameters that this rank holds parts of, which are in ``weights``; they are given as they are
     held, with vocabulary padding.
     """
-    tensors = dict(_as_held(unit, weights, places)) if places else unit.weights_state()
-    if not unit.has_base:
-        return tensors
-    trained = {name for name, _ in unit.trained_weights()}
-    return {name: tensor for name, tensor in tensors.items() if name in trained}
+    trained = {name for name, _ in unit.trained_weights()} if unit.has_base else None
+    if places:
+        return dict(_as_held(unit, weights, places, trained))
+    return {name: tensor for name, tensor in unit.weights_state().items() if trained is None or name in trained}
 
 
-def _as_held(unit: TrainingUnit, weights: Mapping[str, Tensor], places: Places) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of a unit that is divided among ranks, whose state dict would gather them."""
+def _as_held(
+    unit: TrainingUnit, weights: Mapping[str, Tensor], places: Places, names: Collection[str] | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Tensors ``names`` (None: all) of a unit that is divided among ranks, whose state dict would gather them."""
     for name, parameter in unit.named_weights():
+        if names is not None and name not in names:
+            continue
         if name in places:
             yield name, weights[name].detach()
         else:
             rows = unit.model.vocab_size if name in unit.model.padded_weights else None
             yield name, parameter.detach()[:rows] if rows else parameter.detach()
-    yield from unit.saved_buffers()
+    if names is None:
+        yield from unit.saved_buffers()
 
 
 def stored_places(unit: TrainingUnit, places: Places) -> Places:

@@ -162,5 +162,4 @@ def whole_bytes(model: Tensors, optimizer: Tensors, places: Places) -> int:
     """Bytes of the whole tensors of a checkpoint, of which this rank holds parts."""
     parts = [*model_parts(model, places, is_first=True), *state_parts(optimizer, model, places, is_first=True)]
     sizes = {part.name: Box(part.offset, part.whole).numel * part.tensor.element_size() for part in parts}
-    model_names = {part.name for part in parts if "/" not in part.name}
-    return sum(sizes[name] for name in sizes if name in model_names or "/" in name)
+    return sum(sizes.values())

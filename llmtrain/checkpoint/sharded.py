@@ -124,9 +124,10 @@ def _commit(temporary: Path, path: Path, step: int, reports: Sequence[dict[str, 
     index = {group: _merge([report["index"][group] for report in reports]) for group in GROUPS}
     try:
         check_index(index, INDEX)
-    except CheckpointError as error:  # not of the disk: the ranks' places are wrong
+        text = render_index(index)
+    except CheckpointError as error:  # not of the disk: the ranks' places are wrong, and would be the next time
         raise RuntimeError(str(error)) from error
-    files |= write_files(temporary, {}, {INDEX: render_index(index)})
+    files |= write_files(temporary, {}, {INDEX: text})
     commit(temporary, path, step, files)
 
 

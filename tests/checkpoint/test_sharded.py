@@ -12,7 +12,7 @@ from llmtrain.base.tensor_files import CheckpointError
 from llmtrain.base.world import World
 from llmtrain.checkpoint.directory import find_checkpoints, step_of
 from llmtrain.checkpoint.format import copy_checkpoint, verify_checkpoint, weights_digest, write_checkpoint
-from llmtrain.checkpoint.parts import model_parts
+from llmtrain.checkpoint.parts import model_parts, whole_bytes
 from llmtrain.checkpoint.restore import read_state_parts
 from llmtrain.checkpoint.stored_tensors import StoredTensors, read_group
 from llmtrain.checkpoint.writer import RunDirectoryGone, SaveResult
@@ -151,6 +151,15 @@ def test_single_numbers_are_written_once(tmp_path: Path) -> None:
         assert box == {
             "file": "optimizer-00001-of-00004.safetensors", "key": entry, "offset": [], "shape": [],
         }  # fmt: skip
+
+
+def test_the_size_of_a_checkpoint_is_known_from_any_part_of_it() -> None:
+    model = whole_model()
+    state = state_of(model)
+    expected = sum(tensor.nbytes for tensor in (*stored_model().values(), *state.values()))
+    for rank in range(4):
+        tensors, places = held(model, "rows", 4, rank)
+        assert whole_bytes(tensors, held_state(state, places), places) == expected
 
 
 def test_state_that_cannot_be_divided_is_refused_before_training(tmp_path: Path) -> None:

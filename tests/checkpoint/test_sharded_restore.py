@@ -159,3 +159,14 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     short.step()
     with pytest.raises(CheckpointError, match=r"index\.json: optimizer state missing: .*/momentum_buffer"):
         restore(path, fresh.unit, short, weights=fresh.weights, places=fresh.places)
+
+
+def test_frozen_weights_that_come_from_elsewhere_are_not_in_a_checkpoint() -> None:
+    rank = Rank(new_unit(1), ThreadWorld.of(2)[1])
+    rank.unit.has_base = True
+    for name, parameter in rank.unit.named_weights():
+        parameter.requires_grad_("norm" in name)
+    trained = {name: weight for name, weight in rank.weights.items() if "norm" in name}
+    found = saved_tensors(rank.unit, trained, rank.places)
+    assert found.keys() == trained.keys()
+    assert found["final_norm.weight"].shape == (3,)
