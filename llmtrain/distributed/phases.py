@@ -91,8 +91,9 @@ def judge(positions: Sequence[Position], limit: float) -> Verdict | None:
         return None
     place = f"{behind[0].phase.value} at step {behind[0].step:,}"
     if len(behind) == len(present):
-        text = (f"all {len(present)} ranks have been {place} for {_seconds(seconds)}, and none is behind the others: "
-                "a network link, a device or a file system may not answer")  # fmt: skip
+        text = f"all {len(present)} ranks have been {place} for {_seconds(seconds)}, and none is behind the others"
+        if behind[0].phase.waits:
+            text += ": a network link or a device may not answer"
         return Verdict(text, tuple(each.rank for each in behind))
     has = "has" if len(behind) == 1 else "have"
     text = f"{_named(behind)} {has} been {place} for {_seconds(seconds)}"

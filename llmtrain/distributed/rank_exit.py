@@ -14,7 +14,7 @@ from llmtrain.base.invocation import FAILED
 from llmtrain.base.world import World
 from llmtrain.distributed.heartbeat import Heartbeat
 from llmtrain.distributed.phases import Phase
-from llmtrain.distributed.supervision import Kind, Supervision, kind_of, log_name
+from llmtrain.distributed.supervision import HEADING, Kind, Supervision, kind_of, log_name
 
 TEARDOWN_SECONDS = 20.0  # of the process group, once all ranks have finished their work
 FLUSH_SECONDS = 1.0
@@ -96,5 +96,5 @@ def redirect_output(ranks_folder: Path, rank: int, size: int) -> Path | None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True)
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    print(f"--- rank {rank} of {size} on {socket.gethostname()}, process {os.getpid()}, {now}", flush=True)
+    print(f"{HEADING}{rank} of {size} on {socket.gethostname()}, process {os.getpid()}, {now}", flush=True)
     return path

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.base.threads import default_threads
-from llmtrain.distributed.supervision import Failure, failure_name, log_name, read_run_directory, saving_name
+from llmtrain.distributed.supervision import (
+    HEADING,
+    Failure,
+    failure_name,
+    log_name,
+    read_run_directory,
+    saving_name,
+)
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LAST_BYTES = 16_384  # of a log, to look for the last lines in
@@ -61,7 +68,7 @@ class RankProcess(ABC):
         return early
 
     def last_lines(self, number: int) -> list[str]:
-        """The last lines of its output that are not empty."""
+        """The last lines of its output that are not empty, since its last start."""
         path = self.log()
         try:
             with open(path or os.devnull, "rb") as file:  # noqa: PTH123
@@ -69,7 +76,8 @@ class RankProcess(ABC):
                 lines = file.read().decode("utf-8", errors="replace").splitlines()
         except OSError:
             return []
-        return [line for line in lines if line.strip()][-number:]
+        starts = [start for start, line in enumerate(lines, start=1) if line.startswith(HEADING)]
+        return [line for line in lines[max(starts, default=0) :] if line.strip()][-number:]
 
 
 class LocalRank(RankProcess):

@@ -20,6 +20,7 @@ from llmtrain.base.invocation import FAILED, USAGE_ERROR
 
 FOLDER = "LLMTRAIN_SUPERVISED"  # the variable that names the folder
 RUN_DIRECTORY = "run_dir"
+HEADING = "--- rank "  # of each start in the log of a rank
 
 # torch's words for a rank whose peer is gone or has not answered: gloo, NCCL, the store.
 CONSEQUENCES = re.compile(
