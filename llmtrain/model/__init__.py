@@ -235,7 +235,8 @@ class ModelConfig(Option, ABC):
 
 def head_matrix(head: nn.Module) -> Tensor:
     """The matrix that an output layer multiplies by: its ``weight``, with an adapter its ``adapted_weight``."""
-    matrix: Tensor = head.adapted_weight if hasattr(type(head), "adapted_weight") else head.weight
+    matrix = head.adapted_weight if hasattr(type(head), "adapted_weight") else head.weight
+    assert isinstance(matrix, Tensor)
     return matrix
 
 
