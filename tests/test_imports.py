@@ -33,7 +33,8 @@ MODULES = {
 }  # fmt: skip
 
 HYDRA = {"cli", "config"}
-PROCESSES = {"data", "kernels", "run", "sweep"}  # chat templates, a compiler, git for environment.json, jobs of a sweep
+# chat templates, the ranks of a run, a compiler, git for environment.json, jobs of a sweep
+PROCESSES = {"data", "distributed", "kernels", "run", "sweep"}
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy"}
 UNSAFE_CALLS = {
     "eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "torch.save", "torch.jit.load",

@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.list:
             print("\n".join(f"{name}: {case.name}: {' '.join(case.command)}" for case in cases))
             continue
-        end = begun + (arguments.seconds or PARTS[name].seconds)
+        end = begun + (arguments.seconds or PARTS[name].seconds * setup.patience)
         good &= run_part(name, cases, setup, results, begun, end)
     return 0 if good else 1
 

@@ -17,5 +17,6 @@ TOKENIZER = "tokenizer"  # folder: a copy of the files that the tokenizer is mad
 # of a checkpoint
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+INDEX = "index.json"  # where several ranks hold the tensors: their boxes and files
 STATE = "state.json"
 MANIFEST = "manifest.json"

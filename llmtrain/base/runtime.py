@@ -83,8 +83,10 @@ class Runtime(Option):
         return torch.device("cuda", int(number) if number else torch.cuda.current_device())
 
     @contextmanager
-    def session(self, recorded_threads: int | None = None) -> Iterator[torch.device]:
+    def session(self, recorded_threads: int | None = None, *, ranks_here: int = 1) -> Iterator[torch.device]:
         """Set threads, determinism and the current GPU for the duration of a run; yields the device.
+
+        ``ranks_here``: processes of the run on this machine, which share its cores.
 
         ``recorded_threads``: of the run that continues, which keeps their number unless ``num_threads`` is given: the
         sums of a step depend on it in their last bits.
@@ -95,7 +97,7 @@ class Runtime(Option):
         threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
         filling: Any = torch.utils.deterministic  # torch replaces its module by one with this property
         fills = filling.fill_uninitialized_memory
-        torch.set_num_threads(self.num_threads or recorded_threads or default_threads())
+        torch.set_num_threads(self.num_threads or recorded_threads or max(default_threads() // ranks_here, 1))
         if self.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS creates its first handle
             torch.use_deterministic_algorithms(True)

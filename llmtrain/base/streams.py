@@ -60,3 +60,10 @@ def silence(number: int) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, number)
         os.close(nowhere)
+
+
+def write_to_stderr(text: str) -> None:
+    """Write a line without a buffer or a lock, as a signal handler may."""
+    with contextlib.suppress(OSError):  # closed
+        after_echo = "\n" if os.isatty(2) else ""  # of ^C
+        os.write(2, f"{after_echo}{text}\n".encode())

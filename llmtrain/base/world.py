@@ -6,10 +6,15 @@ Importing this module does not import torch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 class World(ABC):
@@ -21,6 +26,7 @@ class World(ABC):
 
     rank: int
     size: int
+    local_size: int  # ranks on this rank's machine
     host: str  # name of this rank's machine
 
     @property
@@ -44,15 +50,43 @@ class World(ABC):
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, as JSON can hold them, in their order, on every rank."""
 
-    @abstractmethod
+    def mark(self, phase: str, step: int) -> None:  # noqa: B027 (nobody may watch)
+        """Record the phase of this rank, by a name of :class:`llmtrain.distributed.phases.Phase`; costs nothing."""
+
+    def begin(self, run_dir: Path) -> None:  # noqa: B027
+        """Take the run's directory into use: for the logs of ranks, and for whoever watches them."""
+
+    def saving(self) -> AbstractContextManager[None]:
+        """Context of writing a checkpoint, in which this process is not killed for the failure of another."""
+        return nullcontext()
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
+        self.any(False)
+
+    def separate(self) -> World:
+        """The same ranks with a connection of its own, for another thread, whose calls come in another order."""
+        return self
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Do ``work`` on rank 0; its result, as JSON can hold it, and a ValueError of it, are those of every rank."""
+        outcome: list[Any] = []
+        error: ValueError | None = None
+        if self.is_first:
+            try:
+                outcome = [work()]
+            except ValueError as caught:
+                error, outcome = caught, [None, str(caught)]
+        outcome = self.share(outcome)
+        if len(outcome) > 1:
+            raise error or ValueError(outcome[1])
+        return outcome[0]
 
 
 class Alone(World):
     """One process: agreements cost nothing."""
 
-    rank, size, host = 0, 1, ""
+    rank, size, local_size, host = 0, 1, 1, ""
 
     def sum(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -66,5 +100,8 @@ class Alone(World):
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
-    def barrier(self) -> None:
-        pass
+    def first(self, work: Callable[[], T]) -> T:
+        return work()
+
+
+ALONE = Alone()

@@ -3,14 +3,18 @@
 A checkpoint is written into ``.tmp-…``, each file fsynced, the manifest last, then the directory is renamed and its
 parent fsynced: a kill at any moment leaves either no checkpoint or a complete one (and a ``.tmp-…`` that the next
 writer sweeps away).  Tensors are safetensors, everything else JSON or YAML; nothing is pickled.
+
+Where one process holds every tensor there is one file of the model's and one of the optimizer's; where several ranks
+hold parts, each writes its own, and an index tells them apart (``index.py``, ``sharded.py``).
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,11 +26,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmtrain.base.files import check_room, fsync, replace_directory, sha256, share
-from llmtrain.base.run_files import CONFIG, MANIFEST, MODEL, OPTIMIZER, STATE
+from llmtrain.base.run_files import CONFIG, INDEX, MANIFEST, MODEL, OPTIMIZER, STATE
 from llmtrain.base.stored_files import parse_json_object, read_json_object, read_text_file
 from llmtrain.base.tensor_files import CheckpointError
+from llmtrain.checkpoint.index import check_files, is_shard_name, read_index, render_index
+from llmtrain.checkpoint.stored_tensors import check_shards
 
-FORMAT = 2
+FORMAT = 2  # also of checkpoints with an index: versions that know none refuse them, as files are missing
 CHUNK = 1 << 22  # bytes compared at once
 
 
@@ -34,32 +40,61 @@ def write_checkpoint(
     path: Path, *, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: dict[str, Any], config: str
 ) -> None:
     """Write the checkpoint directory ``path``.  On any error (no space, …) nothing of it remains; OSError."""
+    with temporary_of(path, sum(tensor.nbytes for tensors in (model, optimizer) for tensor in tensors.values())) as new:
+        texts = {STATE: render_state(state), CONFIG: config}
+        files = write_files(new, {MODEL: model, OPTIMIZER: optimizer}, texts)
+        commit(new, path, state["step"], files)
+
+
+@contextlib.contextmanager
+def temporary_of(path: Path, num_bytes: int) -> Iterator[Path]:
+    """Make the directory that becomes the checkpoint ``path``; what is left of it at the end is removed.
+
+    Raises OSError, also for a disk without room for ``num_bytes``.
+    """
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     if not path.parent.exists():
         path.parent.mkdir(exist_ok=True)  # without its parents: a run directory that was removed is not made again
         fsync(path.parent.parent)
-    check_room(path.parent, sum(tensor.nbytes for tensors in (model, optimizer) for tensor in tensors.values()))
+    check_room(path.parent, num_bytes)
     try:
         temporary.mkdir()
-        with ThreadPoolExecutor(1) as synced:  # one file goes to the disk and is hashed while the next is written
-            entries = {}
-            for name, tensors in ((MODEL, model), (OPTIMIZER, optimizer)):
-                save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / name)
-                share(temporary / name)
-                entries[name] = synced.submit(_manifest_entry, temporary / name)
-            for name, text in ((STATE, json.dumps(state, indent=1) + "\n"), (CONFIG, config)):
-                (temporary / name).write_text(text, encoding="utf-8")
-                entries[name] = synced.submit(_manifest_entry, temporary / name)
-            files = {name: entry.result() for name, entry in entries.items()}
-        manifest = {"format": FORMAT, "step": state["step"], "files": files}
-        (temporary / MANIFEST).write_text(_render_manifest(manifest), encoding="utf-8")
-        fsync(temporary / MANIFEST)
-        fsync(temporary)
-        replace_directory(temporary, path)
-    except SafetensorError as error:  # safetensors' error for a failed write
-        raise OSError(f"writing {path} failed: {error}") from error
+        yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def render_state(state: Mapping[str, Any]) -> str:
+    """The text of ``state.json``."""
+    return json.dumps(state, indent=1) + "\n"
+
+
+def write_files(
+    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Write files of tensors and of text, by name, to the disk; return their entries in the manifest."""
+    try:
+        with ThreadPoolExecutor(1) as synced:  # one file goes to the disk and is hashed while the next is written
+            entries = {}
+            for name, content in tensors.items():
+                save_file({k: v.contiguous() for k, v in content.items()}, folder / name)
+                share(folder / name)
+                entries[name] = synced.submit(_manifest_entry, folder / name)
+            for name, text in texts.items():
+                (folder / name).write_text(text, encoding="utf-8")
+                entries[name] = synced.submit(_manifest_entry, folder / name)
+            return {name: entry.result() for name, entry in entries.items()}
+    except SafetensorError as error:  # safetensors' error for a failed write
+        raise OSError(f"writing into {folder} failed: {error}") from error
+
+
+def commit(temporary: Path, path: Path, step: int, files: Mapping[str, dict[str, Any]]) -> None:
+    """Write the manifest of ``files``, which are on the disk, and rename ``temporary`` to the checkpoint ``path``."""
+    manifest = {"format": FORMAT, "step": step, "files": dict(files)}
+    (temporary / MANIFEST).write_text(_render_manifest(manifest), encoding="utf-8")
+    fsync(temporary / MANIFEST)
+    fsync(temporary)
+    replace_directory(temporary, path)
 
 
 def _manifest_entry(path: Path) -> dict[str, Any]:
@@ -119,12 +154,18 @@ def confirm_checkpoint(path: Path, *, model: Mapping[str, Tensor], optimizer: Ma
     Raises :class:`CheckpointError` naming the file and the tensor.
     """
     for name, tensors in ((MODEL, model), (OPTIMIZER, optimizer)):
-        with safe_open(path / name, framework="pt") as file:
-            if set(file.keys()) != tensors.keys():
-                raise CheckpointError(f"{path / name}: does not hold the tensors that were written")
-            for key, tensor in tensors.items():
-                if not _same_bytes(file.get_tensor(key), tensor):
-                    raise CheckpointError(f"{path / name}: {key} reads back differently from what was written")
+        confirm_file(path / name, tensors)
+
+
+def confirm_file(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Read one file back as :func:`confirm_checkpoint` does; return the tensors' dtypes, as safetensors names them."""
+    with safe_open(path, framework="pt") as file:
+        if set(file.keys()) != tensors.keys():
+            raise CheckpointError(f"{path}: does not hold the tensors that were written")
+        for key, tensor in tensors.items():
+            if not _same_bytes(file.get_tensor(key), tensor):
+                raise CheckpointError(f"{path}: {key} reads back differently from what was written")
+        return {key: file.get_slice(key).get_dtype() for key in tensors}
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
@@ -138,7 +179,7 @@ def _bytes(tensor: Tensor) -> np.ndarray:
 
 
 def verify_checkpoint(path: Path, *, only: str | None = None) -> None:
-    """Compare every file of the checkpoint, or ``only`` one, with the manifest.
+    """Compare every file of the checkpoint, or ``only`` one, with the manifest; then an index with the files it names.
 
     Raises :class:`CheckpointError` naming the file.
     """
@@ -159,6 +200,10 @@ def verify_checkpoint(path: Path, *, only: str | None = None) -> None:
             raise CheckpointError(f"{file}: its sha256 is not the manifest's; the file was changed or damaged")
     if extra := sorted(entry.name for entry in path.iterdir() if entry.name not in (*files, MANIFEST)):
         raise CheckpointError(f"{path / extra[0]}: not of this checkpoint; its manifest does not list it")
+    if INDEX in files and only is None:
+        index = read_index(path)
+        check_files(index, files, str(path / INDEX))
+        check_shards(path, index)
 
 
 def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
@@ -183,7 +228,9 @@ def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
             raise CheckpointError(f"{manifest_path}: {name!r} is not a plain file name")
     if text != _render_manifest(manifest):
         raise CheckpointError(f"{manifest_path}: it does not have the sha256 that it names; changed or damaged")
-    if missing := {MODEL, OPTIMIZER, STATE, CONFIG} - files.keys():
+    if INDEX in files and (both := {MODEL, OPTIMIZER} & files.keys()):
+        raise CheckpointError(f"{manifest_path}: lists {INDEX} and {', '.join(sorted(both))}, which exclude each other")
+    if missing := {STATE, CONFIG, *(() if INDEX in files else (MODEL, OPTIMIZER))} - files.keys():
         raise CheckpointError(f"{manifest_path}: does not list {', '.join(sorted(missing))}")
     if re.fullmatch(r"step-\d+", path.name) and int(path.name.removeprefix("step-")) != step:
         raise CheckpointError(f"{path}: holds step {step}, by {MANIFEST}: the folder was renamed; restore its name")
@@ -200,5 +247,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def weights_digest(checkpoint: Path) -> str:
-    """The sha256 of a checkpoint's weights, by its manifest.  Raises :class:`CheckpointError`."""
-    return _read_manifest(checkpoint)[MODEL][1]
+    """The sha256 of a checkpoint's weights, by its manifest; of several files, one of theirs and of their boxes.
+
+    Raises :class:`CheckpointError`.
+    """
+    files = _read_manifest(checkpoint)
+    if INDEX not in files:
+        return files[MODEL][1]
+    index = read_index(checkpoint)
+    shards = {name: digest for name, (_, digest) in sorted(files.items()) if is_shard_name(name, "model")}
+    text = render_index({"model": index["model"]}) + json.dumps(shards)
+    return hashlib.sha256(text.encode()).hexdigest()

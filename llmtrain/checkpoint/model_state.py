@@ -1,46 +1,105 @@
 """The model in a checkpoint: the tensors that are saved, and their restoration."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
-from llmtrain.base.tensor_files import CheckpointError, read_tensors
+from llmtrain.base.places import Places, places_of
+from llmtrain.base.tensor_files import CheckpointError
+from llmtrain.checkpoint.parts import model_parts
+from llmtrain.checkpoint.stored_tensors import StoredTensors, group_file, read_group
 from llmtrain.objective import TrainingUnit
 
+NO_WEIGHTS: Mapping[str, Tensor] = MappingProxyType({})
+NO_PLACES: Places = MappingProxyType({})
 
-def saved_tensors(unit: TrainingUnit) -> dict[str, Tensor]:
-    """The tensors that a checkpoint holds of ``unit``: all, or those that are trained beside frozen weights."""
-    tensors = unit.weights_state()
+
+def saved_tensors(
+    unit: TrainingUnit, weights: Mapping[str, Tensor] = NO_WEIGHTS, places: Places = NO_PLACES
+) -> dict[str, Tensor]:
+    """The tensors that a checkpoint holds of ``unit``: all, or those that are trained beside frozen weights.
+
+    ``places``: of the parameters that this rank holds parts of, which are in ``weights``; they are given as they are
+    held, with vocabulary padding.
+    """
+    tensors = dict(_as_held(unit, weights, places)) if places else unit.weights_state()
     if not unit.has_base:
         return tensors
     trained = {name for name, _ in unit.trained_weights()}
     return {name: tensor for name, tensor in tensors.items() if name in trained}
 
 
-def restore_model(unit: TrainingUnit, path: Path) -> None:
-    """Copy every tensor of the file ``path`` into ``unit``; they must be exactly those of :func:`saved_tensors`."""
-    tensors = read_fitting(path, saved_tensors(unit))
-    unit.load_weights(tensors, strict=not unit.has_base)
+def _as_held(unit: TrainingUnit, weights: Mapping[str, Tensor], places: Places) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of a unit that is divided among ranks, whose state dict would gather them."""
+    for name, parameter in unit.named_weights():
+        if name in places:
+            yield name, weights[name].detach()
+        else:
+            rows = unit.model.vocab_size if name in unit.model.padded_weights else None
+            yield name, parameter.detach()[:rows] if rows else parameter.detach()
+    yield from unit.saved_buffers()
 
 
-def read_fitting(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the file ``path``, on the device of those ``expected``.
+def stored_places(unit: TrainingUnit, places: Places) -> Places:
+    """The places of the parameters of ``unit`` that a rank holds parts of, with the shapes that checkpoints have.
+
+    A checkpoint of the model holds no vocabulary padding.
+    """
+    padded, size = unit.model.padded_weights, unit.model.vocab_size
+    return {
+        name: tuple(replace(place, stored=(size, *place.whole[1:])) for place in places_of(found))
+        if name in padded else found
+        for name, found in places.items()
+    }  # fmt: skip
+
+
+def restore_model(
+    unit: TrainingUnit, checkpoint: Path, weights: Mapping[str, Tensor] = NO_WEIGHTS, places: Places = NO_PLACES
+) -> None:
+    """Copy every tensor of ``checkpoint`` into ``unit``; they must be exactly those of :func:`saved_tensors`.
+
+    With ``places`` the parts in ``weights`` are filled in place.  Raises :class:`CheckpointError` naming the file.
+    """
+    if not places:
+        tensors = read_fitting(checkpoint, saved_tensors(unit))
+        unit.load_weights(tensors, strict=not unit.has_base)
+        return
+    held = saved_tensors(unit, weights, places)
+    with StoredTensors(checkpoint, "model") as stored:
+        _refuse(stored.path, _misnamed(held, stored.tensors))
+        for name in held.keys() & places.keys():
+            held[name].zero_()  # vocabulary padding, which no checkpoint holds
+        for part in model_parts(held, places, is_first=False):
+            stored.fill(part)
+
+
+def read_fitting(checkpoint: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's tensors in ``checkpoint``, on the device of those ``expected``.
 
     Raises :class:`CheckpointError` unless names and shapes are the same.
     """
-    device = next(iter(expected.values())).device if expected else "cpu"
-    tensors = read_tensors(path, device)
-    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    problems = [f"{name} is missing" for name in shapes if name not in found]
-    problems += [f"{name} is not in this model" for name in found if name not in shapes]
+    device = next(iter(expected.values())).device if expected else torch.device("cpu")
+    tensors = read_group(checkpoint, "model", device)
+    problems = _misnamed(expected, tensors)
     problems += [
-        f"{name} is {found[name]}, this model's is {shape}"
-        for name, shape in shapes.items()
-        if name in found and found[name] != shape
+        f"{name} is {tuple(tensors[name].shape)}, this model's is {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in tensors and tensors[name].shape != tensor.shape
     ]
+    _refuse(group_file(checkpoint, "model"), problems)
+    return tensors
+
+
+def _misnamed(expected: Mapping[str, object], found: Mapping[str, object]) -> list[str]:
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    return problems + [f"{name} is not in this model" for name in found if name not in expected]
+
+
+def _refuse(path: Path, problems: list[str]) -> None:
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise CheckpointError(f"{path}: does not fit the model: {'; '.join(problems[:3])}{more}")
-    return tensors

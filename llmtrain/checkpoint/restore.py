@@ -1,37 +1,83 @@
 """Reading a checkpoint back into a model and an optimizer."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from llmtrain.base.run_files import MODEL, OPTIMIZER
-from llmtrain.base.tensor_files import CheckpointError, read_tensors
+from llmtrain.base.places import Places, Shape, places_of
+from llmtrain.base.tensor_files import CheckpointError
 from llmtrain.checkpoint.directory import step_of
 from llmtrain.checkpoint.format import read_state, verify_checkpoint
-from llmtrain.checkpoint.model_state import restore_model
+from llmtrain.checkpoint.model_state import NO_PLACES, NO_WEIGHTS, restore_model
 from llmtrain.checkpoint.optimizer_state import load_state_tensors
+from llmtrain.checkpoint.parts import placed
+from llmtrain.checkpoint.stored_tensors import StoredTensors, group_file, read_group
 from llmtrain.objective import TrainingUnit
 
 
 def restore(
-    path: Path, unit: TrainingUnit, optimizer: torch.optim.Optimizer, *, fresh_optimizer: bool = False
+    path: Path,
+    unit: TrainingUnit,
+    optimizer: torch.optim.Optimizer,
+    *,
+    fresh_optimizer: bool = False,
+    weights: Mapping[str, Tensor] = NO_WEIGHTS,
+    places: Places = NO_PLACES,
 ) -> dict[str, Any]:
     """Fill ``unit`` and ``optimizer`` from the checkpoint at ``path`` and return the content of its state file.
 
     The caller has compared the checkpoint with its manifest.  With ``fresh_optimizer`` the optimizer keeps its own
-    state.  Raises :class:`CheckpointError` naming the file.
+    state.  ``places`` (of :func:`stored_places`): the parameters that this rank holds parts of, which are in
+    ``weights`` and are filled in place; only these parts are read, whatever number of ranks has written the checkpoint.
+    Raises :class:`CheckpointError` naming the file.
     """
-    restore_model(unit, path / MODEL)
+    restore_model(unit, path, weights, places)
     try:
         if not fresh_optimizer:
-            load_state_tensors(optimizer, read_tensors(path / OPTIMIZER))
+            tensors = read_state_parts(path, weights, places) if places else read_group(path, "optimizer")
+            load_state_tensors(optimizer, tensors)
     except (ValueError, TypeError, KeyError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{group_file(path, 'optimizer') if places else path}: {error}") from error
     return read_state(path)
+
+
+def read_state_parts(checkpoint: Path, weights: Mapping[str, Tensor], places: Places) -> dict[str, Tensor]:
+    """The optimizer state in ``checkpoint``, of which only this rank's parts are read.
+
+    State of the shape of a whole parameter is divided as the parameter is, other state is read as a whole.  Raises
+    :class:`CheckpointError` naming the tensor where that cannot be.
+    """
+    tensors = {}
+    with StoredTensors(checkpoint, "optimizer") as stored:
+        for entry, found in stored.tensors.items():
+            name = entry.partition("/")[0]
+            if name not in places:
+                tensors[entry] = stored.read(entry)
+                continue
+            own, whole = tuple(weights[name].shape), places_of(places[name])[0].whole
+            if not found.shape or own == whole:
+                tensors[entry] = stored.read(entry)
+            elif found.shape == whole:
+                tensors[entry] = _read_part(stored, entry, own, places)
+            else:
+                raise CheckpointError(
+                    f"{stored.path}: {entry} has the shape {list(found.shape)}, {name} {list(whole)}; state of another "
+                    "shape than its parameter's cannot be divided among ranks"
+                )
+    return tensors
+
+
+def _read_part(stored: StoredTensors, entry: str, own: Shape, places: Places) -> Tensor:
+    name = entry.partition("/")[0]
+    tensor = torch.empty(own, dtype=stored.dtype(entry))
+    for part, _ in placed(entry, tensor, places_of(places[name])):
+        stored.fill(part)
+    return tensor
 
 
 def newest_intact(

@@ -5,6 +5,9 @@ runs beside the next forward and backward pass; the next update waits for it, on
 Hashing, writing, syncing, renaming, reading back and the removal of older checkpoints follow in a thread of low
 priority.  At most one save is under way; its result is reported to the training thread, which alone writes metrics and
 decides.
+
+Several ranks write one checkpoint together: the thread of each writes the parts that its rank owns, and they agree on
+every stage over a world of their own, so that a save succeeds on all ranks or fails on all.
 """
 
 import os
@@ -15,34 +18,41 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llmtrain.base.device import available_memory
 from llmtrain.base.format import size
 from llmtrain.base.host_memory import Registration, registration_for
+from llmtrain.base.places import Places
 from llmtrain.base.run_files import CHECKPOINTS
 from llmtrain.base.tensor_files import CheckpointError
+from llmtrain.base.world import Alone, World
+from llmtrain.checkpoint.agreement import Agreement, RunDirectoryGone
 from llmtrain.checkpoint.directory import find_checkpoints, step_of
-from llmtrain.checkpoint.format import confirm_checkpoint, remove_checkpoint, verify_checkpoint, write_checkpoint
+from llmtrain.checkpoint.format import remove_checkpoint, verify_checkpoint
+from llmtrain.checkpoint.parts import Part, Tensors, model_parts, owned, state_parts
 from llmtrain.checkpoint.policy import Checkpoint
 from llmtrain.checkpoint.restore import newest_intact
-from llmtrain.checkpoint.snapshot import Snapshot, Tensors, layouts_of
+from llmtrain.checkpoint.sharded import write_together
+from llmtrain.checkpoint.snapshot import Snapshot, layouts_of
 from llmtrain.metrics import ValidationScore
 
 NICENESS = 10  # of the writing thread: it takes the time that the training threads leave
 SPARE_BYTES = 1 << 30  # of host memory that a copy leaves to others, or a quarter of the copy if that is less
 
 
-class RunDirectoryGone(Exception):
-    """The directory of a run is no longer where the run found it."""
-
-
 @dataclass
 class SaveResult:
-    """The outcome of one save."""
+    """The outcome of one save.
+
+    All ranks have an ``error`` or none; after a success ``seconds``, ``removed`` and ``damaged`` are alike too.
+    """
 
     step: int
     path: Path
@@ -62,6 +72,10 @@ class Saver(AbstractContextManager["Saver"]):
     ``config_text`` is the run's ``config.yaml``, which each checkpoint holds.  ``can_restore`` returns whether a
     checkpoint's optimizer state is of the kind of optimizer that the run has now.  ``registration`` pins the memory
     that copies are made in; None: CUDA's where ``device`` is a GPU.
+
+    ``world``: the ranks that save together, over connections that nothing else uses.  On every rank :meth:`begin` is
+    called for the same steps and every save is collected; ``is_done`` may be earlier on one than on another.
+    ``places``: of the parameters that this rank holds parts of; the others it holds as a whole, and rank 0 writes them.
     """
 
     def __init__(
@@ -73,6 +87,8 @@ class Saver(AbstractContextManager["Saver"]):
         config_text: str,
         can_restore: Callable[[Path], bool] = lambda checkpoint: True,
         registration: Registration | None = None,
+        world: World | None = None,
+        places: Places = MappingProxyType({}),
     ) -> None:
         self.policy = policy
         self.run_dir = run_dir
@@ -83,6 +99,8 @@ class Saver(AbstractContextManager["Saver"]):
         self.is_behind = policy.asynchronous  # True: training continues while a checkpoint is written
         self._config_text = config_text
         self._can_restore = can_restore
+        self._ranks = Agreement(world or Alone())
+        self._places = places
         self._snapshot = Snapshot(device, registration or registration_for(device))
         self._is_refusal_reported = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_lower_priority)
@@ -96,17 +114,29 @@ class Saver(AbstractContextManager["Saver"]):
         return find_checkpoints(self.run_dir)
 
     def newest_to_roll_back_to(self, *, at_most: int) -> tuple[Path | None, list[CheckpointError]]:
-        """The newest intact checkpoint up to step ``at_most`` whose optimizer state fits, and the errors of others."""
-        fitting = [path for path in self.checkpoints() if self._can_restore(path)]
-        return newest_intact(fitting, at_most=at_most, known=self.intact)
+        """The newest intact checkpoint up to step ``at_most`` whose optimizer state fits, and the errors of others.
+
+        Rank 0 chooses; called on all ranks, with no save under way.
+        """
+        assert self._future is None
+
+        def choose() -> tuple[str | None, list[str]]:
+            fitting = [path for path in self.checkpoints() if self._can_restore(path)]
+            path, errors = newest_intact(fitting, at_most=at_most, known=self.intact)
+            return None if path is None else path.name, [str(error) for error in errors]
+
+        name, messages = self._ranks.first(choose)
+        path = None if name is None else self.run_dir / CHECKPOINTS / name
+        return path, [CheckpointError(message) for message in messages]
 
     def prepare(self, model: Tensors, optimizer: Tensors, *, is_copied: bool) -> str | None:
         """Make ready for copies of these tensors; return a message if host memory has no room for them.
 
         In that case training waits while a checkpoint is written.  ``is_copied``: some save will be written from a
         copy.  Memory for it that has to be pinned, which takes a second for 1 to 3 GB, is made now, in the thread.
+        Raises ValueError for optimizer state that cannot be divided among ranks.
         """
-        layouts = layouts_of({"model": model, "optimizer": optimizer})
+        layouts = layouts_of(_tensors_of(self._own(model, optimizer)))
         message = self.check_memory(sum(layout.num_bytes for layout in layouts.values()))
         if self.is_behind and is_copied and self._snapshot.registration is not None:
             self._prepared = self._pool.submit(self._snapshot.make, layouts)
@@ -137,43 +167,42 @@ class Saver(AbstractContextManager["Saver"]):
     ) -> None:
         """Start to write a checkpoint.  The result of the save before must have been collected.
 
-        ``scores``: of the validations by step, the least being the best.  Without ``copied`` the checkpoint is written
-        from the tensors themselves, and an update waits until it is written.
+        ``model`` and ``optimizer``: the tensors as this rank holds them.  ``scores``: of the validations by step, the
+        least being the best.  Without ``copied`` the checkpoint is written from the tensors themselves, and an update
+        waits until it is written.
         """
         assert self._future is None
         self._begun = time.perf_counter()
         path = self.run_dir / CHECKPOINTS / f"step-{state['step']:08d}"
         self._saved = saved = SaveResult(state["step"], path)
-        scores = dict(scores)
-        saved.copied = copied and self._copy(saved, model, optimizer)
-        if saved.copied:
-
-            def work() -> None:
-                self._snapshot.finish()
-                copies = self._snapshot.copies
-                self._write(saved, copies["model"], copies["optimizer"], state, scores)
-        else:
-
-            def work() -> None:
-                self._write(saved, model, optimizer, state, scores)
-
+        own = self._own(model, optimizer)
+        saved.copied = copied and self._copy(saved, _tensors_of(own))
+        work = partial(self._write, saved, own, state, dict(scores))
         self._future = self._pool.submit(work)
         if self.is_behind:
             saved.held_seconds = time.perf_counter() - self._begun
         else:
             self._wait()
 
-    def _copy(self, saved: SaveResult, model: Tensors, optimizer: Tensors) -> bool:
+    def _own(self, model: Tensors, optimizer: Tensors) -> dict[str, dict[str, Part]]:
+        """The parts that this rank writes, by group and by key in its file."""
+        is_first, places = self._ranks.world.is_first, self._places
+        return {
+            "model": owned(model_parts(model, places, is_first=is_first)),
+            "optimizer": owned(state_parts(optimizer, model, places, is_first=is_first)),
+        }
+
+    def _copy(self, saved: SaveResult, groups: Mapping[str, Tensors]) -> bool:
         """Start a copy of the tensors; return False if saves are written without one."""
         if not self.is_behind:
             return False
         try:
             if self._prepared is not None:
                 self._prepared.result()
-            self._snapshot.begin(model=model, optimizer=optimizer)
+            self._snapshot.begin(**groups)
         except OSError as error:
             self._snapshot.close()
-            taken = sum(tensor.nbytes for tensor in (*model.values(), *optimizer.values()))
+            taken = sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values())
             saved.notice = self._stop_copying(taken, f"the system has none left ({error.strerror})")
             return False
         if (reason := self._snapshot.refusal) is not None and not self._is_refusal_reported:
@@ -195,9 +224,14 @@ class Saver(AbstractContextManager["Saver"]):
             self._snapshot.before_change()
             self._saved.held_seconds += time.perf_counter() - start
 
+    @property
+    def is_done(self) -> bool:
+        """True if a save has ended on this rank and has not been collected."""
+        return self._future is not None and self._future.done()
+
     def collect(self, *, wait: bool) -> SaveResult | None:
         """Return the result of the save under way, once; None if there is none, or it has not ended."""
-        if self._future is None or not (wait or self._future.done()):
+        if self._future is None or not (wait or self.is_done):
             return None
         self._wait()
         saved, self._future, self._saved = self._saved, None, None
@@ -236,22 +270,37 @@ class Saver(AbstractContextManager["Saver"]):
     def _write(
         self,
         saved: SaveResult,
-        model: Tensors,
-        optimizer: Tensors,
+        own: Mapping[str, Mapping[str, Part]],
         state: dict[str, Any],
         scores: Mapping[int, ValidationScore],
     ) -> None:
+        def prepare() -> Mapping[str, Mapping[str, Part]]:
+            if not saved.copied:
+                self.check_place()
+                return own
+            self._snapshot.finish()
+            self.check_place()
+            copies = self._snapshot.copies
+            return {
+                group: {key: part._replace(tensor=copies[group][key]) for key, part in parts.items()}
+                for group, parts in own.items()
+            }
+
+        def finish() -> dict[str, Any]:
+            self.intact.add(saved.path)
+            self._remove_superfluous(saved, scores)
+            saved.seconds = time.perf_counter() - self._begun
+            return {name: getattr(saved, name) for name in ("seconds", "removed", "damaged")}
+
         try:
             self.intact.discard(saved.path)
             self.damaged.discard(saved.path)
-            self.check_place()
-            write_checkpoint(saved.path, model=model, optimizer=optimizer, state=state, config=self._config_text)
-            confirm_checkpoint(saved.path, model=model, optimizer=optimizer)
-            self.intact.add(saved.path)
-            self._remove_superfluous(saved, scores)
+            write_together(saved.path, self._ranks, state, self._config_text, prepare)
+            for name, value in self._ranks.first(finish).items():
+                setattr(saved, name, value)
         except Exception as error:  # reported on the training thread, which decides what it means
             saved.error = error
-        saved.seconds = time.perf_counter() - self._begun
+            saved.seconds = time.perf_counter() - self._begun
 
     def _remove_superfluous(self, saved: SaveResult, scores: Mapping[int, ValidationScore]) -> None:
         """Remove checkpoints that the policy does not keep; damaged ones are neither counted nor removed."""
@@ -268,6 +317,10 @@ class Saver(AbstractContextManager["Saver"]):
             remove_checkpoint(path)
             self.intact.discard(path)
             saved.removed.append(step)
+
+
+def _tensors_of(own: Mapping[str, Mapping[str, Part]]) -> dict[str, dict[str, Tensor]]:
+    return {group: {key: part.tensor for key, part in parts.items()} for group, parts in own.items()}
 
 
 def _lower_priority() -> None:

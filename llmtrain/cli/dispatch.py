@@ -13,7 +13,6 @@ from llmtrain.base.format import visible
 from llmtrain.base.invocation import FINISHED, Invocation
 from llmtrain.base.leftovers import removed_if_refused
 from llmtrain.base.process import Allocator, has_own_tunables, prepare_process
-from llmtrain.base.ranks import refuse_several_processes
 from llmtrain.cli.arguments import CommandLine, UsageError, usage
 from llmtrain.cli.hydra_app import run_hydra
 from llmtrain.cli.start import OF_A_RUN, requested_allocator
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 
 def dispatch(line: CommandLine) -> int:
     """Compose the verb's config and run the command, or the sweep; returns the exit status."""
-    if line.verb in ("train", "resume") and not line.only_shows:
-        refuse_several_processes()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
     stored = None
     if line.verb == "resume" and not line.targets:

@@ -38,15 +38,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = dispatch(parse(arguments))
         sys.stdout.flush()
         return status
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         complain("llmtrain: stopped")
+        if (session := sys.modules.get("llmtrain.distributed.session")) is not None:
+            session.abandon_run(error, STOPPED)
         return STOPPED
     except Exception as error:
         if isinstance(error, BrokenPipeError) and error.filename is None:  # … --cfg job | head: nobody reads any more
             silence(1)
             return FAILED
         flush_standard_output()
-        return report_error(error, arguments)
+        status = report_error(error, arguments)
+        if (session := sys.modules.get("llmtrain.distributed.session")) is not None:
+            session.abandon_run(error, status)
+        return status
 
 
 def report_error(error: Exception, arguments: Sequence[str]) -> int:

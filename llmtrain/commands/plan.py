@@ -17,11 +17,16 @@ from llmtrain.base.invocation import FINISHED, USAGE_ERROR, Invocation
 from llmtrain.base.outputs import check_output, is_stdout, open_output
 from llmtrain.config.overrides import overrides_of
 from llmtrain.display import lines
+from llmtrain.distributed.auto import Auto
 from llmtrain.lint import Case, lint
 from llmtrain.objective import TrainingUnit
-from llmtrain.plan.chart import bar, draw
+from llmtrain.plan.chart import draw
 from llmtrain.plan.devices import find_device
+from llmtrain.plan.links import Network
+from llmtrain.plan.tables import bars, table
 from llmtrain.plan.trace import Phase
+from llmtrain.run.cluster_forecast import ClusterOptions, check_cluster, make_cluster_forecast
+from llmtrain.run.cluster_tables import cluster_figures, show_cluster
 from llmtrain.run.forecast import Forecast, ForecastOptions, PlannedRun, make_forecast
 from llmtrain.run.run import Run
 
@@ -37,6 +42,11 @@ class Plan(Run):
 
     probe: bool
     device: str | None
+    devices: int | None
+    gpus_per_host: int
+    network: Network
+    network_gigabits: float | None
+    host_gigabytes: float | None
     price_per_hour: float | None
     watts: float | None
     chart: str | None
@@ -45,7 +55,10 @@ class Plan(Run):
     def __post_init__(self) -> None:
         super().__post_init__()
         non_negative(price_per_hour=self.price_per_hour)
-        positive(watts=self.watts)
+        positive(
+            watts=self.watts, devices=self.devices, gpus_per_host=self.gpus_per_host,
+            host_gigabytes=self.host_gigabytes, network_gigabits=self.network_gigabits,
+        )  # fmt: skip
         if self.device not in (None, LIST):
             find_device(self.device)
         for key, path in (("chart", self.chart), ("json", self.json)):
@@ -53,8 +66,15 @@ class Plan(Run):
                 check_output(key, path)
             if path is not None and self.device == LIST:
                 raise ValueError(f"{key}={path}: device=list plans no run; leave one of them out")
+        if self.is_cluster and self.device != LIST:
+            check_cluster(self.devices, self.device)
         if self.chart is not None and not self.chart.endswith(".png"):
             raise ValueError(f"chart={self.chart}: must be a .png file")
+
+    @property
+    def is_cluster(self) -> bool:
+        """Return whether the plan is for several processes."""
+        return self.devices is not None or self.distributed.is_parallel
 
     @property
     def run(self) -> Run:
@@ -69,22 +89,20 @@ def main(plan: Plan, invocation: Invocation) -> int:
         return FINISHED
     run = plan.run
     planned = PlannedRun.of(run)
-    options = ForecastOptions(plan.probe, plan.device, plan.price_per_hour, plan.watts)
     console = Console(highlight=False, stderr=is_stdout(plan.json))  # standard output is then for the figures alone
     console.print(parameters(planned.unit))
     console.print()
     console.print(work(planned))
     console.print()
-    errors = Console(stderr=True, highlight=False)  # the plan alone goes to standard output
-    with run.runtime.session() as device:
-        forecast = make_forecast(planned, device, options, lambda text: errors.print(Text(text, style="dim")))
-    show(console, planned, forecast, named=plan.device is not None)
+    if plan.is_cluster:
+        document, parts, seconds, room = cluster(console, plan, planned)
+    else:
+        document, parts, seconds, room = single(console, plan, planned)
     if plan.chart is not None:
-        parts = forecast.memory.whole if forecast.memory else {}
-        draw(Path(plan.chart), run.name, parts, forecast.spec.memory_bytes, forecast.costs.seconds)
+        draw(Path(plan.chart), run.name, parts, room, seconds)
     if plan.json is not None:
         with open_output("json", plan.json) as file:
-            file.write(json.dumps(figures(planned, forecast), indent=1) + "\n")
+            file.write(json.dumps(document, indent=1) + "\n")
     overrides = overrides_of(invocation.command)
     findings = lint(Case(run, planned.tokenizer, planned.corpus, planned.unit, planned.length, overrides=overrides))
     if findings:
@@ -95,16 +113,37 @@ def main(plan: Plan, invocation: Invocation) -> int:
     return USAGE_ERROR if any(finding.level == "error" for finding in findings) else FINISHED
 
 
+Figures = tuple[dict[str, Any], Mapping[str, float], Mapping[str, float], float | None]
+
+
+def single(console: Console, plan: Plan, planned: PlannedRun) -> Figures:
+    """Print the forecast for one process; return the figures, memory and time by part, and the memory there is."""
+    errors = Console(stderr=True, highlight=False)  # the plan alone goes to standard output
+    options = ForecastOptions(plan.probe, plan.device, plan.price_per_hour, plan.watts)
+    with plan.run.runtime.session() as device:
+        forecast = make_forecast(planned, device, options, lambda text: errors.print(Text(text, style="dim")))
+    show(console, planned, forecast, named=plan.device is not None)
+    parts = forecast.memory.whole if forecast.memory else {}
+    return figures(planned, forecast), parts, forecast.costs.seconds, forecast.spec.memory_bytes
+
+
+def cluster(console: Console, plan: Plan, planned: PlannedRun) -> Figures:
+    """Print the forecast for several devices; return as :func:`single` does."""
+    assert plan.devices is not None
+    assert plan.device is not None
+    options = ClusterOptions(
+        plan.devices, plan.device, plan.gpus_per_host, plan.network, plan.host_gigabytes, plan.network_gigabits,
+        plan.price_per_hour, plan.watts,
+    )  # fmt: skip
+    forecast = make_cluster_forecast(planned, options, ranks_all=isinstance(plan.distributed, Auto))
+    show_cluster(console, forecast)
+    best = forecast.best
+    parts = {} if best is None else best.whole
+    seconds = {} if forecast.costs is None else forecast.costs.seconds
+    return cluster_figures(planned, forecast), parts, seconds, forecast.cluster.spec.memory_bytes
+
+
 # --- printing --------------------------------------------------------------------------------------------------------
-
-
-def table(title: str) -> Table:
-    """A borderless table: name, number, remark."""
-    result = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
-    result.add_column()
-    result.add_column(justify="right", overflow="fold")
-    result.add_column(style="dim")
-    return result
 
 
 def known_devices() -> Table:
@@ -186,17 +225,6 @@ def show(console: Console, planned: PlannedRun, forecast: Forecast, *, named: bo
     if forecast.note:
         console.print(Text(forecast.note), soft_wrap=True)
     verdict(console, forecast, named=named)
-
-
-def bars(title: str, values: Mapping[str, float], shown: Any) -> Table:
-    """A table of numbers with bars beside them."""
-    rows = table(title)
-    most, total = max(values.values(), default=0), sum(values.values())
-    for name, value in values.items():
-        if value:
-            rows.add_row(name, shown(value), bar(value / most))
-    rows.add_row(Text("total", style="bold"), Text(shown(total), style="bold"), "")
-    return rows
 
 
 def totals(forecast: Forecast) -> Table:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from llmtrain.base.format import visible
 from llmtrain.base.invocation import FINISHED, INTERRUPTED, Invocation
+from llmtrain.commands.ranks import start_ranks
 from llmtrain.run.changes import Change, changes, check_changes
 from llmtrain.run.resume import find_origin
 from llmtrain.run.run import Run
@@ -23,6 +24,8 @@ def main(run: Run, invocation: Invocation) -> int:
     changed = changes(stored.completed, run)
     check_changes(changed, branching=branching, has_base=run.lora.adapts)  # before anything that takes time
     if branching:
+        if (status := start_ranks(run, invocation)) is not None:
+            return status
         result = run.branch(stored, command=invocation.command)
         return FINISHED if result.exit_reason == "finished" else INTERRUPTED
     if run.output_dir != stored.output_dir:
@@ -37,6 +40,8 @@ def main(run: Run, invocation: Invocation) -> int:
         print(visible(f"{path}: finished already, at step {done:,}; to train on: "
                       f"llmtrain resume {shlex.quote(str(path))} {longer}"))  # fmt: skip
         return FINISHED
+    if (status := start_ranks(run, invocation)) is not None:
+        return status
     result = run.resume(stored, command=invocation.command)
     return FINISHED if result.exit_reason == "finished" else INTERRUPTED
 

@@ -20,6 +20,7 @@ from llmtrain.config.overrides import search_path
 from llmtrain.config.stored_config import ConfigError
 from llmtrain.data import DataConfig
 from llmtrain.data.sequences import Sequences
+from llmtrain.distributed.options import Distributed
 from llmtrain.lora import Lora
 from llmtrain.metrics import MetricsConfig
 from llmtrain.model import ModelConfig
@@ -65,6 +66,7 @@ class RunConfig:
     recovery: RecoveryConfig
     metrics: MetricsConfig
     runtime: Runtime
+    distributed: Distributed
     loop: LoopConfig
     overrides: tuple[str, ...] = field(default=(), init=False, compare=False, repr=False)  # those of ``compose``
 

@@ -79,8 +79,12 @@ def _option(group: str, value: str) -> str:
         else:
             remedy = f"a run of each is a sweep: -m {group}={','.join(map(str, override._value))}"
         raise ConfigError(f"{group}={value}: a run has one option of this group; {remedy}")
+    if isinstance(override._value, list):
+        if not override._value or not all(isinstance(item, str) for item in override._value):
+            raise ConfigError(f"{group}={value}: takes the name of an option, not a list; --help shows the options")
+        return override._value[0]
     if not override.is_sweep_override():
-        return value if isinstance(override._value, str | list | QuotedString) else quote(value)
+        return value if isinstance(override._value, str | QuotedString) else quote(value)
     if SWEEP_FUNCTION.fullmatch(value):
         return value
     return ",".join(_option(group, choice.strip()) for choice in _choices(value) or [])

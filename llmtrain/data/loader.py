@@ -153,6 +153,7 @@ class Loader(BatchThread):
         collate: makes a batch of some sequences, their positions and the seed; pure, so that batches can be repeated.
         seed, shuffle: the order, see :meth:`llmtrain.data.sequences.Sequences.order`.
         batch_size: sequences of a step, from the step's number and the tokens trained on before it.
+        part: this rank's number among those that share a step's sequences, and how many they are.
         position: the number of sequences visited before.
         step: the number of the first batch's step.
         tokens: the number of tokens trained on before.
@@ -167,11 +168,13 @@ class Loader(BatchThread):
         shuffle: bool,
         batch_size: Callable[[int, int], int],
         device: torch.device,
+        part: tuple[int, int] = (0, 1),
         position: int,
         step: int,
         tokens: int,
     ) -> None:
         self._sequences, self._collate = sequences, collate
+        self._part = part
         self._seed, self._shuffle = seed, shuffle
         self._batch_size = batch_size
         self._position, self._step, self._tokens = position, step, tokens
@@ -195,7 +198,7 @@ class Loader(BatchThread):
         self._position += size
         self._step += 1
         self._tokens += batch.tokens
-        return batch
+        return batch if self._part == (0, 1) else batch.shard(*self._part)
 
 
 class EvaluationLoader(BatchThread):
@@ -241,12 +244,13 @@ class TrainingStream:
     shuffle: bool
     batch_size_at: Callable[[int, int], int]  # (step, tokens trained on before it) -> sequences
     device: torch.device
+    part: tuple[int, int] = (0, 1)  # see Loader
 
     def open(self, *, position: int, step: int, tokens: int) -> Loader:
         """The batches from ``step`` on."""
         return Loader(
             self.sequences, self.collate, seed=self.seed, shuffle=self.shuffle, batch_size=self.batch_size_at,
-            device=self.device, position=position, step=step, tokens=tokens,
+            device=self.device, part=self.part, position=position, step=step, tokens=tokens,
         )  # fmt: skip
 
     def sequences_at(self, position: int, count: int) -> np.ndarray:

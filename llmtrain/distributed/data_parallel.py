@@ -161,8 +161,7 @@ class Sharded(DataParallel):
             yield
         finally:
             torch.set_autocast_cache_enabled(caches)
-            for module in self.modules:
-                module.reshard()
+            self._end_passes()
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
@@ -181,9 +180,26 @@ class Sharded(DataParallel):
         try:
             yield
         finally:
+            self._end_passes()
             for module in self.modules:
-                module.reshard()
                 module.set_reshard_after_forward(self.reshard_after_forward and module is not self._root, recurse=False)
+
+    def _end_passes(self) -> None:
+        """Have sharded weights alone, which may be loaded next, and forget the forward passes without a backward pass.
+
+        torch records the order of forward passes, and backward gathers in that order ahead of time: on all ranks alike,
+        or they wait for one another forever.
+        """
+        for module in self.modules:
+            module.reshard()
+        if hasattr(self._root, "reset_iter_state"):
+            self._root.reset_iter_state()
+            return
+        for module in self.modules:  # torch before 2.13
+            state: Any = module._get_fsdp_state()
+            state._comm_ctx.post_forward_order.clear()
+            if state._fsdp_param_group is not None:
+                state._fsdp_param_group._post_forward_indices.clear()
 
 
 def _nothing() -> None:

@@ -36,15 +36,28 @@ def evaluate(
     device: torch.device,
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
+    part: tuple[int, int] = (0, 1),
+    summed: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    casts_once: bool = True,
 ) -> EvalResult | None:
     """Evaluate the first ``max_sequences`` of ``sequences`` (None: all), without dropout.
 
     The sequences, their order and their batches of ``batch_size`` are the same every time; the position of a sequence
     is its number.  A thread makes the batches ahead, and the host waits for the device at the end alone.  No random
     number is drawn from a global generator.  Returns None if ``stop()`` became true.
+
+    With several ranks this one evaluates the share ``part`` (its number, how many there are), and ``summed`` sums a
+    tensor over the shares.  All make equally many forward passes and have the same result; ``stop`` must give them the
+    same answers.  ``casts_once``: weights are cast for all passes, and not for each, as those that
+    are gathered for a pass have to be.
     """
     end = len(sequences) if max_sequences is None else min(len(sequences), max_sequences)
     numbers = sequences.alike(np.arange(end))
+    rank, ranks = part
+    passes = -(-len(numbers[::ranks]) // batch_size)  # of the first rank, which has the most
+    numbers = numbers[rank::ranks]
+    is_short = -(-len(numbers) // batch_size) < passes  # by a pass, whose sequence does not count
+    numbers = np.append(numbers, 0) if is_short else numbers
     loader = EvaluationLoader(sequences, numbers, collate, seed=seed, batch_size=batch_size, device=device)
     totals: dict[str, Tensor] = {}
     targets: dict[str, float] = {}
@@ -52,25 +65,32 @@ def evaluate(
     was_training = unit.training
     unit.eval()
     try:
-        with loader, precision.autocast():  # around all batches: the weights are cast once
-            for batch in loader:
+        with loader, precision.autocast() if casts_once else nullcontext():
+            for number, batch in enumerate(loader, start=1):
                 if stop():
                     return None
-                with (
-                    nullcontext() if batch.sequences == batch_size else unit.eager()
-                ):  # the last batch may be smaller: not compiled for that
+                is_whole = batch.sequences == batch_size  # the last batch may be smaller: not compiled for that
+                with nullcontext() if is_whole else unit.eager(), nullcontext() if casts_once else precision.autocast():
                     sums, counts = unit.score(unit.fit_shape(batch))
+                if counts is not None and counted is None:
+                    counted = torch.zeros_like(counts)
+                for name in (name for name in sums if name not in totals):
+                    totals[name], targets[name] = torch.zeros((), dtype=torch.float64, device=device), 0
+                if is_short and number == passes:
+                    break
                 for name, total in sums.items():
-                    if name not in totals:
-                        totals[name] = torch.zeros((), dtype=torch.float64, device=device)
                     totals[name] += total
-                    targets[name] = targets.get(name, 0) + batch.counts[name]
-                if counts is not None:
-                    counted = counts if counted is None else counted + counts
+                    targets[name] += batch.counts[name]
+                if counts is not None and counted is not None:
+                    counted = counted + counts
     finally:
         unit.train(was_training)
     if not totals:
         return EvalResult(0.0)
-    read = torch.stack(list(totals.values())).tolist()  # here the host waits
-    losses = {name: total / (targets[name] or 1) for name, total in zip(totals, read, strict=True)}
-    return EvalResult(weighted(losses, unit.loss_weights), losses, None if counted is None else counted.cpu())
+    counts_of = torch.tensor([targets[name] for name in totals], dtype=torch.float64, device=device)
+    read = torch.stack([torch.stack(list(totals.values())), counts_of])
+    read = read if ranks == 1 else summed(read)
+    losses = {name: total / (count or 1) for name, total, count in zip(totals, *read.tolist(), strict=True)}
+    if counted is not None:
+        counted = (counted if ranks == 1 else summed(counted)).cpu()
+    return EvalResult(weighted(losses, unit.loss_weights), losses, counted)

@@ -30,6 +30,7 @@ class LanguageModel(nn.Module, ABC):
 
     vocab_size: int
     padded_vocab_size: int
+    padded_weights: tuple[str, ...] = ()  # the parameters whose first dimension is the padded vocabulary
     context_length: int
     num_layers: int
     blocks: nn.ModuleList  # alike, one after the other; recomputed in backward one at a time
@@ -235,8 +236,8 @@ class ModelConfig(Option, ABC):
 
 def head_matrix(head: nn.Module) -> Tensor:
     """The matrix that an output layer multiplies by: its ``weight``, with an adapter its ``adapted_weight``."""
-    matrix = head.adapted_weight if hasattr(type(head), "adapted_weight") else head.weight
-    assert isinstance(matrix, Tensor)
+    name = "adapted_weight" if hasattr(type(head), "adapted_weight") else "weight"
+    matrix: Tensor = getattr(head, name)
     return matrix
 
 

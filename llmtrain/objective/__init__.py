@@ -83,6 +83,13 @@ class TrainingUnit(nn.Module, ABC):
         """The state dict under the names that checkpoints have; vocabulary padding is left out."""
         return {name.removeprefix(MODEL): tensor for name, tensor in self.state_dict().items()}
 
+    def saved_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """The buffers that checkpoints hold, by the names that they have there."""
+        for prefix, module in self.named_modules():
+            for name, buffer in module.named_buffers(prefix, recurse=False):
+                if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                    yield name.removeprefix(MODEL), buffer
+
     def load_weights(self, tensors: Mapping[str, Tensor], *, strict: bool) -> None:
         """The inverse of :meth:`weights_state`; without ``strict`` tensors may be missing."""
         heads = self.heads
@@ -100,10 +107,12 @@ class TrainingUnit(nn.Module, ABC):
 
     def count_parameters(self) -> tuple[int, int]:
         """The numbers of trained and of all parameters, with adapters and without vocabulary padding."""
-        sizes = {name: math.prod(tensor.shape) for name, tensor in self.weights_state().items()}
-        named = dict(self.named_weights())  # shared ones once
-        trained = sum(sizes[name] for name, parameter in named.items() if parameter.requires_grad)
-        return trained, sum(sizes[name] for name in named)
+        padding = self.model.padded_vocab_size - self.model.vocab_size
+        sizes = {
+            name: math.prod(parameter.shape[1:]) * (len(parameter) - padding * (name in self.model.padded_weights))
+            for name, parameter in self.named_weights()
+        }  # shared ones once
+        return sum(sizes[name] for name, _ in self.trained_weights()), sum(sizes.values())
 
     @property
     def num_layers(self) -> int:

@@ -242,7 +242,7 @@ def trace_step(blueprint: Blueprint, num_layers: int | None = None, *, planned_f
         recorder.host_peak = recorder.host_live
         weights = recorder.numbers([*step.unit.parameters(), *step.unit.buffers()])
         try:
-            state = recorder.numbers(_tensors(step.optimizer.state.values())) - weights
+            state = recorder.numbers(tensors_in(step.optimizer.state.values())) - weights
             _record_step(recorder, phases, blueprint, step, device)
         except ValueError:
             raise
@@ -309,7 +309,7 @@ def _record_step(
     step.drop_gradients()
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def tensors_in(values: Any) -> Iterator[Tensor]:
     return (value for value in tree_iter(list(values)) if isinstance(value, Tensor))
 
 

@@ -125,10 +125,15 @@ class RunDirectory:
         except StoredFileError as error:
             raise StoredFileError(f"{error}; or remove it to continue") from error
 
-    def recorded_threads(self) -> int | None:
-        """The number of CPU threads that the run was last trained with; None if it is not on record."""
+    def recorded_threads(self, processes: int = 1) -> int | None:
+        """The number of CPU threads that the run was last trained with; None if it is not on record.
+
+        None too where it had another number of ``processes``.
+        """
         environment = self.read_environment() or {}
         entries = [environment, *(entry for entry in environment.get("resumes", []) if isinstance(entry, dict))]
+        if entries[-1].get("processes", 1) != processes:
+            return None
         devices = [str(entry["device"]) for entry in entries if "device" in entry]
         found = re.search(r", (\d+) threads?$", devices[-1]) if devices else None
         return int(found[1]) if found and 0 < int(found[1]) <= len(allowed_cpus()) else None

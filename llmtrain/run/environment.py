@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtrain.base.device import device_name
+from llmtrain.base.format import counted
 
 if TYPE_CHECKING:
     import torch
 
 
-def describe_environment(device: torch.device, command: list[str]) -> dict[str, Any]:
+def describe_environment(device: torch.device, command: list[str], processes: int = 1) -> dict[str, Any]:
     """The content of ``environment.json``, with which a run can be understood and repeated elsewhere."""
     import importlib.metadata as metadata
 
@@ -35,6 +36,7 @@ def describe_environment(device: torch.device, command: list[str]) -> dict[str, 
         "platform": platform.platform(),
         "versions": versions,
         "device": device_name(device),
+        "processes": processes,
         "cpus": os.cpu_count(),
     }
 
@@ -49,8 +51,10 @@ def difference_of_machine(environment: Mapping[str, Any] | None, now: Mapping[st
         return None
     latest: dict[str, Any] = {}
     for entry in (environment, *environment.get("resumes", [])):
-        latest |= {key: entry[key] for key in ("device", "versions") if key in entry}
+        latest |= {"processes": 1} | {key: entry[key] for key in ("device", "versions", "processes") if key in entry}
     device, torch = latest.get("device"), latest.get("versions", {}).get("torch")
+    if latest["processes"] != now.get("processes", 1):
+        return f"the run used {counted(latest['processes'], 'process')}, these are {now.get('processes', 1)}"
     if device is not None and _current_name(device) != now["device"]:
         return f"the run used {device}, this is {now['device']}"
     if torch is not None and torch != now["versions"]["torch"]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from llmtrain.base.run_files import CONFIG, MODEL
+from llmtrain.base.run_files import CONFIG
 from llmtrain.base.runtime import Runtime, check_device
 from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.checkpoint.format import read_state, verify_checkpoint
@@ -78,7 +78,7 @@ def load_model(
         check_base(run, state)
         generator = torch.Generator(device).manual_seed(0)
         unit = build_unit(run, run.vocab_size(tokenizer), state.labels, device, generator, load_weights=False)
-        restore_model(unit, checkpoint / MODEL)
+        restore_model(unit, checkpoint)
         unit.eval()
         with precision.arithmetic():
             yield LoadedModel(run, tokenizer, unit, state, device, precision)

@@ -15,6 +15,7 @@ from llmtrain.base.process import cache_folder
 from llmtrain.base.run_files import STATE
 from llmtrain.base.stored_files import open_regular
 from llmtrain.base.tensor_files import CheckpointError
+from llmtrain.base.world import ALONE, World
 from llmtrain.checkpoint.directory import step_of
 from llmtrain.checkpoint.format import copy_checkpoint, verify_checkpoint
 from llmtrain.checkpoint.restore import newest_intact
@@ -91,6 +92,19 @@ def find_origin(directory: RunDirectory, step: int | None = None) -> Origin:
     return Origin(directory, path, passed_over)
 
 
+def agreed_origin(world: World, directory: RunDirectory, step: int | None) -> Origin:
+    """:func:`find_origin`, which reads all of a checkpoint, by rank 0 for all ranks."""
+
+    def find() -> tuple[str | None, list[tuple[str, str]]]:
+        origin = find_origin(directory, step)
+        path = None if origin.checkpoint is None else str(origin.checkpoint)
+        return path, [(str(damaged), message) for damaged, message in origin.passed_over]
+
+    path, passed_over = world.first(find)
+    damaged = tuple((Path(each), message) for each, message in passed_over)
+    return Origin(directory, None if path is None else Path(path), damaged)
+
+
 def last_saved(directory: RunDirectory) -> int | None:
     """The last step whose checkpoint the metrics record; None if they record none."""
     rows = read_metrics(directory.metrics) if directory.metrics.exists() else []
@@ -156,7 +170,10 @@ class Carryover:
         naming the optimizer's options that do not fit its state.
         """
         try:
-            state = restore_state(checkpoint, parts.unit, parts.optimizer, fresh_optimizer=self.reset is not None)
+            state = restore_state(
+                checkpoint, parts.unit, parts.optimizer, fresh_optimizer=self.reset is not None,
+                weights=parts.parallel.held(), places=parts.places,
+            )  # fmt: skip
         except CheckpointError as error:
             if self.reset is not None or not self.optimizer_changes:
                 raise
@@ -249,7 +266,7 @@ class ResumePlan:
             "from": self.source,
             "changes": [list(row) for row in self.changes],
             **({} if self.carryover.reset is None else {"optimizer_reset": list(self.carryover.reset)}),
-            **{key: now[key] for key in ("command", "versions", "git_commit", "device")},
+            **{key: now[key] for key in ("command", "versions", "git_commit", "device", "processes")},
         }
         is_start = environment is None and self.origin.checkpoint is None  # of a sweep's job
         facts = now if environment is None else environment
@@ -258,7 +275,7 @@ class ResumePlan:
         return facts | {"resumes": [*facts.get("resumes", []), *([] if is_start else [entry])]}
 
 
-def plan_resume(run: RunConfig, stored: StoredRun, *, branching: bool) -> ResumePlan:
+def plan_resume(run: RunConfig, stored: StoredRun, world: World = ALONE, *, branching: bool) -> ResumePlan:
     """Plan to resume ``stored`` with the settings of ``run``, in its directory or (``branching``) in another.
 
     The carryover goes by the checkpoint's own config: the run's may have been changed since, by a resume that was
@@ -268,7 +285,7 @@ def plan_resume(run: RunConfig, stored: StoredRun, *, branching: bool) -> Resume
     directory = stored.directory
     check_changes(changes(stored.completed, run), branching=branching, has_base=run.lora.adapts)
     stored.check_places(run)
-    origin = find_origin(directory, stored.step)
+    origin = agreed_origin(world, directory, stored.step)
     if branching and origin.checkpoint is None:
         raise ValueError(f"{directory.path}: has no checkpoint yet to branch off from")
     carryover = Carryover()

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from llmtrain.activation_checkpointing.none import KeepAll
-from llmtrain.base.device import available_memory, peak_memory, peak_rate, unused_gpu_reason
+from llmtrain.base.device import PeakRate, available_memory, peak_memory, peak_rate, unused_gpu_reason
 from llmtrain.base.files import AppendedFile, write_atomically
 from llmtrain.base.run_files import CONFIG
 from llmtrain.base.threads import busy_reason, default_threads
-from llmtrain.checkpoint.model_state import saved_tensors
 from llmtrain.checkpoint.optimizer_state import state_tensors
 from llmtrain.checkpoint.writer import RunDirectoryGone, Saver
 from llmtrain.config import stored_config
@@ -26,9 +25,11 @@ from llmtrain.config.run_config import RunConfig
 from llmtrain.data.loader import TrainingStream
 from llmtrain.data.sources.search import LeftOut
 from llmtrain.display import Display, PlainDisplay, open_display
+from llmtrain.display.silent import SilentDisplay
 from llmtrain.lint import Finding
 from llmtrain.metrics import Metrics
 from llmtrain.metrics.local import Local
+from llmtrain.metrics.nothing import NoMetrics
 from llmtrain.model import LanguageModel
 from llmtrain.model.layers.attention import slow_attention_reason
 from llmtrain.model.layers.sdpa_order import training_order
@@ -77,15 +78,23 @@ def execute(
 ) -> RunResult:
     """Train ``parts`` from ``state`` in ``directory``, and leave its plot and summary."""
     start = state.step
+    world = parts.parallel.world
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         stack.enter_context(parts.precision.arithmetic())
         stack.enter_context(training_order(parts.device))
-        metrics = stack.enter_context(run.metrics.build(directory.path, resume_step=None if resumed is None else start))
-        display = stack.enter_context(open_display(directory.path))
+        metrics: Metrics = NoMetrics()
+        display: Display = SilentDisplay(directory.path)
+        if world.is_first:
+            metrics = run.metrics.build(directory.path, resume_step=None if resumed is None else start)
+            display = open_display(directory.path)
+        stack.enter_context(metrics)
+        stack.enter_context(display)
         peak = peak_rate(parts.device, parts.precision.name, parts.precision.dtype)
+        peak = PeakRate(*world.share([peak.flops, peak.source]))  # it decides about compiling: the same on each rank
         log = make_log(
-            run, parts, directory, metrics, display, peak_flops=peak.flops, log_every=run.metrics.log_every,
+            run, parts, directory, metrics, display, peak_flops=peak.flops * world.size,
+            log_every=run.metrics.log_every,
             profiler=make_profiler(run, parts, directory, state),
         )  # fmt: skip
         stop.show = display.notify
@@ -105,7 +114,7 @@ def execute(
             metrics.row(row)
             display.event(row)
         saver = stack.enter_context(make_saver(run, directory, parts))
-        tensors = saved_tensors(parts.unit), state_tensors(parts.optimizer)
+        tensors = parts.saved_tensors(), state_tensors(parts.optimizer)
         if warning := saver.prepare(*tensors, is_copied=run.checkpoint.copies_between(start, parts.max_steps)):
             display.warn(warning)
         loop = make_loop(run, parts, directory, state, step, log, saver, stop=lambda: stop.signal_name)
@@ -122,7 +131,8 @@ def execute(
                 error.add_note(f"the saved checkpoints are intact; continue with: llmtrain resume {directory.path}")
             raise
         finally:
-            conclude(run, loop, directory, reason)
+            if world.is_first:
+                conclude(run, loop, directory, reason)
     return RunResult(directory.path, summarise(run, loop, reason), parts.unit.model)
 
 
@@ -216,14 +226,18 @@ def make_step(run: RunConfig, parts: Parts, state: TrainState, log: RunLog) -> S
     """The step, with the size of micro-batch that the state holds, if any."""
     size = state.micro_batch_of(run.accumulation.micro_batch_size)
     graphs = run.runtime.cuda_graphs
-    return Step(parts.unit, parts.optimizer, parts.precision, size, timer=log.timer, keeps_gradients=graphs)
+    return Step(
+        parts.unit, parts.optimizer, parts.precision, size, timer=log.timer, keeps_gradients=graphs,
+        parallel=parts.parallel,
+    )  # fmt: skip
 
 
 def make_saver(run: RunConfig, directory: RunDirectory, parts: Parts) -> Saver:
     """The writer of the run's checkpoints; ``config.yaml`` has been written."""
     return Saver(
         run.checkpoint, directory.path, parts.device, config_text=directory.config.read_text(encoding="utf-8"),
-        can_restore=partial(has_optimizer_of, run=run),
+        can_restore=partial(has_optimizer_of, run=run), world=parts.parallel.world.separate(),
+        places=parts.places,
     )  # fmt: skip
 
 
@@ -256,11 +270,11 @@ def make_loop(
     evaluator = Evaluator(
         config=run.loop, unit=parts.unit, objective=run.objective, corpus=parts.corpus, tokenizer=parts.tokenizer,
         precision=parts.precision, batch_size=run.accumulation.batch_size_at(0, 0), seed=run.runtime.seed, log=log,
-        samples_file=AppendedFile(directory.samples), worst=run.recovery.examples,
+        samples_file=AppendedFile(directory.samples), worst=run.recovery.examples, parallel=parts.parallel,
     )  # fmt: skip
     stream = TrainingStream(
         parts.corpus.train, run.objective.collator(parts.corpus.class_weights), run.runtime.seed, run.data.shuffle,
-        parts.length.batch_size_at, parts.device,
+        parts.length.batch_size_at, parts.device, (parts.parallel.data_rank, parts.parallel.data_size),
     )  # fmt: skip
     learning_rate = partial(run.schedule, peak=run.optimizer.lr, total=parts.max_steps)
     return Loop(
@@ -287,12 +301,21 @@ def tune(run: RunConfig, parts: Parts, step: Step, state: TrainState, peak_flops
     if parts.device.type == "cuda":
         rehearsal.evaluate()  # FlexAttention is tried at its first use: before anything is compiled or measured
     if run.accumulation.is_probed and state.micro_batch_size is None:
-        fits_on_host = partial(fits, run, parts)
+        if parts.parallel.world.size > 1 and parts.device.type == "cuda":
+            raise ValueError(
+                "accumulation=auto: sizes are tried until memory runs out, which several processes cannot do together; "
+                "find the size with one, then name it: accumulation.micro_batch_size=N"
+            )
+
+        def fits_on_host(size: int) -> bool:
+            return not parts.parallel.world.any(not fits(run, parts, size))
+
         events.append(fit_micro_batch(rehearsal, run.accumulation.micro_batch_size, state, fits_on_host))
         step.micro_batch_size = state.micro_batch_of(run.accumulation.micro_batch_size)
     batch = parts.length.batch_size_at(state.step, state.tokens)
     tokens = parts.length.place_from(Place(state.step, state.position, state.tokens)).tokens - state.tokens
     flops = tokens * parts.unit.flops_per_token(parts.corpus.train.attended_length)
+    batch = -(-batch // parts.parallel.data_size)  # of a rank
     settings = CompileSettings(
         run.runtime.compile, run.runtime.cuda_graphs, flops / peak_flops,
         pads=parts.corpus.train.mean_length < run.data.sequence_length,

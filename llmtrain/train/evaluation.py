@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,6 +13,7 @@ from llmtrain.base.files import AppendedFile
 from llmtrain.data import Corpus
 from llmtrain.data.loader import TrainingStream
 from llmtrain.data.sequences import Sequences
+from llmtrain.distributed.parallel import Parallel
 from llmtrain.evaluation.bits_per_byte import bits_per_byte, mean_target_bytes
 from llmtrain.evaluation.loss import EvalResult, evaluate
 from llmtrain.inference.generate import SamplingFailed, generate
@@ -45,6 +47,7 @@ class Evaluator:
     log: RunLog
     samples_file: AppendedFile
     worst: int  # sequences that the event of a skipped step shows; 0: none
+    parallel: Parallel  # the way in which the ranks share the unit
 
     validation_scores: dict[int, ValidationScore] = field(
         default_factory=dict, init=False
@@ -81,11 +84,14 @@ class Evaluator:
 
     def run(self, state: TrainState, *, at_end: bool, micro_batch_size: int, stop: Stop) -> None:
         """Evaluate and sample if due; stop when ``stop`` gives a reason."""
-        with self.precision.autocast():  # around all of it: the weights are cast once
+        with self.precision.autocast() if self.parallel.keeps_casts else nullcontext():
             if self.evaluates(state.step, at_end=at_end):
                 self.evaluate(state, min(micro_batch_size, self.batch_size), stop)
             if self.samples(state.step, at_end=at_end) and not stop():
-                self.sample(state.step)
+                with self.parallel.whole_weights():
+                    if self.parallel.world.is_first:
+                        self.sample(state.step)
+                self.sampled_step = state.step
 
     def evaluate(self, state: TrainState, micro_batch_size: int, stop: Stop) -> None:
         """Evaluate the validation data, and training data if configured; write the losses into metrics and state."""
@@ -135,8 +141,13 @@ class Evaluator:
                 self.unit, sequences, self.objective.collator(self.corpus.class_weights), batch_size=size,
                 max_sequences=max_sequences,
                 precision=self.precision, device=self.log.device, seed=self.seed, stop=lambda: stop() is not None,
+                part=(self.parallel.data_rank, self.parallel.data_size), summed=self.parallel.sum_over_data,
+                casts_once=self.parallel.keeps_casts,
             )  # fmt: skip
 
+        if self.parallel.world.size > 1:  # a rank cannot begin again alone
+            with self.parallel.scoring():
+                return with_size(micro_batch_size)
         return halve_on_out_of_memory(with_size, micro_batch_size)
 
     def sample(self, step: int) -> None:
@@ -205,7 +216,8 @@ class Evaluator:
     def forget_after(self, state: TrainState) -> None:
         """Drop the results after the step of ``state``, to which the run was rolled back."""
         step = state.step
-        self.samples_file.rewrite(lambda: drop_rows(self.samples_file.path, lambda row: row["step"] > step))
+        if self.parallel.world.is_first:
+            self.samples_file.rewrite(lambda: drop_rows(self.samples_file.path, lambda row: row["step"] > step))
         self.validation_scores = {at: score for at, score in self.validation_scores.items() if at <= step}
         self.evaluated_step = step if step in self.validation_scores else None
         self.sampled_step = step

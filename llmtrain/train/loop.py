@@ -1,5 +1,6 @@
 """The training loop: the step, and the work between steps."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -8,20 +9,21 @@ from llmtrain.base.format import counted
 from llmtrain.base.tensor_files import CheckpointError
 from llmtrain.checkpoint.directory import step_of
 from llmtrain.checkpoint.format import remove_checkpoint
-from llmtrain.checkpoint.model_state import saved_tensors
+from llmtrain.checkpoint.model_state import saved_tensors, stored_places
 from llmtrain.checkpoint.optimizer_state import state_tensors
 from llmtrain.checkpoint.writer import RunDirectoryGone, Saver, SaveResult
 from llmtrain.clipping import Clipping
 from llmtrain.data import Batch
 from llmtrain.data.loader import Loader, TrainingStream
 from llmtrain.recovery import Action, Failure, RateReduction, Recovery, Rollback, Skip, Verdict
+from llmtrain.train.agreement import Agreement
 from llmtrain.train.config import LoopConfig
 from llmtrain.train.evaluation import Evaluator
 from llmtrain.train.length import TrainingLength
 from llmtrain.train.log import RunLog
 from llmtrain.train.readback import Readback, StepRecord
 from llmtrain.train.state import TrainState, restore_state
-from llmtrain.train.step import Step
+from llmtrain.train.step import Step, seed_step
 
 MAX_SKIPPED_AT_END = 3  # steps in a row; a run that ends with as many has failed
 KEPT_AT_ROLL_BACK = ("position", "skipped_sequences", "refused_steps", "train_seconds", "micro_batch_size")
@@ -32,7 +34,7 @@ class TrainingFailed(RuntimeError):
 
 
 class Loop:
-    """One run in one process.  Every argument is ready to use; the loop knows no concrete option.
+    """One run, as one of its ranks sees it.  Every argument is ready to use; the loop knows no concrete option.
 
     Args:
         learning_rate: gives that of a step, by its 0-based number, before the recovery changes it.
@@ -68,7 +70,9 @@ class Loop:
         self.stop = stop
 
         step.on_halved = self._record_halving
-        self.readback = Readback(log.device)
+        self.world = step.parallel.world
+        self.agreement = Agreement(self.world, log.device, self._own_reason)
+        self.readback = Readback(log.device, is_early=self.world.size == 1)
         self.loader = self._open_loader()
         self.last_loss: float | None = None
         self.skipped_in_a_row = 0
@@ -125,7 +129,11 @@ class Loop:
         return "finished"
 
     def stop_reason(self) -> str | None:
-        """The reason to save and stop now: a signal, or the end of ``loop.max_minutes``."""
+        """The reason to save and stop now, on which all ranks agree."""
+        return self.agreement.reason()
+
+    def _own_reason(self) -> str | None:
+        """The reason of this process: a signal, or the end of ``loop.max_minutes``."""
         if reason := self.stop():
             return reason
         limit = self.config.max_minutes
@@ -152,14 +160,20 @@ class Loop:
         state, timer = self.state, self.log.timer
         learning_rate = self.learning_rate(state.step) * self.recovery.rate_factor(state.step)
         timer.start()
+        self.world.mark("data", state.step)
         batch = self.loader.next()
         timer.mark("data")
+        self.world.mark("compute", state.step)
+        sequences = self.length.batch_size_at(state.step, state.tokens)  # of all ranks
         is_smaller = self.length.missing_at(state.step) > 0  # not compiled for one step
+        if self.world.size > 1:
+            seed_step(self.stream.seed, state.step, self.step.parallel.data_rank)
         with self.step.unit.eager() if is_smaller else nullcontext():
-            loss = self.step.gradients(batch)
-        clip = self.clipping(self.step.weights, state.step, largest=self._is_logged(state.step + 1))
+            loss = self.step.gradients(batch, self.agreement.flags(saves=self._is_save_due_by_clock()))
+        clip = self.step.clip(self.clipping, state.step, largest=self._is_logged(state.step + 1))
         judged = self.recovery.judge(loss.total, clip.norm)
         timer.mark("optimizer")
+        self.world.mark("update", state.step)
         self.saver.before_update()
         timer.mark("other")  # waiting for the copy of a checkpoint
         self.step.update(learning_rate, judged["refused"], clip.divisor)
@@ -170,20 +184,21 @@ class Loop:
         scalars |= {} if clip.largest is None else {"grad_max": clip.largest}
         losses = tuple(loss.parts) if len(loss.parts) > 1 else ()
         scalars |= {f"{name}_loss": loss.parts[name] for name in losses} | judged
+        scalars |= self.agreement.scalars(loss.flags)
         if (scaler := self.step.precision.scaler) is not None:
             scalars["loss_scale"] = scaler.scale
             scaler.update(judged["non_finite"])
-        self.readback.push(self._record(batch, learning_rate, losses), scalars)
+        self.readback.push(self._record(batch, sequences, learning_rate, losses), scalars)
         state.short_sequences += self.length.missing_at(state.step)
         state.step += 1
-        state.position += batch.sequences
+        state.position += sequences
         state.tokens += batch.tokens
         self.log.display.step(state.step)
 
-    def _record(self, batch: Batch, learning_rate: float, losses: tuple[str, ...]) -> StepRecord:
+    def _record(self, batch: Batch, sequences: int, learning_rate: float, losses: tuple[str, ...]) -> StepRecord:
         state = self.state
         return StepRecord(
-            state.step + 1, state.position, batch.tokens, state.tokens + batch.tokens, batch.sequences, learning_rate,
+            state.step + 1, state.position, batch.tokens, state.tokens + batch.tokens, sequences, learning_rate,
             self.log.flops_of(batch.spans), losses,
         )  # fmt: skip
 
@@ -199,6 +214,7 @@ class Loop:
     def account_for(self, records: list[StepRecord]) -> None:
         """Log the steps whose numbers have arrived, and give them to the recovery."""
         for record in records:
+            self.agreement.record(record.values)
             self.log.count(record)
             verdict = Verdict.of(record.step, record.position, record.batch_size, record.values)
             self.recovery.record(verdict)
@@ -284,7 +300,10 @@ class Loop:
         if path is None:
             return self.recovery.rolled_back(None, None)
         now = self.state
-        self.state = state = restore_state(path, self.step.unit, self.step.optimizer)
+        unit, parallel = self.step.unit, self.step.parallel
+        self.state = state = restore_state(
+            path, unit, self.step.optimizer, weights=parallel.held(), places=stored_places(unit, parallel.places())
+        )
         assert state.step <= action.before_step
         state.restore_rng(self.log.device)
         self.step.precision.load_state_dict(state.scaler)
@@ -298,7 +317,8 @@ class Loop:
         self.log.event("roll_back", now.step, message=message, **where)
         # The checkpoint of this step gets the new position before anything else can fail.
         for later in sorted((p for p in self.saver.checkpoints() if step_of(p) > state.step), reverse=True):
-            remove_checkpoint(later)
+            if self.world.is_first:
+                remove_checkpoint(later)
             self.saver.intact.discard(later)
         self.saved_step = self.tried_step = None
         self.save(copied=False)
@@ -315,20 +335,30 @@ class Loop:
     # --- saving -----------------------------------------------------------------------------------------------------
 
     def _is_save_due(self) -> bool:
-        elapsed = self.log.clock() - self.saved_at
+        if self.world.size == 1:
+            elapsed = self.log.clock() - self.saved_at
+        else:
+            elapsed = math.inf if self.agreement.saves else 0.0
         return self._is_over() or self.saver.policy.is_due(self.state.step, elapsed)
+
+    def _is_save_due_by_clock(self) -> bool:
+        return 0 < 60 * self.saver.policy.every_minutes <= self.log.clock() - self.saved_at
 
     def save(self, *, copied: bool = True) -> None:
         """Start to write a checkpoint of this step, unless there is one; wait for an earlier save first.
 
         ``copied``: training continues meanwhile.
         """
+        self.world.mark("save", self.state.step)
         self._drain()
+        self.agreement.saves = False
         self.collect_save(wait=True)
         if self.state.step not in (self.saved_step, self.tried_step):
             self.capture_state()
             scores = self.evaluator.validation_scores
-            model, optimizer = saved_tensors(self.step.unit), state_tensors(self.step.optimizer)
+            parallel = self.step.parallel
+            model = saved_tensors(self.step.unit, parallel.held(), parallel.places())
+            optimizer = state_tensors(self.step.optimizer)
             self.saver.begin(model, optimizer, self.state.to_json(), scores, copied=copied)
             self.saved_step = self.tried_step = self.state.step
             self.trained_at_save = self.state.train_seconds
@@ -383,15 +413,17 @@ class Loop:
         """Evaluate and sample if due.  A checkpoint is written first where much training could be lost."""
         if not self._is_evaluation_due() or self.stop_reason():
             return
+        self.world.mark("evaluate", self.state.step)
         self._drain()
         trained = self.state.train_seconds - self.trained_at_save
-        if self.state.step > 0 and self.saver.policy.is_due_ahead(trained, self.save_cost):
+        if self.state.step > 0 and self.world.share(self.saver.policy.is_due_ahead(trained, self.save_cost)):
             self.save(copied=False)
             self.collect_save(wait=True)
         at_end = self.state.step == self.max_steps
         self.evaluator.run(
-            self.state, at_end=at_end, micro_batch_size=self.step.micro_batch_size, stop=self.stop_reason
-        )
+            self.state, at_end=at_end, micro_batch_size=self.step.micro_batch_size,
+            stop=self.agreement.reason_at_once,
+        )  # fmt: skip
         self.log.restart()
 
     def _is_evaluation_due(self) -> bool:

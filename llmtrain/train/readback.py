@@ -27,12 +27,14 @@ class Readback:
 
     On a GPU each record's scalars are copied to pinned memory, followed by an event; :meth:`ready` returns the records
     whose event has passed.  At most ``depth`` steps are pending: the host stays close to the device, and the device
-    always has work.  On a CPU a record is ready at once.
+    always has work.  On a CPU a record is ready at once.  Without ``is_early`` a record is never returned before it is
+    more than ``depth`` steps back, on a GPU: ranks that act on it have to do so at the same step.
     """
 
-    def __init__(self, device: torch.device, depth: int = 2) -> None:
+    def __init__(self, device: torch.device, depth: int = 2, *, is_early: bool = True) -> None:
         self.device = device
         self.depth = depth
+        self.is_early = is_early
         self.pending: deque[tuple[StepRecord, tuple[str, ...], Tensor, torch.cuda.Event | None]] = deque()
 
     def push(self, record: StepRecord, scalars: dict[str, Tensor]) -> None:
@@ -59,7 +61,7 @@ class Readback:
         records: list[StepRecord] = []
         while self.pending:
             record, names, tensor, event = self.pending[0]
-            if event is not None and not event.query():
+            if event is not None and not (self.is_early and event.query()):
                 if len(records) >= wait_for:
                     break
                 event.synchronize()

@@ -1,13 +1,17 @@
 """Stops by signal: finish the step, save, exit with status 75."""
 
 import contextlib
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
+
+from llmtrain.base.streams import write_to_stderr
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # sent by a scheduler ahead of its SIGTERM: SLURM's --signal=USR1@300
@@ -17,20 +21,17 @@ HANGUP = signal.SIGHUP  # the terminal is gone: sent by its shell and again by t
 AGAIN = "exits at once and loses the steps since the last checkpoint"
 
 
-def write_to_stderr(text: str) -> None:
-    """Write a line without a buffer or a lock, as a signal handler may."""
-    with contextlib.suppress(OSError):  # closed
-        after_echo = "\n" if os.isatty(2) else ""  # of ^C
-        os.write(2, f"{after_echo}{text}\n".encode())
-
-
 class StopRequest:
     """A request to stop, set by the first signal.
 
-    A second one ends the process, except a SIGTERM after a warning and a SIGHUP after anything.
+    A second one ends the process, except a SIGTERM after a warning and a SIGHUP after anything.  ``doubled_seconds``: a
+    signal that comes again within this time is the same one, as for a rank whose supervisor passes on what a scheduler
+    has sent to every process of the job.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, doubled_seconds: float = 0.0) -> None:
+        self.doubled_seconds = doubled_seconds
+        self._moments: dict[int, float] = {}  # by signal: its last arrival
         self.signal_name: str | None = None
         self._received: list[int] = []
         self.previous: dict[int, Any] = {}  # the handlers installed before
@@ -38,7 +39,10 @@ class StopRequest:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal: record it and say so, or end the process at the second one."""
-        if number == HANGUP and self._received:
+        moment = time.monotonic()
+        is_doubled = moment - self._moments.get(number, -math.inf) < self.doubled_seconds
+        self._moments[number] = moment
+        if is_doubled or (number == HANGUP and self._received):
             return
         announced = number in STOPPING and all(earlier in (*WARNINGS, HANGUP) for earlier in self._received)
         if self._received and not announced:
@@ -69,13 +73,14 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(doubled_seconds: float = 0.0) -> Iterator[StopRequest]:
     """Catch SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 during a run in the main thread.
 
     A SIGHUP that is ignored stays so: ``nohup`` started the program.  Other threads cannot catch signals.  A previous
     handler (of a cluster launcher, which requeues the job) is called after the run has saved and stopped.
+    ``doubled_seconds`` is that of :class:`StopRequest`.
     """
-    request = StopRequest()
+    request = StopRequest(doubled_seconds)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

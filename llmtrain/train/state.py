@@ -3,6 +3,7 @@
 import base64
 import random
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmtrain.base.places import Places
 from llmtrain.base.run_files import STATE
 from llmtrain.base.stored_files import build_typed
 from llmtrain.base.tensor_files import CheckpointError
 from llmtrain.checkpoint.directory import step_of
+from llmtrain.checkpoint.model_state import NO_PLACES, NO_WEIGHTS
 from llmtrain.checkpoint.restore import restore
 from llmtrain.objective import TrainingUnit
 
@@ -93,14 +96,21 @@ class TrainState:
 
 
 def restore_state(
-    path: Path, unit: TrainingUnit, optimizer: torch.optim.Optimizer, *, fresh_optimizer: bool = False
+    path: Path,
+    unit: TrainingUnit,
+    optimizer: torch.optim.Optimizer,
+    *,
+    fresh_optimizer: bool = False,
+    weights: Mapping[str, torch.Tensor] = NO_WEIGHTS,
+    places: Places = NO_PLACES,
 ) -> TrainState:
     """Fill ``unit`` and ``optimizer`` from the checkpoint at ``path``, known to be intact, and return its state.
 
     With ``fresh_optimizer`` the optimizer keeps its own state, for an optimizer that is not the checkpoint's.
+    ``weights`` and ``places``: the parts that this rank holds, see :func:`restore`.
     Raises :class:`CheckpointError` naming the file.
     """
-    state = restore(path, unit, optimizer, fresh_optimizer=fresh_optimizer)
+    state = restore(path, unit, optimizer, fresh_optimizer=fresh_optimizer, weights=weights, places=places)
     return parse_state(path, state)
 
 

@@ -1,5 +1,6 @@
 """One optimizer step: gradients of a batch, micro-batch by micro-batch, and the update."""
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -182,3 +183,9 @@ class Step:
             torch._foreach_zero_([weight.grad for _, weight in self.weights if weight.grad is not None])
         else:
             self.parallel.drop_gradients()
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed the generators of dropout for one step of one rank: the same at a resume, and other masks on each rank."""
+    digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)

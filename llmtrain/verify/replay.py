@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtrain.base.run_files import CONFIG, METRICS, MODEL, OPTIMIZER
-from llmtrain.base.tensor_files import read_tensors
+from llmtrain.base.run_files import CONFIG, METRICS
 from llmtrain.checkpoint.format import read_state
 from llmtrain.checkpoint.model_state import saved_tensors
 from llmtrain.checkpoint.optimizer_state import state_tensors
+from llmtrain.checkpoint.stored_tensors import read_group
 from llmtrain.config import stored_config
 from llmtrain.config.assemble import assemble, check_data, first_state
 from llmtrain.config.older_versions import complete
@@ -123,11 +123,11 @@ def compare(replayed: ReplayResult, directory: RunDirectory, last: Path | None) 
     if last is None:
         comparison.remark = "the replay ended before the last checkpoint: losses and norms were compared, tensors not"
         return comparison
-    for name, file, tensors in (
-        ("weights", MODEL, replayed.model),
-        ("optimizer state", OPTIMIZER, replayed.optimizer),
+    for name, group, tensors in (
+        ("weights", "model", replayed.model),
+        ("optimizer state", "optimizer", replayed.optimizer),
     ):
-        comparison.groups.append(_compare_tensors(name, tensors, read_tensors(last / file)))
+        comparison.groups.append(_compare_tensors(name, tensors, read_group(last, group)))
     comparison.groups.append(_compare_state(replayed.state, read_state(last)))
     return comparison
 

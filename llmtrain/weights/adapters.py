@@ -4,11 +4,11 @@ from pathlib import Path
 
 from llmtrain.base.options import option_of_target
 from llmtrain.base.run_files import CONFIG as STORED
-from llmtrain.base.run_files import MODEL
 from llmtrain.base.stored_yaml import read_yaml
-from llmtrain.base.tensor_files import CheckpointError, read_tensors
+from llmtrain.base.tensor_files import CheckpointError
 from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.checkpoint.format import read_state, verify_checkpoint
+from llmtrain.checkpoint.stored_tensors import group_file, read_group
 from llmtrain.hf import CLASSIFIER, SCORE
 from llmtrain.hf.families import module_names
 from llmtrain.hf.peft import CONFIG, check_kind, import_adapter
@@ -36,7 +36,7 @@ def start_from(unit: TrainingUnit, lora: LowRankAdaptation, path: Path) -> None:
         raise CheckpointError(f"{checkpoint / STORED}: lora is no option of that group")
     kind = option_of_target(str(stored.get("_target_")))
     check_kind(lora, kind, stored.get("rank"), stored.get("alpha"), path)
-    tensors = read_tensors(checkpoint / MODEL, next(unit.parameters()).device)
+    tensors = read_group(checkpoint, "model", next(unit.parameters()).device)
     trained = {name for name, _ in unit.trained_weights()}
     shapes = {name: tuple(tensor.shape) for name, tensor in unit.weights_state().items() if name in trained}
     others = [name for name in (*shapes, *tensors) if name not in tensors or name not in shapes]
@@ -44,7 +44,8 @@ def start_from(unit: TrainingUnit, lora: LowRankAdaptation, path: Path) -> None:
     if others:
         more = f" (and {len(others) - 3} more)" if len(others) > 3 else ""
         raise CheckpointError(
-            f"{checkpoint / MODEL}: does not fit lora.targets and lora.also_train: {', '.join(others[:3])}{more} "
+            f"{group_file(checkpoint, 'model')}: does not fit lora.targets and lora.also_train: "
+            f"{', '.join(others[:3])}{more} "
             "missing, unexpected or of another shape"
         )
     unit.load_weights(tensors, strict=False)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtrain.base.run_files import MODEL
 from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.checkpoint.format import read_state, verify_checkpoint, weights_digest
 from llmtrain.checkpoint.model_state import read_fitting
@@ -25,7 +24,7 @@ class Checkpoint(Weights):
                 f"weights.path={self.path}: holds adapters, not a whole model; export it merged (llmtrain export "
                 f"{self.path} to=DIR) and take that: weights=huggingface weights.path=DIR"
             )
-        model.load_state_dict(read_fitting(checkpoint / MODEL, model.state_dict()))
+        model.load_state_dict(read_fitting(checkpoint, model.state_dict()))
 
     def fingerprint(self) -> str:
         return weights_digest(locate_checkpoint(Path(self.path)))

@@ -93,6 +93,8 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         (["train", "optimizer=adamw,lion"], "a run of each is a sweep: -m optimizer=adamw,lion"),
         (["train", "metrics=[local,tensorboard]"], "metrics=tensorboard writes metrics.jsonl as well"),
         (["train", "experiment=[laptop,spam]"], "a run has one option of this group"),
+        (["train", "model=[[a]]"], "model=[[a]]: takes the name of an option, not a list"),
+        (["train", "model=[]"], "model=[]: takes the name of an option, not a list"),
         (["train", "--config-dir", "a", "--config-dir", "b"], "--config-dir=a is given too; name one"),
         (["train", "--config-name=plan"], "--config-name: no such flag"),
         (["train", "--info=x"], "--info=x: must be one of all, config"),

@@ -25,13 +25,14 @@ STEP = ("schedule=step", "schedule.every=null")
 WSD = ("schedule=wsd",)
 RAMP = ("accumulation=ramp",)
 LAVIS = ("schedule=linear_warmup_cosine_lr",)
+LIGHTHOUSE = ("data=text", f"data.path={Path(__file__).parents[2] / 'data' / 'lighthouse.txt'}")  # of a fixed length
 
 # (what makes the key inert, the key with its value, what the message names, what makes it be read)
 CASES = [
-    (("loop.max_steps=9",), "loop.epochs=2", "loop.max_steps=9 ends the run first, after 0.0128 epochs",
-     ("loop.max_steps=null",)),
-    (("loop.epochs=0.01",), "loop.max_steps=50", "loop.epochs=0.01 ends the run first, after 8 steps",
-     ("loop.epochs=null",)),
+    ((*LIGHTHOUSE, "loop.max_steps=9"), "loop.epochs=2", "loop.max_steps=9 ends the run first, after 0.208 epochs",
+     (*LIGHTHOUSE, "loop.max_steps=null")),
+    ((*LIGHTHOUSE, "loop.epochs=0.5"), "loop.max_steps=50", "loop.epochs=0.5 ends the run first, after 22 steps",
+     (*LIGHTHOUSE, "loop.epochs=null", "loop.max_steps=50")),
     ((), "loop.whole_batches=true", "is about the end of loop.epochs",
      ("loop.max_steps=null", "loop.epochs=0.1")),
     (("data.validation_fraction=0",), "loop.eval_every=50", "there are no validation data", ()),

@@ -221,22 +221,25 @@ def test_stretches_change_no_bit(compact):
 
 @pytest.mark.slow
 def test_a_model_learns_with_low_bit_adamw_as_with_adamw(tmp_path):
-    """A tiny model on text: the mean loss of the last 50 of 200 steps within 1% of AdamW's."""
-    ends = {}
+    """A tiny model on text: the mean loss of each 50 of 200 steps within 0.5% of AdamW's.
+
+    At three times this learning rate training is so unsteady that any rounding moves the last mean by 2%.
+    """
+    means = {}
     for option in ("adamw", "adamw_8bit", "adamw_bf16"):
         keys = () if option == "adamw" else ("optimizer.min_elements=1024",)
         keys += ("optimizer.fp32_embeddings=false",) if option == "adamw_8bit" else ()
         run = Run.compose(
             "model=tiny", "tokenizer=byte", "data.sequence_length=32", "precision=fp32", "metrics.log_every=1",
             "accumulation.batch_size=8", "accumulation.micro_batch_size=8", "loop.eval_every=0", "loop.sample_every=0",
-            "loop.max_steps=200", "runtime.num_threads=1", f"optimizer={option}", "optimizer.lr=3e-3", *keys,
+            "loop.max_steps=200", "runtime.num_threads=1", f"optimizer={option}", "optimizer.lr=1e-3", *keys,
             f"run_dir={tmp_path / option}",
         )  # fmt: skip
         result = run.train()
         lines = (result.run_dir / "metrics.jsonl").read_text().splitlines()
         losses = [row["loss"] for row in map(json.loads, lines) if "loss" in row and "event" not in row]
         assert len(losses) == 200
-        ends[option] = sum(losses[-50:]) / 50
-    assert ends["adamw"] < 3.5
+        means[option] = [sum(losses[begin : begin + 50]) / 50 for begin in range(0, 200, 50)]
+    assert means["adamw"][-1] < 3.5
     for option in ("adamw_8bit", "adamw_bf16"):
-        assert ends[option] == pytest.approx(ends["adamw"], rel=0.01)
+        assert means[option] == pytest.approx(means["adamw"], rel=0.005)

@@ -18,11 +18,12 @@ def test_a_diverged_model_is_not_sampled_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["train", *SAMPLED, "optimizer.lr=1e6", "schedule=constant", "run_dir=run"]) == 0
+    # every product of two weights overflows fp32, so that no position depends on the text, nor on the kernel, to be NaN
+    assert main(["train", *SAMPLED, "optimizer.lr=1e30", "schedule=constant", "run_dir=run"]) == 0
     output = capsys.readouterr()
     assert "Traceback" not in output.err
     left_out = [row for row in rows(tmp_path / "run") if row.get("event") == "no_sample"]
-    assert left_out
+    assert len(left_out) == 3
     assert all("the model's output is not finite" in row["message"] for row in left_out)
     for arguments in (["generate", "run", "prompt=a"], ["generate", "run", "prompt=a", "temperature=0"]):
         assert main(arguments) == 1

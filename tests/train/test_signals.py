@@ -68,6 +68,14 @@ def test_a_signal_is_answered_at_once(
         assert capfd.readouterr().err.startswith(said[-1])
 
 
+def test_a_signal_that_comes_twice_from_a_scheduler_and_a_supervisor_counts_once() -> None:
+    program = TWO.replace("stop_on_signals()", "stop_on_signals(doubled_seconds=30.0)")
+    once = subprocess.run([sys.executable, "-c", program, "SIGTERM", "SIGTERM"], capture_output=True, text=True)
+    assert once.stdout == "still here SIGTERM\n"
+    another = subprocess.run([sys.executable, "-c", program, "SIGTERM", "SIGTERM", "SIGINT"], capture_output=True)
+    assert another.returncode == 130
+
+
 def test_a_closed_stderr_does_not_matter() -> None:
     done = subprocess.run(["bash", "-c", '"$0" -c "$1" SIGTERM 2>&-', sys.executable, TWO], capture_output=True)
     assert done.stdout == b"still here SIGTERM\n"

@@ -30,8 +30,10 @@ def logit_bias(vocab_size: int, device: torch.device) -> Tensor | None:
 def hide_padding(module: nn.Module, names: tuple[str, ...], vocab_size: int) -> None:
     """Hide the padding of the parameters ``names``: ``state_dict()`` removes it, loading adds it as zeros.
 
-    A parameter that holds a part of the vocabulary's rows alone is left as it is.
+    ``module.padded_weights`` names them, for those who take the parameters from elsewhere.  A parameter that holds a
+    part of the vocabulary's rows alone is left as it is.
     """
+    module.padded_weights = names  # type: ignore[assignment]
     padded = padded_size(vocab_size)
 
     def is_whole(name: str) -> bool:

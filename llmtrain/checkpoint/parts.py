@@ -1,0 +1,166 @@
+"""The parts of tensors that one rank holds, for the writing and the reading of checkpoints.
+
+A rank's tensor lies in one box of the whole tensor, or in several; a tensor without a :class:`Place` is held as a
+whole by every rank, and rank 0 writes it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from llmtrain.base.places import Place, Places, Shape, places_of
+
+Tensors = Mapping[str, Tensor]
+
+
+class Box(NamedTuple):
+    """A box of a whole tensor."""
+
+    offset: Shape  # of its first element in the whole
+    shape: Shape
+
+    @property
+    def numel(self) -> int:
+        """Elements in the box."""
+        product = 1
+        for size in self.shape:
+            product *= size
+        return product
+
+    def overlap(self, other: "Box") -> "Box | None":
+        """The elements that are in both; None if there are none."""
+        low = tuple(map(max, self.offset, other.offset))
+        ends = (tuple(a + n for a, n in zip(box.offset, box.shape, strict=True)) for box in (self, other))
+        shape = tuple(high - start for start, high in zip(low, map(min, *ends), strict=True))
+        return Box(low, shape) if all(size > 0 for size in shape) else None
+
+    def slices_in(self, outer: "Box") -> tuple[slice, ...]:
+        """The slices of this box in a tensor that holds ``outer``, which contains it."""
+        starts = [a - b for a, b in zip(self.offset, outer.offset, strict=True)]
+        return tuple(slice(start, start + size) for start, size in zip(starts, self.shape, strict=True))
+
+
+class Part(NamedTuple):
+    """A tensor of this rank, or a view of one, with its box in the whole."""
+
+    name: str  # of the whole tensor
+    tensor: Tensor
+    offset: Shape
+    whole: Shape
+    is_owner: bool  # True: this rank writes it
+
+    @property
+    def box(self) -> Box:
+        """The box that it fills."""
+        return Box(self.offset, tuple(self.tensor.shape))
+
+
+def model_parts(tensors: Tensors, places: Places, *, is_first: bool) -> list[Part]:
+    """The parts of the model in a checkpoint; ``tensors`` as this rank trains them, vocabulary padding included.
+
+    ``is_first``: this is rank 0, which owns what every rank holds as a whole.
+    """
+    parts = []
+    for name, tensor in tensors.items():
+        if name not in places:
+            parts.append(_whole(name, tensor, is_owner=is_first))
+        elif 0 in (whole := places_of(places[name])[0].whole):
+            parts.append(_whole(name, tensor.new_empty(whole), is_owner=is_first))
+        else:
+            parts += [_without_padding(part, place) for part, place in placed(name, tensor, places_of(places[name]))]
+    return parts
+
+
+def state_parts(tensors: Tensors, model: Tensors, places: Places, *, is_first: bool) -> list[Part]:
+    """The parts of an optimizer's state, named ``<parameter>/<key>``, beside those of the ``model``.
+
+    State of the shape of the rank's part of its parameter lies where that does.  A single number is the same for all
+    parts, and is owned with the parameter's first element.  Raises ValueError for other state of a parameter that this
+    rank holds a part of.
+    """
+    parts = []
+    for entry, tensor in tensors.items():
+        name = entry.partition("/")[0]
+        if name not in places:
+            parts.append(_whole(entry, tensor, is_owner=is_first))
+            continue
+        found, own = places_of(places[name]), model[name].shape
+        if 0 in found[0].whole:
+            whole = tensor.new_empty(found[0].whole) if tensor.dim() else tensor
+            parts.append(_whole(entry, whole, is_owner=is_first))
+        elif tensor.shape == own:
+            parts += [part for part, _ in placed(entry, tensor, found)]
+        elif tensor.dim() == 0:
+            parts.append(_whole(entry, tensor, is_owner=_owns_first_element(found, tuple(own))))
+        elif len(found) == 1 and tuple(own) == found[0].whole:
+            parts.append(_whole(entry, tensor, is_owner=found[0].is_owner))
+        else:
+            raise ValueError(
+                f"optimizer state {entry}: has the shape {list(tensor.shape)}, this rank's part of {name} "
+                f"{list(own)}; state of another shape than its parameter's cannot be divided among ranks"
+            )
+    return parts
+
+
+def owned(parts: Sequence[Part]) -> dict[str, Part]:
+    """The parts that this rank writes, by their keys in its file; those without elements are left out.
+
+    The key is the tensor's name, and for further parts of it ``name#2``, ``name#3`` …
+    """
+    keys: dict[str, Part] = {}
+    counts: dict[str, int] = {}
+    for part in parts:
+        if part.is_owner and (part.tensor.numel() or part.box.shape == part.whole):
+            counts[part.name] = number = counts.get(part.name, 0) + 1
+            keys[part.name if number == 1 else f"{part.name}#{number}"] = part
+    return keys
+
+
+def _whole(name: str, tensor: Tensor, *, is_owner: bool) -> Part:
+    return Part(name, tensor.detach(), (0,) * tensor.dim(), tuple(tensor.shape), is_owner)
+
+
+def placed(name: str, tensor: Tensor, places: Sequence[Place]) -> list[tuple[Part, Place]]:
+    """The parts of one tensor: itself, or several along its first dimension."""
+    tensor, start, parts = tensor.detach(), 0, []
+    for place in places:
+        view = tensor
+        if len(places) > 1:
+            assert place.shape is not None, (name, place)
+            view = tensor[start : start + place.shape[0]]
+            start += place.shape[0]
+        box = Box(place.offset, tuple(view.shape))
+        ends = [a + n for a, n in zip(box.offset, box.shape, strict=True)]
+        assert place.shape in (None, box.shape), (name, place, box)
+        assert len(place.whole) == len(ends), (name, place, box)
+        assert not box.numel or all(map(int.__le__, ends, place.whole)), (name, place, box)
+        parts.append((Part(name, view, place.offset, place.whole, place.is_owner), place))
+    assert len(places) == 1 or start == len(tensor), (name, places)
+    return parts
+
+
+def _without_padding(part: Part, place: Place) -> Part:
+    if place.stored is None:
+        return part
+    view = part.tensor
+    for dim, end in enumerate(place.stored):
+        view = view.narrow(dim, 0, max(0, min(view.shape[dim], end - part.offset[dim])))
+    return part._replace(tensor=view, whole=place.stored)
+
+
+def _owns_first_element(places: Sequence[Place], own: Shape) -> bool:
+    return any(
+        place.is_owner
+        and not any(place.offset)
+        and Box(place.offset, own if place.shape is None else place.shape).numel
+        for place in places
+    )
+
+
+def whole_bytes(model: Tensors, optimizer: Tensors, places: Places) -> int:
+    """Bytes of the whole tensors of a checkpoint, of which this rank holds parts."""
+    parts = [*model_parts(model, places, is_first=True), *state_parts(optimizer, model, places, is_first=True)]
+    sizes = {part.name: Box(part.offset, part.whole).numel * part.tensor.element_size() for part in parts}
+    model_names = {part.name for part in parts if "/" not in part.name}
+    return sum(sizes[name] for name in sizes if name in model_names or "/" in name)
