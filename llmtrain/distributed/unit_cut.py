@@ -85,6 +85,7 @@ class UnitCut:
         self.partial: set[str] = set()  # parameters that all hold, with gradients that are to be summed over the ranks
         self._names = {id(parameter): name for name, parameter in unit.named_weights()}
         self.plan = plan = find_plan(unit.model)
+        counts, parts, operations = unit.count_parameters(), unit.model.parameters_by_part(), unit.flops_per_token(0)
         with torch.no_grad():
             for block in unit.model.blocks:
                 self._cut_block(block, plan)
@@ -92,6 +93,15 @@ class UnitCut:
         plan.set_heads(ranks.rank, ranks.size)
         if sequence_parallel:
             self._split_stream(unit.model.get_submodule(plan.first), unit.model.get_submodule(plan.last))
+        self._count_the_whole(counts, parts, operations)
+
+    def _count_the_whole(self, counts: tuple[int, int], parts: dict[str, int], operations: int) -> None:
+        """Have the unit count parameters and operations of the whole, as before; ``operations``: without attention."""
+        of_part = self.unit.flops_per_token  # with the attention of all heads, which it takes from the configuration
+        missing = operations - of_part(0)
+        self.unit.flops_per_token = lambda sequence_length: of_part(sequence_length) + missing  # type: ignore[method-assign]
+        self.unit.count_parameters = lambda: counts  # type: ignore[method-assign]
+        self.unit.model.parameters_by_part = lambda: parts  # type: ignore[method-assign]
 
     # --- blocks -----------------------------------------------------------------------------------------------------
 

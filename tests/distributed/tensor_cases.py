@@ -167,6 +167,13 @@ def boxes(world: World, keys: dict[str, Any], mode: str = "tensor") -> dict[str,
     parallel = make_parallel(world, unit, mode=mode)
     places, names = parallel.places(), {name for name, _ in unit.named_weights()}
     wrong, several = [], 0
+    counted = make_unit(**keys)
+    if unit.count_parameters() != counted.count_parameters():
+        wrong.append("number of parameters")
+    if unit.model.num_parameters() != counted.model.num_parameters():
+        wrong.append("number of the model's parameters")
+    if unit.flops_per_token(LENGTH) != counted.flops_per_token(LENGTH):
+        wrong.append("operations")
     for name, weight in parallel.trainable.named_weights():
         if name not in places:
             if not torch.equal(weight, expected[name]):
