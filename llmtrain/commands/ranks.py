@@ -6,6 +6,7 @@ from pathlib import Path
 from llmtrain.base.invocation import Invocation
 from llmtrain.base.process import nvidia_gpus
 from llmtrain.base.ranks import find_rank
+from llmtrain.config.assemble import check_ranks
 from llmtrain.distributed.launch import supervise
 from llmtrain.run.run import Run
 
@@ -19,7 +20,7 @@ def start_ranks(run: Run, invocation: Invocation) -> int | None:
     processes = run.distributed.local_processes(len(nvidia_gpus()))
     if processes == 1:
         return None
-    run.distributed.mesh(processes)
+    check_ranks(run, processes)
 
     def resume(directory: Path) -> list[str]:
         return [*PROGRAM, "resume", str(directory), *([f"plugins=[{','.join(run.plugins)}]"] if run.plugins else [])]

@@ -1,20 +1,24 @@
 """Building the parts of a run from its settings, in one order."""
 
 import contextlib
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from llmtrain.base.format import size
+from llmtrain.base.places import Places, places_of
 from llmtrain.base.world import ALONE, World
-from llmtrain.checkpoint.model_state import saved_tensors
+from llmtrain.checkpoint.model_state import saved_tensors, stored_places
 from llmtrain.checkpoint.optimizer_state import state_tensors
 from llmtrain.config.build import naming
 from llmtrain.config.run_config import RunConfig
 from llmtrain.data import Corpus
+from llmtrain.distributed.checks import ParallelSettings, check_parallel
 from llmtrain.distributed.parallel import Parallel
 from llmtrain.distributed.share import share_unit
 from llmtrain.lora.low_rank import LowRankAdaptation
@@ -50,9 +54,21 @@ class Parts:
         return self.length.max_steps
 
     def checkpoint_bytes(self) -> int:
-        """The size of a checkpoint, on disk and in host memory while it is written."""
-        tensors = [*saved_tensors(self.unit).values(), *state_tensors(self.optimizer).values()]
-        return sum(tensor.nbytes for tensor in tensors)
+        """The size of a checkpoint on disk."""
+        tensors = [*self.saved_tensors().values(), *state_tensors(self.optimizer).values()]
+        places, held = self.parallel.places(), self.parallel.held()
+        whole = sum(math.prod(places_of(place)[0].whole) for place in places.values())
+        own = sum(part.numel() for part in held.values())
+        return sum(tensor.nbytes for tensor in tensors) * max(whole, 1) // max(own, 1)
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the model that a checkpoint has, as this rank holds them."""
+        return saved_tensors(self.unit, self.parallel.held(), self.parallel.places())
+
+    @property
+    def places(self) -> Places:
+        """The places of the parameters that this rank holds parts of, as checkpoints have them."""
+        return stored_places(self.unit, self.parallel.places())
 
 
 def assemble(
@@ -72,6 +88,7 @@ def assemble(
     Without ``from_start`` a checkpoint is restored later, and only weights that no checkpoint holds are loaded.
     With ``verify_data`` every byte of the data is read and checked again, even where an earlier check is on record.
     """
+    check_ranks(run, world.size)
     precision = run.precision.build(device)
     built = run.build_tokenizer(tokenizer)
     vocab_size = run.vocab_size(built)
@@ -93,6 +110,17 @@ def assemble(
     if run.runtime.cuda_graphs and device.type != "cuda":
         raise ValueError("runtime.cuda_graphs=true: there is no GPU here; take false")
     return Parts(device, built, corpus, unit, optimizer, precision, run.length(corpus.train), parallel)
+
+
+def check_ranks(run: RunConfig, processes: int) -> None:
+    """Raise ValueError for a setting that does not go with so many ranks."""
+    if processes > 1:
+        mesh = run.distributed.mesh(processes)
+        settings = ParallelSettings(
+            processes, mesh.shard > 1 or mesh.tensor > 1, run.optimizer, run.clipping, run.precision, run.lora,
+            run.activation_checkpointing, run.runtime.cuda_graphs,
+        )  # fmt: skip
+        check_parallel(settings)
 
 
 def build_unit(

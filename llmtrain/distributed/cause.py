@@ -8,6 +8,8 @@ from pathlib import Path
 from llmtrain.base.invocation import FINISHED, INTERRUPTED, USAGE_ERROR
 from llmtrain.distributed.supervision import Failure, Kind, kind_of
 
+LONGEST = 600  # characters of a message
+
 
 @dataclass(frozen=True)
 class RankEnd:
@@ -40,8 +42,10 @@ class RankEnd:
 
     @property
     def message(self) -> str:
-        """The last words of the rank, else the last line of its output."""
-        return self.failure.message if self.failure else (self.last_lines[-1].strip() if self.last_lines else "")
+        """The last words of the rank, else the last line of its output: one line, without the stack frames of C++."""
+        text = self.failure.message if self.failure else "".join(self.last_lines[-1:])
+        text = " ".join(text.partition("Exception raised from")[0].split())
+        return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 def is_failure(status: int) -> bool:
@@ -89,7 +93,7 @@ def _precedence(end: RankEnd) -> tuple[int, float, int]:
 
 def describe(cause: RankEnd, ends: Sequence[RankEnd], directory: Path | None) -> Iterator[str]:
     """Yield the lines that report the cause: the rank, its host, its end and its last words, and where its log is."""
-    shown = any(end.failure is not None and end.failure.is_shown and end.failure.message == cause.message
+    shown = any(end.failure is not None and end.failure.is_shown and end.message == cause.message
                 for end in ends)  # fmt: skip
     words = "its message is above" if shown else cause.message
     if cause.kind is Kind.verdict:

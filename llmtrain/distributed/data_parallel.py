@@ -1,6 +1,6 @@
 """Data parallelism: ranks that train one unit on different sequences, each with the whole unit or a shard of it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
-from llmtrain.base.places import Place
+from llmtrain.base.places import Places
 from llmtrain.base.world import World
 from llmtrain.data import Batch
 from llmtrain.distributed.local_shards import LocalShards
@@ -127,7 +127,7 @@ class Sharded(DataParallel):
     def weights(self) -> list[tuple[str, nn.Parameter]]:
         return self.shards.trained()
 
-    def places(self) -> Mapping[str, Place]:
+    def places(self) -> Places:
         return self.shards.places()
 
     @contextmanager
@@ -161,8 +161,7 @@ class Sharded(DataParallel):
             yield
         finally:
             torch.set_autocast_cache_enabled(caches)
-            for module in self.modules:
-                module.reshard()
+            self._end_passes()
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
@@ -181,9 +180,26 @@ class Sharded(DataParallel):
         try:
             yield
         finally:
+            self._end_passes()
             for module in self.modules:
-                module.reshard()
                 module.set_reshard_after_forward(self.reshard_after_forward and module is not self._root, recurse=False)
+
+    def _end_passes(self) -> None:
+        """Have sharded weights alone, which may be loaded next, and forget the forward passes without a backward pass.
+
+        torch records the order of forward passes, and backward gathers in that order ahead of time: on all ranks alike,
+        or they wait for one another forever.
+        """
+        for module in self.modules:
+            module.reshard()
+        if hasattr(self._root, "reset_iter_state"):
+            self._root.reset_iter_state()
+            return
+        for module in self.modules:  # torch before 2.13
+            state: Any = module._get_fsdp_state()
+            state._comm_ctx.post_forward_order.clear()
+            if state._fsdp_param_group is not None:
+                state._fsdp_param_group._post_forward_indices.clear()
 
 
 def _nothing() -> None:

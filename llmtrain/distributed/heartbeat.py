@@ -218,7 +218,7 @@ class Heartbeat:
         """End this rank without an agreement with the others; rank 1 writes the run's log."""
         if kind is Kind.consequence:  # the main thread may know more, and may be about to end
             time.sleep(LOST_SECONDS)
-        if self._is_leaving:
+        if self._closed.is_set() or (self._is_leaving and kind is Kind.consequence):
             return
         with self._ending:
             self._report(text, logs=self.rank == min(1, self.size - 1))
@@ -303,7 +303,7 @@ class Watch:
     def _position(self, rank: int, text: str, silence: float) -> Position:
         _, phase, step, seconds, host, _ = [*text.split("|", 5), *[""] * 6][:6]
         if phase not in Phase.__members__:
-            return Position(rank, "that has not begun", Phase.start, 0, 0.0, silence)
+            return Position(rank, "", Phase.start, 0, 0.0, silence)  # it has sent none yet
         return Position(rank, host, Phase[phase], int(step), float(seconds), silence)
 
     def failed(self) -> str | None:

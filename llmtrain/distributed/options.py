@@ -18,6 +18,7 @@ class Mesh:
 
     replicate: int = 1  # groups of ranks that each hold all weights, and add up their gradients
     shard: int = 1  # ranks that share the weights of a group
+    tensor: int = 1  # ranks that share the work of every layer, on the same sequences
 
     @property
     def size(self) -> int:
@@ -34,13 +35,16 @@ class Mesh:
 class Distributed(Option):
     """A run of one process or of several.
 
-    Ranks are neighbours by ``shard`` first: those that share weights are on one machine, if it has as many.
+    Ranks are neighbours by ``tensor`` first, then by ``shard``: those that exchange the most are on one machine, if it
+    has as many.
     """
 
     processes: int | None
     replicate: int
     shard: int
+    tensor: int
     reshard_after_forward: bool
+    sequence_parallel: bool
     timeout_seconds: float
     restarts: int
 

@@ -1,6 +1,6 @@
 """The contract between a training step and the way in which ranks share its unit."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
@@ -48,6 +48,11 @@ class Parallel:
         """The trained parameters as this rank holds them, by the names that they have in checkpoints."""
         return self.unit.trained_weights()
 
+    def held(self) -> Mapping[str, Tensor]:
+        """This rank's parts of the parameters that :meth:`places` names, trained or not."""
+        places = self.places()
+        return {name: weight for name, weight in self.trainable.named_weights() if name in places} if places else {}
+
     def places(self) -> Places:
         """The boxes of the parameters that this rank holds a part of, by name; those not named it holds as a whole."""
         return {}
@@ -78,6 +83,15 @@ class Parallel:
         own = losses * (self.data_size / self.world.size)  # of all ranks with the same sequences together: once
         both = self.world.sum(own if flags is None else torch.cat([own, flags.to(own)]))
         return both[: len(losses)], None if flags is None else both[len(losses) :]
+
+    def sum_over_data(self, values: Tensor) -> Tensor:
+        """The sum of ``values`` over the ranks that have different sequences, in their dtype."""
+        own = values.double() * (self.data_size / self.world.size)
+        return (
+            self.world.sum(own).to(values.dtype)
+            if values.is_floating_point()
+            else self.world.sum(own).round().to(values.dtype)
+        )
 
     def sum_of_squares(self, squares: Tensor, names: Sequence[str]) -> Tensor:
         """Sum ``squares`` ``(parameters,)``, of the elements that this rank holds of each, over the whole tensors."""

@@ -46,7 +46,7 @@ class Position:
     """A rank's place, as another rank knows it."""
 
     rank: int
-    host: str
+    host: str  # "" before its first heartbeat
     phase: Phase
     step: int
     seconds: float  # that it has been there, by its last heartbeat
@@ -116,7 +116,8 @@ def _seconds(seconds: float) -> str:
 
 def _named(positions: Sequence[Position]) -> str:
     """Name ranks with their hosts: ``rank 3 on host b``."""
-    names = [f"rank {each.rank} on host {each.host}" for each in positions[:NAMED]]
+    names = [f"rank {each.rank} " + (f"on host {each.host}" if each.host else "(which has sent none)")
+             for each in positions[:NAMED]]  # fmt: skip
     if len(positions) > NAMED:
         names.append(f"{len(positions) - NAMED} more")
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

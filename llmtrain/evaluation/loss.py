@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmtrain.base.world import ALONE, World
 from llmtrain.data.batch import Collate
 from llmtrain.data.loader import EvaluationLoader
 from llmtrain.data.sequences import Sequences
@@ -37,7 +36,8 @@ def evaluate(
     device: torch.device,
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
-    world: World = ALONE,
+    part: tuple[int, int] = (0, 1),
+    summed: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     casts_once: bool = True,
 ) -> EvalResult | None:
     """Evaluate the first ``max_sequences`` of ``sequences`` (None: all), without dropout.
@@ -46,14 +46,16 @@ def evaluate(
     is its number.  A thread makes the batches ahead, and the host waits for the device at the end alone.  No random
     number is drawn from a global generator.  Returns None if ``stop()`` became true.
 
-    The ranks of ``world`` share the sequences out, make equally many forward passes, and have the same result; ``stop``
-    must give them the same answers.  ``casts_once``: weights are cast for all passes, and not for each, as those that
+    With several ranks this one evaluates the share ``part`` (its number, how many there are), and ``summed`` sums a
+    tensor over the shares.  All make equally many forward passes and have the same result; ``stop`` must give them the
+    same answers.  ``casts_once``: weights are cast for all passes, and not for each, as those that
     are gathered for a pass have to be.
     """
     end = len(sequences) if max_sequences is None else min(len(sequences), max_sequences)
     numbers = sequences.alike(np.arange(end))
-    passes = -(-len(numbers[:: world.size]) // batch_size)  # of rank 0, which has the most
-    numbers = numbers[world.rank :: world.size]
+    rank, ranks = part
+    passes = -(-len(numbers[::ranks]) // batch_size)  # of the first rank, which has the most
+    numbers = numbers[rank::ranks]
     is_short = -(-len(numbers) // batch_size) < passes  # by a pass, whose sequence does not count
     numbers = np.append(numbers, 0) if is_short else numbers
     loader = EvaluationLoader(sequences, numbers, collate, seed=seed, batch_size=batch_size, device=device)
@@ -85,20 +87,10 @@ def evaluate(
         unit.train(was_training)
     if not totals:
         return EvalResult(0.0)
-    read = _summed(totals, targets, device, world)  # here the host waits
-    losses = {name: total / (count or 1) for name, (total, count) in read.items()}
+    counts_of = torch.tensor([targets[name] for name in totals], dtype=torch.float64, device=device)
+    read = torch.stack([torch.stack(list(totals.values())), counts_of])
+    read = read if ranks == 1 else summed(read)
+    losses = {name: total / (count or 1) for name, total, count in zip(totals, *read.tolist(), strict=True)}
     if counted is not None:
-        counted = world.sum(counted).cpu()
+        counted = (counted if ranks == 1 else summed(counted)).cpu()
     return EvalResult(weighted(losses, unit.loss_weights), losses, counted)
-
-
-def _summed(
-    totals: dict[str, Tensor], targets: dict[str, float], device: torch.device, world: World
-) -> dict[str, tuple[float, float]]:
-    """The totals and numbers of targets of all ranks, by name."""
-    if world.size == 1:
-        read = torch.stack(list(totals.values())).tolist()
-        return {name: (total, targets[name]) for name, total in zip(totals, read, strict=True)}
-    counts = torch.tensor([targets[name] for name in totals], dtype=torch.float64, device=device)
-    both = world.sum(torch.stack([torch.stack(list(totals.values())), counts])).tolist()
-    return {name: (total, count) for name, total, count in zip(totals, *both, strict=True)}

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from llmtrain.base.constants import IGNORE
 from llmtrain.base.device import device_type, has_no_data
-from llmtrain.kernels.row_losses import Options, RowWork, exact_dtype, row_losses
+from llmtrain.kernels.row_losses import Options, RowWork, VocabularyShare, exact_dtype, row_losses
 
 CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # of a chunk's logits; more only takes memory
 COMPILED_VOCABULARY = 4096  # with fewer classes the loss takes too small a part of a step to compile anything for it
@@ -34,7 +34,13 @@ class Chunking:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options, chunking: Chunking
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    options: Options,
+    chunking: Chunking,
+    share: VocabularyShare | None = None,
 ) -> Tensor:
     """Compute the **sum** of the cross-entropies of ``hidden @ weight.T``, fp32 (float64 for float64), 0-dimensional.
 
@@ -43,12 +49,18 @@ def linear_cross_entropy(
     those without a loss.  Logits are computed in autocast's dtype, the rest in fp32.
 
     ``options.z_loss`` changes the gradient only; the value is the cross-entropy without it.
+
+    With a ``share``, ``weight`` and ``bias`` are the rows that this process holds; all processes of the share call this
+    function with the same ``hidden`` and ``targets``, and get the same loss.
     """
+    assert share is None or not torch.compiler.is_compiling()
     is_differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(hidden, weight, bias, targets, options, chunking, dtype, is_differentiated)
+        return _LinearCrossEntropy.apply(
+            hidden, weight, bias, targets, options, chunking, dtype, is_differentiated, share
+        )
 
 
 def default_chunk(vocabulary: int, dtype: torch.dtype, device: str) -> int:
@@ -69,6 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunking: Chunking,
         dtype: torch.dtype,
         is_differentiated: bool,
+        share: VocabularyShare | None,
     ) -> Tensor:
         for_hidden, for_weight = ctx.needs_input_grad[:2] if is_differentiated else (False, False)
         if torch.compiler.is_compiling():
@@ -78,7 +91,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )  # fmt: skip
         else:
             total, hidden_grad, weight_grad = sum_and_gradients(
-                hidden, weight, bias, targets, options, chunking, dtype, for_hidden, for_weight
+                hidden, weight, bias, targets, options, chunking, dtype, for_hidden, for_weight, share
             )
         ctx.hidden_grad, ctx.weight_grad = hidden_grad if for_hidden else None, weight_grad if for_weight else None
         ctx.hidden_dtype, ctx.weight_dtype, ctx.factor = hidden.dtype, weight.dtype, gradient_factor(dtype)
@@ -95,7 +108,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_grad = hidden_grad.mul_(grad).to(ctx.hidden_dtype)
         if weight_grad is not None:
             weight_grad = weight_grad.to(grad.dtype).mul_(grad).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, None, None, None, None, None, None
+        return hidden_grad, weight_grad, *(None,) * 7
 
 
 def gradient_factor(dtype: torch.dtype) -> float:
@@ -113,11 +126,14 @@ def sum_and_gradients(
     dtype: torch.dtype,
     for_hidden: bool,
     for_weight: bool,
+    share: VocabularyShare | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Compute the loss, and its gradients times :func:`gradient_factor` where they are asked for."""
     exact, device = exact_dtype(dtype), device_type(hidden)
     low, low_weight = hidden.to(dtype), weight.to(dtype)
-    is_compiled = chunking.is_compiled and device == "cuda" and len(weight) >= COMPILED_VOCABULARY
+    is_large = share is None and len(weight) >= COMPILED_VOCABULARY
+    is_compiled = chunking.is_compiled and device == "cuda" and is_large
+    losses_of = row_losses if share is None else share.row_losses
     work = RowWork(
         options, for_hidden or for_weight, gradient_factor(dtype), device, is_compiled, is_traced=has_no_data(hidden)
     )
@@ -130,13 +146,14 @@ def sum_and_gradients(
     hidden_grad = low.new_empty(low.shape, dtype=_hidden_grad_dtype(dtype, device)) if for_hidden else None
     weight_grad: Tensor | None = None
     total = torch.zeros((), dtype=exact, device=hidden.device)
-    chunk_tokens = chunking.tokens or default_chunk(len(weight), dtype, device)
+    # the same for all processes of a share, which compute each chunk together
+    chunk_tokens = chunking.tokens or default_chunk(len(weight) if share is None else share.largest, dtype, device)
     # One buffer for the logits of all chunks: malloc might not reuse the memory of a freed chunk for the next.
     buffer = torch.empty((min(chunk_tokens, len(low)), len(weight)), dtype=dtype, device=low.device)
     for start in range(0, len(hidden), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
         logits = _linear(low[chunk], low_weight, in_product, buffer[: len(low[chunk])])
-        losses = row_losses(logits, later, targets[chunk], work)
+        losses = losses_of(logits, later, targets[chunk], work)
         total += torch.where(is_target[chunk], losses, 0.0).sum()
         if hidden_grad is not None:
             _product(logits, low_weight, hidden_grad.dtype, device, out=hidden_grad[chunk])
@@ -146,6 +163,8 @@ def sum_and_gradients(
             weight_grad = _plus_product(weight_grad, logits.t(), low_targets[chunk], exact, work)
     if hidden_grad is not None and device == "cpu":
         hidden_grad *= is_target[:, None]
+    if hidden_grad is not None and share is not None:
+        share.sum(hidden_grad)
     return total, hidden_grad, weight_grad
 
 

@@ -8,6 +8,7 @@ compiler does not fuse what reads or writes by index.
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -41,6 +42,23 @@ class RowWork:
     device: str  # type of the device whose form is taken
     is_compiled: bool  # on a GPU: one kernel
     is_traced: bool  # for a plan: only memory matters, and only the first of the blocks is computed
+
+
+class VocabularyShare(ABC):
+    """The loss where every process holds some rows of the vocabulary, and all compute the loss of the same tokens."""
+
+    largest: int  # number of rows that a process holds at most
+
+    @abstractmethod
+    def row_losses(self, logits: Tensor, bias: Tensor | None, targets: Tensor, work: RowWork) -> Tensor:
+        """The same as :func:`row_losses`, over all rows; ``logits`` and ``bias`` are those of the rows held here.
+
+        The result is the same in every process.
+        """
+
+    @abstractmethod
+    def sum(self, gradient: Tensor) -> None:
+        """Add to ``gradient``, from the rows held here, those of the other processes, in place."""
 
 
 def row_losses(logits: Tensor, bias: Tensor | None, targets: Tensor, work: RowWork) -> Tensor:

@@ -171,9 +171,10 @@ class LoraLinear(FrozenLinear, Adapter):
 class LoraHead(Adapter):
     """The output layer with an adapter.
 
-    The model reads its matrix and calls no product, so ``weight`` is the adapted matrix, as with a parametrization of
-    torch; the parameter of that name is the model's own.
+    The model reads its matrix, :attr:`adapted_weight`, and calls no product.  The parameter ``weight`` is its own.
     """
+
+    weight: nn.Parameter
 
     axis = 1
 
@@ -182,20 +183,18 @@ class LoraHead(Adapter):
         assert linear.bias is None
         self.in_features: int = linear.in_features
         self.rows: int = rows  # without vocabulary padding
-        self._parameters["weight"] = linear.weight
+        self.weight = linear.weight
         self.train(linear.training)
 
     @property
     def own_weight(self) -> Tensor:
-        weight = self._parameters["weight"]
-        assert weight is not None
-        return weight
+        return self.weight
 
     def adapter_sizes(self) -> tuple[int, int]:
         return self.in_features, self.rows
 
     @property
-    def weight(self) -> Tensor:
+    def adapted_weight(self) -> Tensor:
         """The adapted matrix ``(padded_vocab_size, hidden)``."""
         with without_autocast(self.lora_A.device):
             return self.adapted(self.lora_A.dtype)

@@ -234,6 +234,13 @@ class ModelConfig(Option, ABC):
         return model
 
 
+def head_matrix(head: nn.Module) -> Tensor:
+    """The matrix that an output layer multiplies by: its ``weight``, with an adapter its ``adapted_weight``."""
+    name = "adapted_weight" if hasattr(type(head), "adapted_weight") else "weight"
+    matrix: Tensor = getattr(head, name)
+    return matrix
+
+
 def allow_variants() -> None:
     """Have torch's compiler make a variant for each of the few shapes, where it would give up after eight."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)

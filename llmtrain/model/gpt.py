@@ -6,13 +6,14 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 import math
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.kernels.dropout import Dropout
-from llmtrain.model import LanguageModel, ModelConfig, nearest_divisor
+from llmtrain.model import LanguageModel, ModelConfig, head_matrix, nearest_divisor
 from llmtrain.model.layers.attention import AttentionMask, Kernel, attend, attention_mask, kernel_for, segment_starts
 from llmtrain.model.layers.flex import HeadShape
 from llmtrain.model.layers.kv_cache import KVCache, LayerCache
@@ -59,21 +60,21 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
+        self.num_heads = config.num_heads  # here: fewer where ranks share them
+        self.head_size = config.hidden_size // config.num_heads
         self.dropout = config.dropout
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
         self.projection = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, cache: LayerCache | None, mask: AttentionMask) -> Tensor:
         """``x`` and the result: ``(batch, sequence, hidden)``."""
-        batch, length, hidden = x.shape
-        heads = self.qkv(x).view(batch, length, 3, self.num_heads, hidden // self.num_heads)
+        heads = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_size))
         # each (batch, heads, sequence, head_size); in this order one copy joins their gradients
         query, key, value = (each.transpose(1, 2) for each in heads.unbind(2))
         if cache is not None:
             key, value = cache.update(key, value)
         y = attend(query, key, value, mask, self.dropout if self.training else 0.0)
-        return self.projection(y.transpose(1, 2).reshape(batch, length, hidden))
+        return self.projection(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -133,9 +134,8 @@ class GPT(LanguageModel):
         if starts is not None:
             positions = positions - starts
         dropout = self.config.dropout if self.training else 0.0
-        head_size = self.config.hidden_size // self.config.num_heads
-        kernel = kernel_for(ids, head_size, dropout) if cache is None else Kernel.sdpa
-        heads = HeadShape(self.config.num_heads, self.config.num_heads, head_size, self.token_embedding.weight.dtype)
+        heads = self._heads()
+        kernel = kernel_for(ids, heads.size, dropout) if cache is None else Kernel.sdpa
         fixed = None if cache is None else cache.fixed
         mask = attention_mask(length, past, ids.device, starts=starts, kernel=kernel, heads=heads, fixed=fixed)
         embedded = self.token_embedding(ids) + self.position_embedding(positions)
@@ -148,9 +148,15 @@ class GPT(LanguageModel):
             cache.advance(length)
         return self.final_norm(x)
 
+    def _heads(self) -> HeadShape:
+        """The heads of every layer in this process."""
+        attention: Any = self.blocks[0].attention
+        dtype = self.token_embedding.weight.dtype
+        return HeadShape(attention.num_heads, attention.num_heads, attention.head_size, dtype)
+
     @property
     def head_weight(self) -> Tensor:
-        return self.token_embedding.weight if self.config.tie_embeddings else self.head.weight
+        return self.token_embedding.weight if self.config.tie_embeddings else head_matrix(self.head)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -182,10 +188,10 @@ class GPT(LanguageModel):
             parameter.uniform_(-1 / math.sqrt(inputs), 1 / math.sqrt(inputs), generator=generator)
 
     def new_cache(self, batch_size: int, dtype: torch.dtype) -> KVCache:
-        c = self.config
-        device = self.token_embedding.weight.device
-        head_size = c.hidden_size // c.num_heads
-        return KVCache(c.num_layers, batch_size, c.num_heads, c.context_length, head_size, device=device, dtype=dtype)
+        heads, device = self._heads(), self.token_embedding.weight.device
+        return KVCache(
+            self.num_layers, batch_size, heads.keys, self.context_length, heads.size, device=device, dtype=dtype
+        )
 
     def can_fix_shapes(self, length: int) -> bool:
         return True

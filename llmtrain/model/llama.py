@@ -8,13 +8,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.kernels.dropout import Dropout
-from llmtrain.model import LanguageModel, ModelConfig, nearest_divisor
+from llmtrain.model import LanguageModel, ModelConfig, head_matrix, nearest_divisor
 from llmtrain.model.layers.attention import (
     AttentionMask,
     Kernel,
@@ -140,10 +141,10 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads  # here: fewer where ranks share them
         self.head_size = config.size_of_head
         self.dropout = config.dropout
-        queries, keys = config.num_heads * self.head_size, config.num_kv_heads * self.head_size
-        self.sizes = (queries, keys, keys)
+        queries, keys, _ = self.sizes
         self.is_fused = config.fused_qkv
         if self.is_fused:
             self.qkv = nn.Linear(config.hidden_size, sum(self.sizes), bias=config.qkv_bias)
@@ -156,6 +157,12 @@ class Attention(nn.Module):
         if self.has_norms:
             self.query_norm = RMSNorm(self.head_size, config.norm_eps)
             self.key_norm = RMSNorm(self.head_size, config.norm_eps)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """The numbers of channels of queries, keys and values."""
+        keys = self.num_kv_heads * self.head_size
+        return self.num_heads * self.head_size, keys, keys
 
     def forward(self, x: Tensor, cache: LayerCache | None, mask: AttentionMask, rotation: Rotation | None) -> Tensor:
         """``x`` and the result: ``(batch, sequence, hidden)``."""
@@ -280,8 +287,7 @@ class Llama(LanguageModel):
         dropout = self.config.dropout if self.training else 0.0
         kernel = kernel_for(ids, self.config.size_of_head, dropout) if cache is None else Kernel.sdpa
         slopes = self.positions.value if self.rotary is None else None
-        c = self.config
-        heads = HeadShape(c.num_heads, c.num_kv_heads, c.size_of_head, self.token_embedding.weight.dtype)
+        heads = self._heads()
         fixed = None if cache is None else cache.fixed
         return {
             window: attention_mask(
@@ -291,6 +297,12 @@ class Llama(LanguageModel):
             for window in {self.config.window(layer) for layer in range(self.num_layers)}
         }  # fmt: skip
 
+    def _heads(self) -> HeadShape:
+        """The heads of every layer in this process."""
+        attention: Any = self.blocks[0].attention
+        dtype = self.token_embedding.weight.dtype
+        return HeadShape(attention.num_heads, attention.num_kv_heads, attention.head_size, dtype)
+
     @property
     def head_weight(self) -> Tensor:
         return F.normalize(self._matrix, dim=-1) if self.config.normalised_head else self._matrix
@@ -298,7 +310,7 @@ class Llama(LanguageModel):
     @property
     def _matrix(self) -> Tensor:
         """The stored matrix of the output layer."""
-        return self.token_embedding.weight if self.config.tie_embeddings else self.head.weight
+        return self.token_embedding.weight if self.config.tie_embeddings else head_matrix(self.head)
 
     def logits(self, hidden: Tensor) -> Tensor:
         if not self.config.normalised_head:
@@ -329,10 +341,9 @@ class Llama(LanguageModel):
         self.logit_bias = logit_bias(self.vocab_size, device)
 
     def new_cache(self, batch_size: int, dtype: torch.dtype) -> KVCache:
-        c = self.config
-        device = self.token_embedding.weight.device
+        heads, device = self._heads(), self.token_embedding.weight.device
         return KVCache(
-            c.num_layers, batch_size, c.num_kv_heads, c.context_length, c.size_of_head, device=device, dtype=dtype
+            self.num_layers, batch_size, heads.keys, self.context_length, heads.size, device=device, dtype=dtype
         )
 
     def can_fix_shapes(self, length: int) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llmtrain.base.options import Option
 from llmtrain.data import IGNORE, Batch, Collate, Rows
+from llmtrain.kernels.row_losses import VocabularyShare
 from llmtrain.model import LanguageModel, allow_variants
 
 MODEL = "model."  # prefix of the model's own parameters in a unit
@@ -106,10 +107,12 @@ class TrainingUnit(nn.Module, ABC):
 
     def count_parameters(self) -> tuple[int, int]:
         """The numbers of trained and of all parameters, with adapters and without vocabulary padding."""
-        sizes = {name: math.prod(tensor.shape) for name, tensor in self.weights_state().items()}
-        named = dict(self.named_weights())  # shared ones once
-        trained = sum(sizes[name] for name, parameter in named.items() if parameter.requires_grad)
-        return trained, sum(sizes[name] for name in named)
+        padding = self.model.padded_vocab_size - self.model.vocab_size
+        sizes = {
+            name: math.prod(parameter.shape[1:]) * (len(parameter) - padding * (name in self.model.padded_weights))
+            for name, parameter in self.named_weights()
+        }  # shared ones once
+        return sum(sizes[name] for name, _ in self.trained_weights()), sum(sizes.values())
 
     @property
     def num_layers(self) -> int:
@@ -142,6 +145,16 @@ class TrainingUnit(nn.Module, ABC):
 
     def compile_loss(self) -> None:
         """On a GPU compute the loss with a compiled kernel from now on, where it can be compiled."""
+
+    def share_vocabulary(self, share: VocabularyShare | None) -> None:
+        """Compute the losses together with the processes of ``share`` from now on: the model holds rows of its head.
+
+        None: alone again.  Called if the unit uses the output layer.  Raises ValueError if that is not supported.
+        """
+        raise ValueError(
+            f"objective: {type(self).__name__} does not compute its losses from a part of the vocabulary, as tensor "
+            "parallelism needs it; take distributed=fsdp"
+        )
 
     def undo_compilation(self) -> None:
         """Run the model uncompiled from now on."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from llmtrain.base.checks import non_negative, positive
 from llmtrain.data import Batch
 from llmtrain.kernels.linear_cross_entropy import Chunking, Options, linear_cross_entropy
+from llmtrain.kernels.row_losses import VocabularyShare
 from llmtrain.model import LanguageModel
 from llmtrain.objective import Objective, TrainingUnit
 
@@ -21,6 +22,7 @@ class CausalUnit(TrainingUnit):
         self.loss = loss
         self.options = Options(model.logit_softcap, z_loss)
         self.chunking = Chunking(chunk_tokens)
+        self.share: VocabularyShare | None = None
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         hidden = self.model.hidden(batch.tensors["inputs"], segments=batch.tensors.get("segments"))
@@ -33,11 +35,14 @@ class CausalUnit(TrainingUnit):
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return linear_cross_entropy(
-            hidden, self.model.head_weight, self.model.head_bias, targets, self.options, self.chunking
+            hidden, self.model.head_weight, self.model.head_bias, targets, self.options, self.chunking, self.share
         )
 
     def compile_loss(self) -> None:
         self.chunking = replace(self.chunking, is_compiled=True)
+
+    def share_vocabulary(self, share: VocabularyShare | None) -> None:
+        self.share = share
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from llmtrain.base.files import write_atomically
-from llmtrain.base.places import Places
 from llmtrain.base.process import cache_folder
 from llmtrain.base.run_files import STATE
 from llmtrain.base.stored_files import open_regular
@@ -21,7 +18,6 @@ from llmtrain.base.tensor_files import CheckpointError
 from llmtrain.base.world import ALONE, World
 from llmtrain.checkpoint.directory import step_of
 from llmtrain.checkpoint.format import copy_checkpoint, verify_checkpoint
-from llmtrain.checkpoint.model_state import NO_PLACES, NO_WEIGHTS
 from llmtrain.checkpoint.restore import newest_intact
 from llmtrain.config import stored_config
 from llmtrain.config.assemble import Parts, check_data
@@ -165,26 +161,18 @@ class Carryover:
         names = None if reset is None else (_class_name(reset[0]), _class_name(reset[1]))
         return cls(names, options, frozenset(dropped))
 
-    def restore(
-        self,
-        checkpoint: Path,
-        parts: Parts,
-        run: RunConfig,
-        weights: Mapping[str, Tensor] = NO_WEIGHTS,
-        places: Places = NO_PLACES,
-    ) -> TrainState:
+    def restore(self, checkpoint: Path, parts: Parts, run: RunConfig) -> TrainState:
         """Bring ``parts`` and every random number generator to where they were at ``checkpoint``, known to be intact.
 
-        Returns the state, which the recovery of ``run`` can load, without the dropped entries.  ``weights`` and
-        ``places``: the parts that this rank holds.
+        Returns the state, which the recovery of ``run`` can load, without the dropped entries.
 
         Raises :class:`CheckpointError` naming the file, and ValueError
         naming the optimizer's options that do not fit its state.
         """
         try:
             state = restore_state(
-                checkpoint, parts.unit, parts.optimizer, fresh_optimizer=self.reset is not None, weights=weights,
-                places=places,
+                checkpoint, parts.unit, parts.optimizer, fresh_optimizer=self.reset is not None,
+                weights=parts.parallel.held(), places=parts.places,
             )  # fmt: skip
         except CheckpointError as error:
             if self.reset is not None or not self.optimizer_changes:

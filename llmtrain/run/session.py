@@ -17,7 +17,6 @@ from llmtrain.base.device import PeakRate, available_memory, peak_memory, peak_r
 from llmtrain.base.files import AppendedFile, write_atomically
 from llmtrain.base.run_files import CONFIG
 from llmtrain.base.threads import busy_reason, default_threads
-from llmtrain.checkpoint.model_state import saved_tensors
 from llmtrain.checkpoint.optimizer_state import state_tensors
 from llmtrain.checkpoint.writer import RunDirectoryGone, Saver
 from llmtrain.config import stored_config
@@ -115,7 +114,7 @@ def execute(
             metrics.row(row)
             display.event(row)
         saver = stack.enter_context(make_saver(run, directory, parts))
-        tensors = saved_tensors(parts.unit), state_tensors(parts.optimizer)
+        tensors = parts.saved_tensors(), state_tensors(parts.optimizer)
         if warning := saver.prepare(*tensors, is_copied=run.checkpoint.copies_between(start, parts.max_steps)):
             display.warn(warning)
         loop = make_loop(run, parts, directory, state, step, log, saver, stop=lambda: stop.signal_name)
@@ -238,7 +237,7 @@ def make_saver(run: RunConfig, directory: RunDirectory, parts: Parts) -> Saver:
     return Saver(
         run.checkpoint, directory.path, parts.device, config_text=directory.config.read_text(encoding="utf-8"),
         can_restore=partial(has_optimizer_of, run=run), world=parts.parallel.world.separate(),
-        places=parts.parallel.places(),
+        places=parts.places,
     )  # fmt: skip
 
 

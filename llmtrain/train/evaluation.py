@@ -141,7 +141,8 @@ class Evaluator:
                 self.unit, sequences, self.objective.collator(self.corpus.class_weights), batch_size=size,
                 max_sequences=max_sequences,
                 precision=self.precision, device=self.log.device, seed=self.seed, stop=lambda: stop() is not None,
-                world=self.parallel.world, casts_once=self.parallel.keeps_casts,
+                part=(self.parallel.data_rank, self.parallel.data_size), summed=self.parallel.sum_over_data,
+                casts_once=self.parallel.keeps_casts,
             )  # fmt: skip
 
         if self.parallel.world.size > 1:  # a rank cannot begin again alone

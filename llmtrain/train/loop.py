@@ -9,7 +9,7 @@ from llmtrain.base.format import counted
 from llmtrain.base.tensor_files import CheckpointError
 from llmtrain.checkpoint.directory import step_of
 from llmtrain.checkpoint.format import remove_checkpoint
-from llmtrain.checkpoint.model_state import saved_tensors
+from llmtrain.checkpoint.model_state import saved_tensors, stored_places
 from llmtrain.checkpoint.optimizer_state import state_tensors
 from llmtrain.checkpoint.writer import RunDirectoryGone, Saver, SaveResult
 from llmtrain.clipping import Clipping
@@ -167,7 +167,7 @@ class Loop:
         sequences = self.length.batch_size_at(state.step, state.tokens)  # of all ranks
         is_smaller = self.length.missing_at(state.step) > 0  # not compiled for one step
         if self.world.size > 1:
-            seed_step(self.stream.seed, state.step, self.world.rank)
+            seed_step(self.stream.seed, state.step, self.step.parallel.data_rank)
         with self.step.unit.eager() if is_smaller else nullcontext():
             loss = self.step.gradients(batch, self.agreement.flags(saves=self._is_save_due_by_clock()))
         clip = self.step.clip(self.clipping, state.step, largest=self._is_logged(state.step + 1))
@@ -300,7 +300,10 @@ class Loop:
         if path is None:
             return self.recovery.rolled_back(None, None)
         now = self.state
-        self.state = state = restore_state(path, self.step.unit, self.step.optimizer)
+        unit, parallel = self.step.unit, self.step.parallel
+        self.state = state = restore_state(
+            path, unit, self.step.optimizer, weights=parallel.held(), places=stored_places(unit, parallel.places())
+        )
         assert state.step <= action.before_step
         state.restore_rng(self.log.device)
         self.step.precision.load_state_dict(state.scaler)
@@ -353,7 +356,9 @@ class Loop:
         if self.state.step not in (self.saved_step, self.tried_step):
             self.capture_state()
             scores = self.evaluator.validation_scores
-            model, optimizer = saved_tensors(self.step.unit), state_tensors(self.step.optimizer)
+            parallel = self.step.parallel
+            model = saved_tensors(self.step.unit, parallel.held(), parallel.places())
+            optimizer = state_tensors(self.step.optimizer)
             self.saver.begin(model, optimizer, self.state.to_json(), scores, copied=copied)
             self.saved_step = self.tried_step = self.state.step
             self.trained_at_save = self.state.train_seconds

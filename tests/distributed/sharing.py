@@ -38,13 +38,13 @@ LLAMA = {
 LORA = {"rank": 1, "alpha": 8.0, "targets": ["all-linear"], "dropout": 0.0}
 
 
-def make_model(kind: str) -> LanguageModel:
-    """A model by name: gpt, gpt untied, llama, or gpt lora."""
+def make_model(kind: str, dropout: float = 0.0) -> LanguageModel:
+    """A model by name: gpt, gpt untied, llama, gpt lora, or gpt lora bf16 (packed)."""
     generator = torch.Generator().manual_seed(3)
     if kind == "llama":
-        config = make_option("model", "llama3_8b", {}, **LLAMA)
+        config = make_option("model", "llama3_8b", {}, **LLAMA, dropout=dropout)
     else:
-        config = make_option("model", "gpt124m", {}, **GPT, tie_embeddings=kind != "gpt untied")
+        config = make_option("model", "gpt124m", {}, **GPT, dropout=dropout, tie_embeddings=kind != "gpt untied")
     model: LanguageModel = config.create(VOCABULARY, CPU, generator)
     if kind.startswith("gpt lora"):
         quantization = "bf16" if kind.endswith("bf16") else "none"
@@ -56,9 +56,12 @@ def make_model(kind: str) -> LanguageModel:
     return model
 
 
-def make_unit(kind: str) -> TrainingUnit:
+def make_unit(kind: str, *, recomputation: str = "none", dropout: float = 0.0) -> TrainingUnit:
     """The unit of next-token prediction around :func:`make_model`."""
-    return OBJECTIVE.build(make_model(kind), (), torch.Generator()).train()
+    model = make_model(kind, dropout)
+    if recomputation != "none":
+        make_option("activation_checkpointing", recomputation, {}).apply(model)
+    return OBJECTIVE.build(model, (), torch.Generator()).train()
 
 
 def make_batch(sequences: int, number: int, *, targets: str = "all") -> Batch:
@@ -164,20 +167,30 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     )
 
 
+def worst_norm(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest norm of a difference, relative to that of its tensor.
+
+    Adam makes a single gradient that is nearly 0, its rounding included, as large as any other.
+    """
+    assert found.keys() == expected.keys()
+    return max(float((found[name] - tensor).norm() / tensor.norm()) for name, tensor in expected.items())
+
+
+def share_apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The share of elements that differ by more than 1e-5 of the largest of their tensor."""
+    apart = [(found[name] - tensor).abs() > 1e-5 * tensor.abs().max() for name, tensor in expected.items()]
+    return float(torch.cat([each.flatten() for each in apart]).float().mean())
+
+
 def compare(
     world: World, mode: str, values: dict[str, Any], options: dict[str, Any] | None = None
 ) -> dict[str, float | bool]:
     """The differences of a run of these ranks from the same run of one process, relative."""
     setting = Setting(**values)
 
-    def unit() -> TrainingUnit:
-        made = make_unit(setting.kind)
-        if setting.recomputation != "none":
-            make_option("activation_checkpointing", setting.recomputation, {}).apply(made.model)
-        return made
-
-    alone = run(Parallel(unit()), setting)
-    shared = run(share(unit(), world, mode, **(options or {})), setting)
+    one, unit = (make_unit(setting.kind, recomputation=setting.recomputation) for _ in range(2))
+    alone = run(Parallel(one), setting)
+    shared = run(share(unit, world, mode, **(options or {})), setting)
     numbers = {
         name: max(abs(a - b) / max(abs(b), 1e-8) for a, b in zip(found, expected, strict=True))
         for name, found, expected in (
@@ -190,6 +203,7 @@ def compare(
         **numbers,
         "clipped": shared.clipped == alone.clipped,
         "gradients": worst(shared.gradients, alone.gradients),
-        "weights": worst(shared.weights, alone.weights),
+        "weights": worst_norm(shared.weights, alone.weights),
+        "apart": share_apart(shared.weights, alone.weights),
         "same": all(other == own for other in world.gather(own)),
     }

@@ -230,6 +230,18 @@ def test_a_slow_rank_that_makes_progress_is_waited_for(ranks: Callable[..., Rank
     assert "warning" not in job.errors()
 
 
+def test_a_job_that_was_suspended_as_a_whole_continues(ranks: Callable[..., Ranks], tmp_path: Path) -> None:
+    job = ranks("progress", 1, 2.0)
+    while not (tmp_path / "odd").exists():
+        time.sleep(0.05)
+    for number, seconds in ((signal.SIGSTOP, 4.0), (signal.SIGCONT, 0.0)):
+        for pid in job.pids:
+            os.kill(pid, number)
+        time.sleep(seconds)
+    job.end(0, 1)
+    assert list(job.status.values()) == [0, 0]
+
+
 def test_ranks_that_are_well_leave_with_their_status(ranks: Callable[..., Ranks]) -> None:
     job = ranks("leave", 1, 60.0)
     job.end(0, 1)

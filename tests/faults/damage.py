@@ -1,12 +1,12 @@
 """Harm done to the files of a checkpoint, and undone again."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults.victims import FILES
+from tests.faults.victims import FILES, files_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Damage:
 
 def flips(checkpoint: Path, count: int, chance: random.Random) -> Iterator[Damage]:
     """``count`` flipped bits in each file: in the first byte, the last, and at random."""
-    for name in FILES:
+    for name in files_of(checkpoint):
         size = (checkpoint / name).stat().st_size
         places = [0, size - 1, *(chance.randrange(size) for _ in range(count))][:count]
         yield from (Damage("flip", name, place, chance.randrange(8)) for place in places)
@@ -67,16 +67,16 @@ def flips(checkpoint: Path, count: int, chance: random.Random) -> Iterator[Damag
 
 def truncations(checkpoint: Path) -> Iterator[Damage]:
     """Each file cut to every tenth of its length, and by its last byte."""
-    for name in FILES:
+    for name in files_of(checkpoint):
         size = (checkpoint / name).stat().st_size
         yield from (
             Damage("truncate", name, place) for place in [*(size * tenth // 10 for tenth in range(10)), size - 1]
         )
 
 
-def absences() -> Iterator[Damage]:
+def absences(files: Sequence[str] = FILES) -> Iterator[Damage]:
     """Each file missing, or a folder in its place; a file that does not belong there."""
-    for name in FILES:
+    for name in files:
         yield Damage("missing", name)
         yield Damage("folder", name)
     for name in ("extra.bin", "model.safetensors.part", ".hidden"):

@@ -16,12 +16,14 @@ from tests.faults.victims import (
     assert_log_whole,
     assert_same_rows,
     events,
+    files_of,
     hold_in_a_save,
     steps,
     wait_for,
 )
 from tests.helpers.cli import assert_same_end
 from tests.helpers.launcher import Launcher
+from tests.helpers.sharding import shard_run
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +54,22 @@ def test_every_kind_of_damage_is_found_and_named(interrupted: Path, tmp_path: Pa
                 verify_checkpoint(checkpoint)
             assert names_the_place(str(caught.value), damage, checkpoint), f"{damage}: {caught.value}"
     verify_checkpoint(checkpoint)
+
+
+def test_every_kind_of_damage_of_a_sharded_checkpoint_is_found_and_named(interrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    copy = run / "checkpoints" / "step-00000040"
+    shutil.copytree(interrupted / "checkpoints" / copy.name, copy)
+    shard_run(run, 2)
+    assert_all_whole(run)
+    damages = [*flips(copy, 25, random.Random("flips")), *truncations(copy), *absences(files_of(copy))]
+    assert len(damages) == 8 * 25 + 8 * 11 + 19
+    for damage in damages:
+        with damage.done(copy):
+            with pytest.raises(CheckpointError) as caught:
+                verify_checkpoint(copy)
+            assert names_the_place(str(caught.value), damage, copy), f"{damage}: {caught.value}"
+    verify_checkpoint(copy)
 
 
 @pytest.mark.slow

@@ -28,15 +28,14 @@ from llmtrain.distributed.supervision import Supervision
 def run(behaviour: str, odd: int, folder: Path, timeout: float) -> None:
     rank, size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     wait = datetime.timedelta(seconds=60)
-    store = TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False, timeout=wait)
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    store = TCPStore(address, port, is_master=rank == 0, wait_for_workers=False, timeout=wait)
     supervision = Supervision.of(os.environ, rank)
     redirect_output(folder / "ranks", rank, size)
-    heartbeat = Heartbeat(
-        "127.0.0.1", port, rank, size, timeout_seconds=timeout, run_dir=folder, supervision=supervision
-    )
+    heartbeat = Heartbeat(address, port, rank, size, timeout_seconds=timeout, run_dir=folder, supervision=supervision)
     heartbeat.start()
-    if behaviour in ("leave", "collective"):
-        collective(behaviour, rank == odd, PrefixStore("ranks", store), rank, size, supervision, heartbeat)
+    if behaviour in ("leave", "collective", "loop"):
+        collective(behaviour, folder, rank == odd, PrefixStore("ranks", store), rank, size, supervision, heartbeat)
     store.set(f"here-{rank}", "")
     store.wait([f"here-{other}" for other in range(size)])
     for step in range(3):
@@ -91,17 +90,27 @@ class Ranks(Alone):
 
 
 def collective(
-    behaviour: str, is_odd: bool, store: Any, rank: int, size: int, supervision: Supervision, heartbeat: Heartbeat
+    behaviour: str,
+    folder: Path,
+    is_odd: bool,
+    store: Any,
+    rank: int,
+    size: int,
+    supervision: Supervision,
+    heartbeat: Heartbeat,
 ) -> None:
     """The end of ranks with a process group: orderly with status 75, or after an error of one of them."""
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     numbers = torch.ones(10)
     try:
-        for step in range(3):
+        for step in range(3 if behaviour != "loop" else 10**6):
+            if step == 2:
+                (folder / f"running-{rank}").touch()
             if behaviour == "collective" and is_odd and step == 2:
                 raise KeyError("weights")
             heartbeat.mark(Phase.reduce, step)
             dist.all_reduce(numbers)
+            time.sleep(0.05 * (behaviour == "loop"))
     except Exception as error:
         traceback.print_exc()
         print("unwritten", end="")  # in the buffer
