@@ -73,6 +73,10 @@ def header(
     source = f" ({peak.source})" if peak.source else ""
     most = f"{rate(peak.flops, 'FLOP/s')} at most{source}"
     yield "device", f"{device_name(parts.device)}, {parts.precision.name}, {most}"
+    if (processes := parts.parallel.world.size) > 1:
+        degrees = run.distributed.mesh(processes).degrees.items()
+        mesh = " × ".join(f"{key} {degree}" for key, degree in degrees if degree > 1)
+        yield "processes", f"{processes}: {mesh}"
     if parts.precision.notice:
         yield "precision", parts.precision.notice
 
