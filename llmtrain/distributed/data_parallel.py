@@ -1,5 +1,6 @@
 """Data parallelism: ranks that train one unit on different sequences, each with the whole unit or a shard of it."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
@@ -53,9 +54,11 @@ class Replicated(DataParallel):
         # frozen weights in few bits have a parameter without data in their place
         without_data = [name for name, parameter in unit.named_parameters() if parameter.is_meta]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(unit, without_data)
-        self.ddp = DistributedDataParallel(
-            unit, process_group=mesh.get_group("replicate"), broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # its successor is not there yet
+            self.ddp = DistributedDataParallel(
+                unit, process_group=mesh.get_group("replicate"), broadcast_buffers=False, gradient_as_bucket_view=True
+            )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = self.ddp(batch)

@@ -1,0 +1,160 @@
+"""Runs of several ranks through the command line, beside one process: losses, checkpoints, stops and failures."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import cli
+
+RUN = (
+    "model=llama_tiny", "tokenizer=byte", "data=text", "data.path=text.txt", "data.sequence_length=32",
+    "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2",
+    "accumulation.batch_size=5", "accumulation.micro_batch_size=2", "loop.max_steps=12", "loop.eval_every=6",
+    "loop.eval_batches=3", "loop.sample_every=12", "loop.sample_tokens=2", "checkpoint.every_steps=6",
+    "metrics.log_every=1", "precision=fp32", "schedule=constant", "schedule.warmup_steps=0", "runtime.num_threads=1",
+)  # fmt: skip
+TWO = "distributed.processes=2"
+SECONDS = 300
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text, and the run ``one`` of one process."""
+    path = tmp_path_factory.mktemp("ranks")
+    (path / "text.txt").write_text("".join(f"Line {number} of a text that is not long.\n" for number in range(900)))
+    llmtrain(path, "train", "run_dir=one", *RUN)
+    return path
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    environment |= {"LLMTRAIN_CACHE": str(folder / "cache")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "llmtrain", *words], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def llmtrain(folder: Path, *words: str, check: int = 0) -> subprocess.CompletedProcess[str]:
+    return cli.llmtrain(*words, cwd=folder, check=check, env={"LLMTRAIN_CACHE": str(folder / "cache")})
+
+
+def rows(run: Path) -> dict[int, dict[str, Any]]:
+    """The last row of each step."""
+    found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row for row in found if "grad_norm" in row and "event" not in row}
+
+
+def validations(run: Path) -> list[float]:
+    found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [row["val_loss"] for row in found if "val_loss" in row]
+
+
+def assert_same_training(folder: Path, run: str, steps: range = range(1, 13)) -> None:
+    one, other = rows(folder / "one"), rows(folder / run)
+    assert sorted(other) == list(range(1, steps.stop))
+    for step in steps:
+        for key in ("loss", "grad_norm"):
+            assert other[step][key] == pytest.approx(one[step][key], rel=1e-5), (step, key)
+        for key in ("tokens", "batch_size", "epoch", "learning_rate"):
+            assert other[step][key] == one[step][key], (step, key)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "tensor"])
+def test_two_ranks_train_as_one_process(folder: Path, mode: str) -> None:
+    done = llmtrain(folder, "train", f"run_dir={mode}", *RUN, f"distributed={mode}", TWO)
+    dimension = {"ddp": "replicate", "fsdp": "shard", "tensor": "tensor"}[mode]
+    assert re.search(rf"processes +2: {dimension} 2\n", done.stdout), done.stdout
+    assert_same_training(folder, mode)
+    assert validations(folder / mode) == pytest.approx(validations(folder / "one"), rel=1e-5)
+    parts = sorted(path.name for path in (folder / mode / "checkpoints" / "step-00000012").glob("model*"))
+    whole = ["model.safetensors"] if mode == "ddp" else [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    assert parts == whole
+    assert (folder / mode / "ranks" / "rank-00001.log").is_file()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_numbers_of_ranks(folder: Path) -> None:
+    stages = [(3, "none", 1), (6, "fsdp", 2), (9, "hsdp", 4), (12, "none", 1)]
+    for end, mode, processes in stages:
+        words = ("train", "run_dir=elastic", *RUN) if end == 3 else ("resume", "elastic")
+        more = ("distributed.shard=2",) if mode == "hsdp" else ()
+        llmtrain(folder, *words, f"loop.max_steps={end}", f"distributed={mode}",
+                        f"distributed.processes={processes}", *more)  # fmt: skip
+    assert_same_training(folder, "elastic")
+    llmtrain(folder, "verify", "elastic")
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").is_file() and step in rows(run):
+            return
+        if process.poll() is not None:
+            break
+        time.sleep(0.05)
+    output, errors = process.communicate()
+    pytest.fail(f"no step {step}: {output}\n{errors}")
+
+
+def process_of_rank(run: Path, rank: int) -> int:
+    """The number of a rank's process, by the first line of its log."""
+    head = (run / "ranks" / f"rank-{rank:05d}.log").read_text().splitlines()
+    return int(next(line for line in reversed(head) if ", process " in line).split(", process ")[1].split(",")[0])
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(folder: Path) -> None:
+    long = ("loop.max_steps=100000", "loop.eval_every=0", "loop.sample_every=0", "checkpoint.every_steps=0")
+    process = start(folder, "train", "run_dir=stopped", *RUN, *long, "distributed=fsdp", TWO)
+    wait_for_step(folder / "stopped", 2, process)
+    os.kill(process_of_rank(folder / "stopped", 1), signal.SIGTERM)
+    output, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 75, output + errors
+    last = max(rows(folder / "stopped"))
+    assert [path.name for path in (folder / "stopped" / "checkpoints").iterdir()] == [f"step-{last:08d}"]
+    assert "a signal to rank 1" in output
+
+
+def test_a_killed_rank_is_named_and_a_restart_finishes_the_run(folder: Path) -> None:
+    process = start(folder, "train", "run_dir=killed", *RUN, "checkpoint.every_steps=1", "loop.max_steps=40",
+                    "distributed=ddp", TWO, "distributed.restarts=1")  # fmt: skip
+    wait_for_step(folder / "killed", 3, process)
+    os.kill(process_of_rank(folder / "killed", 1), signal.SIGKILL)
+    output, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, output + errors
+    assert "rank 1" in errors
+    assert "SIGKILL" in errors
+    assert "restart 1 of 1" in errors
+    assert sorted(rows(folder / "killed")) == list(range(1, 41))
+    if not (folder / "undisturbed").exists():
+        llmtrain(folder, "train", "run_dir=undisturbed", *RUN, "loop.max_steps=40", "distributed=ddp", TWO)
+    one, other = rows(folder / "undisturbed"), rows(folder / "killed")
+    assert [other[step]["loss"] for step in other] == [one[step]["loss"] for step in one]  # bit for bit
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("distributed=ddp",), "distributed.processes=null"),
+        (("distributed=none", "distributed.processes=2"), "does not make a mesh of 2 processes"),
+        (("distributed=hsdp", "distributed.processes=2"), "shard=8"),
+        (("distributed=fsdp", TWO, "optimizer=adafactor"), "optimizer=adafactor"),
+        (("distributed=ddp", "distributed.shard=-1"), "shard=-1"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused_before_anything_starts(
+    folder: Path, words: tuple[str, ...], message: str
+) -> None:
+    done = llmtrain(folder, "train", "run_dir=refused", *RUN, *words, check=2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("llmtrain: ") == 1
+    assert not (folder / "refused").exists()
