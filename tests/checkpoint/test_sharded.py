@@ -143,6 +143,15 @@ def test_vocabulary_padding_is_not_written_and_reads_as_it_was(tmp_path: Path) -
     assert len(index["optimizer"]["embedding/exp_avg"]["boxes"]) == 4
 
 
+def test_several_parts_of_a_tensor_are_written_without_a_copy(tmp_path: Path) -> None:
+    save(tmp_path, "strips", 2, asynchronous=False)
+    index = json.loads((checkpoint_of(tmp_path) / "index.json").read_text())
+    boxes = index["model"]["qkv"]["boxes"]
+    assert [box["key"] for box in boxes] == ["qkv", "qkv#2", "qkv#3"] * 2
+    assert [box["offset"][0] for box in boxes] == [0, 4, 8, 2, 6, 10]
+    assert torch.equal(read_group(checkpoint_of(tmp_path), "model")["qkv"], whole_model()["qkv"])
+
+
 def test_single_numbers_are_written_once(tmp_path: Path) -> None:
     save(tmp_path, "grid", 4)
     index = json.loads((checkpoint_of(tmp_path) / "index.json").read_text())
