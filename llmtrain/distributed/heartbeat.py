@@ -24,7 +24,7 @@ from llmtrain.base.format import visible
 from llmtrain.base.invocation import FAILED
 from llmtrain.base.run_files import LOG
 from llmtrain.base.streams import write_to_stderr
-from llmtrain.distributed.phases import Phase, Position, Verdict, find_silence, judge
+from llmtrain.distributed.phases import Key, Phase, Position, Verdict, find_silence, judge, last_key
 from llmtrain.distributed.supervision import Kind, Supervision
 
 CHUNK = 256  # keys in one request
@@ -150,11 +150,16 @@ class Heartbeat:
             self._decide(failed, watch, absent=1)
         positions = watch.positions()
         self._first_host = next((each.host for each in positions if each.rank == 0), self._first_host)
-        find = judge if self.rank == 0 else find_silence  # the others know rank 0 alone
-        if (verdict := find(positions, self.timeout_seconds)) is not None:
+        behind_seconds = watch.behind_seconds(positions)
+
+        def find(limit: float) -> Verdict | None:
+            is_watcher = self.rank == 0  # the others know rank 0 alone
+            return judge(positions, limit, behind_seconds) if is_watcher else find_silence(positions, limit)
+
+        if (verdict := find(self.timeout_seconds)) is not None:
             absent = len(verdict.ranks) if verdict.is_silence else 0
             self._decide(f"{verdict.text}; {self._remedy()}", watch, absent=absent)
-        warning = find(positions, self.timeout_seconds / 2)
+        warning = find(self.timeout_seconds / 2)
         if warning is not None and self._is_new(warning):
             self._report(f"warning: {warning.text}; without progress the run ends after {self.timeout_seconds:g} s "
                          "(distributed.timeout_seconds)")  # fmt: skip
@@ -262,6 +267,8 @@ class Watch:
         self._place: Any = None
         self._since = self.clock.now()
         self._seen: dict[int, tuple[str, float]] = {}  # rank -> its last beat, and when it was new
+        self._last: Key | None = None  # progress of the last ranks, and since when
+        self._last_since = self.clock.last
         self._is_ready = rank == 0
         self._others = range(size) if rank == 0 else range(1)
         if rank == 0:
@@ -299,6 +306,13 @@ class Watch:
         """The places of the watched ranks, by their last heartbeats."""
         now = self.clock.last
         return [self._position(rank, text, now - moment) for rank, (text, moment) in self._seen.items()]
+
+    def behind_seconds(self, positions: list[Position]) -> float:
+        """The time for which others have been ahead of the last ranks without progress of these."""
+        key = last_key(positions)
+        if key != self._last:
+            self._last, self._last_since = key, self.clock.last
+        return self.clock.last - self._last_since
 
     def _position(self, rank: int, text: str, silence: float) -> Position:
         _, phase, step, seconds, host, _ = [*text.split("|", 5), *[""] * 6][:6]

@@ -3,6 +3,7 @@
 Importing this module does not import torch.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -38,6 +39,7 @@ class Phase(Enum):
         return self in (Phase.reduce, Phase.agree, Phase.barrier, Phase.end)
 
 
+Key = tuple[int, bool, int]  # progress: step, waits, order of the phase
 ORDER = {phase: order for order, phase in enumerate(Phase)}
 
 
@@ -53,7 +55,7 @@ class Position:
     silence: float = 0.0  # seconds since its last heartbeat
 
     @property
-    def key(self) -> tuple[int, bool, int]:
+    def key(self) -> Key:
         """Order of progress; within a step a rank that waits has done the work of all phases that do not."""
         return self.step, self.phase.waits, ORDER[self.phase]
 
@@ -72,8 +74,11 @@ class Verdict:
         return self.is_silence, self.ranks
 
 
-def judge(positions: Sequence[Position], limit: float) -> Verdict | None:
+def judge(positions: Sequence[Position], limit: float, behind_seconds: float = math.inf) -> Verdict | None:
     """Find the ranks that have been silent, or behind the others without progress, for longer than ``limit`` seconds.
+
+    ``behind_seconds``: since others were first seen ahead of the last ones; a heartbeat is up to a second old, so that
+    a rank may seem to be where all of them were for long.
 
     A rank is behind at a lower step, or at the same step in an earlier phase.  Where all ranks are in one place for so
     long, none is behind, and all are named: a network link, a device or a file system does not answer.
@@ -95,9 +100,17 @@ def judge(positions: Sequence[Position], limit: float) -> Verdict | None:
         if behind[0].phase.waits:
             text += ": a network link or a device may not answer"
         return Verdict(text, tuple(each.rank for each in behind))
+    if behind_seconds <= limit:
+        return None
     has = "has" if len(behind) == 1 else "have"
     text = f"{_named(behind)} {has} been {place} for {_seconds(seconds)}"
     return Verdict(text + _others(present, behind), tuple(each.rank for each in behind))
+
+
+def last_key(positions: Sequence[Position]) -> Key | None:
+    """The progress of the last ranks, if others are ahead of them; None: nobody is."""
+    keys = {each.key for each in positions if each.phase is not Phase.left}
+    return min(keys) if len(keys) > 1 else None
 
 
 def find_silence(positions: Sequence[Position], limit: float) -> Verdict | None:

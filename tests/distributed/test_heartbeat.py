@@ -16,7 +16,7 @@ import pytest
 
 from llmtrain.distributed.heartbeat import Clock, Heartbeat, beat_seconds
 from llmtrain.distributed.launch import free_port
-from llmtrain.distributed.phases import Phase, Position, judge
+from llmtrain.distributed.phases import Phase, Position, judge, last_key
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 PROGRAM = HELPERS / "beating_program.py"
@@ -42,6 +42,15 @@ def test_within_a_step_ranks_that_wait_are_ahead() -> None:
     assert found is not None
     assert found.ranks == (0,)
     assert found.text.startswith("rank 0 on host a has been saving a checkpoint at step 5 for 70 s; 1 rank waits in")
+
+
+def test_a_rank_whose_heartbeat_is_late_is_not_behind() -> None:
+    """All were in one phase for long; one has left it, and the other's next heartbeat has not come yet."""
+    ranks = [at(0, Phase.compute, 1, 0.2), at(1, Phase.compile, 0, 70.0)]
+    assert judge(ranks, 60.0, behind_seconds=1.0) is None
+    assert judge(ranks, 60.0, behind_seconds=61.0) is not None
+    assert last_key(ranks) == ranks[1].key
+    assert last_key(ranks[1:]) is None
 
 
 def test_a_rank_behind_that_makes_progress_is_left_alone() -> None:

@@ -70,7 +70,12 @@ class Hosts:
         file = folder / "hosts"
         file.write_text("host-a slots=1\nhost-b slots=2\n")
         environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-        environment |= {"PYTHONPATH": str(ROOT), "HOSTFILE": str(file), "CONNECTION": ssh} | variables
+        environment |= {
+            "TMPDIR": str(folder),
+            "PYTHONPATH": str(ROOT),
+            "HOSTFILE": str(file),
+            "CONNECTION": ssh,
+        } | variables
         program = [str(HELPERS / "rank_program.py"), behaviour, "1", str(folder)]
         self.process = subprocess.Popen(
             [sys.executable, str(HELPERS / "supervise.py"), "3", "0", *program], env=environment, cwd=folder,

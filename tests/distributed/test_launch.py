@@ -20,7 +20,7 @@ class Job:
     def __init__(self, folder: Path, behaviour: str, processes: int, odd: int, restarts: int, **variables: str) -> None:
         self.folder = folder
         environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-        environment |= {"PYTHONPATH": str(ROOT)} | variables
+        environment |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)} | variables
         program = [str(HELPERS / "rank_program.py"), behaviour, str(odd), str(folder)]
         self.began = time.monotonic()
         self.process = subprocess.Popen(
