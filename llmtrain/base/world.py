@@ -56,6 +56,9 @@ class World(ABC):
     def begin(self, run_dir: Path) -> None:  # noqa: B027
         """Take the run's directory into use: for the logs of ranks, and for whoever watches them."""
 
+    def show_with(self, notify: Callable[[str], bool]) -> None:  # noqa: B027
+        """Show what is found out about other ranks with ``notify``, which returns whether it could."""
+
     def saving(self) -> AbstractContextManager[None]:
         """Context of writing a checkpoint, in which this process is not killed for the failure of another."""
         return nullcontext()

@@ -1,6 +1,7 @@
 """Messages and exit statuses of errors: the one place that turns an exception into words."""
 
 import errno
+import sys
 from collections.abc import Sequence
 
 from llmtrain.base.invocation import FAILED, USAGE_ERROR
@@ -25,6 +26,8 @@ def explain(error: BaseException, verb: str, arguments: Sequence[str] = ()) -> t
         return f"{error.filename}: {error.strerror}", USAGE_ERROR
     if (message := explain_machine(error)) is not None:
         return message, FAILED
+    if (message := explain_lost_rank(error)) is not None:
+        return message, FAILED
     if isinstance(error, ValueError) and raised_by_us(error):
         return str(error), USAGE_ERROR
     return None, FAILED
@@ -37,3 +40,14 @@ def raised_by_us(error: BaseException) -> bool:
         frame = frame.tb_next
     name = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
     return name.split(".")[0] not in ("torch", "numpy", "safetensors", "tiktoken", "rich", "matplotlib", "json")
+
+
+def explain_lost_rank(error: BaseException) -> str | None:
+    """Return the message for an exchange that failed because another rank is gone; None for any other error."""
+    if "torch.distributed" not in sys.modules or not isinstance(error, RuntimeError):
+        return None
+    from llmtrain.distributed.supervision import Kind, kind_of
+
+    if kind_of(error) is not Kind.consequence:
+        return None
+    return f"the connection to another rank has ended: {str(error).strip().splitlines()[0]}"

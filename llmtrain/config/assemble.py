@@ -1,7 +1,6 @@
 """Building the parts of a run from its settings, in one order."""
 
 import contextlib
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,10 +10,11 @@ import torch
 from torch import Tensor
 
 from llmtrain.base.format import size
-from llmtrain.base.places import Places, places_of
+from llmtrain.base.places import Places
 from llmtrain.base.world import ALONE, World
 from llmtrain.checkpoint.model_state import saved_tensors, stored_places
 from llmtrain.checkpoint.optimizer_state import state_tensors
+from llmtrain.checkpoint.parts import whole_bytes
 from llmtrain.config.build import naming
 from llmtrain.config.run_config import RunConfig
 from llmtrain.data import Corpus
@@ -55,11 +55,7 @@ class Parts:
 
     def checkpoint_bytes(self) -> int:
         """The size of a checkpoint on disk."""
-        tensors = [*self.saved_tensors().values(), *state_tensors(self.optimizer).values()]
-        places, held = self.parallel.places(), self.parallel.held()
-        whole = sum(math.prod(places_of(place)[0].whole) for place in places.values())
-        own = sum(part.numel() for part in held.values())
-        return sum(tensor.nbytes for tensor in tensors) * max(whole, 1) // max(own, 1)
+        return whole_bytes(self.saved_tensors(), state_tensors(self.optimizer), self.places)
 
     def saved_tensors(self) -> dict[str, Tensor]:
         """The tensors of the model that a checkpoint has, as this rank holds them."""

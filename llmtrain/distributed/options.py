@@ -47,6 +47,8 @@ class Distributed(Option):
     sequence_parallel: bool
     timeout_seconds: float
     restarts: int
+    hostfile: str | None
+    ssh: str
 
     def __post_init__(self) -> None:
         if self.processes is not None:

@@ -3,6 +3,7 @@
 import datetime
 import json
 import socket
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from llmtrain.base.streams import write_to_stderr
 from llmtrain.base.world import World
 from llmtrain.distributed.heartbeat import Heartbeat
 from llmtrain.distributed.options import Mesh
 from llmtrain.distributed.phases import Phase
 from llmtrain.distributed.rank_exit import redirect_output
 from llmtrain.distributed.supervision import Supervision
+
+LATER_SECONDS = 120.0  # than the heartbeat's time-out: that one names the rank which the others wait for
 
 
 class ProcessGroup(World):
@@ -41,7 +45,7 @@ class ProcessGroup(World):
         cls, device: torch.device, timeout_seconds: float, heartbeat: Heartbeat, supervision: Supervision
     ) -> "ProcessGroup":
         """Join the ranks by the variables that torchrun sets: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
-        timeout = datetime.timedelta(seconds=timeout_seconds)
+        timeout = datetime.timedelta(seconds=timeout_seconds + LATER_SECONDS)
         if device.type == "cuda":
             dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
         else:
@@ -66,6 +70,13 @@ class ProcessGroup(World):
         if self.is_first:
             self.supervision.report_run_directory(run_dir)
         redirect_output(run_dir / "ranks", self.rank, self.size)
+
+    def show_with(self, notify: Callable[[str], bool]) -> None:
+        def show(text: str) -> None:
+            if not notify(text):
+                write_to_stderr(f"llmtrain: {text}")
+
+        self.heartbeat.show = show
 
     def saving(self) -> AbstractContextManager[None]:
         return self.supervision.saving()

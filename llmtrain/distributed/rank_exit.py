@@ -58,7 +58,7 @@ def abandon(
     """
     if supervision is not None:
         supervision.report_failure(error, status=status, is_shown=is_shown)
-    if heartbeat is not None and kind_of(error, status) is not Kind.consequence:
+    if heartbeat is not None and kind_of(error, status) is Kind.error:
         heartbeat.fail(str(error) or type(error).__name__)
     end_now(status)
 

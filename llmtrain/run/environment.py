@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtrain.base.device import device_name
-from llmtrain.base.format import counted
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +53,7 @@ def difference_of_machine(environment: Mapping[str, Any] | None, now: Mapping[st
         latest |= {"processes": 1} | {key: entry[key] for key in ("device", "versions", "processes") if key in entry}
     device, torch = latest.get("device"), latest.get("versions", {}).get("torch")
     if latest["processes"] != now.get("processes", 1):
-        return f"the run used {counted(latest['processes'], 'process')}, these are {now.get('processes', 1)}"
+        return f"the number of processes was {latest['processes']}, and is {now.get('processes', 1)} here"
     if device is not None and _current_name(device) != now["device"]:
         return f"the run used {device}, this is {now['device']}"
     if torch is not None and torch != now["versions"]["torch"]:

@@ -46,6 +46,7 @@ class Run(RunConfig):
         with self.ranks() as (world, device):
             world.first(self.check_place)
             self.runtime.seed_everything()
+            world.mark("build", 0)
             parts = assemble(self, device, world=world)
             self.metrics.check()
             world.first(lambda: check_space(self, parts))
@@ -144,9 +145,11 @@ class Run(RunConfig):
         """
         self.metrics.check()
         self.runtime.seed_everything()
+        world.mark("build", 0)
         checkpoint = plan.origin.checkpoint
         tokenizer = stored.tokenizer(self)
         parts = assemble(self, device, tokenizer=tokenizer, from_start=checkpoint is None, world=world)
+        world.mark("load", 0)
         state = first_state(self, parts) if checkpoint is None else plan.carryover.restore(checkpoint, parts, self)
         parts = replace(parts, length=self.length(parts.corpus.train, short=state.short_sequences))
         plan = plan.checked(self, parts, state, overrides_of(command))

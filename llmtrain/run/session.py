@@ -26,6 +26,7 @@ from llmtrain.data.loader import TrainingStream
 from llmtrain.data.sources.search import LeftOut
 from llmtrain.display import Display, PlainDisplay, open_display
 from llmtrain.display.silent import SilentDisplay
+from llmtrain.distributed.supervision import is_supervised
 from llmtrain.lint import Finding
 from llmtrain.metrics import Metrics
 from llmtrain.metrics.local import Local
@@ -80,7 +81,7 @@ def execute(
     start = state.step
     world = parts.parallel.world
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(stop_on_signals())
+        stop = stack.enter_context(stop_on_signals(doubled_seconds=1.0 if is_supervised() else 0.0))
         stack.enter_context(parts.precision.arithmetic())
         stack.enter_context(training_order(parts.device))
         metrics: Metrics = NoMetrics()
@@ -98,6 +99,7 @@ def execute(
             profiler=make_profiler(run, parts, directory, state),
         )  # fmt: skip
         stop.show = display.notify
+        world.show_with(display.notify)
         parent = None if resumed is None or resumed.parent is None else resumed.parent.path
         again = resumed is not None  # also in a sweep: what the data are was said before
         display.header(list(header(run, parts, directory.path, state, peak, parent, brief=again)))
@@ -319,7 +321,7 @@ def tune(run: RunConfig, parts: Parts, step: Step, state: TrainState, peak_flops
     settings = CompileSettings(
         run.runtime.compile, run.runtime.cuda_graphs, flops / peak_flops,
         pads=parts.corpus.train.mean_length < run.data.sequence_length,
-        recomputes=not isinstance(run.activation_checkpointing, KeepAll),
+        recomputes=not isinstance(run.activation_checkpointing, KeepAll), is_sharded=parts.parallel.holds_parts,
     )  # fmt: skip
     compiled = compile_unit(rehearsal, settings, state, min(step.micro_batch_size, batch), batch)
     if parts.device.type == "cuda":

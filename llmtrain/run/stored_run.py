@@ -14,6 +14,7 @@ from llmtrain.config import stored_config
 from llmtrain.config.older_versions import complete
 from llmtrain.config.run_config import RunConfig
 from llmtrain.data.shards import Shards
+from llmtrain.distributed.remote_rank import SSH
 from llmtrain.run.changes import MOVABLE, changes, refuse_change
 from llmtrain.run.directory import RunDirectory
 from llmtrain.run.places import READ, find_places
@@ -50,9 +51,11 @@ class StoredRun:
     def composable(self) -> dict[str, Any]:
         """The config to compose a resume from.
 
-        Without the run's directory, which may have been moved; a branch is made where the run lies now.
+        Without the run's directory, which may have been moved; a branch is made where the run lies now.  Without the
+        machines that it was started on, and the command that reached them: a directory from elsewhere starts nothing.
         """
-        return self.completed | {"run_dir": None, "output_dir": self.output_dir}
+        distributed = {**self.completed["distributed"], "hostfile": None, "ssh": SSH}
+        return self.completed | {"run_dir": None, "output_dir": self.output_dir, "distributed": distributed}
 
     @property
     def output_dir(self) -> str:

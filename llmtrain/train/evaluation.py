@@ -188,7 +188,7 @@ class Evaluator:
         if not self.worst:
             return []
         labels = self.corpus.labels
-        with self.precision.autocast():
+        with self.parallel.scoring(), self.precision.autocast():
             return find_worst_sequences(
                 self.unit, self.tokenizer, stream, position, stream.sequences_at(position, count), self.worst,
                 name_target=(lambda target: self.objective.name_target(target, labels)) if labels else None,
