@@ -84,6 +84,17 @@ def test_tensors_without_data_stand_for_those_of_the_device_planned_for() -> Non
         assert device_type(torch.zeros(1)) == device_type(torch.nn.Parameter(torch.zeros(1))) == "cuda"
 
 
+@pytest.mark.parametrize("kept", ["full", "selective"])
+def test_recomputation_on_a_gpu_planned_for_keeps_as_much_as_the_first_pass(kept: str) -> None:
+    """A Llama's norms, which a GPU fuses, are computed again in the backward pass."""
+    fp32 = Precision("fp32", torch.device("cpu"))
+    peaks = {}
+    for option in ("none", kept):
+        run = Run.compose(*SMALL, "model=llama_tiny", f"activation_checkpointing={option}")
+        peaks[option] = estimate(Blueprint(run, 257, fp32, 8), gpu=True, copied=False).parts["activations"]
+    assert peaks[kept] < peaks["none"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("overrides", [("model=tiny",), ("model=tiny", "model.dropout=0.1"), ("model=llama_tiny",)])
 def test_the_trace_on_cpu_tensors_equals_the_one_on_a_gpus(overrides: tuple[str, ...]) -> None:
