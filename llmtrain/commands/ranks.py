@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llmtrain.base.invocation import Invocation
 from llmtrain.base.process import nvidia_gpus
-from llmtrain.base.ranks import find_rank
+from llmtrain.base.ranks import find_rank, refuse_several_processes
 from llmtrain.base.threads import allowed_cpus
 from llmtrain.config.assemble import check_ranks
 from llmtrain.distributed.hostfile import read_hostfile
@@ -18,6 +18,8 @@ CROWD = 4  # processes for each core, from which on more of them cannot be meant
 
 def start_ranks(run: Run, invocation: Invocation) -> int | None:
     """Run the command as the ranks that ``distributed`` asks for; return their exit status, None for one process."""
+    if not run.distributed.is_parallel:
+        refuse_several_processes()
     if find_rank() is not None:
         return None
     options, hosts = run.distributed, []
