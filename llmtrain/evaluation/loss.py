@@ -87,10 +87,14 @@ def evaluate(
         unit.train(was_training)
     if not totals:
         return EvalResult(0.0)
-    counts_of = torch.tensor([targets[name] for name in totals], dtype=torch.float64, device=device)
-    read = torch.stack([torch.stack(list(totals.values())), counts_of])
-    read = read if ranks == 1 else summed(read)
-    losses = {name: total / (count or 1) for name, total, count in zip(totals, *read.tolist(), strict=True)}
+    names, sums_read, counts_read = list(totals), torch.stack(list(totals.values())), list(targets.values())
+    if ranks > 1:
+        both = torch.stack([sums_read, torch.tensor(counts_read, dtype=torch.float64, device=device)])
+        sums_read, counted_targets = summed(both).unbind()
+        counts_read = counted_targets.tolist()
+    losses = {
+        name: total / (count or 1) for name, total, count in zip(names, sums_read.tolist(), counts_read, strict=True)
+    }
     if counted is not None:
         counted = (counted if ranks == 1 else summed(counted)).cpu()
     return EvalResult(weighted(losses, unit.loss_weights), losses, counted)

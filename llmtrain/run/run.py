@@ -171,7 +171,9 @@ class Run(RunConfig):
         with naming("output_dir", self.output_dir):
             return RunDirectory.create(Path(self.output_dir), self.name)
 
-    def describe(self, directory: RunDirectory, device: torch.device, command: Sequence[str], processes: int) -> None:
+    def describe(
+        self, directory: RunDirectory, device: torch.device, command: Sequence[str], processes: int = 1
+    ) -> None:
         """Write ``environment.json`` and ``config.yaml`` of a new run."""
         environment = describe_environment(device, redact_arguments(command), processes)
         directory.write_environment(environment | self.weights_record())

@@ -27,12 +27,15 @@ class Agreement:
         self._stops = False  # agreed
         self._stopping_rank = 0  # one of those that wished to stop
 
-    def flags(self, *, saves: bool) -> Tensor | None:
-        """The wishes of this rank as a tensor on the device; None with a single process."""
+    def flags(self, is_save_due: Callable[[], bool]) -> Tensor | None:
+        """The wishes of this rank as a tensor on the device; None with a single process.
+
+        ``is_save_due``: by the clock of this rank.
+        """
         if self.world.size == 1:
             return None
         stops = float(self.own_reason() is not None)
-        values = (stops, stops * self.world.rank, float(saves and self.world.is_first))
+        values = (stops, stops * self.world.rank, float(self.world.is_first and is_save_due()))
         return torch.stack([torch.full((), value, device=self.device) for value in values])
 
     def scalars(self, sums: Tensor | None) -> dict[str, Tensor]:

@@ -169,7 +169,7 @@ class Loop:
         if self.world.size > 1:
             seed_step(self.stream.seed, state.step, self.step.parallel.data_rank)
         with self.step.unit.eager() if is_smaller else nullcontext():
-            loss = self.step.gradients(batch, self.agreement.flags(saves=self._is_save_due_by_clock()))
+            loss = self.step.gradients(batch, self.agreement.flags(self._is_save_due_by_clock))
         clip = self.step.clip(self.clipping, state.step, largest=self._is_logged(state.step + 1))
         judged = self.recovery.judge(loss.total, clip.norm)
         timer.mark("optimizer")

@@ -128,6 +128,7 @@ def loop_of(step_class: type[Step], precision: Precision, *overrides: str) -> It
         batch = batch.map(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype, device=GPU))
         part: Any = SimpleNamespace(
             next=lambda: batch, open=lambda **place: part, before_update=lambda: None, missing_at=lambda step: 0,
+            batch_size_at=lambda step, tokens: 4,
             max_steps=1000, clock=lambda: 0.0, restart=lambda: None, device=GPU, log_every=2, flops_of=lambda spans: 0,
             mark=lambda phase: None, start=lambda: None, finish=lambda: None, step=lambda step: None,
         )  # fmt: skip
