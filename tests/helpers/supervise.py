@@ -1,6 +1,7 @@
 """A supervisor for tests: ``supervise.py PROCESSES RESTARTS PROGRAM ARGUMENT…``; prints its own imports of torch."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from llmtrain.distributed.launch import Patience, supervise
 from llmtrain.distributed.remote_rank import SSH
 
 processes, restarts, *program = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 command = [sys.executable, *program]
 
 
