@@ -116,7 +116,9 @@ def make_loop(overrides: Any, counter: Any) -> Any:
     loop.state = MagicMock(step=run.clipping.start_step if hasattr(run.clipping, "start_step") else 0, position=0)
     loop.state.tokens = loop.state.short_sequences = 0
     loop.max_steps = 1000
-    loop.length = MagicMock(missing_at=lambda step: 0)
+    loop.length = MagicMock(missing_at=lambda step: 0, batch_size_at=lambda step, tokens: 1)
+    loop.world = MagicMock(size=1)
+    loop.agreement = MagicMock(flags=lambda is_save_due: None, scalars=lambda sums: {})
     loop.learning_rate = lambda step: 1e-4
     loop.saver, loop.readback = MagicMock(), MagicMock()
     loop.log = MagicMock(timer=timer, device=device, log_every=10)
