@@ -33,7 +33,7 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a supervisor waits, in seconds."""
+    """The waits of a supervisor, in seconds."""
 
     poll: float = 0.05  # between two looks at the ranks
     settle: float = 1.0  # after the first failure: the rank that caused it may be seen later than its consequences

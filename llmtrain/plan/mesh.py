@@ -4,9 +4,9 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from llmtrain.distributed.options import REST
 from llmtrain.plan.shape import Shape
 
-REST = -1  # as a degree: what the other degrees leave of the devices
 KEYS = ("replicate", "shard", "tensor", "pipeline")
 
 

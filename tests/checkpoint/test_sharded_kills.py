@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def attempts(kind: str, folder: Path) -> list[dict[str, Any]]:
-    """What :mod:`killed_ranks` reports."""
+    """The reports of :mod:`killed_ranks`."""
     (folder / "first").mkdir()
     done = subprocess.run(
         [sys.executable, "-m", "tests.checkpoint.killed_ranks", kind, str(folder)], cwd=ROOT, capture_output=True,

@@ -16,6 +16,7 @@ import pytest
 
 from llmtrain.distributed.hostfile import Host, read_hostfile
 from llmtrain.distributed.remote_rank import SSH, connection_command
+from tests.helpers.processes import is_running
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 ROOT = Path(__file__).parents[2]
@@ -106,13 +107,6 @@ def start(tmp_path: Path) -> Iterator[object]:
     for job in started:
         job.process.kill()
         job.process.wait()
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_ranks_on_other_hosts_have_their_places_and_get_signals_once(start) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.processes import is_running
+
 HELPERS = Path(__file__).parents[1] / "helpers"
 ROOT = Path(__file__).parents[2]
 
@@ -60,13 +62,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
     for job in jobs:
         job.process.kill()
         job.process.wait()
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_ranks_get_their_places_and_share_the_cores(start: Start, tmp_path: Path) -> None:

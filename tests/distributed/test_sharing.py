@@ -127,7 +127,7 @@ def test_losses_of_ranks_with_the_same_sequences_count_once(two: Ranks) -> None:
 
 
 def not_finite(world: World, mode: str, clipping: str) -> list[bool]:
-    """Whether norm and largest element tell of a NaN in the last row of a gradient: on one rank, if sharded."""
+    """Return whether norm and largest element tell of a NaN in the last row of a gradient: on one rank, if sharded."""
     parallel = share(make_unit("gpt"), world, mode)
     step = make_step(parallel, Setting())
     step.gradients(make_batch(4, 0).shard(parallel.data_rank, 2))

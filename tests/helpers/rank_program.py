@@ -46,7 +46,7 @@ def work_until_stopped() -> int:
 
 
 def lose_connection() -> int:
-    """What gloo does when another rank is gone."""
+    """Fail as gloo does when another rank is gone."""
     wait_for("gone", ODD)
     message = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4040"
     print(f"RuntimeError: {message}", file=sys.stderr, flush=True)
