@@ -10,14 +10,17 @@ from llmtrain.base.checks import non_negative, positive
 from llmtrain.base.options import Option
 
 REST = -1  # as a degree: what the other degrees leave of the processes
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble")  # orders of a pipeline's passes
 
 
 @dataclass(frozen=True)
 class Mesh:
     """The degrees of a mesh; their product is the number of ranks."""
 
+    pipeline: int = 1  # ranks that each hold some of the layers, on the same sequences
     replicate: int = 1  # groups of ranks that each hold all weights, and add up their gradients
     shard: int = 1  # ranks that share the weights of a group
+    context: int = 1  # ranks that share the positions of every sequence
     tensor: int = 1  # ranks that share the work of every layer, on the same sequences
 
     @property
@@ -35,14 +38,19 @@ class Mesh:
 class Distributed(Option):
     """A run of one process or of several.
 
-    Ranks are neighbours by ``tensor`` first, then by ``shard``: those that exchange the most are on one machine, if it
-    has as many.
+    Ranks are neighbours by ``tensor`` first, then by ``context`` and ``shard``: those that exchange the most are on one
+    machine, if it has as many.
     """
 
     processes: int | None
+    min_processes: int | None
+    pipeline: int
     replicate: int
     shard: int
+    context: int
     tensor: int
+    pipeline_schedule: str
+    stages_per_process: int
     reshard_after_forward: bool
     sequence_parallel: bool
     timeout_seconds: float
@@ -59,7 +67,11 @@ class Distributed(Option):
         rest = [key for key, degree in self.degrees.items() if degree == REST]
         if len(rest) > 1:
             raise ValueError(f"{rest[1]}=-1: {rest[0]} takes what is left already; give one of them")
-        positive(timeout_seconds=self.timeout_seconds)
+        if self.pipeline_schedule not in SCHEDULES:
+            raise ValueError(f"pipeline_schedule={self.pipeline_schedule}: must be one of {', '.join(SCHEDULES)}")
+        positive(stages_per_process=self.stages_per_process, timeout_seconds=self.timeout_seconds)
+        if self.min_processes is not None:
+            positive(min_processes=self.min_processes)
         non_negative(restarts=self.restarts)
 
     @property
