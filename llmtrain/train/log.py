@@ -86,6 +86,7 @@ class RunLog:
             "step": record.step,
             "tokens": record.total_tokens,
             "epoch": self.epoch(record.position + record.batch_size),
+            "position": record.position,
             "loss": values["loss"],
             **{f"{name}_loss": values[f"{name}_loss"] for name in record.losses},
             "learning_rate": record.learning_rate,
