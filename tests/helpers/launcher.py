@@ -200,9 +200,9 @@ def serve(channel: socket.socket) -> int:
     from llmtrain.base.process import prepare_process
 
     prepare_process()
-    import quick_hydra  # beside this program
+    import quick  # beside this program
 
-    quick_hydra.install()
+    quick.install()
     import torch._dynamo  # torch imports it on the way, a second of it
 
     import llmtrain.commands.generate

@@ -1,4 +1,4 @@
-"""The Hydra of most tests composes as Hydra does."""
+"""The quick libraries of most tests do as the libraries do."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +10,13 @@ from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.hydra import Hydra
 
 from llmtrain.config.compose import compose
-from tests.helpers import quick_hydra
+from tests.helpers import quick
 
 
 def plain_hydra(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ConfigRepository, "load_config", quick_hydra._load)
-    patch.setattr(Hydra, "get_mode", quick_hydra._get_mode)
-    patch.setattr(defaults_list, "_create_interpolation_map", quick_hydra._create_map)
+    patch.setattr(ConfigRepository, "load_config", quick._load)
+    patch.setattr(Hydra, "get_mode", quick._get_mode)
+    patch.setattr(defaults_list, "_create_interpolation_map", quick._create_map)
 
 
 @pytest.mark.parametrize(
@@ -48,9 +48,9 @@ def test_the_mode_is_that_of_hydra(word: str, tmp_path: Path, monkeypatch: pytes
     """From an override, or from a file of a folder besides conf/."""
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "many.yaml").write_text("# @package _global_\nhydra:\n  mode: MULTIRUN\n")
-    folder, name = str(Path(quick_hydra.__file__).parents[2] / "conf"), "train"
+    folder, name = str(Path(quick.__file__).parents[2] / "conf"), "train"
     with hydra.initialize_config_dir(folder, version_base="1.3"):
         loaded: Hydra = hydra.core.global_hydra.GlobalHydra.instance().hydra
-        assert loaded.get_mode(name, [word]) == quick_hydra._get_mode(loaded, name, [word])
+        assert loaded.get_mode(name, [word]) == quick._get_mode(loaded, name, [word])
         search = f"hydra.searchpath=['file://{tmp_path}']"
         assert str(loaded.get_mode(name, ["experiment=many", search])) == "RunMode.MULTIRUN"
