@@ -157,8 +157,11 @@ def test_failures_of_several_machines_at_once_count_for_none() -> None:
 
 def test_a_process_is_left_out_with_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\nfor n in 0 1 2; do echo \"GPU $n: NVIDIA H200 (UUID: GPU-$n)\"; done\n"
-                       "echo 'Unable to determine the device handle for GPU3: 0000:9A:00.0: Unknown Error'\nexit 255\n")  # fmt: skip
+    program.write_text("""#!/bin/sh
+        for number in 0 1 2; do echo "GPU $number: NVIDIA H200 (UUID: GPU-$number)"; done
+        echo 'Unable to determine the device handle for GPU3: 0000:9A:00.0: Unknown Error'
+        exit 255
+        """)
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     lines: list[str] = []
