@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 
 def share_unit(options: Distributed, unit: TrainingUnit, world: World, device: torch.device) -> Parallel:
-    """Share ``unit``, built alike on every rank, among the ranks of ``world`` by the mesh that ``options`` name."""
+    """Share ``unit``, built alike on every rank, among the ranks of ``world`` by the mesh that ``options`` name.
+
+    A unit that is on the meta device gets the memory of this rank's parts alone, on ``device``, without values; its
+    buffers are on ``device`` already.
+    """
     if world.size == 1:
         return Parallel(unit, world)
     from llmtrain.distributed.process_group import ProcessGroup
@@ -35,10 +39,17 @@ def share_data(options: Distributed, unit: TrainingUnit, world: World, mesh: "De
     """Share ``unit`` among the ranks of ``mesh`` that train on different sequences."""
     from llmtrain.distributed.data_parallel import Replicated, Sharded
 
-    replicate, shard = mesh["replicate"].size(), mesh["shard"].size()
-    if replicate == shard == 1:
-        return Parallel(unit, world)
+    replicate, shard, device = mesh["replicate"].size(), mesh["shard"].size(), torch.device(mesh.device_type)
     if shard == 1:
-        return Replicated(unit, world, mesh["replicate"])
+        allocate(unit, device)
+        return Parallel(unit, world) if replicate == 1 else Replicated(unit, world, mesh["replicate"])
     part = mesh["shard"] if replicate == 1 else mesh["replicate", "shard"]
-    return Sharded(unit, world, part, reshard_after_forward=options.reshard_after_forward)
+    sharded = Sharded(unit, world, part, reshard_after_forward=options.reshard_after_forward)
+    allocate(unit, device)
+    return sharded
+
+
+def allocate(unit: TrainingUnit, device: torch.device) -> None:
+    """Give the parameters of ``unit``, if all are on the meta device, memory on ``device``, without values."""
+    if all(parameter.is_meta for parameter in unit.parameters()):
+        unit._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)

@@ -321,20 +321,18 @@ class Llama(LanguageModel):
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
         return logits if self.head_bias is None else logits + self.head_bias
 
-    @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
-        """Initialise matrices to N(0, ``initial_std``), biases to 0, norms to the identity."""
-        for name, parameter in self.named_parameters():
-            if "norm" in name:
-                parameter.fill_(1.0)
-            elif name.endswith("bias"):
-                parameter.zero_()
-            else:
-                parameter.normal_(0.0, self.config.initial_std, generator=generator)
-        self.token_embedding.weight[self.vocab_size :] = 0.0
-        if not self.config.tie_embeddings:
-            self.head.weight[self.vocab_size :] = 0.0
-        device = self.token_embedding.weight.device
+    def fill(self, name: str, whole: Tensor, generator: torch.Generator) -> None:
+        """Fill matrices with N(0, ``initial_std``), biases with 0; norms become the identity."""
+        if "norm" in name:
+            whole.fill_(1.0)
+        elif name.endswith("bias"):
+            whole.zero_()
+        else:
+            whole.normal_(0.0, self.config.initial_std, generator=generator)
+        if name in self.padded_weights:
+            whole[self.vocab_size :] = 0.0
+
+    def set_buffers(self, device: torch.device) -> None:
         cpu = torch.device("cpu")  # the same bits for every device
         values = alibi_slopes(self.config.num_heads) if self.rotary is None else self.rotary.frequencies(cpu)
         self.positions.value = values.to(device)
