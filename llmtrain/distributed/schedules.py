@@ -117,9 +117,11 @@ class Schedules:
         inputs = () if stage.is_first else (self._hidden(shape, requires_grad=self.has_gradient[stage.index]),)
         result = torch.empty((), device="meta", requires_grad=True)
         outputs = result if stage.is_last else self._hidden(shape, requires_grad=self.has_gradient[stage.index + 1])
+        # The loss has the gradient of the output layer at once, and frees it: its backward pass runs once, as a whole.
+        whole = (lambda: _nothing) if stage.is_last else None
         return PipelineStage(
             stage, stage.index, last + 1, self.ranks.device, input_args=inputs, output_args=outputs,
-            group=self.ranks.group,
+            group=self.ranks.group, dw_builder=whole,
         )  # fmt: skip
 
     def _hidden(self, shape: Shape, *, requires_grad: bool) -> Tensor:
@@ -129,3 +131,7 @@ class Schedules:
     def _loss(self, losses: Tensor, _: Tensor) -> Tensor:
         self._results.append(losses.detach())
         return self.scale(losses[0].clone())  # zero_bubble detaches it in place, which a view cannot be
+
+
+def _nothing() -> None:
+    pass
