@@ -21,7 +21,7 @@ class Place:
 
 
 # By the name of a parameter.  Several places: the rank's tensor has the parts one after the other along its first
-# dimension, each with its ``shape``.
+# dimension, each with its ``shape``.  No place, (): the rank holds nothing of the tensor, others hold all of it.
 Places = Mapping[str, Place | Sequence[Place]]
 
 

@@ -49,7 +49,8 @@ def restore(
 def read_state_parts(checkpoint: Path, weights: Mapping[str, Tensor], places: Places) -> dict[str, Tensor]:
     """The optimizer state in ``checkpoint``, of which only this rank's parts are read.
 
-    State of the shape of a whole parameter is divided as the parameter is, other state is read as a whole.  Raises
+    State of the shape of a whole parameter is divided as the parameter is, other state is read as a whole, and that of
+    a parameter that other ranks hold is not read.  Raises
     :class:`CheckpointError` naming the tensor where that cannot be.
     """
     tensors = {}
@@ -58,6 +59,8 @@ def read_state_parts(checkpoint: Path, weights: Mapping[str, Tensor], places: Pl
             name = entry.partition("/")[0]
             if name not in places:
                 tensors[entry] = stored.read(entry)
+                continue
+            if places[name] == ():
                 continue
             own, whole = tuple(weights[name].shape), places_of(places[name])[0].whole
             if not found.shape or own == whole:

@@ -29,6 +29,10 @@ def share_unit(options: Distributed, unit: TrainingUnit, world: World, device: t
     assert isinstance(world, ProcessGroup)
     degrees = options.mesh(world.size)
     mesh = world.mesh(degrees, device)
+    if degrees.pipeline > 1:
+        from llmtrain.distributed.pipeline import Pipeline
+
+        return Pipeline(unit, world, mesh, options)
     if degrees.tensor == 1:
         return share_data(options, unit, world, mesh)
     cut = UnitCut(unit, TensorGroup(mesh.get_group("tensor")), sequence_parallel=options.sequence_parallel)

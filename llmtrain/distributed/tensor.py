@@ -28,6 +28,10 @@ class TensorShards:
     def num_layers(self) -> int:
         return self.inner.num_layers
 
+    @property
+    def trained_names(self) -> Sequence[str]:
+        return self.inner.trained_names
+
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.inner.named_weights()
 

@@ -51,6 +51,14 @@ class LanguageModel(nn.Module, ABC):
         positions begin anew with each.  Padding, on the right, needs none: no earlier token attends to it.
         """
 
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """The input ``(batch, sequence, hidden)`` of the first block, for :meth:`hidden`.
+
+        ``positions`` of the tokens ``ids``: ``(sequence,)``, or ``(batch, sequence)`` where examples share a row.  A
+        model that has this can be cut between its blocks: a later stage takes what an earlier one gives in its place.
+        """
+        raise NotImplementedError
+
     @property
     @abstractmethod
     def head_weight(self) -> Tensor:

@@ -138,8 +138,7 @@ class GPT(LanguageModel):
         kernel = kernel_for(ids, heads.size, dropout) if cache is None else Kernel.sdpa
         fixed = None if cache is None else cache.fixed
         mask = attention_mask(length, past, ids.device, starts=starts, kernel=kernel, heads=heads, fixed=fixed)
-        embedded = self.token_embedding(ids) + self.position_embedding(positions)
-        x = self.dropout(self.residual_stream(embedded))
+        x = self.embed(ids, positions)
         if cache is None:
             x = self.run_blocks(x, [(None, mask)] * self.num_layers)
         else:
@@ -148,11 +147,15 @@ class GPT(LanguageModel):
             cache.advance(length)
         return self.final_norm(x)
 
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        embedded = self.token_embedding(ids) + self.position_embedding(positions)
+        return self.dropout(self.residual_stream(embedded))
+
     def _heads(self) -> HeadShape:
         """The heads of every layer in this process."""
-        attention: Any = self.blocks[0].attention
-        dtype = self.token_embedding.weight.dtype
-        return HeadShape(attention.num_heads, attention.num_heads, attention.head_size, dtype)
+        block: Any = next(block for block in self.blocks if isinstance(block, Block))  # not all may be here
+        heads, dtype = block.attention.num_heads, block.attention_norm.weight.dtype
+        return HeadShape(heads, heads, block.attention.head_size, dtype)
 
     @property
     def head_weight(self) -> Tensor:

@@ -261,7 +261,7 @@ class Llama(LanguageModel):
         positions = torch.arange(length, device=ids.device) if cache is None else cache.positions(length, ids.device)
         rotation = self._rotation(positions, past + length, starts)
         masks = self._masks(ids, cache, starts)
-        x = self.dropout(self.residual_stream(self.token_embedding(ids)))
+        x = self.embed(ids, positions)
         if cache is None:
             windows = map(self.config.window, range(self.num_layers))
             x = self.run_blocks(x, [(None, masks[window], rotation) for window in windows])
@@ -270,6 +270,9 @@ class Llama(LanguageModel):
                 x = block(x, cache.layer(layer), masks[self.config.window(layer)], rotation)
             cache.advance(length)
         return self.final_norm(x)
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self.dropout(self.residual_stream(self.token_embedding(ids)))
 
     def _rotation(self, positions: Tensor, end: int, starts: Tensor | None) -> Rotation | None:
         """The rotation of the tokens at ``positions`` of a sequence of ``end`` tokens; None with ALiBi."""
@@ -299,9 +302,9 @@ class Llama(LanguageModel):
 
     def _heads(self) -> HeadShape:
         """The heads of every layer in this process."""
-        attention: Any = self.blocks[0].attention
-        dtype = self.token_embedding.weight.dtype
-        return HeadShape(attention.num_heads, attention.num_kv_heads, attention.head_size, dtype)
+        block: Any = next(block for block in self.blocks if isinstance(block, Block))  # not all may be here
+        heads, keys, dtype = block.attention.num_heads, block.attention.num_kv_heads, block.attention_norm.weight.dtype
+        return HeadShape(heads, keys, block.attention.head_size, dtype)
 
     @property
     def head_weight(self) -> Tensor:
