@@ -40,6 +40,11 @@ class Parallel:
         return 1
 
     @property
+    def token_rank(self) -> int:
+        """This rank's number among those that train on different tokens: of the same sequences, or of others."""
+        return self.data_rank
+
+    @property
     def trainable(self) -> Trainable:
         """The view that an optimizer is built over: names and this rank's part of every parameter."""
         return self.unit

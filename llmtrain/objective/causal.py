@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,6 +49,8 @@ class CausalUnit(TrainingUnit):
 @dataclass(frozen=True)
 class Causal(Objective):
     """Cross-entropy of each next token."""
+
+    sums_positions: ClassVar[bool] = True
 
     z_loss: float
     chunk_tokens: int | None

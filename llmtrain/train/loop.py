@@ -167,7 +167,7 @@ class Loop:
         sequences = self.length.batch_size_at(state.step, state.tokens)  # of all ranks
         is_smaller = self.length.missing_at(state.step) > 0  # not compiled for one step
         if self.world.size > 1:
-            seed_step(self.stream.seed, state.step, self.step.parallel.data_rank)
+            seed_step(self.stream.seed, state.step, self.step.parallel.token_rank)
         with self.step.unit.eager() if is_smaller else nullcontext():
             loss = self.step.gradients(batch, self.agreement.flags(self._is_save_due_by_clock))
         clip = self.step.clip(self.clipping, state.step, largest=self._is_logged(state.step + 1))
