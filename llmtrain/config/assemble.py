@@ -20,7 +20,7 @@ from llmtrain.config.build import naming
 from llmtrain.config.own_values import builds_parts, fill_own_parts, knows_values
 from llmtrain.config.run_config import RunConfig
 from llmtrain.data import Corpus
-from llmtrain.distributed.checks import ParallelSettings, check_parallel
+from llmtrain.distributed.checks import ParallelSettings, check_context, check_parallel
 from llmtrain.distributed.options import Mesh
 from llmtrain.distributed.parallel import Parallel
 from llmtrain.distributed.pipeline_options import PipelineSettings
@@ -131,11 +131,13 @@ def check_ranks(run: RunConfig, processes: int) -> None:
     """Raise ValueError for a setting that does not go with so many ranks."""
     if processes > 1:
         mesh = run.distributed.mesh(processes)
+        holds_parts = run.distributed.is_sharded(mesh) or mesh.tensor > 1
         settings = ParallelSettings(
-            processes, mesh.shard > 1 or mesh.tensor > 1, run.optimizer, run.clipping, run.precision, run.lora,
+            processes, holds_parts, run.optimizer, run.clipping, run.precision, run.lora,
             run.activation_checkpointing, run.runtime.cuda_graphs, pipeline_settings(run, mesh),
         )  # fmt: skip
         check_parallel(settings)
+        check_context(mesh, run.objective, run.data.sequence_length)
 
 
 def pipeline_settings(run: RunConfig, mesh: Mesh) -> PipelineSettings | None:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from llmtrain.activation_checkpointing import ActivationCheckpointing
 from llmtrain.base.options import option_name
 from llmtrain.clipping import Clipping
+from llmtrain.distributed.options import Mesh
 from llmtrain.distributed.pipeline_options import PipelineSettings, pipeline_problems
 from llmtrain.lora import Lora
+from llmtrain.objective import Objective
 from llmtrain.optimizer import OptimizerConfig
 from llmtrain.precision import PrecisionConfig
 
@@ -94,4 +96,33 @@ def _stage_problems(settings: ParallelSettings) -> Iterator[str]:
         yield (
             "activation_checkpointing.offload=True: expects a backward pass right after its forward pass; take "
             f"activation_checkpointing.offload=false, {unstaged}"
+        )
+
+
+def check_context(mesh: Mesh, objective: Objective, sequence_length: int) -> None:
+    """Raise ValueError for the first setting that does not go with ranks which share the positions of sequences."""
+    for problem in context_problems(mesh, objective, sequence_length):
+        raise ValueError(problem)
+
+
+def context_problems(mesh: Mesh, objective: Objective, sequence_length: int) -> Iterator[str]:
+    """Yield a message for each setting that does not go with the degree ``context`` of ``mesh``."""
+    if mesh.context == 1:
+        return
+    own, chunks = f"distributed.context={mesh.context}", 2 * mesh.context
+    if not objective.sums_positions:
+        yield (
+            f"objective={option_name(objective)}: its loss is not a sum over the positions of a text, which {own} "
+            "divides among processes; take distributed.context=1, as in distributed=fsdp"
+        )
+    if mesh.pipeline > 1:
+        yield (
+            f"{own}: does not go with distributed.pipeline={mesh.pipeline}, whose stages pass on whole sequences; take "
+            "distributed.pipeline=1, and divide the weights by distributed.shard"
+        )
+    if sequence_length % chunks:
+        nearest = max(1, sequence_length // chunks) * chunks
+        yield (
+            f"data.sequence_length={sequence_length}: {own} cuts each sequence into {chunks} chunks of one length; "
+            f"take data.sequence_length={nearest}, or another distributed.context"
         )

@@ -102,6 +102,13 @@ class Distributed(Option):
             )
         return Mesh(**{key: size // given if degree == REST else degree for key, degree in self.degrees.items()})
 
+    def is_sharded(self, mesh: Mesh) -> bool:
+        """True if the ranks of ``mesh`` hold a part of each weight.
+
+        Weights are divided over ``shard`` × ``context``, also where ``shard`` is to take what is left, which is 1.
+        """
+        return mesh.shard > 1 or (mesh.context > 1 and self.shard == REST)
+
     def local_processes(self, gpus: int) -> int:
         """The number of ranks to start on this machine, which has so many ``gpus``, where no launcher has.
 

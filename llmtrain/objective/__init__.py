@@ -236,6 +236,7 @@ class Objective(Option, ABC):
     takes: ClassVar[tuple[str, ...]] = ("text", "responses")  # the kinds of data (``DataConfig.gives``) that fit
     loss: ClassVar[str] = "next_token"  # the name of the loss that :meth:`collate` counts targets for
     generates: ClassVar[bool] = True  # True: the model is trained to write text, and is sampled
+    sums_positions: ClassVar[bool] = False  # True: the loss is a sum over positions, each with inputs up to its own
     verb: ClassVar[str] = "generate"  # the command that uses the trained model
 
     def __init_subclass__(cls, **keywords: Any) -> None:

@@ -53,6 +53,8 @@ class CausalUnit(TrainingUnit):
 class Causal(Objective):
     """Cross-entropy of each next token."""
 
+    sums_positions: ClassVar[bool] = True
+
     z_loss: float
     chunk_tokens: int | None
 

@@ -48,7 +48,8 @@ def batch_of_rank(parallel: Parallel, batch: Batch) -> Batch:
 def compare(world: World, keys: dict[str, Any], packed: bool, micro: int, values: dict[str, Any]) -> dict[str, float]:
     """Compare three steps with those of one process; return the worst relative differences."""
     precision, optimizer, clipping = (
-        values.pop(name, default) for name, default in (("precision", "fp32"), ("optimizer", "adamw"), ("clipping", "norm"))
+        values.pop(name, default)
+        for name, default in (("precision", "fp32"), ("optimizer", "adamw"), ("clipping", "norm"))
     )
     alone = make_step(Parallel(make_unit(**keys)), micro, optimizer, precision)
     pipeline = make_pipeline(world, make_unit(**keys), **values)
@@ -107,7 +108,11 @@ def check_calls(record: Any, pipeline: Pipeline, alone: TrainingUnit, batch: Bat
     with torch.no_grad(), pipeline.whole_weights():
         if pipeline.world.is_first:
             ids = batch.tensors["inputs"]
-            record("logits", unit.model(ids)[..., : alone.model.vocab_size], alone.model(ids)[..., : alone.model.vocab_size])
+            record(
+                "logits",
+                unit.model(ids)[..., : alone.model.vocab_size],
+                alone.model(ids)[..., : alone.model.vocab_size],
+            )
     for each in (unit, alone):
         each.train()
 
@@ -157,7 +162,7 @@ def lengths(world: World, keys: dict[str, Any], values: dict[str, Any]) -> dict[
         batch = make_batch(seed=number).map(lambda tensor, r=rows, t=tokens: tensor[:r, :t])  # type: ignore[misc]
         count = int((batch.tensors["targets"] != -100).sum())
         row_lengths = {name: tuple(max(1, tokens - 2 * row) for row in range(rows)) for name in batch.tensors}
-        batch = Batch(batch.tensors, {name: count for name in batch.counts}, batch.tokens, row_lengths)
+        batch = Batch(batch.tensors, dict.fromkeys(batch.counts, count), batch.tokens, row_lengths)
         for row, length in enumerate(row_lengths["targets"]):
             batch.tensors["targets"][row, length:] = -100
         ours, theirs = shared.gradients(batch), alone.gradients(batch)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.pipeline_cases import boxes, compare, dropped, held, lengths
+from tests.distributed.pipeline_cases import compare
 from tests.helpers.ranks import Ranks
 
 TOLERANCE = 1e-5
