@@ -19,6 +19,7 @@ from llmtrain.config.build import naming
 from llmtrain.config.run_config import RunConfig
 from llmtrain.data import Corpus
 from llmtrain.distributed.checks import ParallelSettings, check_parallel
+from llmtrain.distributed.local_sgd import LocalSgd
 from llmtrain.distributed.parallel import Parallel
 from llmtrain.distributed.share import share_unit
 from llmtrain.lora.low_rank import LowRankAdaptation
@@ -99,6 +100,7 @@ def assemble(
     parallel = share_unit(run.distributed, unit, world, device)
     with naming("optimizer"):
         optimizer = run.optimizer.build(parallel.trainable)
+    parallel.adopt(optimizer)
     with naming("clipping"):
         run.clipping.check_parameters([name for name, _ in unit.trained_weights()])
     if run.runtime.compile is True and (reason := why_not_compile(device)):
@@ -110,6 +112,11 @@ def assemble(
 
 def check_ranks(run: RunConfig, processes: int) -> None:
     """Raise ValueError for a setting that does not go with so many ranks."""
+    if isinstance(run.distributed, LocalSgd) and run.runtime.cuda_graphs:
+        raise ValueError(
+            "runtime.cuda_graphs=True: a graph keeps the places of weights, and distributed=local_sgd changes them for "
+            "an evaluation; take runtime.cuda_graphs=false"
+        )
     if processes > 1:
         mesh = run.distributed.mesh(processes)
         settings = ParallelSettings(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmtrain.base.world import World
+from llmtrain.distributed.local_sgd import LocalSgd
 from llmtrain.distributed.options import Distributed
 from llmtrain.distributed.parallel import Parallel
 from llmtrain.objective import TrainingUnit
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 def share_unit(options: Distributed, unit: TrainingUnit, world: World, device: torch.device) -> Parallel:
     """Share ``unit``, built alike on every rank, among the ranks of ``world`` by the mesh that ``options`` name."""
+    if isinstance(options, LocalSgd):
+        return _share_by_replicas(options, unit, world, device)
     if world.size == 1:
         return Parallel(unit, world)
     from llmtrain.distributed.process_group import ProcessGroup
@@ -29,6 +32,18 @@ def share_unit(options: Distributed, unit: TrainingUnit, world: World, device: t
         return share_data(options, unit, world, mesh)
     cut = UnitCut(unit, TensorGroup(mesh.get_group("tensor")), sequence_parallel=options.sequence_parallel)
     return TensorParallel(share_data(options, unit, world, mesh), cut)
+
+
+def _share_by_replicas(options: LocalSgd, unit: TrainingUnit, world: World, device: torch.device) -> Parallel:
+    """Give each rank weights of its own."""
+    from llmtrain.distributed.process_group import ProcessGroup
+    from llmtrain.distributed.replicas import Replicas
+
+    if world.size == 1:
+        return Replicas(options, unit, world)
+    assert isinstance(world, ProcessGroup)
+    mesh = world.mesh(options.mesh(world.size), device)
+    return Replicas(options, unit, world, mesh.get_group("replicate"))
 
 
 def share_data(options: Distributed, unit: TrainingUnit, world: World, mesh: "DeviceMesh") -> Parallel:

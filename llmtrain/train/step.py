@@ -156,7 +156,7 @@ class Step:
         """Clip the gradients of step ``step`` (0-based) with the ``options`` of :class:`llmtrain.clipping.Clipping`."""
         if self.parallel.holds_parts:
             options["over"] = self.parallel
-        return clipping(self.weights, step, **options)
+        return self.parallel.agree_on(clipping(self.weights, step, **options))
 
     def _halve(self, size: int, message: str) -> None:
         """Drop the gradients and halve the micro-batch, for this step, which starts again, and all that follow."""
