@@ -131,7 +131,7 @@ class CompressedSum(Sum):
             work.wait()
             total = self.code.encode(self.code.decode(received).sum(0, keepdim=True))
             totals = torch.empty_like(own)
-            dist.all_gather_into_tensor(totals.view(-1), total.view(-1), group=self.ranks)
+            dist.all_gather(list(totals.unbind()), total[0], group=self.ranks)
             return self.code.decode(totals).view(-1)[:elements]
 
         return finish
