@@ -21,6 +21,7 @@ from llmtrain.config.own_values import builds_parts, fill_own_parts, knows_value
 from llmtrain.config.run_config import RunConfig
 from llmtrain.data import Corpus
 from llmtrain.distributed.checks import ParallelSettings, check_context, check_parallel
+from llmtrain.distributed.local_sgd import LocalSgd
 from llmtrain.distributed.options import Mesh
 from llmtrain.distributed.parallel import Parallel
 from llmtrain.distributed.pipeline_options import PipelineSettings
@@ -118,6 +119,7 @@ def assemble(
             fill_own_parts(run, parallel, generators, load_weights=from_start)
     with naming("optimizer"):
         optimizer = run.optimizer.build(parallel.trainable)
+    parallel.adopt(optimizer)
     with naming("clipping"):
         run.clipping.check_parameters([name for name, _ in unit.trained_weights()])
     if run.runtime.compile is True and (reason := why_not_compile(device)):
@@ -129,6 +131,11 @@ def assemble(
 
 def check_ranks(run: RunConfig, processes: int) -> None:
     """Raise ValueError for a setting that does not go with so many ranks."""
+    if isinstance(run.distributed, LocalSgd) and run.runtime.cuda_graphs:
+        raise ValueError(
+            "runtime.cuda_graphs=True: a graph keeps the places of weights, and distributed=local_sgd changes them for "
+            "an evaluation; take runtime.cuda_graphs=false"
+        )
     if processes > 1:
         mesh = run.distributed.mesh(processes)
         holds_parts = run.distributed.is_sharded(mesh) or mesh.tensor > 1

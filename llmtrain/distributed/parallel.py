@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from llmtrain.base.places import Places
 from llmtrain.base.world import Alone, World
+from llmtrain.clipping import ClipResult
 from llmtrain.data import Batch
 from llmtrain.objective import TrainingUnit
 from llmtrain.optimizer import Trainable
@@ -49,6 +50,9 @@ class Parallel:
     def trainable(self) -> Trainable:
         """The view that an optimizer is built over: names and this rank's part of every parameter."""
         return self.unit
+
+    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the optimizer into use that has been built over :attr:`trainable`."""
 
     def weights(self) -> list[tuple[str, nn.Parameter]]:
         """The trained parameters as this rank holds them, by the names that they have in checkpoints."""
@@ -93,6 +97,17 @@ class Parallel:
         """Free all gradients."""
         self.unit.zero_grad(set_to_none=True)
 
+    def agree_on(self, clip: ClipResult) -> ClipResult:
+        """The measurements of this rank's clipping as all ranks are to have them."""
+        return clip
+
+    def after_update(self, step: int, *, is_last: bool) -> dict[str, Tensor]:
+        """Exchange what ranks exchange after an update; ``step``: steps done, ``is_last``: the run ends with it.
+
+        Returns numbers for the metrics by name, 0-dimensional on the device.
+        """
+        return {}
+
     def sum_losses(self, losses: Tensor, flags: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Sum ``losses`` ``(losses,)`` over the parts of a step, and ``flags`` ``(flags,)`` over all ranks, at once."""
         if self.world.size == 1:
@@ -121,10 +136,6 @@ class Parallel:
     def total_norm(self, norms: Tensor, names: Sequence[str]) -> Tensor:
         """The norm of all parameters together from the ``norms`` ``(parameters,)`` of those that this rank holds."""
         return torch.linalg.vector_norm(norms)
-
-    def anywhere(self, flag: Tensor) -> Tensor:
-        """True, 0-dimensional, where ``flag`` is on a rank that holds other parameters, or here."""
-        return flag
 
     def whole_weights(self) -> AbstractContextManager[None]:
         """Context in which the model of the unit can be called by one rank alone, as for samples of text.

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from llmtrain.base.places import Place, Places, places_of
 from llmtrain.base.world import World
+from llmtrain.clipping import ClipResult
 from llmtrain.data import Batch
 from llmtrain.distributed.data_parallel import Sharded
 from llmtrain.distributed.options import Distributed
@@ -220,8 +221,9 @@ class Pipeline(Parallel):
     def largest(self, value: Tensor) -> Tensor:
         return self.ranks.largest(value if self.inner is None else self.inner.largest(value))
 
-    def anywhere(self, flag: Tensor) -> Tensor:
-        return self.ranks.sum(flag.float()) > 0
+    def agree_on(self, clip: ClipResult) -> ClipResult:
+        """The same, and clipped where the gradients of one stage were."""
+        return clip._replace(clipped=self.ranks.sum(clip.clipped.float()) > 0)
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmtrain.base.world import World
+from llmtrain.distributed.local_sgd import LocalSgd
 from llmtrain.distributed.options import Distributed, Mesh
 from llmtrain.distributed.parallel import Parallel
 from llmtrain.objective import TrainingUnit
@@ -22,6 +23,8 @@ def share_unit(options: Distributed, unit: TrainingUnit, world: World, device: t
     A unit that is on the meta device gets the memory of this rank's parts alone, on ``device``, without values; its
     buffers are on ``device`` already.
     """
+    if isinstance(options, LocalSgd):
+        return _share_by_replicas(options, unit, world, device)
     if world.size == 1:
         return Parallel(unit, world)
     from llmtrain.distributed.context import SharedPositions
@@ -75,6 +78,18 @@ def share_data(
     sharded = Sharded(unit, world, part, positions, reshard_after_forward=options.reshard_after_forward)
     allocate(unit, device)
     return sharded
+
+
+def _share_by_replicas(options: LocalSgd, unit: TrainingUnit, world: World, device: torch.device) -> Parallel:
+    """Give each rank weights of its own."""
+    from llmtrain.distributed.process_group import ProcessGroup
+    from llmtrain.distributed.replicas import Replicas
+
+    if world.size == 1:
+        return Replicas(options, unit, world)
+    assert isinstance(world, ProcessGroup)
+    mesh = world.mesh(options.mesh(world.size), device)
+    return Replicas(options, unit, world, mesh.get_group("replicate"))
 
 
 def allocate(unit: TrainingUnit, device: torch.device) -> None:

@@ -160,13 +160,14 @@ class Loop:
         self.saver.before_update()
         timer.mark("other")  # waiting for the copy of a checkpoint
         self.step.update(learning_rate, judged["refused"], clip.divisor)
+        exchanged = self.step.parallel.after_update(state.step + 1, is_last=state.step + 1 == self.max_steps)
         timer.mark("optimizer")
         timer.finish()
 
         scalars = {"loss": loss.total, "grad_norm": clip.norm, "clipped": clip.clipped}
         scalars |= {} if clip.largest is None else {"grad_max": clip.largest}
         losses = tuple(loss.parts) if len(loss.parts) > 1 else ()
-        scalars |= {f"{name}_loss": loss.parts[name] for name in losses} | judged
+        scalars |= {f"{name}_loss": loss.parts[name] for name in losses} | judged | exchanged
         scalars |= self.agreement.scalars(loss.flags)
         if (scaler := self.step.precision.scaler) is not None:
             scalars["loss_scale"] = scaler.scale

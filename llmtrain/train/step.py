@@ -159,8 +159,7 @@ class Step:
         """Clip the gradients of step ``step`` (0-based) with the ``options`` of :class:`llmtrain.clipping.Clipping`."""
         if self.parallel.holds_parts:
             options["over"] = self.parallel
-        result = clipping(self.weights, step, **options)
-        return result._replace(clipped=self.parallel.anywhere(result.clipped))
+        return self.parallel.agree_on(clipping(self.weights, step, **options))
 
     def _halve(self, size: int, message: str) -> None:
         """Drop the gradients and halve the micro-batch, for this step, which starts again, and all that follow."""
