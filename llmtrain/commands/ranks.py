@@ -49,6 +49,7 @@ def start_ranks(run: Run, invocation: Invocation) -> int | None:
     return supervise(
         [*PROGRAM, *invocation.command[1:]], processes, restarts=options.restarts,
         resume_command=lambda directory: resume_command(run, directory, places),
+        with_micro_batch=lambda size: with_micro_batch(run, size),
         has_own_threads=run.runtime.num_threads is not None, hosts=hosts, ssh=options.ssh,
         fewer=fewer_ranks(run, processes, hosts),
     )  # fmt: skip
@@ -61,6 +62,12 @@ def resume_command(run: Run, directory: Path, places: Sequence[str] = ()) -> lis
     """
     plugins = [f"plugins=[{','.join(run.plugins)}]"] if run.plugins else []
     return [*PROGRAM, "resume", str(directory), *plugins, *places]
+
+
+def with_micro_batch(run: Run, size: int) -> list[str]:
+    """The overrides for micro-batches of ``size`` sequences, and steps as before."""
+    fixed = ["accumulation=fixed", f"accumulation.batch_size={run.accumulation.batch_size_at(0, 0)}"]
+    return [*(fixed if run.accumulation.is_probed else ()), f"accumulation.micro_batch_size={size}"]
 
 
 def resume_earlier_start(run: Run, invocation: Invocation) -> None:

@@ -139,14 +139,16 @@ class Step:
             if not is_out_of_memory(error):
                 raise
             world, reason = self.parallel.world, str(error).splitlines()[0]
+        smaller = (size + 1) // 2 if size > 1 else 0
         remedy = (
-            f"take accumulation.micro_batch_size={(size + 1) // 2}"
-            if size > 1
+            f"take accumulation.micro_batch_size={smaller}"
+            if smaller
             else "shard over more ranks, or take shorter sequences or a smaller model"
         )
         raise RankOutOfMemory(
             f"accumulation.micro_batch_size={size}: memory ran out on rank {world.rank}"
-            f"{f' ({world.host})' if world.host else ''}: {reason}; {remedy}"
+            f"{f' ({world.host})' if world.host else ''}: {reason}; {remedy}",
+            smaller,
         )
 
     def _sum(self, own: StepLoss, flags: Tensor | None) -> StepLoss:
