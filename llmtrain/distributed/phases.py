@@ -53,6 +53,7 @@ class Position:
     step: int
     seconds: float  # that it has been there, by its last heartbeat
     silence: float = 0.0  # seconds since its last heartbeat
+    writing: float = 0.0  # seconds that a thread has been writing its files of a checkpoint; 0: it does not
 
     @property
     def key(self) -> Key:
@@ -81,7 +82,8 @@ def judge(positions: Sequence[Position], limit: float, behind_seconds: float = m
     a rank may seem to be where all of them were for long.
 
     A rank is behind at a lower step, or at the same step in an earlier phase.  Where all ranks are in one place for so
-    long, none is behind, and all are named: a network link, a device or a file system does not answer.
+    long, none is behind, and all are named: a network link, a device or a file system does not answer.  But those
+    whose threads write a checkpoint are, if others' do not.
     """
     silence = find_silence(positions, limit)
     if silence is not None:
@@ -95,6 +97,13 @@ def judge(positions: Sequence[Position], limit: float, behind_seconds: float = m
     if seconds <= limit:
         return None
     place = f"{behind[0].phase.value} at step {behind[0].step:,}"
+    writers = [each for each in present if each.writing > limit]
+    if len(behind) == len(present) and 0 < len(writers) < len(present):
+        has = "has" if len(writers) == 1 else "have"
+        text = (
+            f"{_named(writers)} {has} been writing a checkpoint for {_seconds(max(each.writing for each in writers))}"
+        )
+        return Verdict(text + _others(present, writers), tuple(each.rank for each in writers))
     if len(behind) == len(present):
         text = f"all {len(present)} ranks have been {place} for {_seconds(seconds)}, and none is behind the others"
         if behind[0].phase.waits:

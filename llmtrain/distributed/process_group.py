@@ -3,8 +3,9 @@
 import datetime
 import json
 import socket
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,14 @@ class ProcessGroup(World):
 
         self.heartbeat.show = show
 
-    def saving(self) -> AbstractContextManager[None]:
-        return self.supervision.saving()
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        self.heartbeat.writes_since = time.monotonic()
+        try:
+            with self.supervision.saving():
+                yield
+        finally:
+            self.heartbeat.writes_since = None
 
     def sum(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor)
