@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class Shape:
 
     processes: int
     option: str  # of the group distributed
+    timeout_seconds: float = 60.0
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -50,7 +52,7 @@ class Shape:
             EVERY_STEP,
             "precision=fp32",
             "checkpoint.keep_last=2",
-            "distributed.timeout_seconds=60",
+            f"distributed.timeout_seconds={self.timeout_seconds:g}",
             *fixed,
         )
 
@@ -58,8 +60,19 @@ class Shape:
 class RunningRanks:
     """The ranks of a run, forked, or started by a supervisor."""
 
-    def __init__(self, launcher: Launcher, shape: Shape, run: Path, *, supervised: bool) -> None:
-        """Start the run, or resume it; from the beginning where a kill came before it had a config."""
+    def __init__(
+        self,
+        launcher: Launcher,
+        shape: Shape,
+        run: Path,
+        *,
+        supervised: bool,
+        preludes: Mapping[int, str] | None = None,
+    ) -> None:
+        """Start the run, or resume it; from the beginning where a kill came before it had a config.
+
+        ``preludes``: Python that a forked rank runs before.
+        """
         self.run, self.supervised = run, supervised
         has_config = (run / "config.yaml").exists()
         if not has_config:
@@ -75,7 +88,7 @@ class RunningRanks:
             launcher.start(*words, cwd=run.parent, environment={
                 **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(shape.processes),
                 "LOCAL_WORLD_SIZE": str(shape.processes),
-            })
+            }, prelude=(preludes or {}).get(rank, ""))
             for rank in range(shape.processes)
         ]  # fmt: skip
 
