@@ -17,6 +17,7 @@ from llmtrain.distributed.launch import supervise, usable_directory
 from llmtrain.distributed.options import Distributed
 from llmtrain.distributed.roster import Fewer
 from llmtrain.distributed.session import is_rank, meet
+from llmtrain.distributed.torchrun import START
 from llmtrain.run.run import Run
 from llmtrain.run.stored_run import StoredRun
 
@@ -72,14 +73,16 @@ def with_micro_batch(run: Run, size: int) -> list[str]:
 
 def resume_earlier_start(run: Run, invocation: Invocation) -> None:
     """Replace this process by one that resumes the run which an earlier start of the same ranks has made, if any."""
-    start = meet(run.distributed, usable_directory)
+    start = meet(run.distributed, run.run_dir, run.output_dir, usable_directory)
     if start is None or start.run_directory is None:
         return
-    if isinstance(invocation.stored, StoredRun) and invocation.stored.directory.path.absolute() == start.run_directory:
+    directory = Path(start.run_directory)
+    if isinstance(invocation.stored, StoredRun) and invocation.stored.directory.path.absolute() == directory:
         return
-    write_to_stderr(visible(f"llmtrain: start {start.number + 1} of this job resumes {start.run_directory}"))
+    write_to_stderr(visible(f"llmtrain: a later start of this job: resumes {directory}"))
     flush_standard_output()
-    os.execv(sys.executable, resume_command(run, start.run_directory))
+    os.environ[START] = start.text()
+    os.execv(sys.executable, resume_command(run, directory))
 
 
 def fewer_ranks(run: Run, processes: int, hosts: Sequence[Host]) -> Fewer:
