@@ -121,7 +121,7 @@ def make_loop(overrides: Any, counter: Any) -> Any:
     loop.world = MagicMock(size=1)
     loop.agreement = MagicMock(flags=lambda is_save_due: None, scalars=lambda sums: {})
     loop.learning_rate = lambda step: 1e-4
-    loop.saver, loop.readback = MagicMock(), MagicMock()
+    loop.saver, loop.saves, loop.readback = MagicMock(), MagicMock(), MagicMock()
     loop.log = MagicMock(timer=timer, device=device, log_every=10)
     batch = made_up_batch(run.objective, run.accumulation.batch_size_at(0, 0), run.data.sequence_length,
                           is_packed=run.data.packs)  # fmt: skip

@@ -41,12 +41,19 @@ def _as_held(
         if names is not None and name not in names:
             continue
         if name in places:
-            yield name, weights[name].detach()
+            if places[name] != ():
+                yield name, weights[name].detach()
         else:
             rows = unit.model.vocab_size if name in unit.model.padded_weights else None
             yield name, parameter.detach()[:rows] if rows else parameter.detach()
     if names is None:
-        yield from unit.saved_buffers()
+        yield from ((name, buffer) for name, buffer in unit.saved_buffers() if places.get(name) != ())
+
+
+def _names_elsewhere(unit: TrainingUnit, places: Places) -> set[str]:
+    """The tensors of a checkpoint of ``unit`` that other ranks hold alone."""
+    trained = {name for name, _ in unit.trained_weights()} if unit.has_base else None
+    return {name for name, found in places.items() if found == () and (trained is None or name in trained)}
 
 
 def stored_places(unit: TrainingUnit, places: Places) -> Places:
@@ -75,7 +82,7 @@ def restore_model(
         return
     held = saved_tensors(unit, weights, places)
     with StoredTensors(checkpoint, "model") as stored:
-        _refuse(stored.path, _misnamed(held, stored.tensors))
+        _refuse(stored.path, _misnamed([*held, *_names_elsewhere(unit, places)], stored.tensors))
         for name in held.keys() & places.keys():
             held[name].zero_()  # vocabulary padding, which no checkpoint holds
         for part in model_parts(held, places, is_first=False):
@@ -121,7 +128,7 @@ def _misshapen(expected: Mapping[str, Shape], stored: StoredTensors) -> list[str
     ]
 
 
-def _misnamed(expected: Mapping[str, object], found: Mapping[str, object]) -> list[str]:
+def _misnamed(expected: Collection[str], found: Collection[str]) -> list[str]:
     problems = [f"{name} is missing" for name in expected if name not in found]
     return problems + [f"{name} is not in this model" for name in found if name not in expected]
 

@@ -20,8 +20,11 @@ from llmtrain.config.build import naming
 from llmtrain.config.own_values import builds_parts, fill_own_parts, knows_values
 from llmtrain.config.run_config import RunConfig
 from llmtrain.data import Corpus
-from llmtrain.distributed.checks import ParallelSettings, check_parallel
+from llmtrain.distributed.checks import ParallelSettings, check_context, check_parallel
+from llmtrain.distributed.local_sgd import LocalSgd
+from llmtrain.distributed.options import Mesh
 from llmtrain.distributed.parallel import Parallel
+from llmtrain.distributed.pipeline_options import PipelineSettings
 from llmtrain.distributed.share import share_unit
 from llmtrain.lora.low_rank import LowRankAdaptation
 from llmtrain.objective import TrainingUnit
@@ -56,8 +59,13 @@ class Parts:
         return self.length.max_steps
 
     def checkpoint_bytes(self) -> int:
-        """The size of a checkpoint on disk."""
-        return whole_bytes(self.saved_tensors(), state_tensors(self.optimizer), self.places)
+        """The size of a checkpoint on disk; of what other ranks hold alone, by the share that is here."""
+        here = whole_bytes(self.saved_tensors(), state_tensors(self.optimizer), self.places)
+        places = self.places
+        weights = [(name, weight.numel()) for name, weight in self.unit.named_weights()]
+        elsewhere = sum(elements for name, elements in weights if places.get(name) == ())
+        own = sum(elements for name, elements in weights) - elsewhere
+        return here + here * elsewhere // own
 
     def saved_tensors(self) -> dict[str, Tensor]:
         """The tensors of the model that a checkpoint has, as this rank holds them."""
@@ -111,6 +119,7 @@ def assemble(
             fill_own_parts(run, parallel, generators, load_weights=from_start)
     with naming("optimizer"):
         optimizer = run.optimizer.build(parallel.trainable)
+    parallel.adopt(optimizer)
     with naming("clipping"):
         run.clipping.check_parameters([name for name, _ in unit.trained_weights()])
     if run.runtime.compile is True and (reason := why_not_compile(device)):
@@ -122,13 +131,32 @@ def assemble(
 
 def check_ranks(run: RunConfig, processes: int) -> None:
     """Raise ValueError for a setting that does not go with so many ranks."""
+    if isinstance(run.distributed, LocalSgd) and run.runtime.cuda_graphs:
+        raise ValueError(
+            "runtime.cuda_graphs=True: a graph keeps the places of weights, and distributed=local_sgd changes them for "
+            "an evaluation; take runtime.cuda_graphs=false"
+        )
     if processes > 1:
         mesh = run.distributed.mesh(processes)
+        holds_parts = run.distributed.is_sharded(mesh) or mesh.tensor > 1
         settings = ParallelSettings(
-            processes, mesh.shard > 1 or mesh.tensor > 1, run.optimizer, run.clipping, run.precision, run.lora,
-            run.activation_checkpointing, run.runtime.cuda_graphs,
+            processes, holds_parts, run.optimizer, run.clipping, run.precision, run.lora,
+            run.activation_checkpointing, run.runtime.cuda_graphs, pipeline_settings(run, mesh),
         )  # fmt: skip
         check_parallel(settings)
+        check_context(mesh, run.objective, run.data.sequence_length)
+
+
+def pipeline_settings(run: RunConfig, mesh: Mesh) -> PipelineSettings | None:
+    """The settings that a pipeline depends on; None where the mesh has none."""
+    if mesh.pipeline == 1:
+        return None
+    sequences = -(-run.accumulation.batch_size_at(0, 0) // (mesh.replicate * mesh.shard))
+    return PipelineSettings(
+        mesh.pipeline, run.distributed.pipeline_schedule, run.distributed.stages_per_process,
+        getattr(run.model, "num_layers", None), mesh.tensor, mesh.context, sequences,
+        run.accumulation.micro_batch_size, run.accumulation.is_probed, run.runtime.compile is True,
+    )  # fmt: skip
 
 
 def build_unit(

@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.base.options import Option
+from llmtrain.model.layers.attention import segment_starts
 from llmtrain.model.layers.kv_cache import KVCache
 from llmtrain.model.layers.norms import autocast_dtype, lower_norms
+from llmtrain.model.layers.sequence_part import SequencePart
 from llmtrain.model.layers.skip_init import SkipInitMode
 
 MAX_VARIANTS = 64  # of a compiled block: one for each shape, with and without gradients
@@ -41,6 +43,8 @@ class LanguageModel(nn.Module, ABC):
     logit_bias: Tensor | None  # a buffer, see :attr:`head_bias`
     logit_softcap: float | None  # logits are capped smoothly to within this: cap * tanh(logits / cap)
     has_low_residual = False  # see :meth:`lower_residual`
+    takes_part: ClassVar[bool] = False  # True: :meth:`hidden` reads ``part``
+    part: SequencePart | None = None  # the positions that ``ids`` without a cache are of; None: from 0 on
 
     @abstractmethod
     def hidden(self, ids: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
@@ -49,7 +53,28 @@ class LanguageModel(nn.Module, ABC):
         With a ``cache``, ``ids`` continue the sequences that the cache holds.  ``segments``, the shape of ``ids``, are
         the numbers of examples that share a row, each one's tokens in one piece: attention stays within an example, and
         positions begin anew with each.  Padding, on the right, needs none: no earlier token attends to it.
+
+        With a :attr:`part`, ``ids`` are those of its positions, and ``segments`` those of whole sequences.
         """
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """The input ``(batch, sequence, hidden)`` of the first block, for :meth:`hidden`.
+
+        ``positions`` of the tokens ``ids``: ``(sequence,)``, or ``(batch, sequence)`` where examples share a row.  A
+        model that has this can be cut between its blocks: a later stage takes what an earlier one gives in its place.
+        """
+        raise NotImplementedError
+
+    def places(self, ids: Tensor, cache: KVCache | None, segments: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The positions ``(sequence,)`` of ``ids``, and those where each token's segment begins, for :meth:`hidden`."""
+        length, device = ids.shape[1], ids.device
+        starts = None if segments is None else segment_starts(segments)
+        if cache is not None:
+            return cache.positions(length, device), starts
+        if self.part is None:
+            return torch.arange(length, device=device), starts
+        positions = self.part.positions(length, device)
+        return positions, None if starts is None else starts[:, positions]
 
     @property
     @abstractmethod

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llmtrain.kernels.dropout import Dropout
 from llmtrain.model import LanguageModel, ModelConfig, head_matrix, nearest_divisor
-from llmtrain.model.layers.attention import AttentionMask, Kernel, attend, attention_mask, kernel_for, segment_starts
+from llmtrain.model.layers.attention import AttentionMask, Kernel, attend, attention_mask, kernel_for
 from llmtrain.model.layers.flex import HeadShape
 from llmtrain.model.layers.kv_cache import KVCache, LayerCache
 from llmtrain.model.layers.norms import LayerNorm
@@ -108,6 +108,8 @@ class Block(nn.Module):
 class GPT(LanguageModel):
     """A GPT-2 of any size."""
 
+    takes_part = True
+
     def __init__(self, config: GPTConfig, vocab_size: int) -> None:
         super().__init__()
         self.config = config
@@ -129,17 +131,18 @@ class GPT(LanguageModel):
     def hidden(self, ids: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
         assert cache is None or segments is None
         length, past = ids.shape[1], 0 if cache is None else cache.length
-        positions = torch.arange(length, device=ids.device) if cache is None else cache.positions(length, ids.device)
-        starts = None if segments is None else segment_starts(segments)
+        positions, starts = self.places(ids, cache, segments)
         if starts is not None:
             positions = positions - starts
         dropout = self.config.dropout if self.training else 0.0
         heads = self._heads()
         kernel = kernel_for(ids, heads.size, dropout) if cache is None else Kernel.sdpa
         fixed = None if cache is None else cache.fixed
-        mask = attention_mask(length, past, ids.device, starts=starts, kernel=kernel, heads=heads, fixed=fixed)
-        embedded = self.token_embedding(ids) + self.position_embedding(positions)
-        x = self.dropout(self.residual_stream(embedded))
+        part = self.part if cache is None else None
+        mask = attention_mask(
+            length, past, ids.device, starts=starts, kernel=kernel, heads=heads, fixed=fixed, part=part
+        )
+        x = self.embed(ids, positions)
         if cache is None:
             x = self.run_blocks(x, [(None, mask)] * self.num_layers)
         else:
@@ -148,11 +151,15 @@ class GPT(LanguageModel):
             cache.advance(length)
         return self.final_norm(x)
 
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        embedded = self.token_embedding(ids) + self.position_embedding(positions)
+        return self.dropout(self.residual_stream(embedded))
+
     def _heads(self) -> HeadShape:
         """The heads of every layer in this process."""
-        attention: Any = self.blocks[0].attention
-        dtype = self.token_embedding.weight.dtype
-        return HeadShape(attention.num_heads, attention.num_heads, attention.head_size, dtype)
+        block: Any = next(block for block in self.blocks if isinstance(block, Block))  # not all may be here
+        heads, dtype = block.attention.num_heads, block.attention_norm.weight.dtype
+        return HeadShape(heads, heads, block.attention.head_size, dtype)
 
     @property
     def head_weight(self) -> Tensor:

@@ -23,7 +23,6 @@ from llmtrain.model.layers.attention import (
     attend,
     attention_mask,
     kernel_for,
-    segment_starts,
 )
 from llmtrain.model.layers.flex import HeadShape
 from llmtrain.model.layers.kv_cache import KVCache, LayerCache
@@ -235,6 +234,8 @@ class ConstantVector(nn.Module):
 class Llama(LanguageModel):
     """A Llama of any size, or a related model."""
 
+    takes_part = True
+
     def __init__(self, config: LlamaConfig, vocab_size: int) -> None:
         super().__init__()
         self.config = config
@@ -256,12 +257,12 @@ class Llama(LanguageModel):
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
         assert cache is None or segments is None
-        length, past = ids.shape[1], 0 if cache is None else cache.length
-        starts = None if segments is None else segment_starts(segments)
-        positions = torch.arange(length, device=ids.device) if cache is None else cache.positions(length, ids.device)
-        rotation = self._rotation(positions, past + length, starts)
+        length = ids.shape[1]
+        positions, starts = self.places(ids, cache, segments)
+        end = length if self.part is None else self.part.whole_length
+        rotation = self._rotation(positions, end if cache is None else cache.length + length, starts)
         masks = self._masks(ids, cache, starts)
-        x = self.dropout(self.residual_stream(self.token_embedding(ids)))
+        x = self.embed(ids, positions)
         if cache is None:
             windows = map(self.config.window, range(self.num_layers))
             x = self.run_blocks(x, [(None, masks[window], rotation) for window in windows])
@@ -270,6 +271,9 @@ class Llama(LanguageModel):
                 x = block(x, cache.layer(layer), masks[self.config.window(layer)], rotation)
             cache.advance(length)
         return self.final_norm(x)
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self.dropout(self.residual_stream(self.token_embedding(ids)))
 
     def _rotation(self, positions: Tensor, end: int, starts: Tensor | None) -> Rotation | None:
         """The rotation of the tokens at ``positions`` of a sequence of ``end`` tokens; None with ALiBi."""
@@ -292,16 +296,16 @@ class Llama(LanguageModel):
         return {
             window: attention_mask(
                 length, past, ids.device, starts=starts, window=window, slopes=slopes, kernel=kernel, heads=heads,
-                fixed=fixed,
+                fixed=fixed, part=self.part if cache is None else None,
             )
             for window in {self.config.window(layer) for layer in range(self.num_layers)}
         }  # fmt: skip
 
     def _heads(self) -> HeadShape:
         """The heads of every layer in this process."""
-        attention: Any = self.blocks[0].attention
-        dtype = self.token_embedding.weight.dtype
-        return HeadShape(attention.num_heads, attention.num_kv_heads, attention.head_size, dtype)
+        block: Any = next(block for block in self.blocks if isinstance(block, Block))  # not all may be here
+        heads, keys, dtype = block.attention.num_heads, block.attention.num_kv_heads, block.attention_norm.weight.dtype
+        return HeadShape(heads, keys, block.attention.head_size, dtype)
 
     @property
     def head_weight(self) -> Tensor:

@@ -37,6 +37,7 @@ class TrainingUnit(nn.Module, ABC):
     has_base: bool  # True: frozen weights come from elsewhere; checkpoints hold the trained ones alone
     loss_weights: Mapping[str, float] = {}  # by the name of the loss; 1 for those that are not named
     uses_output_layer: ClassVar[bool] = True  # False: a forward pass does not use the model's output layer
+    has_stages: ClassVar[bool] = False  # True: calls ``model.hidden`` of inputs and segments, and goes on from there
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
@@ -80,6 +81,11 @@ class TrainingUnit(nn.Module, ABC):
     def trained_weights(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters that are trained."""
         return [(name, parameter) for name, parameter in self.named_weights() if parameter.requires_grad]
+
+    @property
+    def trained_names(self) -> list[str]:
+        """The names of the parameters that are trained."""
+        return [name for name, _ in self.trained_weights()]
 
     def weights_state(self) -> dict[str, Tensor]:
         """The state dict under the names that checkpoints have; vocabulary padding is left out."""
@@ -230,6 +236,7 @@ class Objective(Option, ABC):
     takes: ClassVar[tuple[str, ...]] = ("text", "responses")  # the kinds of data (``DataConfig.gives``) that fit
     loss: ClassVar[str] = "next_token"  # the name of the loss that :meth:`collate` counts targets for
     generates: ClassVar[bool] = True  # True: the model is trained to write text, and is sampled
+    sums_positions: ClassVar[bool] = False  # True: the loss is a sum over positions, each with inputs up to its own
     verb: ClassVar[str] = "generate"  # the command that uses the trained model
 
     def __init_subclass__(cls, **keywords: Any) -> None:

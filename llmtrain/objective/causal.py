@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from llmtrain.objective import Objective, TrainingUnit
 
 class CausalUnit(TrainingUnit):
     """A decoder with the cross-entropy of each next token, in fp32, with the logits of a chunk of tokens at a time."""
+
+    has_stages: ClassVar[bool] = True
 
     def __init__(self, model: LanguageModel, loss: str, z_loss: float, chunk_tokens: int | None) -> None:
         super().__init__(model)
@@ -49,6 +52,8 @@ class CausalUnit(TrainingUnit):
 @dataclass(frozen=True)
 class Causal(Objective):
     """Cross-entropy of each next token."""
+
+    sums_positions: ClassVar[bool] = True
 
     z_loss: float
     chunk_tokens: int | None

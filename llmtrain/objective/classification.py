@@ -63,6 +63,7 @@ class ClassifierUnit(TrainingUnit):
     """A decoder with a linear head that is read at the last token of a text."""
 
     uses_output_layer: ClassVar[bool] = False
+    has_stages: ClassVar[bool] = True
 
     def __init__(self, model: LanguageModel, classifier: Classifier, loss: str, *, multi_label: bool) -> None:
         super().__init__(model)

@@ -128,6 +128,7 @@ def whole(parallel: Parallel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def make_step(parallel: Parallel, setting: Setting) -> Step:
     common = {"lr": 0.01, "weight_decay": 0.1, "adamw_lr": 0.002, "min_elements": 64}
     optimizer = make_option("optimizer", setting.optimizer, common).build(parallel.trainable)
+    parallel.adopt(optimizer)
     return Step(
         parallel.unit, optimizer, make_precision(setting.precision), setting.micro_batch_size, parallel=parallel
     )
