@@ -277,6 +277,7 @@ def make_loop(
     stream = TrainingStream(
         parts.corpus.train, run.objective.collator(parts.corpus.class_weights), run.runtime.seed, run.data.shuffle,
         parts.length.batch_size_at, parts.device, (parts.parallel.data_rank, parts.parallel.data_size),
+        partial(run.objective.count, class_weights=parts.corpus.class_weights),
     )  # fmt: skip
     learning_rate = partial(run.schedule, peak=run.optimizer.lr, total=parts.max_steps)
     return Loop(
