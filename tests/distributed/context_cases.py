@@ -81,7 +81,7 @@ def compare(
         batch = make_batch(packed=packed, seed=step)
         own = batch.shard(shared.data_rank, shared.data_size)
         loss = gradients(shared, own, micro)
-        ours = shared.sum_losses(torch.tensor([loss]), None)[0].item()
+        ours = shared.sum_losses(torch.tensor([loss], dtype=torch.float64), None)[0].item()
         theirs = gradients(alone, batch, ROWS)
         record("loss", abs(ours - theirs) / abs(theirs))
         record("norm", abs(squares(shared) ** 0.5 / squares(alone) ** 0.5 - 1))
@@ -91,7 +91,8 @@ def compare(
                 record("gradient", difference(whole(shared, name, weight.grad), references[name].grad))
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
+        for each in (shared, alone):
+            each.drop_gradients()
     for name, weight in shared.weights():
         record("weight", difference(whole(shared, name, weight.detach()), references[name].detach()))
     return worst
