@@ -56,7 +56,9 @@ class LanguageModel(nn.Module, ABC):
         With a :attr:`part`, ``ids`` are those of its positions, and ``segments`` those of whole sequences.
         """
 
-    def places(self, ids: Tensor, cache: KVCache | None, segments: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def token_positions(
+        self, ids: Tensor, cache: KVCache | None, segments: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The positions ``(sequence,)`` of ``ids``, and those where each token's segment begins, for :meth:`hidden`."""
         length, device = ids.shape[1], ids.device
         starts = None if segments is None else segment_starts(segments)
