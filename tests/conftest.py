@@ -13,6 +13,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
 
+from tests.helpers import quick
+
 TEXT = Path(__file__).parent.parent / "data"
 CORES = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 2)  # what tests may use at most
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -23,6 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Tests that compare bits, or a CPU's kernels, then hold on every machine.  torch has not looked for a GPU yet.
     """
+    quick.install()
     if not wants_gpu(config.option.markexpr):
         for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
             os.environ[name] = ""

@@ -8,8 +8,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from llmtrain.base.places import Places, places_of
+from llmtrain.base.places import Places, Shape, places_of
 from llmtrain.base.tensor_files import CheckpointError
+from llmtrain.checkpoint.own_parts import OwnParts
 from llmtrain.checkpoint.parts import model_parts
 from llmtrain.checkpoint.stored_tensors import StoredTensors, group_file, read_group
 from llmtrain.objective import TrainingUnit
@@ -40,12 +41,19 @@ def _as_held(
         if names is not None and name not in names:
             continue
         if name in places:
-            yield name, weights[name].detach()
+            if places[name] != ():
+                yield name, weights[name].detach()
         else:
             rows = unit.model.vocab_size if name in unit.model.padded_weights else None
             yield name, parameter.detach()[:rows] if rows else parameter.detach()
     if names is None:
-        yield from unit.saved_buffers()
+        yield from ((name, buffer) for name, buffer in unit.saved_buffers() if places.get(name) != ())
+
+
+def _names_elsewhere(unit: TrainingUnit, places: Places) -> set[str]:
+    """The tensors of a checkpoint of ``unit`` that other ranks hold alone."""
+    trained = {name for name, _ in unit.trained_weights()} if unit.has_base else None
+    return {name for name, found in places.items() if found == () and (trained is None or name in trained)}
 
 
 def stored_places(unit: TrainingUnit, places: Places) -> Places:
@@ -74,7 +82,7 @@ def restore_model(
         return
     held = saved_tensors(unit, weights, places)
     with StoredTensors(checkpoint, "model") as stored:
-        _refuse(stored.path, _misnamed(held, stored.tensors))
+        _refuse(stored.path, _misnamed([*held, *_names_elsewhere(unit, places)], stored.tensors))
         for name in held.keys() & places.keys():
             held[name].zero_()  # vocabulary padding, which no checkpoint holds
         for part in model_parts(held, places, is_first=False):
@@ -98,7 +106,29 @@ def read_fitting(checkpoint: Path, expected: Mapping[str, Tensor]) -> dict[str, 
     return tensors
 
 
-def _misnamed(expected: Mapping[str, object], found: Mapping[str, object]) -> list[str]:
+def read_own_parts(checkpoint: Path, parts: OwnParts) -> None:
+    """Fill ``parts`` from ``checkpoint``, of which this rank reads no other elements.
+
+    Raises :class:`CheckpointError` unless names and shapes are the same.
+    """
+    with StoredTensors(checkpoint, "model") as stored:
+        shapes = parts.shapes()
+        _refuse(stored.path, _misnamed(shapes, stored.tensors) + _misshapen(shapes, stored))
+        for name, shape in shapes.items():
+            for part in parts.within(name, shape):
+                stored.fill(part)
+
+
+def _misshapen(expected: Mapping[str, Shape], stored: StoredTensors) -> list[str]:
+    found = {name: stored.tensors[name].shape for name in expected if name in stored.tensors}
+    return [
+        f"{name} is {shape}, this model's is {expected[name]}"
+        for name, shape in found.items()
+        if shape != expected[name]
+    ]
+
+
+def _misnamed(expected: Collection[str], found: Collection[str]) -> list[str]:
     problems = [f"{name} is missing" for name in expected if name not in found]
     return problems + [f"{name} is not in this model" for name in found if name not in expected]
 

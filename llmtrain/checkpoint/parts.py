@@ -9,9 +9,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from llmtrain.base.places import Place, Places, Shape, places_of
+from llmtrain.base.places import OUTER_MOMENTUM, Place, Places, Replica, Shape, places_of
 
 Tensors = Mapping[str, Tensor]
+
+# Before the key of optimizer state that each replica has its own of: one tensor for all, its first dimension theirs.
+REPLICAS = "replicas/"
+ALIKE = (OUTER_MOMENTUM,)  # keys of state that all replicas hold the same of
 
 
 class Box(NamedTuple):
@@ -76,16 +80,20 @@ def state_parts(tensors: Tensors, model: Tensors, places: Places, *, is_first: b
     """The parts of an optimizer's state, named ``<parameter>/<key>``, beside those of the ``model``.
 
     State of the shape of the rank's part of its parameter lies where that does.  A single number is the same for all
-    parts, and is owned with the parameter's first element.  Raises ValueError for other state of a parameter that this
-    rank holds a part of.
+    parts, and is owned with the parameter's first element.  State of replicas becomes one tensor
+    ``<parameter>/replicas/<key>`` with a dimension more, the first, of which each writes its own row.  Raises
+    ValueError for other state of a parameter that this rank holds a part of.
     """
     parts = []
     for entry, tensor in tensors.items():
-        name = entry.partition("/")[0]
+        name, _, key = entry.partition("/")
         if name not in places:
             parts.append(_whole(entry, tensor, is_owner=is_first))
             continue
         found, own = places_of(places[name]), model[name].shape
+        if (replica := found[0].replica) is not None and key not in ALIKE:
+            parts.append(row_of(replica, f"{name}/{REPLICAS}{key}", tensor))
+            continue
         if 0 in found[0].whole:
             whole = tensor.new_empty(found[0].whole) if tensor.dim() else tensor
             parts.append(_whole(entry, whole, is_owner=is_first))
@@ -115,6 +123,12 @@ def owned(parts: Sequence[Part]) -> dict[str, Part]:
             counts[part.name] = number = counts.get(part.name, 0) + 1
             keys[part.name if number == 1 else f"{part.name}#{number}"] = part
     return keys
+
+
+def row_of(replica: Replica, name: str, tensor: Tensor) -> Part:
+    """The row of ``replica`` in a tensor that has one of each; the replica writes it."""
+    offset, whole = (replica.number, *[0] * tensor.dim()), (replica.count, *tensor.shape)
+    return Part(name, tensor.detach()[None], offset, whole, is_owner=True)
 
 
 def _whole(name: str, tensor: Tensor, *, is_owner: bool) -> Part:

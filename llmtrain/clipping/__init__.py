@@ -25,6 +25,10 @@ class Shares(Protocol):
         """Sum ``squares`` ``(parameters,)``, of this rank's elements of each parameter, over the whole tensors."""
         ...
 
+    def total_norm(self, norms: Tensor, names: Sequence[str]) -> Tensor:
+        """The norm of all parameters together from the ``norms`` ``(parameters,)`` of those that this rank holds."""
+        ...
+
     def largest(self, value: Tensor) -> Tensor:
         """The largest ``value``, 0-dimensional, of all ranks; NaN if one of them is."""
         ...

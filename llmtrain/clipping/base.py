@@ -85,9 +85,12 @@ def measure(parameters: Sequence[tuple[str, nn.Parameter]], over: Shares | None 
         zero = torch.zeros((), device=parameters[0][1].device if parameters else None)
         return Gradients(names, with_gradient, tensors, [], zero, over)
     norms = (_norms_each if device_type(tensors[0]) == "cpu" else _norms_foreach)(tensors)
-    if over is not None:
+    if over is None:
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+    else:
         norms = whole_norms(norms, names, over)
-    return Gradients(names, with_gradient, tensors, norms, torch.linalg.vector_norm(torch.stack(norms)), over)
+        norm = over.total_norm(torch.stack(norms), names)
+    return Gradients(names, with_gradient, tensors, norms, norm, over)
 
 
 def whole_norms(norms: Sequence[Tensor], names: Sequence[str], over: Shares) -> list[Tensor]:

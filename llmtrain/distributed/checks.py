@@ -7,6 +7,7 @@ from llmtrain.activation_checkpointing import ActivationCheckpointing
 from llmtrain.base.options import option_name
 from llmtrain.clipping import Clipping
 from llmtrain.distributed.options import Mesh
+from llmtrain.distributed.pipeline_options import PipelineSettings, pipeline_problems
 from llmtrain.lora import Lora
 from llmtrain.objective import Objective
 from llmtrain.optimizer import OptimizerConfig
@@ -25,6 +26,7 @@ class ParallelSettings:
     lora: Lora
     activation_checkpointing: ActivationCheckpointing
     cuda_graphs: bool
+    pipeline: PipelineSettings | None = None  # None: every rank has all layers
 
 
 def check_parallel(settings: ParallelSettings) -> None:
@@ -40,6 +42,9 @@ def problems(settings: ParallelSettings) -> Iterator[str]:
             "runtime.cuda_graphs=True: a graph of the whole step cannot hold the exchanges between "
             f"{settings.processes} processes; take runtime.cuda_graphs=false"
         )
+    if settings.pipeline is not None:
+        yield from pipeline_problems(settings.pipeline)
+        yield from _stage_problems(settings)
     if not settings.is_sharded:
         return
     unsharded = "or distributed=ddp, where each rank has whole weights"
@@ -70,6 +75,27 @@ def problems(settings: ParallelSettings) -> Iterator[str]:
         yield (
             "activation_checkpointing.offload=True: would move gathered weights to the host, too; take "
             f"activation_checkpointing.offload=false, {unsharded}"
+        )
+
+
+def _stage_problems(settings: ParallelSettings) -> Iterator[str]:
+    """Yield a message for each setting of other groups that a stage of a pipeline cannot have."""
+    unstaged = "or distributed=ddp, where each rank has all layers"
+    if option_name(settings.precision) == "fp8":
+        yield (
+            "precision=fp8: quantises the weights of all micro-batches at once, whose passes a pipeline mixes; take "
+            f"precision=bf16, {unstaged}"
+        )
+    quantization = getattr(getattr(settings.lora, "quantization", None), "value", "none")
+    if quantization != "none":
+        yield (
+            f"lora.quantization={quantization}: packed weights are not sent between stages; take "
+            f"lora.quantization=none, {unstaged}"
+        )
+    if getattr(settings.activation_checkpointing, "offload", False):
+        yield (
+            "activation_checkpointing.offload=True: expects a backward pass right after its forward pass; take "
+            f"activation_checkpointing.offload=false, {unstaged}"
         )
 
 

@@ -16,7 +16,7 @@ from llmtrain.base.places import Places
 from llmtrain.base.world import World
 from llmtrain.data import Batch
 from llmtrain.distributed.context import SharedPositions
-from llmtrain.distributed.local_shards import LocalShards
+from llmtrain.distributed.local_shards import LocalShards, Peers
 from llmtrain.distributed.parallel import Parallel
 from llmtrain.objective import TrainingUnit
 from llmtrain.optimizer import Trainable
@@ -37,7 +37,7 @@ class DataParallel(Parallel):
 
     @property
     def data_rank(self) -> int:
-        return self.token_rank // self._neighbours
+        return self.seed_rank // self._neighbours
 
     @property
     def data_size(self) -> int:
@@ -49,7 +49,7 @@ class DataParallel(Parallel):
         return 1 if self.positions is None else self.positions.ranks.size
 
     @property
-    def token_rank(self) -> int:
+    def seed_rank(self) -> int:
         number = 0
         coordinate = self.mesh.get_coordinate()
         assert coordinate is not None
@@ -105,6 +105,9 @@ class Sharded(DataParallel):
     memory.  ``keeps_whole_gradients``: gradients are summed over the ranks after the last micro-batch alone; until then
     each rank holds whole ones, in the memory of whole weights.  Otherwise each micro-batch's are scattered at once.
 
+    ``roots``: the modules that are called, each with its blocks, where that is not the unit but the stages of a
+    pipeline; then ``own`` are the parameters of this rank's stages, and ``peers`` the ranks that have the same stages.
+
     The parameters may be on ``meta`` when this is built.  They need memory before :attr:`shards` is read.
     """
 
@@ -120,22 +123,28 @@ class Sharded(DataParallel):
         *,
         reshard_after_forward: bool = True,
         keeps_whole_gradients: bool = False,
+        roots: Sequence[tuple[nn.Module, Sequence[nn.Module]]] | None = None,
+        own: Trainable | None = None,
+        peers: Peers | None = None,
     ) -> None:
         super().__init__(unit, world, mesh, positions)
         refuse_packed(unit)
         self.reshard_after_forward = reshard_after_forward
         self.keeps_whole_gradients = keeps_whole_gradients
-        for block in unit.model.blocks:
-            fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
-        fully_shard(unit, mesh=mesh, reshard_after_forward=False)
-        for name in ("score", "sequence_losses", "_gather_outer"):
-            setattr(unit, name, getattr(unit, name, _nothing))
-            register_fsdp_forward_method(unit, name)
-        self.modules: list[FSDPModule] = [module for module in unit.modules() if isinstance(module, FSDPModule)]
+        self.own, self.peers = own or unit, peers or world
+        self._roots: list[Any] = []
+        for root, blocks in roots or [(unit, list(unit.model.blocks))]:
+            for block in blocks:
+                fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
+            fully_shard(root, mesh=mesh, reshard_after_forward=False)
+            for name in ("score", "sequence_losses", "_gather_outer"):
+                setattr(root, name, getattr(root, name, _nothing))
+                register_fsdp_forward_method(root, name)
+            self._roots.append(root)
+        self.modules = [module for root in self._roots for module in root.modules() if isinstance(module, FSDPModule)]
         for module in self.modules:
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other
             module.set_gradient_divide_factor(1.0)
-        self._root: Any = unit
         self._is_last: bool | None = None  # as :meth:`prepare` has set it
 
     @cached_property
@@ -143,7 +152,7 @@ class Sharded(DataParallel):
         """This rank's part of every parameter."""
         for module in self.modules:
             module.reshard()
-        return LocalShards(self.unit, self.world)
+        return LocalShards(self.own, self.peers)
 
     @property
     def trainable(self) -> Trainable:
@@ -159,15 +168,20 @@ class Sharded(DataParallel):
     def prepare(self, *, is_last: bool) -> Iterator[None]:
         if is_last != self._is_last:
             self._is_last = is_last
-            self._root.set_is_last_backward(is_last)
-            self._root.set_requires_gradient_sync(is_last or not self.keeps_whole_gradients)
-            self._root.set_requires_all_reduce(is_last)
+            for root in self._roots:
+                root.set_is_last_backward(is_last)
+                root.set_requires_gradient_sync(is_last or not self.keeps_whole_gradients)
+                root.set_requires_all_reduce(is_last)
         yield
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         loss.backward()
         if is_last:
-            self.shards.take_gradients()
+            self.take_gradients()
+
+    def take_gradients(self) -> None:
+        """Give each part of a parameter the gradient that the last backward pass has left."""
+        self.shards.take_gradients()
 
     def drop_gradients(self) -> None:
         self.shards.drop_gradients()
@@ -195,7 +209,8 @@ class Sharded(DataParallel):
         Entering gathers them, on all ranks.  They take the memory of the whole unit beside the shards.
         """
         with torch.no_grad():
-            self._root._gather_outer()  # the first pass of all must be the unit's
+            for root in self._roots:
+                root._gather_outer()  # the first pass of all must be the root's
         for module in self.modules:
             module.set_reshard_after_forward(False, recurse=False)
         handles = [module.unshard(async_op=True) for module in self.modules]
@@ -208,7 +223,9 @@ class Sharded(DataParallel):
         finally:
             self._end_passes()
             for module in self.modules:
-                module.set_reshard_after_forward(self.reshard_after_forward and module is not self._root, recurse=False)
+                module.set_reshard_after_forward(
+                    self.reshard_after_forward and module not in self._roots, recurse=False
+                )
 
     def _end_passes(self) -> None:
         """Have sharded weights alone, which may be loaded next, and forget the forward passes without a backward pass.
@@ -218,8 +235,9 @@ class Sharded(DataParallel):
         """
         for module in self.modules:
             module.reshard()
-        if hasattr(self._root, "reset_iter_state"):
-            self._root.reset_iter_state()
+        if hasattr(self._roots[0], "reset_iter_state"):
+            for root in self._roots:
+                root.reset_iter_state()
             return
         for module in self.modules:  # torch before 2.13
             state: Any = module._get_fsdp_state()

@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -158,7 +158,7 @@ class Heartbeat:
 
         if (verdict := find(self.timeout_seconds)) is not None:
             absent = len(verdict.ranks) if verdict.is_silence else 0
-            self._decide(f"{verdict.text}; {self._remedy()}", watch, absent=absent)
+            self._decide(f"{verdict.text}; {self._remedy()}", watch, absent=absent, about=verdict.ranks)
         warning = find(self.timeout_seconds / 2)
         if warning is not None and self._is_new(warning):
             self._report(f"warning: {warning.text}; without progress the run ends after {self.timeout_seconds:g} s "
@@ -175,23 +175,25 @@ class Heartbeat:
         self._warned.add(warning.topic)
         return is_new
 
-    def _decide(self, text: str, watch: "Watch", *, absent: int) -> None:
+    def _decide(self, text: str, watch: "Watch", *, absent: int, about: Sequence[int] = ()) -> None:
         """End the job: the first rank that decides reports, all others follow its verdict."""
         winner = watch.propose(text)
         if winner == text:
             self._report(text)
-        self._conclude(winner, watch, is_shown=winner == text, absent=absent)
+        is_own = winner == text
+        self._conclude(winner, watch, is_shown=is_own, absent=absent, about=about if is_own else ())
 
-    def _conclude(self, text: str, watch: "Watch", *, is_shown: bool = False, absent: int = 0) -> None:
+    def _conclude(self, text: str, watch: "Watch", *, is_shown: bool = False, absent: int = 0,
+                  about: Sequence[int] = ()) -> None:  # fmt: skip
         """Write the stacks, tell the supervisor, and end this rank; the one with the store waits for the others.
 
-        ``absent``: ranks that cannot answer.
+        ``absent``: ranks that cannot answer.  ``about``: those that the verdict is about.
         """
         with self._ending:
             self._dump(text)
             kind = Kind.consequence if text.startswith(FAILED_RANK) else Kind.verdict
             if self.supervision is not None:
-                self.supervision.report_failure(text, kind=kind, is_shown=is_shown)
+                self.supervision.report_failure(text, kind=kind, is_shown=is_shown, about=about)
             with contextlib.suppress(RuntimeError):
                 watch.acknowledge(self.size - absent, wait_seconds=3 * self.interval + 2 if self.rank == 0 else 0)
             _exit()
@@ -229,7 +231,7 @@ class Heartbeat:
             self._report(text, logs=self.rank == min(1, self.size - 1))
             self._dump(text)
             if self.supervision is not None:
-                self.supervision.report_failure(text, kind=kind, is_shown=True)
+                self.supervision.report_failure(text, kind=kind, is_shown=True, about=(0,))
             _exit()
 
     # --- both ---------------------------------------------------------------------------------------------------------

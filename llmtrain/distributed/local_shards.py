@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,23 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from llmtrain.base.places import Place
-from llmtrain.base.world import World
-from llmtrain.objective import TrainingUnit
+from llmtrain.optimizer import Trainable
+
+
+class Peers(Protocol):
+    """The ranks that hold a unit together: a world, or those of it that have the same stages of a pipeline."""
+
+    rank: int
+    size: int
+
+    @property
+    def is_first(self) -> bool:
+        """True for one of them."""
+        ...
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Replace ``tensor`` by its sum over the ranks; returns it."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +37,7 @@ class LocalShard:
     whole: nn.Parameter  # of the unit: a DTensor, or a plain one that every rank holds as a whole
     local: nn.Parameter  # plain; without rows where there are fewer rows than ranks
     place: Place
-    copies: int  # ranks of the world that hold the same elements
+    copies: int  # ranks that hold the same elements
 
     def gather(self, part: Tensor) -> Tensor:
         """Put together the whole tensor of which this rank has ``part``; a collective."""
@@ -42,16 +58,16 @@ class LocalShard:
 
 
 class LocalShards:
-    """The view of an optimizer of a unit whose parameters are DTensors, on any mesh of the world.
+    """The view of an optimizer of a unit whose parameters are DTensors, on any mesh of ``peers``.
 
     Made once the unit is sharded and its parameters have their memory.  A gradient reaches the optimizer by
     :meth:`take_gradients`.
     """
 
-    def __init__(self, unit: TrainingUnit, world: World) -> None:
+    def __init__(self, unit: Trainable, peers: Peers) -> None:
         self.unit = unit
-        self.world = world
-        self.shards = {name: local_shard(parameter, world) for name, parameter in unit.named_weights()}
+        self.peers = peers
+        self.shards = {name: local_shard(parameter, peers) for name, parameter in unit.named_weights()}
         self._shares: dict[tuple[str, ...], Tensor] = {}
 
     # --- the view of an optimizer: ShardedTrainable -----------------------------------------------------------------
@@ -59,6 +75,10 @@ class LocalShards:
     @property
     def num_layers(self) -> int:
         return self.unit.num_layers
+
+    @property
+    def trained_names(self) -> Sequence[str]:
+        return self.unit.trained_names
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, shard in self.shards.items():
@@ -115,21 +135,21 @@ class LocalShards:
         if key not in self._shares:  # not a copy from the host at each step
             shares = [1 / self.shards[name].copies for name in names]
             self._shares[key] = torch.tensor(shares, dtype=squares.dtype).to(squares.device)
-        return self.world.sum(squares * self._shares[key])
+        return self.peers.sum(squares * self._shares[key])
 
     def largest(self, value: Tensor) -> Tensor:
         """The largest ``value`` of all ranks; NaN if one of them is."""
         # A sum of the values side by side: the maximum of some libraries loses a NaN.
-        values = value.new_zeros(self.world.size)
-        values[self.world.rank] = value
-        return self.world.sum(values).amax()
+        values = value.new_zeros(self.peers.size)
+        values[self.peers.rank] = value
+        return self.peers.sum(values).amax()
 
 
-def local_shard(parameter: nn.Parameter, world: World) -> LocalShard:
+def local_shard(parameter: nn.Parameter, peers: Peers) -> LocalShard:
     """This rank's part of ``parameter``, and its place in the whole."""
     if not isinstance(parameter, DTensor):
         shape = tuple(parameter.shape)
-        return LocalShard(parameter, parameter, Place((0,) * len(shape), shape, world.is_first), world.size)
+        return LocalShard(parameter, parameter, Place((0,) * len(shape), shape, peers.is_first), peers.size)
     mesh, placements = parameter.device_mesh, parameter.placements
     local = nn.Parameter(parameter.to_local().detach(), requires_grad=parameter.requires_grad)
     whole = tuple(parameter.shape)
@@ -141,4 +161,4 @@ def local_shard(parameter: nn.Parameter, world: World) -> LocalShard:
     is_owner = all(at == 0 for at, replicates in zip(coordinate, is_replicate, strict=True) if replicates)
     parts = math.prod(size for size, replicates in zip(mesh.shape, is_replicate, strict=True) if not replicates)
     offset = tuple(min(begin, size) for begin, size in zip(offset, whole, strict=True))
-    return LocalShard(parameter, local, Place(offset, whole, is_owner), world.size // parts)
+    return LocalShard(parameter, local, Place(offset, whole, is_owner), peers.size // parts)

@@ -70,9 +70,14 @@ class Distributed(Option):
         if self.pipeline_schedule not in SCHEDULES:
             raise ValueError(f"pipeline_schedule={self.pipeline_schedule}: must be one of {', '.join(SCHEDULES)}")
         positive(stages_per_process=self.stages_per_process, timeout_seconds=self.timeout_seconds)
+        non_negative(restarts=self.restarts)
         if self.min_processes is not None:
             positive(min_processes=self.min_processes)
-        non_negative(restarts=self.restarts)
+            if self.restarts == 0:
+                raise ValueError(
+                    f"min_processes={self.min_processes}: is about restarts, and restarts=0 makes none; restarts=3, "
+                    "or min_processes=null"
+                )
 
     @property
     def degrees(self) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """The contract between a training step and the way in which ranks share its unit."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from llmtrain.base.places import Places
 from llmtrain.base.world import Alone, World
+from llmtrain.clipping import ClipResult
 from llmtrain.data import Batch
 from llmtrain.objective import TrainingUnit
 from llmtrain.optimizer import Trainable
+from llmtrain.precision import Precision
 
 
 class Parallel:
@@ -40,14 +42,17 @@ class Parallel:
         return 1
 
     @property
-    def token_rank(self) -> int:
-        """This rank's number among those that train on different tokens: of the same sequences, or of others."""
+    def seed_rank(self) -> int:
+        """This rank's number among those that draw different random numbers, as for dropout."""
         return self.data_rank
 
     @property
     def trainable(self) -> Trainable:
         """The view that an optimizer is built over: names and this rank's part of every parameter."""
         return self.unit
+
+    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the optimizer into use that has been built over :attr:`trainable`."""
 
     def weights(self) -> list[tuple[str, nn.Parameter]]:
         """The trained parameters as this rank holds them, by the names that they have in checkpoints."""
@@ -59,8 +64,19 @@ class Parallel:
         return {name: weight for name, weight in self.trainable.named_weights() if name in places} if places else {}
 
     def places(self) -> Places:
-        """The boxes of the parameters that this rank holds a part of, by name; those not named it holds as a whole."""
+        """The boxes of the parameters that this rank holds a part of, by name; those not named it holds as a whole.
+
+        No box, (): other ranks hold the whole parameter.
+        """
         return {}
+
+    def run_all(self, micro_batches: Iterator[Batch], precision: Precision) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """Run forward and backward of all micro-batches of a step in an order of its own.
+
+        Returns the losses, whole and by name, of this rank's part.  None, and nothing is run: the caller runs one after
+        the other, by the methods below.
+        """
+        return None
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The sums of the losses of this rank's ``batch``, for :func:`backward`; see :class:`TrainingUnit`."""
@@ -80,6 +96,17 @@ class Parallel:
     def drop_gradients(self) -> None:
         """Free all gradients."""
         self.unit.zero_grad(set_to_none=True)
+
+    def agree_on(self, clip: ClipResult) -> ClipResult:
+        """The measurements of this rank's clipping as all ranks are to have them."""
+        return clip
+
+    def after_update(self, step: int, *, is_last: bool) -> dict[str, Tensor]:
+        """Exchange what ranks exchange after an update; ``step``: steps done, ``is_last``: the run ends with it.
+
+        Returns numbers for the metrics by name, 0-dimensional on the device.
+        """
+        return {}
 
     def sum_losses(self, losses: Tensor, flags: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Sum ``losses`` ``(losses,)`` over the parts of a step, and ``flags`` ``(flags,)`` over all ranks, at once."""
@@ -105,6 +132,10 @@ class Parallel:
     def largest(self, value: Tensor) -> Tensor:
         """The largest ``value``, 0-dimensional, of all ranks; NaN if one of them is."""
         return value
+
+    def total_norm(self, norms: Tensor, names: Sequence[str]) -> Tensor:
+        """The norm of all parameters together from the ``norms`` ``(parameters,)`` of those that this rank holds."""
+        return torch.linalg.vector_norm(norms)
 
     def whole_weights(self) -> AbstractContextManager[None]:
         """Context in which the model of the unit can be called by one rank alone, as for samples of text.

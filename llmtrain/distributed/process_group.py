@@ -38,18 +38,24 @@ class ProcessGroup(World):
         self.host = socket.gethostname()
         self.local_size = 1
         self.heartbeat, self.supervision = heartbeat, supervision
+        self.record_run_directory: Callable[[Path], Any] = lambda _: None  # for a start that follows
         self._host_group, self._timeout = host_group, timeout
 
     @classmethod
     def open(
-        cls, device: torch.device, timeout_seconds: float, heartbeat: Heartbeat, supervision: Supervision
-    ) -> "ProcessGroup":
-        """Join the ranks by the variables that torchrun sets: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+        cls, device: torch.device, timeout_seconds: float, heartbeat: Heartbeat, supervision: Supervision,
+        store: Any = None,
+    ) -> "ProcessGroup":  # fmt: skip
+        """Join the ranks by the variables that torchrun sets: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+        With a ``store`` they meet there, not at the address.
+        """
         timeout = datetime.timedelta(seconds=timeout_seconds + LATER_SECONDS)
+        place = {} if store is None else {"store": store, "rank": heartbeat.rank, "world_size": heartbeat.size}
         if device.type == "cuda":
-            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device, **place)
         else:
-            dist.init_process_group("gloo", timeout=timeout)
+            dist.init_process_group("gloo", timeout=timeout, **place)
         return cls(dist.new_group(backend="gloo", timeout=timeout), timeout, heartbeat, supervision)
 
     def separate(self) -> "ProcessGroup":
@@ -69,6 +75,7 @@ class ProcessGroup(World):
         self.heartbeat.run_dir = run_dir
         if self.is_first:
             self.supervision.report_run_directory(run_dir)
+            self.record_run_directory(run_dir)
         redirect_output(run_dir / "ranks", self.rank, self.size)
 
     def show_with(self, notify: Callable[[str], bool]) -> None:

@@ -3,22 +3,62 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from llmtrain.base.ranks import RankPlace, find_rank, refuse_several_processes
 from llmtrain.base.runtime import Runtime
-from llmtrain.base.world import ALONE, World
+from llmtrain.base.world import ALONE, Alone, World
 from llmtrain.distributed.heartbeat import Heartbeat
 from llmtrain.distributed.options import Distributed
 from llmtrain.distributed.rank_exit import abandon, leave
-from llmtrain.distributed.supervision import Supervision
+from llmtrain.distributed.supervision import Supervision, is_supervised
+from llmtrain.distributed.torchrun import START, AgentStore, Start, is_torchrun
 
-if TYPE_CHECKING:
-    from llmtrain.distributed.process_group import ProcessGroup
+# The membership of this process, from its start; torch's own default group is global, too
+_joined: list[tuple[Supervision, Heartbeat]] = []
 
-_joined: list[ProcessGroup] = []  # the world of this process; torch's own default group is global, too
+
+class OnlyRank(Alone):
+    """The only rank of a job, which others may join, or follow, at its next start."""
+
+    def __init__(self, supervision: Supervision, store: AgentStore | None) -> None:
+        self.supervision, self.store = supervision, store
+
+    def begin(self, run_dir: Path) -> None:
+        report_run_directory(run_dir, self.supervision, self.store)
+
+
+def report_run_directory(run_dir: Path, supervision: Supervision, store: AgentStore | None) -> None:
+    """Tell those who start the ranks where the run is, so that it can be resumed."""
+    supervision.report_run_directory(run_dir)
+    if store is not None:
+        store.record_run_directory(run_dir)
+
+
+def is_rank() -> bool:
+    """Return whether a launcher, torchrun's agent or a supervisor of this program has started this process as a rank.
+
+    It may be the only one: of a job that has lost machines.
+    """
+    return find_rank() is not None or is_supervised() or is_torchrun(os.environ)
+
+
+def meet(options: Distributed, usable: Callable[[Path], Path | None] = lambda path: path) -> Start | None:
+    """Agree with the other ranks under torchrun on the number of this start, and on the run that it resumes.
+
+    None where there is nothing to agree on.  ``usable``: see :meth:`AgentStore.meet`.
+    """
+    store = AgentStore.find(os.environ, options.timeout_seconds)
+    if store is None:
+        return None
+    if os.environ.get(START):
+        return Start(int(os.environ[START]))
+    place = find_rank()
+    start = store.meet(0, 1, usable) if place is None else store.meet(place.rank, place.size, usable)
+    os.environ[START] = str(start.number)  # also for the command that takes the place of this one
+    return start
 
 
 @contextmanager
@@ -33,8 +73,11 @@ def join(options: Distributed, runtime: Runtime) -> Iterator[World]:
         refuse_several_processes()
     place = find_rank()
     options.mesh(1 if place is None else place.size)
+    start = meet(options)
+    store = None if start is None else AgentStore.find(os.environ, options.timeout_seconds)
     if place is None:
-        yield ALONE
+        supervision = Supervision.of(os.environ, 0)
+        yield ALONE if supervision.folder is None and store is None else OnlyRank(supervision, store)
         return
     from llmtrain.distributed.process_group import ProcessGroup
 
@@ -46,12 +89,17 @@ def join(options: Distributed, runtime: Runtime) -> Iterator[World]:
     supervision = Supervision.of(os.environ, place.rank)
     heartbeat = Heartbeat(
         place.address, place.port, place.rank, place.size, timeout_seconds=options.timeout_seconds,
-        supervision=supervision, generation=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        supervision=supervision, generation=str(start.number if start else 0),
     )  # fmt: skip
-    world = ProcessGroup.open(runtime.torch_device(), options.timeout_seconds, heartbeat, supervision)
+    _joined.append((supervision, heartbeat))
+    heartbeat.start()  # a rank that never comes is named, too
+    world = ProcessGroup.open(
+        runtime.torch_device(), options.timeout_seconds, heartbeat, supervision,
+        store=None if store is None or start is None else store.of_start(start.number),
+    )  # fmt: skip
+    if store is not None:
+        world.record_run_directory = store.record_run_directory
     world.local_size = place.local_size
-    _joined.append(world)
-    heartbeat.start()
     yield world
     leave(0, world, heartbeat)
     _joined.clear()
@@ -80,5 +128,5 @@ def abandon_run(error: BaseException, status: int) -> None:
 
     The error has been shown.
     """
-    for world in _joined:
-        abandon(error, status=status, supervision=world.supervision, heartbeat=world.heartbeat)
+    for supervision, heartbeat in _joined:
+        abandon(error, status=status, supervision=supervision, heartbeat=heartbeat)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmtrain.base.world import World
+from llmtrain.distributed.local_sgd import LocalSgd
 from llmtrain.distributed.options import Distributed, Mesh
 from llmtrain.distributed.parallel import Parallel
 from llmtrain.objective import TrainingUnit
@@ -17,7 +18,13 @@ if TYPE_CHECKING:
 
 
 def share_unit(options: Distributed, unit: TrainingUnit, world: World, device: torch.device) -> Parallel:
-    """Share ``unit``, built alike on every rank, among the ranks of ``world`` by the mesh that ``options`` name."""
+    """Share ``unit``, built alike on every rank, among the ranks of ``world`` by the mesh that ``options`` name.
+
+    A unit that is on the meta device gets the memory of this rank's parts alone, on ``device``, without values; its
+    buffers are on ``device`` already.
+    """
+    if isinstance(options, LocalSgd):
+        return _share_by_replicas(options, unit, world, device)
     if world.size == 1:
         return Parallel(unit, world)
     from llmtrain.distributed.context import SharedPositions
@@ -30,6 +37,10 @@ def share_unit(options: Distributed, unit: TrainingUnit, world: World, device: t
     assert isinstance(world, ProcessGroup)
     degrees = options.mesh(world.size)
     mesh, positions = world.mesh(degrees, device), None
+    if degrees.pipeline > 1:
+        from llmtrain.distributed.pipeline import Pipeline
+
+        return Pipeline(unit, world, mesh, options)
     if degrees.context > 1:
         positions = SharedPositions(unit, RankGroup(mesh.get_group("context")))
         mesh = world.mesh(with_context_as_data(degrees, is_sharded=options.is_sharded(degrees)), device)
@@ -59,10 +70,29 @@ def share_data(
     """
     from llmtrain.distributed.data_parallel import Replicated, Sharded
 
-    replicate, shard = mesh["replicate"].size(), mesh["shard"].size()
-    if replicate == shard == 1:
-        return Parallel(unit, world)
+    replicate, shard, device = mesh["replicate"].size(), mesh["shard"].size(), torch.device(mesh.device_type)
     if shard == 1:
-        return Replicated(unit, world, mesh["replicate"], positions)
+        allocate(unit, device)
+        return Parallel(unit, world) if replicate == 1 else Replicated(unit, world, mesh["replicate"], positions)
     part = mesh["shard"] if replicate == 1 else mesh["replicate", "shard"]
-    return Sharded(unit, world, part, positions, reshard_after_forward=options.reshard_after_forward)
+    sharded = Sharded(unit, world, part, positions, reshard_after_forward=options.reshard_after_forward)
+    allocate(unit, device)
+    return sharded
+
+
+def _share_by_replicas(options: LocalSgd, unit: TrainingUnit, world: World, device: torch.device) -> Parallel:
+    """Give each rank weights of its own."""
+    from llmtrain.distributed.process_group import ProcessGroup
+    from llmtrain.distributed.replicas import Replicas
+
+    if world.size == 1:
+        return Replicas(options, unit, world)
+    assert isinstance(world, ProcessGroup)
+    mesh = world.mesh(options.mesh(world.size), device)
+    return Replicas(options, unit, world, mesh.get_group("replicate"))
+
+
+def allocate(unit: TrainingUnit, device: torch.device) -> None:
+    """Give the parameters of ``unit``, if all are on the meta device, memory on ``device``, without values."""
+    if all(parameter.is_meta for parameter in unit.parameters()):
+        unit._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)

@@ -28,6 +28,10 @@ class TensorShards:
     def num_layers(self) -> int:
         return self.inner.num_layers
 
+    @property
+    def trained_names(self) -> Sequence[str]:
+        return self.inner.trained_names
+
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.inner.named_weights()
 
@@ -89,8 +93,8 @@ class TensorParallel(Parallel):
         return self.inner.data_size
 
     @property
-    def token_rank(self) -> int:
-        return self.inner.token_rank
+    def seed_rank(self) -> int:
+        return self.inner.seed_rank
 
     @property
     def trainable(self) -> TensorShards:
@@ -105,7 +109,7 @@ class TensorParallel(Parallel):
         for name, weight in self.inner.trainable.named_weights():
             if name in cuts:
                 part = with_size(cuts[name].shape, cuts[name].dim, cuts[name].length(rank))
-                own = held.get(name, Place((0,) * len(part), part, self.token_rank == 0))
+                own = held.get(name, Place((0,) * len(part), part, self.seed_rank == 0))
                 assert isinstance(own, Place)
                 places[name] = cuts[name].places(rank, own, tuple(weight.shape))
             elif name in held:  # the same on all ranks of the group: one of them writes it

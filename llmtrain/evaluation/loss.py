@@ -37,7 +37,7 @@ def evaluate(
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
     part: tuple[int, int] = (0, 1),
-    summed: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    summed: Callable[[Tensor], Tensor] | None = None,
     casts_once: bool = True,
 ) -> EvalResult | None:
     """Evaluate the first ``max_sequences`` of ``sequences`` (None: all), without dropout.
@@ -47,9 +47,9 @@ def evaluate(
     number is drawn from a global generator.  Returns None if ``stop()`` became true.
 
     With several ranks this one evaluates the share ``part`` (its number, how many there are), and ``summed`` sums a
-    tensor over the shares.  All make equally many forward passes and have the same result; ``stop`` must give them the
-    same answers.  ``casts_once``: weights are cast for all passes, and not for each, as those that
-    are gathered for a pass have to be.
+    tensor over the shares; None with one process.  All make equally many forward passes and have the same result;
+    ``stop`` must give them the same answers.  ``casts_once``: weights are cast for all passes, and not for each, as
+    those that are gathered for a pass have to be.
     """
     end = len(sequences) if max_sequences is None else min(len(sequences), max_sequences)
     numbers = sequences.alike(np.arange(end))
@@ -88,7 +88,7 @@ def evaluate(
     if not totals:
         return EvalResult(0.0)
     names, sums_read, counts_read = list(totals), torch.stack(list(totals.values())), list(targets.values())
-    if ranks > 1:
+    if summed is not None:
         both = torch.stack([sums_read, torch.tensor(counts_read, dtype=torch.float64, device=device)])
         sums_read, counted_targets = summed(both).unbind()
         counts_read = counted_targets.tolist()
@@ -96,5 +96,5 @@ def evaluate(
         name: total / (count or 1) for name, total, count in zip(names, sums_read.tolist(), counts_read, strict=True)
     }
     if counted is not None:
-        counted = (counted if ranks == 1 else summed(counted)).cpu()
+        counted = (counted if summed is None else summed(counted)).cpu()
     return EvalResult(weighted(losses, unit.loss_weights), losses, counted)

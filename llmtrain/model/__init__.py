@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.base.options import Option
 from llmtrain.model.layers.attention import segment_starts
 from llmtrain.model.layers.kv_cache import KVCache
@@ -55,6 +56,14 @@ class LanguageModel(nn.Module, ABC):
 
         With a :attr:`part`, ``ids`` are those of its positions, and ``segments`` those of whole sequences.
         """
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """The input ``(batch, sequence, hidden)`` of the first block, for :meth:`hidden`.
+
+        ``positions`` of the tokens ``ids``: ``(sequence,)``, or ``(batch, sequence)`` where examples share a row.  A
+        model that has this can be cut between its blocks: a later stage takes what an earlier one gives in its place.
+        """
+        raise NotImplementedError
 
     def token_positions(
         self, ids: Tensor, cache: KVCache | None, segments: Tensor | None
@@ -152,8 +161,20 @@ class LanguageModel(nn.Module, ABC):
         return capped if self.head_bias is None else capped + self.head_bias
 
     @abstractmethod
-    def initialise(self, generator: torch.Generator) -> None:
-        """Fill every parameter in place with its initial value."""
+    def fill(self, name: str, whole: Tensor, generator: torch.Generator) -> None:
+        """Fill ``whole``, of the shape of the whole parameter ``name``, with its initial values: 0 for the padding.
+
+        The model itself may be on the meta device, or hold parts of its parameters.
+        """
+
+    def set_buffers(self, device: torch.device) -> None:
+        """Set the buffers, which follow from the configuration, on ``device``."""
+
+    @torch.no_grad()
+    def initialise(self, generators: NamedGenerators) -> None:
+        """Fill every parameter in place with its initial values."""
+        for name, parameter in self.named_parameters():
+            self.fill(name, parameter, generators.of(name, parameter.device))
 
     @abstractmethod
     def new_cache(self, batch_size: int, dtype: torch.dtype) -> KVCache:
@@ -242,14 +263,19 @@ class ModelConfig(Option, ABC):
         """Construct the module for ``vocab_size`` tokens on torch's current default device."""
 
     def create(
-        self, vocab_size: int, device: torch.device, generator: torch.Generator, num_layers: int | None = None
+        self, vocab_size: int, device: torch.device, generators: NamedGenerators | None, num_layers: int | None = None
     ) -> LanguageModel:
-        """Allocate on ``device``, initialise there; nothing is filled twice.  ``num_layers``: blocks (None: all)."""
+        """Allocate on ``device``, initialise there; nothing is filled twice.  ``num_layers``: blocks (None: all).
+
+        Without ``generators`` the parameters have no values yet.
+        """
         config: Any = self if num_layers is None else dataclasses.replace(self, num_layers=num_layers)  # type: ignore
         with torch.device(device), SkipInitMode():
             model: LanguageModel = config.build(vocab_size)
         if device.type != "meta":
-            model.initialise(generator)
+            model.set_buffers(device)
+            if generators is not None:
+                model.initialise(generators)
         return model
 
 

@@ -142,8 +142,7 @@ class GPT(LanguageModel):
         mask = attention_mask(
             length, past, ids.device, starts=starts, kernel=kernel, heads=heads, fixed=fixed, part=part
         )
-        embedded = self.token_embedding(ids) + self.position_embedding(positions)
-        x = self.dropout(self.residual_stream(embedded))
+        x = self.embed(ids, positions)
         if cache is None:
             x = self.run_blocks(x, [(None, mask)] * self.num_layers)
         else:
@@ -152,44 +151,47 @@ class GPT(LanguageModel):
             cache.advance(length)
         return self.final_norm(x)
 
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        embedded = self.token_embedding(ids) + self.position_embedding(positions)
+        return self.dropout(self.residual_stream(embedded))
+
     def _heads(self) -> HeadShape:
         """The heads of every layer in this process."""
-        attention: Any = self.blocks[0].attention
-        dtype = self.token_embedding.weight.dtype
-        return HeadShape(attention.num_heads, attention.num_heads, attention.head_size, dtype)
+        block: Any = next(block for block in self.blocks if isinstance(block, Block))  # not all may be here
+        heads, dtype = block.attention.num_heads, block.attention_norm.weight.dtype
+        return HeadShape(heads, heads, block.attention.head_size, dtype)
 
     @property
     def head_weight(self) -> Tensor:
         return self.token_embedding.weight if self.config.tie_embeddings else head_matrix(self.head)
 
-    @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
-        """Initialise the weights as ``initialisation`` names; norms become the identity."""
-        fill = self._fill_as_gpt2 if self.config.initialisation is Initialisation.gpt2 else self._fill_as_torch
-        for name, parameter in self.named_parameters():
-            if "norm" in name:
-                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-            else:
-                fill(name, parameter, generator)
-        self.token_embedding.weight[self.vocab_size :] = 0.0
-        self.head_weight[self.vocab_size :] = 0.0
-        self.logit_bias = logit_bias(self.vocab_size, self.head_weight.device)
+    def fill(self, name: str, whole: Tensor, generator: torch.Generator) -> None:
+        """Fill ``whole`` as ``initialisation`` names; norms become the identity."""
+        if "norm" in name:
+            whole.fill_(1.0 if name.endswith("weight") else 0.0)
+        elif self.config.initialisation is Initialisation.gpt2:
+            self._fill_as_gpt2(name, whole, generator)
+        else:
+            self._fill_as_torch(name, whole, generator)
+        if name in self.padded_weights:
+            whole[self.vocab_size :] = 0.0
 
-    def _fill_as_gpt2(self, name: str, parameter: nn.Parameter, generator: torch.Generator) -> None:
+    def _fill_as_gpt2(self, name: str, whole: Tensor, generator: torch.Generator) -> None:
         if name.endswith("bias"):
-            parameter.zero_()
+            whole.zero_()
             return
         residual = name.endswith(("attention.projection.weight", "mlp.down.weight"))
-        parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.num_layers) if residual else 0.02, generator=generator)
+        whole.normal_(0.0, 0.02 / math.sqrt(2 * self.num_layers) if residual else 0.02, generator=generator)
 
-    def _fill_as_torch(self, name: str, parameter: nn.Parameter, generator: torch.Generator) -> None:
+    def _fill_as_torch(self, name: str, whole: Tensor, generator: torch.Generator) -> None:
         if "embedding" in name:
-            parameter.normal_(generator=generator)
+            whole.normal_(generator=generator)
         else:
-            inputs = self.get_parameter(name.removesuffix("bias") + "weight" if name.endswith("bias") else name).shape[
-                1
-            ]
-            parameter.uniform_(-1 / math.sqrt(inputs), 1 / math.sqrt(inputs), generator=generator)
+            inputs = self.config.hidden_size * (4 if "mlp.down" in name else 1)
+            whole.uniform_(-1 / math.sqrt(inputs), 1 / math.sqrt(inputs), generator=generator)
+
+    def set_buffers(self, device: torch.device) -> None:
+        self.logit_bias = logit_bias(self.vocab_size, device)
 
     def new_cache(self, batch_size: int, dtype: torch.dtype) -> KVCache:
         heads, device = self._heads(), self.token_embedding.weight.device

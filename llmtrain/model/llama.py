@@ -262,7 +262,7 @@ class Llama(LanguageModel):
         end = length if self.part is None else self.part.whole_length
         rotation = self._rotation(positions, end if cache is None else cache.length + length, starts)
         masks = self._masks(ids, cache, starts)
-        x = self.dropout(self.residual_stream(self.token_embedding(ids)))
+        x = self.embed(ids, positions)
         if cache is None:
             windows = map(self.config.window, range(self.num_layers))
             x = self.run_blocks(x, [(None, masks[window], rotation) for window in windows])
@@ -271,6 +271,9 @@ class Llama(LanguageModel):
                 x = block(x, cache.layer(layer), masks[self.config.window(layer)], rotation)
             cache.advance(length)
         return self.final_norm(x)
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self.dropout(self.residual_stream(self.token_embedding(ids)))
 
     def _rotation(self, positions: Tensor, end: int, starts: Tensor | None) -> Rotation | None:
         """The rotation of the tokens at ``positions`` of a sequence of ``end`` tokens; None with ALiBi."""
@@ -300,9 +303,9 @@ class Llama(LanguageModel):
 
     def _heads(self) -> HeadShape:
         """The heads of every layer in this process."""
-        attention: Any = self.blocks[0].attention
-        dtype = self.token_embedding.weight.dtype
-        return HeadShape(attention.num_heads, attention.num_kv_heads, attention.head_size, dtype)
+        block: Any = next(block for block in self.blocks if isinstance(block, Block))  # not all may be here
+        heads, keys, dtype = block.attention.num_heads, block.attention.num_kv_heads, block.attention_norm.weight.dtype
+        return HeadShape(heads, keys, block.attention.head_size, dtype)
 
     @property
     def head_weight(self) -> Tensor:
@@ -322,20 +325,18 @@ class Llama(LanguageModel):
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
         return logits if self.head_bias is None else logits + self.head_bias
 
-    @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
-        """Initialise matrices to N(0, ``initial_std``), biases to 0, norms to the identity."""
-        for name, parameter in self.named_parameters():
-            if "norm" in name:
-                parameter.fill_(1.0)
-            elif name.endswith("bias"):
-                parameter.zero_()
-            else:
-                parameter.normal_(0.0, self.config.initial_std, generator=generator)
-        self.token_embedding.weight[self.vocab_size :] = 0.0
-        if not self.config.tie_embeddings:
-            self.head.weight[self.vocab_size :] = 0.0
-        device = self.token_embedding.weight.device
+    def fill(self, name: str, whole: Tensor, generator: torch.Generator) -> None:
+        """Fill matrices with N(0, ``initial_std``), biases with 0; norms become the identity."""
+        if "norm" in name:
+            whole.fill_(1.0)
+        elif name.endswith("bias"):
+            whole.zero_()
+        else:
+            whole.normal_(0.0, self.config.initial_std, generator=generator)
+        if name in self.padded_weights:
+            whole[self.vocab_size :] = 0.0
+
+    def set_buffers(self, device: torch.device) -> None:
         cpu = torch.device("cpu")  # the same bits for every device
         values = alibi_slopes(self.config.num_heads) if self.rotary is None else self.rotary.frequencies(cpu)
         self.positions.value = values.to(device)

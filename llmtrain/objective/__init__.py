@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.base.options import Option
 from llmtrain.data import IGNORE, Batch, Collate, Rows
 from llmtrain.kernels.row_losses import VocabularyShare
 from llmtrain.model import LanguageModel, allow_variants
+from llmtrain.model.initial_values import InitialValues
 
 MODEL = "model."  # prefix of the model's own parameters in a unit
 
@@ -35,6 +37,7 @@ class TrainingUnit(nn.Module, ABC):
     has_base: bool  # True: frozen weights come from elsewhere; checkpoints hold the trained ones alone
     loss_weights: Mapping[str, float] = {}  # by the name of the loss; 1 for those that are not named
     uses_output_layer: ClassVar[bool] = True  # False: a forward pass does not use the model's output layer
+    has_stages: ClassVar[bool] = False  # True: calls ``model.hidden`` of inputs and segments, and goes on from there
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
@@ -79,6 +82,11 @@ class TrainingUnit(nn.Module, ABC):
         """The parameters that are trained."""
         return [(name, parameter) for name, parameter in self.named_weights() if parameter.requires_grad]
 
+    @property
+    def trained_names(self) -> list[str]:
+        """The names of the parameters that are trained."""
+        return [name for name, _ in self.trained_weights()]
+
     def weights_state(self) -> dict[str, Tensor]:
         """The state dict under the names that checkpoints have; vocabulary padding is left out."""
         return {name.removeprefix(MODEL): tensor for name, tensor in self.state_dict().items()}
@@ -104,6 +112,22 @@ class TrainingUnit(nn.Module, ABC):
     def weight_module(self, name: str) -> nn.Module:
         """The module of that name, as :meth:`named_weights` names its parameters."""
         return self.get_submodule(name if name.partition(".")[0] in self.heads else MODEL + name)
+
+    def source_of(self, name: str) -> InitialValues | LanguageModel | None:
+        """The module that knows the initial values of the parameter ``name``; None: no module does."""
+        path, _, key = name.rpartition(".")
+        owner = self.weight_module(path) if path else self
+        if isinstance(owner, InitialValues) and key in owner.filled:
+            return owner
+        return None if name.partition(".")[0] in self.heads or name in self._parameters else self.model
+
+    def set_buffers(self, device: torch.device) -> None:
+        """Set the buffers of the model and of the heads, which follow from the configuration, on ``device``."""
+        self.model.set_buffers(device)
+        for head in self.heads.values():
+            for module in head.modules():
+                if isinstance(module, InitialValues):
+                    module.set_buffers(device)
 
     def count_parameters(self) -> tuple[int, int]:
         """The numbers of trained and of all parameters, with adapters and without vocabulary padding."""
@@ -222,7 +246,7 @@ class Objective(Option, ABC):
             if name in cls.__dict__:
                 raise ValueError(
                     f"{cls.__module__}.{cls.__qualname__}.{name}: is of an earlier version and would never be called; "
-                    "an objective builds a training unit: def build(self, model, labels, generator, class_weights=())"
+                    "an objective builds a training unit: def build(self, model, labels, generators, class_weights=())"
                 )
 
     def collate(self, rows: Rows, positions: np.ndarray, seed: int) -> Batch:
@@ -251,13 +275,14 @@ class Objective(Option, ABC):
         self,
         model: LanguageModel,
         labels: Sequence[str],
-        generator: torch.Generator,
+        generators: NamedGenerators | None,
         class_weights: Sequence[float] = (),
     ) -> TrainingUnit:
         """Put ``model`` and the modules that the objective adds into a unit, and freeze weights that are not trained.
 
         Called after the weights are loaded, and before adapters are added.  ``labels`` are the data's classes,
-        ``class_weights`` the weight of an example of each; (): all the same.
+        ``class_weights`` the weight of an example of each; (): all the same.  ``generators`` draw the initial values of
+        what is added (:func:`llmtrain.model.initial_values.initialise_own`); None: it has no values yet.
         """
 
     def measures(self, counted: Tensor, labels: Sequence[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.base.checks import non_negative, positive
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.data import Batch
 from llmtrain.kernels.linear_cross_entropy import Chunking, Options, linear_cross_entropy
 from llmtrain.kernels.row_losses import VocabularyShare
@@ -17,6 +18,8 @@ from llmtrain.objective import Objective, TrainingUnit
 
 class CausalUnit(TrainingUnit):
     """A decoder with the cross-entropy of each next token, in fp32, with the logits of a chunk of tokens at a time."""
+
+    has_stages: ClassVar[bool] = True
 
     def __init__(self, model: LanguageModel, loss: str, z_loss: float, chunk_tokens: int | None) -> None:
         super().__init__(model)
@@ -68,7 +71,7 @@ class Causal(Objective):
         self,
         model: LanguageModel,
         labels: Sequence[str],
-        generator: torch.Generator,
+        generators: NamedGenerators | None,
         class_weights: Sequence[float] = (),
     ) -> CausalUnit:
         return CausalUnit(model, self.loss, self.z_loss, self.chunk_tokens)

@@ -17,6 +17,11 @@ class Trainable(Protocol):
     @property
     def num_layers(self) -> int: ...
 
+    @property
+    def trained_names(self) -> Sequence[str]:
+        """The names of all trained parameters, also of those that other ranks hold."""
+        ...
+
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter once, by name."""
         ...

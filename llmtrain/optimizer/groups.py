@@ -73,7 +73,7 @@ class GroupedOptimizer(OptimizerConfig):
         if not trainable:
             raise ValueError("nothing to train: every parameter of the model is frozen")
         for i, rule in enumerate(self.rules):
-            pattern_matches(f"rules[{i}].pattern", rule.pattern, [name for name, _ in trainable])
+            pattern_matches(f"rules[{i}].pattern", rule.pattern, unit.trained_names)
         return [self._member(name, parameter, unit) for name, parameter in trainable]
 
     def _member(self, name: str, parameter: nn.Parameter, unit: Trainable) -> Member:

@@ -134,19 +134,19 @@ class Evaluator:
         self, sequences: Sequences, batches: int | None, micro_batch_size: int, stop: Stop
     ) -> EvalResult | None:
         """The result on ``batches`` batches (None: all); None if ``stop`` gave a reason."""
-        max_sequences = self._max_sequences(batches)
+        max_sequences, parallel = self._max_sequences(batches), self.parallel
 
         def with_size(size: int) -> EvalResult | None:
             return evaluate(
                 self.unit, sequences, self.objective.collator(self.corpus.class_weights), batch_size=size,
                 max_sequences=max_sequences,
                 precision=self.precision, device=self.log.device, seed=self.seed, stop=lambda: stop() is not None,
-                part=(self.parallel.data_rank, self.parallel.data_size), summed=self.parallel.sum_over_data,
-                casts_once=self.parallel.keeps_casts,
+                part=(parallel.data_rank, parallel.data_size),
+                summed=parallel.sum_over_data if parallel.world.size > 1 else None, casts_once=parallel.keeps_casts,
             )  # fmt: skip
 
-        if self.parallel.world.size > 1:  # a rank cannot begin again alone
-            with self.parallel.scoring():
+        if parallel.world.size > 1:  # a rank cannot begin again alone
+            with parallel.scoring():
                 return with_size(micro_batch_size)
         return halve_on_out_of_memory(with_size, micro_batch_size)
 

@@ -107,6 +107,9 @@ class Step:
             return self._accumulate(parts, passes)
 
     def _accumulate(self, micro_batches: Iterator[Batch], passes: int) -> StepLoss:
+        if (of_all := self.parallel.run_all(micro_batches, self.precision)) is not None:
+            self.timer.mark("backward")  # forward and backward passes by turns
+            return StepLoss(*of_all)
         total: Tensor | None = None
         parts: dict[str, Tensor] = {}
         for number, micro_batch in enumerate(micro_batches, 1):
@@ -156,7 +159,7 @@ class Step:
         """Clip the gradients of step ``step`` (0-based) with the ``options`` of :class:`llmtrain.clipping.Clipping`."""
         if self.parallel.holds_parts:
             options["over"] = self.parallel
-        return clipping(self.weights, step, **options)
+        return self.parallel.agree_on(clipping(self.weights, step, **options))
 
     def _halve(self, size: int, message: str) -> None:
         """Drop the gradients and halve the micro-batch, for this step, which starts again, and all that follow."""

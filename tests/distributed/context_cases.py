@@ -189,7 +189,7 @@ def drop(world: World, keys: dict[str, Any]) -> dict[str, Any]:
     """Train a step with dropout; return the loss, this rank's mask of a vector, and sums of the gradients."""
     unit = make_unit(**keys)
     parallel, _ = share(world, unit, {"context": world.size})
-    seed_step(3, 0, parallel.token_rank)
+    seed_step(3, 0, parallel.seed_rank)
     mask = (torch.nn.functional.dropout(torch.ones(64), 0.5) > 0).tolist()
     loss = gradients(parallel, make_batch(), 3)
     sums = [weight.grad.double().sum().item() for _, weight in parallel.weights() if weight.grad is not None]

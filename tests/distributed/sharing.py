@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.base.world import World
 from llmtrain.data import IGNORE, Batch, Rows
 from llmtrain.distributed.data_parallel import Replicated, Sharded
@@ -40,15 +41,15 @@ LORA = {"rank": 1, "alpha": 8.0, "targets": ["all-linear"], "dropout": 0.0}
 
 def make_model(kind: str, dropout: float = 0.0) -> LanguageModel:
     """A model by name: gpt, gpt untied, llama, gpt lora, or gpt lora bf16 (packed)."""
-    generator = torch.Generator().manual_seed(3)
+    generators, generator = NamedGenerators(3), torch.Generator().manual_seed(3)
     if kind == "llama":
         config = make_option("model", "llama3_8b", {}, **LLAMA, dropout=dropout)
     else:
         config = make_option("model", "gpt124m", {}, **GPT, dropout=dropout, tie_embeddings=kind != "gpt untied")
-    model: LanguageModel = config.create(VOCABULARY, CPU, generator)
+    model: LanguageModel = config.create(VOCABULARY, CPU, generators)
     if kind.startswith("gpt lora"):
         quantization = "bf16" if kind.endswith("bf16") else "none"
-        make_option("lora", "lora", {}, **LORA, quantization=quantization).apply(model, generator)
+        make_option("lora", "lora", {}, **LORA, quantization=quantization).apply(model, generators)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
@@ -61,7 +62,7 @@ def make_unit(kind: str, *, recomputation: str = "none", dropout: float = 0.0) -
     model = make_model(kind, dropout)
     if recomputation != "none":
         make_option("activation_checkpointing", recomputation, {}).apply(model)
-    return OBJECTIVE.build(model, (), torch.Generator()).train()
+    return OBJECTIVE.build(model, (), NamedGenerators(0)).train()
 
 
 def make_batch(sequences: int, number: int, *, targets: str = "all") -> Batch:
@@ -127,6 +128,7 @@ def whole(parallel: Parallel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def make_step(parallel: Parallel, setting: Setting) -> Step:
     common = {"lr": 0.01, "weight_decay": 0.1, "adamw_lr": 0.002, "min_elements": 64}
     optimizer = make_option("optimizer", setting.optimizer, common).build(parallel.trainable)
+    parallel.adopt(optimizer)
     return Step(
         parallel.unit, optimizer, make_precision(setting.precision), setting.micro_batch_size, parallel=parallel
     )

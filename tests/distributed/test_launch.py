@@ -192,6 +192,7 @@ def test_restarts_are_counted(start: Start, tmp_path: Path) -> None:
 def test_what_a_failed_start_left_is_moved_aside(start: Start, tmp_path: Path) -> None:
     status, _, errors = start("restart", restarts=1, FAILURES="1", HAS_CONFIG="0").end()
     assert status == 0
-    assert f"start anew; what the failed start left is in {tmp_path / 'run.failed-1'}" in errors
+    assert f"a start that failed has left no config in it; moved to {tmp_path / 'run.failed-1'}" in errors
+    assert "restart 1 of 1: 2 processes start anew" in errors
     assert (tmp_path / "run").is_dir()
     assert (tmp_path / "run.failed-1").is_dir()

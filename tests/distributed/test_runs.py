@@ -64,7 +64,7 @@ def assert_same_training(folder: Path, run: str, steps: range = range(1, 13)) ->
     for step in steps:
         for key in ("loss", "grad_norm"):
             assert other[step][key] == pytest.approx(one[step][key], rel=1e-5), (step, key)
-        for key in ("tokens", "batch_size", "epoch", "learning_rate"):
+        for key in ("tokens", "batch_size", "epoch", "position", "learning_rate"):
             assert other[step][key] == one[step][key], (step, key)
 
 

@@ -200,6 +200,9 @@ def serve(channel: socket.socket) -> int:
     from llmtrain.base.process import prepare_process
 
     prepare_process()
+    import quick  # beside this program
+
+    quick.install()
     import torch._dynamo  # torch imports it on the way, a second of it
 
     import llmtrain.commands.generate
@@ -243,22 +246,25 @@ def serve(channel: socket.socket) -> int:
 
 
 def warm_up() -> None:
-    """What a process does but once: look for Hydra's plug-ins and for fonts, measure what the processor can do."""
+    """What a process does but once: look for Hydra's plug-ins and for fonts, read conf/ and learn the grammar of
+    overrides, measure what the processor can do."""
     import torch
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from llmtrain.base.device import peak_rate
     from llmtrain.config.compose import compose
+    from llmtrain.precision.fp32 import FP32
 
-    compose("train", [])
+    compose("train", ["model=tiny", "optimizer.lr=1e-3", "loop.sample_every=0", "run_dir=a/b", "plugins=[text]"])
     figure = Figure(layout="constrained")
     figure.subplots().set_title("bold", weight="bold")
     FigureCanvasAgg(figure).print_png(io.BytesIO())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # with more there would be threads, and a process with threads must not fork
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        peak_rate(torch.device("cpu"), name, dtype)
+    peak_rate(torch.device("cpu"), "bf16", torch.bfloat16)
+    with FP32().build(torch.device("cpu")).arithmetic():
+        peak_rate(torch.device("cpu"), "fp32", torch.float32)
     torch.set_num_threads(threads)
 
 

@@ -118,7 +118,10 @@ def misbehave() -> int:
         count.write_text(str(starts))
         note("run")
         wait_for("run", 0)
+        note(f"start-{starts}", os.environ["WORLD_SIZE"])
         if RANK == ODD and starts <= int(os.environ["FAILURES"]):
+            if "GOES_AWAY" in os.environ:  # the machine, for the test's connection
+                (FOLDER / "off").touch()
             os.kill(os.getpid(), signal.SIGSEGV)
         return 0
     raise AssertionError(BEHAVIOUR)

@@ -117,12 +117,8 @@ def loop_of(step_class: type[Step], precision: Precision, *overrides: str) -> It
     """A real loop on a GPU without data; data, saving, timing and display are stand-ins."""
     allow_gpu_tensors()
     run = Run.compose(*RUN, *overrides)
-    generator = torch.Generator()
     with pytest.MonkeyPatch.context() as patch, fake_tensors():
-        with pytest.MonkeyPatch.context() as building:
-            # torch for CPUs has no generator of a GPU; the values of the weights do not matter
-            building.setattr(torch, "Generator", lambda device: generator)
-            built = Blueprint(run, 257, precision, 4).build()
+        built = Blueprint(run, 257, precision, 4).build()
         step = step_class(built.unit, built.optimizer, precision, 2)
         batch: Any = made_up_batch(run.objective, 4, 16, is_packed=False)
         batch = batch.map(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype, device=GPU))
