@@ -109,7 +109,7 @@ def context_problems(mesh: Mesh, objective: Objective, sequence_length: int) -> 
     """Yield a message for each setting that does not go with the degree ``context`` of ``mesh``."""
     if mesh.context == 1:
         return
-    own, chunks = f"distributed.context={mesh.context}", 2 * mesh.context
+    own = f"distributed.context={mesh.context}"
     if not objective.sums_positions:
         yield (
             f"objective={option_name(objective)}: its loss is not a sum over the positions of a text, which {own} "
@@ -120,9 +120,21 @@ def context_problems(mesh: Mesh, objective: Objective, sequence_length: int) -> 
             f"{own}: does not go with distributed.pipeline={mesh.pipeline}, whose stages pass on whole sequences; take "
             "distributed.pipeline=1, and divide the weights by distributed.shard"
         )
-    if sequence_length % chunks:
-        nearest = max(1, sequence_length // chunks) * chunks
-        yield (
-            f"data.sequence_length={sequence_length}: {own} cuts each sequence into {chunks} chunks of one length; "
-            f"take data.sequence_length={nearest}, or another distributed.context"
-        )
+    if sequence_length % (2 * mesh.context):
+        yield chunks_problem(mesh.context, sequence_length)
+
+
+def check_chunks(context: int, sequence_length: int) -> None:
+    """Raise ValueError unless ``context`` ranks can share sequences of that length."""
+    if context > 1 and sequence_length % (2 * context):
+        raise ValueError(chunks_problem(context, sequence_length))
+
+
+def chunks_problem(context: int, sequence_length: int) -> str:
+    """The message for sequences that cannot be cut into two chunks for each of ``context`` ranks."""
+    chunks = 2 * context
+    nearest = max(1, sequence_length // chunks) * chunks
+    return (
+        f"data.sequence_length={sequence_length}: distributed.context={context} cuts sequences into {chunks} chunks of "
+        f"one length; take data.sequence_length={nearest}, or another distributed.context"
+    )

@@ -65,7 +65,9 @@ class LanguageModel(nn.Module, ABC):
         """
         raise NotImplementedError
 
-    def places(self, ids: Tensor, cache: KVCache | None, segments: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def token_positions(
+        self, ids: Tensor, cache: KVCache | None, segments: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The positions ``(sequence,)`` of ``ids``, and those where each token's segment begins, for :meth:`hidden`."""
         length, device = ids.shape[1], ids.device
         starts = None if segments is None else segment_starts(segments)

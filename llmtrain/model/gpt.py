@@ -131,7 +131,7 @@ class GPT(LanguageModel):
     def hidden(self, ids: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
         assert cache is None or segments is None
         length, past = ids.shape[1], 0 if cache is None else cache.length
-        positions, starts = self.places(ids, cache, segments)
+        positions, starts = self.token_positions(ids, cache, segments)
         if starts is not None:
             positions = positions - starts
         dropout = self.config.dropout if self.training else 0.0

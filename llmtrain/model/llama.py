@@ -258,7 +258,7 @@ class Llama(LanguageModel):
     def hidden(self, ids: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
         assert cache is None or segments is None
         length = ids.shape[1]
-        positions, starts = self.places(ids, cache, segments)
+        positions, starts = self.token_positions(ids, cache, segments)
         end = length if self.part is None else self.part.whole_length
         rotation = self._rotation(positions, end if cache is None else cache.length + length, starts)
         masks = self._masks(ids, cache, starts)

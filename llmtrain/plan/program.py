@@ -48,8 +48,14 @@ class Work:
     sequence_length: int
     micro_batch: int  # sequences of a forward pass
     micro_batches: int  # of a step
+    context: int = 1  # ranks that share the positions of these sequences
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch."""
+        """Tokens of a micro-batch whose positions this rank has."""
+        return self.seen_tokens // self.context
+
+    @property
+    def seen_tokens(self) -> int:
+        """Tokens of a micro-batch whose keys this rank sees: those of all ranks that share its positions."""
         return self.sequence_length * self.micro_batch

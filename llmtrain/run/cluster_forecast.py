@@ -98,7 +98,7 @@ def _costs(
     token = memory / (cluster.spec.bandwidth or 1e12) + cluster.links.scatter_seconds(memory, plan.mesh.shard_group)
     speed = Speed(sequence, sequence / 3, max(token, 0.002))
     saved = sum(tensor.nbytes for tensor in saved_tensors(planned.unit).values())
-    saved += round(plan.memory.parts["optimizer"] * plan.mesh.shard * plan.mesh.tensor * plan.mesh.pipeline)
+    saved += round(plan.memory.parts["optimizer"] * plan.mesh.weight_parts * plan.mesh.tensor * plan.mesh.pipeline)
     counts = without_long_saves(counts, speed, saved // cluster.hosts)
     watts = options.watts if options.watts is not None else cluster.spec.watts
     costs = add_up(

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from llmtrain.base.places import places_of
 from llmtrain.base.world import World
 from llmtrain.data import Batch
 from llmtrain.distributed.context import SharedPositions
@@ -81,7 +82,7 @@ def compare(
         batch = make_batch(packed=packed, seed=step)
         own = batch.shard(shared.data_rank, shared.data_size)
         loss = gradients(shared, own, micro)
-        ours = shared.sum_losses(torch.tensor([loss]), None)[0].item()
+        ours = shared.sum_losses(torch.tensor([loss], dtype=torch.float64), None)[0].item()
         theirs = gradients(alone, batch, ROWS)
         record("loss", abs(ours - theirs) / abs(theirs))
         record("norm", abs(squares(shared) ** 0.5 / squares(alone) ** 0.5 - 1))
@@ -91,7 +92,8 @@ def compare(
                 record("gradient", difference(whole(shared, name, weight.grad), references[name].grad))
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
+        for each in (shared, alone):
+            each.drop_gradients()
     for name, weight in shared.weights():
         record("weight", difference(whole(shared, name, weight.detach()), references[name].detach()))
     return worst
@@ -162,6 +164,25 @@ def generate(world: World, keys: dict[str, Any]) -> list[list[int]]:
             results.append(sample() if world.rank == world.size - 1 else alone)
         gradients(parallel, make_batch(), ROWS)
     return results
+
+
+def owners(world: World, keys: dict[str, Any], degrees: dict[str, int]) -> list[str]:
+    """The names of parameters with an element that no rank writes, or several."""
+    parallel, _ = share(world, make_unit(**keys), degrees)
+    places, view = parallel.places(), dict(parallel.trainable.named_weights())
+    wrong = []
+    for name in places:
+        count, start = torch.zeros(places_of(places[name])[0].whole), 0
+        for place in places_of(places[name]):
+            rows = len(view[name]) if place.shape is None else place.shape[0]
+            shape = tuple(view[name][start : start + rows].shape)
+            start += rows
+            if place.is_owner and 0 not in shape:
+                count[tuple(slice(begin, begin + size) for begin, size in zip(place.offset, shape, strict=True))] += 1
+        if not (world.sum(count) == 1).all():
+            wrong.append(name)
+    assert places, "no rank holds a part"
+    return wrong
 
 
 def drop(world: World, keys: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,9 @@ from typing import Any
 
 import pytest
 
+from llmtrain.distributed.checks import check_context
+from llmtrain.distributed.options import Mesh
+from llmtrain.distributed.share import with_context_as_data
 from tests.distributed.context_cases import (
     compare,
     compiled,
@@ -11,11 +14,13 @@ from tests.distributed.context_cases import (
     generate,
     kept_bytes,
     low_precision,
+    owners,
     pairs_and_positions,
     scores,
     train,
 )
 from tests.distributed.test_tensor import GPT, LLAMA, UNITS
+from tests.helpers.options import make_option
 from tests.helpers.ranks import Ranks
 
 TOLERANCE = 1e-5
@@ -126,3 +131,40 @@ def test_compiled_blocks_compute_the_same(two: Ranks) -> None:
 def test_four_ranks_are_one_process(four: Ranks, degrees: dict[str, int]) -> None:
     for unit in ("gpt tied", "llama grouped queries", "lora"):
         check(four, UNITS[unit] | {"dtype": "float64"}, degrees, True, 2, tolerance=1e-10)
+    if {"tensor", "shard"} & degrees.keys():
+        assert four.run(owners, UNITS["llama grouped queries"], degrees) == [[]] * 4
+
+
+MESH = Mesh(context=4, shard=2)
+CAUSAL = make_option("objective", "causal", {})
+
+
+def test_what_fits_is_taken() -> None:
+    check_context(MESH, CAUSAL, 1024)
+    check_context(MESH, make_option("objective", "instruction", {}), 1000)
+    check_context(Mesh(shard=8), make_option("objective", "classification", {"multi_label": False}), 1001)
+    check_context(Mesh(context=2, tensor=2), CAUSAL, 1024)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "objective", "length", "message"),
+    [
+        (MESH, "causal", 1001, r"data\.sequence_length=1001: distributed\.context=4 .* 8 chunks .*=1000, or another"),
+        (MESH, "causal", 4, r"data\.sequence_length=4: .* take data\.sequence_length=8"),
+        (MESH, "classification", 1024, r"objective=classification: .*; take distributed\.context=1"),
+        (Mesh(context=2, pipeline=2), "causal", 64, r"distributed\.context=2: does not go with .*pipeline=2"),
+    ],
+)
+def test_what_does_not_fit_is_refused(mesh: Mesh, objective: str, length: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_context(mesh, make_option("objective", objective, {"multi_label": False}), length)
+
+
+def test_weights_are_divided_where_shard_takes_what_is_left() -> None:
+    fsdp, ddp = (make_option("distributed", name, {}, context=2) for name in ("fsdp", "ddp"))
+    assert fsdp.mesh(2) == Mesh(context=2)
+    assert fsdp.is_sharded(fsdp.mesh(2))
+    assert not ddp.is_sharded(ddp.mesh(4))
+    assert not fsdp.is_sharded(Mesh())
+    assert with_context_as_data(Mesh(replicate=2, context=2), is_sharded=False) == Mesh(replicate=4)
+    assert with_context_as_data(Mesh(replicate=2, shard=2, context=2), is_sharded=True) == Mesh(replicate=2, shard=4)

@@ -16,6 +16,7 @@ from llmtrain.plan.step_time import (
     StepTime,
     block_seconds,
     bubble_share,
+    context_seconds,
     elementwise_bytes,
     gather_seconds,
     product_seconds,
@@ -78,6 +79,22 @@ def test_tensor_parallelism_moves_the_hidden_states_four_times_a_pass() -> None:
 )
 def test_the_bubble_of_a_pipeline(stages: int, micro_batches: int, each: int, share: float) -> None:
     assert bubble_share(stages, micro_batches, each) == pytest.approx(share)
+
+
+def test_shared_positions_move_keys_and_values_of_whole_sequences() -> None:
+    mesh, work = Mesh(context=8), dataclasses.replace(WORK, context=8)
+    moved = 2 * 8192 * 1024 * 2  # keys and values of 8 heads of 128, in bf16
+    once = LINKS.scatter_seconds(moved, mesh.context_group)
+    assert once == pytest.approx(moved * 7 / 8 / (450e9 * 0.8) + 7 * 3.4e-6)
+    seconds = context_seconds(LLAMA_8B, mesh, work, Program(), LINKS)
+    assert (seconds.forward, seconds.again, seconds.backward) == (once, 0, once)
+    full = Program(recomputation=Recomputation.full)
+    assert context_seconds(LLAMA_8B, mesh, work, full, LINKS).again == once
+    # of a block each rank computes an eighth, attention to all positions included
+    alone = block_seconds(LLAMA_8B, 1, WORK, Program(), ENGINE, EVEN)
+    assert block_seconds(LLAMA_8B, 1, work, Program(), ENGINE, EVEN).total == pytest.approx(alone.total / 8)
+    assert time(mesh, work).parts["context"] == pytest.approx(8 * 32 * 2 * once)
+    assert "context" not in {name for name, seconds in time(Mesh(), WORK).parts.items() if seconds}
 
 
 def test_the_bubble_is_its_share_of_the_passes() -> None:
