@@ -53,7 +53,7 @@ def compare(world: World, keys: dict[str, Any], packed: bool, micro: int, values
     alone = make_step(Parallel(make_unit(**keys)), micro, optimizer, precision)
     pipeline = make_pipeline(world, make_unit(**keys), **values)
     shared = make_step(pipeline, micro, optimizer, precision)
-    common = {"start_step": 0, "max_norm": 0.3, "max_value": 0.01, "thresholds": {"norm": 0.01}}
+    common = {"start_step": 0, "max_norm": 0.3, "max_value": 0.1, "thresholds": {"norm": 0.01}}
     clip = make_option("clipping", clipping, common)
     worst: dict[str, float] = {}
 
