@@ -67,6 +67,7 @@ class Pipeline(Parallel):
         self.own = StageWeights(unit, self.holds)
         self.peers = StagePeers(mesh)
         self.inner = self._share_stages(mesh, options)
+        self.may_compile = name != "zero_bubble"
         self.keeps_casts = self.inner is None and name != "zero_bubble"  # type: ignore[misc]
         self.schedules = Schedules(
             name, self.stages, self.division, self.ranks, self.hidden_size, self._boundaries(), lambda loss: loss

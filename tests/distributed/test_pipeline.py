@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.pipeline_cases import boxes, compare, dropped, held, lengths
+from tests.distributed.pipeline_cases import boxes, classify, compare, dropped, held, lengths
 from tests.helpers.ranks import Ranks
 
 TOLERANCE = 1e-5
@@ -20,6 +20,12 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 def check(ranks: Ranks, *arguments: Any, tolerance: float = TOLERANCE) -> None:
     for worst in ranks.run(compare, *arguments):
         assert max(worst.values()) < tolerance, worst
+
+
+def check_forty_steps(ranks: Ranks, keys: dict[str, Any], values: dict[str, Any]) -> None:
+    for worst in ranks.run(compare, keys, False, 1, values, 40):
+        print(values, {key: f"{worst[key]:.1e}" for key in ("loss", "norm")})
+        assert max(worst["loss"], worst["norm"]) < TOLERANCE, worst
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -54,6 +60,12 @@ def test_clippings_agree_over_the_stages(two: Ranks, clipping: str) -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_bf16_trains_as_one_process(two: Ranks, schedule: str) -> None:
     check(two, LLAMA, False, 2, SCHEDULES[schedule] | {"precision": "bf16"}, tolerance=2e-2)
+
+
+def test_a_classifier_is_trained_and_scored(two: Ranks) -> None:
+    for found in two.run(classify, {"schedule": "1f1b"}):
+        assert max(found["worst"].values()) < TOLERANCE, found
+        assert found["counts"]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -100,3 +112,13 @@ def test_stages_are_shared_further(four: Ranks, keys: dict[str, Any], degree: st
 def test_four_stages_train_as_one_process(four: Ranks) -> None:
     for schedule in ("gpipe", "1f1b", "interleaved", "zero_bubble"):
         check(four, GPT, False, 1, {"schedule": schedule})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [GPT, LLAMA, LORA], ids=["gpt tied", "llama grouped queries", "lora"])
+def test_losses_and_norms_of_forty_steps_are_those_of_one_process(
+    two: Ranks, four: Ranks, keys: dict[str, Any]
+) -> None:
+    for values in SCHEDULES.values():
+        check_forty_steps(two, keys, values)
+    check_forty_steps(four, keys, {"schedule": "1f1b", "shard": 2})
