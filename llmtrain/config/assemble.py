@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llmtrain.activation_checkpointing.selective import By
 from llmtrain.base.format import size
 from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.base.places import Places
@@ -154,8 +155,9 @@ def pipeline_settings(run: RunConfig, mesh: Mesh) -> PipelineSettings | None:
     sequences = -(-run.accumulation.batch_size_at(0, 0) // (mesh.replicate * mesh.shard))
     return PipelineSettings(
         mesh.pipeline, run.distributed.pipeline_schedule, run.distributed.stages_per_process,
-        getattr(run.model, "num_layers", None), mesh.tensor, mesh.context, sequences,
+        getattr(run.model, "num_layers", None), mesh.shard, mesh.tensor, mesh.context, sequences,
         run.accumulation.micro_batch_size, run.accumulation.is_probed, run.runtime.compile is True,
+        getattr(run.activation_checkpointing, "by", None) is By.operation,
     )  # fmt: skip
 
 

@@ -27,6 +27,8 @@ class Parallel:
     holds_parts: ClassVar[bool] = False  # True: :meth:`weights` of some parameters are parts of them
     keeps_casts: ClassVar[bool] = True  # False: whole weights do not outlive a pass, so no cast of them can be kept
 
+    may_compile: bool = True  # False: the backward passes cannot be those of compiled code
+
     def __init__(self, unit: TrainingUnit, world: World | None = None) -> None:
         self.unit = unit
         self.world: World = world or Alone()

@@ -74,6 +74,7 @@ class Pipeline(Parallel):
         self.inner = self._share_stages(mesh, options)
         for stage in () if has_memory else self.stages:
             allocate(stage, device)
+        self.may_compile = name != "zero_bubble"
         self.keeps_casts = self.inner is None and name != "zero_bubble"  # type: ignore[misc]
         self.schedules = Schedules(
             name, self.stages, self.division, self.ranks, self.hidden_size, self._boundaries(), lambda loss: loss

@@ -320,7 +320,7 @@ def tune(run: RunConfig, parts: Parts, step: Step, state: TrainState, peak_flops
     flops = tokens * parts.unit.flops_per_token(parts.corpus.train.attended_length)
     batch = -(-batch // parts.parallel.data_size)  # of a rank
     settings = CompileSettings(
-        run.runtime.compile, run.runtime.cuda_graphs, flops / peak_flops,
+        run.runtime.compile if parts.parallel.may_compile else False, run.runtime.cuda_graphs, flops / peak_flops,
         pads=parts.corpus.train.mean_length < run.data.sequence_length,
         recomputes=not isinstance(run.activation_checkpointing, KeepAll), is_sharded=parts.parallel.holds_parts,
     )  # fmt: skip
