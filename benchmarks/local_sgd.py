@@ -38,6 +38,7 @@ CASES = {
     ),
 }  # fmt: skip
 ON_ALL = ("local_sgd, H = 10", "local_sgd, H = 50")  # numbers of ranks; the others on the first of them
+ONE_SEED = ("local_sgd, H = 50, bf16", "plain mean of weights, H = 50")
 ACKNOWLEDGED = struct.Struct("=120xQ")  # bytes that the peer has acknowledged, of ``struct tcp_info`` (linux/tcp.h)
 
 
@@ -54,19 +55,25 @@ def main() -> None:
     name = f"{datetime.date.today().isoformat()}-local-sgd"
     start = time.perf_counter()
     for ranks in arguments.ranks:
-        is_first = ranks == arguments.ranks[0]
         jobs = [
             (case, seed)
             for seed in arguments.seeds
             for case in arguments.cases
-            # synchronous training is the same on any number of ranks: one seed for the bytes
-            if is_first or case in ON_ALL or (case == "ddp" and seed == arguments.seeds[0])
+            if is_due(case, first_ranks=ranks == arguments.ranks[0], first_seed=seed == arguments.seeds[0])
         ]
         rows += run_job(ranks, jobs, arguments.steps)
         record = {"recipe": RECIPE, "steps": arguments.steps, "seconds": time.perf_counter() - start, "rows": rows}
         (arguments.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
         (arguments.output / f"{name}.md").write_text(report(record))
     print(report(record))
+
+
+def is_due(case: str, *, first_ranks: bool, first_seed: bool) -> bool:
+    """Return whether a case is trained on this number of ranks with this seed."""
+    if first_ranks:
+        return first_seed or case not in ONE_SEED
+    # synchronous training is the same on any number of ranks: once, for the bytes
+    return case in ON_ALL or (case == "ddp" and first_seed)
 
 
 # --- one job --------------------------------------------------------------------------------------------------------

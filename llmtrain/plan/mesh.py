@@ -26,6 +26,7 @@ class Mesh:
     shard: int = 1
     tensor: int = 1
     pipeline: int = 1
+    named: str | None = None  # the option of the group, where degrees do not tell it
 
     def __post_init__(self) -> None:
         for name, value in self.degrees.items():
@@ -74,7 +75,9 @@ class Mesh:
 
     @property
     def option(self) -> str:
-        """The option of the group ``distributed`` that the mesh is closest to."""
+        """The option of the group ``distributed``: as named, or the one that the mesh is closest to."""
+        if self.named is not None:
+            return self.named
         if self.pipeline > 1:
             return "pipeline"
         if self.tensor > 1:
@@ -110,6 +113,12 @@ def mesh_of(devices: int, degrees: Mapping[str, int]) -> Mesh:
     if len(left) > 1:
         keys = " and ".join(f"distributed.{name}" for name in left)
         raise ValueError(f"{keys}=-1: only one degree can be what the others leave; give a number for the others")
+    for name, value in degrees.items():
+        if name not in KEYS and value != 1:
+            raise ValueError(
+                f"distributed.{name}={value}: a plan for several devices does not know this degree; take 1"
+            )
+    degrees = {name: value for name, value in degrees.items() if name in KEYS}
     given = Mesh(**{name: value for name, value in degrees.items() if value != REST})
     if left and devices % given.devices == 0:
         return replace(given, **{left[0]: devices // given.devices})
