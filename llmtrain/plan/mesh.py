@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from llmtrain.distributed.options import REST
 from llmtrain.plan.shape import Shape
@@ -119,9 +120,11 @@ def mesh_of(devices: int, degrees: Mapping[str, int]) -> Mesh:
                 f"distributed.{name}={value}: a plan for several devices does not know this degree; take 1"
             )
     degrees = {name: value for name, value in degrees.items() if name in KEYS}
-    given = Mesh(**{name: value for name, value in degrees.items() if value != REST})
+    numbers: dict[str, Any] = {name: value for name, value in degrees.items() if value != REST}
+    given = Mesh(**numbers)
     if left and devices % given.devices == 0:
-        return replace(given, **{left[0]: devices // given.devices})
+        rest: dict[str, Any] = {left[0]: devices // given.devices}
+        return replace(given, **rest)
     if left or given.devices != devices:
         shown = " × ".join(f"{name} {value}" for name, value in degrees.items() if value != 1)
         remedy = f"take devices={given.devices}" if not left else f"take a multiple of {given.devices}"
