@@ -94,8 +94,10 @@ def supervise(
     ``resume_command`` makes the command that continues the run in a directory, or starts it there if it has no
     checkpoint; ``restarts`` times it follows the failure of a rank, on the machines that are there then, where
     ``fewer`` allows it.  Where memory ran out on a rank, a restart that does not count adds the arguments of
-    ``with_micro_batch``, for micro-batches of so many sequences.  ``environment`` replaces that of this process.  ``has_own_threads``: the run names its number
-    of threads, so that OMP_NUM_THREADS is left alone.
+    ``with_micro_batch``, for micro-batches of so many sequences.
+
+    ``environment`` replaces that of this process.  ``has_own_threads``: the run names its number of threads, so that
+    OMP_NUM_THREADS is left alone.
 
     The status is 0 if that of all ranks is 0; 75 if all that were not ended by a signal gave 75; 2 for a mistake of the
     user's; 128 + N if signal N stopped the ranks before they could save; else 1.

@@ -42,9 +42,7 @@ def test_packed_segments_are_those_of_one_process(two: Ranks, schedule: str) -> 
     check(two, LLAMA, True, 2, SCHEDULES[schedule])
 
 
-@pytest.mark.parametrize(
-    ("schedule", "recomputed"), [("1f1b", "full"), ("1f1b", "selective"), ("zero_bubble", "full")]
-)
+@pytest.mark.parametrize(("schedule", "recomputed"), [("1f1b", "full"), ("1f1b", "selective"), ("zero_bubble", "full")])
 def test_recomputation_works_within_a_stage(two: Ranks, schedule: str, recomputed: str) -> None:
     check(two, GPT | {"recomputed": recomputed}, False, 2, SCHEDULES[schedule])
 
@@ -103,7 +101,10 @@ def test_each_stage_draws_masks_of_its_own_and_repeats_them(two: Ranks) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "degree"),
-    [*((schedule, "replicate") for schedule in SCHEDULES), *((each, "shard") for each in ("gpipe", "1f1b", "interleaved"))],
+    [
+        *((schedule, "replicate") for schedule in SCHEDULES),
+        *((each, "shard") for each in ("gpipe", "1f1b", "interleaved")),
+    ],
 )
 @pytest.mark.parametrize("keys", [GPT, LORA], ids=["gpt tied", "lora"])
 def test_stages_are_shared_further(four: Ranks, keys: dict[str, Any], degree: str, schedule: str) -> None:
