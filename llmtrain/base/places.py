@@ -21,7 +21,7 @@ class Place:
 
 
 # By the name of a parameter.  Several places: the rank's tensor has the parts one after the other along its first
-# dimension, each with its ``shape``.
+# dimension, each with its ``shape``.  A tensor of one dimension may hold parts of more, each flattened.
 Places = Mapping[str, Place | Sequence[Place]]
 
 

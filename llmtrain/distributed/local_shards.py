@@ -119,10 +119,15 @@ class LocalShards:
 
     def largest(self, value: Tensor) -> Tensor:
         """The largest ``value`` of all ranks; NaN if one of them is."""
-        # A sum of the values side by side: the maximum of some libraries loses a NaN.
-        values = value.new_zeros(self.world.size)
-        values[self.world.rank] = value
-        return self.world.sum(values).amax()
+        return largest_of(value, self.world)
+
+
+def largest_of(value: Tensor, world: World) -> Tensor:
+    """The largest ``value``, 0-dimensional, of the ranks of ``world``; NaN if one of them is."""
+    # A sum of the values side by side: the maximum of some libraries loses a NaN.
+    values = value.new_zeros(world.size)
+    values[world.rank] = value
+    return world.sum(values).amax()
 
 
 def local_shard(parameter: nn.Parameter, world: World) -> LocalShard:
