@@ -19,6 +19,8 @@ from llmtrain.config.build import naming
 from llmtrain.config.run_config import RunConfig
 from llmtrain.data import Corpus
 from llmtrain.distributed.checks import ParallelSettings, check_parallel
+from llmtrain.distributed.deepspeed import DeepSpeed, check_installed
+from llmtrain.distributed.deepspeed_agreement import RunValues, check_agreement
 from llmtrain.distributed.parallel import Parallel
 from llmtrain.distributed.share import share_unit
 from llmtrain.lora.low_rank import LowRankAdaptation
@@ -110,13 +112,22 @@ def assemble(
 
 def check_ranks(run: RunConfig, processes: int) -> None:
     """Raise ValueError for a setting that does not go with so many ranks."""
+    zero = run.distributed if isinstance(run.distributed, DeepSpeed) else None
     if processes > 1:
         mesh = run.distributed.mesh(processes)
         settings = ParallelSettings(
             processes, mesh.shard > 1 or mesh.tensor > 1, run.optimizer, run.clipping, run.precision, run.lora,
-            run.activation_checkpointing, run.runtime.cuda_graphs,
+            run.activation_checkpointing, run.runtime.cuda_graphs, None if zero is None else zero.stage,
+            run.runtime.compile,
         )  # fmt: skip
         check_parallel(settings)
+    if zero is not None:
+        check_installed()
+        values = RunValues(
+            processes, run.accumulation, run.clipping, run.optimizer, run.schedule, run.precision,
+            run.metrics.log_every, run.loop.max_steps,
+        )  # fmt: skip
+        check_agreement(zero.given, values)
 
 
 def build_unit(

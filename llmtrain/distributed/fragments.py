@@ -51,10 +51,7 @@ def boxes(whole: Shape, begin: int, end: int) -> list[tuple[Shape, Shape]]:
 
 def _in_row(whole: Shape, row: int, begin: int, end: int) -> list[tuple[Shape, Shape]]:
     start = row * math.prod(whole[1:])
-    return [
-        ((row, *offset), (1, *shape))
-        for offset, shape in boxes(whole[1:], begin - start, end - start)
-    ]
+    return [((row, *offset), (1, *shape)) for offset, shape in boxes(whole[1:], begin - start, end - start)]
 
 
 class Fragments:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmtrain.base.world import World
+from llmtrain.distributed.deepspeed import DeepSpeed
 from llmtrain.distributed.options import Distributed
 from llmtrain.distributed.parallel import Parallel
 from llmtrain.objective import TrainingUnit
@@ -25,6 +26,10 @@ def share_unit(options: Distributed, unit: TrainingUnit, world: World, device: t
     assert isinstance(world, ProcessGroup)
     degrees = options.mesh(world.size)
     mesh = world.mesh(degrees, device)
+    if isinstance(options, DeepSpeed):
+        from llmtrain.distributed.zero import Zero
+
+        return Zero(unit, world, mesh["shard"], options.settings())
     if degrees.tensor == 1:
         return share_data(options, unit, world, mesh)
     cut = UnitCut(unit, TensorGroup(mesh.get_group("tensor")), sequence_parallel=options.sequence_parallel)

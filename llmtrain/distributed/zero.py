@@ -6,6 +6,7 @@ which updates the rank's elements in place, and checkpoints, which are read and 
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -202,6 +203,7 @@ def import_deepspeed(device: torch.device) -> Any:
     check_version(deepspeed.__version__)
     # gloo sums as well, and this kernel would be compiled first, for minutes
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # that it calls
     return deepspeed
 
 
