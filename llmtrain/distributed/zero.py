@@ -182,8 +182,7 @@ def start_engine(unit: TrainingUnit, settings: Mapping[str, Any]) -> Any:
     """
     trained = [parameter for _, parameter in unit.trained_weights()]
     deepspeed = import_deepspeed(trained[0].device)
-    # it steps nothing; a name and parameters are what DeepSpeed needs of an optimizer
-    stand_in = torch.optim.SGD(trained, lr=0.0)
+    stand_in = torch.optim.AdamW(trained, lr=0.0)  # an optimizer that DeepSpeed knows; it steps nothing
     size = sum(parameter.numel() for parameter in trained)
     zero = {"reduce_bucket_size": min(size, 500_000_000)} | settings["zero_optimization"]
     with without_packed(unit):

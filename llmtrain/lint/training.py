@@ -37,7 +37,8 @@ def nothing_trainable(case: Case) -> Iterator[Finding]:
         )
     if case.optimizer is not None:
         moved = {id(p) for group in case.optimizer.param_groups for p in group["params"]}
-        left = [name for name, p in trainable.items() if id(p) not in moved]
+        named = {name for group in case.optimizer.param_groups for name in group.get("names", ())}  # parts of them
+        left = [name for name, p in trainable.items() if id(p) not in moved and name not in named]
         if left:
             name = option_name(optimizer)
             yield warning(
