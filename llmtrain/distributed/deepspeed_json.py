@@ -32,6 +32,9 @@ TEXTS = Kind("a list of texts", lambda value: isinstance(value, list) and all(is
 STAGE = Kind("1, 2 or 3 (distributed=ddp for 0)", lambda value: type(value) is int and value in (1, 2, 3))
 DTYPE = Kind("fp32, bf16 or fp16", lambda value: value in ("fp32", "bf16", "bfp16", "fp16"))
 ANY = Kind("", lambda value: True)
+PRINTED = Kind(
+    "null: what DeepSpeed reports is printed, since a stored run does not decide where to write", lambda _: False
+)
 SECTION = Kind("an object", lambda value: isinstance(value, dict))
 
 Keys = Mapping[str, "Kind | Keys"]
@@ -58,7 +61,7 @@ TAKEN: Keys = {  # DeepSpeed alone has them
     "comms_logger": {"enabled": FLAG, "verbose": FLAG, "prof_all": FLAG, "debug": FLAG, "prof_ops": TEXTS},
     "flops_profiler": {
         "enabled": FLAG, "profile_step": COUNT, "module_depth": DEPTH, "top_modules": COUNT, "detailed": FLAG,
-        "output_file": TEXT, "recompute_fwd_factor": NUMBER,
+        "output_file": PRINTED, "recompute_fwd_factor": NUMBER,
     },
 }  # fmt: skip
 OPTIMIZER_PARAMS: Keys = {

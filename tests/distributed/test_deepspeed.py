@@ -154,6 +154,7 @@ REFUSES: list[tuple[dict[str, Any], str]] = [
     ({"tensorboard": {"enabled": True}}, "take metrics=tensorboard"),
     ({"activation_checkpointing": {"partition_activations": True}}, "take activation_checkpointing=full"),
     ({"gradient_predivide_factor": 2.0}, "remove it"),
+    ({"flops_profiler": {"output_file": "x"}}, "flops_profiler.output_file=\"x\": must be null"),
     ({"comms_logger": {"enabled": True}}, "comms_logger.verbose=true"),
 ]  # fmt: skip
 

@@ -134,7 +134,7 @@ def not_finite(world: World, mode: str, clipping: str) -> list[bool]:
     gradient = dict(step.weights)["blocks.1.mlp.up.weight"].grad
     assert gradient is not None
     if mode == "ddp" or world.rank == 1:
-        gradient[-1, -1] = torch.nan
+        gradient.view(-1)[-1] = torch.nan
     common = {"start_step": 0, "max_norm": 1.0, "max_value": 0.1}
     clip = step.clip(make_option("clipping", clipping, common), 0)
     assert clip.largest is not None
