@@ -74,7 +74,7 @@ class Pipeline(Parallel):
         self.inner = self._share_stages(mesh, options)
         for stage in () if has_memory else self.stages:
             allocate(stage, device)
-        self.may_compile = name != "zero_bubble"
+        self._may_compile = name != "zero_bubble"  # which calls backward in two parts
         self.keeps_casts = self.inner is None and name != "zero_bubble"  # type: ignore[misc]
         self.schedules = Schedules(
             name, self.stages, self.division, self.ranks, self.hidden_size, self._boundaries(), lambda loss: loss
@@ -131,6 +131,10 @@ class Pipeline(Parallel):
     @property
     def data_size(self) -> int:
         return self.peers.size
+
+    @property
+    def is_compilable(self) -> bool:
+        return self._may_compile
 
     @property
     def seed_rank(self) -> int:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmtrain.base.world import World
+from llmtrain.distributed.deepspeed import DeepSpeed
 from llmtrain.distributed.local_sgd import LocalSgd
 from llmtrain.distributed.options import Distributed, Mesh
 from llmtrain.distributed.parallel import Parallel
@@ -37,6 +38,10 @@ def share_unit(options: Distributed, unit: TrainingUnit, world: World, device: t
     assert isinstance(world, ProcessGroup)
     degrees = options.mesh(world.size)
     mesh, positions = world.mesh(degrees, device), None
+    if isinstance(options, DeepSpeed):
+        from llmtrain.distributed.zero import Zero
+
+        return Zero(unit, world, mesh["shard"], options.settings())
     if degrees.pipeline > 1:
         from llmtrain.distributed.pipeline import Pipeline
 

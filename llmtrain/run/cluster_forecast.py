@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from llmtrain.checkpoint.model_state import saved_tensors
+from llmtrain.distributed.deepspeed import DeepSpeed
 from llmtrain.distributed.local_sgd import LocalSgd
 from llmtrain.distributed.options import Mesh as Degrees
 from llmtrain.plan.blueprint import Blueprint
@@ -56,6 +57,11 @@ def make_cluster_forecast(planned: PlannedRun, options: ClusterOptions, *, ranks
     Raises ValueError for a mesh that is not of the devices or that the model cannot be divided over.
     """
     run = planned.settings
+    if isinstance(run.distributed, DeepSpeed) and run.distributed.stage != 3:
+        raise ValueError(
+            f"distributed.zero_stage={run.distributed.stage}: the forecast knows whole or divided weights; plan "
+            "distributed=ddp, which takes more memory, or distributed.zero_stage=3"
+        )
     spec = find_device(options.device)
     precision = arithmetic(run.precision, spec)
     shape = shape_of(run.model, run.vocab_size(planned.tokenizer))

@@ -294,7 +294,8 @@ def tune(run: RunConfig, parts: Parts, step: Step, state: TrainState, peak_flops
 
     Choices restored from a checkpoint are kept.
     """
-    if run.runtime.compile is not False:  # in short runs as well: the kernel takes seconds to compile
+    compiles = run.runtime.compile if parts.parallel.is_compilable else False
+    if compiles is not False:  # in short runs as well: the kernel takes seconds to compile
         parts.unit.compile_loss()
     evaluates = run.loop.eval_every > 0 and parts.corpus.validation is not None
     rehearsal = Rehearsal(
@@ -320,7 +321,7 @@ def tune(run: RunConfig, parts: Parts, step: Step, state: TrainState, peak_flops
     flops = tokens * parts.unit.flops_per_token(parts.corpus.train.attended_length)
     batch = -(-batch // parts.parallel.data_size)  # of a rank
     settings = CompileSettings(
-        run.runtime.compile if parts.parallel.may_compile else False, run.runtime.cuda_graphs, flops / peak_flops,
+        compiles, run.runtime.cuda_graphs, flops / peak_flops,
         pads=parts.corpus.train.mean_length < run.data.sequence_length,
         recomputes=not isinstance(run.activation_checkpointing, KeepAll), is_sharded=parts.parallel.holds_parts,
     )  # fmt: skip

@@ -15,7 +15,6 @@ from llmtrain.clipping import Clipping, ClipResult
 from llmtrain.data import Batch
 from llmtrain.distributed.parallel import Parallel
 from llmtrain.objective import TrainingUnit, mean_losses
-from llmtrain.optimizer import update
 from llmtrain.precision import Precision
 from llmtrain.train.out_of_memory import RankOutOfMemory, halve_on_out_of_memory, is_out_of_memory
 
@@ -179,7 +178,7 @@ class Step:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_multiplier"]
-        update(self.optimizer, skipped, divisor)
+        self.parallel.update(self.optimizer, skipped, divisor)
         self.drop_gradients()
 
     def drop_gradients(self) -> None:
