@@ -25,7 +25,7 @@ def hang_at(owner, name, number):
 HANGS = {
     "loader": (
         "from llmtrain.data.loader import BatchThread; hang_at(BatchThread, 'take', 5)",
-        "has been in the data loader at step 4",
+        "has been in the data loader at step",
     ),
     "collective": (
         "import torch; hang_at(torch.Tensor, 'backward', 5)",
@@ -51,5 +51,5 @@ def test_a_rank_that_sleeps_for_ever_is_named(launcher: Launcher, tmp_path: Path
     print(f"ended after {time.monotonic() - began:.0f} s with a time-out of {TIMEOUT:g} s")
     text = (run / "train.log").read_text()
     assert f"rank 1 on host {socket.gethostname()} {message}" in text
-    assert "hang_at" in (run / "ranks" / "stacks-00001.txt").read_text() or "counted" in text
+    assert " in counted\n" in (run / "ranks" / "stacks-00001.txt").read_text()
     assert_all_whole(run)

@@ -127,6 +127,8 @@ def misbehave() -> int:
         note("run")
         wait_for("run", 0)
         note(f"start-{starts}", os.environ["WORLD_SIZE"])
+        for rank in range(int(os.environ["WORLD_SIZE"])):
+            wait_for(f"start-{starts}", rank)
         if RANK == ODD and starts <= int(os.environ["FAILURES"]):
             if "GOES_AWAY" in os.environ:  # the machine, for the test's connection
                 (FOLDER / "off").touch()
