@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.lora.quantization import PackedWeight
-from llmtrain.model.initial_values import InitialValues
+from llmtrain.model import InitialValues
 
 
 class PackedProduct(torch.autograd.Function):

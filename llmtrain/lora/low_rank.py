@@ -14,8 +14,7 @@ from llmtrain.lora import Lora
 from llmtrain.lora.layers import Adapter, FrozenLinear, LoraEmbedding, LoraHead, LoraLinear
 from llmtrain.lora.quantization import Quantization
 from llmtrain.lora.targets import EMBEDDING, HEAD, block_linears, exchange, find_targets
-from llmtrain.model import LanguageModel
-from llmtrain.model.initial_values import initialise_own
+from llmtrain.model import LanguageModel, initialise_own
 
 
 @dataclass(frozen=True)

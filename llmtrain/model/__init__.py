@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.base.options import Option
+from llmtrain.model.initial_values import InitialValues as InitialValues
+from llmtrain.model.initial_values import initialise_own as initialise_own
 from llmtrain.model.layers.attention import segment_starts
 from llmtrain.model.layers.kv_cache import KVCache
 from llmtrain.model.layers.norms import autocast_dtype, lower_norms

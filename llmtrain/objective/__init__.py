@@ -20,8 +20,7 @@ from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.base.options import Option
 from llmtrain.data import IGNORE, Batch, Collate, Outline, Rows
 from llmtrain.kernels.row_losses import VocabularyShare
-from llmtrain.model import LanguageModel, allow_variants
-from llmtrain.model.initial_values import InitialValues
+from llmtrain.model import InitialValues, LanguageModel, allow_variants
 
 MODEL = "model."  # prefix of the model's own parameters in a unit
 
@@ -292,7 +291,7 @@ class Objective(Option, ABC):
 
         Called after the weights are loaded, and before adapters are added.  ``labels`` are the data's classes,
         ``class_weights`` the weight of an example of each; (): all the same.  ``generators`` draw the initial values of
-        what is added (:func:`llmtrain.model.initial_values.initialise_own`); None: it has no values yet.
+        what is added (:func:`llmtrain.model.initialise_own`); None: it has no values yet.
         """
 
     def measures(self, counted: Tensor, labels: Sequence[str]) -> dict[str, Any]:

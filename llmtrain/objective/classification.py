@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from llmtrain.base.checks import positive
 from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.data import IGNORE, Batch, Collate, Outline, Rows
-from llmtrain.model import LanguageModel
-from llmtrain.model.initial_values import InitialValues, initialise_own
-from llmtrain.model.layers.skip_init import SkipInitMode
+from llmtrain.model import InitialValues, LanguageModel, initialise_own
 from llmtrain.objective import Objective, TrainingUnit
 
 MAX_MATRIX = 20  # classes; with more, metrics rows leave out the confusion matrix
@@ -44,11 +42,13 @@ class Classifier(nn.Linear, InitialValues):
     class_weights: Tensor | None
 
     def __init__(self, hidden_size: int, classes: int, device: torch.device, weights: Sequence[float]) -> None:
-        with SkipInitMode():
-            super().__init__(hidden_size, classes, bias=False, device=device)
+        super().__init__(hidden_size, classes, bias=False, device=device)
         self.weights_of_classes = tuple(weights)
         self.register_buffer("class_weights", None, persistent=False)
         self.set_buffers(device)
+
+    def reset_parameters(self) -> None:
+        """Draw nothing: the values come by :meth:`fill`."""
 
     def set_buffers(self, device: torch.device) -> None:
         """Set the weights of the classes, on ``device``."""

@@ -16,8 +16,7 @@ from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.lora.layers import LoraLinear
 from llmtrain.lora.merge import adapters, merge
 from llmtrain.lora.quantization import Quantization
-from llmtrain.model import LanguageModel
-from llmtrain.model.initial_values import initialise_own
+from llmtrain.model import LanguageModel, initialise_own
 from llmtrain.objective.classification import Classification, Part
 from llmtrain.plan.trace import fake_tensors
 from llmtrain.precision.fp8 import FP8Precision

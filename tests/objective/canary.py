@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.data import IGNORE, Batch, Rows
-from llmtrain.model import LanguageModel, ModelConfig
-from llmtrain.model.initial_values import InitialValues, initialise_own
+from llmtrain.model import InitialValues, LanguageModel, ModelConfig, initialise_own
 from llmtrain.model.layers.kv_cache import KVCache
 from llmtrain.objective import Objective, TrainingUnit
 
