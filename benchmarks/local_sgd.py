@@ -26,18 +26,18 @@ RECIPE = (
     "loop.sample_every=0", "checkpoint.every_steps=0", "runtime.compile=false", "runtime.num_threads=1",
     "runtime.device=cpu",
 )  # fmt: skip
+MEAN = ("distributed.outer_lr=1", "distributed.outer_momentum=0")
 # name -> overrides; the first is the reference
 CASES = {
     "ddp": ("distributed=ddp",),
-    "local_sgd, H = 10": ("distributed=local_sgd", "distributed.sync_every=10"),
-    "local_sgd, H = 50": ("distributed=local_sgd", "distributed.sync_every=50"),
-    "local_sgd, H = 50, bf16": ("distributed=local_sgd", "distributed.sync_every=50", "distributed.exchange=bf16"),
-    "local_sgd, H = 50, int8": ("distributed=local_sgd", "distributed.sync_every=50", "distributed.exchange=int8"),
-    "plain mean of weights, H = 50": (
-        "distributed=local_sgd", "distributed.sync_every=50", "distributed.outer_lr=1", "distributed.outer_momentum=0",
-    ),
-}  # fmt: skip
-ON_ALL = ("local_sgd, H = 10", "local_sgd, H = 50")  # numbers of ranks; the others on the first of them
+    "DiLoCo, H = 10": ("distributed=local_sgd", "distributed.sync_every=10"),
+    "DiLoCo, H = 50": ("distributed=local_sgd", "distributed.sync_every=50"),
+    "plain mean, H = 10": ("distributed=local_sgd", "distributed.sync_every=10", *MEAN),
+    "plain mean, H = 50": ("distributed=local_sgd", "distributed.sync_every=50", *MEAN),
+    "DiLoCo, H = 50, bf16": ("distributed=local_sgd", "distributed.sync_every=50", "distributed.exchange=bf16"),
+    "DiLoCo, H = 50, int8": ("distributed=local_sgd", "distributed.sync_every=50", "distributed.exchange=int8"),
+}
+ONE_SEED = ("DiLoCo, H = 50, bf16", "DiLoCo, H = 50, int8")  # and on the first number of ranks alone
 ACKNOWLEDGED = struct.Struct("=120xQ")  # bytes that the peer has acknowledged, of ``struct tcp_info`` (linux/tcp.h)
 
 
@@ -48,25 +48,30 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--resume", type=Path, help="JSON of a run that was interrupted: its rows are not made again")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = [] if arguments.resume is None else json.loads(arguments.resume.read_text())["rows"]
     name = f"{datetime.date.today().isoformat()}-local-sgd"
-    start = time.perf_counter()
-    for ranks in arguments.ranks:
-        is_first = ranks == arguments.ranks[0]
-        jobs = [
-            (case, seed)
-            for seed in arguments.seeds
-            for case in arguments.cases
-            # synchronous training is the same on any number of ranks: one seed for the bytes
-            if is_first or case in ON_ALL or (case == "ddp" and seed == arguments.seeds[0])
-        ]
-        rows += run_job(ranks, jobs, arguments.steps)
-        record = {"recipe": RECIPE, "steps": arguments.steps, "seconds": time.perf_counter() - start, "rows": rows}
-        (arguments.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-        (arguments.output / f"{name}.md").write_text(report(record))
+    for seed in arguments.seeds:
+        for ranks in arguments.ranks:
+            firsts = seed == arguments.seeds[0], ranks == arguments.ranks[0]
+            done = [row["case"] for row in rows if (row["seed"], row["ranks"]) == (seed, ranks)]
+            cases = [case for case in arguments.cases if is_due(case, *firsts) and case not in done]
+            if cases:
+                rows += run_job(ranks, [(case, seed) for case in cases], arguments.steps)
+            record = {"recipe": RECIPE, "steps": arguments.steps, "rows": rows}
+            (arguments.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+            (arguments.output / f"{name}.md").write_text(report(record))
     print(report(record))
+
+
+def is_due(case: str, first_seed: bool, first_ranks: bool) -> bool:
+    """Return whether a case is trained with this seed on this number of ranks."""
+    if case in ONE_SEED:
+        return first_seed and first_ranks
+    # synchronous training is the same on any number of ranks: once on the others, for the bytes
+    return case != "ddp" or first_ranks or first_seed
 
 
 # --- one job --------------------------------------------------------------------------------------------------------
@@ -172,41 +177,37 @@ def report(record: dict[str, Any]) -> str:
         "| training | ranks | validation loss by seed | mean | beside ddp | MB a rank sends | of ddp's |",
         "|---|---|---|---|---|---|---|",
     ]
-    for ranks in dict.fromkeys(row["ranks"] for row in rows):
+    for ranks in sorted({row["ranks"] for row in rows}):
         of_ddp = next((row["sent_bytes"] for row in rows if (row["ranks"], row["case"]) == (ranks, "ddp")), None)
-        for case in dict.fromkeys(row["case"] for row in rows):
+        for case in CASES:
             found = [row for row in rows if (row["ranks"], row["case"]) == (ranks, case)]
             if not found:
                 continue
             losses = {row["seed"]: row["val_loss"] for row in found}
             beside = [loss - reference[seed] for seed, loss in losses.items() if seed in reference]
             sent = statistics.fmean(row["sent_bytes"] for row in found)
-            table.append(
-                f"| {case} | {ranks} | {', '.join(f'{loss:.4f}' for loss in losses.values())} | "
-                f"{statistics.fmean(losses.values()):.4f} | "
-                + (f"{statistics.fmean(beside):+.4f}" if beside else "")
-                + f" | {sent / 1e6:.2f} | "
-                + (f"{sent / of_ddp:.2%} |" if of_ddp else "|")
-            )
-    seconds = ", ".join(
-        f"{statistics.fmean(row['seconds'] / steps * 1e3 for row in rows if row['ranks'] == ranks):.0f} ms on {ranks}"
-        for ranks in dict.fromkeys(row["ranks"] for row in rows)
-    )
+            cells = (
+                case, str(ranks), ", ".join(f"{losses[seed]:.4f}" for seed in sorted(losses)),
+                f"{statistics.fmean(losses.values()):.4f}", f"{statistics.fmean(beside):+.4f}" if beside else "",
+                f"{sent / 1e6:.2f}", f"{sent / of_ddp:.2%}" if of_ddp else "",
+            )  # fmt: skip
+            table.append(f"| {' | '.join(cells)} |")
     lines = [
         f"# Local SGD beside synchronous training, {datetime.date.today().isoformat()}",
         "",
-        f"{device_name(torch.device('cpu'))}, torch {torch.__version__}, gloo, one thread a rank; a busy machine. "
-        f"`python -m benchmarks.local_sgd`: {rows[0]['parameters']:,} parameters, {steps:,} steps, "
-        f"{rows[0]['tokens']:,} tokens in every run. `{' '.join(record['recipe'])}`; inner optimizer AdamW, outer rate "
-        "0.7 and momentum 0.9 unless stated.",
+        f"{device_name(torch.device('cpu'))}, torch {torch.__version__}, gloo, one thread a rank, the ranks on one "
+        f"machine. `python -m benchmarks.local_sgd`: {rows[0]['parameters']:,} parameters, {steps:,} steps, "
+        f"{rows[0]['tokens']:,} tokens in every run: `{' '.join(record['recipe'])}`. Inner optimizer AdamW.",
         "",
         *table,
         "",
-        "A batch is 16 sequences of 64 tokens over all ranks, so that a replica of local SGD sees 8 or 4 of them. "
-        '"beside ddp": mean over the seeds of the difference from the synchronous run of the same seed, which is the '
-        "same on any number of ranks. Bytes: those that the peers' kernels have acknowledged on all TCP connections of "
-        "rank 0 (`TCP_INFO`), so with the sums of losses and norms of every step. A step took "
-        f"{seconds} ranks (4 ranks share 2 cores). The whole benchmark took {record['seconds'] / 60:.0f} minutes.",
+        "- DiLoCo: outer rate 0.7, Nesterov momentum 0.9, the defaults and the paper's. Plain mean: outer rate 1, no "
+        "momentum.",
+        "- A batch is 16 sequences of 64 tokens over all ranks: a replica sees 8 or 4 of them.",
+        '- "Beside ddp": mean over the seeds of the difference from the synchronous run of the same seed, which is the '
+        "same on any number of ranks.",
+        "- Bytes: those that the peers' kernels have acknowledged on all TCP connections of rank 0 (`TCP_INFO`), "
+        "with the sums of losses and norms of every step.",
         "",
     ]
     return "\n".join(lines)

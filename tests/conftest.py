@@ -12,6 +12,7 @@ import pytest
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from tests.helpers import quick
 
@@ -49,6 +50,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def share_of_the_cores() -> None:
     """All workers together have as many threads as there are cores; what needs two threads says so."""
     torch.set_num_threads(max(CORES // WORKERS, 1))
+
+
+@pytest.fixture
+def drawn_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots that this process saves are drawn."""
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", quick._print_png)
 
 
 def pytest_collection_finish() -> None:

@@ -164,7 +164,7 @@ def measure_matmul_flops(
 
     ``shape``: rows, inputs and outputs of a product; None: large ones.  ``most``: products that are timed, as long as
     they take less than ``enough_seconds`` in all.  Where one would take more than a second (fp16 on a CPU), a sixteenth
-    of its rows is timed instead; on a CPU that emulates ``dtype``, where a single row takes tens of ms, a few.
+    of its rows is timed instead; on a CPU that emulates ``dtype``, where a row takes tens of milliseconds, a few rows.
     """
     import torch
 

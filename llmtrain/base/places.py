@@ -34,7 +34,8 @@ class Place:
 
 
 # By the name of a parameter.  Several places: the rank's tensor has the parts one after the other along its first
-# dimension, each with its ``shape``.  No place, (): the rank holds nothing of the tensor, others hold all of it.
+# dimension, each with its ``shape``.  A tensor of one dimension may hold parts of more, each flattened.  No place, ():
+# the rank holds nothing of the tensor, others hold all of it.
 Places = Mapping[str, Place | Sequence[Place]]
 
 

@@ -12,8 +12,8 @@ from llmtrain.checkpoint.parts import Box, Part, placed
 class OwnParts:
     """The parts that this rank holds of named parameters, in the memory of ``weights``.
 
-    ``places``: of the parameters that it holds parts of; it has the others as a whole.  ``stored``: the shapes that
-    parameters have in a model's files, without vocabulary padding, where they differ.
+    ``places``: of the parameters that it holds parts of; of ``weights`` it has the others as a whole.  ``stored``: the
+    shapes that all parameters, also those of other ranks alone, have in a model's files, without vocabulary padding.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], places: Places, stored: Mapping[str, Shape]) -> None:
@@ -26,12 +26,12 @@ class OwnParts:
         }
 
     def __iter__(self) -> Iterator[str]:
-        """The names of the parameters."""
+        """The names of the parameters that this rank has a part of."""
         return iter(self._parts)
 
     def only(self, names: set[str]) -> "OwnParts":
         """The parts of the parameters ``names``."""
-        chosen = OwnParts({}, {}, self._stored)
+        chosen = OwnParts({}, {}, {name: shape for name, shape in self._stored.items() if name in names})
         chosen._weights = {name: weight for name, weight in self._weights.items() if name in names}
         chosen._parts = {name: parts for name, parts in self._parts.items() if name in names}
         return chosen
@@ -47,13 +47,19 @@ class OwnParts:
 
     def shapes(self) -> dict[str, Shape]:
         """The shapes of the whole parameters as a model's files have them."""
-        return {name: self._stored.get(name, parts[0].whole) for name, parts in self._parts.items()}
+        return dict(self._stored)
+
+    def holds(self, name: str) -> bool:
+        """Return whether this rank has a part of the parameter ``name``."""
+        return name in self._parts
 
     def within(self, name: str, shape: Shape) -> list[Part]:
         """The parts of the parameter ``name`` in a whole of ``shape``, which may lack the padding at its end.
 
         The padding that this rank has becomes 0.
         """
+        if name not in self._parts:
+            return []
         own, found = Box((0,) * len(shape), shape), []
         if shape != self._parts[name][0].whole:
             self._weights[name].detach().zero_()
@@ -67,6 +73,8 @@ class OwnParts:
     @torch.no_grad()
     def put(self, name: str, whole: Tensor) -> None:
         """Copy this rank's parts of ``whole``, the parameter ``name`` with or without padding."""
+        if name not in self._parts:
+            return
         if whole.data_ptr() == self._weights[name].data_ptr() and whole.shape == self._weights[name].shape:
             return  # it has been filled in place
         all_of_it = Box((0,) * whole.dim(), tuple(whole.shape))

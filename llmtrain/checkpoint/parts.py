@@ -4,6 +4,7 @@ A rank's tensor lies in one box of the whole tensor, or in several; a tensor wit
 whole by every rank, and rank 0 writes it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -136,21 +137,24 @@ def _whole(name: str, tensor: Tensor, *, is_owner: bool) -> Part:
 
 
 def placed(name: str, tensor: Tensor, places: Sequence[Place]) -> list[tuple[Part, Place]]:
-    """The parts of one tensor: itself, or several along its first dimension."""
+    """The parts of one tensor: itself, several along its first dimension, or several that are flattened in it."""
     tensor, start, parts = tensor.detach(), 0, []
+    is_flat = tensor.dim() == 1 != len(places[0].whole)
     for place in places:
         view = tensor
-        if len(places) > 1:
+        if is_flat or len(places) > 1:
             assert place.shape is not None, (name, place)
-            view = tensor[start : start + place.shape[0]]
-            start += place.shape[0]
+            length = math.prod(place.shape) if is_flat else place.shape[0]
+            view = tensor[start : start + length]
+            view = view.view(place.shape) if is_flat else view
+            start += length
         box = Box(place.offset, tuple(view.shape))
         ends = [a + n for a, n in zip(box.offset, box.shape, strict=True)]
         assert place.shape in (None, box.shape), (name, place, box)
         assert len(place.whole) == len(ends), (name, place, box)
         assert not box.numel or all(map(int.__le__, ends, place.whole)), (name, place, box)
         parts.append((Part(name, view, place.offset, place.whole, place.is_owner), place))
-    assert len(places) == 1 or start == len(tensor), (name, places)
+    assert (len(places) == 1 and not is_flat) or start == len(tensor), (name, places)
     return parts
 
 

@@ -17,6 +17,7 @@ from llmtrain.distributed.launch import supervise, usable_directory
 from llmtrain.distributed.options import Distributed
 from llmtrain.distributed.roster import Fewer
 from llmtrain.distributed.session import is_rank, meet
+from llmtrain.distributed.torchrun import START
 from llmtrain.run.run import Run
 from llmtrain.run.stored_run import StoredRun
 
@@ -49,6 +50,7 @@ def start_ranks(run: Run, invocation: Invocation) -> int | None:
     return supervise(
         [*PROGRAM, *invocation.command[1:]], processes, restarts=options.restarts,
         resume_command=lambda directory: resume_command(run, directory, places),
+        with_micro_batch=lambda size: with_micro_batch(run, size),
         has_own_threads=run.runtime.num_threads is not None, hosts=hosts, ssh=options.ssh,
         fewer=fewer_ranks(run, processes, hosts),
     )  # fmt: skip
@@ -63,16 +65,24 @@ def resume_command(run: Run, directory: Path, places: Sequence[str] = ()) -> lis
     return [*PROGRAM, "resume", str(directory), *plugins, *places]
 
 
+def with_micro_batch(run: Run, size: int) -> list[str]:
+    """The overrides for micro-batches of ``size`` sequences, and steps as before."""
+    fixed = ["accumulation=fixed", f"accumulation.batch_size={run.accumulation.batch_size_at(0, 0)}"]
+    return [*(fixed if run.accumulation.is_probed else ()), f"accumulation.micro_batch_size={size}"]
+
+
 def resume_earlier_start(run: Run, invocation: Invocation) -> None:
     """Replace this process by one that resumes the run which an earlier start of the same ranks has made, if any."""
-    start = meet(run.distributed, usable_directory)
+    start = meet(run.distributed, run.run_dir, run.output_dir, usable_directory)
     if start is None or start.run_directory is None:
         return
-    if isinstance(invocation.stored, StoredRun) and invocation.stored.directory.path.absolute() == start.run_directory:
+    directory = Path(start.run_directory)
+    if isinstance(invocation.stored, StoredRun) and invocation.stored.directory.path.absolute() == directory:
         return
-    write_to_stderr(visible(f"llmtrain: start {start.number + 1} of this job resumes {start.run_directory}"))
+    write_to_stderr(visible(f"llmtrain: a later start of this job: resumes {directory}"))
     flush_standard_output()
-    os.execv(sys.executable, resume_command(run, start.run_directory))
+    os.environ[START] = start.text()
+    os.execv(sys.executable, resume_command(run, directory))
 
 
 def fewer_ranks(run: Run, processes: int, hosts: Sequence[Host]) -> Fewer:

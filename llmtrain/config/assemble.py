@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llmtrain.activation_checkpointing.selective import By
 from llmtrain.base.format import size
 from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.base.places import Places
@@ -21,6 +22,8 @@ from llmtrain.config.own_values import builds_parts, fill_own_parts, knows_value
 from llmtrain.config.run_config import RunConfig
 from llmtrain.data import Corpus
 from llmtrain.distributed.checks import ParallelSettings, check_context, check_parallel
+from llmtrain.distributed.deepspeed import DeepSpeed, check_installed
+from llmtrain.distributed.deepspeed_agreement import RunValues, check_agreement
 from llmtrain.distributed.local_sgd import LocalSgd
 from llmtrain.distributed.options import Mesh
 from llmtrain.distributed.parallel import Parallel
@@ -136,15 +139,24 @@ def check_ranks(run: RunConfig, processes: int) -> None:
             "runtime.cuda_graphs=True: a graph keeps the places of weights, and distributed=local_sgd changes them for "
             "an evaluation; take runtime.cuda_graphs=false"
         )
+    zero = run.distributed if isinstance(run.distributed, DeepSpeed) else None
     if processes > 1:
         mesh = run.distributed.mesh(processes)
         holds_parts = run.distributed.is_sharded(mesh) or mesh.tensor > 1
         settings = ParallelSettings(
             processes, holds_parts, run.optimizer, run.clipping, run.precision, run.lora,
             run.activation_checkpointing, run.runtime.cuda_graphs, pipeline_settings(run, mesh),
+            None if zero is None else zero.stage, run.runtime.compile,
         )  # fmt: skip
         check_parallel(settings)
         check_context(mesh, run.objective, run.data.sequence_length)
+    if zero is not None:
+        check_installed()
+        values = RunValues(
+            processes, run.accumulation, run.clipping, run.optimizer, run.schedule, run.precision,
+            run.metrics.log_every, run.loop.max_steps,
+        )  # fmt: skip
+        check_agreement(zero.given, values)
 
 
 def pipeline_settings(run: RunConfig, mesh: Mesh) -> PipelineSettings | None:
@@ -154,8 +166,9 @@ def pipeline_settings(run: RunConfig, mesh: Mesh) -> PipelineSettings | None:
     sequences = -(-run.accumulation.batch_size_at(0, 0) // (mesh.replicate * mesh.shard))
     return PipelineSettings(
         mesh.pipeline, run.distributed.pipeline_schedule, run.distributed.stages_per_process,
-        getattr(run.model, "num_layers", None), mesh.tensor, mesh.context, sequences,
+        getattr(run.model, "num_layers", None), mesh.shard, mesh.tensor, mesh.context, sequences,
         run.accumulation.micro_batch_size, run.accumulation.is_probed, run.runtime.compile is True,
+        getattr(run.activation_checkpointing, "by", None) is By.operation,
     )  # fmt: skip
 
 

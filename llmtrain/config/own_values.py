@@ -7,9 +7,11 @@ unit that one process builds: :class:`llmtrain.base.named_generators.NamedGenera
 import torch
 
 from llmtrain.base.named_generators import NamedGenerators
+from llmtrain.base.places import Shape, places_of
 from llmtrain.base.world import World
 from llmtrain.checkpoint.own_parts import OwnParts
 from llmtrain.config.run_config import RunConfig
+from llmtrain.distributed.options import Distributed
 from llmtrain.distributed.parallel import Parallel
 from llmtrain.lora.low_rank import LowRankAdaptation
 from llmtrain.lora.none import NoLora
@@ -25,8 +27,11 @@ def builds_parts(run: RunConfig, world: World) -> bool:
     """
     if world.size == 1:
         return False
+    if type(run.distributed) is not Distributed:  # an option with a way of sharing of its own
+        return False
     mesh = run.distributed.mesh(world.size)
-    return (run.distributed.is_sharded(mesh) or mesh.tensor > 1) and run.weights.takes_parts and _starts_by_name(run)
+    holds_parts = mesh.pipeline > 1 or mesh.tensor > 1 or run.distributed.is_sharded(mesh)
+    return holds_parts and run.weights.takes_parts and _starts_by_name(run)
 
 
 def _starts_by_name(run: RunConfig) -> bool:
@@ -54,7 +59,7 @@ def fill_own_parts(run: RunConfig, parallel: Parallel, generators: NamedGenerato
     """
     unit = parallel.unit
     own = own_parts(parallel)
-    of_model = {name for name in own if unit.source_of(name) is unit.model}
+    of_model = {name for name in own.shapes() if unit.source_of(name) is unit.model}
     loaded = set() if isinstance(run.weights, Scratch) else of_model
     if load_weights:
         for name in own:
@@ -69,9 +74,12 @@ def own_parts(parallel: Parallel) -> OwnParts:
     unit = parallel.unit
     padding = unit.model.padded_vocab_size - unit.model.vocab_size
     weights, places = dict(parallel.trainable.named_weights()), parallel.places()
-    whole = OwnParts(weights, places, {}).shapes()
-    padded = {name for name in unit.model.padded_weights if name in whole}
-    return OwnParts(weights, places, {name: (whole[name][0] - padding, *whole[name][1:]) for name in padded})
+    shapes: dict[str, Shape] = {}
+    for name, parameter in unit.named_weights():
+        found = places_of(places.get(name, ()))  # none: every rank, or another one, has the whole
+        rows, *rest = found[0].whole if found else tuple(parameter.shape)
+        shapes[name] = (rows - padding if name in unit.model.padded_weights else rows, *rest)
+    return OwnParts(weights, places, shapes)
 
 
 def draw(unit: TrainingUnit, own: OwnParts, name: str, generators: NamedGenerators) -> None:

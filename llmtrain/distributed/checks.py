@@ -27,6 +27,8 @@ class ParallelSettings:
     activation_checkpointing: ActivationCheckpointing
     cuda_graphs: bool
     pipeline: PipelineSettings | None = None  # None: every rank has all layers
+    zero_stage: int | None = None  # of DeepSpeed, where it divides what ranks hold
+    compile: bool | str = "auto"
 
 
 def check_parallel(settings: ParallelSettings) -> None:
@@ -47,7 +49,10 @@ def problems(settings: ParallelSettings) -> Iterator[str]:
         yield from _stage_problems(settings)
     if not settings.is_sharded:
         return
+    if settings.zero_stage is not None:
+        yield from zero_problems(settings, settings.zero_stage)
     unsharded = "or distributed=ddp, where each rank has whole weights"
+    packed = unsharded if settings.zero_stage is None else "or distributed.zero_stage=2, where each rank has them whole"
     if not settings.optimizer.takes_shards:
         name = option_name(settings.optimizer)
         remedy = {"adamw_8bit": "adamw_bf16", "adafactor": "adamw_bf16, whose state is divided over the ranks"}
@@ -66,10 +71,10 @@ def problems(settings: ParallelSettings) -> Iterator[str]:
             f"{unsharded}"
         )
     quantization = getattr(getattr(settings.lora, "quantization", None), "value", "none")
-    if quantization != "none":
+    if quantization != "none" and settings.zero_stage not in (1, 2):  # those leave frozen weights whole
         yield (
             f"lora.quantization={quantization}: packed weights cannot be divided by rows; take "
-            f"lora.quantization=none, {unsharded}"
+            f"lora.quantization=none, {packed}"
         )
     if getattr(settings.activation_checkpointing, "offload", False):
         yield (
@@ -138,3 +143,17 @@ def chunks_problem(context: int, sequence_length: int) -> str:
         f"data.sequence_length={sequence_length}: distributed.context={context} cuts sequences into {chunks} chunks of "
         f"one length; take data.sequence_length={nearest}, or another distributed.context"
     )
+
+
+def zero_problems(settings: ParallelSettings, stage: int) -> Iterator[str]:
+    """Yield a message for each setting that goes with sharding, and does not go with DeepSpeed."""
+    if settings.optimizer.takes_shards and not settings.optimizer.is_elementwise:
+        yield (
+            f"optimizer={option_name(settings.optimizer)}: needs matrices, and with DeepSpeed a rank has a stretch of "
+            "flattened ones; take optimizer=adamw, or distributed=fsdp"
+        )
+    if stage == 3 and settings.compile is True:
+        yield (
+            "runtime.compile=true: ZeRO 3 gathers weights module by module, between compiled code; take "
+            "runtime.compile=auto or false, distributed.zero_stage=2, or distributed=fsdp"
+        )

@@ -70,6 +70,8 @@ class Heartbeat:
         self.generation = generation
         self.host = visible(socket.gethostname()).replace("|", "")
         self.place: tuple[Phase, int] = (Phase.start, 0)
+        self.writes_since: float | None = None  # its files of a checkpoint, in a thread; of time.monotonic
+        self.collectives: Callable[[], int] = lambda: 0  # that it has begun with all ranks
         self._closed = threading.Event()
         self._is_leaving = False
         self._first_host = address  # the machine of rank 0, by its own name once it is known
@@ -118,7 +120,8 @@ class Heartbeat:
         try:
             watch = Watch(self.rank, self.size, self._connect(), self.host, self.interval)
             while not self._closed.is_set():
-                watch.publish(self.place, self._failure)
+                writing = 0.0 if (since := self.writes_since) is None else time.monotonic() - since
+                watch.publish(self.place, self._failure, writing, self.collectives())
                 if self._failure is not None:
                     self._published.set()
                 verdict = watch.read()
@@ -276,14 +279,17 @@ class Watch:
         if rank == 0:
             self.store.multi_set([VERDICT, *map(beat_key, range(1, size))], [NONE] + [""] * (size - 1))
 
-    def publish(self, place: tuple[Phase, int], failure: str | None) -> None:
+    def publish(
+        self, place: tuple[Phase, int], failure: str | None, writing: float = 0.0, collectives: int = 0
+    ) -> None:
         """Set this rank's key; ``place`` is another object after each mark."""
         now = self.clock.now()
         if place is not self._place:
             self._place, self._since = place, now
         self.beats += 1
         phase, step = place
-        text = f"{self.beats}|{phase.name}|{step}|{now - self._since:.1f}|{self.host}|{failure or ''}"
+        values = f"{now - self._since:.1f}|{writing:.1f}|{collectives}"
+        text = f"{self.beats}|{phase.name}|{step}|{values}|{self.host}|{failure or ''}"
         self.store.set(beat_key(self.rank), text)
 
     def read(self) -> str | None:
@@ -317,15 +323,16 @@ class Watch:
         return self.clock.last - self._last_since
 
     def _position(self, rank: int, text: str, silence: float) -> Position:
-        _, phase, step, seconds, host, _ = [*text.split("|", 5), *[""] * 6][:6]
+        _, phase, step, seconds, writing, collectives, host, _ = [*text.split("|", 7), *[""] * 8][:8]
         if phase not in Phase.__members__:
             return Position(rank, "", Phase.start, 0, 0.0, silence)  # it has sent none yet
-        return Position(rank, host, Phase[phase], int(step), float(seconds), silence)
+        place = Phase[phase], int(step), float(seconds)
+        return Position(rank, host, *place, silence, float(writing), int(collectives))
 
     def failed(self) -> str | None:
         """The message of a rank that has ended with an error of its own."""
         for rank, (text, _) in self._seen.items():
-            failure = text.split("|", 5)[5] if text.count("|") >= 5 else ""
+            failure = text.split("|", 7)[7] if text.count("|") >= 7 else ""
             if failure and rank != self.rank:
                 return f"{FAILED_RANK}rank {rank} on host {text.split('|', 5)[4]} ended with an error: {failure}"
         return None

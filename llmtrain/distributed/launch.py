@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmtrain.base.format import visible
+from llmtrain.base.format import counted, visible
 from llmtrain.base.invocation import FAILED, FINISHED, INTERRUPTED, USAGE_ERROR
 from llmtrain.base.run_files import CONFIG
 from llmtrain.distributed.cause import RankEnd, describe, find_cause, is_failure, only_consequences, ranks_to_blame
@@ -66,6 +66,11 @@ class Outcome:
     cause: RankEnd | None = None  # of a failure
     hosts: frozenset[str] = frozenset()  # that the failure came from, by their names in the hostfile
 
+    @property
+    def smaller_micro_batch(self) -> int:
+        """After memory ran out on a rank the size with which a restart may fit; else 0."""
+        return self.cause.failure.smaller_micro_batch if self.cause and self.cause.failure else 0
+
 
 def supervise(
     command: Sequence[str],
@@ -73,6 +78,7 @@ def supervise(
     *,
     restarts: int = 0,
     resume_command: Callable[[Path], Sequence[str]] | None = None,
+    with_micro_batch: Callable[[int], Sequence[str]] | None = None,
     environment: Mapping[str, str] | None = None,
     has_own_threads: bool = False,
     hosts: Sequence[Host] = (),
@@ -87,8 +93,11 @@ def supervise(
 
     ``resume_command`` makes the command that continues the run in a directory, or starts it there if it has no
     checkpoint; ``restarts`` times it follows the failure of a rank, on the machines that are there then, where
-    ``fewer`` allows it.  ``environment`` replaces that of this process.  ``has_own_threads``: the run names its number
-    of threads, so that OMP_NUM_THREADS is left alone.
+    ``fewer`` allows it.  Where memory ran out on a rank, a restart that does not count adds the arguments of
+    ``with_micro_batch``, for micro-batches of so many sequences.
+
+    ``environment`` replaces that of this process.  ``has_own_threads``: the run names its number of threads, so that
+    OMP_NUM_THREADS is left alone.
 
     The status is 0 if that of all ranks is 0; 75 if all that were not ended by a signal gave 75; 2 for a mistake of the
     user's; 128 + N if signal N stopped the ranks before they could save; else 1.
@@ -96,20 +105,28 @@ def supervise(
     base = dict(os.environ if environment is None else environment)
     assert not hosts or sum(host.slots for host in hosts) == processes
     hosts = hosts or [Host("", processes)]
-    supervisor = Supervisor(hosts, base, patience or Patience(), not has_own_threads, ssh)
+    supervisor, first = Supervisor(hosts, base, patience or Patience(), not has_own_threads, ssh), command
     with forwarded_signals() as signals:
         roster = Roster(hosts, fewer or Fewer(), ssh, say, lambda: bool(signals.received))
-        for attempt in range(restarts + 1):
+        attempt, extra = 0, list[str]()
+        while True:
             outcome = supervisor.run(command, signals)
-            if outcome.status != FAILED or outcome.cause is None or signals.received or attempt == restarts:
+            if outcome.status != FAILED or outcome.cause is None or signals.received:
                 return outcome.status
-            roster.record_failure(outcome.hosts)
-            present = roster.next_hosts()
-            if present is None:
-                return 128 + signals.received[0] if signals.received else FAILED
-            supervisor.hosts = present
-            command = supervisor.next_command(command, resume_command, attempt + 1, restarts)
-    return outcome.status
+            if with_micro_batch is not None and (size := outcome.smaller_micro_batch):
+                extra = list(with_micro_batch(size))
+                label = f"llmtrain: micro-batches of {counted(size, 'sequence')} from now on"
+            elif attempt == restarts:
+                return outcome.status
+            else:
+                attempt += 1
+                label = f"llmtrain: restart {attempt} of {restarts}"
+                roster.record_failure(outcome.hosts)
+                present = roster.next_hosts()
+                if present is None:
+                    return 128 + signals.received[0] if signals.received else FAILED
+                supervisor.hosts = present
+            command = [*supervisor.next_command(first, resume_command, label), *extra]
 
 
 class Supervisor:
@@ -237,15 +254,10 @@ class Supervisor:
         return Outcome(USAGE_ERROR if cause.status == USAGE_ERROR else FAILED, cause, hosts)
 
     def next_command(
-        self,
-        command: Sequence[str],
-        resume_command: Callable[[Path], Sequence[str]] | None,
-        attempt: int,
-        restarts: int,
+        self, command: Sequence[str], resume_command: Callable[[Path], Sequence[str]] | None, label: str
     ) -> Sequence[str]:
         """Choose the command after a failure, and say so: resume the run, or start it again if it has not begun."""
         directory = self.run_directory
-        label = f"llmtrain: restart {attempt} of {restarts}"
         number = "1 process" if self.processes == 1 else f"{self.processes} processes"
         end = "s" if self.processes == 1 else ""
         left = usable_directory(directory) if directory is not None else None

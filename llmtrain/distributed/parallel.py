@@ -12,7 +12,7 @@ from llmtrain.base.world import Alone, World
 from llmtrain.clipping import ClipResult
 from llmtrain.data import Batch
 from llmtrain.objective import TrainingUnit
-from llmtrain.optimizer import Trainable
+from llmtrain.optimizer import Trainable, update
 from llmtrain.precision import Precision
 
 
@@ -92,6 +92,18 @@ class Parallel:
     def prepare(self, *, is_last: bool) -> AbstractContextManager[None]:
         """Context of a micro-batch's forward and backward pass; ``is_last``: of the step."""
         return nullcontext()
+
+    @property
+    def is_compilable(self) -> bool:
+        """False: the unit cannot be compiled, as where hooks of its modules gather weights."""
+        return True
+
+    def update(self, optimizer: torch.optim.Optimizer, skipped: Tensor, divisor: Tensor | None) -> None:
+        """Update :meth:`weights` by ``optimizer``, as :func:`llmtrain.optimizer.update` does, for the next pass."""
+        update(optimizer, skipped, divisor)
+
+    def use_loaded(self) -> None:
+        """Compute with the values that a checkpoint has given :meth:`held`; every rank calls this."""
 
     def drop_gradients(self) -> None:
         """Free all gradients."""

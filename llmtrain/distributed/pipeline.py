@@ -13,6 +13,7 @@ from llmtrain.base.places import Place, Places, places_of
 from llmtrain.base.world import World
 from llmtrain.clipping import ClipResult
 from llmtrain.data import Batch
+from llmtrain.distributed.allocation import allocate, device_of, is_described
 from llmtrain.distributed.data_parallel import Sharded
 from llmtrain.distributed.options import Distributed
 from llmtrain.distributed.parallel import Parallel
@@ -51,10 +52,13 @@ class Pipeline(Parallel):
     holds_parts: ClassVar[bool] = True
 
     def __init__(self, unit: TrainingUnit, world: World, mesh: DeviceMesh, options: Distributed) -> None:
-        """``unit``: built alike on every rank; what others hold leaves this rank's memory."""
+        """``unit``: built alike on every rank; what others hold leaves this rank's memory.
+
+        Of a unit on the meta device this rank's stages alone get memory, without values.
+        """
         super().__init__(unit, world)
         refuse_undivided(unit)
-        device = next(unit.parameters()).device
+        device, has_memory = device_of(mesh), not is_described(unit)
         self.ranks = PipelineGroup(mesh.get_group("pipeline"), device)
         degree, name = self.ranks.size, options.pipeline_schedule
         blocks, first, last = layer_costs(unit)
@@ -68,6 +72,9 @@ class Pipeline(Parallel):
         self.own = StageWeights(unit, self.holds)
         self.peers = StagePeers(mesh)
         self.inner = self._share_stages(mesh, options)
+        for stage in () if has_memory else self.stages:
+            allocate(stage, device)
+        self._may_compile = name != "zero_bubble"  # which calls backward in two parts
         self.keeps_casts = self.inner is None and name != "zero_bubble"  # type: ignore[misc]
         self.schedules = Schedules(
             name, self.stages, self.division, self.ranks, self.hidden_size, self._boundaries(), lambda loss: loss
@@ -124,6 +131,10 @@ class Pipeline(Parallel):
     @property
     def data_size(self) -> int:
         return self.peers.size
+
+    @property
+    def is_compilable(self) -> bool:
+        return self._may_compile
 
     @property
     def seed_rank(self) -> int:

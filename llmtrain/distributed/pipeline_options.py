@@ -27,12 +27,14 @@ class PipelineSettings:
     schedule: str
     stages_per_process: int
     num_layers: int | None  # None: known when the model is built
+    shard: int
     tensor: int
     context: int
     sequences: int  # of a step, on the ranks that train on the same sequences
     micro_batch_size: int
     is_probed: bool  # the size of the micro-batch is found at the start
     compiles: bool  # runtime.compile=true
+    keeps_operations: bool  # recomputation keeps the results of some operations
 
     @property
     def stages(self) -> int:
@@ -78,8 +80,21 @@ def pipeline_problems(settings: PipelineSettings) -> Iterator[str]:
             f"pipeline_schedule={settings.schedule} needs {settings.degree} at least, as many as distributed.pipeline; "
             f"{remedy}, or distributed.pipeline_schedule=gpipe"
         )
-    if settings.schedule == "zero_bubble" and settings.compiles:
-        yield (
-            "runtime.compile=True: pipeline_schedule=zero_bubble runs the two halves of a backward pass apart, which "
-            "compiled code does not allow; take runtime.compile=false, or pipeline_schedule=interleaved"
-        )
+    if settings.schedule == "zero_bubble":
+        halves = "pipeline_schedule=zero_bubble runs the two halves of a backward pass apart"
+        if settings.shard > 1:
+            yield (
+                f"distributed.shard={settings.shard}: {halves}, and FSDP loses gradients in between; take "
+                f"pipeline_schedule=interleaved, or replicate={settings.shard} in place of shard"
+            )
+        if settings.compiles:
+            yield (
+                f"runtime.compile=True: {halves}, which compiled code does not allow; take runtime.compile=false, or "
+                "pipeline_schedule=interleaved"
+            )
+        if settings.keeps_operations:
+            yield (
+                f"activation_checkpointing.by=operation: {halves}, and the results that it keeps serve one of them; "
+                "take activation_checkpointing.by=block, which is computed again for each, or "
+                "pipeline_schedule=interleaved"
+            )

@@ -1,10 +1,12 @@
 """The world of a run on torch.distributed: gloo between the hosts' processors, NCCL between GPUs."""
 
+import contextlib
 import datetime
 import json
 import socket
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from llmtrain.base.streams import write_to_stderr
@@ -56,6 +59,7 @@ class ProcessGroup(World):
             dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device, **place)
         else:
             dist.init_process_group("gloo", timeout=timeout, **place)
+        heartbeat.collectives = count_collectives
         return cls(dist.new_group(backend="gloo", timeout=timeout), timeout, heartbeat, supervision)
 
     def separate(self) -> "ProcessGroup":
@@ -85,8 +89,14 @@ class ProcessGroup(World):
 
         self.heartbeat.show = show
 
-    def saving(self) -> AbstractContextManager[None]:
-        return self.supervision.saving()
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        self.heartbeat.writes_since = time.monotonic()
+        try:
+            with self.supervision.saving():
+                yield
+        finally:
+            self.heartbeat.writes_since = None
 
     def sum(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor)
@@ -115,6 +125,20 @@ class ProcessGroup(World):
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded, group=self._host_group)
         return [_decode(part[: int(length)]) for part, length in zip(parts, lengths, strict=True)]
+
+
+def count_collectives() -> int:
+    """The number of collective operations that this rank has begun with all others, as the backends count them.
+
+    Every rank begins the same ones: a rank with fewer holds the others up.  Those between the stages of a pipeline
+    differ.
+    """
+    total = 0
+    with contextlib.suppress(RuntimeError, ValueError):  # a backend that does not count; the end of the world
+        for group in list(distributed_c10d._world.pg_map) if dist.is_initialized() else []:
+            if group.size() == dist.get_world_size() and "pipeline" not in group.group_desc:
+                total += int(getattr(group, "_get_sequence_number_for_group")())  # noqa: B009 - the stubs lack it
+    return total
 
 
 def _encode(value: Any) -> Tensor:

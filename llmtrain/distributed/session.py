@@ -14,27 +14,30 @@ from llmtrain.distributed.heartbeat import Heartbeat
 from llmtrain.distributed.options import Distributed
 from llmtrain.distributed.rank_exit import abandon, leave
 from llmtrain.distributed.supervision import Supervision, is_supervised
-from llmtrain.distributed.torchrun import START, AgentStore, Start, is_torchrun
+from llmtrain.distributed.torchrun import START, JobStore, Start, is_torchrun, record_path
 
 # The membership of this process, from its start; torch's own default group is global, too
 _joined: list[tuple[Supervision, Heartbeat]] = []
 
 
+_met: list[tuple[JobStore, Start]] = []  # the store of this process under torchrun, which rank 0 may have
+
+
 class OnlyRank(Alone):
     """The only rank of a job, which others may join, or follow, at its next start."""
 
-    def __init__(self, supervision: Supervision, store: AgentStore | None) -> None:
-        self.supervision, self.store = supervision, store
+    def __init__(self, supervision: Supervision) -> None:
+        self.supervision = supervision
 
     def begin(self, run_dir: Path) -> None:
-        report_run_directory(run_dir, self.supervision, self.store)
+        self.supervision.report_run_directory(run_dir)
+        record_run_directory(run_dir)
 
 
-def report_run_directory(run_dir: Path, supervision: Supervision, store: AgentStore | None) -> None:
-    """Tell those who start the ranks where the run is, so that it can be resumed."""
-    supervision.report_run_directory(run_dir)
-    if store is not None:
-        store.record_run_directory(run_dir)
+def record_run_directory(run_dir: Path) -> None:
+    """Record for torchrun's next start of the ranks where the run is, so that it can be resumed."""
+    for store, start in _met:
+        store.record_run_directory(run_dir, start)
 
 
 def is_rank() -> bool:
@@ -45,20 +48,27 @@ def is_rank() -> bool:
     return find_rank() is not None or is_supervised() or is_torchrun(os.environ)
 
 
-def meet(options: Distributed, usable: Callable[[Path], Path | None] = lambda path: path) -> Start | None:
+def meet(
+    options: Distributed, run_dir: str | None = None, output_dir: str = ".",
+    usable: Callable[[Path], Path | None] = lambda _: None,
+) -> Start | None:  # fmt: skip
     """Agree with the other ranks under torchrun on the number of this start, and on the run that it resumes.
 
-    None where there is nothing to agree on.  ``usable``: see :meth:`AgentStore.meet`.
+    None where there is nothing to agree on.  ``run_dir`` and ``output_dir`` are those of a new run; for ``usable`` see
+    :meth:`JobStore.meet`.
     """
-    store = AgentStore.find(os.environ, options.timeout_seconds)
-    if store is None:
+    if not is_torchrun(os.environ):
         return None
-    if os.environ.get(START):
-        return Start(int(os.environ[START]))
-    place = find_rank()
-    start = store.meet(0, 1, usable) if place is None else store.meet(place.rank, place.size, usable)
-    os.environ[START] = str(start.number)  # also for the command that takes the place of this one
-    return start
+    if not _met:
+        place = find_rank()
+        rank, size = (0, 1) if place is None else (place.rank, place.size)
+        store = JobStore(os.environ, rank, options.timeout_seconds)
+        if START in os.environ:  # before this command took the place of another
+            start = Start.parse(os.environ[START])
+        else:
+            start = store.meet(rank, size, record_path(run_dir, output_dir, os.environ), usable)
+        _met.append((store, start))
+    return _met[0][1]
 
 
 @contextmanager
@@ -74,10 +84,9 @@ def join(options: Distributed, runtime: Runtime) -> Iterator[World]:
     place = find_rank()
     options.mesh(1 if place is None else place.size)
     start = meet(options)
-    store = None if start is None else AgentStore.find(os.environ, options.timeout_seconds)
     if place is None:
         supervision = Supervision.of(os.environ, 0)
-        yield ALONE if supervision.folder is None and store is None else OnlyRank(supervision, store)
+        yield ALONE if supervision.folder is None and start is None else OnlyRank(supervision)
         return
     from llmtrain.distributed.process_group import ProcessGroup
 
@@ -95,10 +104,9 @@ def join(options: Distributed, runtime: Runtime) -> Iterator[World]:
     heartbeat.start()  # a rank that never comes is named, too
     world = ProcessGroup.open(
         runtime.torch_device(), options.timeout_seconds, heartbeat, supervision,
-        store=None if store is None or start is None else store.of_start(start.number),
+        store=_met[0][0].of_start(start) if start else None,
     )  # fmt: skip
-    if store is not None:
-        world.record_run_directory = store.record_run_directory
+    world.record_run_directory = record_run_directory
     world.local_size = place.local_size
     yield world
     leave(0, world, heartbeat)

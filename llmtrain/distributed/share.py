@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmtrain.base.world import World
+from llmtrain.distributed.deepspeed import DeepSpeed
 from llmtrain.distributed.local_sgd import LocalSgd
 from llmtrain.distributed.options import Distributed, Mesh
 from llmtrain.distributed.parallel import Parallel
@@ -37,6 +38,10 @@ def share_unit(options: Distributed, unit: TrainingUnit, world: World, device: t
     assert isinstance(world, ProcessGroup)
     degrees = options.mesh(world.size)
     mesh, positions = world.mesh(degrees, device), None
+    if isinstance(options, DeepSpeed):
+        from llmtrain.distributed.zero import Zero
+
+        return Zero(unit, world, mesh["shard"], options.settings())
     if degrees.pipeline > 1:
         from llmtrain.distributed.pipeline import Pipeline
 
@@ -68,15 +73,18 @@ def share_data(
 
     With ``positions`` neighbours in their order have the same sequences.
     """
+    from llmtrain.distributed.allocation import allocate, device_of, is_described
     from llmtrain.distributed.data_parallel import Replicated, Sharded
 
-    replicate, shard, device = mesh["replicate"].size(), mesh["shard"].size(), torch.device(mesh.device_type)
+    replicate, shard, has_memory = mesh["replicate"].size(), mesh["shard"].size(), not is_described(unit)
     if shard == 1:
-        allocate(unit, device)
+        if not has_memory:
+            allocate(unit, device_of(mesh))
         return Parallel(unit, world) if replicate == 1 else Replicated(unit, world, mesh["replicate"], positions)
     part = mesh["shard"] if replicate == 1 else mesh["replicate", "shard"]
     sharded = Sharded(unit, world, part, positions, reshard_after_forward=options.reshard_after_forward)
-    allocate(unit, device)
+    if not has_memory:
+        allocate(unit, device_of(mesh))
     return sharded
 
 
@@ -90,9 +98,3 @@ def _share_by_replicas(options: LocalSgd, unit: TrainingUnit, world: World, devi
     assert isinstance(world, ProcessGroup)
     mesh = world.mesh(options.mesh(world.size), device)
     return Replicas(options, unit, world, mesh.get_group("replicate"))
-
-
-def allocate(unit: TrainingUnit, device: torch.device) -> None:
-    """Give the parameters of ``unit``, if all are on the meta device, memory on ``device``, without values."""
-    if all(parameter.is_meta for parameter in unit.parameters()):
-        unit._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)

@@ -51,6 +51,7 @@ class Failure:
     time: float  # of day, in seconds
     is_shown: bool = False  # on the terminal of rank 0
     about: tuple[int, ...] = ()  # of a verdict: the ranks that hold the others up
+    smaller_micro_batch: int = 0  # after memory ran out: sequences with which a restart may fit
 
     @classmethod
     def read(cls, path: Path) -> "Failure | None":
@@ -117,7 +118,7 @@ class Supervision:
         message = str(error) or type(error).__name__
         kind = kind or kind_of(error, status)
         failure = Failure(self.rank, self.host, kind, message, time.time(), is_shown and self.rank == 0,
-                          tuple(about))  # fmt: skip
+                          tuple(about), getattr(error, "smaller_micro_batch", 0))  # fmt: skip
         self._write(failure_name(self.rank), failure.text())
 
     @contextlib.contextmanager

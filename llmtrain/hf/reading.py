@@ -35,6 +35,9 @@ class Parts(Protocol):
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shapes of the whole parameters, without vocabulary padding."""
 
+    def holds(self, name: str) -> bool:
+        """Return whether the rank has a part of the parameter."""
+
     def put(self, name: str, whole: Tensor) -> None:
         """Take this rank's parts of ``whole``."""
 
@@ -185,6 +188,8 @@ def copy_tensors(
     each: TensorMap, state: Mapping[str, Tensor], directory: CheckpointDirectory, into: Parts | None
 ) -> None:
     """Copy the tensors of a map into those of ``state``, or ``into`` the parts of a rank."""
+    if into is not None and each.ours and not any(map(into.holds, each.ours)):
+        return
     sources = [directory.read(name) for name in each.theirs]
     if not each.ours:
         if sources[0].any():

@@ -36,8 +36,10 @@ def nothing_trainable(case: Case) -> Iterator[Finding]:
             "optimizer.rules=[], or a pattern that leaves some parameters out",
         )
     if case.optimizer is not None:
-        moved = {id(p) for group in case.optimizer.param_groups for p in group["params"]}
-        left = [name for name, p in trainable.items() if id(p) not in moved]
+        groups = case.optimizer.param_groups
+        moved = {name for group in groups for name, _ in zip(group["names"], group["params"], strict=False)}
+        # by name: a rank trains its parts of parameters, and those on meta are other ranks' alone
+        left = [name for name, p in trainable.items() if name not in moved and not p.is_meta]
         if left:
             name = option_name(optimizer)
             yield warning(
@@ -53,7 +55,7 @@ def oversized_adapters(case: Case) -> Iterator[Finding]:
     if not isinstance(lora, LowRankAdaptation):
         return
     with_adapter = adapters(case.unit.model)
-    sizes = {name: (module.lora_A.shape[1], module.lora_B.shape[0]) for name, module in with_adapter.items()}
+    sizes = {name: module.adapter_sizes() for name, module in with_adapter.items()}
     wide = [name for name, (inputs, outputs) in sizes.items() if lora.rank * (inputs + outputs) >= inputs * outputs]
     if wide:
         half = min(inputs * outputs // (2 * (inputs + outputs)) for inputs, outputs in sizes.values())

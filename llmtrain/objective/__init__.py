@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.base.options import Option
-from llmtrain.data import IGNORE, Batch, Collate, Rows
+from llmtrain.data import IGNORE, Batch, Collate, Outline, Rows
 from llmtrain.kernels.row_losses import VocabularyShare
 from llmtrain.model import LanguageModel, allow_variants
 from llmtrain.model.initial_values import InitialValues
@@ -260,6 +260,16 @@ class Objective(Option, ABC):
             tensors["segments"] = torch.from_numpy(rows.segments)
         counts = {self.loss: int(np.count_nonzero(rows.targets != IGNORE))}
         return Batch(tensors, counts, rows.tokens, rows.lengths_of(tensors))
+
+    def count(self, outline: Outline, class_weights: Sequence[float] = ()) -> Mapping[str, float] | None:
+        """The ``counts`` that :meth:`collate` finds in sequences with this ``outline``; None: only collating does.
+
+        With them each of several ranks collates the sequences that it trains on alone.  So an objective that has a
+        ``collate`` of its own, and counts here, promises that a row's tensors follow from the row and its position.
+        """
+        own = type(self)
+        is_default = own.collate is Objective.collate and own.collator is Objective.collator
+        return {self.loss: outline.targets} if is_default else None
 
     @property
     def is_likelihood(self) -> bool:

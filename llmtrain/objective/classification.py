@@ -3,7 +3,7 @@
 Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training", section 3.2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llmtrain.base.checks import positive
 from llmtrain.base.named_generators import NamedGenerators
-from llmtrain.data import IGNORE, Batch, Collate, Rows
+from llmtrain.data import IGNORE, Batch, Collate, Outline, Rows
 from llmtrain.model import LanguageModel
 from llmtrain.model.initial_values import InitialValues, initialise_own
 from llmtrain.model.layers.skip_init import SkipInitMode
@@ -150,14 +150,21 @@ class Classification(Objective):
     def collator(self, class_weights: Sequence[float]) -> Collate:
         if self.multi_label or not self.weighted_mean or not class_weights:
             return self.collate
-        weights = np.array(class_weights, np.float32)  # as the head holds them
 
         def collate(rows: Rows, positions: np.ndarray, seed: int) -> Batch:
             batch = self.collate(rows, positions, seed)
             classes = rows.targets[rows.targets != IGNORE]
-            return replace(batch, counts={self.loss: float(weights[classes].sum(dtype=np.float64))})
+            return replace(batch, counts={self.loss: weight_of(classes, class_weights)})
 
         return collate
+
+    def count(self, outline: Outline, class_weights: Sequence[float] = ()) -> Mapping[str, float] | None:
+        own = type(self)
+        if own.collate is not Objective.collate or own.collator is not Classification.collator:
+            return None
+        if self.multi_label or not self.weighted_mean or not class_weights:
+            return {self.loss: outline.targets}
+        return None if outline.classes is None else {self.loss: weight_of(outline.classes, class_weights)}
 
     def build(
         self,
@@ -210,6 +217,11 @@ class Classification(Objective):
         if not self.multi_label:
             return labels[target]
         return "|".join(label for index, label in enumerate(labels) if target >> index & 1)
+
+
+def weight_of(classes: np.ndarray, class_weights: Sequence[float]) -> float:
+    """The sum of the weights of ``classes``, each as the head holds it."""
+    return float(np.array(class_weights, np.float32)[classes].sum(dtype=np.float64))
 
 
 def bits(masks: Tensor, number: int) -> Tensor:

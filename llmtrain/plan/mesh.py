@@ -33,6 +33,7 @@ class Mesh:
     pipeline: int = 1
     context: int = 1
     shards_context: bool = False
+    named: str | None = None  # the option of the group, where degrees do not tell it
 
     def __post_init__(self) -> None:
         for name, value in self.degrees.items():
@@ -93,7 +94,9 @@ class Mesh:
 
     @property
     def option(self) -> str:
-        """The option of the group ``distributed`` that the mesh is closest to."""
+        """The option of the group ``distributed``: as named, or the one that the mesh is closest to."""
+        if self.named is not None:
+            return self.named
         if self.pipeline > 1:
             return "pipeline"
         if self.tensor > 1:

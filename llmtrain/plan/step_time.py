@@ -106,6 +106,8 @@ def step_time(
     replicas = links.reduce_seconds(held * program.reduce_bytes, mesh.replicate_group)
     beside = layers * backward
     replicas_shown = max(0.0, replicas - max(0.0, beside - layers * (regathers + reduce)))
+    if program.exchange_every is not None:  # of weights, on average: nothing is computed meanwhile
+        replicas_shown = replicas = replicas / program.exchange_every
     hidden = max(0.0, moved - shown) + replicas - replicas_shown
 
     stage = layers * computing.total + head.total

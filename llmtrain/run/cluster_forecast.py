@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 
 from llmtrain.checkpoint.model_state import saved_tensors
+from llmtrain.distributed.deepspeed import DeepSpeed
+from llmtrain.distributed.local_sgd import LocalSgd
 from llmtrain.distributed.options import Mesh as Degrees
 from llmtrain.plan.blueprint import Blueprint
 from llmtrain.plan.cluster import Cluster, ClusterRun, MeshPlan, divisible_batch, plan_mesh, program_of, rank_meshes
@@ -10,6 +12,7 @@ from llmtrain.plan.costs import Costs, Counts, Speed, add_up, count_work, withou
 from llmtrain.plan.devices import arithmetic, find_device
 from llmtrain.plan.links import Network, links_of
 from llmtrain.plan.mesh import mesh_of
+from llmtrain.plan.program import Program
 from llmtrain.plan.shape import shape_of
 from llmtrain.precision import Precision
 from llmtrain.run.forecast import PlannedRun
@@ -54,6 +57,11 @@ def make_cluster_forecast(planned: PlannedRun, options: ClusterOptions, *, ranks
     Raises ValueError for a mesh that is not of the devices or that the model cannot be divided over.
     """
     run = planned.settings
+    if isinstance(run.distributed, DeepSpeed) and run.distributed.stage != 3:
+        raise ValueError(
+            f"distributed.zero_stage={run.distributed.stage}: the forecast knows whole or divided weights; plan "
+            "distributed=ddp, which takes more memory, or distributed.zero_stage=3"
+        )
     spec = find_device(options.device)
     precision = arithmetic(run.precision, spec)
     shape = shape_of(run.model, run.vocab_size(planned.tokenizer))
@@ -65,6 +73,8 @@ def make_cluster_forecast(planned: PlannedRun, options: ClusterOptions, *, ranks
     blueprint = Blueprint(run, shape.vocab_size, precision, run.accumulation.batch_size_at(0, 0))
     program = program_of(blueprint, shape, reshards=run.distributed.reshard_after_forward)
     mesh = None if ranks_all else mesh_of(options.devices, run.distributed.degrees)
+    if mesh is not None and isinstance(run.distributed, LocalSgd):
+        program, mesh = of_replicas(run.distributed, program), replace(mesh, named="local_sgd")
     wanted = planned.length.largest_batch
     batch = divisible_batch(wanted, options.devices if mesh is None else mesh.data)
     work = ClusterRun(shape, program, run.data.sequence_length, batch, run.accumulation.micro_batch_size)
@@ -81,6 +91,15 @@ def make_cluster_forecast(planned: PlannedRun, options: ClusterOptions, *, ranks
         )
     counts, costs = _costs(planned, options, cluster, plans[0] if plans else None, batch)
     return ClusterForecast(cluster, precision, plans, note, counts, costs)
+
+
+def of_replicas(options: LocalSgd, program: Program) -> Program:
+    """``program`` with replicas that exchange now and then, and hold common weights and an outer momentum in fp32."""
+    outside = program.state_bytes if program.outer_state_bytes is None else program.outer_state_bytes
+    return replace(
+        program, exchange_every=options.sync_every, reduce_bytes=options.exchange.bytes_per_weight,
+        state_bytes=program.state_bytes + 8, outer_state_bytes=outside + 8,
+    )  # fmt: skip
 
 
 def _costs(

@@ -288,6 +288,7 @@ class Loop:
         self.state = state = restore_state(
             path, unit, self.step.optimizer, weights=parallel.held(), places=stored_places(unit, parallel.places())
         )
+        parallel.use_loaded()
         assert state.step <= action.before_step
         state.restore_rng(self.log.device)
         self.step.precision.load_state_dict(state.scaler)

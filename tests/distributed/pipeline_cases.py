@@ -1,5 +1,6 @@
 """Training in a pipeline beside one process, on every rank of a test's job."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from llmtrain.distributed.parallel import Parallel
 from llmtrain.distributed.pipeline import Pipeline
 from llmtrain.objective import TrainingUnit
 from llmtrain.train.step import Step, seed_step
-from tests.distributed.sharing import make_precision
-from tests.distributed.tensor_cases import LR, difference, make_batch, make_unit
+from tests.distributed.sharing import CPU, make_precision
+from tests.distributed.tensor_cases import FAMILIES, LENGTH, LR, ROWS, VOCABULARY, difference, make_batch, make_unit
+from tests.helpers.adapted import seeded, stir
+from tests.helpers.batches import batch_of
 from tests.helpers.options import make_option
 
 
@@ -45,23 +48,27 @@ def batch_of_rank(parallel: Parallel, batch: Batch) -> Batch:
     return batch if parallel.data_size == 1 else batch.shard(parallel.data_rank, parallel.data_size)
 
 
-def compare(world: World, keys: dict[str, Any], packed: bool, micro: int, values: dict[str, Any]) -> dict[str, float]:
-    """Compare three steps with those of one process; return the worst relative differences."""
-    precision, optimizer, clipping = (
-        values.pop(name, default)
-        for name, default in (("precision", "fp32"), ("optimizer", "adamw"), ("clipping", "norm"))
-    )
+Record = Callable[[str, Tensor, Tensor], None]
+
+
+def compare(
+    world: World, keys: dict[str, Any], packed: bool, micro: int, values: dict[str, Any], steps: int = 3
+) -> dict[str, float]:
+    """Compare steps with those of one process; return the worst relative differences."""
+    settings = {"precision": "fp32", "optimizer": "adamw", "clipping": "norm"}
+    settings |= {name: values.pop(name) for name in settings if name in values}
+    precision, optimizer = settings["precision"], settings["optimizer"]
     alone = make_step(Parallel(make_unit(**keys)), micro, optimizer, precision)
     pipeline = make_pipeline(world, make_unit(**keys), **values)
     shared = make_step(pipeline, micro, optimizer, precision)
-    common = {"start_step": 0, "max_norm": 0.3, "max_value": 0.01, "thresholds": {"norm": 0.01}}
-    clip = make_option("clipping", clipping, common)
+    common = {"start_step": 0, "max_norm": 0.3, "max_value": 0.1, "thresholds": {"norm": 0.01}}
+    clip = make_option("clipping", settings["clipping"], common)
     worst: dict[str, float] = {}
 
     def record(key: str, ours: Tensor, theirs: Tensor) -> None:
         worst[key] = max(worst.get(key, 0.0), difference(ours, theirs))
 
-    for number in range(3):
+    for number in range(steps):
         batch = make_batch(packed=packed, seed=number)
         ours, theirs = shared.gradients(batch_of_rank(pipeline, batch)), alone.gradients(batch)
         record("loss", ours.total, theirs.total)
@@ -71,16 +78,20 @@ def compare(world: World, keys: dict[str, Any], packed: bool, micro: int, values
         assert clips[1].largest is not None
         record("largest", clips[0].largest, clips[1].largest)
         assert bool(clips[0].clipped) == bool(clips[1].clipped)
-        record_tensors(record, "gradient", pipeline, alone, lambda weight: weight.grad)
+        if number < 3:  # later ones are of weights that differ
+            record_tensors(record, "gradient", pipeline, alone, lambda weight: weight.grad)
         for step, result in zip((shared, alone), clips, strict=True):
             step.update(LR, torch.zeros(()), result.divisor)
-    record_tensors(record, "weight", pipeline, alone, lambda weight: weight.detach())
+        if number == 2:
+            record_tensors(record, "weight", pipeline, alone, lambda weight: weight.detach())
     check_calls(record, pipeline, alone.unit, make_batch(packed=packed, seed=9))
     assert world.is_first == ("logits" in worst)  # where whole weights are
     return worst
 
 
-def record_tensors(record: Any, key: str, pipeline: Pipeline, alone: Step, tensor_of: Any) -> None:
+def record_tensors(
+    record: Record, key: str, pipeline: Pipeline, alone: Step, tensor_of: Callable[[Tensor], Any]
+) -> None:
     """Compare what ``tensor_of`` gives of this rank's parts with the same parts of one process."""
     places, others = pipeline.places(), dict(alone.weights)
     for name, weight in pipeline.weights():
@@ -92,7 +103,7 @@ def record_tensors(record: Any, key: str, pipeline: Pipeline, alone: Step, tenso
             record(key, tensor_of(weight), whole)
 
 
-def check_calls(record: Any, pipeline: Pipeline, alone: TrainingUnit, batch: Batch) -> None:
+def check_calls(record: Record, pipeline: Pipeline, alone: TrainingUnit, batch: Batch) -> None:
     """Compare the unit's own calls, without gradients."""
     part, unit = batch_of_rank(pipeline, batch), pipeline.unit
     for each in (unit, alone):
@@ -107,12 +118,8 @@ def check_calls(record: Any, pipeline: Pipeline, alone: TrainingUnit, batch: Bat
             record("rows", rows[name], losses)
     with torch.no_grad(), pipeline.whole_weights():
         if pipeline.world.is_first:
-            ids = batch.tensors["inputs"]
-            record(
-                "logits",
-                unit.model(ids)[..., : alone.model.vocab_size],
-                alone.model(ids)[..., : alone.model.vocab_size],
-            )
+            ours, theirs = (model(batch.tensors["inputs"])[..., :VOCABULARY] for model in (unit.model, alone.model))
+            record("logits", ours, theirs)
     for each in (unit, alone):
         each.train()
 
@@ -167,13 +174,41 @@ def lengths(world: World, keys: dict[str, Any], values: dict[str, Any]) -> dict[
             batch.tensors["targets"][row, length:] = -100
         ours, theirs = shared.gradients(batch), alone.gradients(batch)
         worst[f"{rows}x{tokens}"] = difference(ours.total, theirs.total)
-        grads = [weight.grad for name, weight in shared.weights]
-        theirs_by_name = dict(alone.weights)
-        for (name, _), grad in zip(shared.weights, grads, strict=True):
-            other = theirs_by_name[name].grad
-            assert grad is not None
+        others = dict(alone.weights)
+        for name, weight in shared.weights:
+            gradient, other = weight.grad, others[name].grad
+            assert gradient is not None
             assert other is not None
-            worst[f"{rows}x{tokens}"] = max(worst[f"{rows}x{tokens}"], difference(grad, other))
+            worst[f"{rows}x{tokens}"] = max(worst[f"{rows}x{tokens}"], difference(gradient, other))
         shared.drop_gradients()
         alone.drop_gradients()
     return worst
+
+
+def classify(world: World, values: dict[str, Any]) -> dict[str, Any]:
+    """The loss, gradients and counted classes of a classifier, beside one process."""
+    units = []
+    for _ in range(2):
+        model = make_option("model", "llama_tiny", FAMILIES["llama_tiny"]).create(VOCABULARY, CPU, seeded())
+        objective = make_option("objective", "classification", {}, train="all", multi_label=False)
+        units.append(objective.build(model, ("a", "b", "c"), seeded()))
+        stir(units[-1])
+    targets = torch.full((ROWS, LENGTH), -100)
+    targets[:, LENGTH - 2] = torch.arange(ROWS) % 3
+    batch = batch_of(make_batch().tensors["inputs"], targets, objective=objective)
+    alone, shared = make_step(Parallel(units[0]), 2), make_step(make_pipeline(world, units[1], **values), 2)
+    worst: dict[str, float] = {}
+
+    def record(key: str, ours: Tensor, theirs: Tensor) -> None:
+        worst[key] = max(worst.get(key, 0.0), difference(ours, theirs))
+
+    record("loss", shared.gradients(batch).total, alone.gradients(batch).total)
+    parallel = shared.parallel
+    assert isinstance(parallel, Pipeline)
+    record_tensors(record, "gradient", parallel, alone, lambda weight: weight.grad)
+    with torch.no_grad(), parallel.scoring():
+        _, counts = units[1].score(batch)
+        assert counts is not None
+        found, expected = parallel.sum_over_data(counts), units[0].score(batch)[1]
+    assert expected is not None
+    return {"worst": worst, "counts": found.tolist() == expected.tolist()}

@@ -1,5 +1,6 @@
 """Steps of a small unit that ranks share, beside the same steps of one process."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from llmtrain.distributed.parallel import Parallel
 from llmtrain.model import LanguageModel
 from llmtrain.objective import TrainingUnit
 from llmtrain.objective.causal import Causal
+from llmtrain.optimizer import ShardedTrainable
 from llmtrain.precision import Precision
 from llmtrain.train.step import Step, StepLoss
 from tests.helpers.options import make_option
@@ -82,9 +84,17 @@ def make_precision(name: str) -> Precision:
 
 
 def share(unit: TrainingUnit, world: World, mode: str, **options: Any) -> Parallel:
-    """Have the ranks share ``unit``: alone, ddp, fsdp, or hsdp (2 × 2)."""
+    """Have the ranks share ``unit``: alone, ddp, fsdp, hsdp (2 × 2), or zero1, zero2, zero3."""
     if mode == "alone":
         return Parallel(unit)
+    if mode.startswith("zero"):
+        from llmtrain.distributed.zero import Zero
+
+        stage = {"stage": int(mode[-1]), "stage3_param_persistence_threshold": 40} | options
+        settings = {"train_micro_batch_size_per_gpu": 2, "zero_allow_untested_optimizer": True}
+        mesh = init_device_mesh("cpu", (world.size,), mesh_dim_names=("shard",))
+        os.environ["LOCAL_RANK"] = str(world.rank)
+        return Zero(unit, world, mesh, settings | {"zero_optimization": stage})
     if mode == "ddp":
         return Replicated(unit, world, init_device_mesh("cpu", (world.size,), mesh_dim_names=("replicate",)))
     shape, names = ((2, world.size // 2), ("replicate", "shard")) if mode == "hsdp" else ((world.size,), ("shard",))
@@ -120,8 +130,9 @@ class Result:
 
 def whole(parallel: Parallel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The whole tensors of this rank's parts."""
-    if isinstance(parallel, Sharded):
-        tensors = {name: parallel.shards.gather(name, tensor.contiguous()) for name, tensor in tensors.items()}
+    view = parallel.trainable
+    if isinstance(view, ShardedTrainable):
+        tensors = {name: view.gather(name, tensor.contiguous()) for name, tensor in tensors.items()}
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 

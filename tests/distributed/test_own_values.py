@@ -16,6 +16,7 @@ from llmtrain.checkpoint.format import write_checkpoint
 from llmtrain.config.assemble import build_unit
 from llmtrain.config.own_values import builds_parts, fill_own_parts, knows_values, own_parts
 from llmtrain.distributed.parallel import Parallel
+from llmtrain.distributed.pipeline import Pipeline
 from llmtrain.distributed.share import share_data
 from llmtrain.distributed.tensor import TensorParallel
 from llmtrain.distributed.tensor_group import TensorGroup
@@ -51,8 +52,10 @@ def build(run: Run, *, has_memory: bool, load_weights: bool = True) -> TrainingU
 
 def share(run: Run, unit: TrainingUnit, world: World, **degrees: int) -> Parallel:
     """Share ``unit`` by a mesh, as :func:`llmtrain.distributed.share.share_unit` does."""
-    sizes = {"replicate": 1, "shard": 1, "tensor": 1} | degrees
+    sizes = {"pipeline": 1, "replicate": 1, "shard": 1, "tensor": 1} | degrees
     mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    if sizes["pipeline"] > 1:
+        return Pipeline(unit, world, mesh, run.distributed)
     if sizes["tensor"] == 1:
         return share_data(run.distributed, unit, world, mesh)
     cut = UnitCut(unit, TensorGroup(mesh.get_group("tensor")), sequence_parallel=False)
@@ -77,11 +80,11 @@ def start(world: World, overrides: list[str], degrees: dict[str, int], is_resume
                 offset=(0,) * part.tensor.dim(), shape=part.whole))]):  # fmt: skip
                 different.append(name)
     losses = []
-    if run.objective.generates:
+    if run.objective.generates and "pipeline" not in degrees:
         batch = make_batch(2, 1)
         losses = [unit.eval()(batch)["next_token"].item(), alone.eval()(batch)["next_token"].item()]
     return {
-        "different": different, "names": list(own) == list(whole), "elements": elements, "losses": losses,
+        "different": different, "names": list(own.shapes()) == list(whole), "elements": elements, "losses": losses,
         "all": sum(weight.numel() for weight in whole.values()),
         "meta": [name for name, buffer in unit.named_buffers() if buffer.is_meta],
         "buffers": sorted(name for name, _ in unit.named_buffers())
@@ -110,8 +113,17 @@ def test_a_tensor_group_starts_with_the_values_of_one_process(two: Ranks, kind: 
     check(two.run(start, STARTS[kind], {"tensor": 2}), bits=False)
 
 
+@pytest.mark.parametrize("kind", ["gpt", "llama"])
+def test_stages_start_with_the_values_of_one_process(two: Ranks, kind: str) -> None:
+    check(two.run(start, STARTS[kind], {"pipeline": 2}), bits=True)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("degrees", [{"replicate": 2, "shard": 2}, {"shard": 2, "tensor": 2}, {"shard": 4}])
+@pytest.mark.parametrize(
+    "degrees",
+    [{"replicate": 2, "shard": 2}, {"shard": 2, "tensor": 2}, {"shard": 4}, {"pipeline": 2, "shard": 2}],
+    ids=str,
+)
 def test_any_mesh_of_four_starts_with_the_values_of_one_process(four: Ranks, degrees: dict[str, int]) -> None:
     check(four.run(start, STARTS["llama"], degrees), bits="tensor" not in degrees)
 
@@ -139,10 +151,12 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize(("source", "extra"), [(0, ()), (1, ()), (1, LORA)])
-@pytest.mark.parametrize("degrees", [{"shard": 2}, {"tensor": 2}])
+@pytest.mark.parametrize("degrees", [{"shard": 2}, {"tensor": 2}, {"pipeline": 2}])
 def test_ranks_load_their_parts_of_weights(
     two: Ranks, published: tuple[Path, Path], source: int, extra: tuple[str, ...], degrees: dict[str, int]
 ) -> None:
+    if extra and "pipeline" in degrees:
+        extra = (*extra, "lora.targets=[all-linear]")  # a tied embedding is refused
     option = ("checkpoint", "huggingface")[source]
     keys = (*GPT, f"weights={option}", f"weights.path={published[source]}", *extra)
     check(two.run(start, keys, degrees), bits="shard" in degrees)
@@ -179,6 +193,8 @@ def test_a_rank_starts_in_the_memory_of_its_shard_and_one_parameter(two: Ranks) 
     [
         (("distributed=fsdp",), True),
         (("distributed=tensor",), True),
+        (("distributed=pipeline",), True),
+        (("distributed=local_sgd",), False),
         (("distributed=ddp",), False),
         (("distributed=fsdp", "weights=huggingface", "weights.path=x", "lora=lora"), True),
         (("distributed=fsdp", "weights=huggingface", "weights.path=x", "lora=dora"), False),

@@ -165,6 +165,11 @@ def test_a_killed_rank_is_named_and_a_restart_finishes_the_run(folder: Path) -> 
         (("distributed=fsdp", TWO, "optimizer=adafactor"), "optimizer=adafactor"),
         (("distributed=context", TWO, "data.sequence_length=30"), "take data.sequence_length=28"),
         (("distributed=ddp", "distributed.shard=-1"), "shard=-1"),
+        (("distributed=ddp", TWO, "distributed.min_processes=1"), "min_processes=1: is about restarts"),
+        (
+            ("distributed=ddp", TWO, "distributed.min_processes=3", "distributed.restarts=1"),
+            "distributed.min_processes=3: the run has 2 processes",
+        ),
     ],
 )
 def test_a_mesh_that_cannot_be_is_refused_before_anything_starts(

@@ -1,8 +1,9 @@
 """The libraries that take most of a short command's time, quick: Hydra composes the same configs in half the time.
 
 Hydra parses every YAML file anew each time, and composes each command's config twice: first to see whether it sets
-``hydra.mode``.  Matplotlib lays a figure out for as long as it draws it; except in tests of plots it does without.
-Processes that tests start by ``python -m llmtrain`` have the libraries as they are.
+``hydra.mode``.  A run's plot takes as long as some steps of training: it is made, and saved as a single pixel except in
+tests with the fixture ``drawn_plots``.  Processes that tests start by ``python -m llmtrain`` have the libraries as they
+are.
 """
 
 import os
@@ -14,12 +15,13 @@ from hydra._internal import defaults_list
 from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.hydra import Hydra
 from hydra.core.object_type import ObjectType
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from omegaconf import OmegaConf
+from PIL import Image
 
 _load = ConfigRepository.load_config
 _get_mode = Hydra.get_mode
-_lay_out = ConstrainedLayoutEngine.execute
+_print_png = FigureCanvasAgg.print_png
 _read = OmegaConf.load
 _create_map: Callable[..., Any] = defaults_list._create_interpolation_map
 _pickled: dict[tuple[Any, ...], bytes] = {}
@@ -30,7 +32,7 @@ def install() -> None:
     ConfigRepository.load_config = load_config
     Hydra.get_mode = get_mode
     defaults_list._create_interpolation_map = create_interpolation_map
-    ConstrainedLayoutEngine.execute = lambda self, figure: None
+    FigureCanvasAgg.print_png = lambda self, file: Image.new("RGB", (1, 1)).save(file, "png")
     OmegaConf.load = staticmethod(load)
 
 

@@ -93,6 +93,14 @@ def misbehave() -> int:
         print("KeyError: 'weights'", file=sys.stderr, flush=True)
         SUPERVISION.report_failure(KeyError("weights"))
         return 1
+    if BEHAVIOUR == "memory":  # runs out in micro-batches of more than one sequence
+        size = int(sys.argv[4]) if len(sys.argv) > 4 else 4
+        note(f"size-{size}")
+        if size > 1:
+            error = MemoryError(f"memory ran out with {size}")
+            error.smaller_micro_batch = size // 2  # type: ignore[attr-defined]
+            SUPERVISION.report_failure(error)
+        return int(size > 1)
     if BEHAVIOUR == "save":  # the others fail while one is writing a checkpoint
         if RANK != ODD:
             wait_for("saving", ODD)

@@ -36,6 +36,7 @@ status = supervise(
     int(processes),
     restarts=int(restarts),
     resume_command=resume,
+    with_micro_batch=lambda size: [str(size)],
     hosts=read_hostfile(Path(os.environ["HOSTFILE"])) if "HOSTFILE" in os.environ else (),
     ssh=os.environ.get("CONNECTION", SSH),
     patience=Patience(grace=float(os.environ.get("GRACE", "1"))),

@@ -148,3 +148,12 @@ def test_published_runs_are_predicted() -> None:
     memory = [abs(row["memory_error"]) for row in rows if row["is_fitted"] and row["memory_error"] is not None]
     assert len(memory) == 7
     assert max(memory) < 0.10
+
+
+def test_replicas_exchange_their_weights_now_and_then() -> None:
+    mesh, parameters = Mesh(replicate=64), LLAMA_8B.num_layers * LLAMA_8B.block_parameters + LLAMA_8B.outer_parameters
+    found = time(mesh, program=Program(exchange_every=50, reduce_bytes=1))
+    once = LINKS.reduce_seconds(parameters, mesh.replicate_group)
+    assert found.parts["replicas"] == pytest.approx(once / 50)
+    often = time(mesh, program=Program(exchange_every=1, reduce_bytes=4))
+    assert often.parts["replicas"] == pytest.approx(LINKS.reduce_seconds(4 * parameters, mesh.replicate_group))

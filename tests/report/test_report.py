@@ -14,7 +14,6 @@ import pytest
 import yaml
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from rich.console import Console
 
 from llmtrain.base.invocation import Invocation
@@ -23,12 +22,8 @@ from llmtrain.metrics.local import Local
 from llmtrain.report.curves import _draw_panel, _labels, _smooth, _unit, draw_comparison, draw_run
 from llmtrain.report.runs import by_validation_data, differences, find_runs, ranked, summarise
 from llmtrain.report.table import Comparison, comparisons, sweep_table
-from tests.helpers import quick
 
-
-@pytest.fixture(autouse=True)
-def whole_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ConstrainedLayoutEngine, "execute", quick._lay_out)
+pytestmark = pytest.mark.usefixtures("drawn_plots")
 
 
 def make_run(
