@@ -34,7 +34,6 @@ from tests.distributed.tensor_cases import (
     make_unit,
     squares,
 )
-from tests.helpers.adapted import seeded
 from tests.helpers.options import make_option
 
 CPU = torch.device("cpu")
@@ -151,8 +150,8 @@ def generate(world: World, keys: dict[str, Any]) -> list[list[int]]:
 
     def sample() -> list[int]:
         ids = generate_ids(
-            unit.model, [3, 5, 7], max_tokens=8, sampling=Sampling(0.8, 20, 1.0), generator=seeded(1),
-            dtype=torch.float32, end_of_text=VOCABULARY,
+            unit.model, [3, 5, 7], max_tokens=8, sampling=Sampling(0.8, 20, 1.0),
+            generator=torch.Generator().manual_seed(1), dtype=torch.float32, end_of_text=VOCABULARY,
         )  # fmt: skip
         return list(ids)
 
@@ -246,7 +245,7 @@ def kept_bytes(world: World, keys: dict[str, Any], length: int, shared: bool) ->
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    ids = torch.randint(0, VOCABULARY, (1, length), generator=seeded())
+    ids = torch.randint(0, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(3))
     batch = Batch({"inputs": ids, "targets": ids}, {"next_token": length}, length, {})
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         losses = unit(batch)

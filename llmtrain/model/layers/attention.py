@@ -216,7 +216,8 @@ def _attend_in_part(query: Tensor, key: Tensor, value: Tensor, mask: PartMask, d
         low = torch.get_autocast_dtype(device)
         query, key, value = query.to(low), key.to(low), value.to(low)
     key, value = mask.part.gather(key, value)
-    parts = query.split([len(stretch) for stretch in mask.stretches], dim=2)
+    # a copy: of queries that are a part of a joint result, backward would keep the keys and values in it as well
+    parts = query.clone().split([len(stretch) for stretch in mask.stretches], dim=2)
     results = [
         attend(part, key[:, :, : stretch.stop], value[:, :, : stretch.stop], own, dropout)
         for part, stretch, own in zip(parts, mask.stretches, mask.masks, strict=True)
