@@ -37,6 +37,7 @@ class Program:
     gathers_logits: bool = False  # tensor parallelism: every rank computes the loss over the whole vocabulary
     splits_embedding: bool = True  # tensor parallelism: the embedding is divided too
     optimizer_traffic: float = 32  # bytes that clipping and update read and write a parameter
+    schedule: str = "1f1b"  # of the pipeline
     stages_per_rank: int = 1  # of the pipeline: more than 1 for interleaved schedules
     in_flight: int | None = None  # micro-batches whose activations the first stage holds; None: 1F1B, one a stage
 

@@ -169,7 +169,7 @@ def lengths(world: World, keys: dict[str, Any], values: dict[str, Any]) -> dict[
         batch = make_batch(seed=number).map(lambda tensor, r=rows, t=tokens: tensor[:r, :t])  # type: ignore[misc]
         count = int((batch.tensors["targets"] != -100).sum())
         row_lengths = {name: tuple(max(1, tokens - 2 * row) for row in range(rows)) for name in batch.tensors}
-        batch = Batch(batch.tensors, {name: count for name in batch.counts}, batch.tokens, row_lengths)
+        batch = Batch(batch.tensors, dict.fromkeys(batch.counts, count), batch.tokens, row_lengths)
         for row, length in enumerate(row_lengths["targets"]):
             batch.tensors["targets"][row, length:] = -100
         ours, theirs = shared.gradients(batch), alone.gradients(batch)

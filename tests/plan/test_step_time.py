@@ -80,6 +80,11 @@ def test_the_bubble_of_a_pipeline(stages: int, micro_batches: int, each: int, sh
     assert bubble_share(stages, micro_batches, each) == pytest.approx(share)
 
 
+def test_zero_bubble_leaves_a_third_of_the_gaps() -> None:
+    idle = 3 / 2 / 3
+    assert bubble_share(4, 8, 2, "zero_bubble") == pytest.approx(idle / (8 + idle))
+
+
 def test_the_bubble_is_its_share_of_the_passes() -> None:
     result = time(Mesh(pipeline=4))
     passes = sum(result.parts[name] for name in ("forward", "recomputation", "backward", "tensor"))
