@@ -49,11 +49,12 @@ class Pipeline(Parallel):
 
     holds_parts: ClassVar[bool] = True
 
-    def __init__(self, unit: TrainingUnit, world: World, mesh: DeviceMesh, options: Distributed) -> None:
-        """``unit``: built alike on every rank; what others hold leaves this rank's memory."""
+    def __init__(
+        self, unit: TrainingUnit, world: World, mesh: DeviceMesh, options: Distributed, device: torch.device
+    ) -> None:
+        """``unit``: built alike on every rank, or on meta; what others hold leaves this rank's memory."""
         super().__init__(unit, world)
         refuse_undivided(unit)
-        device = next(unit.parameters()).device
         self.ranks = PipelineGroup(mesh.get_group("pipeline"), device)
         degree, name = self.ranks.size, options.pipeline_schedule
         blocks, first, last = layer_costs(unit)

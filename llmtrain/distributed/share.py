@@ -28,7 +28,7 @@ def share_unit(options: Distributed, unit: TrainingUnit, world: World, device: t
     if degrees.pipeline > 1:
         from llmtrain.distributed.pipeline import Pipeline
 
-        return Pipeline(unit, world, mesh, options)
+        return Pipeline(unit, world, mesh, options, device)
     if degrees.tensor == 1:
         return share_data(options, unit, world, mesh)
     cut = UnitCut(unit, TensorGroup(mesh.get_group("tensor")), sequence_parallel=options.sequence_parallel)
