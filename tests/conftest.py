@@ -12,6 +12,9 @@ import pytest
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from tests.helpers import quick
 
 TEXT = Path(__file__).parent.parent / "data"
 CORES = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 2)  # what tests may use at most
@@ -23,6 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Tests that compare bits, or a CPU's kernels, then hold on every machine.  torch has not looked for a GPU yet.
     """
+    quick.install()
     if not wants_gpu(config.option.markexpr):
         for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
             os.environ[name] = ""
@@ -46,6 +50,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def share_of_the_cores() -> None:
     """All workers together have as many threads as there are cores; what needs two threads says so."""
     torch.set_num_threads(max(CORES // WORKERS, 1))
+
+
+@pytest.fixture
+def drawn_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots that this process saves are drawn."""
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", quick._print_png)
 
 
 def pytest_collection_finish() -> None:

@@ -93,6 +93,7 @@ def make_loop(overrides: Any, counter: Any) -> Any:
     import torch
 
     from llmtrain import Run
+    from llmtrain.base.named_generators import NamedGenerators
     from llmtrain.config.assemble import build_unit
     from llmtrain.train.loop import Loop
     from llmtrain.train.rehearsal import made_up_batch
@@ -102,7 +103,7 @@ def make_loop(overrides: Any, counter: Any) -> Any:
     run = Run.compose(*overrides)
     precision = run.precision.build(device)
     vocab_size = run.vocab_size(run.build_tokenizer())
-    unit = build_unit(run, vocab_size, (), device, torch.Generator(), load_weights=False, precision=precision)
+    unit = build_unit(run, vocab_size, (), device, NamedGenerators(0), load_weights=False, precision=precision)
     getattr(unit, "compile_loss", lambda: None)()  # earlier checkouts have none
     unit.train()
     timer = PhaseTimer(counter)
@@ -120,7 +121,7 @@ def make_loop(overrides: Any, counter: Any) -> Any:
     loop.world = MagicMock(size=1)
     loop.agreement = MagicMock(flags=lambda is_save_due: None, scalars=lambda sums: {})
     loop.learning_rate = lambda step: 1e-4
-    loop.saver, loop.readback = MagicMock(), MagicMock()
+    loop.saver, loop.saves, loop.readback = MagicMock(), MagicMock(), MagicMock()
     loop.log = MagicMock(timer=timer, device=device, log_every=10)
     batch = made_up_batch(run.objective, run.accumulation.batch_size_at(0, 0), run.data.sequence_length,
                           is_packed=run.data.packs)  # fmt: skip

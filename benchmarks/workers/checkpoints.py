@@ -47,7 +47,7 @@ def measure(task: Task) -> dict[str, Any]:
 
 def block(loop: "Loop", mode: str, steps: int, device: str) -> float:
     """Seconds that ``steps`` steps take, a save of the kind begun with the first; its end is not waited for."""
-    loop.collect_save(wait=True)
+    loop.saves.collect(wait=True)
     loop.saver.is_behind = mode == "asynchronous"
     synchronize(device)
     start = time.perf_counter()
@@ -57,7 +57,7 @@ def block(loop: "Loop", mode: str, steps: int, device: str) -> float:
         loop.advance()
     synchronize(device)
     seconds = time.perf_counter() - start
-    loop.collect_save(wait=True)
+    loop.saves.collect(wait=True)
     return seconds
 
 

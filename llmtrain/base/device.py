@@ -164,7 +164,7 @@ def measure_matmul_flops(
 
     ``shape``: rows, inputs and outputs of a product; None: large ones.  ``most``: products that are timed, as long as
     they take less than ``enough_seconds`` in all.  Where one would take more than a second (fp16 on a CPU), a sixteenth
-    of its rows is timed instead.
+    of its rows is timed instead; on a CPU that emulates ``dtype``, where a row takes tens of milliseconds, a few rows.
     """
     import torch
 
@@ -175,11 +175,14 @@ def measure_matmul_flops(
     product = torch.empty(
         m, n, device=device, dtype=dtype
     )  # allocated once: mapping fresh memory takes longer than the product
-    torch.mm(a[: m // 16], b, out=product[: m // 16])  # one-time work, such as choosing a kernel
-    start = time.perf_counter()
-    torch.mm(a[: m // 16], b, out=product[: m // 16])
-    if device.type == "cpu" and 16 * (time.perf_counter() - start) > 1.0:
-        m, a, product = m // 16, a[: m // 16], product[: m // 16]
+    for rows in (1, m // 16) if device.type == "cpu" else (m // 16,):
+        torch.mm(a[:rows], b, out=product[:rows])  # one-time work, such as choosing a kernel
+        start = time.perf_counter()
+        torch.mm(a[:rows], b, out=product[:rows])
+        if device.type == "cpu" and (time.perf_counter() - start) > (0.02 if rows == 1 else 1 / 16):
+            rows = max(rows, m // 256)
+            m, a, product = rows, a[:rows], product[:rows]
+            break
     seconds: list[float] = []
     while len(seconds) < 2 or (len(seconds) < most and sum(seconds) < enough_seconds):
         if device.type == "cuda":

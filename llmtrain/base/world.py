@@ -60,7 +60,10 @@ class World(ABC):
         """Show what is found out about other ranks with ``notify``, which returns whether it could."""
 
     def saving(self) -> AbstractContextManager[None]:
-        """Context of writing a checkpoint, in which this process is not killed for the failure of another."""
+        """Context of this rank's own work on a checkpoint, without waiting for others: in another thread.
+
+        The process is not killed in it for the failure of another, and named if it takes too long.
+        """
         return nullcontext()
 
     def barrier(self) -> None:

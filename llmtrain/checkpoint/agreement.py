@@ -35,7 +35,8 @@ class Agreement:
             return [work()]
         value, error = None, None
         try:
-            value = work()
+            with self.world.saving():
+                value = work()
         except Exception as failure:  # raised below, on every rank
             error = failure
         answer = {"value": value, "error": error and _describe(error), "host": self.world.host}

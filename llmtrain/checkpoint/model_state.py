@@ -8,8 +8,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from llmtrain.base.places import Places, places_of
+from llmtrain.base.places import Places, Shape, places_of
 from llmtrain.base.tensor_files import CheckpointError
+from llmtrain.checkpoint.own_parts import OwnParts
 from llmtrain.checkpoint.parts import model_parts
 from llmtrain.checkpoint.stored_tensors import StoredTensors, group_file, read_group
 from llmtrain.objective import TrainingUnit
@@ -103,6 +104,28 @@ def read_fitting(checkpoint: Path, expected: Mapping[str, Tensor]) -> dict[str, 
     ]
     _refuse(group_file(checkpoint, "model"), problems)
     return tensors
+
+
+def read_own_parts(checkpoint: Path, parts: OwnParts) -> None:
+    """Fill ``parts`` from ``checkpoint``, of which this rank reads no other elements.
+
+    Raises :class:`CheckpointError` unless names and shapes are the same.
+    """
+    with StoredTensors(checkpoint, "model") as stored:
+        shapes = parts.shapes()
+        _refuse(stored.path, _misnamed(shapes, stored.tensors) + _misshapen(shapes, stored))
+        for name, shape in shapes.items():
+            for part in parts.within(name, shape):
+                stored.fill(part)
+
+
+def _misshapen(expected: Mapping[str, Shape], stored: StoredTensors) -> list[str]:
+    found = {name: stored.tensors[name].shape for name in expected if name in stored.tensors}
+    return [
+        f"{name} is {shape}, this model's is {expected[name]}"
+        for name, shape in found.items()
+        if shape != expected[name]
+    ]
 
 
 def _misnamed(expected: Collection[str], found: Collection[str]) -> list[str]:

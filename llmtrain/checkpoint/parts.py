@@ -4,14 +4,19 @@ A rank's tensor lies in one box of the whole tensor, or in several; a tensor wit
 whole by every rank, and rank 0 writes it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from llmtrain.base.places import Place, Places, Shape, places_of
+from llmtrain.base.places import OUTER_MOMENTUM, Place, Places, Replica, Shape, places_of
 
 Tensors = Mapping[str, Tensor]
+
+# Before the key of optimizer state that each replica has its own of: one tensor for all, its first dimension theirs.
+REPLICAS = "replicas/"
+ALIKE = (OUTER_MOMENTUM,)  # keys of state that all replicas hold the same of
 
 
 class Box(NamedTuple):
@@ -76,16 +81,20 @@ def state_parts(tensors: Tensors, model: Tensors, places: Places, *, is_first: b
     """The parts of an optimizer's state, named ``<parameter>/<key>``, beside those of the ``model``.
 
     State of the shape of the rank's part of its parameter lies where that does.  A single number is the same for all
-    parts, and is owned with the parameter's first element.  Raises ValueError for other state of a parameter that this
-    rank holds a part of.
+    parts, and is owned with the parameter's first element.  State of replicas becomes one tensor
+    ``<parameter>/replicas/<key>`` with a dimension more, the first, of which each writes its own row.  Raises
+    ValueError for other state of a parameter that this rank holds a part of.
     """
     parts = []
     for entry, tensor in tensors.items():
-        name = entry.partition("/")[0]
+        name, _, key = entry.partition("/")
         if name not in places:
             parts.append(_whole(entry, tensor, is_owner=is_first))
             continue
         found, own = places_of(places[name]), model[name].shape
+        if (replica := found[0].replica) is not None and key not in ALIKE:
+            parts.append(row_of(replica, f"{name}/{REPLICAS}{key}", tensor))
+            continue
         if 0 in found[0].whole:
             whole = tensor.new_empty(found[0].whole) if tensor.dim() else tensor
             parts.append(_whole(entry, whole, is_owner=is_first))
@@ -117,26 +126,35 @@ def owned(parts: Sequence[Part]) -> dict[str, Part]:
     return keys
 
 
+def row_of(replica: Replica, name: str, tensor: Tensor) -> Part:
+    """The row of ``replica`` in a tensor that has one of each; the replica writes it."""
+    offset, whole = (replica.number, *[0] * tensor.dim()), (replica.count, *tensor.shape)
+    return Part(name, tensor.detach()[None], offset, whole, is_owner=True)
+
+
 def _whole(name: str, tensor: Tensor, *, is_owner: bool) -> Part:
     return Part(name, tensor.detach(), (0,) * tensor.dim(), tuple(tensor.shape), is_owner)
 
 
 def placed(name: str, tensor: Tensor, places: Sequence[Place]) -> list[tuple[Part, Place]]:
-    """The parts of one tensor: itself, or several along its first dimension."""
+    """The parts of one tensor: itself, several along its first dimension, or several that are flattened in it."""
     tensor, start, parts = tensor.detach(), 0, []
+    is_flat = tensor.dim() == 1 != len(places[0].whole)
     for place in places:
         view = tensor
-        if len(places) > 1:
+        if is_flat or len(places) > 1:
             assert place.shape is not None, (name, place)
-            view = tensor[start : start + place.shape[0]]
-            start += place.shape[0]
+            length = math.prod(place.shape) if is_flat else place.shape[0]
+            view = tensor[start : start + length]
+            view = view.view(place.shape) if is_flat else view
+            start += length
         box = Box(place.offset, tuple(view.shape))
         ends = [a + n for a, n in zip(box.offset, box.shape, strict=True)]
         assert place.shape in (None, box.shape), (name, place, box)
         assert len(place.whole) == len(ends), (name, place, box)
         assert not box.numel or all(map(int.__le__, ends, place.whole)), (name, place, box)
         parts.append((Part(name, view, place.offset, place.whole, place.is_owner), place))
-    assert len(places) == 1 or start == len(tensor), (name, places)
+    assert (len(places) == 1 and not is_flat) or start == len(tensor), (name, places)
     return parts
 
 

@@ -7,14 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtrain.base.places import Places, Shape, places_of
+from llmtrain.base.places import Places, places_of
 from llmtrain.base.tensor_files import CheckpointError
 from llmtrain.checkpoint.directory import step_of
 from llmtrain.checkpoint.format import read_state, verify_checkpoint
 from llmtrain.checkpoint.model_state import NO_PLACES, NO_WEIGHTS, restore_model
 from llmtrain.checkpoint.optimizer_state import load_state_tensors
 from llmtrain.checkpoint.parts import placed
-from llmtrain.checkpoint.stored_tensors import StoredTensors, group_file, read_group
+from llmtrain.checkpoint.replica_state import (
+    fill_source,
+    load_exchanged,
+    of_first_replica,
+    read_source,
+    sources,
+    with_exchanged,
+)
+from llmtrain.checkpoint.stored_tensors import StoredTensors, group_file, is_sharded, read_group
 from llmtrain.objective import TrainingUnit
 
 
@@ -37,8 +45,9 @@ def restore(
     restore_model(unit, path, weights, places)
     try:
         if not fresh_optimizer:
-            tensors = read_state_parts(path, weights, places) if places else read_group(path, "optimizer")
-            load_state_tensors(optimizer, tensors)
+            load_state_tensors(optimizer, read_optimizer(path, weights, places))
+        elif any(place.replica is not None for found in places.values() for place in places_of(found)):
+            load_exchanged(optimizer, read_state_parts(path, weights, places))
     except (ValueError, TypeError, KeyError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -46,41 +55,43 @@ def restore(
     return read_state(path)
 
 
+def read_optimizer(checkpoint: Path, weights: Mapping[str, Tensor], places: Places) -> dict[str, Tensor]:
+    """The optimizer state in ``checkpoint``: whole, or with ``places`` this rank's parts of it."""
+    if places or is_sharded(checkpoint):
+        return read_state_parts(checkpoint, weights, places)
+    return of_first_replica(read_group(checkpoint, "optimizer"))
+
+
 def read_state_parts(checkpoint: Path, weights: Mapping[str, Tensor], places: Places) -> dict[str, Tensor]:
     """The optimizer state in ``checkpoint``, of which only this rank's parts are read.
 
     State of the shape of a whole parameter is divided as the parameter is, other state is read as a whole, and that of
-    a parameter that other ranks hold is not read.  Raises
+    a parameter that other ranks hold is not read; see :func:`sources` about replicas.  Raises
     :class:`CheckpointError` naming the tensor where that cannot be.
     """
     tensors = {}
     with StoredTensors(checkpoint, "optimizer") as stored:
-        for entry, found in stored.tensors.items():
+        for entry, source in sources(stored.tensors, places).items():
             name = entry.partition("/")[0]
             if name not in places:
-                tensors[entry] = stored.read(entry)
+                tensors[entry] = read_source(stored, source)
                 continue
             if places[name] == ():
                 continue
             own, whole = tuple(weights[name].shape), places_of(places[name])[0].whole
-            if not found.shape or own == whole:
-                tensors[entry] = stored.read(entry)
-            elif found.shape == whole:
-                tensors[entry] = _read_part(stored, entry, own, places)
+            if not source.shape or own == whole:
+                tensors[entry] = read_source(stored, source)
+            elif source.shape == whole:
+                part = torch.empty(own, dtype=stored.dtype(source.entry))
+                for piece, _ in placed(source.entry, part, places_of(places[name])):
+                    fill_source(stored, source, piece)
+                tensors[entry] = part
             else:
                 raise CheckpointError(
-                    f"{stored.path}: {entry} has the shape {list(found.shape)}, {name} {list(whole)}; state of another "
-                    "shape than its parameter's cannot be divided among ranks"
+                    f"{stored.path}: {entry} has the shape {list(source.shape)}, {name} {list(whole)}; state of "
+                    "another shape than its parameter's cannot be divided among ranks"
                 )
-    return tensors
-
-
-def _read_part(stored: StoredTensors, entry: str, own: Shape, places: Places) -> Tensor:
-    name = entry.partition("/")[0]
-    tensor = torch.empty(own, dtype=stored.dtype(entry))
-    for part, _ in placed(entry, tensor, places_of(places[name])):
-        stored.fill(part)
-    return tensor
+    return with_exchanged(tensors, weights, places)
 
 
 def newest_intact(

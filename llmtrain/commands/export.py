@@ -18,6 +18,7 @@ import torch
 from llmtrain.base.checks import positive
 from llmtrain.base.format import significant, size
 from llmtrain.base.invocation import FAILED, FINISHED, Invocation
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.base.outputs import check_output_directory, naming
 from llmtrain.base.runtime import Runtime
 from llmtrain.checkpoint.directory import locate_checkpoint
@@ -273,8 +274,8 @@ def write_adapters(settings: Export, trained: LoadedModel, folder: Path) -> None
     write_files(contents, folder)
     if labels and pad is None:
         print("its tokenizer has no padding token: texts have to be classified one at a time")
-    generator = torch.Generator().manual_seed(1)
-    copy = build_unit(run, model.vocab_size, labels, torch.device("cpu"), generator, load_weights=False).eval()
+    generators = NamedGenerators(1)
+    copy = build_unit(run, model.vocab_size, labels, torch.device("cpu"), generators, load_weights=False).eval()
     import_adapter(copy, run.lora, names, folder)
     check_logits("this program", before, compute_logits(copy.model, copy.heads.get("classifier"), before.prompts))
     reason = ""

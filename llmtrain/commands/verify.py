@@ -28,6 +28,7 @@ from llmtrain.checkpoint.format import read_state, verify_checkpoint
 from llmtrain.config import stored_config
 from llmtrain.config.assemble import MOVED_BASE, adding_remedy
 from llmtrain.config.older_versions import complete
+from llmtrain.distributed.local_sgd import LocalSgd
 from llmtrain.metrics import read_metrics
 from llmtrain.run.directory import RunDirectory
 from llmtrain.run.load import MovedFiles
@@ -127,6 +128,12 @@ def replay_and_compare(console: Console, settings: Verify, directory: RunDirecto
     values = complete(stored_config.untrusted(stored, settings.plugins))
     run = Run.from_config(move(values, base, settings.tokenizer.path))
     run = dataclasses.replace(run, runtime=dataclasses.replace(run.runtime, device=settings.device))
+    if isinstance(run.distributed, LocalSgd):
+        console.print(
+            "files checked; nothing replayed: with distributed=local_sgd each process trained its own weights, and one "
+            "process cannot do the steps of all"
+        )
+        return FINISHED
     run.runtime.torch_device()  # an error in these settings is not an error of the run
     if run.lora.adapts:
         with adding_remedy(MOVED_BASE):

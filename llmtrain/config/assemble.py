@@ -11,15 +11,20 @@ from torch import Tensor
 
 from llmtrain.activation_checkpointing.selective import By
 from llmtrain.base.format import size
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.base.places import Places
 from llmtrain.base.world import ALONE, World
 from llmtrain.checkpoint.model_state import saved_tensors, stored_places
 from llmtrain.checkpoint.optimizer_state import state_tensors
 from llmtrain.checkpoint.parts import whole_bytes
 from llmtrain.config.build import naming
+from llmtrain.config.own_values import builds_parts, fill_own_parts, knows_values
 from llmtrain.config.run_config import RunConfig
 from llmtrain.data import Corpus
-from llmtrain.distributed.checks import ParallelSettings, check_parallel
+from llmtrain.distributed.checks import ParallelSettings, check_context, check_parallel
+from llmtrain.distributed.deepspeed import DeepSpeed, check_installed
+from llmtrain.distributed.deepspeed_agreement import RunValues, check_agreement
+from llmtrain.distributed.local_sgd import LocalSgd
 from llmtrain.distributed.options import Mesh
 from llmtrain.distributed.parallel import Parallel
 from llmtrain.distributed.pipeline_options import PipelineSettings
@@ -99,14 +104,25 @@ def assemble(
     if run.objective.generates:
         run.loop.check_prompt(built)
     corpus = run.data.verify(built) if verify_data else run.data.build(built)
-    generator = torch.Generator(device).manual_seed(run.runtime.seed)
-    unit = build_unit(
-        run, vocab_size, corpus.labels, device, generator, load_weights=from_start, class_weights=corpus.class_weights,
-        precision=precision,
-    )  # fmt: skip
+    generators = NamedGenerators(run.runtime.seed)
+
+    def build(*, has_memory: bool) -> TrainingUnit:
+        return build_unit(
+            run, vocab_size, corpus.labels, device, generators, load_weights=from_start,
+            class_weights=corpus.class_weights, precision=precision, has_memory=has_memory,
+        )  # fmt: skip
+
+    by_parts = builds_parts(run, world)
+    unit = build(has_memory=not by_parts)
+    if by_parts and not knows_values(unit):
+        by_parts, unit = False, build(has_memory=True)
     parallel = share_unit(run.distributed, unit, world, device)
+    if by_parts:
+        with contextlib.nullcontext() if from_start else adding_remedy(MOVED_BASE):
+            fill_own_parts(run, parallel, generators, load_weights=from_start)
     with naming("optimizer"):
         optimizer = run.optimizer.build(parallel.trainable)
+    parallel.adopt(optimizer)
     with naming("clipping"):
         run.clipping.check_parameters([name for name, _ in unit.trained_weights()])
     if run.runtime.compile is True and (reason := why_not_compile(device)):
@@ -118,13 +134,29 @@ def assemble(
 
 def check_ranks(run: RunConfig, processes: int) -> None:
     """Raise ValueError for a setting that does not go with so many ranks."""
+    if isinstance(run.distributed, LocalSgd) and run.runtime.cuda_graphs:
+        raise ValueError(
+            "runtime.cuda_graphs=True: a graph keeps the places of weights, and distributed=local_sgd changes them for "
+            "an evaluation; take runtime.cuda_graphs=false"
+        )
+    zero = run.distributed if isinstance(run.distributed, DeepSpeed) else None
     if processes > 1:
         mesh = run.distributed.mesh(processes)
+        holds_parts = run.distributed.is_sharded(mesh) or mesh.tensor > 1
         settings = ParallelSettings(
-            processes, mesh.shard > 1 or mesh.tensor > 1, run.optimizer, run.clipping, run.precision, run.lora,
+            processes, holds_parts, run.optimizer, run.clipping, run.precision, run.lora,
             run.activation_checkpointing, run.runtime.cuda_graphs, pipeline_settings(run, mesh),
+            None if zero is None else zero.stage, run.runtime.compile,
         )  # fmt: skip
         check_parallel(settings)
+        check_context(mesh, run.objective, run.data.sequence_length)
+    if zero is not None:
+        check_installed()
+        values = RunValues(
+            processes, run.accumulation, run.clipping, run.optimizer, run.schedule, run.precision,
+            run.metrics.log_every, run.loop.max_steps,
+        )  # fmt: skip
+        check_agreement(zero.given, values)
 
 
 def pipeline_settings(run: RunConfig, mesh: Mesh) -> PipelineSettings | None:
@@ -145,22 +177,29 @@ def build_unit(
     vocab_size: int,
     labels: Sequence[str],
     device: torch.device,
-    generator: torch.Generator,
+    generators: NamedGenerators,
     *,
     load_weights: bool,
     class_weights: Sequence[float] = (),
     precision: Precision | None = None,
     num_layers: int | None = None,
+    has_memory: bool = True,
 ) -> TrainingUnit:
     """Build the training unit, with its transformations in the order below; it is compiled when the run starts.
 
-    Without ``load_weights`` a checkpoint is restored later: only frozen weights that no checkpoint holds are loaded; on
-    the meta device and on tensors without data (a plan), none.  Without a ``precision`` the unit is not trained: layers
-    compute as they are, and keep no more than they need.  ``num_layers``: blocks of the model (None: all).
+    Without ``load_weights`` a checkpoint is restored later: initial values are neither drawn nor loaded, but for
+    frozen weights that no checkpoint holds; on the meta device and on tensors without data (a plan), none.  Without a
+    ``precision`` the unit is not trained: layers compute as they are, and keep no more than they need.  ``num_layers``:
+    blocks of the model (None: all).
+
+    Without ``has_memory`` parameters are on the meta device, and buffers on ``device``: the ranks divide the unit
+    first (:func:`share_unit`), and each fills its parts (:mod:`llmtrain.config.own_values`).
     """
-    has_data = device.type != "meta" and not torch._guards.detect_fake_mode()
+    place = device if has_memory else torch.device("meta")
+    has_data = place.type != "meta" and not torch._guards.detect_fake_mode()
+    draws = generators if has_data and (load_weights or run.lora.adapts) else None
     # 1. the model, allocated once on the device and initialised there
-    model = run.model.create(vocab_size, device, generator, num_layers)
+    model = run.model.create(vocab_size, place, draws, num_layers)
     if run.precision.has_low_residual:
         model.lower_residual()
     # 2. weights from elsewhere
@@ -169,13 +208,15 @@ def build_unit(
             run.weights.load(model)
     # 3. heads, and frozen weights
     with naming("objective"):
-        unit = run.objective.build(model, labels, generator, class_weights)
+        unit = run.objective.build(model, labels, draws, class_weights)
     # 4. adapters, whose initial values depend on the weights
     with naming("lora"):
-        run.lora.apply(model, generator)
+        run.lora.apply(model, draws)
         if has_data and load_weights and isinstance(run.lora, LowRankAdaptation) and run.lora.path is not None:
             start_from(unit, run.lora, Path(run.lora.path))
     unit.has_base = run.lora.adapts
+    if not has_memory:
+        unit.set_buffers(device)
     if precision is not None:
         # 5. the matrix products of layers
         precision.apply(model.blocks)
@@ -187,7 +228,7 @@ def build_unit(
 
 def outline(run: RunConfig, vocab_size: int, labels: Sequence[str]) -> TrainingUnit:
     """The unit on the meta device: sizes without memory."""
-    return build_unit(run, vocab_size, labels, torch.device("meta"), torch.Generator("cpu"), load_weights=False)
+    return build_unit(run, vocab_size, labels, torch.device("meta"), NamedGenerators(0), load_weights=False)
 
 
 def first_state(run: RunConfig, parts: Parts) -> TrainState:

@@ -13,10 +13,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llmtrain.base.checks import did_you_mean
@@ -131,9 +132,8 @@ def _find_class(target: Any, base: type[T], path: str, plugins: Sequence[str]) -
 def _check_types(hints: Mapping[str, Any], values: Mapping[str, Any], dotted: str) -> dict[str, Any]:
     """``values`` converted to their annotated types."""
     values = {name: _whole(hints[name], value) for name, value in values.items()}
-    schema = dataclasses.make_dataclass("Schema", [(name, hint, dataclasses.MISSING) for name, hint in hints.items()])
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), escape(dict(values)))
+        merged = OmegaConf.merge(_schema(tuple(hints.items())), escape(dict(values)))
         built = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or getattr(error, "key", None) or ""
@@ -145,6 +145,14 @@ def _check_types(hints: Mapping[str, Any], values: Mapping[str, Any], dotted: st
     except ValueError as error:  # a nested dataclass' own check
         raise ConfigError(f"{dotted.rstrip('.')}: {error}" if dotted else str(error)) from error
     return {name: getattr(built, name) for name in hints}
+
+
+@cache
+def _schema(hints: tuple[tuple[str, Any], ...]) -> DictConfig:
+    """Return a config without values, of the given types; making one takes longer than checking values by it."""
+    fields = [(name, hint, dataclasses.MISSING) for name, hint in hints]
+    schema: DictConfig = OmegaConf.structured(dataclasses.make_dataclass("Schema", fields))
+    return schema
 
 
 def _whole(hint: Any, value: Any) -> Any:

@@ -15,6 +15,7 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from omegaconf.resolvers import oc
 
 from llmtrain.config.auto_model import find_model, find_tokenizer
+from llmtrain.config.deepspeed_file import read_deepspeed
 from llmtrain.config.folders import conf_dir, sample
 from llmtrain.config.overrides import search_path
 from llmtrain.config.secret_values import REDACTED, is_secret
@@ -65,6 +66,7 @@ def resolve(config: DictConfig, choices: Mapping[str, Any]) -> dict[str, Any]:
             config["name"] = choices.get("experiment") or choices.get("model") or "run"
         find_model(config)
         find_tokenizer(config)
+        read_deepspeed(config)
         plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or str(error).rsplit(" ", 1)[-1]

@@ -14,8 +14,10 @@ from llmtrain.base.options import Option
 from llmtrain.data.batch import IGNORE as IGNORE
 from llmtrain.data.batch import Batch as Batch
 from llmtrain.data.batch import Collate as Collate
+from llmtrain.data.batch import Count as Count
 from llmtrain.data.batch import padded as padded
 from llmtrain.data.cache.token_reader import DataError as DataError
+from llmtrain.data.sequences import Outline as Outline
 from llmtrain.data.sequences import Rows as Rows
 from llmtrain.data.sequences import Sequences
 from llmtrain.data.sources.search import LeftOut

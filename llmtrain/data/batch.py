@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmtrain.base.constants import IGNORE as IGNORE
-from llmtrain.data.sequences import Rows
+from llmtrain.data.sequences import Outline, Rows
 
 PADDING_MULTIPLE = 64  # rows are padded to multiples of it: few shapes, for the kernels and for torch.compile
 SHORTEST_COMPILED = 32  # tokens of the shortest rows that code is compiled for
@@ -30,6 +30,11 @@ def widened(length: int, longest: int) -> int:
     power = max(1 << (length - 1).bit_length(), SHORTEST_COMPILED)
     three_quarters = 3 * power // 4
     return min(three_quarters if length <= three_quarters and power > PADDING_MULTIPLE else power, longest)
+
+
+def part_of(sequences: int, rank: int, of: int) -> tuple[int, int]:
+    """Begin and end of the part of ``rank`` among ``of`` ranks that share ``sequences``."""
+    return sequences * rank // of, sequences * (rank + 1) // of
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Batch:
 
         A rank for which there is none has a :meth:`filler`.
         """
-        begin, end = self.sequences * rank // of, self.sequences * (rank + 1) // of
+        begin, end = part_of(self.sequences, rank, of)
         part = self.rows(begin, end) if begin < end else self.filler()
         return replace(part, step_sequences=self.step_sequences or self.sequences)
 
@@ -102,3 +107,4 @@ class Batch:
 
 
 Collate = Callable[[Rows, np.ndarray, int], Batch]  # (sequences, their positions, seed) -> batch
+Count = Callable[[Outline], Mapping[str, float] | None]  # the counts of a batch; None: only its collation counts

@@ -9,7 +9,7 @@ from llmtrain.data.batch import IGNORE, padded
 from llmtrain.data.cache.token_reader import TokenSlice
 from llmtrain.data.order.packing import pack
 from llmtrain.data.order.permutation import mix, order
-from llmtrain.data.sequences import Rows, Sequences
+from llmtrain.data.sequences import Outline, Rows, Sequences
 
 BUCKET = 1024  # positions of an epoch whose examples are sorted by length
 GROUP = 32  # examples of similar length that are visited one after the other
@@ -54,6 +54,7 @@ class Examples(Sequences):
         else:
             self.lengths = stored.lengths
         self._counted: tuple[tuple[int, int, bool], np.ndarray] | None = None  # of :meth:`_tokens_of_epoch`
+        self._targets: np.ndarray | None = None  # (examples,) counted so far, -1: not yet
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -154,6 +155,28 @@ class Examples(Sequences):
             offsets.shape
         )
 
+    def outline(self, indices: np.ndarray) -> Outline:
+        examples = np.array([example for index in indices.tolist() for example in self._examples_of(index)], np.int64)
+        lengths = self.stored.lengths[examples]
+        spans, tokens = tuple(lengths.tolist()), int(lengths.sum())
+        if not self.stored.has_targets:
+            return Outline(tokens, spans, len(examples), self.stored.labels[examples])
+        return Outline(tokens, spans, sum(map(self._count_targets, examples.tolist())))
+
+    def _count_targets(self, example: int) -> int:
+        """The number of targets of an example, which is counted once."""
+        if self._targets is None:
+            self._targets = np.full(len(self.stored), -1, np.int32)
+        if self._targets[example] < 0:
+            touched: set[int] = set()
+            length = int(self.stored.lengths[example])
+            targets = np.empty(length, self.stored.shards[0].dtype)
+            self._read(int(self._begins[example]) + length, targets, touched)
+            for shard in touched:
+                self.stored.shards[shard].check()
+            self._targets[example] = np.count_nonzero(targets != no_target(targets.dtype))
+        return int(self._targets[example])
+
     def _examples_of(self, index: int) -> list[int]:
         if not self.is_packed:
             return [index]
@@ -162,21 +185,23 @@ class Examples(Sequences):
     def _fill(self, example: int, inputs: np.ndarray, targets: np.ndarray, touched: set[int]) -> None:
         stored = self.stored
         ids = np.empty(len(inputs) * (2 if stored.has_targets else 1), stored.shards[0].dtype)
-        begin = int(self._begins[example])
-        shard = int(np.searchsorted(self._shard_begins, begin, side="right")) - 1
-        begin -= int(self._shard_begins[shard])
-        rest = ids
-        while len(rest):  # an example may run over the end of a file
-            here = rest[: len(stored.shards[shard]) - begin]
-            stored.shards[shard].read(begin, here)
-            touched.add(shard)
-            rest, shard, begin = rest[len(here) :], shard + 1, 0
+        self._read(int(self._begins[example]), ids, touched)
         inputs[:] = ids[: len(inputs)]
         if stored.has_targets:
             targets[:] = ids[len(inputs) :]
             targets[targets == no_target(ids.dtype)] = IGNORE
         else:
             targets[-1] = stored.labels[example]
+
+    def _read(self, begin: int, ids: np.ndarray, touched: set[int]) -> None:
+        """Fill ``ids`` from the place ``begin`` of the stream on; add the files to ``touched``."""
+        shard = int(np.searchsorted(self._shard_begins, begin, side="right")) - 1
+        begin -= int(self._shard_begins[shard])
+        while len(ids):  # an example may run over the end of a file
+            here = ids[: len(self.stored.shards[shard]) - begin]
+            self.stored.shards[shard].read(begin, here)
+            touched.add(shard)
+            ids, shard, begin = ids[len(here) :], shard + 1, 0
 
     def padding(self, batch_size: int = 8) -> float:
         """The share of padding in training batches, estimated from the beginning of an epoch."""

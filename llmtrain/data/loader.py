@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmtrain.data.batch import Batch, Collate
+from llmtrain.data.batch import Batch, Collate, Count, part_of
 from llmtrain.data.cache.token_reader import DataError
 from llmtrain.data.sequences import Sequences
 
@@ -153,7 +153,9 @@ class Loader(BatchThread):
         collate: makes a batch of some sequences, their positions and the seed; pure, so that batches can be repeated.
         seed, shuffle: the order, see :meth:`llmtrain.data.sequences.Sequences.order`.
         batch_size: sequences of a step, from the step's number and the tokens trained on before it.
-        part: this rank's number among those that share a step's sequences, and how many they are.
+        part: this rank's number among those that share a step's sequences, and how many they are.  It reads and
+            collates its own sequences alone where ``count`` finds the counts of the step without the others'.
+        count: the counts of a batch from the outline of its sequences; see :meth:`llmtrain.objective.Objective.count`.
         position: the number of sequences visited before.
         step: the number of the first batch's step.
         tokens: the number of tokens trained on before.
@@ -169,12 +171,13 @@ class Loader(BatchThread):
         batch_size: Callable[[int, int], int],
         device: torch.device,
         part: tuple[int, int] = (0, 1),
+        count: Count = lambda outline: None,
         position: int,
         step: int,
         tokens: int,
     ) -> None:
         self._sequences, self._collate = sequences, collate
-        self._part = part
+        self._part, self._count = part, count
         self._seed, self._shuffle = seed, shuffle
         self._batch_size = batch_size
         self._position, self._step, self._tokens = position, step, tokens
@@ -193,12 +196,28 @@ class Loader(BatchThread):
             f"step {self._step:,}, sequences {self._position:,} to {self._position + size - 1:,} of the order"
         )
         positions = np.arange(self._position, self._position + size)
-        rows = self._sequences.gather(self._sequences.order(positions, self._seed, self._shuffle))
-        batch = replace(self._collate(rows, positions, self._seed), spans=rows.spans)
+        batch = self._collate_part(self._sequences.order(positions, self._seed, self._shuffle), positions)
         self._position += size
         self._step += 1
         self._tokens += batch.tokens
-        return batch if self._part == (0, 1) else batch.shard(*self._part)
+        return batch
+
+    def _collate_part(self, numbers: np.ndarray, positions: np.ndarray) -> Batch:
+        """This rank's part of the step's batch, which keeps the counts of the whole step."""
+        rank, of = self._part
+        outline = self._sequences.outline(numbers) if of > 1 else None
+        counts = None if outline is None else self._count(outline)
+        if outline is None or counts is None:
+            rows = self._sequences.gather(numbers)
+            batch = replace(self._collate(rows, positions, self._seed), spans=rows.spans)
+            return batch if of == 1 else batch.shard(rank, of)
+        begin, end = part_of(len(numbers), rank, of)
+        own = slice(begin, end) if begin < end else slice(0, 1)
+        batch = self._collate(self._sequences.gather(numbers[own]), positions[own], self._seed)
+        return replace(
+            batch, counts=counts, tokens=outline.tokens, spans=outline.spans, step_sequences=len(numbers),
+            is_filler=begin == end,
+        )  # fmt: skip
 
 
 class EvaluationLoader(BatchThread):
@@ -245,12 +264,13 @@ class TrainingStream:
     batch_size_at: Callable[[int, int], int]  # (step, tokens trained on before it) -> sequences
     device: torch.device
     part: tuple[int, int] = (0, 1)  # see Loader
+    count: Count = lambda outline: None  # see Loader
 
     def open(self, *, position: int, step: int, tokens: int) -> Loader:
         """The batches from ``step`` on."""
         return Loader(
             self.sequences, self.collate, seed=self.seed, shuffle=self.shuffle, batch_size=self.batch_size_at,
-            device=self.device, part=self.part, position=position, step=step, tokens=tokens,
+            device=self.device, part=self.part, count=self.count, position=position, step=step, tokens=tokens,
         )  # fmt: skip
 
     def sequences_at(self, position: int, count: int) -> np.ndarray:

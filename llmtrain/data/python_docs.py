@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from llmtrain.data import Corpus
 from llmtrain.data.cache.document_encoder import is_validation
@@ -42,6 +43,7 @@ class PythonDocs(TextData):
         return topics_source("python_docs", read_topics("python_docs"))
 
 
+@cache
 def split_topics(validation_fraction: float, option: str) -> tuple[dict[str, str], dict[str, str]]:
     """The topics for training, and those for validation less their paragraphs that stand in the former.
 

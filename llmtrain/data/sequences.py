@@ -62,6 +62,15 @@ class Rows(NamedTuple):
         return dict.fromkeys(names, lengths)
 
 
+class Outline(NamedTuple):
+    """The numbers of some sequences that a step divides by, known without the tensors of a batch."""
+
+    tokens: int  # as :attr:`Rows.tokens`
+    spans: tuple[int, ...]  # as :attr:`Rows.spans`
+    targets: int  # tokens that have one
+    classes: np.ndarray | None = None  # (targets,) int64, in the order of the rows, in data with labels
+
+
 class Sequences(ABC):
     """Sequences ``0 … len - 1``, each of at most ``sequence_length`` tokens."""
 
@@ -77,6 +86,10 @@ class Sequences(ABC):
 
         Raises :class:`llmtrain.data.DataError`, naming the file, if it was truncated or written to, or its disk fails.
         """
+
+    def outline(self, indices: np.ndarray) -> Outline | None:
+        """The numbers of the sequences ``indices``; None: only :meth:`gather` finds them.  Raises as :meth:`gather`."""
+        return None
 
     @property
     def mean_length(self) -> float:
@@ -159,6 +172,10 @@ class Stream(Sequences):
         for shard in touched:
             self._shards[shard].check()  # after reading: later changes of the file are not in the rows
         return Rows(rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64))
+
+    def outline(self, indices: np.ndarray) -> Outline:
+        tokens = len(indices) * self.sequence_length
+        return Outline(tokens, (self.sequence_length,) * len(indices), tokens)
 
     def _read_across(self, shard: int, begin: int, row: np.ndarray) -> Iterator[int]:
         """Fill ``row`` from ``begin`` of ``shard`` on and from the shards after it; yield their numbers."""

@@ -67,6 +67,19 @@ def find_cause(ends: Sequence[RankEnd]) -> RankEnd | None:
     return min([first, *same], key=lambda end: end.rank)
 
 
+def ranks_to_blame(cause: RankEnd, ends: Sequence[RankEnd]) -> set[int]:
+    """Find the ranks that a failure came from: those that the verdict is about, else those that failed by themselves.
+
+    Of several starts a machine to which these belong may be the one that is not well.
+    """
+    if cause.kind is Kind.verdict:
+        failures = [end.failure for end in ends if end.failure is not None and end.message == cause.message]
+        return {rank for failure in failures for rank in failure.about if rank < len(ends)}
+    by_themselves = [end for end in ends if is_failure(end.status) and not end.is_by_supervisor]
+    killed = {end.rank for end in by_themselves if end.status < 0 and end.status != -signal.SIGABRT}
+    return killed or {cause.rank, *(end.rank for end in by_themselves if end.kind is Kind.error)}
+
+
 def only_consequences(ends: Sequence[RankEnd], *, is_whole: bool) -> bool:
     """Return whether the cause is still missing; that of a mistake of the user's is rank 0, which prints it."""
     failed = [end for end in ends if is_failure(end.status)]
@@ -99,6 +112,12 @@ def describe(cause: RankEnd, ends: Sequence[RankEnd], directory: Path | None) ->
     if cause.kind is Kind.verdict:
         if not shown:
             yield f"llmtrain: {words}"
+        about = sorted(rank for rank in ranks_to_blame(cause, ends) if len(ends) > rank)
+        places = [
+            f"rank {end.rank} on {end.host}" for end in ends if end.rank in about and end.host not in cause.message
+        ]
+        if places:  # one that never sent a heartbeat, or whose machine has another name there
+            yield f"llmtrain: started as {', '.join(places)}"
         return
     if cause.status == USAGE_ERROR:
         if not shown and not any(end.rank == 0 and end.status == USAGE_ERROR for end in ends):

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from llmtrain.base.places import Places
 from llmtrain.base.world import World
 from llmtrain.data import Batch
+from llmtrain.distributed.context import SharedPositions
 from llmtrain.distributed.local_shards import LocalShards, Peers
 from llmtrain.distributed.parallel import Parallel
 from llmtrain.objective import TrainingUnit
@@ -22,14 +23,33 @@ from llmtrain.optimizer import Trainable
 
 
 class DataParallel(Parallel):
-    """Ranks with different sequences: all of ``mesh``, numbered along its dimensions."""
+    """Ranks with different tokens: all of ``mesh``, numbered along its dimensions.
 
-    def __init__(self, unit: TrainingUnit, world: World, mesh: DeviceMesh) -> None:
+    With ``positions`` neighbours in this order have the same sequences, and share their positions.
+    """
+
+    def __init__(
+        self, unit: TrainingUnit, world: World, mesh: DeviceMesh, positions: SharedPositions | None = None
+    ) -> None:
         super().__init__(unit, world)
         self.mesh = mesh
+        self.positions = positions
 
     @property
     def data_rank(self) -> int:
+        return self.seed_rank // self._neighbours
+
+    @property
+    def data_size(self) -> int:
+        return self.mesh.size() // self._neighbours
+
+    @property
+    def _neighbours(self) -> int:
+        """Ranks that have the same sequences."""
+        return 1 if self.positions is None else self.positions.ranks.size
+
+    @property
+    def seed_rank(self) -> int:
         number = 0
         coordinate = self.mesh.get_coordinate()
         assert coordinate is not None
@@ -37,27 +57,28 @@ class DataParallel(Parallel):
             number = number * size + at
         return number
 
-    @property
-    def data_size(self) -> int:
-        return self.mesh.size()
+    def whole_weights(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.positions is None else self.positions.suspended()
 
 
 class Replicated(DataParallel):
     """The whole unit on each rank, gradients summed while backward still runs: torch's DistributedDataParallel.
 
-    ``mesh`` has the one dimension ``replicate``.  What is trained must not change afterwards: parameters that get no
+    ``mesh`` has one dimension.  What is trained must not change afterwards: parameters that get no
     gradient, or are frozen later, are an error of torch's in the step after.
     """
 
-    def __init__(self, unit: TrainingUnit, world: World, mesh: DeviceMesh) -> None:
-        super().__init__(unit, world, mesh)
+    def __init__(
+        self, unit: TrainingUnit, world: World, mesh: DeviceMesh, positions: SharedPositions | None = None
+    ) -> None:
+        super().__init__(unit, world, mesh, positions)
         # frozen weights in few bits have a parameter without data in their place
         without_data = [name for name, parameter in unit.named_parameters() if parameter.is_meta]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(unit, without_data)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # its successor is not there yet
             self.ddp = DistributedDataParallel(
-                unit, process_group=mesh.get_group("replicate"), broadcast_buffers=False, gradient_as_bucket_view=True
+                unit, process_group=mesh.get_group(), broadcast_buffers=False, gradient_as_bucket_view=True
             )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -68,7 +89,7 @@ class Replicated(DataParallel):
         return nullcontext() if is_last else self.ddp.no_sync()
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        (loss * self.data_size).backward()  # DistributedDataParallel takes the mean over the ranks
+        (loss * self.mesh.size()).backward()  # DistributedDataParallel takes the mean over the ranks
 
 
 class Sharded(DataParallel):
@@ -98,6 +119,7 @@ class Sharded(DataParallel):
         unit: TrainingUnit,
         world: World,
         mesh: DeviceMesh,
+        positions: SharedPositions | None = None,
         *,
         reshard_after_forward: bool = True,
         keeps_whole_gradients: bool = False,
@@ -105,7 +127,7 @@ class Sharded(DataParallel):
         own: Trainable | None = None,
         peers: Peers | None = None,
     ) -> None:
-        super().__init__(unit, world, mesh)
+        super().__init__(unit, world, mesh, positions)
         refuse_packed(unit)
         self.reshard_after_forward = reshard_after_forward
         self.keeps_whole_gradients = keeps_whole_gradients
@@ -196,7 +218,8 @@ class Sharded(DataParallel):
             if handle is not None:
                 handle.wait()
         try:
-            yield
+            with super().whole_weights():
+                yield
         finally:
             self._end_passes()
             for module in self.modules:

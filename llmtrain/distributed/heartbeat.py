@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -70,6 +70,8 @@ class Heartbeat:
         self.generation = generation
         self.host = visible(socket.gethostname()).replace("|", "")
         self.place: tuple[Phase, int] = (Phase.start, 0)
+        self.writes_since: float | None = None  # its files of a checkpoint, in a thread; of time.monotonic
+        self.collectives: Callable[[], int] = lambda: 0  # that it has begun with all ranks
         self._closed = threading.Event()
         self._is_leaving = False
         self._first_host = address  # the machine of rank 0, by its own name once it is known
@@ -118,7 +120,8 @@ class Heartbeat:
         try:
             watch = Watch(self.rank, self.size, self._connect(), self.host, self.interval)
             while not self._closed.is_set():
-                watch.publish(self.place, self._failure)
+                writing = 0.0 if (since := self.writes_since) is None else time.monotonic() - since
+                watch.publish(self.place, self._failure, writing, self.collectives())
                 if self._failure is not None:
                     self._published.set()
                 verdict = watch.read()
@@ -158,7 +161,7 @@ class Heartbeat:
 
         if (verdict := find(self.timeout_seconds)) is not None:
             absent = len(verdict.ranks) if verdict.is_silence else 0
-            self._decide(f"{verdict.text}; {self._remedy()}", watch, absent=absent)
+            self._decide(f"{verdict.text}; {self._remedy()}", watch, absent=absent, about=verdict.ranks)
         warning = find(self.timeout_seconds / 2)
         if warning is not None and self._is_new(warning):
             self._report(f"warning: {warning.text}; without progress the run ends after {self.timeout_seconds:g} s "
@@ -175,23 +178,25 @@ class Heartbeat:
         self._warned.add(warning.topic)
         return is_new
 
-    def _decide(self, text: str, watch: "Watch", *, absent: int) -> None:
+    def _decide(self, text: str, watch: "Watch", *, absent: int, about: Sequence[int] = ()) -> None:
         """End the job: the first rank that decides reports, all others follow its verdict."""
         winner = watch.propose(text)
         if winner == text:
             self._report(text)
-        self._conclude(winner, watch, is_shown=winner == text, absent=absent)
+        is_own = winner == text
+        self._conclude(winner, watch, is_shown=is_own, absent=absent, about=about if is_own else ())
 
-    def _conclude(self, text: str, watch: "Watch", *, is_shown: bool = False, absent: int = 0) -> None:
+    def _conclude(self, text: str, watch: "Watch", *, is_shown: bool = False, absent: int = 0,
+                  about: Sequence[int] = ()) -> None:  # fmt: skip
         """Write the stacks, tell the supervisor, and end this rank; the one with the store waits for the others.
 
-        ``absent``: ranks that cannot answer.
+        ``absent``: ranks that cannot answer.  ``about``: those that the verdict is about.
         """
         with self._ending:
             self._dump(text)
             kind = Kind.consequence if text.startswith(FAILED_RANK) else Kind.verdict
             if self.supervision is not None:
-                self.supervision.report_failure(text, kind=kind, is_shown=is_shown)
+                self.supervision.report_failure(text, kind=kind, is_shown=is_shown, about=about)
             with contextlib.suppress(RuntimeError):
                 watch.acknowledge(self.size - absent, wait_seconds=3 * self.interval + 2 if self.rank == 0 else 0)
             _exit()
@@ -229,7 +234,7 @@ class Heartbeat:
             self._report(text, logs=self.rank == min(1, self.size - 1))
             self._dump(text)
             if self.supervision is not None:
-                self.supervision.report_failure(text, kind=kind, is_shown=True)
+                self.supervision.report_failure(text, kind=kind, is_shown=True, about=(0,))
             _exit()
 
     # --- both ---------------------------------------------------------------------------------------------------------
@@ -274,14 +279,17 @@ class Watch:
         if rank == 0:
             self.store.multi_set([VERDICT, *map(beat_key, range(1, size))], [NONE] + [""] * (size - 1))
 
-    def publish(self, place: tuple[Phase, int], failure: str | None) -> None:
+    def publish(
+        self, place: tuple[Phase, int], failure: str | None, writing: float = 0.0, collectives: int = 0
+    ) -> None:
         """Set this rank's key; ``place`` is another object after each mark."""
         now = self.clock.now()
         if place is not self._place:
             self._place, self._since = place, now
         self.beats += 1
         phase, step = place
-        text = f"{self.beats}|{phase.name}|{step}|{now - self._since:.1f}|{self.host}|{failure or ''}"
+        values = f"{now - self._since:.1f}|{writing:.1f}|{collectives}"
+        text = f"{self.beats}|{phase.name}|{step}|{values}|{self.host}|{failure or ''}"
         self.store.set(beat_key(self.rank), text)
 
     def read(self) -> str | None:
@@ -315,15 +323,16 @@ class Watch:
         return self.clock.last - self._last_since
 
     def _position(self, rank: int, text: str, silence: float) -> Position:
-        _, phase, step, seconds, host, _ = [*text.split("|", 5), *[""] * 6][:6]
+        _, phase, step, seconds, writing, collectives, host, _ = [*text.split("|", 7), *[""] * 8][:8]
         if phase not in Phase.__members__:
             return Position(rank, "", Phase.start, 0, 0.0, silence)  # it has sent none yet
-        return Position(rank, host, Phase[phase], int(step), float(seconds), silence)
+        place = Phase[phase], int(step), float(seconds)
+        return Position(rank, host, *place, silence, float(writing), int(collectives))
 
     def failed(self) -> str | None:
         """The message of a rank that has ended with an error of its own."""
         for rank, (text, _) in self._seen.items():
-            failure = text.split("|", 5)[5] if text.count("|") >= 5 else ""
+            failure = text.split("|", 7)[7] if text.count("|") >= 7 else ""
             if failure and rank != self.rank:
                 return f"{FAILED_RANK}rank {rank} on host {text.split('|', 5)[4]} ended with an error: {failure}"
         return None

@@ -18,13 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmtrain.base.format import visible
+from llmtrain.base.format import counted, visible
 from llmtrain.base.invocation import FAILED, FINISHED, INTERRUPTED, USAGE_ERROR
 from llmtrain.base.run_files import CONFIG
-from llmtrain.distributed.cause import RankEnd, describe, find_cause, is_failure, only_consequences
-from llmtrain.distributed.hostfile import Host, is_loopback
+from llmtrain.distributed.cause import RankEnd, describe, find_cause, is_failure, only_consequences, ranks_to_blame
+from llmtrain.distributed.hostfile import Host
 from llmtrain.distributed.rank_process import LocalRank, RankProcess, share_threads
 from llmtrain.distributed.remote_rank import SSH, RemoteRank
+from llmtrain.distributed.roster import Fewer, Roster, is_here
 from llmtrain.distributed.supervision import FOLDER
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -63,6 +64,12 @@ class Outcome:
 
     status: int
     cause: RankEnd | None = None  # of a failure
+    hosts: frozenset[str] = frozenset()  # that the failure came from, by their names in the hostfile
+
+    @property
+    def smaller_micro_batch(self) -> int:
+        """After memory ran out on a rank the size with which a restart may fit; else 0."""
+        return self.cause.failure.smaller_micro_batch if self.cause and self.cause.failure else 0
 
 
 def supervise(
@@ -71,11 +78,13 @@ def supervise(
     *,
     restarts: int = 0,
     resume_command: Callable[[Path], Sequence[str]] | None = None,
+    with_micro_batch: Callable[[int], Sequence[str]] | None = None,
     environment: Mapping[str, str] | None = None,
     has_own_threads: bool = False,
     hosts: Sequence[Host] = (),
     ssh: str = SSH,
     patience: Patience | None = None,
+    fewer: Fewer | None = None,
 ) -> int:
     """Run ``command`` as the ranks of one job, ``processes`` of them; returns the exit status.
 
@@ -83,22 +92,41 @@ def supervise(
     script on ``{host}``.  The directory of this process and the program must be there under the same names.
 
     ``resume_command`` makes the command that continues the run in a directory, or starts it there if it has no
-    checkpoint; ``restarts`` times it follows the failure of a rank.  ``environment`` replaces that of this process.
-    ``has_own_threads``: the run names its number of threads, so that OMP_NUM_THREADS is left alone.
+    checkpoint; ``restarts`` times it follows the failure of a rank, on the machines that are there then, where
+    ``fewer`` allows it.  Where memory ran out on a rank, a restart that does not count adds the arguments of
+    ``with_micro_batch``, for micro-batches of so many sequences.
+
+    ``environment`` replaces that of this process.  ``has_own_threads``: the run names its number of threads, so that
+    OMP_NUM_THREADS is left alone.
 
     The status is 0 if that of all ranks is 0; 75 if all that were not ended by a signal gave 75; 2 for a mistake of the
     user's; 128 + N if signal N stopped the ranks before they could save; else 1.
     """
     base = dict(os.environ if environment is None else environment)
     assert not hosts or sum(host.slots for host in hosts) == processes
-    supervisor = Supervisor(hosts or [Host("", processes)], base, patience or Patience(), not has_own_threads, ssh)
+    hosts = hosts or [Host("", processes)]
+    supervisor, first = Supervisor(hosts, base, patience or Patience(), not has_own_threads, ssh), command
     with forwarded_signals() as signals:
-        for attempt in range(restarts + 1):
+        roster = Roster(hosts, fewer or Fewer(), ssh, say, lambda: bool(signals.received))
+        attempt, extra = 0, list[str]()
+        while True:
             outcome = supervisor.run(command, signals)
-            if outcome.status != FAILED or outcome.cause is None or signals.received or attempt == restarts:
+            if outcome.status != FAILED or outcome.cause is None or signals.received:
                 return outcome.status
-            command = supervisor.next_command(command, resume_command, attempt + 1, restarts)
-    return outcome.status
+            if with_micro_batch is not None and (size := outcome.smaller_micro_batch):
+                extra = list(with_micro_batch(size))
+                label = f"llmtrain: micro-batches of {counted(size, 'sequence')} from now on"
+            elif attempt == restarts:
+                return outcome.status
+            else:
+                attempt += 1
+                label = f"llmtrain: restart {attempt} of {restarts}"
+                roster.record_failure(outcome.hosts)
+                present = roster.next_hosts()
+                if present is None:
+                    return 128 + signals.received[0] if signals.received else FAILED
+                supervisor.hosts = present
+            command = [*supervisor.next_command(first, resume_command, label), *extra]
 
 
 class Supervisor:
@@ -107,12 +135,16 @@ class Supervisor:
     def __init__(self, hosts: Sequence[Host], environment: dict[str, str], patience: Patience, shares_threads: bool,
                  ssh: str) -> None:  # fmt: skip
         self.hosts = hosts
-        self.processes = sum(host.slots for host in hosts)
         self.environment = environment
         self.patience = patience
         self.shares_threads = shares_threads
         self.ssh = ssh
         self.run_directory: Path | None = None  # as rank 0 has told it, in any of the starts
+
+    @property
+    def processes(self) -> int:
+        """The number of ranks of the next start."""
+        return sum(host.slots for host in self.hosts)
 
     def run(self, command: Sequence[str], signals: Signals) -> Outcome:
         """Run ``command`` as all ranks to their end."""
@@ -216,34 +248,40 @@ class Supervisor:
             return Outcome(128 + signals.received[0])
         for line in describe(cause, ends, directory):
             say(line)
-        return Outcome(USAGE_ERROR if cause.status == USAGE_ERROR else FAILED, cause)
+        blamed = ranks_to_blame(cause, ends)
+        names = [host.name for host in self.hosts for _ in range(host.slots)]
+        hosts = frozenset(names[rank] for rank in blamed)
+        return Outcome(USAGE_ERROR if cause.status == USAGE_ERROR else FAILED, cause, hosts)
 
     def next_command(
-        self,
-        command: Sequence[str],
-        resume_command: Callable[[Path], Sequence[str]] | None,
-        attempt: int,
-        restarts: int,
+        self, command: Sequence[str], resume_command: Callable[[Path], Sequence[str]] | None, label: str
     ) -> Sequence[str]:
-        """Choose the command after a failure, and say so: resume the run, or start it again if it has not begun.
-
-        A directory that was made but has no config yet, as after a kill at the start, is moved aside: the command would
-        refuse it.
-        """
+        """Choose the command after a failure, and say so: resume the run, or start it again if it has not begun."""
         directory = self.run_directory
-        label = f"llmtrain: restart {attempt} of {restarts}"
-        if directory is not None and resume_command is not None and (directory / CONFIG).is_file():
-            say(f"{label}: {self.processes} processes resume {directory}")
-            return resume_command(directory)
-        if directory is not None and directory.is_dir() and not (directory / CONFIG).exists():
-            aside = free_name(directory)
-            with contextlib.suppress(OSError):
-                directory.rename(aside)
-                self.run_directory = None
-                say(f"{label}: {self.processes} processes start anew; what the failed start left is in {aside}")
-                return command
-        say(f"{label}: {self.processes} processes start anew")
+        number = "1 process" if self.processes == 1 else f"{self.processes} processes"
+        end = "s" if self.processes == 1 else ""
+        left = usable_directory(directory) if directory is not None else None
+        if left is not None and resume_command is not None:
+            say(f"{label}: {number} resume{end} {left}")
+            return resume_command(left)
+        self.run_directory = None if left is None else directory
+        say(f"{label}: {number} start{end} anew")
         return command
+
+
+def usable_directory(directory: Path) -> Path | None:
+    """``directory`` if a run in it can be resumed; None: the command has to start again.
+
+    One that was made but has no config yet, as after a kill at the start, is moved aside: the command would refuse it.
+    """
+    if (directory / CONFIG).is_file():
+        return directory
+    if directory.is_dir() and not (directory / CONFIG).exists():
+        aside = free_name(directory)
+        with contextlib.suppress(OSError):
+            directory.rename(aside)
+            say(f"llmtrain: {directory}: a start that failed has left no config in it; moved to {aside}")
+    return None
 
 
 def collect(ranks: Sequence[RankProcess], ended: dict[int, RankEnd], *, by_supervisor: bool = False) -> None:
@@ -269,11 +307,6 @@ def forwarded_signals() -> Iterator[Signals]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def is_here(host: Host) -> bool:
-    """Return whether a host is this machine, by its name."""
-    return not host.name or is_loopback(host.name) or host.name == socket.gethostname()
 
 
 def free_port() -> int:

@@ -139,10 +139,15 @@ class LocalShards:
 
     def largest(self, value: Tensor) -> Tensor:
         """The largest ``value`` of all ranks; NaN if one of them is."""
-        # A sum of the values side by side: the maximum of some libraries loses a NaN.
-        values = value.new_zeros(self.peers.size)
-        values[self.peers.rank] = value
-        return self.peers.sum(values).amax()
+        return largest_of(value, self.peers)
+
+
+def largest_of(value: Tensor, peers: Peers) -> Tensor:
+    """The largest ``value``, 0-dimensional, of all ``peers``; NaN if one of them is."""
+    # A sum of the values side by side: the maximum of some libraries loses a NaN.
+    values = value.new_zeros(peers.size)
+    values[peers.rank] = value
+    return peers.sum(values).amax()
 
 
 def local_shard(parameter: nn.Parameter, peers: Peers) -> LocalShard:

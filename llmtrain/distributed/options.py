@@ -70,9 +70,14 @@ class Distributed(Option):
         if self.pipeline_schedule not in SCHEDULES:
             raise ValueError(f"pipeline_schedule={self.pipeline_schedule}: must be one of {', '.join(SCHEDULES)}")
         positive(stages_per_process=self.stages_per_process, timeout_seconds=self.timeout_seconds)
+        non_negative(restarts=self.restarts)
         if self.min_processes is not None:
             positive(min_processes=self.min_processes)
-        non_negative(restarts=self.restarts)
+            if self.restarts == 0:
+                raise ValueError(
+                    f"min_processes={self.min_processes}: is about restarts, and restarts=0 makes none; restarts=3, "
+                    "or min_processes=null"
+                )
 
     @property
     def degrees(self) -> dict[str, int]:
@@ -96,6 +101,13 @@ class Distributed(Option):
                 f"process{'es' if size > 1 else ''}; {remedy.format(given)}, or another degree (-1: what is left)"
             )
         return Mesh(**{key: size // given if degree == REST else degree for key, degree in self.degrees.items()})
+
+    def is_sharded(self, mesh: Mesh) -> bool:
+        """True if the ranks of ``mesh`` hold a part of each weight.
+
+        Weights are divided over ``shard`` × ``context``, also where ``shard`` is to take what is left, which is 1.
+        """
+        return mesh.shard > 1 or (mesh.context > 1 and self.shard == REST)
 
     def local_processes(self, gpus: int) -> int:
         """The number of ranks to start on this machine, which has so many ``gpus``, where no launcher has.

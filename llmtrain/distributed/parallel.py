@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from llmtrain.base.places import Places
 from llmtrain.base.world import Alone, World
+from llmtrain.clipping import ClipResult
 from llmtrain.data import Batch
 from llmtrain.objective import TrainingUnit
-from llmtrain.optimizer import Trainable
+from llmtrain.optimizer import Trainable, update
 from llmtrain.precision import Precision
 
 
@@ -25,8 +26,6 @@ class Parallel:
 
     holds_parts: ClassVar[bool] = False  # True: :meth:`weights` of some parameters are parts of them
     keeps_casts: ClassVar[bool] = True  # False: whole weights do not outlive a pass, so no cast of them can be kept
-
-    may_compile: bool = True  # False: the backward passes cannot be those of compiled code
 
     def __init__(self, unit: TrainingUnit, world: World | None = None) -> None:
         self.unit = unit
@@ -51,6 +50,9 @@ class Parallel:
     def trainable(self) -> Trainable:
         """The view that an optimizer is built over: names and this rank's part of every parameter."""
         return self.unit
+
+    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the optimizer into use that has been built over :attr:`trainable`."""
 
     def weights(self) -> list[tuple[str, nn.Parameter]]:
         """The trained parameters as this rank holds them, by the names that they have in checkpoints."""
@@ -91,9 +93,32 @@ class Parallel:
         """Context of a micro-batch's forward and backward pass; ``is_last``: of the step."""
         return nullcontext()
 
+    @property
+    def is_compilable(self) -> bool:
+        """False: the unit cannot be compiled, as where hooks of its modules gather weights."""
+        return True
+
+    def update(self, optimizer: torch.optim.Optimizer, skipped: Tensor, divisor: Tensor | None) -> None:
+        """Update :meth:`weights` by ``optimizer``, as :func:`llmtrain.optimizer.update` does, for the next pass."""
+        update(optimizer, skipped, divisor)
+
+    def use_loaded(self) -> None:
+        """Compute with the values that a checkpoint has given :meth:`held`; every rank calls this."""
+
     def drop_gradients(self) -> None:
         """Free all gradients."""
         self.unit.zero_grad(set_to_none=True)
+
+    def agree_on(self, clip: ClipResult) -> ClipResult:
+        """The measurements of this rank's clipping as all ranks are to have them."""
+        return clip
+
+    def after_update(self, step: int, *, is_last: bool) -> dict[str, Tensor]:
+        """Exchange what ranks exchange after an update; ``step``: steps done, ``is_last``: the run ends with it.
+
+        Returns numbers for the metrics by name, 0-dimensional on the device.
+        """
+        return {}
 
     def sum_losses(self, losses: Tensor, flags: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Sum ``losses`` ``(losses,)`` over the parts of a step, and ``flags`` ``(flags,)`` over all ranks, at once."""
@@ -123,10 +148,6 @@ class Parallel:
     def total_norm(self, norms: Tensor, names: Sequence[str]) -> Tensor:
         """The norm of all parameters together from the ``norms`` ``(parameters,)`` of those that this rank holds."""
         return torch.linalg.vector_norm(norms)
-
-    def anywhere(self, flag: Tensor) -> Tensor:
-        """True, 0-dimensional, where ``flag`` is on a rank that holds other parameters, or here."""
-        return flag
 
     def whole_weights(self) -> AbstractContextManager[None]:
         """Context in which the model of the unit can be called by one rank alone, as for samples of text.

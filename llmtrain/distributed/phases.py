@@ -53,6 +53,8 @@ class Position:
     step: int
     seconds: float  # that it has been there, by its last heartbeat
     silence: float = 0.0  # seconds since its last heartbeat
+    writing: float = 0.0  # seconds that a thread has been writing its files of a checkpoint; 0: it does not
+    collectives: int = 0  # operations with all ranks that it has begun
 
     @property
     def key(self) -> Key:
@@ -81,7 +83,8 @@ def judge(positions: Sequence[Position], limit: float, behind_seconds: float = m
     a rank may seem to be where all of them were for long.
 
     A rank is behind at a lower step, or at the same step in an earlier phase.  Where all ranks are in one place for so
-    long, none is behind, and all are named: a network link, a device or a file system does not answer.
+    long, :func:`find_late` tells them apart; if it cannot, all are named: a network link, a device or a file system
+    does not answer.
     """
     silence = find_silence(positions, limit)
     if silence is not None:
@@ -95,6 +98,8 @@ def judge(positions: Sequence[Position], limit: float, behind_seconds: float = m
     if seconds <= limit:
         return None
     place = f"{behind[0].phase.value} at step {behind[0].step:,}"
+    if len(behind) == len(present) and (found := find_late(present, limit)) is not None:
+        return found
     if len(behind) == len(present):
         text = f"all {len(present)} ranks have been {place} for {_seconds(seconds)}, and none is behind the others"
         if behind[0].phase.waits:
@@ -105,6 +110,26 @@ def judge(positions: Sequence[Position], limit: float, behind_seconds: float = m
     has = "has" if len(behind) == 1 else "have"
     text = f"{_named(behind)} {has} been {place} for {_seconds(seconds)}"
     return Verdict(text + _others(present, behind), tuple(each.rank for each in behind))
+
+
+def find_late(positions: Sequence[Position], limit: float) -> Verdict | None:
+    """Find, among ranks in one place, those that the others wait for.
+
+    They have been writing their files of a checkpoint for longer than ``limit`` seconds, and others do not; or they
+    have begun fewer collective operations, in which the others are.
+    """
+    late = [each for each in positions if each.writing > limit]
+    if late:
+        text = f"been writing a checkpoint for {_seconds(max(each.writing for each in late))}"
+    else:
+        most = max(each.collectives for each in positions)
+        late = [each for each in positions if each.collectives < most]
+        seconds = _seconds(min(each.seconds for each in positions))
+        text = f"not begun an operation that the others wait in, {positions[0].phase.value} for {seconds}"
+    if not 0 < len(late) < len(positions):
+        return None
+    has = "has" if len(late) == 1 else "have"
+    return Verdict(f"{_named(late)} {has} {text}" + _others(positions, late), tuple(each.rank for each in late))
 
 
 def last_key(positions: Sequence[Position]) -> Key | None:

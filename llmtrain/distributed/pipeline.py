@@ -11,7 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from llmtrain.base.places import Place, Places, places_of
 from llmtrain.base.world import World
+from llmtrain.clipping import ClipResult
 from llmtrain.data import Batch
+from llmtrain.distributed.allocation import allocate, device_of, is_described
 from llmtrain.distributed.data_parallel import Sharded
 from llmtrain.distributed.options import Distributed
 from llmtrain.distributed.parallel import Parallel
@@ -49,12 +51,14 @@ class Pipeline(Parallel):
 
     holds_parts: ClassVar[bool] = True
 
-    def __init__(
-        self, unit: TrainingUnit, world: World, mesh: DeviceMesh, options: Distributed, device: torch.device
-    ) -> None:
-        """``unit``: built alike on every rank, or on meta; what others hold leaves this rank's memory."""
+    def __init__(self, unit: TrainingUnit, world: World, mesh: DeviceMesh, options: Distributed) -> None:
+        """``unit``: built alike on every rank; what others hold leaves this rank's memory.
+
+        Of a unit on the meta device this rank's stages alone get memory, without values.
+        """
         super().__init__(unit, world)
         refuse_undivided(unit)
+        device, has_memory = device_of(mesh), not is_described(unit)
         self.ranks = PipelineGroup(mesh.get_group("pipeline"), device)
         degree, name = self.ranks.size, options.pipeline_schedule
         blocks, first, last = layer_costs(unit)
@@ -68,7 +72,9 @@ class Pipeline(Parallel):
         self.own = StageWeights(unit, self.holds)
         self.peers = StagePeers(mesh)
         self.inner = self._share_stages(mesh, options)
-        self.may_compile = name != "zero_bubble"
+        for stage in () if has_memory else self.stages:
+            allocate(stage, device)
+        self._may_compile = name != "zero_bubble"  # which calls backward in two parts
         self.keeps_casts = self.inner is None and name != "zero_bubble"  # type: ignore[misc]
         self.schedules = Schedules(
             name, self.stages, self.division, self.ranks, self.hidden_size, self._boundaries(), lambda loss: loss
@@ -125,6 +131,10 @@ class Pipeline(Parallel):
     @property
     def data_size(self) -> int:
         return self.peers.size
+
+    @property
+    def is_compilable(self) -> bool:
+        return self._may_compile
 
     @property
     def seed_rank(self) -> int:
@@ -222,8 +232,9 @@ class Pipeline(Parallel):
     def largest(self, value: Tensor) -> Tensor:
         return self.ranks.largest(value if self.inner is None else self.inner.largest(value))
 
-    def anywhere(self, flag: Tensor) -> Tensor:
-        return self.ranks.sum(flag.float()) > 0
+    def agree_on(self, clip: ClipResult) -> ClipResult:
+        """The same, and clipped where the gradients of one stage were."""
+        return clip._replace(clipped=self.ranks.sum(clip.clipped.float()) > 0)
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 

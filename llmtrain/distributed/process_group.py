@@ -1,10 +1,12 @@
 """The world of a run on torch.distributed: gloo between the hosts' processors, NCCL between GPUs."""
 
+import contextlib
 import datetime
 import json
 import socket
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from llmtrain.base.streams import write_to_stderr
@@ -38,18 +41,25 @@ class ProcessGroup(World):
         self.host = socket.gethostname()
         self.local_size = 1
         self.heartbeat, self.supervision = heartbeat, supervision
+        self.record_run_directory: Callable[[Path], Any] = lambda _: None  # for a start that follows
         self._host_group, self._timeout = host_group, timeout
 
     @classmethod
     def open(
-        cls, device: torch.device, timeout_seconds: float, heartbeat: Heartbeat, supervision: Supervision
-    ) -> "ProcessGroup":
-        """Join the ranks by the variables that torchrun sets: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+        cls, device: torch.device, timeout_seconds: float, heartbeat: Heartbeat, supervision: Supervision,
+        store: Any = None,
+    ) -> "ProcessGroup":  # fmt: skip
+        """Join the ranks by the variables that torchrun sets: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+        With a ``store`` they meet there, not at the address.
+        """
         timeout = datetime.timedelta(seconds=timeout_seconds + LATER_SECONDS)
+        place = {} if store is None else {"store": store, "rank": heartbeat.rank, "world_size": heartbeat.size}
         if device.type == "cuda":
-            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device, **place)
         else:
-            dist.init_process_group("gloo", timeout=timeout)
+            dist.init_process_group("gloo", timeout=timeout, **place)
+        heartbeat.collectives = count_collectives
         return cls(dist.new_group(backend="gloo", timeout=timeout), timeout, heartbeat, supervision)
 
     def separate(self) -> "ProcessGroup":
@@ -69,6 +79,7 @@ class ProcessGroup(World):
         self.heartbeat.run_dir = run_dir
         if self.is_first:
             self.supervision.report_run_directory(run_dir)
+            self.record_run_directory(run_dir)
         redirect_output(run_dir / "ranks", self.rank, self.size)
 
     def show_with(self, notify: Callable[[str], bool]) -> None:
@@ -78,8 +89,14 @@ class ProcessGroup(World):
 
         self.heartbeat.show = show
 
-    def saving(self) -> AbstractContextManager[None]:
-        return self.supervision.saving()
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        self.heartbeat.writes_since = time.monotonic()
+        try:
+            with self.supervision.saving():
+                yield
+        finally:
+            self.heartbeat.writes_since = None
 
     def sum(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor)
@@ -108,6 +125,20 @@ class ProcessGroup(World):
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded, group=self._host_group)
         return [_decode(part[: int(length)]) for part, length in zip(parts, lengths, strict=True)]
+
+
+def count_collectives() -> int:
+    """The number of collective operations that this rank has begun with all others, as the backends count them.
+
+    Every rank begins the same ones: a rank with fewer holds the others up.  Those between the stages of a pipeline
+    differ.
+    """
+    total = 0
+    with contextlib.suppress(RuntimeError, ValueError):  # a backend that does not count; the end of the world
+        for group in list(distributed_c10d._world.pg_map) if dist.is_initialized() else []:
+            if group.size() == dist.get_world_size() and "pipeline" not in group.group_desc:
+                total += int(getattr(group, "_get_sequence_number_for_group")())  # noqa: B009 - the stubs lack it
+    return total
 
 
 def _encode(value: Any) -> Tensor:

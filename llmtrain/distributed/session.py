@@ -3,22 +3,72 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from llmtrain.base.ranks import RankPlace, find_rank, refuse_several_processes
 from llmtrain.base.runtime import Runtime
-from llmtrain.base.world import ALONE, World
+from llmtrain.base.world import ALONE, Alone, World
 from llmtrain.distributed.heartbeat import Heartbeat
 from llmtrain.distributed.options import Distributed
 from llmtrain.distributed.rank_exit import abandon, leave
-from llmtrain.distributed.supervision import Supervision
+from llmtrain.distributed.supervision import Supervision, is_supervised
+from llmtrain.distributed.torchrun import START, JobStore, Start, is_torchrun, record_path
 
-if TYPE_CHECKING:
-    from llmtrain.distributed.process_group import ProcessGroup
+# The membership of this process, from its start; torch's own default group is global, too
+_joined: list[tuple[Supervision, Heartbeat]] = []
 
-_joined: list[ProcessGroup] = []  # the world of this process; torch's own default group is global, too
+
+_met: list[tuple[JobStore, Start]] = []  # the store of this process under torchrun, which rank 0 may have
+
+
+class OnlyRank(Alone):
+    """The only rank of a job, which others may join, or follow, at its next start."""
+
+    def __init__(self, supervision: Supervision) -> None:
+        self.supervision = supervision
+
+    def begin(self, run_dir: Path) -> None:
+        self.supervision.report_run_directory(run_dir)
+        record_run_directory(run_dir)
+
+
+def record_run_directory(run_dir: Path) -> None:
+    """Record for torchrun's next start of the ranks where the run is, so that it can be resumed."""
+    for store, start in _met:
+        store.record_run_directory(run_dir, start)
+
+
+def is_rank() -> bool:
+    """Return whether a launcher, torchrun's agent or a supervisor of this program has started this process as a rank.
+
+    It may be the only one: of a job that has lost machines.
+    """
+    return find_rank() is not None or is_supervised() or is_torchrun(os.environ)
+
+
+def meet(
+    options: Distributed, run_dir: str | None = None, output_dir: str = ".",
+    usable: Callable[[Path], Path | None] = lambda _: None,
+) -> Start | None:  # fmt: skip
+    """Agree with the other ranks under torchrun on the number of this start, and on the run that it resumes.
+
+    None where there is nothing to agree on.  ``run_dir`` and ``output_dir`` are those of a new run; for ``usable`` see
+    :meth:`JobStore.meet`.
+    """
+    if not is_torchrun(os.environ):
+        return None
+    if not _met:
+        place = find_rank()
+        rank, size = (0, 1) if place is None else (place.rank, place.size)
+        store = JobStore(os.environ, rank, options.timeout_seconds)
+        if START in os.environ:  # before this command took the place of another
+            start = Start.parse(os.environ[START])
+        else:
+            start = store.meet(rank, size, record_path(run_dir, output_dir, os.environ), usable)
+        _met.append((store, start))
+    return _met[0][1]
 
 
 @contextmanager
@@ -33,8 +83,10 @@ def join(options: Distributed, runtime: Runtime) -> Iterator[World]:
         refuse_several_processes()
     place = find_rank()
     options.mesh(1 if place is None else place.size)
+    start = meet(options)
     if place is None:
-        yield ALONE
+        supervision = Supervision.of(os.environ, 0)
+        yield ALONE if supervision.folder is None and start is None else OnlyRank(supervision)
         return
     from llmtrain.distributed.process_group import ProcessGroup
 
@@ -46,12 +98,16 @@ def join(options: Distributed, runtime: Runtime) -> Iterator[World]:
     supervision = Supervision.of(os.environ, place.rank)
     heartbeat = Heartbeat(
         place.address, place.port, place.rank, place.size, timeout_seconds=options.timeout_seconds,
-        supervision=supervision, generation=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        supervision=supervision, generation=str(start.number if start else 0),
     )  # fmt: skip
-    world = ProcessGroup.open(runtime.torch_device(), options.timeout_seconds, heartbeat, supervision)
+    _joined.append((supervision, heartbeat))
+    heartbeat.start()  # a rank that never comes is named, too
+    world = ProcessGroup.open(
+        runtime.torch_device(), options.timeout_seconds, heartbeat, supervision,
+        store=_met[0][0].of_start(start) if start else None,
+    )  # fmt: skip
+    world.record_run_directory = record_run_directory
     world.local_size = place.local_size
-    _joined.append(world)
-    heartbeat.start()
     yield world
     leave(0, world, heartbeat)
     _joined.clear()
@@ -80,5 +136,5 @@ def abandon_run(error: BaseException, status: int) -> None:
 
     The error has been shown.
     """
-    for world in _joined:
-        abandon(error, status=status, supervision=world.supervision, heartbeat=world.heartbeat)
+    for supervision, heartbeat in _joined:
+        abandon(error, status=status, supervision=supervision, heartbeat=heartbeat)

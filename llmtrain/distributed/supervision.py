@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -50,6 +50,8 @@ class Failure:
     message: str
     time: float  # of day, in seconds
     is_shown: bool = False  # on the terminal of rank 0
+    about: tuple[int, ...] = ()  # of a verdict: the ranks that hold the others up
+    smaller_micro_batch: int = 0  # after memory ran out: sequences with which a restart may fit
 
     @classmethod
     def read(cls, path: Path) -> "Failure | None":
@@ -64,7 +66,8 @@ class Failure:
         """The record in a text as :meth:`text` makes it.  Raises ValueError for another."""
         try:
             values: dict[str, Any] = json.loads(text)
-            return cls(**values | {"kind": Kind(values["kind"])})
+            about = tuple(int(rank) for rank in values.get("about", ()))
+            return cls(**values | {"kind": Kind(values["kind"]), "about": about})
         except (KeyError, TypeError) as error:
             raise ValueError(f"no record of a failure: {text}") from error
 
@@ -103,17 +106,19 @@ class Supervision:
         self._write(RUN_DIRECTORY, str(path.absolute()))
 
     def report_failure(self, error: BaseException | str, *, status: int = FAILED, kind: Kind | None = None,
-                       is_shown: bool = False) -> None:  # fmt: skip
+                       is_shown: bool = False, about: Sequence[int] = ()) -> None:  # fmt: skip
         """Tell why this rank is about to end; the first message counts.
 
-        ``is_shown``: rank 0 has printed it already, so that the supervisor need not.
+        ``is_shown``: rank 0 has printed it already, so that the supervisor need not.  ``about``: the ranks that a
+        verdict names.
         """
         if self._failed:
             return
         self._failed = True
         message = str(error) or type(error).__name__
         kind = kind or kind_of(error, status)
-        failure = Failure(self.rank, self.host, kind, message, time.time(), is_shown and self.rank == 0)
+        failure = Failure(self.rank, self.host, kind, message, time.time(), is_shown and self.rank == 0,
+                          tuple(about), getattr(error, "smaller_micro_batch", 0))  # fmt: skip
         self._write(failure_name(self.rank), failure.text())
 
     @contextlib.contextmanager

@@ -93,6 +93,10 @@ class TensorParallel(Parallel):
         return self.inner.data_size
 
     @property
+    def seed_rank(self) -> int:
+        return self.inner.seed_rank
+
+    @property
     def trainable(self) -> TensorShards:
         return TensorShards(self.inner.trainable, self.cut, self.places())
 
@@ -105,7 +109,7 @@ class TensorParallel(Parallel):
         for name, weight in self.inner.trainable.named_weights():
             if name in cuts:
                 part = with_size(cuts[name].shape, cuts[name].dim, cuts[name].length(rank))
-                own = held.get(name, Place((0,) * len(part), part, self.data_rank == 0))
+                own = held.get(name, Place((0,) * len(part), part, self.seed_rank == 0))
                 assert isinstance(own, Place)
                 places[name] = cuts[name].places(rank, own, tuple(weight.shape))
             elif name in held:  # the same on all ranks of the group: one of them writes it

@@ -16,36 +16,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmtrain.distributed.rank_group import RankGroup
 
-class TensorGroup:
-    """The ranks that share the work of every layer: ``rank`` of ``size``."""
+
+class TensorGroup(RankGroup):
+    """The ranks that share the work of every layer; suspended, a process has the whole unit."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
-        self.is_suspended = False  # True: this process has the whole unit, and the functions below change nothing
+        super().__init__(group)
         self.length = 0  # of the sequences that are split over the ranks now, see :func:`split_sequence`
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Replace the contiguous ``tensor`` by its sum over the ranks; returns it."""
-        dist.all_reduce(tensor, group=self.group)
-        return tensor
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """Stack the ``tensor`` of every rank, which have one shape, along a new first dimension."""
-        tensor = tensor.contiguous()
-        result = tensor.new_empty((self.size, *tensor.shape))
-        # the form that both gloo and NCCL have: results along the first dimension
-        dist.all_gather_into_tensor(result.view(-1), tensor.view(-1), group=self.group)
-        return result
-
-    def scatter_sum(self, parts: Tensor) -> Tensor:
-        """Sum ``parts`` ``(ranks, …)`` over the ranks; each receives the part with its number."""
-        parts = parts.contiguous()
-        result = parts.new_empty(parts.shape[1:])
-        dist.reduce_scatter_tensor(result.view(-1), parts.view(-1), group=self.group)
-        return result
 
 
 def copy_in(x: Tensor, ranks: TensorGroup) -> Tensor:
@@ -53,7 +32,7 @@ def copy_in(x: Tensor, ranks: TensorGroup) -> Tensor:
     return x if ranks.is_suspended else _CopyIn.apply(x, ranks)
 
 
-def sum_out(x: Tensor, ranks: TensorGroup) -> Tensor:
+def sum_out(x: Tensor, ranks: RankGroup) -> Tensor:
     """Return the sum of the ranks' ``x``, equal on all of them."""
     return x if ranks.is_suspended else _SumOut.apply(x, ranks)
 
@@ -122,7 +101,7 @@ class _CopyIn(torch.autograd.Function):
 
 class _SumOut(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: TensorGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, ranks: RankGroup) -> Tensor:
         return ranks.sum(x.clone(memory_format=torch.contiguous_format))
 
     @staticmethod

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,27 @@ REPORTED = {*CHANGES, "sliding_window", "sliding_window_from_layer", "logit_soft
 AUTO_REMEDY = "take model=auto, the model of config.json; if it is that already, download the files again"
 
 
+class Parts(Protocol):
+    """The parts of a model's parameters that a rank holds."""
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of the whole parameters, without vocabulary padding."""
+
+    def holds(self, name: str) -> bool:
+        """Return whether the rank has a part of the parameter."""
+
+    def put(self, name: str, whole: Tensor) -> None:
+        """Take this rank's parts of ``whole``."""
+
+
 @torch.no_grad()
-def load_weights(model: LanguageModel, folder: Path, classifier: nn.Linear | None = None) -> None:
+def load_weights(
+    model: LanguageModel, folder: Path, classifier: nn.Linear | None = None, *, into: Parts | None = None
+) -> None:
     """Fill ``model`` in place with the weights of a directory, on its device and in its type; ``classifier`` too.
 
-    Never more than the tensors of one layer are in memory.
+    ``into``: the parts to fill, where the model has no whole parameters.  Never more than the tensors of one layer are
+    in memory.
     Raises ValueError for a configuration of another model and, in one message, for tensors that are missing, unknown or
     of another shape.
     """
@@ -41,7 +57,10 @@ def load_weights(model: LanguageModel, folder: Path, classifier: nn.Linear | Non
         directory.config.check_architecture(is_classifier=classifier is not None)
         family = family_of_checkpoint(directory.config)
         check_config(model, family, directory)
-        state = model.state_dict()
+        if into is None:
+            state = model.state_dict()
+        else:
+            state = {name: torch.empty(shape, device="meta") for name, shape in into.shapes().items()}
         kind = directory.config.text("model_type")
         maps = family.names(config_of(model), kind)
         if classifier is not None:
@@ -52,7 +71,7 @@ def load_weights(model: LanguageModel, folder: Path, classifier: nn.Linear | Non
         check_tensors(maps, state, family, directory)
         check_head(family, directory, maps)
         for each in maps:
-            copy_tensors(each, state, directory)
+            copy_tensors(each, state, directory, into)
     for note in describe_differences(model, maps, directory):
         log.info("%s: %s", folder, note)
 
@@ -165,7 +184,12 @@ def check_head(family: ModelFamily, directory: CheckpointDirectory, maps: Iterab
         )
 
 
-def copy_tensors(each: TensorMap, state: Mapping[str, Tensor], directory: CheckpointDirectory) -> None:
+def copy_tensors(
+    each: TensorMap, state: Mapping[str, Tensor], directory: CheckpointDirectory, into: Parts | None
+) -> None:
+    """Copy the tensors of a map into those of ``state``, or ``into`` the parts of a rank."""
+    if into is not None and each.ours and not any(map(into.holds, each.ours)):
+        return
     sources = [directory.read(name) for name in each.theirs]
     if not each.ours:
         if sources[0].any():
@@ -178,7 +202,11 @@ def copy_tensors(each: TensorMap, state: Mapping[str, Tensor], directory: Checkp
     row = 0
     for name in each.ours:
         target = state[name]
-        target.copy_(whole[row : row + len(target)])
+        source = whole[row : row + len(target)]
+        if into is None:
+            target.copy_(source)
+        else:
+            into.put(name, source)
         row += len(target)
 
 

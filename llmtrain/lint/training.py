@@ -55,7 +55,7 @@ def oversized_adapters(case: Case) -> Iterator[Finding]:
     if not isinstance(lora, LowRankAdaptation):
         return
     with_adapter = adapters(case.unit.model)
-    sizes = {name: (module.lora_A.shape[1], module.lora_B.shape[0]) for name, module in with_adapter.items()}
+    sizes = {name: module.adapter_sizes() for name, module in with_adapter.items()}
     wide = [name for name, (inputs, outputs) in sizes.items() if lora.rank * (inputs + outputs) >= inputs * outputs]
     if wide:
         half = min(inputs * outputs // (2 * (inputs + outputs)) for inputs, outputs in sizes.values())

@@ -3,8 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-import torch
-
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.base.options import Option
 from llmtrain.model import LanguageModel
 
@@ -15,9 +14,9 @@ class Lora(Option, ABC):
     adapts: ClassVar[bool] = False  # True if the model's own weights are frozen and come from another checkpoint
 
     @abstractmethod
-    def apply(self, model: LanguageModel, generator: torch.Generator) -> None:
+    def apply(self, model: LanguageModel, generators: NamedGenerators | None) -> None:
         """Add adapters to ``model`` in place and freeze the parameters that are not trained.
 
-        ``generator`` draws their initial values, the same ones each time that a run starts or resumes.  Raises
-        ValueError for a key that does not fit the model.
+        ``generators`` draw their initial values, the same ones each time that a run starts or resumes; None: they have
+        no values yet.  Raises ValueError for a key that does not fit the model.
         """

@@ -6,15 +6,16 @@ fp32 and multiplied in autocast's dtype.  Only DoRA's norm and the head need the
 """
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.lora.quantization import PackedWeight
+from llmtrain.model.initial_values import InitialValues
 
 
 class PackedProduct(torch.autograd.Function):
@@ -77,8 +78,10 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-class Adapter(nn.Module, ABC):
+class Adapter(nn.Module, InitialValues):
     """Base class of layers with an adapter."""
+
+    filled: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
@@ -96,10 +99,8 @@ class Adapter(nn.Module, ABC):
         """The product that the adapter adds to the weight, without vocabulary padding."""
         return self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
 
-    def adapt(
-        self, rank: int, scaling: float, dropout: float, *, has_magnitude: bool, generator: torch.Generator
-    ) -> None:
-        """Add an adapter that initially changes nothing."""
+    def adapt(self, rank: int, scaling: float, dropout: float) -> None:
+        """Add the matrices of an adapter, which have no values yet."""
         self.scaling = scaling
         self.dropout = dropout
         inputs, outputs = self.adapter_sizes()
@@ -107,17 +108,22 @@ class Adapter(nn.Module, ABC):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.lora_A = nn.Parameter(torch.empty(rank, inputs, dtype=dtype, device=weight.device))
         self.lora_B = nn.Parameter(torch.empty(outputs, rank, dtype=dtype, device=weight.device))
-        self.initialise(generator)
-        self.register_parameter("lora_magnitude", nn.Parameter(self.norm()) if has_magnitude else None)
+        self.register_parameter("lora_magnitude", None)
+
+    def add_magnitude(self) -> None:
+        """Add DoRA's magnitude, with which the adapter changes nothing at first."""
+        self.lora_magnitude = nn.Parameter(self.norm())
 
     @abstractmethod
     def adapter_sizes(self) -> tuple[int, int]:
         """The number of inputs and outputs of the adapter."""
 
-    def initialise(self, generator: torch.Generator) -> None:
+    def fill(self, key: str, whole: Tensor, generator: torch.Generator) -> None:
         """Initialise A as torch does a linear layer, and B with zeros (Hu et al. 2021, section 4.1)."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)
-        nn.init.zeros_(self.lora_B)
+        if key == "lora_A":
+            nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
+        else:
+            nn.init.zeros_(whole)
 
     def adapted(self, dtype: torch.dtype) -> Tensor:
         """The weight with its adapter, in ``dtype``; differentiable, vocabulary padding included."""
@@ -218,9 +224,11 @@ class LoraEmbedding(nn.Embedding, Adapter):
     def adapter_sizes(self) -> tuple[int, int]:
         return self.rows, self.embedding_dim
 
-    def initialise(self, generator: torch.Generator) -> None:
-        nn.init.zeros_(self.lora_A)
-        nn.init.normal_(self.lora_B, generator=generator)
+    def fill(self, key: str, whole: Tensor, generator: torch.Generator) -> None:
+        if key == "lora_A":
+            nn.init.zeros_(whole)
+        else:
+            nn.init.normal_(whole, generator=generator)
 
     def delta(self, dtype: torch.dtype) -> Tensor:
         return self.scaling * (self.lora_A.to(dtype).t() @ self.lora_B.to(dtype).t())

@@ -5,16 +5,17 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import nn
 
 from llmtrain.base.checks import pattern, pattern_matches, positive
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.base.options import option_name
 from llmtrain.lora import Lora
 from llmtrain.lora.layers import Adapter, FrozenLinear, LoraEmbedding, LoraHead, LoraLinear
 from llmtrain.lora.quantization import Quantization
 from llmtrain.lora.targets import EMBEDDING, HEAD, block_linears, exchange, find_targets
 from llmtrain.model import LanguageModel
+from llmtrain.model.initial_values import initialise_own
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class LowRankAdaptation(Lora):
     def scaling(self) -> float:
         """The factor on ``B A``."""
 
-    def apply(self, model: LanguageModel, generator: torch.Generator) -> None:
+    def apply(self, model: LanguageModel, generators: NamedGenerators | None) -> None:
         """Freeze and quantise weights and insert adapters; parameters keep their names, adapters add theirs."""
         targets = find_targets(model, self.targets)
         linears = block_linears(model)
@@ -68,20 +69,24 @@ class LowRankAdaptation(Lora):
             if not linear.weight.requires_grad:
                 packed = self.quantization.pack(linear.weight)
             if name in targets:
-                exchange(model, name, self._adapt(LoraLinear(linear, packed), generator, self.dropout))
+                exchange(model, name, self._adapt(name, LoraLinear(linear, packed), generators, self.dropout))
             elif packed is not None:
                 exchange(model, name, FrozenLinear(linear, packed))
         for name in targets:
             module = model.get_submodule(name)
             if isinstance(module, nn.Embedding):
                 rows = model.vocab_size if name == EMBEDDING else module.num_embeddings
-                exchange(model, name, self._adapt(LoraEmbedding(module, rows), generator))
+                exchange(model, name, self._adapt(name, LoraEmbedding(module, rows), generators))
             elif not isinstance(module, Adapter):
                 assert isinstance(module, nn.Linear)
-                exchange(model, name, self._adapt(LoraHead(module, model.vocab_size), generator))
+                exchange(model, name, self._adapt(name, LoraHead(module, model.vocab_size), generators))
 
-    def _adapt(self, layer: Adapter, generator: torch.Generator, dropout: float = 0.0) -> nn.Module:
-        layer.adapt(self.rank, self.scaling, dropout, has_magnitude=self.has_magnitude, generator=generator)
+    def _adapt(self, name: str, layer: Adapter, generators: NamedGenerators | None, dropout: float = 0.0) -> nn.Module:
+        layer.adapt(self.rank, self.scaling, dropout)
+        if generators is not None:
+            initialise_own(layer, name, generators)
+        if self.has_magnitude:
+            layer.add_magnitude()
         return layer
 
     def _freeze(self, model: LanguageModel) -> None:

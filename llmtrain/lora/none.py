@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
-
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.lora import Lora
 from llmtrain.model import LanguageModel
 
@@ -12,5 +11,5 @@ from llmtrain.model import LanguageModel
 class NoLora(Lora):
     """No adapters: every parameter is trained."""
 
-    def apply(self, model: LanguageModel, generator: torch.Generator) -> None:
+    def apply(self, model: LanguageModel, generators: NamedGenerators | None) -> None:
         pass

@@ -2,10 +2,11 @@
 
 Three kinds of rows, distinguished by their keys:
 
-- train, each ``log_every`` steps: step, tokens, epoch, loss, learning_rate, grad_norm, grad_max, clipped, refused,
-  tokens_per_second, mfu, step_seconds, memory_bytes, batch_size, and loss_scale under fp16; data_seconds,
-  forward_seconds, backward_seconds, optimizer_seconds and other_seconds add up to step_seconds (rows of older
-  versions lack them);
+- train, each ``log_every`` steps: step, tokens, epoch, position (of the step's first sequence in the data order; rows
+  of older versions lack it), loss, learning_rate, grad_norm, grad_max, clipped, refused, tokens_per_second, mfu,
+  step_seconds, memory_bytes, batch_size, loss_scale under fp16, and outer_norm where replicas have exchanged;
+  data_seconds, forward_seconds, backward_seconds, optimizer_seconds and other_seconds add up to step_seconds (rows of
+  older versions lack them);
 - validation: step, tokens, epoch, val_data (a digest of the validation data), val_loss; of text also bits_per_byte; of
   classifiers also accuracy, macro_f1, confusion and labels; rows of older versions lack val_data and bits_per_byte;
 - events: event ("save", "refused", "resume", ...), step, and the details of the event.

@@ -6,15 +6,18 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.base.options import Option
+from llmtrain.model.layers.attention import segment_starts
 from llmtrain.model.layers.kv_cache import KVCache
 from llmtrain.model.layers.norms import autocast_dtype, lower_norms
+from llmtrain.model.layers.sequence_part import SequencePart
 from llmtrain.model.layers.skip_init import SkipInitMode
 
 MAX_VARIANTS = 64  # of a compiled block: one for each shape, with and without gradients
@@ -40,6 +43,8 @@ class LanguageModel(nn.Module, ABC):
     logit_bias: Tensor | None  # a buffer, see :attr:`head_bias`
     logit_softcap: float | None  # logits are capped smoothly to within this: cap * tanh(logits / cap)
     has_low_residual = False  # see :meth:`lower_residual`
+    takes_part: ClassVar[bool] = False  # True: :meth:`hidden` reads ``part``
+    part: SequencePart | None = None  # the positions that ``ids`` without a cache are of; None: from 0 on
 
     @abstractmethod
     def hidden(self, ids: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
@@ -48,6 +53,8 @@ class LanguageModel(nn.Module, ABC):
         With a ``cache``, ``ids`` continue the sequences that the cache holds.  ``segments``, the shape of ``ids``, are
         the numbers of examples that share a row, each one's tokens in one piece: attention stays within an example, and
         positions begin anew with each.  Padding, on the right, needs none: no earlier token attends to it.
+
+        With a :attr:`part`, ``ids`` are those of its positions, and ``segments`` those of whole sequences.
         """
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -57,6 +64,19 @@ class LanguageModel(nn.Module, ABC):
         model that has this can be cut between its blocks: a later stage takes what an earlier one gives in its place.
         """
         raise NotImplementedError
+
+    def token_positions(
+        self, ids: Tensor, cache: KVCache | None, segments: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The positions ``(sequence,)`` of ``ids``, and those where each token's segment begins, for :meth:`hidden`."""
+        length, device = ids.shape[1], ids.device
+        starts = None if segments is None else segment_starts(segments)
+        if cache is not None:
+            return cache.positions(length, device), starts
+        if self.part is None:
+            return torch.arange(length, device=device), starts
+        positions = self.part.positions(length, device)
+        return positions, None if starts is None else starts[:, positions]
 
     @property
     @abstractmethod
@@ -141,8 +161,20 @@ class LanguageModel(nn.Module, ABC):
         return capped if self.head_bias is None else capped + self.head_bias
 
     @abstractmethod
-    def initialise(self, generator: torch.Generator) -> None:
-        """Fill every parameter in place with its initial value."""
+    def fill(self, name: str, whole: Tensor, generator: torch.Generator) -> None:
+        """Fill ``whole``, of the shape of the whole parameter ``name``, with its initial values: 0 for the padding.
+
+        The model itself may be on the meta device, or hold parts of its parameters.
+        """
+
+    def set_buffers(self, device: torch.device) -> None:
+        """Set the buffers, which follow from the configuration, on ``device``."""
+
+    @torch.no_grad()
+    def initialise(self, generators: NamedGenerators) -> None:
+        """Fill every parameter in place with its initial values."""
+        for name, parameter in self.named_parameters():
+            self.fill(name, parameter, generators.of(name, parameter.device))
 
     @abstractmethod
     def new_cache(self, batch_size: int, dtype: torch.dtype) -> KVCache:
@@ -231,14 +263,19 @@ class ModelConfig(Option, ABC):
         """Construct the module for ``vocab_size`` tokens on torch's current default device."""
 
     def create(
-        self, vocab_size: int, device: torch.device, generator: torch.Generator, num_layers: int | None = None
+        self, vocab_size: int, device: torch.device, generators: NamedGenerators | None, num_layers: int | None = None
     ) -> LanguageModel:
-        """Allocate on ``device``, initialise there; nothing is filled twice.  ``num_layers``: blocks (None: all)."""
+        """Allocate on ``device``, initialise there; nothing is filled twice.  ``num_layers``: blocks (None: all).
+
+        Without ``generators`` the parameters have no values yet.
+        """
         config: Any = self if num_layers is None else dataclasses.replace(self, num_layers=num_layers)  # type: ignore
         with torch.device(device), SkipInitMode():
             model: LanguageModel = config.build(vocab_size)
         if device.type != "meta":
-            model.initialise(generator)
+            model.set_buffers(device)
+            if generators is not None:
+                model.initialise(generators)
         return model
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llmtrain.kernels.dropout import Dropout
 from llmtrain.model import LanguageModel, ModelConfig, head_matrix, nearest_divisor
-from llmtrain.model.layers.attention import AttentionMask, Kernel, attend, attention_mask, kernel_for, segment_starts
+from llmtrain.model.layers.attention import AttentionMask, Kernel, attend, attention_mask, kernel_for
 from llmtrain.model.layers.flex import HeadShape
 from llmtrain.model.layers.kv_cache import KVCache, LayerCache
 from llmtrain.model.layers.norms import LayerNorm
@@ -108,6 +108,8 @@ class Block(nn.Module):
 class GPT(LanguageModel):
     """A GPT-2 of any size."""
 
+    takes_part = True
+
     def __init__(self, config: GPTConfig, vocab_size: int) -> None:
         super().__init__()
         self.config = config
@@ -129,15 +131,17 @@ class GPT(LanguageModel):
     def hidden(self, ids: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
         assert cache is None or segments is None
         length, past = ids.shape[1], 0 if cache is None else cache.length
-        positions = torch.arange(length, device=ids.device) if cache is None else cache.positions(length, ids.device)
-        starts = None if segments is None else segment_starts(segments)
+        positions, starts = self.token_positions(ids, cache, segments)
         if starts is not None:
             positions = positions - starts
         dropout = self.config.dropout if self.training else 0.0
         heads = self._heads()
         kernel = kernel_for(ids, heads.size, dropout) if cache is None else Kernel.sdpa
         fixed = None if cache is None else cache.fixed
-        mask = attention_mask(length, past, ids.device, starts=starts, kernel=kernel, heads=heads, fixed=fixed)
+        part = self.part if cache is None else None
+        mask = attention_mask(
+            length, past, ids.device, starts=starts, kernel=kernel, heads=heads, fixed=fixed, part=part
+        )
         x = self.embed(ids, positions)
         if cache is None:
             x = self.run_blocks(x, [(None, mask)] * self.num_layers)
@@ -161,34 +165,33 @@ class GPT(LanguageModel):
     def head_weight(self) -> Tensor:
         return self.token_embedding.weight if self.config.tie_embeddings else head_matrix(self.head)
 
-    @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
-        """Initialise the weights as ``initialisation`` names; norms become the identity."""
-        fill = self._fill_as_gpt2 if self.config.initialisation is Initialisation.gpt2 else self._fill_as_torch
-        for name, parameter in self.named_parameters():
-            if "norm" in name:
-                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-            else:
-                fill(name, parameter, generator)
-        self.token_embedding.weight[self.vocab_size :] = 0.0
-        self.head_weight[self.vocab_size :] = 0.0
-        self.logit_bias = logit_bias(self.vocab_size, self.head_weight.device)
+    def fill(self, name: str, whole: Tensor, generator: torch.Generator) -> None:
+        """Fill ``whole`` as ``initialisation`` names; norms become the identity."""
+        if "norm" in name:
+            whole.fill_(1.0 if name.endswith("weight") else 0.0)
+        elif self.config.initialisation is Initialisation.gpt2:
+            self._fill_as_gpt2(name, whole, generator)
+        else:
+            self._fill_as_torch(name, whole, generator)
+        if name in self.padded_weights:
+            whole[self.vocab_size :] = 0.0
 
-    def _fill_as_gpt2(self, name: str, parameter: nn.Parameter, generator: torch.Generator) -> None:
+    def _fill_as_gpt2(self, name: str, whole: Tensor, generator: torch.Generator) -> None:
         if name.endswith("bias"):
-            parameter.zero_()
+            whole.zero_()
             return
         residual = name.endswith(("attention.projection.weight", "mlp.down.weight"))
-        parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.num_layers) if residual else 0.02, generator=generator)
+        whole.normal_(0.0, 0.02 / math.sqrt(2 * self.num_layers) if residual else 0.02, generator=generator)
 
-    def _fill_as_torch(self, name: str, parameter: nn.Parameter, generator: torch.Generator) -> None:
+    def _fill_as_torch(self, name: str, whole: Tensor, generator: torch.Generator) -> None:
         if "embedding" in name:
-            parameter.normal_(generator=generator)
+            whole.normal_(generator=generator)
         else:
-            inputs = self.get_parameter(name.removesuffix("bias") + "weight" if name.endswith("bias") else name).shape[
-                1
-            ]
-            parameter.uniform_(-1 / math.sqrt(inputs), 1 / math.sqrt(inputs), generator=generator)
+            inputs = self.config.hidden_size * (4 if "mlp.down" in name else 1)
+            whole.uniform_(-1 / math.sqrt(inputs), 1 / math.sqrt(inputs), generator=generator)
+
+    def set_buffers(self, device: torch.device) -> None:
+        self.logit_bias = logit_bias(self.vocab_size, device)
 
     def new_cache(self, batch_size: int, dtype: torch.dtype) -> KVCache:
         heads, device = self._heads(), self.token_embedding.weight.device

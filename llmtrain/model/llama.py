@@ -23,7 +23,6 @@ from llmtrain.model.layers.attention import (
     attend,
     attention_mask,
     kernel_for,
-    segment_starts,
 )
 from llmtrain.model.layers.flex import HeadShape
 from llmtrain.model.layers.kv_cache import KVCache, LayerCache
@@ -235,6 +234,8 @@ class ConstantVector(nn.Module):
 class Llama(LanguageModel):
     """A Llama of any size, or a related model."""
 
+    takes_part = True
+
     def __init__(self, config: LlamaConfig, vocab_size: int) -> None:
         super().__init__()
         self.config = config
@@ -256,10 +257,10 @@ class Llama(LanguageModel):
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
         assert cache is None or segments is None
-        length, past = ids.shape[1], 0 if cache is None else cache.length
-        starts = None if segments is None else segment_starts(segments)
-        positions = torch.arange(length, device=ids.device) if cache is None else cache.positions(length, ids.device)
-        rotation = self._rotation(positions, past + length, starts)
+        length = ids.shape[1]
+        positions, starts = self.token_positions(ids, cache, segments)
+        end = length if self.part is None else self.part.whole_length
+        rotation = self._rotation(positions, end if cache is None else cache.length + length, starts)
         masks = self._masks(ids, cache, starts)
         x = self.embed(ids, positions)
         if cache is None:
@@ -295,7 +296,7 @@ class Llama(LanguageModel):
         return {
             window: attention_mask(
                 length, past, ids.device, starts=starts, window=window, slopes=slopes, kernel=kernel, heads=heads,
-                fixed=fixed,
+                fixed=fixed, part=self.part if cache is None else None,
             )
             for window in {self.config.window(layer) for layer in range(self.num_layers)}
         }  # fmt: skip
@@ -324,20 +325,18 @@ class Llama(LanguageModel):
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
         return logits if self.head_bias is None else logits + self.head_bias
 
-    @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
-        """Initialise matrices to N(0, ``initial_std``), biases to 0, norms to the identity."""
-        for name, parameter in self.named_parameters():
-            if "norm" in name:
-                parameter.fill_(1.0)
-            elif name.endswith("bias"):
-                parameter.zero_()
-            else:
-                parameter.normal_(0.0, self.config.initial_std, generator=generator)
-        self.token_embedding.weight[self.vocab_size :] = 0.0
-        if not self.config.tie_embeddings:
-            self.head.weight[self.vocab_size :] = 0.0
-        device = self.token_embedding.weight.device
+    def fill(self, name: str, whole: Tensor, generator: torch.Generator) -> None:
+        """Fill matrices with N(0, ``initial_std``), biases with 0; norms become the identity."""
+        if "norm" in name:
+            whole.fill_(1.0)
+        elif name.endswith("bias"):
+            whole.zero_()
+        else:
+            whole.normal_(0.0, self.config.initial_std, generator=generator)
+        if name in self.padded_weights:
+            whole[self.vocab_size :] = 0.0
+
+    def set_buffers(self, device: torch.device) -> None:
         cpu = torch.device("cpu")  # the same bits for every device
         values = alibi_slopes(self.config.num_heads) if self.rotary is None else self.rotary.frequencies(cpu)
         self.positions.value = values.to(device)

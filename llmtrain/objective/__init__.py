@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.base.options import Option
-from llmtrain.data import IGNORE, Batch, Collate, Rows
+from llmtrain.data import IGNORE, Batch, Collate, Outline, Rows
 from llmtrain.kernels.row_losses import VocabularyShare
 from llmtrain.model import LanguageModel, allow_variants
+from llmtrain.model.initial_values import InitialValues
 
 MODEL = "model."  # prefix of the model's own parameters in a unit
 
@@ -110,6 +112,22 @@ class TrainingUnit(nn.Module, ABC):
     def weight_module(self, name: str) -> nn.Module:
         """The module of that name, as :meth:`named_weights` names its parameters."""
         return self.get_submodule(name if name.partition(".")[0] in self.heads else MODEL + name)
+
+    def source_of(self, name: str) -> InitialValues | LanguageModel | None:
+        """The module that knows the initial values of the parameter ``name``; None: no module does."""
+        path, _, key = name.rpartition(".")
+        owner = self.weight_module(path) if path else self
+        if isinstance(owner, InitialValues) and key in owner.filled:
+            return owner
+        return None if name.partition(".")[0] in self.heads or name in self._parameters else self.model
+
+    def set_buffers(self, device: torch.device) -> None:
+        """Set the buffers of the model and of the heads, which follow from the configuration, on ``device``."""
+        self.model.set_buffers(device)
+        for head in self.heads.values():
+            for module in head.modules():
+                if isinstance(module, InitialValues):
+                    module.set_buffers(device)
 
     def count_parameters(self) -> tuple[int, int]:
         """The numbers of trained and of all parameters, with adapters and without vocabulary padding."""
@@ -218,6 +236,7 @@ class Objective(Option, ABC):
     takes: ClassVar[tuple[str, ...]] = ("text", "responses")  # the kinds of data (``DataConfig.gives``) that fit
     loss: ClassVar[str] = "next_token"  # the name of the loss that :meth:`collate` counts targets for
     generates: ClassVar[bool] = True  # True: the model is trained to write text, and is sampled
+    sums_positions: ClassVar[bool] = False  # True: the loss is a sum over positions, each with inputs up to its own
     verb: ClassVar[str] = "generate"  # the command that uses the trained model
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -227,7 +246,7 @@ class Objective(Option, ABC):
             if name in cls.__dict__:
                 raise ValueError(
                     f"{cls.__module__}.{cls.__qualname__}.{name}: is of an earlier version and would never be called; "
-                    "an objective builds a training unit: def build(self, model, labels, generator, class_weights=())"
+                    "an objective builds a training unit: def build(self, model, labels, generators, class_weights=())"
                 )
 
     def collate(self, rows: Rows, positions: np.ndarray, seed: int) -> Batch:
@@ -241,6 +260,16 @@ class Objective(Option, ABC):
             tensors["segments"] = torch.from_numpy(rows.segments)
         counts = {self.loss: int(np.count_nonzero(rows.targets != IGNORE))}
         return Batch(tensors, counts, rows.tokens, rows.lengths_of(tensors))
+
+    def count(self, outline: Outline, class_weights: Sequence[float] = ()) -> Mapping[str, float] | None:
+        """The ``counts`` that :meth:`collate` finds in sequences with this ``outline``; None: only collating does.
+
+        With them each of several ranks collates the sequences that it trains on alone.  So an objective that has a
+        ``collate`` of its own, and counts here, promises that a row's tensors follow from the row and its position.
+        """
+        own = type(self)
+        is_default = own.collate is Objective.collate and own.collator is Objective.collator
+        return {self.loss: outline.targets} if is_default else None
 
     @property
     def is_likelihood(self) -> bool:
@@ -256,13 +285,14 @@ class Objective(Option, ABC):
         self,
         model: LanguageModel,
         labels: Sequence[str],
-        generator: torch.Generator,
+        generators: NamedGenerators | None,
         class_weights: Sequence[float] = (),
     ) -> TrainingUnit:
         """Put ``model`` and the modules that the objective adds into a unit, and freeze weights that are not trained.
 
         Called after the weights are loaded, and before adapters are added.  ``labels`` are the data's classes,
-        ``class_weights`` the weight of an example of each; (): all the same.
+        ``class_weights`` the weight of an example of each; (): all the same.  ``generators`` draw the initial values of
+        what is added (:func:`llmtrain.model.initial_values.initialise_own`); None: it has no values yet.
         """
 
     def measures(self, counted: Tensor, labels: Sequence[str]) -> dict[str, Any]:

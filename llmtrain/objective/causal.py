@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.base.checks import non_negative, positive
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.data import Batch
 from llmtrain.kernels.linear_cross_entropy import Chunking, Options, linear_cross_entropy
 from llmtrain.kernels.row_losses import VocabularyShare
@@ -52,6 +53,8 @@ class CausalUnit(TrainingUnit):
 class Causal(Objective):
     """Cross-entropy of each next token."""
 
+    sums_positions: ClassVar[bool] = True
+
     z_loss: float
     chunk_tokens: int | None
 
@@ -68,7 +71,7 @@ class Causal(Objective):
         self,
         model: LanguageModel,
         labels: Sequence[str],
-        generator: torch.Generator,
+        generators: NamedGenerators | None,
         class_weights: Sequence[float] = (),
     ) -> CausalUnit:
         return CausalUnit(model, self.loss, self.z_loss, self.chunk_tokens)

@@ -3,7 +3,7 @@
 Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training", section 3.2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, ClassVar
@@ -14,11 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.base.checks import positive
-from llmtrain.data import IGNORE, Batch, Collate, Rows
+from llmtrain.base.named_generators import NamedGenerators
+from llmtrain.data import IGNORE, Batch, Collate, Outline, Rows
 from llmtrain.model import LanguageModel
+from llmtrain.model.initial_values import InitialValues, initialise_own
+from llmtrain.model.layers.skip_init import SkipInitMode
 from llmtrain.objective import Objective, TrainingUnit
 
 MAX_MATRIX = 20  # classes; with more, metrics rows leave out the confusion matrix
+CLASSIFIER = "classifier"  # the name of the head in a unit and in checkpoints
 INITIAL_STD = 0.02  # of the head, as of GPT-2's weights
 
 
@@ -30,18 +34,29 @@ class Part(Enum):
     all = "all"
 
 
-class Classifier(nn.Linear):
+class Classifier(nn.Linear, InitialValues):
     """The head: logits ``(batch, classes)`` of hidden states ``(batch, hidden)``; class weights are not saved.
 
     It has no bias, like the heads of transformers' ``…ForSequenceClassification``, so that it can be exported.
     """
 
+    filled: ClassVar[tuple[str, ...]] = ("weight",)
     class_weights: Tensor | None
 
     def __init__(self, hidden_size: int, classes: int, device: torch.device, weights: Sequence[float]) -> None:
-        super().__init__(hidden_size, classes, bias=False, device=device)
-        balanced = torch.tensor(weights, dtype=torch.float32, device=device) if weights else None
-        self.register_buffer("class_weights", balanced, persistent=False)
+        with SkipInitMode():
+            super().__init__(hidden_size, classes, bias=False, device=device)
+        self.weights_of_classes = tuple(weights)
+        self.register_buffer("class_weights", None, persistent=False)
+        self.set_buffers(device)
+
+    def set_buffers(self, device: torch.device) -> None:
+        """Set the weights of the classes, on ``device``."""
+        if self.weights_of_classes:
+            self.class_weights = torch.tensor(self.weights_of_classes, dtype=torch.float32, device=device)
+
+    def fill(self, key: str, whole: Tensor, generator: torch.Generator) -> None:
+        whole.normal_(0.0, INITIAL_STD, generator=generator)
 
 
 class ClassifierUnit(TrainingUnit):
@@ -135,20 +150,27 @@ class Classification(Objective):
     def collator(self, class_weights: Sequence[float]) -> Collate:
         if self.multi_label or not self.weighted_mean or not class_weights:
             return self.collate
-        weights = np.array(class_weights, np.float32)  # as the head holds them
 
         def collate(rows: Rows, positions: np.ndarray, seed: int) -> Batch:
             batch = self.collate(rows, positions, seed)
             classes = rows.targets[rows.targets != IGNORE]
-            return replace(batch, counts={self.loss: float(weights[classes].sum(dtype=np.float64))})
+            return replace(batch, counts={self.loss: weight_of(classes, class_weights)})
 
         return collate
+
+    def count(self, outline: Outline, class_weights: Sequence[float] = ()) -> Mapping[str, float] | None:
+        own = type(self)
+        if own.collate is not Objective.collate or own.collator is not Classification.collator:
+            return None
+        if self.multi_label or not self.weighted_mean or not class_weights:
+            return {self.loss: outline.targets}
+        return None if outline.classes is None else {self.loss: weight_of(outline.classes, class_weights)}
 
     def build(
         self,
         model: LanguageModel,
         labels: Sequence[str],
-        generator: torch.Generator,
+        generators: NamedGenerators | None,
         class_weights: Sequence[float] = (),
     ) -> ClassifierUnit:
         """Add the head and freeze the weights that are not trained, among them the model's own output layer."""
@@ -158,8 +180,8 @@ class Classification(Objective):
             )
         weight = model.head_weight
         head = Classifier(weight.shape[1], len(labels), weight.device, class_weights)
-        with torch.no_grad():
-            head.weight.normal_(0.0, INITIAL_STD, generator=generator)
+        if generators is not None:
+            initialise_own(head, CLASSIFIER, generators)
         first = {
             Part.head: model.num_layers + 1,
             Part.last_layers: model.num_layers - self.last_layers + 1,
@@ -195,6 +217,11 @@ class Classification(Objective):
         if not self.multi_label:
             return labels[target]
         return "|".join(label for index, label in enumerate(labels) if target >> index & 1)
+
+
+def weight_of(classes: np.ndarray, class_weights: Sequence[float]) -> float:
+    """The sum of the weights of ``classes``, each as the head holds it."""
+    return float(np.array(class_weights, np.float32)[classes].sum(dtype=np.float64))
 
 
 def bits(masks: Tensor, number: int) -> Tensor:

@@ -64,6 +64,7 @@ class OptimizerConfig(Option, ABC):
     """
 
     takes_shards: ClassVar[bool] = False  # True: the update is right where a rank holds a part of each parameter
+    is_elementwise: ClassVar[bool] = False  # True: also where the part is any stretch of the flattened parameter
 
     lr: float
 

@@ -15,6 +15,7 @@ class Adam(GroupedOptimizer):
     """Adam; ``weight_decay`` is an L2 penalty, added to the gradient before both moments."""
 
     takes_shards: ClassVar[bool] = True
+    is_elementwise: ClassVar[bool] = True
 
     kind: ClassVar[type[torch.optim.Adam]] = torch.optim.Adam
 

@@ -78,17 +78,17 @@ class GroupedOptimizer(OptimizerConfig):
 
     def _member(self, name: str, parameter: nn.Parameter, unit: Trainable) -> Member:
         layer, num_layers = unit.layer_index(name), unit.num_layers
+        shape, first_element = tuple(parameter.shape), 0
+        if isinstance(unit, ShardedTrainable):
+            shape, first_element = unit.whole_shape(name), unit.first_element(name)
         lr_multiplier = 1.0
-        weight_decay = self.weight_decay if parameter.dim() >= 2 else 0.0
+        weight_decay = self.weight_decay if len(shape) >= 2 else 0.0
         for rule in self.rules:
             if re.search(rule.pattern, name):
                 lr_multiplier = lr_multiplier if rule.lr_multiplier is None else rule.lr_multiplier
                 weight_decay = weight_decay if rule.weight_decay is None else rule.weight_decay
         if self.layer_decay != 1:
             lr_multiplier *= self.layer_decay ** (num_layers + 1 - layer)
-        shape, first_element = tuple(parameter.shape), 0
-        if isinstance(unit, ShardedTrainable):
-            shape, first_element = unit.whole_shape(name), unit.first_element(name)
         return Member(
             name, parameter, shape, first_element, layer, 1 <= layer <= num_layers, lr_multiplier, weight_decay
         )

@@ -18,6 +18,7 @@ class Lion(GroupedOptimizer):
     """
 
     takes_shards: ClassVar[bool] = True
+    is_elementwise: ClassVar[bool] = True
 
     betas: list[float]
 

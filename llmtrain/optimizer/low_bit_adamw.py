@@ -116,7 +116,9 @@ class CompactAdamWOptimizer(torch.optim.Optimizer):
         self.name_seeds = dict(zip(names, seeds.unbind(), strict=True))
         for parameter in parameters:
             step = torch.zeros((), device=parameter.device)
-            self.state[parameter] = {"step": step, **moments.zeros(parameter.detach())}
+            kept = moments.zeros(parameter.detach())
+            self.state[parameter] = {"step": step, **kept}
+            self.kept_keys = tuple(kept)
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closures
@@ -158,7 +160,7 @@ class CompactAdamWOptimizer(torch.optim.Optimizer):
                 update(weights, gradient, stretch, row, skipped, divisor, self.first_elements[name] + begin, *constants)
 
     def _stretches(self, parameter: Tensor) -> Iterator[tuple[Any, ...]]:
-        kept = [value for key, value in self.state[parameter].items() if key != "step"]
+        kept = [self.state[parameter][key] for key in self.kept_keys]
         assert parameter.grad is not None
         return stretches(self.chunk, parameter.detach(), parameter.grad, *kept)
 

@@ -14,6 +14,7 @@ class SGD(GroupedOptimizer):
     """SGD; ``weight_decay`` is an L2 penalty, added to the gradient."""
 
     takes_shards: ClassVar[bool] = True
+    is_elementwise: ClassVar[bool] = True
 
     momentum: float
     nesterov: bool

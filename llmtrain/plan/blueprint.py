@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from llmtrain.activation_checkpointing import ActivationCheckpointing
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.config.assemble import build_unit
 from llmtrain.config.run_config import RunConfig
 from llmtrain.precision import Precision
@@ -56,7 +55,7 @@ class Blueprint:
         """Build the step on the device of the precision, with ``num_layers`` blocks (None: all); within a fake mode."""
         device = self.precision.device
         unit = build_unit(
-            self.settings, self.vocab_size, self.labels, device, torch.Generator(device), load_weights=False,
+            self.settings, self.vocab_size, self.labels, device, NamedGenerators(0), load_weights=False,
             precision=self.precision, num_layers=num_layers,
         )  # fmt: skip
         if self.settings.runtime.compile is not False:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from llmtrain.base.options import option_name
 from llmtrain.config.run_config import RunConfig
+from llmtrain.distributed.checks import check_chunks
 from llmtrain.kernels.linear_cross_entropy import default_chunk
 from llmtrain.plan.blueprint import Blueprint
 from llmtrain.plan.devices import DeviceSpec
@@ -52,7 +53,7 @@ class ClusterRun:
         """The work of a rank of ``mesh``: micro-batches as large as allowed, all of one size."""
         local = self.batch_size // mesh.data
         micro_batch = max(size for size in divisors(local) if size <= self.micro_batch_size)
-        return Work(self.sequence_length, micro_batch, local // micro_batch)
+        return Work(self.sequence_length, micro_batch, local // micro_batch, mesh.context)
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class MeshPlan:
 def plan_mesh(run: ClusterRun, cluster: Cluster, precision: Precision, mesh: Mesh) -> MeshPlan:
     """Estimate memory and time of a run on ``mesh``.  Raises ValueError if it cannot be divided over it."""
     mesh.check(run.shape, run.batch_size)
+    check_chunks(mesh.context, run.sequence_length)
     work = run.work(mesh)
     spec = cluster.spec
     peak = spec.peak_flops(precision)
@@ -140,7 +142,8 @@ def has_pipeline(plan: MeshPlan, program: Program) -> bool:
     if mesh.pipeline == 1:
         return True
     too_few = program.schedule != "gpipe" and plan.work.micro_batches < mesh.pipeline
-    return not (too_few or mesh.tensor > 1 or (program.schedule == "zero_bubble" and mesh.shard > 1))
+    is_cut = mesh.tensor > 1 or mesh.context > 1
+    return not (too_few or is_cut or (program.schedule == "zero_bubble" and mesh.shard > 1))
 
 
 def divisible_batch(batch_size: int, ranks: int) -> int:

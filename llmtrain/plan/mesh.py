@@ -1,13 +1,15 @@
 """The mesh of a cluster plan: how many ranks share what, and the groups in which they communicate."""
 
 import itertools
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from llmtrain.distributed.options import REST
 from llmtrain.plan.shape import Shape
 
-KEYS = ("replicate", "shard", "tensor", "pipeline")
+KEYS = ("replicate", "shard", "context", "tensor", "pipeline")
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,18 @@ class Group:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The degrees of parallelism; the ranks are ``pipeline × replicate × shard × tensor`` of them, the last fastest."""
+    """The degrees of parallelism; ranks are ``pipeline × replicate × shard × context × tensor``, the last fastest.
+
+    ``shards_context``: weights are divided over the ranks of ``context`` also where ``shard`` is 1.
+    """
 
     replicate: int = 1
     shard: int = 1
     tensor: int = 1
     pipeline: int = 1
+    context: int = 1
+    shards_context: bool = False
+    named: str | None = None  # the option of the group, where degrees do not tell it
 
     def __post_init__(self) -> None:
         for name, value in self.degrees.items():
@@ -40,7 +48,7 @@ class Mesh:
     @property
     def devices(self) -> int:
         """The number of ranks."""
-        return self.replicate * self.shard * self.tensor * self.pipeline
+        return math.prod(self.degrees.values())
 
     @property
     def data(self) -> int:
@@ -48,38 +56,54 @@ class Mesh:
         return self.replicate * self.shard
 
     @property
+    def weight_parts(self) -> int:
+        """The number of ranks among which weights, gradients and optimizer state are divided."""
+        return self.shard * self.context if self.shard > 1 or self.shards_context else 1
+
+    @property
     def tensor_group(self) -> Group:
         """The ranks that share each matrix product."""
         return Group(self.tensor, 1)
 
     @property
+    def context_group(self) -> Group:
+        """The ranks that share the positions of every sequence."""
+        return Group(self.context, self.tensor)
+
+    @property
     def shard_group(self) -> Group:
         """The ranks among which weights, gradients and optimizer state are divided."""
-        return Group(self.shard, self.tensor)
+        return Group(self.weight_parts, self.tensor)
 
     @property
     def replicate_group(self) -> Group:
         """The ranks that hold the same part and add up their gradients."""
-        return Group(self.replicate, self.tensor * self.shard)
+        copies = self.replicate * self.shard * self.context // self.weight_parts
+        return Group(copies, self.tensor * self.weight_parts)
 
     @property
     def pipeline_group(self) -> Group:
         """The ranks that hold the stages one after the other."""
-        return Group(self.pipeline, self.tensor * self.shard * self.replicate)
+        return Group(self.pipeline, self.tensor * self.context * self.shard * self.replicate)
 
     def overrides(self, degrees: Collection[str] = KEYS) -> tuple[str, ...]:
         """The mesh as overrides of the group ``distributed``, which has the keys ``degrees``."""
-        named = (f"distributed.{name}={value}" for name, value in self.degrees.items() if name in degrees)
+        shown = self.degrees | ({"shard": REST} if self.shards_context else {})
+        named = (f"distributed.{name}={value}" for name, value in shown.items() if name in degrees)
         return (f"distributed={self.option}", *named)
 
     @property
     def option(self) -> str:
-        """The option of the group ``distributed`` that the mesh is closest to."""
+        """The option of the group ``distributed``: as named, or the one that the mesh is closest to."""
+        if self.named is not None:
+            return self.named
         if self.pipeline > 1:
             return "pipeline"
         if self.tensor > 1:
             return "tensor"
-        if self.shard > 1:
+        if self.context > 1 and self.weight_parts == self.replicate == 1:
+            return "context"
+        if self.weight_parts > 1:
             return "hsdp" if self.replicate > 1 else "fsdp"
         return "ddp" if self.replicate > 1 else "none"
 
@@ -92,6 +116,11 @@ class Mesh:
             raise ValueError(
                 f"distributed.pipeline={self.pipeline}: the model has {shape.num_layers} blocks; "
                 f"take at most {shape.num_layers} stages"
+            )
+        if self.context > 1 and self.pipeline > 1:
+            raise ValueError(
+                f"distributed.context={self.context}: does not go with distributed.pipeline={self.pipeline}; take one "
+                "of them as 1"
             )
         if sequences % self.data:
             nearest = max(1, round(sequences / self.data)) * self.data
@@ -110,9 +139,12 @@ def mesh_of(devices: int, degrees: Mapping[str, int]) -> Mesh:
     if len(left) > 1:
         keys = " and ".join(f"distributed.{name}" for name in left)
         raise ValueError(f"{keys}=-1: only one degree can be what the others leave; give a number for the others")
-    given = Mesh(**{name: value for name, value in degrees.items() if value != REST})
+    named: dict[str, Any] = {name: value for name, value in degrees.items() if value != REST}
+    given = Mesh(**named)
+    given = replace(given, shards_context=given.context > 1 and left == ["shard"])
     if left and devices % given.devices == 0:
-        return replace(given, **{left[0]: devices // given.devices})
+        rest: dict[str, Any] = {left[0]: devices // given.devices}
+        return replace(given, **rest)
     if left or given.devices != devices:
         shown = " × ".join(f"{name} {value}" for name, value in degrees.items() if value != 1)
         remedy = f"take devices={given.devices}" if not left else f"take a multiple of {given.devices}"
@@ -127,7 +159,7 @@ def possible_meshes(
 ) -> Iterator[Mesh]:
     """Yield the meshes of ``devices`` ranks that a model and a batch can be divided over.
 
-    ``degrees``: those that may be more than 1.  Tensor parallelism stays within a host.
+    ``degrees``: those that may be more than 1.  Tensor parallelism stays within a host; ``context`` is 1.
     """
     choices = [divisors(devices) if name in degrees else [1] for name in ("tensor", "pipeline", "shard")]
     for tensor, pipeline, shard in itertools.product(*choices):

@@ -36,6 +36,7 @@ class Program:
     block_gathers: int = 2  # of the hidden states in a block's forward pass under tensor parallelism
     gathers_logits: bool = False  # tensor parallelism: every rank computes the loss over the whole vocabulary
     splits_embedding: bool = True  # tensor parallelism: the embedding is divided too
+    exchange_every: int | None = None  # steps between exchanges of replicas' weights; None: gradients, at every step
     optimizer_traffic: float = 32  # bytes that clipping and update read and write a parameter
     schedule: str = "1f1b"  # of the pipeline
     stages_per_rank: int = 1  # of the pipeline: more than 1 for interleaved schedules
@@ -49,8 +50,14 @@ class Work:
     sequence_length: int
     micro_batch: int  # sequences of a forward pass
     micro_batches: int  # of a step
+    context: int = 1  # ranks that share the positions of these sequences
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch."""
+        """Tokens of a micro-batch whose positions this rank has."""
+        return self.seen_tokens // self.context
+
+    @property
+    def seen_tokens(self) -> int:
+        """Tokens of a micro-batch whose keys this rank sees: those of all ranks that share its positions."""
         return self.sequence_length * self.micro_batch

@@ -36,31 +36,35 @@ def _of_stage(shape: Shape, mesh: Mesh, work: Work, program: Program, stage: int
     outer = outer_on_rank(shape, mesh, program, is_first=is_first, is_last=is_last)
     block = shape.block_matrix_parameters / mesh.tensor + shape.block_vectors
     held = layers * block + outer  # parameters, of all ranks that share them
-    own = held / mesh.shard
+    own = held / mesh.weight_parts
     outer_state = program.state_bytes if program.outer_state_bytes is None else program.outer_state_bytes
-    adds_up = work.micro_batches > 1 and not program.reduces_every_micro_batch and mesh.shard > 1
+    adds_up = work.micro_batches > 1 and not program.reduces_every_micro_batch and mesh.weight_parts > 1
     # FSDP2 adds up whole gradients in the type of their exchange (``to_accumulated_grad_if_needed`` in torch).
     gradients = held * program.reduce_bytes if adds_up else own * program.gradient_bytes
-    if mesh.shard == 1 and program.holds_new_gradients:
+    if mesh.weight_parts == 1 and program.holds_new_gradients:
         gradients += held * program.gradient_bytes
     gathered = 0.0
-    if mesh.shard > 1:
+    if mesh.weight_parts > 1:
         at_once = min(GATHERED_BLOCKS, layers) if program.reshards else layers
         gathered = (at_once * block + outer) * program.gather_bytes
         gathered += block * (program.gather_bytes + program.reduce_bytes)  # a gradient, and as it is sent
     # Casts live as long as the weights that they are of: where those are not gathered again, for the whole step; else
     # products keep them for backward, unless the block is computed again.
-    casts = held if mesh.shard == 1 else min(layers, 1 + layers * _share_kept(program)) * block + outer
+    casts = held if mesh.weight_parts == 1 else min(layers, 1 + layers * _share_kept(program)) * block + outer
     in_flight = min(work.micro_batches, program.in_flight or mesh.pipeline - stage)
     kept = kept_bytes(shape, program) / mesh.tensor * work.tokens
     working = working_bytes(shape, program) / mesh.tensor * work.tokens
+    if work.context > 1:  # keys and values of the other positions, which attention keeps
+        gathered_keys = 2 * shape.key_size * LOW / mesh.tensor * (work.seen_tokens - work.tokens)
+        kept += gathered_keys * _share_kept(program)
+        working += gathered_keys
     logits = 0.0
     if is_last:
         rows = shape.vocab_size if program.gathers_logits else shape.vocab_size / mesh.tensor
         logits = min(work.tokens, program.logit_chunk or work.tokens) * rows * program.logit_bytes
     parts = {
         "weights": own * program.weight_bytes,
-        "optimizer": (layers * block * program.state_bytes + outer * outer_state) / mesh.shard,
+        "optimizer": (layers * block * program.state_bytes + outer * outer_state) / mesh.weight_parts,
         "gradients": gradients,
         "gathered": gathered,
         "casts": casts * program.cast_bytes,

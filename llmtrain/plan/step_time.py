@@ -75,13 +75,14 @@ def step_time(
     block = block_seconds(shape, mesh.tensor, work, program, engine, rates)
     head = head_seconds(shape, mesh.tensor, work, program, engine, rates)
     tensor = tensor_seconds(shape, mesh, work, program, links)
+    context = context_seconds(shape, mesh, work, program, links)
     gather, reduce = gather_seconds(shape.block_parameters, mesh, program, links), 0.0
-    sharded = mesh.shard > 1
+    sharded = mesh.weight_parts > 1
     if sharded:
         reduce = links.scatter_seconds(shape.block_parameters / mesh.tensor * program.reduce_bytes, mesh.shard_group)
     reductions = work.micro_batches if program.reduces_every_micro_batch else 1
     # Communication of a block beside its computation, forward and backward.
-    computing = block + tensor
+    computing = block + tensor + context
     regathers = gather if program.reshards else 0.0
     backward = computing.again + computing.backward
     forward_shown = max(0.0, gather - computing.forward)
@@ -101,10 +102,12 @@ def step_time(
         )
         edges += reductions * (reduce + links.scatter_seconds(outer_bytes * program.reduce_bytes, mesh.shard_group))
     # Gradients of replicas: beside the last backward pass.
-    held = (layers * shape.block_parameters + outer) / mesh.tensor / mesh.shard
+    held = (layers * shape.block_parameters + outer) / mesh.tensor / mesh.weight_parts
     replicas = links.reduce_seconds(held * program.reduce_bytes, mesh.replicate_group)
     beside = layers * backward
     replicas_shown = max(0.0, replicas - max(0.0, beside - layers * (regathers + reduce)))
+    if program.exchange_every is not None:  # of weights, on average: nothing is computed meanwhile
+        replicas_shown = replicas = replicas / program.exchange_every
     hidden = max(0.0, moved - shown) + replicas - replicas_shown
 
     stage = layers * computing.total + head.total
@@ -122,6 +125,7 @@ def step_time(
         "shards": shown + edges,
         "replicas": replicas_shown,
         "tensor": work.micro_batches * layers * tensor.total,
+        "context": work.micro_batches * layers * context.total,
         "pipeline": pipeline,
         "bubble": bubble,
         "contention": rates.contention * hidden,
@@ -217,3 +221,14 @@ def tensor_seconds(shape: Shape, mesh: Mesh, work: Work, program: Program, links
     forward = (program.block_gathers + 2) * once
     again = forward if program.recomputation is Recomputation.full else 0.0
     return Passes(forward, program.recomputed_share * again, forward)
+
+
+def context_seconds(shape: Shape, mesh: Mesh, work: Work, program: Program, links: Links) -> Passes:
+    """The communication of ranks that share positions in a block for a micro-batch; attention waits for it.
+
+    Keys and values are gathered, and their gradients reduced and scattered (Llama Team 2024, section 3.3.2).
+    """
+    keys = 2 * work.seen_tokens * shape.key_size / mesh.tensor * ACTIVATION_BYTES
+    once = links.scatter_seconds(keys, mesh.context_group)
+    again = 0.0 if program.recomputation is Recomputation.none else once
+    return Passes(once, program.recomputed_share * again, once)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from llmtrain.checkpoint.model_state import saved_tensors
 from llmtrain.config.assemble import pipeline_settings
 from llmtrain.config.run_config import RunConfig
+from llmtrain.distributed.deepspeed import DeepSpeed
+from llmtrain.distributed.local_sgd import LocalSgd
 from llmtrain.distributed.options import Mesh as Degrees
 from llmtrain.distributed.pipeline_options import pipeline_problems
 from llmtrain.plan.blueprint import Blueprint
@@ -12,7 +14,8 @@ from llmtrain.plan.cluster import Cluster, ClusterRun, MeshPlan, divisible_batch
 from llmtrain.plan.costs import Costs, Counts, Speed, add_up, count_work, without_long_saves
 from llmtrain.plan.devices import arithmetic, find_device
 from llmtrain.plan.links import Network, links_of
-from llmtrain.plan.mesh import KEYS, Mesh, mesh_of
+from llmtrain.plan.mesh import Mesh, mesh_of
+from llmtrain.plan.program import Program
 from llmtrain.plan.shape import shape_of
 from llmtrain.precision import Precision
 from llmtrain.run.forecast import PlannedRun
@@ -57,6 +60,11 @@ def make_cluster_forecast(planned: PlannedRun, options: ClusterOptions, *, ranks
     Raises ValueError for a mesh that is not of the devices or that the model cannot be divided over.
     """
     run = planned.settings
+    if isinstance(run.distributed, DeepSpeed) and run.distributed.stage != 3:
+        raise ValueError(
+            f"distributed.zero_stage={run.distributed.stage}: the forecast knows whole or divided weights; plan "
+            "distributed=ddp, which takes more memory, or distributed.zero_stage=3"
+        )
     spec = find_device(options.device)
     precision = arithmetic(run.precision, spec)
     shape = shape_of(run.model, run.vocab_size(planned.tokenizer))
@@ -68,6 +76,8 @@ def make_cluster_forecast(planned: PlannedRun, options: ClusterOptions, *, ranks
     blueprint = Blueprint(run, shape.vocab_size, precision, run.accumulation.batch_size_at(0, 0))
     program = program_of(blueprint, shape, reshards=run.distributed.reshard_after_forward)
     mesh = None if ranks_all else checked_mesh(run, options.devices)
+    if mesh is not None and isinstance(run.distributed, LocalSgd):
+        program, mesh = of_replicas(run.distributed, program), replace(mesh, named="local_sgd")
     wanted = planned.length.largest_batch
     batch = divisible_batch(wanted, options.devices if mesh is None else mesh.data)
     work = ClusterRun(shape, program, run.data.sequence_length, batch, run.accumulation.micro_batch_size)
@@ -88,11 +98,20 @@ def make_cluster_forecast(planned: PlannedRun, options: ClusterOptions, *, ranks
 
 def checked_mesh(run: RunConfig, devices: int) -> Mesh:
     """The mesh that a run names.  Raises ValueError if it is not of ``devices``, or its pipeline cannot be trained."""
-    mesh = mesh_of(devices, {key: degree for key, degree in run.distributed.degrees.items() if key in KEYS})
+    mesh = mesh_of(devices, run.distributed.degrees)
     settings = pipeline_settings(run, run.distributed.mesh(devices))
     for problem in () if settings is None else pipeline_problems(settings):
         raise ValueError(problem)
     return mesh
+
+
+def of_replicas(options: LocalSgd, program: Program) -> Program:
+    """``program`` with replicas that exchange now and then, and hold common weights and an outer momentum in fp32."""
+    outside = program.state_bytes if program.outer_state_bytes is None else program.outer_state_bytes
+    return replace(
+        program, exchange_every=options.sync_every, reduce_bytes=options.exchange.bytes_per_weight,
+        state_bytes=program.state_bytes + 8, outer_state_bytes=outside + 8,
+    )  # fmt: skip
 
 
 def _costs(
@@ -110,7 +129,7 @@ def _costs(
     token = memory / (cluster.spec.bandwidth or 1e12) + cluster.links.scatter_seconds(memory, plan.mesh.shard_group)
     speed = Speed(sequence, sequence / 3, max(token, 0.002))
     saved = sum(tensor.nbytes for tensor in saved_tensors(planned.unit).values())
-    saved += round(plan.memory.parts["optimizer"] * plan.mesh.shard * plan.mesh.tensor * plan.mesh.pipeline)
+    saved += round(plan.memory.parts["optimizer"] * plan.mesh.weight_parts * plan.mesh.tensor * plan.mesh.pipeline)
     counts = without_long_saves(counts, speed, saved // cluster.hosts)
     watts = options.watts if options.watts is not None else cluster.spec.watts
     costs = add_up(

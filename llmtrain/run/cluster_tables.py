@@ -18,6 +18,7 @@ COMMUNICATION = {
     "shards": "weights gathered and gradients scattered, while nothing is computed",
     "replicas": "gradients of replicas, while nothing is computed",
     "tensor": "hidden states within blocks",
+    "context": "keys and values of other positions",
     "pipeline": "hidden states between stages",
     "bubble": "stages without a micro-batch",
     "contention": "communication beside computation slows it down",

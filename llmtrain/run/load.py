@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.base.run_files import CONFIG
 from llmtrain.base.runtime import Runtime, check_device
 from llmtrain.checkpoint.directory import locate_checkpoint
@@ -76,8 +77,8 @@ def load_model(
         precision = run.precision.inference(device)
         tokenizer = run.build_tokenizer(stored_tokenizer(run.tokenizer, checkpoint, named=tokenizer_path is not None))
         check_base(run, state)
-        generator = torch.Generator(device).manual_seed(0)
-        unit = build_unit(run, run.vocab_size(tokenizer), state.labels, device, generator, load_weights=False)
+        generators = NamedGenerators(run.runtime.seed)
+        unit = build_unit(run, run.vocab_size(tokenizer), state.labels, device, generators, load_weights=False)
         restore_model(unit, checkpoint)
         unit.eval()
         with precision.arithmetic():

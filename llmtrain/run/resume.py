@@ -174,6 +174,7 @@ class Carryover:
                 checkpoint, parts.unit, parts.optimizer, fresh_optimizer=self.reset is not None,
                 weights=parts.parallel.held(), places=parts.places,
             )  # fmt: skip
+            parts.parallel.use_loaded()
         except CheckpointError as error:
             if self.reset is not None or not self.optimizer_changes:
                 raise

@@ -277,6 +277,7 @@ def make_loop(
     stream = TrainingStream(
         parts.corpus.train, run.objective.collator(parts.corpus.class_weights), run.runtime.seed, run.data.shuffle,
         parts.length.batch_size_at, parts.device, (parts.parallel.data_rank, parts.parallel.data_size),
+        partial(run.objective.count, class_weights=parts.corpus.class_weights),
     )  # fmt: skip
     learning_rate = partial(run.schedule, peak=run.optimizer.lr, total=parts.max_steps)
     return Loop(
@@ -293,7 +294,8 @@ def tune(run: RunConfig, parts: Parts, step: Step, state: TrainState, peak_flops
 
     Choices restored from a checkpoint are kept.
     """
-    if run.runtime.compile is not False:  # in short runs as well: the kernel takes seconds to compile
+    compiles = run.runtime.compile if parts.parallel.is_compilable else False
+    if compiles is not False:  # in short runs as well: the kernel takes seconds to compile
         parts.unit.compile_loss()
     evaluates = run.loop.eval_every > 0 and parts.corpus.validation is not None
     rehearsal = Rehearsal(
@@ -319,7 +321,7 @@ def tune(run: RunConfig, parts: Parts, step: Step, state: TrainState, peak_flops
     flops = tokens * parts.unit.flops_per_token(parts.corpus.train.attended_length)
     batch = -(-batch // parts.parallel.data_size)  # of a rank
     settings = CompileSettings(
-        run.runtime.compile if parts.parallel.may_compile else False, run.runtime.cuda_graphs, flops / peak_flops,
+        compiles, run.runtime.cuda_graphs, flops / peak_flops,
         pads=parts.corpus.train.mean_length < run.data.sequence_length,
         recomputes=not isinstance(run.activation_checkpointing, KeepAll), is_sharded=parts.parallel.holds_parts,
     )  # fmt: skip

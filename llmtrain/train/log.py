@@ -59,6 +59,8 @@ class RunLog:
     def count(self, record: StepRecord) -> None:
         """Count a step whose numbers have arrived."""
         self.timer.read()
+        if missed := round(record.values.get("missed_replicas", 0)):
+            self.event("missed_round", record.step, replicas=missed)
         self.steps += 1
         self.tokens += record.tokens
         self.flops += record.flops
@@ -86,6 +88,7 @@ class RunLog:
             "step": record.step,
             "tokens": record.total_tokens,
             "epoch": self.epoch(record.position + record.batch_size),
+            "position": record.position,
             "loss": values["loss"],
             **{f"{name}_loss": values[f"{name}_loss"] for name in record.losses},
             "learning_rate": record.learning_rate,
@@ -100,8 +103,7 @@ class RunLog:
             **{f"{phase}_seconds": round(value / steps, 6) for phase, value in self.timer.take(seconds).items()},
             "memory_bytes": peak_memory(self.device),
         }
-        if "loss_scale" in values:
-            row["loss_scale"] = values["loss_scale"]
+        row |= {key: values[key] for key in ("loss_scale", "outer_norm") if key in values}
         self.metrics.row(row)
         self.display.row(row)
 

@@ -1,17 +1,14 @@
 """The training loop: the step, and the work between steps."""
 
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 from llmtrain.base.format import counted
-from llmtrain.base.tensor_files import CheckpointError
 from llmtrain.checkpoint.directory import step_of
 from llmtrain.checkpoint.format import remove_checkpoint
-from llmtrain.checkpoint.model_state import saved_tensors, stored_places
-from llmtrain.checkpoint.optimizer_state import state_tensors
-from llmtrain.checkpoint.writer import RunDirectoryGone, Saver, SaveResult
+from llmtrain.checkpoint.model_state import stored_places
+from llmtrain.checkpoint.writer import Saver
 from llmtrain.clipping import Clipping
 from llmtrain.data import Batch
 from llmtrain.data.loader import Loader, TrainingStream
@@ -19,18 +16,16 @@ from llmtrain.recovery import Action, Failure, RateReduction, Recovery, Rollback
 from llmtrain.train.agreement import Agreement
 from llmtrain.train.config import LoopConfig
 from llmtrain.train.evaluation import Evaluator
+from llmtrain.train.failure import TrainingFailed
 from llmtrain.train.length import TrainingLength
 from llmtrain.train.log import RunLog
 from llmtrain.train.readback import Readback, StepRecord
+from llmtrain.train.saves import Saves
 from llmtrain.train.state import TrainState, restore_state
 from llmtrain.train.step import Step, seed_step
 
 MAX_SKIPPED_AT_END = 3  # steps in a row; a run that ends with as many has failed
 KEPT_AT_ROLL_BACK = ("position", "skipped_sequences", "refused_steps", "train_seconds", "micro_batch_size")
-
-
-class TrainingFailed(RuntimeError):
-    """Training cannot continue; the message explains.  Saved checkpoints are intact."""
 
 
 class Loop:
@@ -76,12 +71,8 @@ class Loop:
         self.loader = self._open_loader()
         self.last_loss: float | None = None
         self.skipped_in_a_row = 0
-        self.saved_step: int | None = state.step or None  # a resumed run starts from a saved step
-        self.tried_step: int | None = None  # the step of the last save, failed or not
-        self.save_error: Exception | None = None  # the error of the last save, if it failed
-        self.save_cost = 0.0  # seconds that the last save took
-        self.trained_at_save = state.train_seconds
-        self.started = self.saved_at = log.clock()
+        self.saves = Saves(saver, step, log, state)
+        self.started = log.clock()
         log.restart()
 
     def close(self) -> None:
@@ -97,7 +88,7 @@ class Loop:
         """
         self.step.unit.train()
         self.evaluate()
-        self.saved_at = self.log.clock()
+        self.saves.restart_clock()
         self.log.restart()
         while self.state.step < self.max_steps and not self.stop_reason():
             self.advance()
@@ -105,18 +96,10 @@ class Loop:
                 self.save(copied=not self._is_over())
             self.evaluate()
         self.save(copied=False)
-        self.collect_save(wait=True)
+        self.saves.collect(wait=True)
         if self.log.timer.profiler.is_unfinished:
             self._write_profile()
-        if self.saved_step != self.state.step:
-            raise TrainingFailed(
-                f"step {self.state.step}: the checkpoint could not be written: {self.save_error}; "
-                f"{self._older_checkpoints()}; make room, then continue with: llmtrain resume {self.log.run_dir}"
-            ) from self.save_error
-        try:
-            self.saver.check_place()
-        except RunDirectoryGone as error:
-            raise TrainingFailed(f"step {self.state.step}: {error}") from error
+        self.saves.check(self.state.step)
         if self.state.step < self.max_steps or self._is_evaluation_due():
             return "interrupted"
         if self.skipped_in_a_row >= MAX_SKIPPED_AT_END:
@@ -149,7 +132,7 @@ class Loop:
     def advance(self) -> None:
         """Do one optimizer step, and account for the steps whose numbers have arrived."""
         self.train_step()
-        self.collect_save(wait=False)
+        self.saves.collect(wait=False)
         self.account_for(self.readback.ready())
         self._act(self.recovery.decide(self.state.step))
         if self.log.timer.profiler.step():
@@ -169,7 +152,7 @@ class Loop:
         if self.world.size > 1:
             seed_step(self.stream.seed, state.step, self.step.parallel.seed_rank)
         with self.step.unit.eager() if is_smaller else nullcontext():
-            loss = self.step.gradients(batch, self.agreement.flags(self._is_save_due_by_clock))
+            loss = self.step.gradients(batch, self.agreement.flags(self.saves.is_due_by_clock))
         clip = self.step.clip(self.clipping, state.step, largest=self._is_logged(state.step + 1))
         judged = self.recovery.judge(loss.total, clip.norm)
         timer.mark("optimizer")
@@ -177,13 +160,14 @@ class Loop:
         self.saver.before_update()
         timer.mark("other")  # waiting for the copy of a checkpoint
         self.step.update(learning_rate, judged["refused"], clip.divisor)
+        exchanged = self.step.parallel.after_update(state.step + 1, is_last=state.step + 1 == self.max_steps)
         timer.mark("optimizer")
         timer.finish()
 
         scalars = {"loss": loss.total, "grad_norm": clip.norm, "clipped": clip.clipped}
         scalars |= {} if clip.largest is None else {"grad_max": clip.largest}
         losses = tuple(loss.parts) if len(loss.parts) > 1 else ()
-        scalars |= {f"{name}_loss": loss.parts[name] for name in losses} | judged
+        scalars |= {f"{name}_loss": loss.parts[name] for name in losses} | judged | exchanged
         scalars |= self.agreement.scalars(loss.flags)
         if (scaler := self.step.precision.scaler) is not None:
             scalars["loss_scale"] = scaler.scale
@@ -293,7 +277,7 @@ class Loop:
         Returns the next actions of the recovery, also where there is no such checkpoint.
         """
         self._drain()
-        self.collect_save(wait=True)
+        self.saves.collect(wait=True)
         path, damaged = self.saver.newest_to_roll_back_to(at_most=action.before_step)
         for error in damaged:
             self.log.event("damaged", self.state.step, message=str(error))
@@ -304,6 +288,7 @@ class Loop:
         self.state = state = restore_state(
             path, unit, self.step.optimizer, weights=parallel.held(), places=stored_places(unit, parallel.places())
         )
+        parallel.use_loaded()
         assert state.step <= action.before_step
         state.restore_rng(self.log.device)
         self.step.precision.load_state_dict(state.scaler)
@@ -320,9 +305,9 @@ class Loop:
             if self.world.is_first:
                 remove_checkpoint(later)
             self.saver.intact.discard(later)
-        self.saved_step = self.tried_step = None
+        self.saves.forget()
         self.save(copied=False)
-        self.collect_save(wait=True)
+        self.saves.collect(wait=True)
         return more
 
     def _forget_after(self, step: int) -> None:
@@ -334,16 +319,6 @@ class Loop:
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
-    def _is_save_due(self) -> bool:
-        if self.world.size == 1:
-            elapsed = self.log.clock() - self.saved_at
-        else:
-            elapsed = math.inf if self.agreement.saves else 0.0
-        return self._is_over() or self.saver.policy.is_due(self.state.step, elapsed)
-
-    def _is_save_due_by_clock(self) -> bool:
-        return 0 < 60 * self.saver.policy.every_minutes <= self.log.clock() - self.saved_at
-
     def save(self, *, copied: bool = True) -> None:
         """Start to write a checkpoint of this step, unless there is one; wait for an earlier save first.
 
@@ -352,17 +327,11 @@ class Loop:
         self.world.mark("save", self.state.step)
         self._drain()
         self.agreement.saves = False
-        self.collect_save(wait=True)
-        if self.state.step not in (self.saved_step, self.tried_step):
+        self.saves.collect(wait=True)
+        if self.saves.is_needed(self.state.step):
             self.capture_state()
-            scores = self.evaluator.validation_scores
-            parallel = self.step.parallel
-            model = saved_tensors(self.step.unit, parallel.held(), parallel.places())
-            optimizer = state_tensors(self.step.optimizer)
-            self.saver.begin(model, optimizer, self.state.to_json(), scores, copied=copied)
-            self.saved_step = self.tried_step = self.state.step
-            self.trained_at_save = self.state.train_seconds
-        self.saved_at = self.log.clock()
+            self.saves.begin(self.state, self.evaluator.validation_scores, copied=copied)
+        self.saves.restart_clock()
         self.log.restart()
 
     def capture_state(self) -> None:
@@ -372,40 +341,10 @@ class Loop:
         self.state.scaler = self.step.precision.state_dict()
         self.state.recovery = self.recovery.state_dict()
 
-    def collect_save(self, *, wait: bool) -> None:
-        """Record the result of the save under way, if it has ended; with ``wait``, wait for its end."""
-        saved = self.saver.collect(wait=wait)
-        if saved is None:
-            return
-        for message in saved.damaged:
-            self.log.event("damaged", saved.step, message=message)
-        if saved.notice is not None:
-            self.log.event("slow_save", saved.step, message=saved.notice)
-        self.save_error, self.save_cost = saved.error, saved.seconds
-        if saved.error is None:
-            path = str(saved.path.relative_to(self.log.run_dir))
-            seconds, held = round(saved.seconds, 3), round(saved.held_seconds, 3)
-            self.log.event("save", saved.step, path=path, seconds=seconds, held_seconds=held, removed=saved.removed)
-        else:
-            self._report_failed_save(saved, saved.error)
-
-    def _report_failed_save(self, saved: SaveResult, error: Exception) -> None:
-        """Report a failed save.  A full disk does not end a run: older checkpoints are intact, and it tries again."""
-        if isinstance(error, RunDirectoryGone):
-            raise TrainingFailed(f"step {saved.step}: {error}") from error
-        if not isinstance(error, OSError | CheckpointError):
-            raise TrainingFailed(
-                f"step {saved.step}: saving failed: {type(error).__name__}: {error}. Older checkpoints are untouched"
-            ) from error
-        if self.saved_step == saved.step:
-            self.saved_step = None
-        message = f"{error}; {self._older_checkpoints()}, the run continues and tries again at its next save"
-        self.log.event("save_failed", saved.step, message=message)
-
-    def _older_checkpoints(self) -> str:
-        """A clause about the newest checkpoint, for messages."""
-        newest = max(map(step_of, self.saver.checkpoints()), default=None)
-        return "there is no checkpoint yet" if newest is None else f"the checkpoint of step {newest} is intact"
+    def _is_save_due(self) -> bool:
+        if self.world.size == 1:
+            return self._is_over() or self.saves.is_due(self.state.step)
+        return self._is_over() or self.saves.is_due(self.state.step, by_clock=self.agreement.saves)
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -415,10 +354,9 @@ class Loop:
             return
         self.world.mark("evaluate", self.state.step)
         self._drain()
-        trained = self.state.train_seconds - self.trained_at_save
-        if self.state.step > 0 and self.world.share(self.saver.policy.is_due_ahead(trained, self.save_cost)):
+        if self.state.step > 0 and self.world.share(self.saves.is_due_ahead(self.state)):
             self.save(copied=False)
-            self.collect_save(wait=True)
+            self.saves.collect(wait=True)
         at_end = self.state.step == self.max_steps
         self.evaluator.run(
             self.state, at_end=at_end, micro_batch_size=self.step.micro_batch_size,

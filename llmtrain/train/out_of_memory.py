@@ -10,7 +10,14 @@ T = TypeVar("T")
 
 
 class RankOutOfMemory(RuntimeError):
-    """Memory ran out on one of several ranks, which cannot repeat the step alone: the others wait for it."""
+    """Memory ran out on one of several ranks, which cannot repeat the step alone: the others wait for it.
+
+    ``smaller_micro_batch``: the size with which all of them can go on from the last checkpoint; 0: there is none.
+    """
+
+    def __init__(self, message: str, smaller_micro_batch: int) -> None:
+        super().__init__(message)
+        self.smaller_micro_batch = smaller_micro_batch
 
 
 # Only torch's own allocator raises OutOfMemoryError.  The libraries below it take memory of their own (handles,

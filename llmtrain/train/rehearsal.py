@@ -77,7 +77,7 @@ class Rehearsal:
         with _random_state_kept(self.device), torch.no_grad(), self.step.precision.autocast():
             try:
                 unit.eval()
-                unit(batch)
+                self.step.parallel.forward(batch)
             finally:
                 unit.train(was_training)
 

@@ -15,7 +15,6 @@ from llmtrain.clipping import Clipping, ClipResult
 from llmtrain.data import Batch
 from llmtrain.distributed.parallel import Parallel
 from llmtrain.objective import TrainingUnit, mean_losses
-from llmtrain.optimizer import update
 from llmtrain.precision import Precision
 from llmtrain.train.out_of_memory import RankOutOfMemory, halve_on_out_of_memory, is_out_of_memory
 
@@ -139,14 +138,16 @@ class Step:
             if not is_out_of_memory(error):
                 raise
             world, reason = self.parallel.world, str(error).splitlines()[0]
+        smaller = (size + 1) // 2 if size > 1 else 0
         remedy = (
-            f"take accumulation.micro_batch_size={(size + 1) // 2}"
-            if size > 1
+            f"take accumulation.micro_batch_size={smaller}"
+            if smaller
             else "shard over more ranks, or take shorter sequences or a smaller model"
         )
         raise RankOutOfMemory(
             f"accumulation.micro_batch_size={size}: memory ran out on rank {world.rank}"
-            f"{f' ({world.host})' if world.host else ''}: {reason}; {remedy}"
+            f"{f' ({world.host})' if world.host else ''}: {reason}; {remedy}",
+            smaller,
         )
 
     def _sum(self, own: StepLoss, flags: Tensor | None) -> StepLoss:
@@ -159,8 +160,7 @@ class Step:
         """Clip the gradients of step ``step`` (0-based) with the ``options`` of :class:`llmtrain.clipping.Clipping`."""
         if self.parallel.holds_parts:
             options["over"] = self.parallel
-        result = clipping(self.weights, step, **options)
-        return result._replace(clipped=self.parallel.anywhere(result.clipped))
+        return self.parallel.agree_on(clipping(self.weights, step, **options))
 
     def _halve(self, size: int, message: str) -> None:
         """Drop the gradients and halve the micro-batch, for this step, which starts again, and all that follow."""
@@ -178,7 +178,7 @@ class Step:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_multiplier"]
-        update(self.optimizer, skipped, divisor)
+        self.parallel.update(self.optimizer, skipped, divisor)
         self.drop_gradients()
 
     def drop_gradients(self) -> None:

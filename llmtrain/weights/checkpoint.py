@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from llmtrain.checkpoint.directory import locate_checkpoint
 from llmtrain.checkpoint.format import read_state, verify_checkpoint, weights_digest
-from llmtrain.checkpoint.model_state import read_fitting
+from llmtrain.checkpoint.model_state import read_fitting, read_own_parts
+from llmtrain.checkpoint.own_parts import OwnParts
 from llmtrain.model import LanguageModel
 from llmtrain.weights import Weights
 
@@ -16,7 +18,16 @@ class Checkpoint(Weights):
 
     path: str
 
+    takes_parts: ClassVar[bool] = True
+
     def load(self, model: LanguageModel) -> None:
+        model.load_state_dict(read_fitting(self._find(), model.state_dict()))
+
+    def load_parts(self, model: LanguageModel, parts: OwnParts) -> None:
+        read_own_parts(self._find(), parts)
+
+    def _find(self) -> Path:
+        """The checkpoint, known to be intact and to hold a whole model."""
         checkpoint = locate_checkpoint(Path(self.path))
         verify_checkpoint(checkpoint)
         if read_state(checkpoint).get("base"):
@@ -24,7 +35,7 @@ class Checkpoint(Weights):
                 f"weights.path={self.path}: holds adapters, not a whole model; export it merged (llmtrain export "
                 f"{self.path} to=DIR) and take that: weights=huggingface weights.path=DIR"
             )
-        model.load_state_dict(read_fitting(checkpoint, model.state_dict()))
+        return checkpoint
 
     def fingerprint(self) -> str:
         return weights_digest(locate_checkpoint(Path(self.path)))

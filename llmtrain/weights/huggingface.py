@@ -1,7 +1,9 @@
 """The weights of a checkpoint directory in Hugging Face's format."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from llmtrain.checkpoint.own_parts import OwnParts
 from llmtrain.hf.directory import fingerprint, locate_directory
 from llmtrain.hf.reading import load_weights
 from llmtrain.model import LanguageModel
@@ -17,8 +19,13 @@ class HuggingFace(Weights):
 
     path: str
 
+    takes_parts: ClassVar[bool] = True
+
     def load(self, model: LanguageModel) -> None:
         load_weights(model, locate_directory(self.path))
+
+    def load_parts(self, model: LanguageModel, parts: OwnParts) -> None:
+        load_weights(model, locate_directory(self.path), into=parts)
 
     def fingerprint(self) -> str:
         return fingerprint(locate_directory(self.path))

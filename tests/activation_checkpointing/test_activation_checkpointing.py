@@ -16,6 +16,7 @@ from llmtrain.activation_checkpointing.none import KeepAll
 from llmtrain.activation_checkpointing.offload import Offloader
 from llmtrain.activation_checkpointing.selective import By, Selective
 from llmtrain.activation_checkpointing.selective_ops import recompute_cheap
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.model import LanguageModel
 from llmtrain.model.gpt import GPTConfig, Initialisation
 from tests.helpers.cli import TINY, llmtrain, only_run, rows
@@ -35,7 +36,7 @@ def make(dropout: float = 0.0, device: torch.device = CPU, hidden_size: int = 64
         num_layers=4, hidden_size=hidden_size, num_heads=2, context_length=length, vocab_size=None, dropout=dropout,
         qkv_bias=True, tie_embeddings=True, logit_softcap=None, initialisation=Initialisation.gpt2,
     )  # fmt: skip
-    return config.create(64, device, torch.Generator(device).manual_seed(0))
+    return config.create(64, device, NamedGenerators(0))
 
 
 def train(model: LanguageModel, dtype: torch.dtype = torch.float32, ids: Tensor = IDS) -> tuple[list[float], list]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.base.places import Place
 from llmtrain.base.tensor_files import CheckpointError
 from llmtrain.base.world import World
@@ -28,7 +29,7 @@ def new_unit(seed: int, vocab_size: int = 70, hidden_size: int = 6) -> TrainingU
         num_layers=2, hidden_size=hidden_size, num_heads=2, context_length=8, vocab_size=None, dropout=0.0,
         qkv_bias=True, tie_embeddings=True, logit_softcap=None, initialisation=Initialisation.torch,
     )  # fmt: skip
-    return as_unit(config.create(vocab_size, torch.device("cpu"), torch.Generator().manual_seed(seed)))
+    return as_unit(config.create(vocab_size, torch.device("cpu"), NamedGenerators(seed)))
 
 
 class Rank:

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,3 +89,21 @@ def test_a_mistake_is_named(overrides: tuple[str, ...], message: str, capfd: pyt
 def test_training_needs_a_mesh_that_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *TINY, "distributed=auto"]) == 2
     assert "distributed=auto: a run needs a mesh that is named" in capfd.readouterr().err
+
+
+def test_replicas_that_exchange_now_and_then_need_more_memory_and_less_network(tmp_path: Path) -> None:
+    def plan(*overrides: str) -> dict[str, Any]:
+        path = tmp_path / "plan.json"
+        words = (*TINY, "devices=4", "gpus_per_host=1", *H100, *overrides, f"json={path}")
+        assert main(["plan", *words]) == 0
+        mesh: dict[str, Any] = json.loads(path.read_text())["meshes"][0]
+        return mesh
+
+    ddp = plan("distributed=ddp")
+    local, int8 = (
+        plan("distributed=local_sgd", "distributed.sync_every=20", f"distributed.exchange={form}")
+        for form in ("fp32", "int8")
+    )
+    assert local["overrides"][0] == "distributed=local_sgd"
+    assert local["memory_bytes"]["optimizer"] == pytest.approx(2 * ddp["memory_bytes"]["optimizer"], rel=0.05)
+    assert int8["step_parts_seconds"]["replicas"] < local["step_parts_seconds"]["replicas"]

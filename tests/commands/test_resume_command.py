@@ -458,7 +458,7 @@ def test_a_run_whose_directory_is_removed_meanwhile_has_failed(
         def gone(loop: Loop, *, place: Path = place, step: int = step, train_step: Any = train_step) -> None:
             train_step(loop)
             if loop.state.step == step:
-                loop.collect_save(wait=True)
+                loop.saves.collect(wait=True)
                 shutil.move(place, f"{place}-away")
 
         monkeypatch.setattr(Loop, "train_step", gone)

@@ -109,6 +109,7 @@ def test_a_python_without_the_reference_says_so(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    split_topics.cache_clear()
     monkeypatch.chdir(tmp_path)
     for option in ("python_docs", "python_prose"):
         assert main(["train", "model=tiny", "tokenizer=byte", f"data={option}", "loop.max_steps=1"]) == 2

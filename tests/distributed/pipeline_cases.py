@@ -34,7 +34,7 @@ def make_pipeline(
         "distributed", "pipeline", {}, pipeline_schedule=schedule, stages_per_process=stages
     )
     names = ("pipeline", "replicate", "shard", "context", "tensor")
-    return Pipeline(unit, world, init_device_mesh("cpu", degrees, mesh_dim_names=names), options, CPU)
+    return Pipeline(unit, world, init_device_mesh("cpu", degrees, mesh_dim_names=names), options)
 
 
 def make_step(parallel: Parallel, micro_batch_size: int, optimizer: str = "adamw", precision: str = "fp32") -> Step:

@@ -1,5 +1,6 @@
 """Steps of a small unit that ranks share, beside the same steps of one process."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.base.world import World
 from llmtrain.data import IGNORE, Batch, Rows
 from llmtrain.distributed.data_parallel import Replicated, Sharded
@@ -16,6 +18,7 @@ from llmtrain.distributed.parallel import Parallel
 from llmtrain.model import LanguageModel
 from llmtrain.objective import TrainingUnit
 from llmtrain.objective.causal import Causal
+from llmtrain.optimizer import ShardedTrainable
 from llmtrain.precision import Precision
 from llmtrain.train.step import Step, StepLoss
 from tests.helpers.options import make_option
@@ -40,15 +43,15 @@ LORA = {"rank": 1, "alpha": 8.0, "targets": ["all-linear"], "dropout": 0.0}
 
 def make_model(kind: str, dropout: float = 0.0) -> LanguageModel:
     """A model by name: gpt, gpt untied, llama, gpt lora, or gpt lora bf16 (packed)."""
-    generator = torch.Generator().manual_seed(3)
+    generators, generator = NamedGenerators(3), torch.Generator().manual_seed(3)
     if kind == "llama":
         config = make_option("model", "llama3_8b", {}, **LLAMA, dropout=dropout)
     else:
         config = make_option("model", "gpt124m", {}, **GPT, dropout=dropout, tie_embeddings=kind != "gpt untied")
-    model: LanguageModel = config.create(VOCABULARY, CPU, generator)
+    model: LanguageModel = config.create(VOCABULARY, CPU, generators)
     if kind.startswith("gpt lora"):
         quantization = "bf16" if kind.endswith("bf16") else "none"
-        make_option("lora", "lora", {}, **LORA, quantization=quantization).apply(model, generator)
+        make_option("lora", "lora", {}, **LORA, quantization=quantization).apply(model, generators)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
@@ -61,7 +64,7 @@ def make_unit(kind: str, *, recomputation: str = "none", dropout: float = 0.0) -
     model = make_model(kind, dropout)
     if recomputation != "none":
         make_option("activation_checkpointing", recomputation, {}).apply(model)
-    return OBJECTIVE.build(model, (), torch.Generator()).train()
+    return OBJECTIVE.build(model, (), NamedGenerators(0)).train()
 
 
 def make_batch(sequences: int, number: int, *, targets: str = "all") -> Batch:
@@ -81,9 +84,17 @@ def make_precision(name: str) -> Precision:
 
 
 def share(unit: TrainingUnit, world: World, mode: str, **options: Any) -> Parallel:
-    """Have the ranks share ``unit``: alone, ddp, fsdp, or hsdp (2 × 2)."""
+    """Have the ranks share ``unit``: alone, ddp, fsdp, hsdp (2 × 2), or zero1, zero2, zero3."""
     if mode == "alone":
         return Parallel(unit)
+    if mode.startswith("zero"):
+        from llmtrain.distributed.zero import Zero
+
+        stage = {"stage": int(mode[-1]), "stage3_param_persistence_threshold": 40} | options
+        settings = {"train_micro_batch_size_per_gpu": 2, "zero_allow_untested_optimizer": True}
+        mesh = init_device_mesh("cpu", (world.size,), mesh_dim_names=("shard",))
+        os.environ["LOCAL_RANK"] = str(world.rank)
+        return Zero(unit, world, mesh, settings | {"zero_optimization": stage})
     if mode == "ddp":
         return Replicated(unit, world, init_device_mesh("cpu", (world.size,), mesh_dim_names=("replicate",)))
     shape, names = ((2, world.size // 2), ("replicate", "shard")) if mode == "hsdp" else ((world.size,), ("shard",))
@@ -119,14 +130,16 @@ class Result:
 
 def whole(parallel: Parallel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The whole tensors of this rank's parts."""
-    if isinstance(parallel, Sharded):
-        tensors = {name: parallel.shards.gather(name, tensor.contiguous()) for name, tensor in tensors.items()}
+    view = parallel.trainable
+    if isinstance(view, ShardedTrainable):
+        tensors = {name: view.gather(name, tensor.contiguous()) for name, tensor in tensors.items()}
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def make_step(parallel: Parallel, setting: Setting) -> Step:
     common = {"lr": 0.01, "weight_decay": 0.1, "adamw_lr": 0.002, "min_elements": 64}
     optimizer = make_option("optimizer", setting.optimizer, common).build(parallel.trainable)
+    parallel.adopt(optimizer)
     return Step(
         parallel.unit, optimizer, make_precision(setting.precision), setting.micro_batch_size, parallel=parallel
     )

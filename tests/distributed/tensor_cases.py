@@ -218,8 +218,8 @@ def generate(world: World, keys: dict[str, Any], sequence_parallel: bool) -> lis
 
     def sample() -> list[int]:
         ids = generate_ids(
-            unit.model, prompt, max_tokens=8, sampling=Sampling(0.8, 20, 1.0), generator=seeded(1),
-            dtype=torch.float32, end_of_text=VOCABULARY,
+            unit.model, prompt, max_tokens=8, sampling=Sampling(0.8, 20, 1.0),
+            generator=torch.Generator().manual_seed(1), dtype=torch.float32, end_of_text=VOCABULARY,
         )  # fmt: skip
         return list(ids)
 

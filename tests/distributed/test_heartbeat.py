@@ -9,6 +9,7 @@ import sys
 import time
 import timeit
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,23 @@ def test_ranks_that_are_all_in_one_place_are_reported() -> None:
     assert found is not None
     assert found.text.startswith("all 4 ranks have been in all_reduce at step 5 for 60 s, and none is behind")
     assert judge([at(rank, Phase.reduce, 5, 60.0 * rank) for rank in range(4)], 59.0) is None  # one came just now
+
+
+def test_a_rank_whose_thread_writes_is_told_from_those_that_wait_for_its_save() -> None:
+    ranks = [at(0, Phase.save, 6, 70.0), replace(at(1, Phase.save, 6, 70.0), writing=75.0)]
+    found = judge(ranks, 60.0)
+    assert found is not None
+    assert found.ranks == (1,)
+    assert found.text == ("rank 1 on host b has been writing a checkpoint for 75 s; "
+                          "1 rank is saving a checkpoint at step 6")  # fmt: skip
+
+
+def test_a_rank_that_has_begun_fewer_collective_operations_is_named() -> None:
+    ranks = [replace(at(rank, Phase.compute, 6, 70.0), collectives=90 - (rank == 2)) for rank in range(4)]
+    found = judge(ranks, 60.0)
+    assert found is not None
+    assert found.text == ("rank 2 on host a has not begun an operation that the others wait in, in forward and "
+                          "backward for 70 s; 3 ranks are in forward and backward at step 6")  # fmt: skip
 
 
 def test_ranks_that_have_left_are_not_missed() -> None:

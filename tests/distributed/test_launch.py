@@ -183,6 +183,15 @@ def test_a_failed_run_is_resumed(start: Start, tmp_path: Path) -> None:
     assert "SIGSEGV" in errors
 
 
+def test_micro_batches_are_halved_where_memory_runs_out_on_a_rank(start: Start, tmp_path: Path) -> None:
+    status, _, errors = start("memory").end()
+    assert status == 0
+    assert [(tmp_path / f"size-{size}-1").is_file() for size in (4, 2, 1)] == [True] * 3
+    assert "micro-batches of 2 sequences from now on: 2 processes start anew" in errors
+    assert "micro-batches of 1 sequence from now on" in errors
+    assert "memory ran out with 4" in errors
+
+
 def test_restarts_are_counted(start: Start, tmp_path: Path) -> None:
     status, _, _ = start("restart", restarts=1, FAILURES="9", HAS_CONFIG="1").end()
     assert status == 1
@@ -192,6 +201,7 @@ def test_restarts_are_counted(start: Start, tmp_path: Path) -> None:
 def test_what_a_failed_start_left_is_moved_aside(start: Start, tmp_path: Path) -> None:
     status, _, errors = start("restart", restarts=1, FAILURES="1", HAS_CONFIG="0").end()
     assert status == 0
-    assert f"start anew; what the failed start left is in {tmp_path / 'run.failed-1'}" in errors
+    assert f"a start that failed has left no config in it; moved to {tmp_path / 'run.failed-1'}" in errors
+    assert "restart 1 of 1: 2 processes start anew" in errors
     assert (tmp_path / "run").is_dir()
     assert (tmp_path / "run.failed-1").is_dir()

@@ -12,8 +12,10 @@ GPT: dict[str, Any] = {"family": "tiny", "tie_embeddings": True, "num_layers": 4
 LLAMA: dict[str, Any] = {"family": "llama_tiny", "num_kv_heads": 2, "tie_embeddings": False, "num_layers": 4}
 LORA: dict[str, Any] = LLAMA | {"lora": "lora", "targets": ["all-linear"]}
 SCHEDULES: dict[str, dict[str, Any]] = {
-    "gpipe": {"schedule": "gpipe"}, "1f1b": {"schedule": "1f1b"},
-    "interleaved": {"schedule": "interleaved", "stages": 2}, "zero_bubble": {"schedule": "zero_bubble", "stages": 2},
+    "gpipe": {"schedule": "gpipe"},
+    "1f1b": {"schedule": "1f1b"},
+    "interleaved": {"schedule": "interleaved", "stages": 2},
+    "zero_bubble": {"schedule": "zero_bubble", "stages": 2},
 }  # fmt: skip
 
 

@@ -64,19 +64,21 @@ def assert_same_training(folder: Path, run: str, steps: range = range(1, 13)) ->
     for step in steps:
         for key in ("loss", "grad_norm"):
             assert other[step][key] == pytest.approx(one[step][key], rel=1e-5), (step, key)
-        for key in ("tokens", "batch_size", "epoch", "learning_rate"):
+        for key in ("tokens", "batch_size", "epoch", "position", "learning_rate"):
             assert other[step][key] == one[step][key], (step, key)
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp", "tensor"])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "tensor", "context"])
 def test_two_ranks_train_as_one_process(folder: Path, mode: str) -> None:
     done = llmtrain(folder, "train", f"run_dir={mode}", *RUN, f"distributed={mode}", TWO)
-    dimension = {"ddp": "replicate", "fsdp": "shard", "tensor": "tensor"}[mode]
+    dimension = {"ddp": "replicate", "fsdp": "shard"}.get(mode, mode)
     assert re.search(rf"processes +2: {dimension} 2\n", done.stdout), done.stdout
     assert_same_training(folder, mode)
     assert validations(folder / mode) == pytest.approx(validations(folder / "one"), rel=1e-5)
     parts = sorted(path.name for path in (folder / mode / "checkpoints" / "step-00000012").glob("model*"))
-    whole = ["model.safetensors"] if mode == "ddp" else [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    whole = (
+        ["model.safetensors"] if mode in ("ddp", "context") else [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    )
     assert parts == whole
     assert (folder / mode / "ranks" / "rank-00001.log").is_file()
 
@@ -91,6 +93,20 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(folder: Path) -> None:
                         f"distributed.processes={processes}", *more)  # fmt: skip
     assert_same_training(folder, "elastic")
     llmtrain(folder, "verify", "elastic")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_ranks_that_share_positions(folder: Path) -> None:
+    stages = [
+        (3, "none", 1, ()), (6, "context", 2, ()), (9, "fsdp", 4, ("distributed.context=2",)), (12, "none", 1, ())
+    ]  # fmt: skip
+    for end, mode, processes, more in stages:
+        words = ("train", "run_dir=positions", *RUN) if end == 3 else ("resume", "positions")
+        llmtrain(folder, *words, f"loop.max_steps={end}", f"distributed={mode}",
+                        f"distributed.processes={processes}", *more)  # fmt: skip
+    assert_same_training(folder, "positions")
+    assert validations(folder / "positions") == pytest.approx(validations(folder / "one"), rel=1e-5)
+    llmtrain(folder, "verify", "positions")
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -147,7 +163,13 @@ def test_a_killed_rank_is_named_and_a_restart_finishes_the_run(folder: Path) -> 
         (("distributed=none", "distributed.processes=2"), "does not make a mesh of 2 processes"),
         (("distributed=hsdp", "distributed.processes=2"), "shard=8"),
         (("distributed=fsdp", TWO, "optimizer=adafactor"), "optimizer=adafactor"),
+        (("distributed=context", TWO, "data.sequence_length=30"), "take data.sequence_length=28"),
         (("distributed=ddp", "distributed.shard=-1"), "shard=-1"),
+        (("distributed=ddp", TWO, "distributed.min_processes=1"), "min_processes=1: is about restarts"),
+        (
+            ("distributed=ddp", TWO, "distributed.min_processes=3", "distributed.restarts=1"),
+            "distributed.min_processes=3: the run has 2 processes",
+        ),
     ],
 )
 def test_a_mesh_that_cannot_be_is_refused_before_anything_starts(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.data import DataError
 from llmtrain.data.loader import EvaluationLoader
 from llmtrain.data.sequences import Rows, Sequences, Stream
@@ -32,11 +33,11 @@ FP32, BF16 = Precision("fp32", CPU, torch.float32), Precision("bf16", CPU, torch
 
 def model() -> LanguageModel:
     config = GPTConfig(2, 32, 2, 8, None, 0.1, True, True, None, Initialisation.gpt2)
-    return config.create(50, CPU, torch.Generator().manual_seed(1))
+    return config.create(50, CPU, NamedGenerators(1))
 
 
 def causal() -> TrainingUnit:
-    return CAUSAL.build(model(), (), torch.Generator())
+    return CAUSAL.build(model(), (), NamedGenerators(0))
 
 
 class LabelledRows(Sequences):
@@ -97,7 +98,7 @@ def test_losses_are_to_the_bit_those_of_batches_made_one_after_the_other(size: i
 def test_counts_of_classes_are_those_of_the_rows_that_have_one(several: bool) -> None:
     objective = Classification(Part.all, 1, several, True)
     sequences, labels = LabelledRows(several), ("a", "b", "c")
-    unit = objective.build(model(), labels, torch.Generator().manual_seed(2))
+    unit = objective.build(model(), labels, NamedGenerators(2))
     loss, _ = one_after_the_other(unit, objective, sequences, 4, FP32)
     result = run(unit, objective, sequences, 4)
     assert result.loss == loss
@@ -145,7 +146,7 @@ def test_the_host_waits_for_the_device_at_the_end_of_an_evaluation_alone(
 ) -> None:
     objective: Objective = CAUSAL if kind == "causal" else Classification(Part.all, 1, kind == "classes", True)
     sequences = SEQUENCES if kind == "causal" else LabelledRows(kind == "classes")
-    unit = objective.build(model(), () if kind == "causal" else ("a", "b", "c"), torch.Generator().manual_seed(2))
+    unit = objective.build(model(), () if kind == "causal" else ("a", "b", "c"), NamedGenerators(2))
     read: list[int] = []
     tolist = Tensor.tolist
     monkeypatch.setattr(Tensor, "tolist", lambda tensor: read.append(tensor.numel()) or tolist(tensor))

@@ -183,17 +183,19 @@ class Grammar:
 
 
 def import_all() -> None:
-    """Import what the command imports, so that the processes of the cases need not."""
+    """Import what the command imports, and do what a process does but once, so that the cases need not."""
     import importlib
 
     from llmtrain.cli import main
     from llmtrain.cli.arguments import VERBS
+    from tests.helpers.launcher import warm_up
 
     assert main
     for verb in VERBS:
         importlib.import_module(f"llmtrain.commands.{verb}")
     for module in ("llmtrain.cli.help", "llmtrain.sweep.jobs", "torch._dynamo", "tensorboard.compat"):
         importlib.import_module(module)
+    warm_up()
 
 
 def make_world(folder: Path) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.data import Batch
 from llmtrain.metrics.local import Local
 from llmtrain.model import LanguageModel
@@ -35,7 +36,7 @@ class Faulty(Causal):
         self,
         model: LanguageModel,
         labels: Sequence[str],
-        generator: torch.Generator,
+        generators: NamedGenerators | None,
         class_weights: Sequence[float] = (),
     ) -> FaultyUnit:
         unit = FaultyUnit(model, self.loss, self.z_loss, self.chunk_tokens)

@@ -66,6 +66,20 @@ def test_resume_keeps_the_halved_micro_batch(launcher: Launcher, tmp_path: Path)
     assert_same_end(tmp_path / "whole", tmp_path / "run")
 
 
+def test_ranks_go_on_with_smaller_micro_batches_from_the_last_checkpoint(launcher: Launcher, tmp_path: Path) -> None:
+    """Memory runs out in the fourth step; what follows is the run that has the smaller micro-batch."""
+    short = (*STANDARD, *QUICK, "loop.max_steps=6", "loop.eval_every=0", "loop.sample_every=0")
+    two = ("distributed=ddp", "distributed.processes=2", "checkpoint.every_steps=2", f"{SMALL}2")
+    hungry = ("objective._target_=objectives.Hungry", "+objective.room=1", "+objective.passing=3", PLUGINS)
+    output = launcher.run("train", *short, *two, *hungry, "run_dir=run")
+    assert "memory ran out on rank" in output
+    assert "micro-batches of 1 sequence from now on: 2 processes resume" in output
+    launcher.run("train", *short, "run_dir=alone")
+    ends = [[row["loss"] for row in rows(tmp_path / run) if "grad_norm" in row] for run in ("run", "alone")]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-5)
+    assert len(ends[0]) == 6
+
+
 def test_a_single_sequence_that_does_not_fit_ends_the_run(launcher: Launcher, tmp_path: Path) -> None:
     output = launcher.run(
         "train", *STANDARD, *HUNGRY, *QUICK, "+objective.room=0", "loop.eval_every=0", "run_dir=run", status=1

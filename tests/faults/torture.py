@@ -1,6 +1,7 @@
 """``make torture``: hundreds of faults at random moments, and a table of what became of them.
 
     python tests/faults/torture.py --kills 200 --seed 0
+    python tests/faults/torture.py --kills 60 --processes 2 --distributed fsdp     # of ranks alone
 
 The exit status is 1 if anything was lost; the folder with the evidence is kept then, and named.  The same seed makes
 the same choices; moments are those of the machine.
@@ -27,6 +28,7 @@ from rich.table import Table
 
 from tests.faults import campaigns
 from tests.faults.campaigns import SWEEP, Bench, Record
+from tests.faults.rank_kills import Shape, make_reference, rank_kills
 from tests.faults.victims import STANDARD, prepare
 from tests.helpers.launcher import Launcher
 
@@ -41,6 +43,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60, help="no new fault is begun after so many")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="independent victims at once")
     parser.add_argument("--only", nargs="*", help="of: " + ", ".join(sorted(shares(0))))
+    parser.add_argument("--processes", type=int, default=1, help="ranks of a run; of several, one or all are killed")
+    parser.add_argument("--distributed", default="fsdp", help="how several ranks share a run")
     parser.add_argument("--folder", type=Path, help="to work in; default: a temporary one")
     return parser.parse_args()
 
@@ -113,9 +117,14 @@ def main() -> int:
     os.environ["LLMTRAIN_CACHE"] = str(folder / "cache")
     began = time.monotonic()
     console.print(f"undisturbed runs first, in {folder}", highlight=False, markup=False)
-    make_references(folder / "references")
     record = Record()
-    wanted = {name: run for name, run in shares(arguments.kills).items() if name in (arguments.only or shares(0))}
+    if arguments.processes > 1:
+        shape = Shape(arguments.processes, arguments.distributed)
+        make_reference(shape, prepare(folder / "references"))
+        wanted = {"rank-kills": partial(rank_kills, wanted=arguments.kills, shape=shape)}
+    else:
+        make_references(folder / "references")
+        wanted = {name: run for name, run in shares(arguments.kills).items() if name in (arguments.only or shares(0))}
     deadline = began + 60 * arguments.minutes
     title = f"faults, seed {arguments.seed}"
     told = 0.0

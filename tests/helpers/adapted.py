@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.hf.config_json import ConfigJson
 from llmtrain.hf.families import family_of_checkpoint, module_names
 from llmtrain.hf.reading import load_weights
@@ -59,7 +60,7 @@ def read_ours(directory: Path) -> LanguageModel:
     values = ConfigJson.read(directory)
     config = family_of_checkpoint(values).read_config(values)
     assert config.vocab_size is not None
-    model = config.create(config.vocab_size, torch.device("cpu"), torch.Generator().manual_seed(0))
+    model = config.create(config.vocab_size, torch.device("cpu"), NamedGenerators(0))
     load_weights(model, directory)
     return model.eval()
 
@@ -78,14 +79,14 @@ def make(kind: str = "lora", **keys: Any) -> LowRankAdaptation:
     return replace(make_option("lora", kind, COMMON), **keys)
 
 
-def seeded(seed: int = 3) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def seeded(seed: int = 3) -> NamedGenerators:
+    return NamedGenerators(seed)
 
 
 @torch.no_grad()
 def stir(model: torch.nn.Module, seed: int = 11) -> None:
     """Values that make every trained parameter matter, the same for parameters of one shape and place."""
-    generator = seeded(seed)
+    generator = torch.Generator().manual_seed(seed)
     for _, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))

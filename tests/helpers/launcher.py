@@ -243,22 +243,33 @@ def serve(channel: socket.socket) -> int:
 
 
 def warm_up() -> None:
-    """What a process does but once: look for Hydra's plug-ins and for fonts, measure what the processor can do."""
+    """What a process does but once: look for Hydra's plug-ins and for fonts, read conf/ and the topics of Python's
+    documentation, learn the grammar of overrides, measure what the processor can do.  Make the libraries quick."""
     import torch
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from llmtrain.base.device import peak_rate
     from llmtrain.config.compose import compose
+    from llmtrain.config.folders import conf_dir
+    from llmtrain.config.key_types import fields, target_of
+    from llmtrain.data.python_docs import split_topics
+    from llmtrain.precision.fp32 import FP32
+    from tests.helpers import quick
 
-    compose("train", [])
+    quick.install()
+    for target in filter(None, map(target_of, conf_dir().rglob("*.yaml"))):
+        fields(target)
+    split_topics(compose("train", [])["data"]["validation_fraction"], "python_docs")
+    compose("train", ["model=tiny", "optimizer.lr=1e-3", "loop.sample_every=0", "run_dir=a/b", "plugins=[text]"])
     figure = Figure(layout="constrained")
     figure.subplots().set_title("bold", weight="bold")
     FigureCanvasAgg(figure).print_png(io.BytesIO())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # with more there would be threads, and a process with threads must not fork
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        peak_rate(torch.device("cpu"), name, dtype)
+    peak_rate(torch.device("cpu"), "bf16", torch.bfloat16)
+    with FP32().build(torch.device("cpu")).arithmetic():
+        peak_rate(torch.device("cpu"), "fp32", torch.float32)
     torch.set_num_threads(threads)
 
 
@@ -299,5 +310,6 @@ def become_victim(request: dict[str, Any]) -> NoReturn:
 
 
 if __name__ == "__main__":
+    sys.path.append(str(FOLDER.parents[1]))  # for the helpers beside this one
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started us in the background
     sys.exit(serve(socket.socket(fileno=int(sys.argv[1]))))

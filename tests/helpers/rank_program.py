@@ -93,6 +93,14 @@ def misbehave() -> int:
         print("KeyError: 'weights'", file=sys.stderr, flush=True)
         SUPERVISION.report_failure(KeyError("weights"))
         return 1
+    if BEHAVIOUR == "memory":  # runs out in micro-batches of more than one sequence
+        size = int(sys.argv[4]) if len(sys.argv) > 4 else 4
+        note(f"size-{size}")
+        if size > 1:
+            error = MemoryError(f"memory ran out with {size}")
+            error.smaller_micro_batch = size // 2  # type: ignore[attr-defined]
+            SUPERVISION.report_failure(error)
+        return int(size > 1)
     if BEHAVIOUR == "save":  # the others fail while one is writing a checkpoint
         if RANK != ODD:
             wait_for("saving", ODD)
@@ -118,7 +126,10 @@ def misbehave() -> int:
         count.write_text(str(starts))
         note("run")
         wait_for("run", 0)
+        note(f"start-{starts}", os.environ["WORLD_SIZE"])
         if RANK == ODD and starts <= int(os.environ["FAILURES"]):
+            if "GOES_AWAY" in os.environ:  # the machine, for the test's connection
+                (FOLDER / "off").touch()
             os.kill(os.getpid(), signal.SIGSEGV)
         return 0
     raise AssertionError(BEHAVIOUR)

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any, overload
 
-import torch
 from torch import nn
 
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.model import LanguageModel
 from llmtrain.objective import TrainingUnit
 from llmtrain.objective.causal import Causal
@@ -37,4 +37,4 @@ def as_unit(model: nn.Module) -> TrainingUnit | Trainable:
     """A unit around ``model``: of a language model the one of next-token prediction, of others :class:`PlainUnit`."""
     if not isinstance(model, LanguageModel):
         return PlainUnit(model)
-    return Causal(z_loss=0.0, chunk_tokens=None).build(model, (), torch.Generator())
+    return Causal(z_loss=0.0, chunk_tokens=None).build(model, (), NamedGenerators(0))

@@ -7,6 +7,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.hf.auto import AutoModel
 from llmtrain.hf.reading import load_weights
 from llmtrain.model import LanguageModel
@@ -69,8 +70,8 @@ def read(folder: Path, **changes: Any) -> LanguageModel:
     auto = AutoModel(str(folder), None, 0.0, None)
     config = AutoModel(**(vars(auto) | changes)).resolved()
     assert config.vocab_size is not None
-    generator = torch.Generator().manual_seed(1)
-    model = config.create(config.vocab_size, torch.device("cpu"), generator).eval()
+    generators = NamedGenerators(1)
+    model = config.create(config.vocab_size, torch.device("cpu"), generators).eval()
     load_weights(model, folder)
     return model
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.hf.config_json import ConfigJson
 from llmtrain.hf.reading import load_weights
 from llmtrain.hf.writing import config_json, write_checkpoint
@@ -125,9 +126,7 @@ def test_logits_of_a_baichuan_checkpoint_equal_its_formulas(
     rotary = config is SEVEN
     assert model.config.position is (Position.rope if rotary else Position.alibi)
     if not fused:
-        model = replace(model.config, fused_qkv=False).create(
-            VOCABULARY, torch.device("cpu"), torch.Generator().manual_seed(1)
-        )
+        model = replace(model.config, fused_qkv=False).create(VOCABULARY, torch.device("cpu"), NamedGenerators(1))
         load_weights(model.eval(), tmp_path / "theirs")
     ids = np.random.default_rng(1).integers(VOCABULARY, size=50)
     expected = torch.from_numpy(reference(weights, ids, config["num_attention_heads"], rotary=rotary))

@@ -8,6 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.hf.families import family_of_model, module_names
 from llmtrain.hf.writing import config_json, write_checkpoint
 from llmtrain.inference.generate import Sampling, generate
@@ -123,7 +124,7 @@ def test_a_joint_qkv_matrix_is_split(tmp_path: Path) -> None:
 
     theirs = make(*CASES["qwen2"], tmp_path / "a")
     config: Any = read(tmp_path / "a").config
-    fused = replace(config, fused_qkv=True).create(301, torch.device("cpu"), torch.Generator().manual_seed(1)).eval()
+    fused = replace(config, fused_qkv=True).create(301, torch.device("cpu"), NamedGenerators(1)).eval()
     load_weights(fused, tmp_path / "a")
     assert fused.blocks[0].attention.qkv.weight.shape == (96, 48)
     assert largest_difference(fused, theirs, some_ids()) < TOLERANCE
@@ -148,7 +149,7 @@ def test_biases_that_only_the_format_has_are_written_as_zeros(
     size, first = window or (None, 0)
     changed = replace(config, qkv_bias=qkv, output_bias=output, mlp_bias=mlp, sliding_window=size,
                       sliding_window_from_layer=first)  # fmt: skip
-    model = changed.create(301, torch.device("cpu"), torch.Generator().manual_seed(3)).eval()
+    model = changed.create(301, torch.device("cpu"), NamedGenerators(3)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
@@ -160,7 +161,7 @@ def test_biases_that_only_the_format_has_are_written_as_zeros(
 
 def test_a_gpt2_without_qkv_bias_survives_a_round_trip(tmp_path: Path) -> None:
     config = GPTConfig(2, 48, 4, 64, 301, 0.0, False, True, None, Initialisation.gpt2)
-    model = config.create(301, torch.device("cpu"), torch.Generator().manual_seed(3)).eval()
+    model = config.create(301, torch.device("cpu"), NamedGenerators(3)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
@@ -168,7 +169,7 @@ def test_a_gpt2_without_qkv_bias_survives_a_round_trip(tmp_path: Path) -> None:
     folder = export(model, tmp_path / "a")
     back = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     assert largest_difference(model, back, some_ids()) < TOLERANCE
-    again = config.create(301, torch.device("cpu"), torch.Generator().manual_seed(5))
+    again = config.create(301, torch.device("cpu"), NamedGenerators(5))
     from llmtrain.hf.reading import load_weights
 
     load_weights(again, folder)  # zeros are no bias

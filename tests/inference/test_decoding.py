@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.inference import decoding
 from llmtrain.inference.decoding import Decoder, GraphRecorder, Pass
 from llmtrain.inference.generate import Sampling, generate
@@ -42,7 +43,7 @@ def make(variant: str, device: str = "cpu") -> LanguageModel:
         config: Any = GPTConfig(2, 48, 4, CONTEXT, None, 0.1, True, False, None, Initialisation.torch)
     else:
         config = LlamaConfig(**LLAMA | changes)
-    return config.create(VOCABULARY, torch.device(device), torch.Generator(device).manual_seed(3)).eval()
+    return config.create(VOCABULARY, torch.device(device), NamedGenerators(3)).eval()
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.inference.generate import Sampling, SamplingFailed, generate, stream_text
 from llmtrain.model.gpt import GPT, GPTConfig, Initialisation
 
@@ -11,7 +12,7 @@ END = 50
 
 def model() -> GPT:
     config = GPTConfig(2, 32, 4, 16, None, 0.1, True, True, None, Initialisation.torch)
-    made = config.create(51, torch.device("cpu"), torch.Generator().manual_seed(3))
+    made = config.create(51, torch.device("cpu"), NamedGenerators(3))
     assert isinstance(made, GPT)
     return made
 

@@ -44,7 +44,7 @@ class Answers(PythonDocs):
 
 @dataclass(frozen=True)
 class Frozen(Lora):
-    def apply(self, model, generator):
+    def apply(self, model, generators):
         model.requires_grad_(False)
 '''
 

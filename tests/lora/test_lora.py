@@ -12,10 +12,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from llmtrain.activation_checkpointing import ActivationCheckpointing
 from llmtrain.activation_checkpointing.full import Full
 from llmtrain.activation_checkpointing.selective import By, Selective
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.lora.layers import LoraLinear
 from llmtrain.lora.merge import adapters, merge
 from llmtrain.lora.quantization import Quantization
 from llmtrain.model import LanguageModel
+from llmtrain.model.initial_values import initialise_own
 from llmtrain.objective.classification import Classification, Part
 from llmtrain.plan.trace import fake_tensors
 from llmtrain.precision.fp8 import FP8Precision
@@ -229,8 +231,9 @@ def test_a_step_on_fake_tensors_gives_every_adapter_a_gradient(
     stored = {name: (t.shape, t.dtype) for name, t in (*real.named_parameters(), *real.named_buffers())}
     with fake_tensors():
         ours = real.config.build(101)
-        ours.initialise(torch.Generator())
-        lora.apply(ours, torch.Generator())
+        ours.set_buffers(CPU)
+        ours.initialise(seeded())
+        lora.apply(ours, NamedGenerators(0))
         loss_of(ours).backward()
         found = {name: (t.shape, t.dtype) for name, t in (*ours.named_parameters(), *ours.named_buffers())}
         assert all(p.grad is not None for p in ours.parameters() if p.requires_grad)
@@ -242,7 +245,7 @@ def test_adapters_are_built_on_the_meta_device(tmp_path: Path) -> None:
     with torch.device("meta"):
         ours = real.config.build(101)
         for_both = make("dora", quantization=Quantization.nf4, targets=EVERYTHING)
-        for_both.apply(ours, torch.Generator("cpu"))
+        for_both.apply(ours, NamedGenerators(0))
     for_both.apply(real, seeded())
     assert as_unit(ours).count_parameters() == as_unit(real).count_parameters()
     assert ours.num_parameters() == real.num_parameters()
@@ -262,7 +265,8 @@ def test_no_copy_of_the_weight_waits_for_backward(model: Callable) -> None:
     for quantization in Quantization:
         linear.requires_grad_(False)
         layer = LoraLinear(linear, quantization.pack(linear.weight))
-        layer.adapt(4, 1.0, 0.0, has_magnitude=False, generator=seeded())
+        layer.adapt(4, 1.0, 0.0)
+        initialise_own(layer, "layer", seeded())
         sizes.clear()
         parameters = {id(p) for p in layer.parameters()}
 

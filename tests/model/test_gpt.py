@@ -7,6 +7,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.model.gpt import GPT, GPTConfig, Initialisation
 from tests.helpers.adapted import make as make_lora
 
@@ -20,7 +21,7 @@ SMALL = {
 
 def make(vocab_size: int = 101, seed: int = 0, **changes: object) -> GPT:
     config = GPTConfig(**(SMALL | changes))
-    model = config.create(vocab_size, torch.device("cpu"), torch.Generator().manual_seed(seed))
+    model = config.create(vocab_size, torch.device("cpu"), NamedGenerators(seed))
     assert isinstance(model, GPT)
     return model
 
@@ -81,7 +82,7 @@ def test_full_size_logits_equal_transformers() -> None:
     values.pop("_target_")
     values["initialisation"] = Initialisation.gpt2
     config = GPTConfig(**values)
-    ours = config.create(50257, torch.device("cpu"), torch.Generator().manual_seed(0)).eval()
+    ours = config.create(50257, torch.device("cpu"), NamedGenerators(0)).eval()
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
     theirs.load_state_dict(as_transformers(ours.state_dict()), strict=False)
     assert sum(p.numel() for p in theirs.parameters()) == ours.num_parameters()
@@ -198,7 +199,7 @@ def test_flops_per_token_of_frozen_weights(trained: str) -> None:
     model = make(vocab_size=128, num_layers=6)
     whole = model.flops_per_token(32)
     if trained == "lora_":
-        make_lora().apply(model, torch.Generator().manual_seed(0))
+        make_lora().apply(model, NamedGenerators(0))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained in name)
     # the first products that gradients come back to need none for their input: 3% at this size

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmtrain.activation_checkpointing.full import Full
 from llmtrain.activation_checkpointing.selective import By, Selective
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.config.build import build
 from llmtrain.model import LanguageModel, ModelConfig
 from llmtrain.model.gpt import GPTConfig, Initialisation
@@ -37,7 +38,7 @@ BAICHUAN_13B = BAICHUAN_7B | {"position": Position.alibi, "rope_theta": None, "n
 
 def make(seed: int = 0, vocab_size: int = VOCABULARY, **changes: Any) -> Llama:
     """A model in which every parameter matters, biases and norms too."""
-    model = replace(SMALL, **changes).create(vocab_size, CPU, torch.Generator().manual_seed(seed))
+    model = replace(SMALL, **changes).create(vocab_size, CPU, NamedGenerators(seed))
     assert isinstance(model, Llama)
     draw = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -265,7 +266,7 @@ def make_any(variant: str) -> LanguageModel:
         num_layers=3, hidden_size=48, num_heads=4, context_length=64, vocab_size=None, dropout=0.0, qkv_bias=True,
         tie_embeddings=True, logit_softcap=None, initialisation=Initialisation.torch,
     )  # fmt: skip
-    return gpt.create(VOCABULARY, CPU, torch.Generator().manual_seed(0))
+    return gpt.create(VOCABULARY, CPU, NamedGenerators(0))
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, "gpt"])
@@ -458,7 +459,7 @@ def test_flops_per_token_follow_the_sliding_window() -> None:
 
 def test_initialisation_has_the_standard_deviation_of_its_key() -> None:
     settings = replace(SMALL, hidden_size=256, vocab_size=1024, initial_std=0.03, qkv_bias=True, qk_norm=True)
-    state = settings.create(1000, CPU, torch.Generator().manual_seed(0)).state_dict()
+    state = settings.create(1000, CPU, NamedGenerators(0)).state_dict()
     for name, tensor in state.items():
         if "norm" in name:
             assert (tensor == 1).all()
@@ -468,7 +469,7 @@ def test_initialisation_has_the_standard_deviation_of_its_key() -> None:
             assert tensor.std().item() == pytest.approx(0.03, rel=0.03), name
     assert not [name for name in state if "position" in name or "logit_bias" in name]
     assert state["head.weight"].shape == (1000, 256)
-    again = settings.create(1000, CPU, torch.Generator().manual_seed(0)).state_dict()
+    again = settings.create(1000, CPU, NamedGenerators(0)).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in state.items())
 
 

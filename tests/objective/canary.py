@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.data import IGNORE, Batch, Rows
 from llmtrain.model import LanguageModel, ModelConfig
+from llmtrain.model.initial_values import InitialValues, initialise_own
 from llmtrain.model.layers.kv_cache import KVCache
 from llmtrain.objective import Objective, TrainingUnit
 
@@ -48,16 +50,11 @@ class Encoder(LanguageModel):
     def head_bias(self) -> Tensor | None:
         return None
 
-    @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, 0.1, generator=generator)
-            else:
-                parameter.zero_()
-        for name, parameter in self.named_parameters():
-            if "norm" in name and name.endswith("weight"):
-                parameter.fill_(1.0)
+    def fill(self, name: str, whole: Tensor, generator: torch.Generator) -> None:
+        if whole.dim() > 1:
+            whole.normal_(0.0, 0.1, generator=generator)
+        else:
+            whole.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
 
     def new_cache(self, batch_size: int, dtype: torch.dtype) -> KVCache:
         raise AssertionError("an encoder generates nothing")
@@ -81,6 +78,15 @@ class EncoderConfig(ModelConfig):
 
     def build(self, vocab_size: int) -> Encoder:
         return Encoder(self, vocab_size)
+
+
+class Start(nn.Linear, InitialValues):
+    """The head for the class of the first byte."""
+
+    filled = ("weight", "bias")
+
+    def fill(self, key: str, whole: Tensor, generator: torch.Generator) -> None:
+        whole.normal_(0.0, 0.1, generator=generator) if key == "weight" else whole.zero_()
 
 
 class MaskedUnit(TrainingUnit):
@@ -123,14 +129,13 @@ class Masked(Objective):
         return Batch(tensors, counts, rows.tokens, rows.lengths_of(("inputs", "targets")))
 
     def build(
-        self, model: LanguageModel, labels: Sequence[str], generator: torch.Generator,
+        self, model: LanguageModel, labels: Sequence[str], generators: NamedGenerators | None,
         class_weights: Sequence[float] = (),
     ) -> MaskedUnit:  # fmt: skip
         weight = model.head_weight
-        start = nn.Linear(weight.shape[1], BUCKETS, device=weight.device)
-        with torch.no_grad():
-            start.weight.normal_(0.0, 0.1, generator=generator)
-            start.bias.zero_()
+        start = Start(weight.shape[1], BUCKETS, device=weight.device)
+        if generators is not None:
+            initialise_own(start, "start", generators)
         unit = MaskedUnit(model, start)
         unit.loss_weights = {"start": 0.5}
         return unit

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.data import Rows
 from llmtrain.data.sequences import Sequences
 from llmtrain.evaluation.loss import evaluate
@@ -38,9 +39,9 @@ def unit_with(
     objective: Classification, *, labels: tuple[str, ...] = LABELS, tied: bool = True, weights: tuple[float, ...] = ()
 ) -> ClassifierUnit:
     config = GPTConfig(3, 32, 2, 24, None, 0.0, True, tied, None, Initialisation.gpt2)
-    generator = torch.Generator().manual_seed(1)
-    model = config.create(50, torch.device("cpu"), generator)
-    return objective.build(model, labels, generator, weights).double()
+    generators = NamedGenerators(1)
+    model = config.create(50, torch.device("cpu"), generators)
+    return objective.build(model, labels, generators, weights).double()
 
 
 def loss_of(unit: ClassifierUnit, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.config.assemble import build_unit
 from llmtrain.data import IGNORE, Batch, Corpus
 from llmtrain.data.sequences import Rows
@@ -31,8 +32,8 @@ def made(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Run, TrainingU
     """A run, its unit in float64, and the data unpacked and packed."""
     run, packed = (compose(tmp_path, request.param, f"data.pack={pack}") for pack in ("false", "true"))
     tokenizer = run.tokenizer.build()
-    generator = torch.Generator().manual_seed(1)
-    unit = build_unit(run, tokenizer.vocab_size, (), torch.device("cpu"), generator, load_weights=True).double()
+    generators = NamedGenerators(1)
+    unit = build_unit(run, tokenizer.vocab_size, (), torch.device("cpu"), generators, load_weights=True).double()
     return run, unit, run.data.build(tokenizer), packed.data.build(tokenizer)
 
 

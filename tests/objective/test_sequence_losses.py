@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.data import IGNORE, Rows
 from llmtrain.model.gpt import GPTConfig, Initialisation
 from llmtrain.objective import Objective, TrainingUnit
@@ -24,9 +25,9 @@ CLASSES = {"train": Part.all, "last_layers": 1, "weighted_mean": False}
 )
 def test_losses_of_sequences_are_those_of_each_alone(objective: Objective, weights: tuple[float, ...]) -> None:
     config = GPTConfig(2, 32, 2, 24, None, 0.0, True, True, None, Initialisation.gpt2)
-    generator = torch.Generator().manual_seed(1)
-    model = config.create(50, torch.device("cpu"), generator)
-    unit = objective.build(model, LABELS, generator, weights).double().eval()
+    generators = NamedGenerators(1)
+    model = config.create(50, torch.device("cpu"), generators)
+    unit = objective.build(model, LABELS, generators, weights).double().eval()
     numbers = np.random.default_rng(0)
     tokens, targets = numbers.integers(0, 50, (5, 24)), np.full((5, 24), IGNORE)
     lengths = np.array([24, 3, 17, 9, 24])

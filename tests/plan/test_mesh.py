@@ -38,6 +38,7 @@ def test_degrees_that_do_not_make_the_devices_are_refused(degrees: dict[str, int
         (Mesh(tensor=16), 64, "distributed.tensor=16: does not divide the 8 key and value heads of the model; take 8"),
         (Mesh(tensor=3), 64, "distributed.tensor=3: does not divide the 8 key and value heads of the model; take 2"),
         (Mesh(pipeline=33), 64, "distributed.pipeline=33: the model has 32 blocks; take at most 32 stages"),
+        (Mesh(pipeline=2, context=4), 64, "distributed.context=4: does not go with distributed.pipeline=2"),
         (Mesh(shard=24), 64, "accumulation.batch_size=64: not divisible by the 24 ranks .* take 72, or another mesh"),
         (Mesh(shard=64), 8, "accumulation.batch_size=8: not divisible by the 64 ranks .* take 64, or another mesh"),
     ],
@@ -65,9 +66,26 @@ def test_possible_meshes_multiply_to_the_devices_and_keep_tensor_parallelism_on_
 
 def test_a_mesh_is_written_as_overrides() -> None:
     assert Mesh(shard=64).overrides() == (
-        "distributed=fsdp", "distributed.replicate=1", "distributed.shard=64", "distributed.tensor=1",
-        "distributed.pipeline=1",
+        "distributed=fsdp", "distributed.replicate=1", "distributed.shard=64", "distributed.context=1",
+        "distributed.tensor=1", "distributed.pipeline=1",
     )  # fmt: skip
     assert Mesh(shard=64).overrides(("shard",)) == ("distributed=fsdp", "distributed.shard=64")
-    assert [Mesh(**{name: 2}).option for name in ("replicate", "tensor", "pipeline")] == ["ddp", "tensor", "pipeline"]
+    assert [Mesh(**{name: 2}).option for name in ("replicate", "tensor", "pipeline", "context")] == [
+        "ddp",
+        "tensor",
+        "pipeline",
+        "context",
+    ]
     assert Mesh(replicate=2, shard=2).option == "hsdp"
+
+
+def test_weights_are_divided_over_shard_and_context() -> None:
+    degrees = {"replicate": 1, "shard": -1, "context": 8}
+    mesh = mesh_of(8, degrees)
+    assert (mesh.shard, mesh.context, mesh.weight_parts, mesh.option) == (1, 8, 8, "fsdp")
+    assert "distributed.shard=-1" in mesh.overrides()  # 1 would leave the weights whole
+    both = mesh_of(64, degrees | {"tensor": 2})
+    assert (both.shard, both.weight_parts, both.data) == (4, 32, 4)
+    assert (both.context_group.stride, both.shard_group.stride) == (2, 2)
+    whole = mesh_of(8, {"replicate": -1, "shard": 1, "context": 2})
+    assert (whole.weight_parts, whole.replicate_group.size, whole.data) == (1, 8, 4)

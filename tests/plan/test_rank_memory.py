@@ -65,3 +65,20 @@ def test_the_first_stage_of_a_pipeline_holds_a_micro_batch_for_each_stage() -> N
     assert parts["activations"] == 4 * 8 * kept  # 4 micro-batches of 8 blocks
     few = Work(8192, 1, 2)
     assert rank_memory(LLAMA_8B, Mesh(pipeline=4), few, Program()).parts["activations"] == 2 * 8 * kept
+
+
+def test_positions_that_ranks_share_divide_activations_but_not_keys_and_values() -> None:
+    def activations(context: int, **keys: Recomputation) -> int:
+        work = Work(sequence_length=8192, micro_batch=1, micro_batches=8, context=context)
+        return rank_memory(LLAMA_8B, Mesh(context=context), work, Program(**keys)).parts["activations"]
+
+    assert activations(4, recomputation=Recomputation.full) * 4 == activations(1, recomputation=Recomputation.full)
+    keys_and_values = 32 * 2 * 1024 * 2 * 8192  # layers, both, 8 heads of 128, bytes, tokens
+    assert activations(4) == activations(1) // 4 + keys_and_values * 3 // 4
+
+
+def test_weights_are_whole_on_ranks_that_share_positions_alone() -> None:
+    work = Work(8192, 1, 8, context=4)
+    assert rank_memory(LLAMA_8B, Mesh(context=4), work, Program()).parts["weights"] == 4 * PARAMETERS
+    divided = rank_memory(LLAMA_8B, Mesh(shard=2, context=4), work, Program()).parts
+    assert divided["weights"] == 4 * PARAMETERS // 8

@@ -16,6 +16,7 @@ from llmtrain.plan.step_time import (
     StepTime,
     block_seconds,
     bubble_share,
+    context_seconds,
     elementwise_bytes,
     gather_seconds,
     product_seconds,
@@ -85,6 +86,22 @@ def test_zero_bubble_leaves_a_third_of_the_gaps() -> None:
     assert bubble_share(4, 8, 2, "zero_bubble") == pytest.approx(idle / (8 + idle))
 
 
+def test_shared_positions_move_keys_and_values_of_whole_sequences() -> None:
+    mesh, work = Mesh(context=8), dataclasses.replace(WORK, context=8)
+    moved = 2 * 8192 * 1024 * 2  # keys and values of 8 heads of 128, in bf16
+    once = LINKS.scatter_seconds(moved, mesh.context_group)
+    assert once == pytest.approx(moved * 7 / 8 / (450e9 * 0.8) + 7 * 3.4e-6)
+    seconds = context_seconds(LLAMA_8B, mesh, work, Program(), LINKS)
+    assert (seconds.forward, seconds.again, seconds.backward) == (once, 0, once)
+    full = Program(recomputation=Recomputation.full)
+    assert context_seconds(LLAMA_8B, mesh, work, full, LINKS).again == once
+    # of a block each rank computes an eighth, attention to all positions included
+    alone = block_seconds(LLAMA_8B, 1, WORK, Program(), ENGINE, EVEN)
+    assert block_seconds(LLAMA_8B, 1, work, Program(), ENGINE, EVEN).total == pytest.approx(alone.total / 8)
+    assert time(mesh, work).parts["context"] == pytest.approx(8 * 32 * 2 * once)
+    assert "context" not in {name for name, seconds in time(Mesh(), WORK).parts.items() if seconds}
+
+
 def test_the_bubble_is_its_share_of_the_passes() -> None:
     result = time(Mesh(pipeline=4))
     passes = sum(result.parts[name] for name in ("forward", "recomputation", "backward", "tensor"))
@@ -136,3 +153,12 @@ def test_published_runs_are_predicted() -> None:
     memory = [abs(row["memory_error"]) for row in rows if row["is_fitted"] and row["memory_error"] is not None]
     assert len(memory) == 7
     assert max(memory) < 0.10
+
+
+def test_replicas_exchange_their_weights_now_and_then() -> None:
+    mesh, parameters = Mesh(replicate=64), LLAMA_8B.num_layers * LLAMA_8B.block_parameters + LLAMA_8B.outer_parameters
+    found = time(mesh, program=Program(exchange_every=50, reduce_bytes=1))
+    once = LINKS.reduce_seconds(parameters, mesh.replicate_group)
+    assert found.parts["replicas"] == pytest.approx(once / 50)
+    often = time(mesh, program=Program(exchange_every=1, reduce_bytes=4))
+    assert often.parts["replicas"] == pytest.approx(LINKS.reduce_seconds(4 * parameters, mesh.replicate_group))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llmtrain.activation_checkpointing.full import Full
 from llmtrain.activation_checkpointing.selective import By, Selective
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.model import LanguageModel
 from llmtrain.model.gpt import GPTConfig, Initialisation
 from llmtrain.precision import Residual, fp8_linear
@@ -81,7 +82,7 @@ def make(hidden_size: int = 64, **changes: float) -> LanguageModel:
         "dropout": 0.0, "qkv_bias": True, "tie_embeddings": True, "logit_softcap": None,
         "initialisation": Initialisation.gpt2,
     } | changes))  # fmt: skip
-    return config.create(64, CPU, torch.Generator().manual_seed(0))
+    return config.create(64, CPU, NamedGenerators(0))
 
 
 # --- one number --------------------------------------------------------------------------------------------------

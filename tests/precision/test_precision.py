@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.base.device import has_native_bf16
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.model import LanguageModel
 from llmtrain.model.gpt import GPTConfig, Initialisation
 from llmtrain.precision import LossScaler, Precision, Residual
@@ -31,7 +32,7 @@ CPU = torch.device("cpu")
 
 def tiny() -> LanguageModel:
     config = GPTConfig(2, 32, 2, 16, None, 0.0, True, True, None, Initialisation.gpt2)
-    return config.create(64, CPU, torch.Generator().manual_seed(0))
+    return config.create(64, CPU, NamedGenerators(0))
 
 
 def loss_of(model: LanguageModel, ids: Tensor) -> Tensor:
@@ -195,7 +196,7 @@ def test_fp8_needs_ada_or_hopper(capability: tuple[int, int], fits: bool, monkey
 
 def llama() -> LanguageModel:
     config = replace(SMALL, num_layers=2, hidden_size=32, context_length=16, qk_norm=True)
-    return config.create(64, CPU, torch.Generator().manual_seed(0))
+    return config.create(64, CPU, NamedGenerators(0))
 
 
 IDS = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))

@@ -23,6 +23,8 @@ from llmtrain.report.curves import _draw_panel, _labels, _smooth, _unit, draw_co
 from llmtrain.report.runs import by_validation_data, differences, find_runs, ranked, summarise
 from llmtrain.report.table import Comparison, comparisons, sweep_table
 
+pytestmark = pytest.mark.usefixtures("drawn_plots")
+
 
 def make_run(
     path: Path,

@@ -26,7 +26,7 @@ from llmtrain.run.environment import describe_environment
 from llmtrain.run.resume import Carryover, make_child, plan_resume
 from llmtrain.run.session import execute, has_optimizer_of
 from llmtrain.run.stored_run import StoredRun
-from llmtrain.train.loop import TrainingFailed
+from llmtrain.train.failure import TrainingFailed
 from tests.helpers.cli import TINY, assert_same_end, rows
 
 CPU = torch.device("cpu")

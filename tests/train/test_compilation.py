@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.data import IGNORE, Rows
 from llmtrain.data.batch import padded, widened
 from llmtrain.model import LanguageModel
@@ -25,7 +26,7 @@ OBJECTIVE = Causal(z_loss=0.0, chunk_tokens=None)
 
 def make_unit(num_layers: int = 2) -> TrainingUnit:
     config = GPTConfig(num_layers, 32, 2, 96, None, 0.0, True, True, None, Initialisation.gpt2)
-    return OBJECTIVE.build(config.create(50, CPU, torch.Generator().manual_seed(1)), (), torch.Generator())
+    return OBJECTIVE.build(config.create(50, CPU, NamedGenerators(1)), (), NamedGenerators(0))
 
 
 def test_compiling_pays_on_a_gpu_from_two_minutes_on() -> None:
@@ -113,7 +114,7 @@ def test_all_blocks_are_one_graph_with_the_same_gradients(name: str) -> None:
         unit = make_unit()
     else:
         run = Run.compose("model=llama_tiny", "tokenizer=byte")
-        unit = OBJECTIVE.build(run.model.create(50, CPU, torch.Generator().manual_seed(1)), (), torch.Generator())
+        unit = OBJECTIVE.build(run.model.create(50, CPU, NamedGenerators(1)), (), NamedGenerators(0))
     batch = batch_of([20, 20], width=20)
     expected = gradients(unit, batch)
     model: LanguageModel = unit.model

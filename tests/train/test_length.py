@@ -59,13 +59,13 @@ def walked(option: Accumulation, data: Sequences, steps: int) -> Iterator[Place]
 @pytest.mark.parametrize("option", OPTIONS)
 def test_counted_places_are_those_of_the_loader(option: Accumulation, data: Sequences) -> None:
     for counted in (option, StepByStep(option)):
-        length = TrainingLength(BatchSizes(counted, data, 5, True), 60)
-        places = [*walked(option, data, 60)]
-        assert [length.place_after(step) for step in range(61)] == places
-        assert length.place_from(places[17]) == length.end == places[60]
+        length = TrainingLength(BatchSizes(counted, data, 5, True), 40)
+        places = [*walked(option, data, 40)]
+        assert [length.place_after(step) for step in range(41)] == places
+        assert length.place_from(places[17]) == length.end == places[40]
         sizes = [later.position - one.position for one, later in pairwise(places)]
         assert length.largest_batch == max(sizes)
-        assert [length.batch_size_at(place.step, place.tokens) for place in places[:60]] == sizes
+        assert [length.batch_size_at(place.step, place.tokens) for place in places[:40]] == sizes
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -86,9 +86,8 @@ def test_a_run_ends_at_the_first_step_that_reaches_its_tokens_or_sequences(optio
 def test_epochs_end_with_a_smaller_step_or_with_a_whole_one(
     option: Accumulation, epochs: float, sequences: int
 ) -> None:
-    loop = Run.compose(*TINY, "loop.max_steps=null", f"loop.epochs={epochs}").loop
-    assert loop.end_position(53) == sequences
     run = Run.compose(*TINY, "loop.max_steps=null", f"loop.epochs={epochs}")
+    assert run.loop.end_position(53) == sequences
     object.__setattr__(run, "accumulation", option)
     exact = run.length(examples(53))
     assert exact.sequences == sequences

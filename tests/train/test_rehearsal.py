@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.checkpoint.optimizer_state import state_tensors
 from llmtrain.clipping import Clipping
 from llmtrain.data import Batch, Rows
@@ -32,8 +33,8 @@ def make_clipping(name: str = "norm") -> Clipping:
 
 def make_step(optimizer: Callable[..., OptimizerConfig], *, size: int = 2, keeps_gradients: bool = False) -> Step:
     config = GPTConfig(2, 64, 2, LENGTH, None, 0.1, True, True, None, Initialisation.gpt2)
-    generator = torch.Generator().manual_seed(1)
-    unit = OBJECTIVE.build(config.create(101, CPU, generator), (), generator).train()
+    generators = NamedGenerators(1)
+    unit = OBJECTIVE.build(config.create(101, CPU, generators), (), generators).train()
     precision = Precision("fp32", CPU, scaler=LossScaler(CPU, 16.0, 100))
     return Step(unit, optimizer().build(unit), precision, size, keeps_gradients=keeps_gradients)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmtrain import Run
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.data import Batch, Rows
 from llmtrain.train.step import Step
 from tests.helpers.cli import TINY, rows
@@ -72,7 +73,9 @@ def test_every_trained_weight_gets_a_gradient() -> None:
     """A kept gradient of zeros would let the optimizer update a weight that a freed one leaves alone."""
     for overrides in ((), ("model=llama_tiny",)):
         run = Run.compose("tokenizer=byte", "precision=fp32", *(overrides or ("model=tiny",)))
-        unit = run.objective.build(run.model.create(257, torch.device("cpu"), torch.Generator()), (), torch.Generator())
+        unit = run.objective.build(
+            run.model.create(257, torch.device("cpu"), NamedGenerators(0)), (), NamedGenerators(0)
+        )
         ids = np.arange(32).reshape(2, 16)
         batch = run.objective.collate(Rows(ids, ids), np.arange(2), 0)
         sum(unit(batch).values()).backward()  # type: ignore[union-attr]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.data import IGNORE, Batch
 from llmtrain.data.loader import TrainingStream
 from llmtrain.data.sequences import Rows, Sequences, Stream
@@ -140,7 +141,7 @@ def test_excerpts_of_long_words_are_cut() -> None:
     ids = gpt2.encode(" internationally" * 65).astype(np.uint16)
     assert len(ids) == 65
     model = GPTConfig(1, 32, 2, 64, None, 0.0, True, True, None, Initialisation.gpt2).create(
-        gpt2.vocab_size, CPU, torch.Generator().manual_seed(0)
+        gpt2.vocab_size, CPU, NamedGenerators(0)
     )
     stream = stream_of(Stream([ids], 64))
     (found,) = find_worst_sequences(as_unit(model), gpt2, stream, 0, np.array([0]), 1, micro_batch_size=1)
@@ -171,7 +172,7 @@ def test_targets_that_carry_no_loss_do_not_count() -> None:
 
 def real_model(dropout: float) -> nn.Module:
     config = GPTConfig(2, 32, 4, LENGTH, None, dropout, True, True, None, Initialisation.torch)
-    return config.create(257, CPU, torch.Generator().manual_seed(3))
+    return config.create(257, CPU, NamedGenerators(3))
 
 
 def test_a_real_model_is_evaluated_without_dropout_and_left_as_it_was() -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
+from torch.nn.attention.bias import causal_lower_right
 
 from llmtrain.base.device import device_type
 from llmtrain.kernels import cpu_attention
@@ -27,6 +28,7 @@ from llmtrain.model.layers.flex import (
     missing_requirement,
 )
 from llmtrain.model.layers.kv_cache import FixedShape
+from llmtrain.model.layers.sequence_part import SequencePart
 
 ALIGNMENT = 16  # keys: the rows of a mask on a GPU begin at multiples
 
@@ -45,8 +47,16 @@ class FirstKeys(NamedTuple):
     numbers: Tensor
 
 
+class PartMask(NamedTuple):
+    """The mask for some positions of every sequence: a plain one for each stretch, with the keys up to its end."""
+
+    part: SequencePart
+    stretches: tuple[range, ...]
+    masks: tuple[Tensor | None, ...]
+
+
 # Tensor: boolean, or added to the scores; None: a query sees all keys up to its own
-AttentionMask = Tensor | BlockwiseMask | FirstKeys | None
+AttentionMask = Tensor | BlockwiseMask | FirstKeys | PartMask | None
 
 
 def segment_starts(segments: Tensor) -> Tensor:
@@ -78,6 +88,7 @@ def attention_mask(
     kernel: Kernel = Kernel.sdpa,
     heads: HeadShape | None = None,
     fixed: FixedShape | None = None,
+    part: SequencePart | None = None,
 ) -> AttentionMask:
     """Make the mask of ``new`` tokens behind ``past`` cached ones, for a layer of any number of heads.
 
@@ -85,7 +96,10 @@ def attention_mask(
     ``slopes`` ``(heads,)``: ALiBi, ``slope * (key - query)`` is added to the scores (Press et al. 2021,
     https://arxiv.org/abs/2108.12409).  ``kernel``: the implementation, from :func:`kernel_for`; ``heads``: to
     try FlexAttention with, the first time.  ``fixed``: of a cache with shapes that do not change, in place of ``past``.
+    ``part``: the positions of the tokens, ``starts`` are theirs; any ``kernel`` but torch's is then ignored.
     """
+    if part is not None:
+        return _part_mask(new, device, part, starts, window, slopes)
     seen = past + new if fixed is None else fixed.seen
     if window is not None and seen <= window:
         window = None
@@ -103,6 +117,27 @@ def attention_mask(
         if not is_fake(first) and (heads is None or not flex_failure(heads, device, is_biased=slopes is not None)):
             return BlockwiseMask(block_mask(first), slopes)
     return mask_of_pairs(queries, first, seen, slopes, for_gpu=device_type(first) == "cuda")
+
+
+def _part_mask(
+    new: int, device: torch.device, part: SequencePart, starts: Tensor | None, window: int | None, slopes: Tensor | None
+) -> PartMask:
+    masks: list[Tensor | None] = []
+    stretches, done = tuple(part.stretches(new)), 0
+    for stretch in stretches:
+        narrow = window if window is not None and stretch.stop > window else None
+        is_plain = starts is None and narrow is None and slopes is None
+        if is_plain and (device.type == "cuda" or stretch.start == 0):
+            masks.append(None)
+        else:
+            queries = torch.arange(stretch.start, stretch.stop, device=device)
+            first = torch.zeros_like(queries)[None] if starts is None else starts[:, done : done + len(stretch)]
+            if narrow is not None:
+                first = torch.maximum(first, queries - (narrow - 1))
+            # one to be added, as for a GPU: of a boolean one every layer would keep a copy
+            masks.append(mask_of_pairs(queries, first, stretch.stop, slopes, for_gpu=True))
+        done += len(stretch)
+    return PartMask(part, stretches, tuple(masks))
 
 
 def mask_of_pairs(queries: Tensor, first: Tensor, seen: int, slopes: Tensor | None, *, for_gpu: bool) -> Tensor:
@@ -150,6 +185,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, dropo
         return attend_to_blocks(query, key, value, mask)
     if isinstance(mask, FirstKeys):
         return cpu_attention.attend(query, key, value, mask.numbers)
+    if isinstance(mask, PartMask):
+        return _attend_in_part(query, key, value, mask, dropout)
     if mask is None and query.shape[2] == key.shape[2] and not dropout and cpu_attention.supports(query):
         return cpu_attention.attend(query, key, value)
     if mask is not None and mask.dtype != torch.bool:
@@ -163,10 +200,28 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, dropo
         key, value = (heads.repeat_interleave(repeats, dim=1) for heads in (key, value))
     if is_written_out:
         return attend_with_dropout(query, key, value, mask, dropout)
+    is_square = query.shape[2] == key.shape[2]
+    bias = mask
+    if mask is None and not is_square and query.shape[2] > 1:
+        bias = causal_lower_right(query.shape[2], key.shape[2])
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout,
-        is_causal=mask is None and query.shape[2] == key.shape[2], enable_gqa=is_shared,
-    )  # fmt: skip
+        query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=mask is None and is_square, enable_gqa=is_shared
+    )
+
+
+def _attend_in_part(query: Tensor, key: Tensor, value: Tensor, mask: PartMask, dropout: float) -> Tensor:
+    """Compute attention of the queries of some positions, each stretch of them with the keys up to its end."""
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # before the exchange, which then moves less
+        low = torch.get_autocast_dtype(device)
+        query, key, value = query.to(low), key.to(low), value.to(low)
+    key, value = mask.part.gather(key, value)
+    parts = query.split([len(stretch) for stretch in mask.stretches], dim=2)
+    results = [
+        attend(part, key[:, :, : stretch.stop], value[:, :, : stretch.stop], own, dropout)
+        for part, stretch, own in zip(parts, mask.stretches, mask.masks, strict=True)
+    ]
+    return torch.cat(results, dim=2)
 
 
 def attend_as_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

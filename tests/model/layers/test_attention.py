@@ -19,6 +19,7 @@ from llmtrain.model.layers.attention import (
     segment_starts,
 )
 from llmtrain.model.layers.flex import BlockwiseMask, block_mask
+from llmtrain.model.layers.sequence_part import SequencePart
 
 CPU = torch.device("cpu")
 SEGMENTS = torch.tensor([[1] * 5 + [2] * 3 + [3] + [0] * 3, [1] * 12, [4] * 4 + [9] * 8], dtype=torch.int32)
@@ -77,6 +78,43 @@ def test_queries_behind_cached_keys_see_the_keys_before_them(new: int, window: i
     seen = attention_mask(new, 12 - new, CPU, window=window, slopes=slopes)
     reference = expected(query, key, value, None, window, slopes)
     torch.testing.assert_close(attend(query, key, value, seen).double(), reference, atol=1e-6, rtol=0)
+
+
+def test_queries_behind_the_other_keys_see_those_up_to_their_own() -> None:
+    query, key, value = heads(4, 5, 0), heads(2, 12, 1), heads(2, 12, 2)  # without a mask, as on a GPU
+    reference = expected(query, key, value, None, None, None)
+    torch.testing.assert_close(attend(query, key, value, None).double(), reference, atol=1e-6, rtol=0)
+
+
+class TwoStretches(SequencePart):
+    """Positions 3 to 5 and 8 to 11 of sequences whose keys and values are at hand."""
+
+    whole_length = 12
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        self.whole = key, value
+
+    def stretches(self, length: int) -> list[range]:
+        assert length == 7
+        return [range(3, 6), range(8, 12)]
+
+    def gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return self.whole
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("packed", [False, True])
+def test_some_positions_attend_to_the_keys_of_all(packed: bool, window: int | None, biased: bool) -> None:
+    query, key, value = heads(4, 12, 0), heads(2, 12, 1), heads(2, 12, 2)
+    part, slopes = TwoStretches(key, value), alibi_slopes(4) if biased else None
+    positions = part.positions(7, CPU)
+    assert positions.tolist() == [3, 4, 5, 8, 9, 10, 11]
+    starts = segment_starts(SEGMENTS)[:, positions] if packed else None
+    mask = attention_mask(7, 0, CPU, starts=starts, window=window, slopes=slopes, part=part)
+    reference = expected(query, key, value, SEGMENTS if packed else None, window, slopes)[:, :, positions]
+    own = (each[:, :, positions] for each in (query, key, value))
+    torch.testing.assert_close(attend(*own, mask).double(), reference, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("biased", [False, True])

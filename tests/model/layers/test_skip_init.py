@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from llmtrain import Run
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.model.layers.skip_init import SkipInitMode
 
 
@@ -17,10 +18,10 @@ def test_no_random_number_is_drawn() -> None:
     assert torch.equal(norm.weight, torch.ones(4))  # what is not random is filled
 
 
-def test_a_model_depends_on_its_generator_alone() -> None:
+def test_a_model_depends_on_its_generators_alone() -> None:
     config = Run.compose("model=tiny").model
     models = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        models.append(config.create(100, torch.device("cpu"), torch.Generator().manual_seed(7)).state_dict())
+        models.append(config.create(100, torch.device("cpu"), NamedGenerators(7)).state_dict())
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
