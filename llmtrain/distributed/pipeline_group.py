@@ -19,6 +19,7 @@ class PipelineGroup:
         self.group, self.device = group, device
         self.rank, self.size = group.rank(), group.size()
         self._sends: deque[tuple[dist.Work | None, Tensor]] = deque()
+        self.sum(torch.zeros((), device=device))  # connects all: NCCL would wait for the ranks that send nothing
 
     @property
     def last(self) -> int:

@@ -20,6 +20,7 @@ from llmtrain.plan.step_time import Engine, StepTime, step_time
 from llmtrain.plan.trace import fake_tensors, tensors_in
 from llmtrain.precision import Precision
 
+ALL = 1 << 30  # micro-batches in flight: those of a step
 UPDATE_TRAFFIC = 16  # bytes that clipping and update read and write a parameter, besides its state read and written
 
 
@@ -131,8 +132,18 @@ def rank_meshes(
         if found and len(changes) != len(found[0].changes):
             break
         plans = (replace(plan_mesh(changed, cluster, precision, mesh), changes=changes) for mesh in meshes)
-        found += [plan for plan in plans if plan.fits]
+        found += [plan for plan in plans if plan.fits and has_pipeline(plan, changed.program)]
     return sorted(found, key=lambda plan: plan.time.seconds)
+
+
+def has_pipeline(plan: MeshPlan, program: Program) -> bool:
+    """True if the pipeline of a mesh can be trained: see :func:`llmtrain.distributed.checks.pipeline_problems`."""
+    mesh = plan.mesh
+    if mesh.pipeline == 1:
+        return True
+    too_few = program.schedule != "gpipe" and plan.work.micro_batches < mesh.pipeline
+    is_cut = mesh.tensor > 1 or mesh.context > 1
+    return not (too_few or is_cut or (program.schedule == "zero_bubble" and mesh.shard > 1))
 
 
 def divisible_batch(batch_size: int, ranks: int) -> int:
@@ -164,6 +175,9 @@ def program_of(blueprint: Blueprint, shape: Shape, *, reshards: bool) -> Program
         recomputation=recomputation,
         recomputed_share=share,
         reshards=reshards,
+        schedule=settings.distributed.pipeline_schedule,
+        stages_per_rank=settings.distributed.stages_per_process,
+        in_flight=ALL if settings.distributed.pipeline_schedule == "gpipe" else None,
         optimizer_traffic=UPDATE_TRAFFIC + 2 * in_blocks,
     )
 

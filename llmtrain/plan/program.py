@@ -38,6 +38,7 @@ class Program:
     splits_embedding: bool = True  # tensor parallelism: the embedding is divided too
     exchange_every: int | None = None  # steps between exchanges of replicas' weights; None: gradients, at every step
     optimizer_traffic: float = 32  # bytes that clipping and update read and write a parameter
+    schedule: str = "1f1b"  # of the pipeline
     stages_per_rank: int = 1  # of the pipeline: more than 1 for interleaved schedules
     in_flight: int | None = None  # micro-batches whose activations the first stage holds; None: 1F1B, one a stage
 

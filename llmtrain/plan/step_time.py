@@ -112,7 +112,7 @@ def step_time(
 
     stage = layers * computing.total + head.total
     passes = work.micro_batches * stage
-    share = bubble_share(mesh.pipeline, work.micro_batches, program.stages_per_rank)
+    share = bubble_share(mesh.pipeline, work.micro_batches, program.stages_per_rank, program.schedule)
     bubble = passes * share / (1 - share)
     sent = work.tokens * shape.hidden_size * program.residual_bytes / mesh.tensor
     crossings = 2 * program.stages_per_rank * (work.micro_batches + mesh.pipeline - 1) if mesh.pipeline > 1 else 0
@@ -138,9 +138,13 @@ def step_time(
     return StepTime(parts, hidden, share)
 
 
-def bubble_share(stages: int, micro_batches: int, stages_per_rank: int = 1) -> float:
-    """The share of a step's passes in which a rank of a pipeline waits (Narayanan et al. 2021, section 2.2)."""
-    idle = (stages - 1) / stages_per_rank
+def bubble_share(stages: int, micro_batches: int, stages_per_rank: int = 1, schedule: str = "1f1b") -> float:
+    """The share of a step's passes in which a rank of a pipeline waits (Narayanan et al. 2021, section 2.2).
+
+    With ``zero_bubble`` the half of the backward pass that nobody waits for fills two thirds of it (Qi et al. 2023,
+    https://arxiv.org/abs/2401.10241, ZB-H1).
+    """
+    idle = (stages - 1) / stages_per_rank * (1 / 3 if schedule == "zero_bubble" else 1)
     return idle / (micro_batches + idle)
 
 

@@ -3,15 +3,18 @@
 from dataclasses import dataclass, replace
 
 from llmtrain.checkpoint.model_state import saved_tensors
+from llmtrain.config.assemble import pipeline_settings
+from llmtrain.config.run_config import RunConfig
 from llmtrain.distributed.deepspeed import DeepSpeed
 from llmtrain.distributed.local_sgd import LocalSgd
 from llmtrain.distributed.options import Mesh as Degrees
+from llmtrain.distributed.pipeline_options import pipeline_problems
 from llmtrain.plan.blueprint import Blueprint
 from llmtrain.plan.cluster import Cluster, ClusterRun, MeshPlan, divisible_batch, plan_mesh, program_of, rank_meshes
 from llmtrain.plan.costs import Costs, Counts, Speed, add_up, count_work, without_long_saves
 from llmtrain.plan.devices import arithmetic, find_device
 from llmtrain.plan.links import Network, links_of
-from llmtrain.plan.mesh import mesh_of
+from llmtrain.plan.mesh import Mesh, mesh_of
 from llmtrain.plan.program import Program
 from llmtrain.plan.shape import shape_of
 from llmtrain.precision import Precision
@@ -72,7 +75,7 @@ def make_cluster_forecast(planned: PlannedRun, options: ClusterOptions, *, ranks
     cluster = Cluster(spec, options.devices, links, power)
     blueprint = Blueprint(run, shape.vocab_size, precision, run.accumulation.batch_size_at(0, 0))
     program = program_of(blueprint, shape, reshards=run.distributed.reshard_after_forward)
-    mesh = None if ranks_all else mesh_of(options.devices, run.distributed.degrees)
+    mesh = None if ranks_all else checked_mesh(run, options.devices)
     if mesh is not None and isinstance(run.distributed, LocalSgd):
         program, mesh = of_replicas(run.distributed, program), replace(mesh, named="local_sgd")
     wanted = planned.length.largest_batch
@@ -91,6 +94,15 @@ def make_cluster_forecast(planned: PlannedRun, options: ClusterOptions, *, ranks
         )
     counts, costs = _costs(planned, options, cluster, plans[0] if plans else None, batch)
     return ClusterForecast(cluster, precision, plans, note, counts, costs)
+
+
+def checked_mesh(run: RunConfig, devices: int) -> Mesh:
+    """The mesh that a run names.  Raises ValueError if it is not of ``devices``, or its pipeline cannot be trained."""
+    mesh = mesh_of(devices, run.distributed.degrees)
+    settings = pipeline_settings(run, run.distributed.mesh(devices))
+    for problem in () if settings is None else pipeline_problems(settings):
+        raise ValueError(problem)
+    return mesh
 
 
 def of_replicas(options: LocalSgd, program: Program) -> Program:

@@ -25,7 +25,7 @@ def check(ranks: Ranks, *arguments: Any, tolerance: float = TOLERANCE) -> None:
 
 
 def check_forty_steps(ranks: Ranks, keys: dict[str, Any], values: dict[str, Any]) -> None:
-    for worst in ranks.run(compare, keys, False, 1, values, 40):
+    for worst in ranks.run(compare, keys, False, 1, values, 40, timeout_seconds=600):
         print(values, {key: f"{worst[key]:.1e}" for key in ("loss", "norm")})
         assert max(worst["loss"], worst["norm"]) < TOLERANCE, worst
 

@@ -124,6 +124,23 @@ def test_what_does_not_fit_is_planned_with_less_memory_for_activations() -> None
     assert rank_meshes(run, Cluster(SPEC, 1, LINKS), made.precision) == []
 
 
+def test_pipelines_that_train_refuses_are_not_among_the_ranked_meshes() -> None:
+    words = (
+        "model=llama3_2_1b",
+        "data.sequence_length=2048",
+        "accumulation.batch_size=32",
+        "accumulation.micro_batch_size=4",
+    )
+    for schedule in ("1f1b", "gpipe", "zero_bubble"):
+        run, made = cluster_run(*words, f"distributed.pipeline_schedule={schedule}", batch=32)
+        plans = rank_meshes(run, Cluster(SPEC, 16, LINKS), made.precision)
+        piped = [plan for plan in plans if plan.mesh.pipeline > 1]
+        assert piped
+        assert all(plan.mesh.tensor == 1 for plan in piped)
+        assert all(plan.work.micro_batches >= plan.mesh.pipeline for plan in piped) == (schedule != "gpipe")
+        assert any(plan.mesh.shard > 1 for plan in piped) == (schedule != "zero_bubble")
+
+
 def test_405b_on_512_devices_is_planned_within_three_seconds() -> None:
     start = time.process_time()
     overrides = ("model=llama3_405b", "tokenizer=byte", "data.sequence_length=8192", "activation_checkpointing=full")

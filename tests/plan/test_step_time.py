@@ -81,6 +81,11 @@ def test_the_bubble_of_a_pipeline(stages: int, micro_batches: int, each: int, sh
     assert bubble_share(stages, micro_batches, each) == pytest.approx(share)
 
 
+def test_zero_bubble_leaves_a_third_of_the_gaps() -> None:
+    idle = 3 / 2 / 3
+    assert bubble_share(4, 8, 2, "zero_bubble") == pytest.approx(idle / (8 + idle))
+
+
 def test_shared_positions_move_keys_and_values_of_whole_sequences() -> None:
     mesh, work = Mesh(context=8), dataclasses.replace(WORK, context=8)
     moved = 2 * 8192 * 1024 * 2  # keys and values of 8 heads of 128, in bf16
