@@ -10,6 +10,7 @@ import torch
 
 from llmtrain.base.places import OUTER_MOMENTUM
 from llmtrain.checkpoint.stored_tensors import read_group
+from llmtrain.metrics import read_metrics
 from tests.distributed.test_runs import (
     RUN,
     SECONDS,
@@ -101,3 +102,23 @@ def test_one_process_generates_verifies_and_continues(folder: Path) -> None:
     end = ("loop.max_steps=42", "loop.eval_every=0")
     llmtrain(folder, "resume", "whole", *end, "distributed=none")
     assert sorted(rows(folder / "whole"))[-2:] == [41, 42]
+
+
+@pytest.mark.slow
+def test_a_rollback_restores_the_replicas(folder: Path) -> None:
+    """A rate that throws the model off: all ranks go back to one checkpoint, and finish the run at a lower rate."""
+    quick = (
+        "recovery.window_steps=16", "recovery.min_window_steps=8", "recovery.rollback_steps=3",
+        "recovery.rollback_skip_batches=2", "recovery.skip_batches=1", "recovery.max_skips=1",
+        "recovery.rollback_after=4", "recovery.lower_rate_at=1", "recovery.lower_rate_factor=0.001",
+        "checkpoint.keep_last=0", "optimizer.lr=3e-3", "loop.eval_every=0", "loop.max_steps=17",
+    )  # fmt: skip
+    llmtrain(folder, "train", "run_dir=wild", *LOCAL, *quick)
+    llmtrain(folder, "resume", "wild", "optimizer.lr=1.0", "clipping=none", "loop.max_steps=36")
+    events = [row for row in read_metrics(folder / "wild" / "metrics.jsonl") if "event" in row]
+    (back,) = [row for row in events if row["event"] == "roll_back"]
+    assert back["to_step"] < back["step"]
+    assert any(row["event"] == "refused" for row in events)
+    found = rows(folder / "wild")
+    assert sorted(found) == list(range(1, 37))
+    assert found[36]["loss"] < found[17]["loss"] + 1

@@ -2,6 +2,7 @@
 
 import pytest
 
+from llmtrain.base.options import RunFacts
 from llmtrain.distributed.replicas import BUCKET, buckets
 from tests.distributed.replica_cases import (
     adopted,
@@ -152,3 +153,9 @@ def test_buckets_hold_whole_tensors() -> None:
 def test_settings_that_cannot_be_are_refused(keys: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         options_of(**keys)
+
+
+def test_an_interval_that_the_run_does_not_reach_is_reported() -> None:
+    facts = RunFacts(40, 4000, 1.0, 4, 4000, None, evaluates=False)
+    assert "distributed.sync_every=4" in options_of(sync_every=50).unread(facts)["sync_every"]
+    assert options_of(sync_every=10).unread(facts) == {}

@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llmtrain import Run
+from llmtrain.base.world import ALONE
 from llmtrain.data import Batch
+from llmtrain.distributed.replicas import Replicas
 from llmtrain.plan.blueprint import Blueprint
 from llmtrain.plan.trace import fake_tensors
 from llmtrain.precision import Precision, PrecisionConfig
@@ -209,3 +211,17 @@ def test_operations_that_wait_are_counted(function: Any) -> None:
         assert len(counter.waits) == 1
         torch.zeros((), device=GPU).add(1).to("cpu", non_blocking=True)
         assert len(counter.waits) == 1
+
+
+def test_an_exchange_of_replicas_waits_for_nothing() -> None:
+    options = make_option("distributed", "local_sgd", {}, sync_every=1)
+    with loop_of(StepWithoutModel, build_precision("fp32")) as (loop, counter):
+        replicas = Replicas(options, loop.step.unit, ALONE)
+        replicas.adopt(loop.step.optimizer)
+        loop.step.parallel = replicas
+        counter.waits.clear()
+        before = counter.operations
+        loop.train_step()
+        assert "outer_norm" in loop.readback.pending[-1][1]
+        assert counter.operations > before + 30
+        assert counter.waits == []
