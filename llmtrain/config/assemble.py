@@ -112,15 +112,16 @@ def assemble(
 
 def check_ranks(run: RunConfig, processes: int) -> None:
     """Raise ValueError for a setting that does not go with so many ranks."""
+    if processes == 1:
+        return
+    mesh = run.distributed.mesh(processes)
     zero = run.distributed if isinstance(run.distributed, DeepSpeed) else None
-    if processes > 1:
-        mesh = run.distributed.mesh(processes)
-        settings = ParallelSettings(
-            processes, mesh.shard > 1 or mesh.tensor > 1, run.optimizer, run.clipping, run.precision, run.lora,
-            run.activation_checkpointing, run.runtime.cuda_graphs, None if zero is None else zero.stage,
-            run.runtime.compile,
-        )  # fmt: skip
-        check_parallel(settings)
+    settings = ParallelSettings(
+        processes, mesh.shard > 1 or mesh.tensor > 1, run.optimizer, run.clipping, run.precision, run.lora,
+        run.activation_checkpointing, run.runtime.cuda_graphs, None if zero is None else zero.stage,
+        run.runtime.compile,
+    )  # fmt: skip
+    check_parallel(settings)
     if zero is not None:
         check_installed()
         values = RunValues(
