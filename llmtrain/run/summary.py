@@ -83,7 +83,7 @@ def header(
 
 def describe_model(run: RunConfig, unit: TrainingUnit) -> str:
     """The architecture of the model, its layers and its size: "llama, 4 layers of 192, 2.4M parameters"."""
-    width = unit.model.config.hidden_size
+    width = getattr(run.model, "hidden_size", None) or unit.model.head_weight.shape[1]  # ranks may have divided it
     layers = f"{unit.num_layers} layer{'s' * (unit.num_layers != 1)} of {width}"
     return f"{option_name(run.model)}, {layers}, {count(unit.model.num_parameters())} parameters"
 
