@@ -12,6 +12,8 @@ from llmtrain.base.checks import non_negative
 from llmtrain.base.device import device_type
 from llmtrain.clipping import Clipping, ClipResult, Shares
 
+LONG, ROW = 1 << 16, 1 << 10  # elements: too many for one fp32 sum, and those of a part of it
+
 
 @dataclass(frozen=True)
 class Gradients:
@@ -110,7 +112,16 @@ def _norms_each(tensors: list[Tensor]) -> list[Tensor]:
     Its norm of a 50304 × 768 gradient is 0.3% too small.  Norms of rows first are right to 1e-6, and faster.
     """
     dtype = at_least_fp32(*tensors)
-    return [torch.linalg.vector_norm(torch.linalg.vector_norm(tensor, dim=-1, dtype=dtype)) for tensor in tensors]
+    return [torch.linalg.vector_norm(_norms_of_rows(tensor, dtype)) for tensor in tensors]
+
+
+def _norms_of_rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """L2 norms of the rows of ``tensor``; a long one of one dimension, as ZeRO's stretches, is cut into rows."""
+    if tensor.dim() != 1 or len(tensor) <= LONG:
+        return torch.linalg.vector_norm(tensor, dim=-1, dtype=dtype)
+    end = len(tensor) // ROW * ROW
+    rows = torch.linalg.vector_norm(tensor[:end].view(-1, ROW), dim=-1, dtype=dtype)
+    return torch.cat([rows, torch.linalg.vector_norm(tensor[end:], dtype=dtype)[None]])
 
 
 def _largest_foreach(tensors: list[Tensor]) -> list[Tensor]:

@@ -139,17 +139,18 @@ def check_ranks(run: RunConfig, processes: int) -> None:
             "runtime.cuda_graphs=True: a graph keeps the places of weights, and distributed=local_sgd changes them for "
             "an evaluation; take runtime.cuda_graphs=false"
         )
+    if processes == 1:
+        return
+    mesh = run.distributed.mesh(processes)
     zero = run.distributed if isinstance(run.distributed, DeepSpeed) else None
-    if processes > 1:
-        mesh = run.distributed.mesh(processes)
-        holds_parts = run.distributed.is_sharded(mesh) or mesh.tensor > 1
-        settings = ParallelSettings(
-            processes, holds_parts, run.optimizer, run.clipping, run.precision, run.lora,
-            run.activation_checkpointing, run.runtime.cuda_graphs, pipeline_settings(run, mesh),
-            None if zero is None else zero.stage, run.runtime.compile,
-        )  # fmt: skip
-        check_parallel(settings)
-        check_context(mesh, run.objective, run.data.sequence_length)
+    holds_parts = run.distributed.is_sharded(mesh) or mesh.tensor > 1
+    settings = ParallelSettings(
+        processes, holds_parts, run.optimizer, run.clipping, run.precision, run.lora,
+        run.activation_checkpointing, run.runtime.cuda_graphs, pipeline_settings(run, mesh),
+        None if zero is None else zero.stage, run.runtime.compile,
+    )  # fmt: skip
+    check_parallel(settings)
+    check_context(mesh, run.objective, run.data.sequence_length)
     if zero is not None:
         check_installed()
         values = RunValues(

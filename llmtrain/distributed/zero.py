@@ -60,7 +60,7 @@ class Zero(DataParallel):
         if self.divides_weights:
             refuse_packed(unit)
             keep_counts(unit)
-        self.device_type = next(unit.parameters()).device.type
+        self.device_type = unit.trained_weights()[0][1].device.type
         names = {id(parameter): name for name, parameter in unit.named_weights()}
         self.engine = start_engine(unit, settings)
         optimizer = self.engine.optimizer

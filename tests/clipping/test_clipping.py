@@ -8,6 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmtrain.clipping.adaptive import AdaptiveClipping
+from llmtrain.clipping.base import measure
 from llmtrain.clipping.none import NoClipping
 from llmtrain.clipping.norm import NormClipping
 from llmtrain.clipping.per_parameter import PerParameterClipping
@@ -295,3 +296,11 @@ def test_clipping_on_a_gpu_gives_the_same_without_waiting(parameters, option):
     divisor = 1.0 if measured.divisor is None else measured.divisor.item()
     result = {name: g.cpu().double() / divisor for name, g in gradients(parameters).items()}
     torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_norm_of_a_long_stretch_is_exact() -> None:
+    """ZeRO's gradients have one dimension; in one sum torch's fp32 norm would be 2e-4 too small."""
+    weight = torch.nn.Parameter(torch.zeros(8_000_001))
+    weight.grad = torch.randn(len(weight), generator=torch.Generator().manual_seed(0))
+    norm = measure([("w", weight)]).norm
+    assert norm.item() == pytest.approx(torch.linalg.vector_norm(weight.grad, dtype=torch.float64).item(), rel=1e-6)
