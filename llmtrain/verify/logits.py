@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.base.format import significant
+from llmtrain.base.named_generators import NamedGenerators
 from llmtrain.config.exported_text import TEXTS as PROMPTS
 from llmtrain.data.labelled import LabelledText
 from llmtrain.hf.config_json import ConfigJson
@@ -92,7 +93,7 @@ def reloaded_logits(folder: Path, config: ModelConfig, classes: int, prompts: Se
     json = ConfigJson.read(folder)
     found: Any = family_of_checkpoint(json).read_config(json)
     found = replace(found, context_length=config.context_length)  # of dynamic scaling, config.json has the original
-    model = found.create(found.vocab_size, torch.device("cpu"), torch.Generator().manual_seed(1)).eval()
+    model = found.create(found.vocab_size, torch.device("cpu"), NamedGenerators(1)).eval()
     classifier = nn.Linear(model.head_weight.shape[1], classes, bias=False) if classes else None
     with quiet_loading():
         load_weights(model, folder, classifier)

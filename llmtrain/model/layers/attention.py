@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
-from torch.nn.attention.bias import causal_lower_right
 
 from llmtrain.base.device import device_type
 from llmtrain.kernels import cpu_attention
@@ -203,6 +202,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, dropo
     is_square = query.shape[2] == key.shape[2]
     bias = mask
     if mask is None and not is_square and query.shape[2] > 1:
+        from torch.nn.attention.bias import causal_lower_right  # imports torch._dynamo, which takes a second
+
         bias = causal_lower_right(query.shape[2], key.shape[2])
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=mask is None and is_square, enable_gqa=is_shared
