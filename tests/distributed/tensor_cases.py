@@ -336,8 +336,7 @@ def train(world: World, keys: dict[str, Any], mode: str, values: dict[str, Any])
     for key, ours, theirs in (
         ("gradients", found.gradients, expected.gradients), ("weights", found.weights, expected.weights)
     ):  # fmt: skip
-        whole = {name: parallel.trainable.gather(name, part.contiguous()) for name, part in ours.items()}
-        numbers[key] = sharing.worst(whole, theirs)
+        numbers[key] = sharing.worst(ours, theirs)
     batch = make_batch(packed=True)
     with torch.no_grad():
         theirs = alone.unit.eval()(batch)["next_token"]
