@@ -49,6 +49,10 @@ class Transformer(nn.Module):
         if tie:
             self.head.weight = self.embedding.weight
 
+    @property
+    def trained_names(self) -> list[str]:
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self.named_parameters()
 

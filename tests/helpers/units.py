@@ -22,6 +22,10 @@ class PlainUnit:
     def num_layers(self) -> int:
         return int(getattr(self.module, "num_layers", 1))
 
+    @property
+    def trained_names(self) -> list[str]:
+        return [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self.module.named_parameters()
 

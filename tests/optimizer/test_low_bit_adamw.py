@@ -39,6 +39,10 @@ class Model(nn.Module):
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=generator).to(dtype)))
 
+    @property
+    def trained_names(self):
+        return [name for name, _ in self.named_parameters()]
+
     def named_weights(self):
         yield from self.named_parameters()
 
