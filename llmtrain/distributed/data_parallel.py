@@ -194,12 +194,10 @@ class Sharded(DataParallel):
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
-        caches = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # it would keep a cast of each block's whole weights
         try:
-            yield
+            with casts_not_kept():
+                yield
         finally:
-            torch.set_autocast_cache_enabled(caches)
             self._end_passes()
 
     @contextmanager
@@ -258,3 +256,14 @@ def refuse_packed(unit: TrainingUnit) -> None:
             f"lora.quantization: packed weights cannot be divided by rows ({packed[0]} is one of {len(packed)}); take "
             "lora.quantization=none, or distributed=ddp, where each rank has whole weights"
         )
+
+
+@contextmanager
+def casts_not_kept() -> Iterator[None]:
+    """Context in which autocast keeps no casts: they would be those of each block's whole weights."""
+    caches = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(caches)

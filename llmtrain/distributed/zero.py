@@ -20,7 +20,7 @@ from llmtrain.base.checks import needing_package
 from llmtrain.base.places import Places
 from llmtrain.base.world import World
 from llmtrain.data import Batch
-from llmtrain.distributed.data_parallel import DataParallel, refuse_packed
+from llmtrain.distributed.data_parallel import DataParallel, casts_not_kept, refuse_packed
 from llmtrain.distributed.deepspeed import MISSING, check_version
 from llmtrain.distributed.fragments import Fragments
 from llmtrain.distributed.zero_partitions import DividedParameters, FlatGroup, Partition
@@ -142,14 +142,8 @@ class Zero(DataParallel):
     def largest(self, value: Tensor) -> Tensor:
         return self.fragments.largest(value)
 
-    @contextmanager
-    def scoring(self) -> Iterator[None]:
-        caches = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # it would keep a cast of each block's whole weights
-        try:
-            yield
-        finally:
-            torch.set_autocast_cache_enabled(caches)
+    def scoring(self) -> AbstractContextManager[None]:
+        return casts_not_kept()
 
     def whole_weights(self) -> AbstractContextManager[None]:
         return self.partition.whole_weights()
