@@ -67,8 +67,9 @@ class Parts:
         places = self.places
         weights = [(name, weight.numel()) for name, weight in self.unit.named_weights()]
         elsewhere = sum(elements for name, elements in weights if places.get(name) == ())
-        own = sum(elements for name, elements in weights) - elsewhere
-        return here + here * elsewhere // own
+        if not elsewhere:
+            return here
+        return here + here * elsewhere // (sum(elements for _, elements in weights) - elsewhere)
 
     def saved_tensors(self) -> dict[str, Tensor]:
         """The tensors of the model that a checkpoint has, as this rank holds them."""
