@@ -32,7 +32,7 @@ def install() -> None:
     ConfigRepository.load_config = load_config
     Hydra.get_mode = get_mode
     defaults_list._create_interpolation_map = create_interpolation_map
-    FigureCanvasAgg.print_png = lambda self, file: Image.new("RGB", (1, 1)).save(file, "png")
+    FigureCanvasAgg.print_png = lambda self, file, **options: Image.new("RGB", (1, 1)).save(file, "png")
     OmegaConf.load = staticmethod(load)
 
 

@@ -78,6 +78,8 @@ CASES = [
     (("loop.eval_every=0",), "checkpoint.keep_best=1", "nothing is evaluated", ()),
     (("loop.max_steps=4",), "runtime.profile=true", "from step 5 on", ("loop.max_steps=5",)),
     ((), "checkpoint.keep_every=400", "no step is a multiple", ("loop.max_steps=400",)),
+    (("distributed=local_sgd",), "distributed.sync_every=500", "the only exchange is made in any case",
+     ("distributed=local_sgd", "loop.max_steps=501")),
 ]  # fmt: skip
 
 

@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 from llmtrain.lora.layers import FrozenLinear
 from llmtrain.lora.quantization import PackedWeight, Quantization
-from tests.helpers.adapted import seeded
 
 PACKED = (Quantization.bf16, Quantization.int8, Quantization.nf4)
 BITS = {Quantization.bf16: 16, Quantization.int8: 8 + 32 / 256, Quantization.nf4: 4 + 8 / 64 + 32 / (64 * 256)}
 
 
 def matrix(rows: int = 320, columns: int = 256, spread: float = 1.0) -> Tensor:
-    weight = torch.randn(rows, columns, generator=seeded()) * 0.02
-    return weight * torch.exp(spread * torch.randn(rows, 1, generator=seeded(4)))
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(3)) * 0.02
+    return weight * torch.exp(spread * torch.randn(rows, 1, generator=torch.Generator().manual_seed(4)))
 
 
 def packed(quantization: Quantization, weight: Tensor) -> PackedWeight:
@@ -93,8 +92,8 @@ def test_products_and_gradients_are_those_of_the_rounded_weight(
     linear.weight.requires_grad_(False)
     layer = FrozenLinear(linear, packed(quantization, linear.weight))
     dense = layer.own_weight.to(dtype)
-    x = torch.randn(2, 5, 256, generator=seeded(), requires_grad=True)
-    weight = torch.randn(2, 5, 320, generator=seeded(5))
+    x = torch.randn(2, 5, 256, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    weight = torch.randn(2, 5, 320, generator=torch.Generator().manual_seed(5))
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         y = layer(x)
     assert y.dtype == dtype
