@@ -11,6 +11,8 @@ import pytest
 
 from benchmarks.report import write_report
 
+pytestmark = pytest.mark.usefixtures("drawn_plots")
+
 ROOT = Path(__file__).parents[2]
 
 
