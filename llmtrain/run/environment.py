@@ -48,9 +48,7 @@ def difference_of_machine(environment: Mapping[str, Any] | None, now: Mapping[st
     """
     if environment is None:
         return None
-    latest: dict[str, Any] = {}
-    for entry in (environment, *environment.get("resumes", [])):
-        latest |= {"processes": 1} | {key: entry[key] for key in ("device", "versions", "processes") if key in entry}
+    latest = _latest(environment)
     device, torch = latest.get("device"), latest.get("versions", {}).get("torch")
     if latest["processes"] != now.get("processes", 1):
         return f"the number of processes was {latest['processes']}, and is {now.get('processes', 1)} here"
@@ -59,6 +57,19 @@ def difference_of_machine(environment: Mapping[str, Any] | None, now: Mapping[st
     if torch is not None and torch != now["versions"]["torch"]:
         return f"the run used torch {torch}, this is {now['versions']['torch']}"
     return None
+
+
+def processes_of(environment: Mapping[str, Any] | None) -> int:
+    """The number of processes that a run was trained by last."""
+    return 1 if environment is None else int(_latest(environment)["processes"])
+
+
+def _latest(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run was trained on last, by its environment with its resumes."""
+    latest: dict[str, Any] = {"processes": 1}
+    for entry in (environment, *environment.get("resumes", [])):
+        latest |= {"processes": 1} | {key: entry[key] for key in ("device", "versions", "processes") if key in entry}
+    return latest
 
 
 def _current_name(device: str) -> str:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from llmtrain.config.assemble import assemble, check_data, first_state
 from llmtrain.config.older_versions import complete
 from llmtrain.metrics import read_metrics
 from llmtrain.run.directory import RunDirectory
-from llmtrain.run.environment import describe_environment, difference_of_machine
+from llmtrain.run.environment import describe_environment, difference_of_machine, processes_of
 from llmtrain.run.resume import Carryover
 from llmtrain.run.run import Run
 from llmtrain.run.session import quiet_loop
@@ -128,7 +128,9 @@ def compare(replayed: ReplayResult, directory: RunDirectory, last: Path | None) 
         ("optimizer state", "optimizer", replayed.optimizer),
     ):
         comparison.groups.append(_compare_tensors(name, tensors, read_group(last, group)))
-    comparison.groups.append(_compare_state(replayed.state, read_state(last)))
+    ranks = processes_of(directory.read_environment())  # more than one seed their generators at every step
+    left_out = NOT_COMPARED if ranks == 1 else (*NOT_COMPARED, "rng")
+    comparison.groups.append(_compare_state(replayed.state, read_state(last), left_out))
     return comparison
 
 
@@ -163,12 +165,24 @@ def _compare_tensors(name: str, now: Mapping[str, Tensor], before: Mapping[str, 
     return group
 
 
-def _compare_state(now: Mapping[str, Any], before: Mapping[str, Any]) -> ComparedGroup:
+def _compare_state(now: Mapping[str, Any], before: Mapping[str, Any], left_out: Sequence[str]) -> ComparedGroup:
     group = ComparedGroup("counters, generators")
     for key in before:
-        if key not in NOT_COMPARED:
-            group.add(f"state.json {key}", now.get(key) == before[key], math.inf, "differs from the stored value")
+        if key not in left_out:
+            difference = _difference(now.get(key), before[key])
+            group.add(f"state.json {key}", now.get(key) == before[key], difference, "differs from the stored value")
     return group
+
+
+def _difference(now: Any, before: Any) -> float:
+    """The largest relative difference of the floating-point numbers in two JSON values; of anything else infinity."""
+    if isinstance(now, float) and isinstance(before, float):
+        return _relative(now - before, before)
+    if isinstance(now, dict) and isinstance(before, dict) and now.keys() == before.keys():
+        return max((_difference(now[key], before[key]) for key in now), default=0.0)
+    if isinstance(now, list) and isinstance(before, list) and len(now) == len(before):
+        return max((_difference(one, other) for one, other in zip(now, before, strict=True)), default=0.0)
+    return 0.0 if now == before else math.inf
 
 
 def _relative(difference: float, reference: float) -> float:
