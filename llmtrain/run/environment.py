@@ -65,7 +65,7 @@ def processes_of(environment: Mapping[str, Any] | None) -> int:
 
 
 def _latest(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run was trained on last, by its environment with its resumes."""
+    """The device, versions and processes that a run was trained with last, by its environment with its resumes."""
     latest: dict[str, Any] = {"processes": 1}
     for entry in (environment, *environment.get("resumes", [])):
         latest |= {"processes": 1} | {key: entry[key] for key in ("device", "versions", "processes") if key in entry}

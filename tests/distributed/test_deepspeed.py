@@ -183,7 +183,7 @@ def test_keys_of_other_meshes_are_refused(key: str) -> None:
 
 
 def refusals(stage: int, **changes: tuple[str, str]) -> list[str]:
-    """What is refused for a run that DeepSpeed divides by ``stage``."""
+    """The messages about settings that do not go with DeepSpeed's ``stage``."""
     plain = {
         "optimizer": ("optimizer", "adamw"), "clipping": ("clipping", "norm"), "precision": ("precision", "fp32"),
         "lora": ("lora", "none"), "activation_checkpointing": ("activation_checkpointing", "full"),

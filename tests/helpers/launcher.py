@@ -243,7 +243,7 @@ def serve(channel: socket.socket) -> int:
 
 
 def warm_up() -> None:
-    """What a process does but once: look for Hydra's plug-ins and for fonts, read conf/ and the topics of Python's
+    """Do the work of a process's start: look for Hydra's plug-ins and for fonts, read conf/ and the topics of Python's
     documentation, learn the grammar of overrides, measure what the processor can do.  Make the libraries quick."""
     import torch
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -59,7 +59,7 @@ def load(file: Any) -> Any:
 
 
 def version_of(source: Any, config_path: str) -> tuple[Any, ...] | None:
-    """Where and what a config is: another version of it has another one.  None: it may change unseen."""
+    """The place and version of a config: another version of it has another one.  None: it may change unseen."""
     place = (type(source), getattr(source, "provider", None), getattr(source, "path", None), config_path)
     if source is not None and source.scheme() == "file":
         file = os.stat(os.path.join(source.path, source._normalize_file_name(config_path)))  # noqa: PTH116, PTH118
