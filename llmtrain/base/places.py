@@ -32,6 +32,14 @@ class Place:
     stored: Shape | None = None  # shape of the whole in a model's file, without padding at its ends; None: ``whole``
     replica: Replica | None = None  # the optimizer state is that of this replica; None: one state for all ranks
 
+    @property
+    def first_element(self) -> int:
+        """The number, in the whole tensor, of its first element."""
+        number = 0
+        for begin, size in zip(self.offset, self.whole, strict=True):
+            number = number * size + begin
+        return number
+
 
 # By the name of a parameter.  Several places: the rank's tensor has the parts one after the other along its first
 # dimension, each with its ``shape``.  A tensor of one dimension may hold parts of more, each flattened.  No place, ():

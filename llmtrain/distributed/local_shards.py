@@ -91,11 +91,7 @@ class LocalShards:
         return self.shards[name].place.whole
 
     def first_element(self, name: str) -> int:
-        place = self.shards[name].place
-        number = 0
-        for begin, size in zip(place.offset, place.whole, strict=True):
-            number = number * size + begin
-        return number
+        return self.shards[name].place.first_element
 
     def gather(self, name: str, part: Tensor) -> Tensor:
         return self.shards[name].gather(part)

@@ -44,10 +44,7 @@ class TensorShards:
 
     def first_element(self, name: str) -> int:
         """Number, in the whole parameter, of the first element of this rank's part."""
-        box, number = self._first_box(name), 0
-        for begin, size in zip(box.offset, box.whole, strict=True):
-            number = number * size + begin
-        return number
+        return self._first_box(name).first_element
 
     def gather(self, name: str, part: Tensor) -> Tensor:
         """Put together the whole tensor from each rank's ``part``, which lies as the parameter; all ranks call this."""
