@@ -11,7 +11,7 @@ import torch
 from llmtrain.base.places import OUTER_MOMENTUM
 from llmtrain.checkpoint.stored_tensors import read_group
 from llmtrain.metrics import read_metrics
-from tests.distributed.test_runs import (
+from tests.distributed.whole_runs import (
     RUN,
     SECONDS,
     TWO,
@@ -21,6 +21,7 @@ from tests.distributed.test_runs import (
     start,
     validations,
     wait_for_step,
+    write_text,
 )
 
 STEPS, EVERY = 40, 15  # of the run, and from one exchange to the next
@@ -34,7 +35,7 @@ LOCAL = (
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text, and the undisturbed run ``whole`` of two replicas."""
     path = tmp_path_factory.mktemp("replicas")
-    (path / "text.txt").write_text("".join(f"Line {number} of a text that is not long.\n" for number in range(900)))
+    write_text(path)
     llmtrain(path, "train", "run_dir=whole", *LOCAL)
     return path
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_runs import (
+from tests.distributed.whole_runs import (
     SECONDS,
     assert_same_training,
     llmtrain,
@@ -16,6 +16,7 @@ from tests.distributed.test_runs import (
     start,
     validations,
     wait_for_step,
+    write_text,
 )
 
 RUN = (
@@ -32,7 +33,7 @@ PIPELINE = ("distributed=pipeline", "distributed.processes=2")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text, and the run ``one`` of one process."""
     path = tmp_path_factory.mktemp("pipeline")
-    (path / "text.txt").write_text("".join(f"Line {number} of a text that is not long.\n" for number in range(900)))
+    write_text(path)
     llmtrain(path, "train", "run_dir=one", *RUN)
     return path
 

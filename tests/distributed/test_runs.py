@@ -1,71 +1,34 @@
 """Runs of several ranks through the command line, beside one process: losses, checkpoints, stops and failures."""
 
-import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.helpers import cli
-
-RUN = (
-    "model=llama_tiny", "tokenizer=byte", "data=text", "data.path=text.txt", "data.sequence_length=32",
-    "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2",
-    "accumulation.batch_size=5", "accumulation.micro_batch_size=2", "loop.max_steps=12", "loop.eval_every=6",
-    "loop.eval_batches=3", "loop.sample_every=12", "loop.sample_tokens=2", "checkpoint.every_steps=6",
-    "metrics.log_every=1", "precision=fp32", "schedule=constant", "schedule.warmup_steps=0", "runtime.num_threads=1",
-)  # fmt: skip
-TWO = "distributed.processes=2"
-SECONDS = 300
+from tests.distributed.whole_runs import (
+    RUN,
+    SECONDS,
+    TWO,
+    assert_same_training,
+    llmtrain,
+    process_of_rank,
+    rows,
+    start,
+    validations,
+    wait_for_step,
+    write_text,
+)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text, and the run ``one`` of one process."""
     path = tmp_path_factory.mktemp("ranks")
-    (path / "text.txt").write_text("".join(f"Line {number} of a text that is not long.\n" for number in range(900)))
+    write_text(path)
     llmtrain(path, "train", "run_dir=one", *RUN)
     return path
-
-
-def start(folder: Path, *words: str) -> subprocess.Popen[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    environment |= {"LLMTRAIN_CACHE": str(folder / "cache")}
-    return subprocess.Popen(
-        [sys.executable, "-m", "llmtrain", *words], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def llmtrain(folder: Path, *words: str, check: int = 0) -> subprocess.CompletedProcess[str]:
-    return cli.llmtrain(*words, cwd=folder, check=check, env={"LLMTRAIN_CACHE": str(folder / "cache")})
-
-
-def rows(run: Path) -> dict[int, dict[str, Any]]:
-    """The last row of each step."""
-    found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return {row["step"]: row for row in found if "grad_norm" in row and "event" not in row}
-
-
-def validations(run: Path) -> list[float]:
-    found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [row["val_loss"] for row in found if "val_loss" in row]
-
-
-def assert_same_training(folder: Path, run: str, steps: range = range(1, 13)) -> None:
-    one, other = rows(folder / "one"), rows(folder / run)
-    assert sorted(other) == list(range(1, steps.stop))
-    for step in steps:
-        for key in ("loss", "grad_norm"):
-            assert other[step][key] == pytest.approx(one[step][key], rel=1e-5), (step, key)
-        for key in ("tokens", "batch_size", "epoch", "position", "learning_rate"):
-            assert other[step][key] == one[step][key], (step, key)
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp", "tensor", "context"])
@@ -107,24 +70,6 @@ def test_a_run_goes_on_with_ranks_that_share_positions(folder: Path) -> None:
     assert_same_training(folder, "positions")
     assert validations(folder / "positions") == pytest.approx(validations(folder / "one"), rel=1e-5)
     llmtrain(folder, "verify", "positions")
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
-        if (run / "metrics.jsonl").is_file() and step in rows(run):
-            return
-        if process.poll() is not None:
-            break
-        time.sleep(0.05)
-    output, errors = process.communicate()
-    pytest.fail(f"no step {step}: {output}\n{errors}")
-
-
-def process_of_rank(run: Path, rank: int) -> int:
-    """The number of a rank's process, by the first line of its log."""
-    head = (run / "ranks" / f"rank-{rank:05d}.log").read_text().splitlines()
-    return int(next(line for line in reversed(head) if ", process " in line).split(", process ")[1].split(",")[0])
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(folder: Path) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_runs import RUN, rows
 from tests.distributed.test_two_machines import FIRST, SECOND, ip, link
+from tests.distributed.whole_runs import RUN, rows
 
 __all__ = ["link"]  # the fixture
 SECONDS = 400

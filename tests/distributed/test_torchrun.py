@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from llmtrain.distributed.launch import free_port
-from tests.distributed.test_runs import RUN, process_of_rank, rows, start
+from tests.distributed.whole_runs import RUN, process_of_rank, rows, start
 
 SECONDS = 300
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")

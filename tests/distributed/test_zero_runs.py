@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_runs import RUN, TWO, assert_same_training, folder, llmtrain, validations
+from tests.distributed.test_runs import folder
+from tests.distributed.whole_runs import RUN, TWO, assert_same_training, llmtrain, validations
 
 __all__ = ["folder"]  # a fixture
 
