@@ -12,11 +12,11 @@ from tests.distributed.whole_runs import (
     SECONDS,
     TWO,
     assert_same_training,
+    assert_same_validations,
     llmtrain,
     process_of_rank,
     rows,
     start,
-    validations,
     wait_for_step,
     write_text,
 )
@@ -37,7 +37,7 @@ def test_two_ranks_train_as_one_process(folder: Path, mode: str) -> None:
     dimension = {"ddp": "replicate", "fsdp": "shard"}.get(mode, mode)
     assert re.search(rf"processes +2: {dimension} 2\n", done.stdout), done.stdout
     assert_same_training(folder, mode)
-    assert validations(folder / mode) == pytest.approx(validations(folder / "one"), rel=1e-5)
+    assert_same_validations(folder, mode)
     parts = sorted(path.name for path in (folder / mode / "checkpoints" / "step-00000012").glob("model*"))
     whole = (
         ["model.safetensors"] if mode in ("ddp", "context") else [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
@@ -68,7 +68,7 @@ def test_a_run_goes_on_with_ranks_that_share_positions(folder: Path) -> None:
         llmtrain(folder, *words, f"loop.max_steps={end}", f"distributed={mode}",
                         f"distributed.processes={processes}", *more)  # fmt: skip
     assert_same_training(folder, "positions")
-    assert validations(folder / "positions") == pytest.approx(validations(folder / "one"), rel=1e-5)
+    assert_same_validations(folder, "positions")
     llmtrain(folder, "verify", "positions")
 
 

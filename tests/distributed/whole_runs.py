@@ -47,9 +47,17 @@ def rows(run: Path) -> dict[int, dict[str, Any]]:
     return {row["step"]: row for row in found if "grad_norm" in row and "event" not in row}
 
 
-def validations(run: Path) -> list[float]:
+def validations(run: Path) -> dict[int, float]:
+    """The validation loss by step."""
     found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [row["val_loss"] for row in found if "val_loss" in row]
+    return {row["step"]: row["val_loss"] for row in found if "val_loss" in row}
+
+
+def assert_same_validations(folder: Path, run: str) -> None:
+    """At the steps of ``one``; a run that stopped in between was validated there, too."""
+    one, other = validations(folder / "one"), validations(folder / run)
+    assert len(one) >= 2
+    assert {step: other[step] for step in one} == pytest.approx(one, rel=1e-5)
 
 
 def assert_same_training(folder: Path, run: str, steps: range = range(1, 13)) -> None:

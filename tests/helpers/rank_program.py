@@ -69,7 +69,7 @@ def main() -> int:
         return work_until_stopped()
     if BEHAVIOUR == "sleep":
         note("ready")
-        time.sleep(60)
+        time.sleep(600)
     if BEHAVIOUR == "usage":
         time.sleep(0.4 * (RANK == 0))  # the others are faster
         print("llmtrain: optimizer.lr=-1: must be positive", file=sys.stderr, flush=True)
@@ -112,7 +112,7 @@ def misbehave() -> int:
                 time.sleep(0.02)
             time.sleep(2.0)  # longer than the grace time of the test
             note("saved")
-        time.sleep(60)  # blocked from now on
+        time.sleep(600)  # blocked from now on
     if BEHAVIOUR == "restart":
         directory = FOLDER / "run"
         resumed = os.environ.get("RESUMED")
