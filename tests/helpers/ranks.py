@@ -1,9 +1,9 @@
 """Ranks of one job on this machine, for tests: processes with gloo that run functions of a test module together.
 
 ``Ranks(2).run(function, argument, …)`` calls ``function(world, argument, …)`` on both ranks and returns their results,
-in order of rank.  Arguments and results are what JSON can hold.  The processes stay for the next call, since importing
-torch takes seconds: one process imports, and forks the ranks.  After a failure they are ended, and the next call starts
-new ones.
+in order of rank.  Arguments and results are what JSON can hold.  Importing torch takes seconds: one process imports,
+and forks new ranks for each call, so that no group of processes, with its threads, is left from the one before.  After
+a failure that process is ended, and the next call starts another.
 
     @pytest.fixture(scope="module")
     def two() -> Iterator[Ranks]:
@@ -28,12 +28,12 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NoReturn, Self
+from typing import Any, NoReturn, Self
 
 from llmtrain.base.world import World
 
@@ -92,57 +92,48 @@ class Ranks:
         self.size = size
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._requests: list[IO[bytes]] = []
-        self._answers: list[IO[bytes]] = []
 
     def run(self, function: Callable[..., Any], *arguments: Any, timeout_seconds: float = 120) -> list[Any]:
         """Call ``function(world, *arguments)`` on every rank; return the results in order.
 
         The function is found by its name in its module.  Raises RankFailed with the output of all ranks.
         """
-        if self._process is None:
-            self._start()  # not counted in the time-out
         request = {"module": function.__module__, "name": function.__qualname__, "arguments": arguments}
         results: dict[int, Any] = {}
         try:
-            for pipe in self._requests:
-                pipe.write(json.dumps(request).encode() + b"\n")
-                pipe.flush()
+            if self._process is None:
+                self._start()
+            assert self._process is not None
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+            self._answer(START_SECONDS)  # imported, and forked: not counted in the time-out
             deadline = time.monotonic() + timeout_seconds
             while len(results) < self.size:
-                self._wait(results, deadline, timeout_seconds)
-        except BrokenPipeError:
-            self._fail("a rank has ended")
+                answer = self._answer(deadline - time.monotonic())
+                if answer is None:
+                    missing = [rank for rank in range(self.size) if rank not in results]
+                    self._fail(f"no answer of ranks {missing} in {timeout_seconds:g} s")
+                if "result" not in answer:
+                    self._fail(f"rank {answer['rank']}: {answer['error']}")
+                results[answer["rank"]] = answer["result"]
         except BaseException:
             self.close()
             raise
         return [results[rank] for rank in range(self.size)]
 
-    def _wait(self, results: dict[int, Any], deadline: float, timeout_seconds: float) -> None:
-        """Read the answers that are there, or come next."""
-        missing = {self._answers[rank]: rank for rank in range(self.size) if rank not in results}
-        ready, _, _ = select.select(list(missing), [], [], max(deadline - time.monotonic(), 0))
+    def _answer(self, seconds: float) -> dict[str, Any] | None:
+        """Read the next line of the server; None if there is none in time."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], max(seconds, 0))
         if not ready:
-            self._fail(f"no answer of ranks {sorted(missing.values())} after {timeout_seconds:g} s")
-        for pipe in ready:
-            line = pipe.readline()
-            if not line:
-                self._fail(f"rank {missing[pipe]} has ended")
-            answer = json.loads(line)
-            if "error" in answer:
-                self._fail(f"rank {missing[pipe]}: {answer['error']}")
-            results[missing[pipe]] = answer["result"]
-
-    def output(self) -> str:
-        """Return the last lines of every rank."""
-        assert self._folder is not None
-        parts = []
-        for rank in range(self.size):
-            path = Path(self._folder.name) / f"rank-{rank}.log"
-            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else "(not started)"
-            parts.append(f"--- rank {rank}\n{text[-OUTPUT_CHARACTERS:]}")
-        server = Path(self._folder.name) / "server.log"
-        return "\n".join([*parts, server.read_text(encoding="utf-8", errors="replace")])
+            return None
+        line = self._process.stdout.readline()
+        if not line:
+            self._fail("the process that forks the ranks has ended")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
     def _fail(self, reason: str) -> NoReturn:
         time.sleep(0.2)  # the other ranks report, too
@@ -150,27 +141,23 @@ class Ranks:
         self.close()
         raise RankFailed(message)
 
+    def output(self) -> str:
+        """Return the last lines of every rank."""
+        assert self._folder is not None
+        names = [*(f"rank-{rank}.log" for rank in range(self.size)), "server.log"]
+        paths = {name: Path(self._folder.name) / name for name in names}
+        texts = {name: path.read_text(errors="replace") if path.exists() else "" for name, path in paths.items()}
+        return "\n".join(f"--- {name}\n{text[-OUTPUT_CHARACTERS:]}" for name, text in texts.items())
+
     def _start(self) -> None:
-        """Start the ranks; return when all are connected."""
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
-        folder = Path(self._folder.name)
-        requests, answers = ([os.pipe() for _ in range(self.size)] for _ in range(2))
-        theirs = [*(read for read, _ in requests), *(write for _, write in answers)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        with (folder / "server.log").open("wb") as log:
+        with (Path(self._folder.name) / "server.log").open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.helpers.ranks", str(folder), *map(str, theirs)], cwd=ROOT,
-                env=environment, pass_fds=theirs, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                [sys.executable, "-m", "tests.helpers.ranks", self._folder.name, str(self.size)], cwd=ROOT,
+                env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
-        for descriptor in theirs:
-            os.close(descriptor)
-        self._requests = [os.fdopen(write, "wb") for _, write in requests]
-        self._answers = [os.fdopen(read, "rb", buffering=0) for read, _ in answers]
-        started: dict[int, Any] = {}
-        deadline = time.monotonic() + START_SECONDS
-        while len(started) < self.size:
-            self._wait(started, deadline, START_SECONDS)
 
     def close(self) -> None:
         """End the processes."""
@@ -178,10 +165,8 @@ class Ranks:
             return
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(30)
-        for pipe in (*self._requests, *self._answers):
-            with suppress(BrokenPipeError):
-                pipe.close()
+        with suppress(BrokenPipeError):
+            self._process.__exit__(None, None, None)  # close its pipes, and wait
         assert self._folder is not None
         self._folder.cleanup()
         self._process = self._folder = None
@@ -198,59 +183,68 @@ class Ranks:
 # --- the processes --------------------------------------------------------------------------------------------------
 
 
-def serve(folder: Path, descriptors: Sequence[int]) -> int:
-    """Import what the ranks need, fork them, and wait for them."""
+def serve(folder: Path, size: int) -> None:
+    """Import what the ranks need; fork ``size`` ranks for each request, and pass on their answers as they end."""
+    import torch._dynamo  # by the first optimizer
     import torch.distributed.device_mesh
     import torch.distributed.fsdp
     import torch.distributed.tensor
     import torch.nn.parallel
 
     import llmtrain.config.assemble  # noqa: F401
+    from llmtrain.optimizer import muon
 
+    muon.has_native_bf16 = lambda device: False  # bf16 would round away what the tests compare
     torch.set_num_threads(1)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # not to outlive the test
-    size = len(descriptors) // 2
-    pids = []
-    for rank in range(size):
-        if (pid := os.fork()) == 0:
-            for other in {*descriptors} - {descriptors[rank], descriptors[size + rank]}:
-                os.close(other)
-            serve_rank(folder, rank, size, descriptors[rank], descriptors[size + rank])
-        pids.append(pid)
-    for descriptor in descriptors:
-        os.close(descriptor)
-    for pid in pids:
-        os.waitpid(pid, 0)
-    return 0
+    die_with_parent()
+    for number, line in enumerate(sys.stdin):
+        request = json.loads(line)
+        with suppress(Exception):  # the ranks will report it
+            importlib.import_module(request["module"])
+        ranks = {}
+        for rank in range(size):
+            if (pid := os.fork()) == 0:
+                serve_rank(folder, number, rank, size, request)
+            ranks[pid] = rank
+        send({})
+        while ranks:
+            pid, status = os.wait()
+            rank = ranks.pop(pid)
+            answer = folder / f"answer-{number}-{rank}"
+            ended = {"error": f"has ended with status {os.waitstatus_to_exitcode(status)}"}
+            send({"rank": rank, **(json.loads(answer.read_text()) if answer.exists() else ended)})
 
 
-def serve_rank(folder: Path, rank: int, size: int, requests: int, answers: int) -> NoReturn:
-    """Answer requests until there are no more."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    output = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def send(answer: dict[str, Any]) -> None:
+    print(json.dumps(answer), flush=True)
+
+
+def serve_rank(folder: Path, number: int, rank: int, size: int, request: dict[str, Any]) -> NoReturn:
+    """Be one rank of the request with this ``number``; write the answer and exit."""
+    die_with_parent()
+    output = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     try:
         import torch.distributed as dist
 
         dist.init_process_group(
-            "gloo", f"file://{folder / 'store'}", rank=rank, world_size=size,
+            "gloo", f"file://{folder / f'store-{number}'}", rank=rank, world_size=size,
             timeout=timedelta(seconds=COLLECTIVE_SECONDS),
         )  # fmt: skip
-        with os.fdopen(requests, "rb") as lines, os.fdopen(answers, "wb") as results:
-            send(results, {"result": "started"})
-            for line in lines:
-                send(results, call(json.loads(line), GlooWorld(rank, size)))
+        dist.barrier()  # all are connected before one can end
+        answer = call(request, GlooWorld(rank, size))
+        sys.stdout.flush()
+        part = folder / f"answer-{number}-{rank}.part"
+        part.write_text(json.dumps(answer))
+        part.rename(part.with_suffix(""))
     except BaseException:
         traceback.print_exc()
-    sys.stdout.flush()
     os._exit(0)
 
 
-def send(results: IO[bytes], answer: dict[str, Any]) -> None:
-    sys.stdout.flush()
-    results.write(json.dumps(answer).encode() + b"\n")
-    results.flush()
+def die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def call(request: dict[str, Any], world: World) -> dict[str, Any]:
@@ -268,4 +262,4 @@ def call(request: dict[str, Any], world: World) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(serve(Path(sys.argv[1]), [int(text) for text in sys.argv[2:]]))
+    serve(Path(sys.argv[1]), int(sys.argv[2]))
