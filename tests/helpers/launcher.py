@@ -201,6 +201,10 @@ def serve(channel: socket.socket) -> int:
 
     prepare_process()
     import torch._dynamo  # torch imports it on the way, a second of it
+    import torch.distributed.fsdp
+    import torch.distributed.pipelining
+    import torch.distributed.tensor
+    import torch.nn.parallel
 
     import llmtrain.commands.generate
     import llmtrain.commands.plan
@@ -211,7 +215,9 @@ def serve(channel: socket.socket) -> int:
     import llmtrain.report.curves
     import llmtrain.run.run
     import llmtrain.sweep.jobs  # noqa: F401
+    from tests.helpers import forked_ranks
 
+    forked_ranks.install(run_main)
     warm_up()
     assert torch.tensor(1.0).item() == 1.0
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads must not fork"  # noqa: PTH208
@@ -283,8 +289,6 @@ def tell(channel: socket.socket, **message: Any) -> None:
 
 def become_victim(request: dict[str, Any]) -> NoReturn:
     """Run the command line as requested, and end with its exit status."""
-    from llmtrain.cli.main import main
-
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # not to outlive the launcher
     os.environ.clear()
     os.environ.update(request["environment"])
@@ -301,7 +305,14 @@ def become_victim(request: dict[str, Any]) -> NoReturn:
     if request["file_bytes"] is not None:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"], hard))
-    status = main(request["arguments"])
+    run_main(request["arguments"])
+
+
+def run_main(arguments: Sequence[str]) -> NoReturn:
+    """Run the command line, and end with its exit status."""
+    from llmtrain.cli.main import main
+
+    status = main(list(arguments))
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
