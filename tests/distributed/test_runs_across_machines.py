@@ -15,7 +15,7 @@ from tests.distributed.whole_runs import RUN, rows
 
 __all__ = ["link"]  # the fixture
 SECONDS = 400
-TIMEOUT = 30.0  # a busy machine imports for long
+TIMEOUT = 45.0  # a busy machine imports for long
 TRAINING = (*RUN, "loop.max_steps=16", "loop.eval_every=0", "loop.sample_every=0", "checkpoint.every_steps=1",
             f"distributed.timeout_seconds={TIMEOUT:g}")  # fmt: skip
 # As ssh does: HOST SCRIPT; a machine that is off does not answer

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -55,6 +56,8 @@ def become_rank(arguments: Sequence[str], environment: Mapping[str, str], run_ma
         if "OMP_NUM_THREADS" in environment:
             torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
         run_main(arguments)
+    except BaseException:
+        traceback.print_exc()
     finally:  # the caller is not to go on in this process
         sys.stderr.flush()
         os._exit(70)

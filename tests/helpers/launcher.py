@@ -6,7 +6,6 @@ imports, seconds of them, are saved, what else a process does but once, and taki
 """
 
 import atexit
-import ctypes
 import gc
 import io
 import json
@@ -27,7 +26,6 @@ from typing import Any, NoReturn, Self
 
 FOLDER = Path(__file__).parent
 PACKET_BYTES = 1 << 17
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -289,7 +287,9 @@ def tell(channel: socket.socket, **message: Any) -> None:
 
 def become_victim(request: dict[str, Any]) -> NoReturn:
     """Run the command line as requested, and end with its exit status."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # not to outlive the launcher
+    from tests.helpers.processes import die_with_parent
+
+    die_with_parent()  # not to outlive the launcher
     os.environ.clear()
     os.environ.update(request["environment"])
     nothing = os.open(os.devnull, os.O_RDONLY)

@@ -17,7 +17,6 @@ a failure that process is ended, and the next call starts another.
         assert two.run(add, 1) == [3, 3]
 """
 
-import ctypes
 import importlib
 import json
 import os
@@ -36,11 +35,11 @@ from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from llmtrain.base.world import World
+from tests.helpers.processes import die_with_parent
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS, COLLECTIVE_SECONDS = 120, 60
 OUTPUT_CHARACTERS = 6000  # of each rank, in the message of a failure
-PR_SET_PDEATHSIG = 1
 
 
 class RankFailed(AssertionError):
@@ -107,7 +106,8 @@ class Ranks:
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
-            self._answer(START_SECONDS)  # imported, and forked: not counted in the time-out
+            if self._answer(START_SECONDS) is None:  # imported, and forked: not counted in the time-out
+                self._fail(f"the ranks have not started in {START_SECONDS} s")
             deadline = time.monotonic() + timeout_seconds
             while len(results) < self.size:
                 answer = self._answer(deadline - time.monotonic())
@@ -117,6 +117,8 @@ class Ranks:
                 if "result" not in answer:
                     self._fail(f"rank {answer['rank']}: {answer['error']}")
                 results[answer["rank"]] = answer["result"]
+        except BrokenPipeError:
+            self._fail("the process that forks the ranks has ended")
         except BaseException:
             self.close()
             raise
@@ -241,10 +243,6 @@ def serve_rank(folder: Path, number: int, rank: int, size: int, request: dict[st
     except BaseException:
         traceback.print_exc()
     os._exit(0)
-
-
-def die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def call(request: dict[str, Any], world: World) -> dict[str, Any]:
