@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llmtrain.base.run_files import LOCK
+from tests.helpers.processes import die_with_parent
 
 MEMORY_FILES = 2 << 30  # bytes that one file may have
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+PR_SET_NO_NEW_PRIVS = 38
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # system calls of Landlock, on x86-64 and arm64
 PATH_BENEATH = 1
 # Rights of Landlock: landlock.h
@@ -96,7 +97,7 @@ def _child(folder: Path, call: Callable[[], int], output: int, report: int) -> N
     status = 70
     try:
         os.setsid()
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent()
         devnull = os.open(os.devnull, os.O_RDONLY)
         for target, source in ((0, devnull), (1, output), (2, output)):
             os.dup2(source, target)
